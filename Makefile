@@ -1,0 +1,70 @@
+# make setup | notebooks | test | lab | train PRESET=tiny | lint | clean
+#
+# Needs Python 3.11 or newer and make. Everything is written inside this folder (.venv and .cache), except pip's own cache.
+
+# The first Python on the PATH that is new enough.
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+UV := $(shell command -v uv 2>/dev/null)
+PRESET ?= tiny
+PYTEST_ARGS ?=
+
+CACHE := $(CURDIR)/.cache
+# On shared cores several OpenMP threads make torch about ten times slower; whoever owns the machine may raise this.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+# Where the tools that we run keep their files: inside the clone.
+export HF_HOME ?= $(CACHE)/huggingface
+export TORCH_HOME ?= $(CACHE)/torch
+export IPYTHONDIR := $(CACHE)/ipython
+export JUPYTER_CONFIG_DIR := $(CACHE)/jupyter/config
+export JUPYTER_DATA_DIR := $(CACHE)/jupyter/data
+export JUPYTER_RUNTIME_DIR := $(CACHE)/jupyter/runtime
+export JUPYTERLAB_SETTINGS_DIR := $(CACHE)/jupyter/settings
+export JUPYTERLAB_WORKSPACES_DIR := $(CACHE)/jupyter/workspaces
+export MPLCONFIGDIR := $(CACHE)/matplotlib
+export RUFF_CACHE_DIR := $(CACHE)/ruff
+export UV_CACHE_DIR := $(CACHE)/uv
+
+# Not exported while pip runs: pip's cache stays where it always is, so that a second clone installs quickly.
+RUN := XDG_CACHE_HOME="$(CACHE)/xdg" TMPDIR="$(CACHE)/tmp" .venv/bin/python
+OFFLINE := HF_HUB_OFFLINE=1
+
+.PHONY: setup notebooks test lab train lint clean
+
+setup: .venv/.installed
+
+# uv does not read pip's configuration, so it is told where pip finds local wheels; where uv fails, pip does it.
+.venv/.installed: pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer; install one, or: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	@echo "setup: installing into .venv (one to three minutes the first time)"
+	@$(PYTHON) -m venv .venv || { echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@mkdir -p "$(CACHE)/tmp"
+	@if [ -n "$(UV)" ] && UV_FIND_LINKS="$$(.venv/bin/python -m pip config get global.find-links 2>/dev/null)" \
+		"$(UV)" pip install --quiet --python .venv/bin/python --constraint requirements.lock -e '.[test]'; then :; \
+	else .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint requirements.lock -e '.[test]'; fi
+	@touch $@
+	@echo "setup: done"
+
+notebooks: setup
+	@mkdir -p "$(CACHE)/tmp"
+	@$(OFFLINE) $(RUN) -m d2l_lib.notebooks
+
+test: setup
+	@mkdir -p "$(CACHE)/tmp"
+	@$(OFFLINE) $(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" $(PYTEST_ARGS)
+
+lab: setup
+	@mkdir -p "$(CACHE)/tmp"
+	@$(RUN) -m jupyterlab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
+
+train: setup
+	@mkdir -p "$(CACHE)/tmp"
+	@$(RUN) -m d2l_lib.training --preset $(PRESET)
+
+lint: setup
+	@$(RUN) -m ruff check .
+
+clean:
+	rm -rf .venv .cache *.egg-info

@@ -1,0 +1,592 @@
+"""An adapter is a sum of labelled blocks: W x  ->  W x + scale * sum over blocks of weight * B^T (A x).
+
+Each chunk of each document is one low-rank block per layer and module; one learned, document-independent bias block is
+added. Composing documents is adding blocks, forgetting one is dropping its blocks, export is writing them down.
+Adapters are values: no operation changes its operand, and blocks are shared between adapters, never copied.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from d2l_lib.records import atomic_file, atomic_folder, write_json
+
+FORMAT = "d2l-adapter"
+FORMAT_VERSION = 1
+# Where a target module sits in a decoder layer; used for export when the adapter does not carry its own paths.
+USUAL_PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
+USUAL_PARENTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """What one chunk of one document adds: weight * B^T A in every layer and module.
+
+    A[module] is [n_layers, r, d_in], B[module] is [n_layers, r, d_out]. `span` is the chunk's (start, end) in
+    characters of its document, or None where only token ids were given.
+    """
+
+    document: str
+    chunk: int
+    span: tuple[int, int] | None
+    weight: float
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
+
+    @property
+    def rank(self) -> int:
+        """Rows of A and B in each layer and module."""
+        return next(iter(self.A.values())).shape[1]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Block):
+            return NotImplemented
+        labels = (self.document, self.chunk, self.span, self.weight)
+        return labels == (other.document, other.chunk, other.span, other.weight) and _equal(
+            {m: (self.A[m], self.B[m]) for m in self.A}, {m: (other.A[m], other.B[m]) for m in other.A}
+        )
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        where = "" if self.span is None else f", characters {self.span[0]}-{self.span[1]}"
+        weight = "" if self.weight == 1 else f", weight {self.weight:g}"
+        return f"Block({self.document!r}, chunk {self.chunk}{where}, rank {self.rank}{weight})"
+
+
+def _equal(first: Factors | None, second: Factors | None) -> bool:
+    """True where both hold the same numbers (or both are None)."""
+    if first is None or second is None:
+        return first is second
+    return first.keys() == second.keys() and all(
+        a is b or (a.shape == b.shape and torch.equal(a, b))
+        for module in first
+        for a, b in zip(first[module], second[module], strict=True)
+    )
+
+
+def _finite(weight: float, what: str) -> float:
+    """`weight` as a float; ValueError where it is no finite number."""
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"{what} must be a finite number, not {weight!r}")
+    return float(weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Labelled blocks, the bias block, and the scale s of y = W x + s B^T (A x).
+
+    Print it to see what is inside. `a + b` composes, `only` and `without` select documents and chunks, `scaled` and
+    `scaled_bias` weigh (linearly), `factors` gives the summed matrices, `compressed` makes them smaller, `save`,
+    `Adapter.load` and `export_peft` write it down.
+
+    `n_layers` and `sizes` ({module: (d_in, d_out)}) describe the base model; they are read off the blocks when not
+    given. `base_model`, `base_key` and `hypernetwork_key` say what made the adapter, `paths` where each
+    module sits in the base model ("model.layers.{layer}.mlp.down_proj").
+    """
+
+    blocks: tuple[Block, ...]
+    bias: Factors | None
+    scale: float
+    bias_weight: float = 1.0
+    n_layers: int = 0
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    base_model: str = ""
+    base_key: str = ""
+    hypernetwork_key: str = ""
+    paths: dict[str, str] = field(default_factory=dict)
+    bias_inside: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        _finite(self.scale, "scale")
+        parts = [(f"block {block!r}", {m: (block.A[m], block.B[m]) for m in block.A}) for block in self.blocks]
+        parts += [] if self.bias is None else [("the bias", self.bias)]
+        if not self.sizes:
+            if not parts:
+                raise ValueError("an adapter without blocks and bias needs n_layers and sizes={module: (d_in, d_out)}")
+            sizes = {module: (A.shape[-1], B.shape[-1]) for module, (A, B) in parts[0][1].items()}
+            object.__setattr__(self, "sizes", sizes)
+            object.__setattr__(self, "n_layers", next(iter(parts[0][1].values()))[0].shape[0])
+        for label, factors in parts:
+            self._check_shapes(label, factors)
+
+    def _check_shapes(self, label: str, factors: Factors) -> None:
+        """ValueError where a block's or the bias's tensors do not have this adapter's modules, layers and sizes."""
+        if factors.keys() != self.sizes.keys():
+            raise ValueError(f"{label} has modules {sorted(factors)}, the adapter has {self.modules}")
+        for module, (A, B) in factors.items():
+            d_in, d_out = self.sizes[module]
+            r = A.shape[1] if A.dim() == 3 else -1
+            if tuple(A.shape) != (self.n_layers, r, d_in) or tuple(B.shape) != (self.n_layers, r, d_out):
+                raise ValueError(
+                    f"{label}, {module}: A is {tuple(A.shape)} and B {tuple(B.shape)}; expected "
+                    f"({self.n_layers}, rank, {d_in}) and ({self.n_layers}, rank, {d_out})"
+                )
+
+    # --- what is inside ---------------------------------------------------------------------------------------------
+
+    @property
+    def modules(self) -> list[str]:
+        """Target modules, sorted."""
+        return sorted(self.sizes)
+
+    @property
+    def documents(self) -> list[str]:
+        """Names of the documents, in order of first appearance."""
+        return list(dict.fromkeys(block.document for block in self.blocks))
+
+    @property
+    def rank(self) -> int:
+        """Rows of the summed factors: the blocks' ranks and the bias's together."""
+        return sum(block.rank for block in self.blocks) + self._bias_rank
+
+    @property
+    def _bias_rank(self) -> int:
+        return 0 if self.bias is None else next(iter(self.bias.values()))[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; tensors that several blocks share count once."""
+        return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in self._tensors()}.values())
+
+    def _tensors(self) -> Iterable[Tensor]:
+        for block in self.blocks:
+            yield from (*block.A.values(), *block.B.values())
+        for pair in (self.bias or {}).values():
+            yield from pair
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        plain = ("scale", "bias_weight", "n_layers", "sizes", "base_key", "hypernetwork_key", "bias_inside")
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in plain)
+            and self.blocks == other.blocks
+            and _equal(self.bias, other.bias)
+        )
+
+    __hash__ = None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __bool__(self) -> bool:
+        return True  # an adapter with no blocks left still has its bias
+
+    # --- sums and selections ----------------------------------------------------------------------------------------
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """The blocks of both, the bias once: what internalizing both sets of documents would give.
+
+        A document of `other` that has a name (and a chunk number) which is taken already is renamed "name (2)".
+        ValueError when the two come from different base models or hypernetworks or differ in bias or scale.
+        """
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        self._check_summable(other)
+        taken = {(block.document, block.chunk) for block in self.blocks}
+        used, names = set(self.documents), {}
+        for document in other.documents:
+            chunks = [block.chunk for block in other.blocks if block.document == document]
+            name = document
+            if any((document, chunk) in taken for chunk in chunks):
+                number = 2
+                while f"{document} ({number})" in used | set(other.documents):
+                    number += 1
+                name = f"{document} ({number})"
+            used.add(name)
+            names[document] = name
+        added = (replace(block, document=names[block.document]) for block in other.blocks)
+        return replace(self, blocks=(*self.blocks, *added))
+
+    def __radd__(self, other: object) -> Adapter:
+        """Lets `sum(adapters)` start from 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def _check_summable(self, other: Adapter) -> None:
+        if self.n_layers != other.n_layers or self.sizes != other.sizes:
+            raise ValueError(
+                "adapters for different base models cannot be added: "
+                f"{self.n_layers} layers with {_shapes(self.sizes)}, "
+                f"{other.n_layers} layers with {_shapes(other.sizes)}"
+            )
+        if self.base_key != other.base_key:
+            raise ValueError(
+                "adapters for different base models cannot be added: "
+                f"{self.base_model or 'unnamed'} and {other.base_model or 'unnamed'} have different weights"
+            )
+        if self.bias_inside or other.bias_inside:
+            raise ValueError("a compressed adapter holds the bias inside its block: add first, compress the sum")
+        if self.hypernetwork_key != other.hypernetwork_key or not _equal(self.bias, other.bias):
+            raise ValueError("adapters of different hypernetworks cannot be added: internalize both with one model")
+        if self.scale != other.scale:
+            raise ValueError(f"adapters of different scales ({self.scale:g}, {other.scale:g}) cannot be added")
+        if self.bias_weight != other.bias_weight:
+            raise ValueError(
+                f"the bias counts {self.bias_weight:g} in one adapter and {other.bias_weight:g} in the other: "
+                "use scaled_bias to make them equal first"
+            )
+
+    def only(self, document: str | Iterable[str] | None = None, chunk: int | Iterable[int] | None = None) -> Adapter:
+        """The adapter with only the blocks of these documents and chunks (each a name or number, or several).
+
+        Both given: blocks that match both. The bias stays. ValueError for a name or number that is not inside.
+        """
+        chosen = self._chosen(document, chunk)
+        return replace(self, blocks=tuple(b for b, inside in zip(self.blocks, chosen, strict=True) if inside))
+
+    def without(self, document: str | Iterable[str] | None = None, chunk: int | Iterable[int] | None = None) -> Adapter:
+        """The adapter without the blocks of these documents and chunks: exactly as if they had never been added.
+
+        Both given: only blocks that match both are dropped. ValueError for a name or number that is not inside.
+        """
+        chosen = self._chosen(document, chunk)
+        return replace(self, blocks=tuple(b for b, inside in zip(self.blocks, chosen, strict=True) if not inside))
+
+    def _chosen(self, document: str | Iterable[str] | None, chunk: int | Iterable[int] | None) -> list[bool]:
+        """For each block whether it matches. ValueError lists what is inside when a choice matches nothing."""
+        if document is None and chunk is None:
+            raise ValueError(f"name a document or a chunk; {self._contents()}")
+        documents = None if document is None else {document} if isinstance(document, str) else set(document)
+        chunks = None if chunk is None else {chunk} if isinstance(chunk, int) else set(chunk)
+        if unknown := sorted(repr(name) for name in (documents or set()) - set(self.documents)):
+            raise ValueError(f"no document {', '.join(unknown)} in this adapter; {self._contents()}")
+        inside = [documents is None or block.document in documents for block in self.blocks]
+        if chunks is not None:
+            present = {block.chunk for block, match in zip(self.blocks, inside, strict=True) if match}
+            if unknown := sorted(repr(number) for number in chunks - present):
+                raise ValueError(f"no chunk {', '.join(unknown)} there; {self._contents()}")
+            inside = [match and b.chunk in chunks for b, match in zip(self.blocks, inside, strict=True)]
+        return inside
+
+    def _contents(self) -> str:
+        """One line for error messages."""
+        if not self.blocks:
+            return "the adapter holds no documents"
+        counts = [f"{name!r} ({_plural(len(self._of(name)), 'chunk')})" for name in self.documents]
+        shown = counts if len(counts) <= 20 else [*counts[:20], f"... and {len(counts) - 20} more"]
+        return "it holds " + ", ".join(shown)
+
+    def _of(self, document: str) -> list[Block]:
+        return [block for block in self.blocks if block.document == document]
+
+    def scaled(self, weight: float, document: str | Iterable[str] | None = None) -> Adapter:
+        """The adapter with its blocks (or those of `document`) counting `weight` times; the bias stays.
+
+        Linear: scaled(0.5) halves the documents' update, scaled(0.5).scaled(2) is the adapter itself.
+        """
+        weight = _finite(weight, "weight")
+        chosen = [True] * len(self.blocks) if document is None else self._chosen(document, None)
+        return replace(
+            self,
+            blocks=tuple(
+                replace(block, weight=block.weight * weight) if inside else block
+                for block, inside in zip(self.blocks, chosen, strict=True)
+            ),
+        )
+
+    def scaled_bias(self, weight: float) -> Adapter:
+        """The adapter with its bias block counting `weight` times (linearly); 0 switches it off."""
+        weight = _finite(weight, "weight")
+        if self.bias is None:
+            reason = "it was folded into the compressed block" if self.bias_inside else "its hypernetwork has none"
+            raise ValueError(f"this adapter has no bias block to scale: {reason}")
+        return replace(self, bias_weight=self.bias_weight * weight)
+
+    # --- matrices ---------------------------------------------------------------------------------------------------
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """(A [n_layers, R, d_in], B [n_layers, R, d_out]) of the whole sum, R = rank; the update of W is scale * B^T A.
+
+        Rows in the order of the blocks, the bias last. Weights are folded into A. New tensors: free to change.
+        """
+        if module not in self.sizes:
+            raise ValueError(f"no module {module!r} in this adapter; it has {', '.join(self.modules)}")
+        parts = [(block.A[module], block.B[module], block.weight) for block in self.blocks]
+        if self.bias is not None:
+            parts.append((*self.bias[module], self.bias_weight))
+        if not parts:
+            return tuple(torch.zeros(self.n_layers, 0, size) for size in self.sizes[module])
+        A = torch.cat([A if weight == 1 else A * weight for A, _, weight in parts], dim=1)
+        return A, torch.cat([B for _, B, _ in parts], dim=1)
+
+    def compressed(self, rank: int) -> Adapter:
+        """The best approximation of the summed update (bias included) of at most this rank, as one block.
+
+        Per layer and module the truncated singular value decomposition of B^T A, on the factors alone:
+        A^T = Q_A R_A, B^T = Q_B R_B, and the small R_B R_A^T = U S V^T; [d_out, d_in] is never formed. Then
+        A' = sqrt(S) V^T Q_A^T and B' = sqrt(S) U^T Q_B^T. Documents can no longer be told apart afterwards.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+        if self.rank == 0:
+            raise ValueError("this adapter is empty: there is nothing to compress")
+        new_A, new_B = {}, {}
+        for module in self.modules:
+            A, B = self.factors(module)
+            Q_A, R_A = torch.linalg.qr(A.double().mT)
+            Q_B, R_B = torch.linalg.qr(B.double().mT)
+            U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+            root = S[:, :rank].sqrt().unsqueeze(-1)  # [L, rank, 1]
+            new_A[module] = self._padded(root * (Vh[:, :rank] @ Q_A.mT), rank, A.dtype)
+            new_B[module] = self._padded(root * (U[:, :, :rank].mT @ Q_B.mT), rank, B.dtype)
+        name = "compressed: " + (", ".join(self.documents) or "bias")
+        block = Block(name, 0, None, 1.0, new_A, new_B)
+        inside = self.bias is not None or self.bias_inside
+        return replace(self, blocks=(block,), bias=None, bias_weight=1.0, bias_inside=inside)
+
+    def _padded(self, rows: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+        """[L, k, d] with zero rows up to min(rank, the adapter's rank), so that all modules have equal ranks."""
+        missing = min(rank, self.rank) - rows.shape[1]
+        return torch.nn.functional.pad(rows, (0, 0, 0, missing)).to(dtype).contiguous()
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> Adapter:
+        """The adapter with its tensors on another device or in another precision; shared tensors stay shared."""
+        moved: dict[int, Tensor] = {}
+
+        def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            for tensor in tensors.values():
+                if id(tensor) not in moved:
+                    moved[id(tensor)] = tensor.to(device=device, dtype=dtype)
+            return {module: moved[id(tensor)] for module, tensor in tensors.items()}
+
+        blocks = tuple(replace(block, A=move(block.A), B=move(block.B)) for block in self.blocks)
+        bias = None
+        if self.bias is not None:
+            A, B = (move({module: pair[side] for module, pair in self.bias.items()}) for side in (0, 1))
+            bias = {module: (A[module], B[module]) for module in self.bias}
+        return replace(self, blocks=blocks, bias=bias)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with the labels as JSON in its header; complete or not there at all."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+
+        def keep(prefix: str, factors: Mapping[str, Tensor]) -> dict[str, str]:
+            """Names under which tensors are stored; a tensor that several blocks share is stored once."""
+            for module, tensor in factors.items():
+                if id(tensor) not in names:
+                    names[id(tensor)] = f"{prefix}.{module}"
+                    tensors[f"{prefix}.{module}"] = tensor.detach().cpu().contiguous().clone()
+            return {module: names[id(tensor)] for module, tensor in factors.items()}
+
+        rows = []
+        for index, block in enumerate(self.blocks):
+            labels = {name: getattr(block, name) for name in ("document", "chunk", "span", "weight")}
+            rows.append(labels | {"A": keep(f"block{index}.A", block.A), "B": keep(f"block{index}.B", block.B)})
+        bias = None
+        if self.bias is not None:
+            pairs = {"A": {m: A for m, (A, _) in self.bias.items()}, "B": {m: B for m, (_, B) in self.bias.items()}}
+            bias = {side: keep(f"bias.{side}", factors) for side, factors in pairs.items()}
+        plain = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        header = {"format": FORMAT, "version": FORMAT_VERSION, "blocks": rows, "bias": bias, **plain}
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={FORMAT: json.dumps(header, ensure_ascii=False)})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Adapter:
+        """The adapter that `save` wrote, on the CPU, bit for bit.
+
+        FileNotFoundError where there is no such file; ValueError for one that is cut off, corrupted, or no adapter.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            hint = "it is a folder" if path.is_dir() else "no such file"
+            raise FileNotFoundError(f"no adapter at {path} ({hint}): give the file that adapter.save wrote")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a complete safetensors file ({error}): was it cut off?") from error
+        if FORMAT not in metadata:
+            raise ValueError(f"{path} holds tensors but no adapter: give a file that adapter.save wrote")
+        try:
+            header = json.loads(metadata[FORMAT])
+            if header["version"] != FORMAT_VERSION:
+                raise ValueError(f"{path} has format version {header['version']}, this code reads {FORMAT_VERSION}")
+            return cls._from_header(header, tensors)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} has a damaged header ({type(error).__name__}: {error}): save it again") from error
+
+    @classmethod
+    def _from_header(cls, header: dict, tensors: dict[str, Tensor]) -> Adapter:
+        def pick(names: dict[str, str]) -> dict[str, Tensor]:
+            return {module: tensors[name] for module, name in names.items()}
+
+        blocks = [
+            Block(
+                document=row["document"],
+                chunk=row["chunk"],
+                span=None if row["span"] is None else tuple(row["span"]),
+                weight=row["weight"],
+                A=pick(row["A"]),
+                B=pick(row["B"]),
+            )
+            for row in header["blocks"]
+        ]
+        bias = None
+        if header["bias"] is not None:
+            A, B = pick(header["bias"]["A"]), pick(header["bias"]["B"])
+            bias = {module: (A[module], B[module]) for module in A}
+        plain = {name: header[name] for name in _PLAIN_FIELDS}
+        plain["sizes"] = {module: tuple(sizes) for module, sizes in plain["sizes"].items()}
+        return cls(blocks=tuple(blocks), bias=bias, **plain)
+
+    def export_peft(self, folder: str | Path) -> Path:
+        """Write a PEFT LoRA folder: adapter_model.safetensors and adapter_config.json.
+
+        The sum of all blocks with the bias is one LoRA of rank R in every target linear. Weights are folded into
+        lora_A and the scale into lora_B, and lora_alpha = R, so PEFT's alpha / R is 1 and loading it with
+        PeftModel.from_pretrained gives this adapter's logits. Writing it does not need peft.
+        """
+        from safetensors.torch import save_file
+
+        if self.rank == 0:
+            raise ValueError("this adapter is empty: there is nothing to export")
+        tensors = {}
+        for module in self.modules:
+            A, B = self.factors(module)
+            B = B * self.scale
+            for layer in range(self.n_layers):
+                path = f"base_model.model.{self._path(module).format(layer=layer)}"
+                tensors[f"{path}.lora_A.weight"] = A[layer].detach().cpu().contiguous().clone()  # [R, d_in]
+                tensors[f"{path}.lora_B.weight"] = B[layer].detach().cpu().mT.contiguous()  # [d_out, R]
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base_model,
+            "r": self.rank,
+            "lora_alpha": self.rank,
+            "target_modules": self.modules,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "use_rslora": False,
+            "inference_mode": True,
+        }
+        with atomic_folder(folder) as temporary:
+            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+            write_json(temporary / "adapter_config.json", config)
+        return Path(folder)
+
+    def _path(self, module: str) -> str:
+        """Where the module sits in the base model, with {layer} for the layer's number."""
+        if module in self.paths:
+            return self.paths[module]
+        if module not in USUAL_PARENTS:
+            raise ValueError(f"where {module!r} sits in the base model is not known: set paths={{{module!r}: '...'}}")
+        return f"model.layers.{{layer}}.{USUAL_PARENTS[module]}.{module}"
+
+    # --- display ----------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        """(document, chunks, rank, weight) of each document and of the bias."""
+        rows = []
+        for name in self.documents:
+            blocks = self._of(name)
+            weights = sorted({block.weight for block in blocks})
+            weight = f"{weights[0]:g}" if len(weights) == 1 else f"{weights[0]:g} to {weights[-1]:g}"
+            rows.append((name, str(len(blocks)), str(sum(block.rank for block in blocks)), weight))
+        if self.bias is not None:
+            rows.append(("(bias)", "", str(self._bias_rank), f"{self.bias_weight:g}"))
+        return rows
+
+    def _summary(self) -> str:
+        contents = f"{_plural(len(self.documents), 'document')}, {_plural(len(self.blocks), 'chunk')}"
+        place = f"{_plural(self.n_layers, 'layer')} x {', '.join(self.modules)}"
+        return f"{contents}; rank {self.rank}, {place}; scale {self.scale:g}; {_size(self.nbytes)}"
+
+    def __repr__(self) -> str:
+        lines = [f"Adapter({self._summary()})"]
+        rows = self._rows()
+        for name, chunks, rank, weight in rows if len(rows) <= 12 else [*rows[:10], rows[-1]]:
+            chunk_text = f"{_plural(int(chunks), 'chunk')}, " if chunks else ""
+            lines.append(f"  {name}: {chunk_text}rank {rank}, weight {weight}")
+        if len(rows) > 12:
+            lines.insert(-1, f"  ... {len(rows) - 11} more")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        header = "".join(f"<th>{name}</th>" for name in ("document", "chunks", "rank", "weight"))
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
+        )
+        return (
+            f"<div><b>Adapter</b>: {html.escape(self._summary())}"
+            f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+
+
+_PLAIN_FIELDS = (
+    "scale",
+    "bias_weight",
+    "n_layers",
+    "sizes",
+    "base_model",
+    "base_key",
+    "hypernetwork_key",
+    "paths",
+    "bias_inside",
+)
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def _shapes(sizes: Mapping[str, tuple[int, int]]) -> str:
+    return ", ".join(f"{module} {d_in} -> {d_out}" for module, (d_in, d_out) in sorted(sizes.items()))
+
+
+def _size(n_bytes: int) -> str:
+    """Bytes in a readable unit (1 kB = 1000 bytes)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes} bytes"
+
+
+def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float]:
+    """Several adapters side by side: ({module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}, scale).
+
+    R is the largest rank among them; the others are filled up with zero rows, and None (the plain base model) is zero
+    rows only. Adapters of different scales have theirs folded into A, and the common scale is then 1.
+    """
+    present = [adapter for adapter in adapters if adapter is not None]
+    if not present:
+        raise ValueError("no adapter to apply: all are None")
+    first, rank = present[0], max(adapter.rank for adapter in present)
+    one_scale = all(adapter.scale == first.scale for adapter in present)
+    like = next((tensor for adapter in present for tensor in adapter._tensors()), torch.zeros(0))
+    stacked = {}
+    for module in first.modules:
+        if len(adapters) == 1:  # nothing to fill up: spares a copy
+            A, B = first.factors(module)
+            stacked[module] = (A.unsqueeze(0), B.unsqueeze(0))
+            continue
+        A, B = (like.new_zeros(len(adapters), first.n_layers, rank, size) for size in first.sizes[module])
+        for context, adapter in enumerate(adapters):
+            if adapter is not None:
+                rows_A, rows_B = adapter.factors(module)
+                A[context, :, : adapter.rank] = rows_A if one_scale else rows_A * adapter.scale
+                B[context, :, : adapter.rank] = rows_B
+        stacked[module] = (A, B)
+    return stacked, first.scale if one_scale else 1.0

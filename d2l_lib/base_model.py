@@ -1,0 +1,213 @@
+"""The frozen language model: loading it, finding its layers and linears, and reading hidden states out of it."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from d2l_lib.hypernetwork import HypernetworkConfig
+
+# transformers has no correct fused attention with soft-capped scores for these.
+EAGER_ATTENTION = ("gemma2",)
+# Per model, the adapters that are applied now (see lora.apply_lora); only the innermost, the last, acts.
+open_adapters: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
+_DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+def bundled_path(name: str) -> Path:
+    """Folder of a bundled model: data/<name>."""
+    return _DATA / name
+
+
+def default_device() -> torch.device:
+    """CUDA where present, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_base_model(source: str | Path, *, device=None, dtype: torch.dtype | None = None):
+    """(model, tokenizer) of a bundled name ("tiny"), a local folder or a hub id; frozen, in eval mode.
+
+    device: None picks CUDA, MPS or CPU. dtype: None is bfloat16 on CUDA and float32 elsewhere. Raises
+    FileNotFoundError that says what is missing and where to put it, ValueError for damaged files. Code that comes with
+    a model is never run.
+    """
+    device = default_device() if device is None else torch.device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    location = _locate(source)
+    try:
+        config = AutoConfig.from_pretrained(location)
+        options = {"attn_implementation": "eager"} if config.model_type in EAGER_ATTENTION else {}
+        model = AutoModelForCausalLM.from_pretrained(location, config=config, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(location)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"base model {str(source)!r} could not be read: {str(error).splitlines()[0]}. Give a bundled name (tiny), "
+            "a folder with config.json, model.safetensors and tokenizer.json, or the id of a hub model that is "
+            "already in the local cache or can be downloaded from this machine."
+        ) from error
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"base model {str(source)!r} is damaged or of an unknown kind: {str(error).splitlines()[0]}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _locate(source: str | Path) -> str:
+    """A folder that exists, or the unchanged hub id."""
+    bundled = bundled_path(str(source)) / "base_model"
+    if not Path(str(source)).is_absolute() and bundled.is_dir():
+        return str(bundled)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    looks_like_path = isinstance(source, Path) or str(source).startswith(("/", ".", "~")) or str(source).count("/") > 1
+    if looks_like_path or folder.is_file():
+        raise FileNotFoundError(f"no base model folder at {folder}: give a folder that holds config.json")
+    if "/" not in str(source):
+        names = sorted(path.parent.name for path in _DATA.glob("*/base_model"))
+        raise FileNotFoundError(
+            f"no bundled base model {source!r}: looked for {bundled} (bundled here: {', '.join(names) or 'none'}); "
+            "a hub id has the form owner/name"
+        )
+    return str(source)
+
+
+def decoder_body(model: nn.Module) -> nn.Module:
+    """The stack of embeddings, layers and final norm below the language-model head."""
+    body = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "model", model)
+    if not hasattr(body, "layers") or not hasattr(body, "norm"):
+        raise ValueError(
+            f"{type(model).__name__} has no decoder with .layers and .norm; Gemma, Qwen, Mistral and Llama families do"
+        )
+    return body
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's transformer layers, first to last."""
+    return list(decoder_body(model).layers)
+
+
+def target_linears(model: nn.Module, modules: list[str]) -> dict[str, list[nn.Linear]]:
+    """{module: its linear in every layer}. ValueError for a name that a layer lacks lists the names that exist."""
+    found: dict[str, list[nn.Linear]] = {module: [] for module in modules}
+    for index, layer in enumerate(decoder_layers(model)):
+        by_name: dict[str, list[nn.Linear]] = {}
+        for path, linear in layer.named_modules():
+            if isinstance(linear, nn.Linear):
+                by_name.setdefault(path.rpartition(".")[2], []).append(linear)
+        for module in modules:
+            matches = by_name.get(module, [])
+            if len(matches) != 1:
+                problem = "no" if not matches else f"{len(matches)}"
+                raise ValueError(f"layer {index} has {problem} linears named {module!r}; it has {sorted(by_name)}")
+            found[module].extend(matches)
+    return found
+
+
+def module_sizes(model: nn.Module, modules: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """(d_in, d_out) of each target module; ValueError where layers differ, for one head width serves all layers."""
+    d_in, d_out = {}, {}
+    for module, linears in target_linears(model, modules).items():
+        shapes = {(linear.in_features, linear.out_features) for linear in linears}
+        if len(shapes) > 1:
+            raise ValueError(f"{module} has different sizes in different layers: {sorted(shapes)}")
+        d_in[module], d_out[module] = shapes.pop()
+    return d_in, d_out
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block the model is the plain base model, even within `lora.apply_lora`."""
+    nobody = object()
+    stack = open_adapters.setdefault(model, [])
+    stack.append(nobody)
+    try:
+        yield
+    finally:
+        stack.remove(nobody)
+
+
+class ContextEncoder:
+    """Reads the features of chunks out of the base model (or of another model), without a second copy of its weights.
+
+    - early_exit: the first `encoder_layer` layers and the final norm -> [n, T, F]
+    - per_layer_activations: hidden states 0 .. L-1 -> [n, L, T, F]; state 0 is the embeddings, the last one has passed
+      the final norm, as in the authors' code
+    - embed_only: the embeddings -> [n, T, F]
+
+    Values at padded positions mean nothing. An adapter applied to the model at the time is ignored.
+    """
+
+    def __init__(self, model: nn.Module, encoder_type: str = "early_exit", encoder_layer: int | None = None):
+        self.model = model
+        self.encoder_type = encoder_type
+        n_layers = len(decoder_layers(model))
+        if encoder_type == "early_exit":
+            self.n_layers_run = max(1, n_layers // 4) if encoder_layer is None else encoder_layer
+        elif encoder_type == "per_layer_activations":
+            self.n_layers_run = (n_layers if encoder_layer is None else encoder_layer) - 1
+        elif encoder_type == "embed_only":
+            self.n_layers_run = 0
+        else:
+            raise ValueError(f"unknown encoder_type {encoder_type!r}")
+        if not 0 <= self.n_layers_run <= n_layers:
+            raise ValueError(f"encoder_layer {encoder_layer} does not fit a model of {n_layers} layers")
+
+    @classmethod
+    def from_config(cls, model: nn.Module, config: HypernetworkConfig) -> "ContextEncoder":
+        """The encoder that a hypernetwork was made for, reading from `model`."""
+        return cls(model, config.encoder_type, config.encoder_layer)
+
+    @property
+    def feature_size(self) -> int:
+        """Length F of one feature vector."""
+        return decoder_body(self.model).config.hidden_size
+
+    @torch.no_grad()
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Features of chunk token ids [n, T], padded (`attention_mask`) or packed [1, total] (`position_ids`).
+
+        Packed chunks do not see each other: transformers separates them when there is neither mask nor cache.
+        """
+        if position_ids is not None and attention_mask is not None:
+            raise ValueError("packed chunks are told apart by position_ids alone: leave attention_mask out")
+        body = self._shortened_body()
+        states: list[Tensor] = []
+        handles = []
+        try:
+            if self.encoder_type == "per_layer_activations":
+                for layer in body.layers:
+                    handles.append(layer.register_forward_pre_hook(lambda _, args: states.append(args[0])))
+            with without_lora(self.model):
+                last = body(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    use_cache=False,
+                ).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([*states, last], dim=1) if self.encoder_type == "per_layer_activations" else last
+
+    def _shortened_body(self) -> nn.Module:
+        """The body with its first layers only; the modules, and so the weights, are the model's own."""
+        body = copy.copy(decoder_body(self.model))
+        body._modules = dict(body._modules)
+        body._modules["layers"] = nn.ModuleList(list(body.layers)[: self.n_layers_run])
+        if self.encoder_type == "embed_only":
+            body._modules["norm"] = nn.Identity()
+        return body

@@ -1,0 +1,360 @@
+"""Documents: named texts, cut into chunks at sentence ends and wrapped for the context encoder.
+
+    text  ->  sentences  ->  chunks of at most `chunk_tokens` tokens  ->  token ids (prefix + chunk + suffix)
+
+The wrapping is the base model's own chat format: an empty system turn, the chunk as the user's turn, and the
+opening of the model's turn (the method's section 3.1). It is derived from the tokenizer's chat template,
+so it needs no table of models.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+SENTINEL = "d2lcontentgoeshere"
+
+# Sentence ends: Latin marks need white space after them; CJK marks do not; a blank line always ends a sentence.
+# (The look-behind and the possessive `++` keep the search linear on long runs of marks.)
+SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+\s+|[。！？]+[”’」』）]*\s*|\n[^\S\n]*+\n\s*")
+ABBREVIATION = re.compile(
+    r"(?:^|[\s(\"'“‘])(?:[A-Z]|[Dd]r|Mr|Mrs|Ms|Prof|Sr|Jr|St|Mt|vs|cf|[Ff]igs?|Eq|Vol|pp|ca|e\.g|i\.e)\.$"
+)
+# A sentence that does not fit is cut at line ends, then at white space, then between characters.
+LINE_END = re.compile(r"\n\s*")
+WORD_END = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of one document: `text` is `document_text[span[0]:span[1]]`; `index` counts from 0 within it."""
+
+    document: str
+    index: int
+    span: tuple[int, int]
+    text: str
+
+
+# --- names and checks -------------------------------------------------------------------------------------------
+
+
+def check_text(text: object, name: str) -> str:
+    """`text` itself, if it is a text with something to read in it.
+
+    TypeError for anything but str. ValueError for a text that holds only white space, control or other invisible
+    characters, and for one with an unpaired surrogate (which no tokenizer can encode). Control characters and
+    emoji inside a text are kept as they are.
+    """
+    if not isinstance(text, str):
+        hint = "decode it first, e.g. data.decode('utf-8')" if isinstance(text, bytes) else "pass a str"
+        raise TypeError(f"{name} is {type(text).__name__}, not text: {hint}")
+    if not any(unicodedata.category(character)[0] not in "ZC" for character in text):
+        found = "it is empty" if not text else f"its {len(text)} characters are all white space or invisible"
+        raise ValueError(f"{name} holds no text ({found}): nothing to read")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has an unpaired surrogate at character {error.start}: it is not valid Unicode; "
+            "read the file again with errors='replace'"
+        ) from error
+    return text
+
+
+def name_documents(documents: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Every input of `internalize` as {name: text}, checked.
+
+    A text is called "document", a list's texts "document 1", "document 2", ...; a mapping brings its names.
+    TypeError for other values, ValueError for none at all and for texts without content (see check_text).
+    """
+    if isinstance(documents, str):
+        named = {"document": documents}
+    elif isinstance(documents, Mapping):
+        named = dict(documents)
+    elif isinstance(documents, Sequence) and not isinstance(documents, (bytes, bytearray)):
+        named = {f"document {number}": text for number, text in enumerate(documents, 1)}
+    else:
+        raise TypeError(f"documents must be a text, a list of texts or {{name: text}}, not {type(documents).__name__}")
+    if not named:
+        raise ValueError("no documents given: pass a text, a list of texts or {name: text}")
+    for name, text in named.items():
+        if not isinstance(name, str) or not name.strip():
+            raise TypeError(f"document name {name!r} must be a text that is not blank")
+        check_text(text, f"document {name!r}" if name != "document" else "the document")
+    return named
+
+
+# --- wrapping -----------------------------------------------------------------------------------------------------
+
+
+def _render(tokenizer, messages: list[dict[str, str]], generation_prompt: bool = True) -> str:
+    """The chat template's text for these messages. Options that only some templates read: no thinking, a fixed date."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "this tokenizer has no chat template, and the method reads documents in chat format: use the "
+            "instruction-tuned version of the model, or set tokenizer.chat_template"
+        )
+    return tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=generation_prompt,
+        enable_thinking=False,
+        date_string="26 Jul 2024",
+    )
+
+
+def _around_sentinel(rendered: str) -> tuple[str, str]:
+    """The text before and after the one sentinel in a rendered template."""
+    if (count := rendered.count(SENTINEL)) != 1:
+        raise ValueError(f"the chat template must show the user's text once, not {count} times: {rendered!r}")
+    before, _, after = rendered.partition(SENTINEL)
+    return before, after
+
+
+def _document_wrapping(tokenizer) -> tuple[str, str]:
+    """The text around a document: empty system turn, user turn, generation prompt.
+
+    A template that refuses a system turn (Gemma-2's) gets what the others make of an empty one that they fold
+    into the user's turn: a blank line before the text. This gives the affixes of the published checkpoints.
+    """
+    from jinja2.exceptions import TemplateError
+
+    user = {"role": "user", "content": SENTINEL}
+    try:
+        return _around_sentinel(_render(tokenizer, [{"role": "system", "content": ""}, user]))
+    except TemplateError:
+        before, after = _around_sentinel(_render(tokenizer, [user]))
+        return before + "\n\n", after
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a text, no special tokens added."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def special_texts(tokenizer) -> set[str]:
+    """The texts that the tokenizer turns into special (control) tokens, e.g. "<end_of_turn>"."""
+    added = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)
+
+
+def _plain_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a text in which special tokens' names are ordinary text.
+
+    Each name is cut after its first character, so that no piece is a name; nothing is added or lost.
+    """
+    names = sorted(special_texts(tokenizer), key=len, reverse=True)
+    pieces = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+    ids = []
+    for piece in pieces:
+        halves = (piece[:1], piece[1:]) if piece in names else (piece,)
+        for half in halves:
+            ids += _ids(tokenizer, half) if half else []
+    return ids
+
+
+def _wrap(tokenizer, before: str, texts: Sequence[str], after: str) -> list[list[int]]:
+    """Ids of before + text + after in one piece, as the template gives them; special tokens only from the template."""
+    names = special_texts(tokenizer)
+    wrapped = []
+    for text in map(str.strip, texts):
+        if any(name in text for name in names):
+            wrapped.append(_ids(tokenizer, before) + _plain_ids(tokenizer, text) + _ids(tokenizer, after))
+        else:
+            wrapped.append(_ids(tokenizer, before + text + after))
+    return wrapped
+
+
+def chat_affixes(tokenizer) -> tuple[list[int], list[int]]:
+    """(prefix, suffix) token ids that the method puts around every chunk, from the tokenizer's own chat template."""
+    before, after = _document_wrapping(tokenizer)
+    return _ids(tokenizer, before), _ids(tokenizer, after)
+
+
+def context_ids(tokenizer, texts: str | Sequence[str]) -> list[int] | list[list[int]]:
+    """Token ids of a chunk (or of each of several) as the context encoder reads it.
+
+    Names of special tokens in the text ("<end_of_turn>") stay plain text.
+    """
+    before, after = _document_wrapping(tokenizer)
+    ids = _wrap(tokenizer, before, [texts] if isinstance(texts, str) else texts, after)
+    return ids[0] if isinstance(texts, str) else ids
+
+
+def question_ids(tokenizer, questions: str | Sequence[str]) -> list[int] | list[list[int]]:
+    """Token ids of a question (or of each of several): user turn and generation prompt, no system turn.
+
+    Raises as check_text does.
+    """
+    several = [questions] if isinstance(questions, str) else questions
+    for number, question in enumerate(several, 1):
+        check_text(question, "the question" if isinstance(questions, str) else f"question {number}")
+    before, after = _around_sentinel(_render(tokenizer, [{"role": "user", "content": SENTINEL}]))
+    ids = _wrap(tokenizer, before, several, after)
+    return ids[0] if isinstance(questions, str) else ids
+
+
+def stop_ids(tokenizer) -> list[int]:
+    """Tokens that end an answer: the end-of-text token and the special token after the model's turn in the template."""
+    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": SENTINEL}]
+    after = _ids(tokenizer, _around_sentinel(_render(tokenizer, turns, generation_prompt=False))[1].lstrip())
+    special = {tokenizer.convert_tokens_to_ids(name) for name in special_texts(tokenizer)}
+    if after and after[0] in special and after[0] not in stops:
+        stops.append(after[0])
+    return stops
+
+
+# --- sentences and chunks -------------------------------------------------------------------------------------------
+
+
+def _cut(start: int, end: int, ends: list[int]) -> list[tuple[int, int]]:
+    """[start, end) cut after each of the positions `ends`."""
+    edges = [start, *(position for position in ends if start < position < end), end]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """Character spans (start, end) of the sentences; together they are the whole text, white space goes to the left.
+
+    Rules, not a model: `.`, `!`, `?` before white space, CJK stops, and blank lines. Not a sentence end: common
+    abbreviations and initials ("Dr. M. Finch"), and a full stop before a lower-case word.
+    """
+    if not text:
+        return []
+    ends = []
+    for match in SENTENCE_END.finditer(text):
+        following = text[match.end() : match.end() + 1]
+        full_stop = match.group().rstrip() == "." and match.group().count("\n") < 2
+        abbreviation = ABBREVIATION.search(text, max(0, match.start() - 12), match.start() + 1)
+        if not (full_stop and (following.islower() or abbreviation)):
+            ends.append(match.end())
+    return _join_blank(text, _cut(0, len(text), ends))
+
+
+class _TokenCounter:
+    """Token counts of stretches of one text, each stretch on its own."""
+
+    def __init__(self, text: str, tokenizer):
+        self.text, self.tokenizer = text, tokenizer
+        self.has_special = any(name in text for name in special_texts(tokenizer))
+
+    def count(self, spans: list[tuple[int, int]], joined: bool = False) -> list[int]:
+        """Tokens in each span without the white space around it (which is not encoded); `joined`: with that before."""
+        texts = [self.text[start:end].strip() for start, end in spans]
+        if joined:
+            texts = [self._space_before(start) + text for (start, _), text in zip(spans, texts, strict=True)]
+        if self.has_special:
+            return [len(_plain_ids(self.tokenizer, text)) for text in texts]
+        if not texts:
+            return []
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+    def _space_before(self, start: int) -> str:
+        """The white space that separates a stretch from the text before it."""
+        first = start
+        while first > 0 and self.text[first - 1].isspace():
+            first -= 1
+        return self.text[first:start]
+
+
+def _fill(sizes: list[int], limit: int) -> list[int]:
+    """Greedy filling in order: the index at which each group ends, each group's sum at most `limit`."""
+    groups, total = [], 0
+    for index, size in enumerate(sizes):
+        if index and total + size > limit:
+            groups.append(index)
+            total = 0
+        total += size
+    return [*groups, len(sizes)]
+
+
+def _balanced(sizes: list[int], limit: int) -> list[int]:
+    """As _fill, with as few groups but of sizes as equal as possible: the smallest limit that needs no group more."""
+    groups = _fill(sizes, limit)
+    low, high = max(sizes), limit
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill(sizes, middle)) <= len(groups):
+            high = middle
+        else:
+            low = middle + 1
+    return _fill(sizes, high)
+
+
+def _group(spans: list[tuple[int, int]], sizes: list[int], limit: int) -> list[tuple[int, int]]:
+    """Neighbouring spans joined into balanced groups of at most `limit` tokens."""
+    joined, first = [], 0
+    for last in _balanced(sizes, limit):
+        joined.append((spans[first][0], spans[last - 1][1]))
+        first = last
+    return joined
+
+
+def _split_long(counter: _TokenCounter, span: tuple[int, int], limit: int) -> list[tuple[int, int]]:
+    """A stretch of more than `limit` tokens as stretches that fit: at line ends, else at white space, else anywhere."""
+    start, end = span
+    for pattern in (LINE_END, WORD_END):
+        pieces = _cut(start, end, [match.end() for match in pattern.finditer(counter.text, start, end)])
+        if len(pieces) > 1:
+            break
+    else:
+        if end - start == 1:
+            raise ValueError(
+                f"chunk_tokens={limit} is too small: the character {counter.text[start]!r} alone takes "
+                f"{counter.count([span])[0]} tokens"
+            )
+        middle = (start + end) // 2
+        pieces = [(start, middle), (middle, end)]
+    return _fit(counter, pieces, limit)
+
+
+def _fit(counter: _TokenCounter, spans: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+    """Spans joined into groups of at most `limit` tokens, too long ones split first; checked by counting."""
+    fitting: list[tuple[int, int]] = []
+    for span, size in zip(spans, counter.count(spans), strict=True):
+        fitting += [span] if size <= limit else _split_long(counter, span, limit)
+    groups = _group(fitting, counter.count(fitting, joined=True), limit)
+    # Joined text can, rarely, take more tokens than its parts (where tokens merge differently).
+    counts = counter.count(groups)
+    if max(counts) <= limit:
+        return groups
+    result = []
+    for (start, end), count in zip(groups, counts, strict=True):
+        inside = [span for span in fitting if start <= span[0] and span[1] <= end]
+        half = len(inside) // 2
+        if count <= limit:
+            result.append((start, end))
+        else:
+            result += _fit(counter, inside[:half], limit) + _fit(counter, inside[half:], limit)
+    return result
+
+
+def chunk_document(text: str, tokenizer, chunk_tokens: int, name: str = "document") -> list[Chunk]:
+    """The document as chunks of at most `chunk_tokens` tokens each (the chat wrapping comes on top).
+
+    Cuts lie at sentence ends. A sentence is cut only when it does not fit into a chunk: at line ends, else between
+    words, else between characters. As few chunks as these rules allow by greedy filling, of sizes as equal as possible.
+    The spans follow each other and cover the whole text. Raises as check_text does; ValueError for a
+    `chunk_tokens` that is no positive whole number or smaller than one character's tokens.
+    """
+    check_text(text, f"document {name!r}" if name != "document" else "the document")
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be a whole number of at least 1, not {chunk_tokens!r}")
+    counter = _TokenCounter(text, tokenizer)
+    spans = _fit(counter, split_sentences(text), chunk_tokens)
+    spans = _join_blank(text, spans)
+    return [Chunk(name, index, span, text[slice(*span)]) for index, span in enumerate(spans)]
+
+
+def _join_blank(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of white space alone joined to the span before (the first one to the span after): no chunk is blank."""
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        if joined and (not text[start:end].strip() or not text[slice(*joined[-1])].strip()):
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined

@@ -1,0 +1,488 @@
+"""From context features to LoRA blocks: the Perceiver hypernetwork of Doc-to-LoRA (arXiv 2602.15902).
+
+One latent vector per (layer, module, rank row) is read out of a chunk; a linear head per layer turns it into one row
+of A and one row of B. Shapes are written with
+
+    n chunks, T tokens, F feature_size, d latent_size, L layers, M modules (sorted by name), r rank,
+    D = max over modules of d_in + d_out.
+
+Parameter names equal those of the published checkpoints, so their tensors load without a translation table.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only")
+Loras = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class HypernetworkConfig:
+    """All sizes of a hypernetwork and of the base model it writes for.
+
+    `scale` is the s of y = W x + s B^T (A x); None means 2 * rank**1.5 (used whole, never divided by the rank).
+    `encoder_layer`: for early_exit the number of base layers that are run (None: a quarter of them, at least one); for
+    per_layer_activations the number of hidden states that are read (None: one per layer).
+    """
+
+    n_layers: int
+    d_in: dict[str, int]
+    d_out: dict[str, int]
+    feature_size: int
+    latent_size: int = 512
+    rank: int = 8
+    scale: float | None = None
+    encoder_type: str = "early_exit"
+    encoder_layer: int | None = None
+    n_latent_queries: int = 208
+    n_blocks: int = 8
+    n_self_attention_per_block: int = 0
+    shared_weights: bool = False
+    per_layer_processing: bool = False
+    n_pre_head_layers: int = 1
+    use_bias: bool = True
+    dropout: float = 0.0
+    n_heads: int = 16
+    n_kv_heads: int = 4
+    head_dim: int = 128
+    base_model: str = ""
+    encoder_model: str | None = None
+
+    def __post_init__(self):
+        if self.scale is None:
+            object.__setattr__(self, "scale", 2 * self.rank**1.5)
+        if self.encoder_type not in ENCODER_TYPES:
+            raise ValueError(f"encoder_type is {self.encoder_type!r}; choose one of {', '.join(ENCODER_TYPES)}")
+        if not self.d_in or self.d_in.keys() != self.d_out.keys():
+            raise ValueError(f"d_in names {sorted(self.d_in)} and d_out {sorted(self.d_out)}: name the same modules")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        smallest = {"n_self_attention_per_block": 0, "n_pre_head_layers": 0, "encoder_layer": 0}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, int | None) and value is not None and value < smallest.get(field.name, 1):
+                raise ValueError(f"{field.name} is {value}; it must be at least {smallest.get(field.name, 1)}")
+
+    @property
+    def modules(self) -> list[str]:
+        """Target module names in the order in which latents are assigned to them."""
+        return sorted(self.d_in)
+
+    @property
+    def layer_to_layer(self) -> bool:
+        """True where layer l of the base is written from hidden state l alone."""
+        return self.encoder_type == "per_layer_activations"
+
+    def to_dict(self) -> dict:
+        """The fields as plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "HypernetworkConfig":
+        """Inverse of `to_dict`; ValueError names fields that are unknown or missing."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown hypernetwork settings {unknown}; known are {sorted(known)}")
+        if missing := [name for name in ("n_layers", "d_in", "d_out", "feature_size") if name not in values]:
+            raise ValueError(f"hypernetwork settings lack {missing}")
+        return cls(**values)
+
+
+class RMSNorm(nn.Module):
+    """w * x / sqrt(mean(x^2) + 1e-6), computed in float32 and returned in x's dtype."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+        return self.weight * normed.to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) without biases: d_in -> d_hidden -> d_out."""
+
+    def __init__(self, d_in: int, d_hidden: int, d_out: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_in, d_hidden, bias=False)
+        self.up_proj = nn.Linear(d_in, d_hidden, bias=False)
+        self.down_proj = nn.Linear(d_hidden, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of latents [n, k, d] on a context [n, T, d]; `mask` [n, T] is True at real tokens.
+
+    Query heads that share a key-value head are laid side by side along the query axis, so keys and values are never
+    repeated.
+    """
+
+    def __init__(self, config: HypernetworkConfig):
+        super().__init__()
+        d, self.n_kv_heads, self.head_dim = config.latent_size, config.n_kv_heads, config.head_dim
+        self.group = config.n_heads // config.n_kv_heads
+        self.q_proj = nn.Linear(d, config.n_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(d, config.n_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(d, config.n_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * config.head_dim, d, bias=False)
+
+    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        n, k, _ = latents.shape
+        queries = self.q_proj(latents).view(n, k, self.n_kv_heads, self.group, self.head_dim)
+        queries = queries.permute(0, 2, 3, 1, 4).reshape(n, self.n_kv_heads, self.group * k, self.head_dim)
+        keys = self.k_proj(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        values = self.v_proj(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        visible = None if mask is None else mask[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
+        mixed = mixed.view(n, self.n_kv_heads, self.group, k, self.head_dim).permute(0, 3, 1, 2, 4)
+        return self.o_proj(mixed.reshape(n, k, -1))
+
+
+class PerceiverLayer(nn.Module):
+    """h = lat + RMS(attn(RMS(lat), context)); out = h + RMS(SwiGLU(RMS(h))).
+
+    With `cross` the context is RMS(context), otherwise the normed latents themselves (self-attention).
+    """
+
+    def __init__(self, config: HypernetworkConfig, cross: bool):
+        super().__init__()
+        d = config.latent_size
+        self.input_latents_layernorm = RMSNorm(d)
+        self.input_context_layernorm = RMSNorm(d) if cross else None
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(d)
+        self.pre_ff_layernorm = RMSNorm(d)
+        self.post_ff_layernorm = RMSNorm(d)
+        self.mlp = SwiGLU(d, 4 * d, d)
+
+    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        queries = self.input_latents_layernorm(latents)
+        if self.input_context_layernorm is None:
+            attended = self.self_attn(queries, queries, None)
+        else:
+            attended = self.self_attn(queries, self.input_context_layernorm(context), mask)
+        hidden = latents + self.post_attention_layernorm(attended)
+        return hidden + self.post_ff_layernorm(self.mlp(self.pre_ff_layernorm(hidden)))
+
+
+class Resampler(nn.Module):
+    """Learned queries [n_queries, d] that read a context [n, T, d] block by block -> [n, n_queries, d].
+
+    A block is one cross-attention layer followed by `n_self` self-attention layers. With `shared`, self-attention
+    layers of all blocks are block 0's, cross-attention of blocks >= 2 is block 1's; block 0 keeps its own.
+    """
+
+    def __init__(self, config: HypernetworkConfig, n_queries: int, n_blocks: int, n_self: int, shared: bool):
+        super().__init__()
+        self.latents_q = nn.Parameter(torch.randn(n_queries, config.latent_size))
+        layers = []
+        for block in range(n_blocks):
+            for offset in range(1 + n_self):
+                first_use = block == 0 or (offset == 0 and block == 1)
+                if first_use or not shared:
+                    layers.append(PerceiverLayer(config, cross=offset == 0))
+                else:
+                    source_block = 1 if offset == 0 else 0
+                    layers.append(layers[source_block * (1 + n_self) + offset])
+        self.layers = nn.ModuleList(layers)
+        self.layernorm = RMSNorm(config.latent_size)
+
+    def forward(self, context: Tensor, mask: Tensor | None) -> Tensor:
+        latents = self.latents_q.expand(len(context), -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, context, mask)
+        return self.layernorm(latents)
+
+
+class Perceiver(nn.Module):
+    """Features [n, T, F] -> one embedding per output query [n, n_outputs, d]."""
+
+    def __init__(self, config: HypernetworkConfig):
+        super().__init__()
+        rows = len(config.modules) * config.rank * (1 if config.layer_to_layer else config.n_layers)
+        self.modality_projection = SwiGLU(config.feature_size, 4 * config.feature_size, config.latent_size)
+        self.encoder = Resampler(
+            config,
+            config.n_latent_queries,
+            config.n_blocks,
+            config.n_self_attention_per_block,
+            config.shared_weights,
+        )
+        self.decoder = Resampler(config, rows, n_blocks=1, n_self=0, shared=False)
+
+    def forward(self, features: Tensor, mask: Tensor | None, taps: dict | None) -> Tensor:
+        projected = self.modality_projection(features)
+        encoded = self.encoder(projected, mask)
+        decoded = self.decoder(encoded, None)
+        if taps is not None:
+            taps.update(projected=projected, encoder_out=encoded, decoder_out=decoded)
+        return decoded
+
+
+class Aggregator(nn.Module):
+    """Holds the Perceiver under its published name and orders its rows as [n, L, M, r, d]."""
+
+    def __init__(self, config: HypernetworkConfig):
+        super().__init__()
+        self.config = config
+        self.perceiver = Perceiver(config)
+
+    def forward(self, features: Tensor, mask: Tensor | None, taps: dict | None) -> Tensor:
+        n, config = len(features), self.config
+        row_shape = (len(config.modules), config.rank, config.latent_size)
+        if not config.layer_to_layer:
+            return self.perceiver(features, mask, taps).view(n, config.n_layers, *row_shape)
+        by_layer = features.transpose(0, 1).flatten(0, 1)  # [L*n, T, F]: layer-major, one sequence per layer and chunk
+        mask = None if mask is None else mask.repeat(config.n_layers, 1)
+        return self.perceiver(by_layer, mask, taps).view(config.n_layers, n, *row_shape).transpose(0, 1)
+
+
+class PerLayerLinear(nn.Module):
+    """y[n, l] = x[n, l] W[l] + b[l]: one linear map per base layer, on [n, L, M, r, d_in]."""
+
+    def __init__(self, n_layers: int, d_in: int, d_out: int):
+        super().__init__()
+        weight_bound, bias_bound = math.sqrt(3 / d_in), math.sqrt(1 / d_in)
+        self.weight = nn.Parameter(torch.empty(n_layers, d_in, d_out).uniform_(-weight_bound, weight_bound))
+        self.bias = nn.Parameter(torch.empty(1, n_layers, 1, 1, d_out).uniform_(-bias_bound, bias_bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nlmrd,ldh->nlmrh", x, self.weight) + self.bias
+
+
+class PerLayerResidual(nn.Module):
+    """x + LayerNorm(W2 silu(W1 LayerNorm(x))) with W1, W2 of each base layer its own."""
+
+    def __init__(self, config: HypernetworkConfig):
+        super().__init__()
+        d, n_layers = config.latent_size, config.n_layers
+        self.layers = nn.Sequential(
+            nn.LayerNorm(d),
+            PerLayerLinear(n_layers, d, 4 * d),
+            nn.SiLU(),
+            PerLayerLinear(n_layers, 4 * d, d),
+            nn.LayerNorm(d),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class SharedResidual(nn.Module):
+    """x + LayerNorm(W2 silu(W1 LayerNorm(x))) with W1, W2 common to all base layers."""
+
+    def __init__(self, config: HypernetworkConfig):
+        super().__init__()
+        d = config.latent_size
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(d),
+            nn.Dropout(config.dropout),
+            nn.Linear(d, 4 * d),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(4 * d, d),
+            nn.LayerNorm(d),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+class Head(nn.Module):
+    """flat = x W per layer and module: [n, L, M, r, d] -> [n, L, M, r, D], no bias.
+
+    The weight is [L, d, D] for a single module and [L, M, d, D] for several, as in the published checkpoints.
+    """
+
+    def __init__(self, config: HypernetworkConfig):
+        super().__init__()
+        d, width = config.latent_size, max(config.d_in[m] + config.d_out[m] for m in config.modules)
+        n_modules = len(config.modules)
+        shape = (config.n_layers, d, width) if n_modules == 1 else (config.n_layers, n_modules, d, width)
+        self.weight = nn.Parameter(torch.randn(shape) * 0.5 / math.sqrt(d + width * config.rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.weight.dim() == 4 else self.weight.unsqueeze(1)
+        return torch.einsum("nlmrd,lmdh->nlmrh", x, weight)
+
+
+class Hypernetwork(nn.Module):
+    """Reads the features of n chunks and writes one LoRA block per chunk, layer and module.
+
+    A fresh one writes B = 0, so it changes nothing until it is trained.
+    """
+
+    def __init__(self, config: HypernetworkConfig):
+        super().__init__()
+        self.config = config
+        self.aggregator = Aggregator(config)
+        residual = PerLayerResidual if config.per_layer_processing else SharedResidual
+        self.layers = nn.Sequential(*[residual(config) for _ in range(config.n_pre_head_layers)])
+        n_layers, r = config.n_layers, config.rank
+        if config.use_bias:
+            self.bias_A = nn.ParameterDict(
+                {m: torch.randn(n_layers, r, size) * 0.2 / math.sqrt(size * r) for m, size in config.d_in.items()}
+            )
+            self.bias_B = nn.ParameterDict({m: torch.zeros(n_layers, r, size) for m, size in config.d_out.items()})
+        self.scaler_A = nn.ParameterDict({m: torch.ones(1, n_layers, r, 1) for m in config.modules})
+        self.scaler_B = nn.ParameterDict({m: torch.zeros(1, n_layers, r, 1) for m in config.modules})
+        self.head = Head(config)
+
+    def forward(
+        self,
+        features: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        taps: dict | None = None,
+    ) -> Loras:
+        """Blocks {module: (A [n, L, r, d_in], B [n, L, r, d_out])} of the n chunks in `features`.
+
+        features: [n, T, F], or [n, L, T, F] for per_layer_activations. Either `attention_mask` [n, T] (padding on any
+        side, 0 there) or `position_ids` [1, total] (chunks one after another, each starting at 0) says where chunks
+        are; both layouts give the same numbers. `taps`, a dict, receives the intermediate activations.
+        Half-precision features run the Perceiver under bfloat16 autocast and everything after it in the parameters'
+        own precision, as published. ValueError where shapes do not fit the config.
+        """
+        self._check(features)
+        features, mask = as_padded_batch(features, attention_mask, position_ids)
+        parameter_dtype = self.head.weight.dtype
+        half = features.dtype in (torch.bfloat16, torch.float16)
+        features = features if half else features.to(parameter_dtype)
+        with torch.autocast(features.device.type, dtype=torch.bfloat16) if half else nullcontext():
+            embedding = self.aggregator(features, mask, taps)
+        embedding = embedding.to(parameter_dtype)  # [n, L, M, r, d]
+        processed = self.layers(embedding)
+        unit = F.normalize(processed, dim=-1, eps=1e-12)  # the eps only guards against an all-zero embedding
+        flat = self.head(unit)  # [n, L, M, r, D]
+        if taps is not None:
+            taps.update(lora_emb_in=embedding, lora_emb=processed, flat_loras=flat)
+        return {m: self._split(flat[:, :, index], m) for index, m in enumerate(self.config.modules)}
+
+    def bias(self) -> Loras | None:
+        """The learned block that belongs to no document: {module: (A [L, r, d_in], B [L, r, d_out])} or None."""
+        if not self.config.use_bias:
+            return None
+        return {m: (self.bias_A[m], self.bias_B[m]) for m in self.config.modules}
+
+    def _split(self, flat: Tensor, module: str) -> tuple[Tensor, Tensor]:
+        d_in, d_out = self.config.d_in[module], self.config.d_out[module]
+        A = flat[..., :d_in] * self.scaler_A[module]
+        B = flat[..., d_in : d_in + d_out] * self.scaler_B[module]
+        return A, B
+
+    def _check(self, features: Tensor) -> None:
+        config = self.config
+        expected = "[chunks, layers, tokens, features]" if config.layer_to_layer else "[chunks, tokens, features]"
+        if features.dim() != (4 if config.layer_to_layer else 3):
+            raise ValueError(f"{config.encoder_type} features must be {expected}, got {tuple(features.shape)}")
+        if features.shape[-1] != config.feature_size:
+            raise ValueError(
+                f"features have size {features.shape[-1]}, this hypernetwork reads {config.feature_size}: "
+                "was it made for another context encoder?"
+            )
+        if config.layer_to_layer and features.shape[1] != config.n_layers:
+            raise ValueError(f"features of {features.shape[1]} layers, this hypernetwork writes {config.n_layers}")
+
+
+def as_padded_batch(
+    features: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Features as one row per chunk [n, ..., T, F] with a bool mask [n, T] (None where every position is real).
+
+    Values at padded positions are set to zero, so that nothing in them (not even NaN) reaches a result.
+    """
+    if (attention_mask is None) == (position_ids is None):
+        raise ValueError("give exactly one of attention_mask and position_ids, to say where each chunk's tokens are")
+    if attention_mask is not None:
+        expected = (len(features), features.shape[-2])
+        if tuple(attention_mask.shape) != expected:
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, features need {expected}")
+        mask = attention_mask.bool()
+        if not mask.any(dim=1).all():
+            raise ValueError(f"chunk {int((~mask.any(dim=1)).nonzero()[0])} has no token: drop it before encoding")
+    else:
+        features, mask = _unpack(features, chunk_lengths(position_ids))
+    if mask.all():
+        return features, None
+    hidden = ~mask.view(len(mask), *[1] * (features.dim() - 3), mask.shape[1], 1)
+    return features.masked_fill(hidden, 0.0), mask
+
+
+def chunk_lengths(position_ids: Tensor) -> list[int]:
+    """Tokens of each sequence in packed `position_ids` [1, total]; a sequence starts wherever the position is 0."""
+    if position_ids.dim() != 2 or len(position_ids) != 1 or position_ids.numel() == 0 or position_ids[0, 0] != 0:
+        raise ValueError(f"packed position_ids must be [1, total] and start at 0, got {tuple(position_ids.shape)}")
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    return [end - start for start, end in zip(starts, [*starts[1:], position_ids.shape[1]], strict=True)]
+
+
+def _unpack(features: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """[1, ..., total, F] -> [n, ..., T, F] and its mask, padded on the right."""
+    if len(features) != 1 or features.shape[-2] != sum(lengths):
+        raise ValueError(f"position_ids cover {sum(lengths)} tokens, features are {tuple(features.shape)}")
+    pieces = [piece.movedim(-2, 0) for piece in features[0].split(lengths, dim=-2)]  # each [T_i, ..., F]
+    padded = nn.utils.rnn.pad_sequence(pieces, batch_first=True).movedim(1, -2)
+    counts = torch.tensor(lengths, device=features.device)
+    return padded, torch.arange(max(lengths), device=features.device) < counts[:, None]
+
+
+def combine(
+    loras: Loras,
+    bias: Loras | None,
+    n_chunks: Tensor,
+    weights: Tensor | None = None,
+    bias_weight: float | Tensor = 1.0,
+) -> Loras:
+    """One adapter per context: its chunks' blocks and the bias block, concatenated along the rank axis.
+
+    loras: {module: (A [chunks, L, r, d_in], B [chunks, L, r, d_out])}; n_chunks [contexts] counts each context's
+    chunks. Returns {module: (A [contexts, L, (max n + 1) * r, d_in], B alike)}: rows of chunk 1, ..., chunk n, bias,
+    then zeros up to the longest context. `weights` [chunks] multiply A only (so a block counts by its weight);
+    `bias_weight` multiplies both factors of the bias block, as published (so it counts by the square).
+    """
+    first = next(iter(loras.values()))[0]
+    n_chunks = torch.as_tensor(n_chunks, device=first.device).long()
+    total, contexts = len(first), len(n_chunks)
+    if int(n_chunks.sum()) != total or (n_chunks < 0).any():
+        raise ValueError(f"n_chunks {n_chunks.tolist()} adds up to {int(n_chunks.sum())}, there are {total} blocks")
+    if weights is not None and tuple(weights.shape) != (total,):
+        raise ValueError(f"weights must have one value per chunk: [{total}], got {list(weights.shape)}")
+    context = torch.arange(contexts, device=first.device).repeat_interleave(n_chunks)
+    slot = torch.arange(total, device=first.device) - (n_chunks.cumsum(0) - n_chunks)[context]
+    n_slots = int(n_chunks.max()) + 1
+
+    def place(chunk_rows: Tensor, bias_rows: Tensor | None) -> Tensor:
+        _, n_layers, r, size = chunk_rows.shape
+        slots = chunk_rows.new_zeros(contexts, n_slots, n_layers, r, size)
+        slots = slots.index_put((context, slot), chunk_rows)
+        if bias_rows is not None:
+            every = torch.arange(contexts, device=first.device)
+            bias_rows = (bias_rows * bias_weight).to(chunk_rows.dtype)
+            slots = slots.index_put((every, n_chunks), bias_rows.expand(contexts, -1, -1, -1))
+        return slots.transpose(1, 2).reshape(contexts, n_layers, n_slots * r, size)
+
+    combined = {}
+    for module, (A, B) in loras.items():
+        bias_A, bias_B = (None, None) if bias is None else bias[module]
+        A = A if weights is None else A * weights.to(A.dtype)[:, None, None, None]
+        combined[module] = place(A, bias_A), place(B, bias_B)
+    return combined
+
+
+def names_without_decay(hypernetwork: nn.Module) -> list[str]:
+    """Parameters that weight decay leaves alone: norms, biases, scalers and learned queries, sorted by name."""
+    spared = ("scaler", "bias", "layernorm", "latents_q")
+    names = {name for name, _ in hypernetwork.named_parameters() if any(part in name for part in spared)}
+    for path, module in hypernetwork.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            names.update(f"{path}.{name}" for name, _ in module.named_parameters())
+    return sorted(names)

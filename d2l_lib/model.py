@@ -1,0 +1,656 @@
+"""The model that a person talks to: internalize documents, then answer questions without them.
+
+    documents -> chunks -> context encoder -> hypernetwork -> one block per chunk -> Adapter
+    question  -> base model with the adapter applied -> answer
+
+The base model is never changed: an adapter acts through hooks inside a `with` block, and only there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2l_lib.adapter import Adapter, Block, stack_factors
+from d2l_lib.base_model import (
+    ContextEncoder,
+    bundled_path,
+    decoder_body,
+    decoder_layers,
+    load_base_model,
+    module_sizes,
+    target_linears,
+    without_lora,
+)
+from d2l_lib.checkpoints import build_hypernetwork, load_checkpoint, read_published, save_checkpoint
+from d2l_lib.documents import chat_affixes, chunk_document, context_ids, name_documents, question_ids, stop_ids
+from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras
+from d2l_lib.lora import apply_lora
+from d2l_lib.records import atomic_folder
+
+# Longest chunk that the published models are used with (needle evaluation, section 2).
+LONGEST_CHUNK = 1024
+
+
+class _Current:
+    """The default of every `adapter=` argument: the adapter that is applied or current now."""
+
+    def __repr__(self) -> str:
+        return "<the current adapter>"
+
+
+CURRENT = _Current()
+Adapters = Adapter | Sequence[Adapter | None] | None
+Progress = Callable[[int, int], None] | bool | None
+BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+class DocToLoRA:
+    """A frozen base model, its tokenizer, and a hypernetwork that turns documents into adapters for it.
+
+    Attributes: `base_model`, `tokenizer`, `hypernetwork`, `config` (a HypernetworkConfig), `encoder` (shares the base
+    model's weights), `current` (the Adapter that calls without `adapter=` use, or None), `window` (tokens the
+    base model reads at most), `chunk_tokens` (default length of a chunk, without its chat wrapping).
+
+    `chunk_batch` chunks are encoded at a time. It is 1 on the CPU, where a batch gains little, so that
+    a block's numbers do not depend, even in their last bit, on which other chunks were internalized along with it.
+    """
+
+    def __init__(
+        self,
+        base_model: nn.Module,
+        tokenizer,
+        hypernetwork: Hypernetwork,
+        config: HypernetworkConfig | None = None,
+        *,
+        chunk_tokens: int | None = None,
+        base_source: str | None = None,
+        encoder: ContextEncoder | None = None,
+        encoder_tokenizer=None,
+    ):
+        self.base_model = base_model
+        self.tokenizer = tokenizer
+        self.hypernetwork = hypernetwork
+        self.config = hypernetwork.config if config is None else config
+        self.base_source = base_source
+        self.encoder = ContextEncoder.from_config(base_model, self.config) if encoder is None else encoder
+        self.encoder_tokenizer = tokenizer if encoder_tokenizer is None else encoder_tokenizer
+        self._check_base_model()
+        self.current: Adapter | None = None
+        self._applied: list[Adapters] = []
+        self.window = _window(base_model)
+        on_cpu = self.device.type == "cpu"
+        self.chunk_batch = 1 if on_cpu else 8
+        self.answer_batch = 16 if on_cpu else 32
+        self.chunk_tokens = min(LONGEST_CHUNK, self._longest_chunk()) if chunk_tokens is None else chunk_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return next(self.base_model.parameters()).device
+
+    def _check_base_model(self) -> None:
+        """ValueError where the hypernetwork writes for a base model of other sizes."""
+        name = self.config.base_model or "another base model"
+        remedy = f"it was made for {name}: pass that one as base_model="
+        n_layers = len(decoder_layers(self.base_model))
+        if n_layers != self.config.n_layers:
+            raise ValueError(
+                f"hypernetwork writes for {self.config.n_layers} layers, this base model has {n_layers}; {remedy}"
+            )
+        d_in, d_out = module_sizes(self.base_model, self.config.modules)
+        for module in self.config.modules:
+            expected = (self.config.d_in[module], self.config.d_out[module])
+            if expected != (d_in[module], d_out[module]):
+                raise ValueError(
+                    f"hypernetwork writes {module} {expected[0]} -> {expected[1]}, this base model's is "
+                    f"{d_in[module]} -> {d_out[module]}; {remedy}"
+                )
+        if self.encoder.feature_size != self.config.feature_size:
+            raise ValueError(
+                f"hypernetwork reads features of size {self.config.feature_size}, this context encoder gives "
+                f"{self.encoder.feature_size}; {remedy}"
+            )
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.hypernetwork.parameters()) / 1e6
+        base = f"{type(self.base_model).__name__}, {self.config.n_layers} layers, window {self.window} tokens"
+        writes = f"rank {self.config.rank} on {', '.join(self.config.modules)}"
+        return f"DocToLoRA({base}; hypernetwork {count:.1f} M parameters, {writes}; {self.device})"
+
+    # --- documents in -----------------------------------------------------------------------------------------------
+
+    def internalize(
+        self,
+        documents: str | Sequence[str] | Mapping[str, str],
+        *,
+        chunk_tokens: int | None = None,
+        progress: Progress = None,
+    ) -> Adapter:
+        """The adapter of these documents, one block per chunk; it becomes `model.current`.
+
+        documents: a text (named "document"), a list ("document 1", "document 2", ...) or {name: text}, of any length.
+        chunk_tokens: longest chunk in tokens without its chat wrapping (None: `model.chunk_tokens`). progress: True
+        shows a bar, a function is called as progress(done, total), counting different chunks.
+
+        Chunks are read `chunk_batch` at a time and finished blocks are moved to the CPU, so working memory does not
+        grow with length. Chunks with the same text are encoded once and share their tensors. TypeError or
+        ValueError for documents that are no text or hold none, before anything is computed.
+        """
+        adapters = self._internalize_named(name_documents(documents), chunk_tokens, progress)
+        self.current = self._adapter([block for adapter in adapters for block in adapter.blocks])
+        return self.current
+
+    def internalize_each(
+        self,
+        documents: Sequence[str] | Mapping[str, str],
+        *,
+        chunk_tokens: int | None = None,
+        progress: Progress = None,
+    ) -> list[Adapter]:
+        """One adapter per document, for `answer(questions, adapters)`; `model.current` stays what it was."""
+        return self._internalize_named(name_documents(documents), chunk_tokens, progress)
+
+    def internalize_ids(self, ctx_ids: Tensor, attention_mask: Tensor | None = None) -> Adapter:
+        """The adapter of ready-made chunks [n_chunks, length] of token ids, chat wrapping included; it becomes current.
+
+        attention_mask [n_chunks, length] is 0 at padding, on any side (None: no padding). Blocks have no span.
+        """
+        ctx_ids, attention_mask = _checked_ids(ctx_ids, attention_mask)
+        rows = [ids[mask].tolist() for ids, mask in zip(ctx_ids, attention_mask.bool(), strict=True)]
+        for index, ids in enumerate(rows):
+            if not ids:
+                raise ValueError(f"chunk {index} has no token (its attention_mask is all 0): leave it out")
+        encoded = self._encode(rows, None)
+        blocks = [Block("document", index, None, 1.0, A, B) for index, (A, B) in enumerate(encoded)]
+        self.current = self._adapter(blocks)
+        return self.current
+
+    def _internalize_named(
+        self, documents: dict[str, str], chunk_tokens: int | None, progress: Progress
+    ) -> list[Adapter]:
+        """One adapter per named document, all chunks in one stream."""
+        limit = self._chunk_limit(chunk_tokens)
+        tokenizer = self.encoder_tokenizer
+        chunks = [chunk for name, text in documents.items() for chunk in chunk_document(text, tokenizer, limit, name)]
+        encoded = self._encode(context_ids(tokenizer, [chunk.text for chunk in chunks]), progress)
+        blocks: dict[str, list[Block]] = {name: [] for name in documents}
+        for chunk, (A, B) in zip(chunks, encoded, strict=True):
+            blocks[chunk.document].append(Block(chunk.document, chunk.index, chunk.span, 1.0, A, B))
+        return [self._adapter(of_document) for of_document in blocks.values()]
+
+    def _longest_chunk(self) -> int:
+        """Tokens of text that fit into the encoder's window beside the chat wrapping."""
+        prefix, suffix = chat_affixes(self.encoder_tokenizer)
+        return _window(self.encoder.model) - len(prefix) - len(suffix)
+
+    def _chunk_limit(self, chunk_tokens: int | None) -> int:
+        limit = self.chunk_tokens if chunk_tokens is None else chunk_tokens
+        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= self._longest_chunk():
+            raise ValueError(
+                f"chunk_tokens must be a whole number from 1 to {self._longest_chunk()} (the context encoder's window "
+                f"less the chat wrapping), not {limit!r}"
+            )
+        return limit
+
+    @torch.no_grad()
+    def _encode(self, chunks: list[list[int]], progress: Progress) -> list[BlockFactors]:
+        """(A, B) of every chunk of token ids, {module: [n_layers, r, size]} each, on the CPU; equal chunks share."""
+        distinct = list(dict.fromkeys(map(tuple, chunks)))
+        done: dict[tuple[int, ...], BlockFactors] = {}
+        was_training = self.hypernetwork.training
+        self.hypernetwork.eval()
+        try:
+            with _reporter(progress, len(distinct)) as report:
+                for start in range(0, len(distinct), self.chunk_batch):
+                    batch = distinct[start : start + self.chunk_batch]
+                    loras = self._encode_batch(batch)
+                    for index, ids in enumerate(batch):
+                        # clone: a slice would keep the whole batch alive
+                        pairs = {m: (A[index].cpu().clone(), B[index].cpu().clone()) for m, (A, B) in loras.items()}
+                        done[ids] = {m: A for m, (A, _) in pairs.items()}, {m: B for m, (_, B) in pairs.items()}
+                    report(start + len(batch))
+        finally:
+            self.hypernetwork.train(was_training)
+        return [done[tuple(ids)] for ids in chunks]
+
+    def _encode_batch(self, batch: Sequence[Sequence[int]]) -> Loras:
+        """{module: (A [n, L, r, d_in], B [n, L, r, d_out])} of n chunks of token ids, padded to one length."""
+        ids, mask = _padded(batch, _pad_id(self.encoder_tokenizer), side="right")
+        device = next(self.encoder.model.parameters()).device
+        mask = mask.to(device)
+        features = self.encoder.encode(ids.to(device), attention_mask=mask)
+        loras = self.hypernetwork(features, attention_mask=mask)
+        if not all(tensor.isfinite().all() for pair in loras.values() for tensor in pair):
+            raise ValueError("the hypernetwork wrote NaN or infinity: its weights, or the base model's, are damaged")
+        return loras
+
+    @torch.no_grad()
+    def _adapter(self, blocks: list[Block]) -> Adapter:
+        """Blocks, the bias and the fingerprints of what made them, as an Adapter."""
+        bias = self.hypernetwork.bias()
+        if bias is not None:
+            bias = {m: (A.detach().cpu().clone(), B.detach().cpu().clone()) for m, (A, B) in bias.items()}
+        return Adapter(
+            blocks=tuple(blocks),
+            bias=bias,
+            scale=self.config.scale,
+            n_layers=self.config.n_layers,
+            sizes={module: (self.config.d_in[module], self.config.d_out[module]) for module in self.config.modules},
+            base_model=self.base_source or self.config.base_model,
+            base_key=self.base_key,
+            hypernetwork_key=self.hypernetwork_key,
+            paths=self._module_paths(),
+        )
+
+    @property
+    def base_key(self) -> str:
+        """Fingerprint of the base model: a hash of some of its embeddings and final norm, the same in any precision."""
+        body = decoder_body(self.base_model)
+        tensors = (self.base_model.get_input_embeddings().weight, *body.norm.parameters())
+        return _fingerprint(tensors, precision=torch.bfloat16)
+
+    @property
+    def hypernetwork_key(self) -> str:
+        """Fingerprint of the hypernetwork: a hash of some values of each of its parameters."""
+        return _fingerprint(self.hypernetwork.parameters(), precision=torch.float32)
+
+    def _module_paths(self) -> dict[str, str]:
+        """{module: "model.layers.{layer}.mlp.down_proj"}: where the target linears sit, for export."""
+        names = {id(module): name for name, module in self.base_model.named_modules()}
+        layer = names[id(decoder_layers(self.base_model)[0])]  # ends in ".0"
+        linears = target_linears(self.base_model, self.config.modules)
+        return {
+            module: layer.removesuffix("0") + "{layer}" + names[id(of_layers[0])].removeprefix(layer)
+            for module, of_layers in linears.items()
+        }
+
+    # --- adapters on ------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Back to the base model: calls without `adapter=` use no adapter until the next `internalize`."""
+        self.current = None
+
+    @contextmanager
+    def applied(self, adapter: Adapters | _Current = CURRENT) -> Iterator[nn.Module]:
+        """Inside the `with` block the base model (also the plain transformers object) answers with the adapter.
+
+        Left out, it is the current one. A list gives one adapter (or None) per batch row; None is the plain base
+        model. Blocks nest, the innermost counts, also for calls without `adapter=`. On exit, also after an
+        exception, weights and hooks are what they were, bit for bit.
+        """
+        adapter = self._chosen(adapter)
+        contexts, rows = _distinct(adapter) if isinstance(adapter, (list, tuple)) else ([adapter], None)
+        for one in contexts:
+            self._check_adapter(one)
+        self._applied.append(adapter)
+        try:
+            if all(one is None for one in contexts):
+                with without_lora(self.base_model):
+                    yield self.base_model
+            else:
+                loras, scale = stack_factors(contexts)
+                with apply_lora(self.base_model, loras, scale, rows=rows):
+                    yield self.base_model
+        finally:
+            self._applied.pop()
+
+    def _check_adapter(self, adapter: object) -> None:
+        """TypeError for what is no adapter, ValueError for an adapter that was made for another base model."""
+        if adapter is None:
+            return
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"expected Adapters or None in the list, not {type(adapter).__name__}")
+        n_layers = len(decoder_layers(self.base_model))
+        if adapter.n_layers != n_layers:
+            raise ValueError(
+                f"adapter has blocks for {adapter.n_layers} layers, this model has {n_layers}: "
+                "was it made for another model?"
+            )
+        d_in, d_out = module_sizes(self.base_model, adapter.modules)
+        sizes = {module: (d_in[module], d_out[module]) for module in adapter.modules}
+        if adapter.sizes != sizes:
+            raise ValueError(f"adapter writes {adapter.sizes}, this model has {sizes}: was it made for another model?")
+        if adapter.base_key and adapter.base_key != self.base_key:
+            raise ValueError(
+                f"adapter was made for base model {adapter.base_model or '(unnamed)'}, this one "
+                f"({self.base_source or self.config.base_model or 'unnamed'}) has other weights: "
+                "internalize the documents again here"
+            )
+
+    def _chosen(self, adapter: Adapters | _Current) -> Adapters:
+        """The adapter that a call means: the one given, else the one applied around it, else the current one."""
+        if adapter is CURRENT:
+            adapter = self._applied[-1] if self._applied else self.current
+        if adapter is None or isinstance(adapter, (Adapter, list, tuple)):
+            return adapter
+        raise TypeError(f"expected an Adapter, a list of them or None, not {type(adapter).__name__}")
+
+    # --- answers out ------------------------------------------------------------------------------------------------
+
+    def answer(
+        self,
+        question: str | Sequence[str],
+        adapter: Adapters | _Current = CURRENT,
+        *,
+        max_new_tokens: int = 64,
+    ) -> str | list[str]:
+        """The greedy answer to a question, or a list of answers to a list.
+
+        adapter: left out, the current one; None, the base model alone; a list, one (or None) per question. Each
+        question is wrapped in the chat template without a system turn and the answer ends at the template's end of
+        turn, after `max_new_tokens`, or at the window's end. Questions are batched with left padding, the answers are
+        those of one-by-one calls. ValueError for a blank question and for one that the window cannot hold.
+        """
+        single = isinstance(question, str)
+        if not single and (isinstance(question, (bytes, Mapping)) or not isinstance(question, Iterable)):
+            raise TypeError(f"the question must be a text or a list of texts, not {type(question).__name__}")
+        questions = [question] if single else list(question)
+        _check_count(max_new_tokens, "max_new_tokens")
+        prompts = [question_ids(self.tokenizer, question)] if single else question_ids(self.tokenizer, questions)
+        for index, prompt in enumerate(prompts):
+            which = "the question" if single else f"question {index + 1} of {len(prompts)}"
+            self._check_window(len(prompt), f"{which} takes {len(prompt)} tokens with its chat wrapping")
+        chosen = self._chosen(adapter)
+        per_row = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen] * len(questions)
+        if len(per_row) != len(questions):
+            raise ValueError(
+                f"{len(questions)} question(s) but {len(per_row)} adapters: give one adapter for all, or one per "
+                "question (a + b puts several documents into one adapter)"
+            )
+        answers: list[str] = []
+        for start in range(0, len(questions), self.answer_batch):
+            batch = slice(start, start + self.answer_batch)
+            answers += self._answer_batch(prompts[batch], per_row[batch], max_new_tokens)
+        return answers[0] if single else answers
+
+    def _answer_batch(self, prompts: list[list[int]], adapters: list[Adapter | None], max_new_tokens: int) -> list[str]:
+        """Greedy answers of one left-padded batch."""
+        ids, mask = _padded(prompts, _pad_id(self.tokenizer), side="left")
+        stops = stop_ids(self.tokenizer)
+        allowed = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
+        generated = self.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max(allowed),
+            adapter=adapters if any(one is not adapters[0] for one in adapters) else adapters[0],
+            eos_token_id=stops or None,
+            do_sample=False,
+            num_beams=1,
+        )[:, ids.shape[1] :]
+        answers = []
+        for row, count in zip(generated.tolist(), allowed, strict=True):
+            end = next((place for place, token in enumerate(row) if token in stops), len(row))
+            answers.append(self.tokenizer.decode(row[: min(end, count)], skip_special_tokens=True).strip())
+        return answers
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int = 64,
+        adapter: Adapters | _Current = CURRENT,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """transformers' `generate` with an adapter applied: token ids [batch, length] in, prompt and new ids out.
+
+        adapter: left out, the current one; None, the base model alone; a list, one (or None) per row. Greedy unless
+        `options` (passed on to transformers) say otherwise. attention_mask: None means no padding.
+        """
+        _check_count(max_new_tokens, "max_new_tokens")
+        input_ids, attention_mask = _checked_ids(input_ids, attention_mask)
+        length = int(attention_mask.sum(1).max())
+        self._check_window(length, f"input_ids holds {length} tokens")
+        options = {"do_sample": False, "pad_token_id": _pad_id(self.tokenizer)} | options
+        with self.applied(self._chosen(adapter)):
+            return self.base_model.generate(
+                input_ids=input_ids.to(self.device),
+                attention_mask=attention_mask.to(self.device),
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
+
+    def _check_window(self, length: int, what: str) -> None:
+        if length >= self.window:
+            raise ValueError(
+                f"{what}; the base model's window is {self.window} and the answer needs room in it: "
+                "shorten it, or internalize the long part"
+            )
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, include_base: bool | None = None) -> Path:
+        """Write a folder that `d2l.load` reads: the hypernetwork, its configuration, and where the base model is.
+
+        include_base: write the base model and tokenizer into it too. None does so only when the base model was not
+        loaded by a name or path, for then it could not be found again. The folder is complete or not there at all.
+        """
+        include = self.base_source is None if include_base is None else include_base
+        if not include and self.base_source is None:
+            raise ValueError("this base model has no name or path to be found again by: save with include_base=True")
+        meta = {"chunk_tokens": self.chunk_tokens, "base_model": None if include else self.base_source}
+        with atomic_folder(folder) as temporary:
+            save_checkpoint(temporary, self.hypernetwork, meta)
+            if include:
+                self.base_model.save_pretrained(temporary / "base_model")
+                self.tokenizer.save_pretrained(temporary / "base_model")
+        return Path(folder)
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    base_model: str | Path | None = None,
+) -> DocToLoRA:
+    """The model at `source`, ready to internalize and answer.
+
+    source: a bundled name ("tiny", or "tiny/<name>" for another hypernetwork of it), a folder that `model.save` wrote,
+    a published checkpoint (`*.bin`, or a folder that holds one), or a hub id ("owner/name", or
+    "owner/name/folder/in/it"). device: None picks CUDA, MPS or CPU. dtype is the base model's (None: bfloat16 on
+    CUDA, else float32). base_model: a name or path that replaces the one which the checkpoint names.
+
+    FileNotFoundError says what is missing and where to put it; ValueError for a damaged checkpoint or one that was made
+    for another base model. No code out of a checkpoint is ever run.
+    """
+    place = _find(source)
+    if place.is_file():
+        hypernetwork, meta = _read_published_file(place)
+    else:
+        hypernetwork, meta = load_checkpoint(place)
+    config = hypernetwork.config
+    base_source = _base_source(place, meta, config, base_model)
+    network, tokenizer = load_base_model(base_source, device=device, dtype=dtype)
+    place_of_base = next(network.parameters()).device
+    encoder, encoder_tokenizer = None, None
+    if config.encoder_model and config.encoder_model != config.base_model:
+        encoder_network, encoder_tokenizer = load_base_model(config.encoder_model, device=device, dtype=dtype)
+        encoder = ContextEncoder.from_config(encoder_network, config)
+    return DocToLoRA(
+        network,
+        tokenizer,
+        hypernetwork.to(place_of_base).eval().requires_grad_(False),
+        config,
+        chunk_tokens=meta.get("chunk_tokens"),
+        base_source=base_source,
+        encoder=encoder,
+        encoder_tokenizer=encoder_tokenizer,
+    )
+
+
+def _base_source(place: Path, meta: dict, config: HypernetworkConfig, base_model: str | Path | None) -> str:
+    """Which base model to load: the caller's, else the one in the folder, else the one that the checkpoint names."""
+    if base_model is not None:
+        chosen = str(base_model)
+    elif (place / "base_model").is_dir():
+        chosen = str(place / "base_model")
+    else:
+        chosen = meta.get("base_model") or config.base_model
+    if not chosen:
+        raise ValueError(f"{place} does not name its base model: pass base_model=")
+    return str(Path(chosen).resolve()) if Path(chosen).is_dir() else chosen
+
+
+def _read_published_file(path: Path) -> tuple[Hypernetwork, dict]:
+    """(hypernetwork, meta) of a checkpoint in the published format."""
+    config, state_dict, base_name = read_published(path)
+    return build_hypernetwork(config, state_dict), {"base_model": base_name}
+
+
+def _find(source: str | Path) -> Path:
+    """The checkpoint file or folder that `source` means."""
+    if not isinstance(source, (str, Path)) or not str(source).strip():
+        raise TypeError(f"source must be a name or path, not {source!r}")
+    bundle, _, name = str(source).partition("/")
+    bundled = bundled_path(bundle)
+    if bundled.is_dir() and bundle not in ("", ".", ".."):
+        folder = bundled / (name or "hypernetwork")
+        if _is_checkpoint(folder):
+            return folder
+        if not Path(source).exists():
+            names = sorted(path.name for path in bundled.iterdir() if _is_checkpoint(path))
+            raise FileNotFoundError(
+                f"no hypernetwork at {folder}; bundled with {bundle!r}: {', '.join(names) or 'none yet'} "
+                f"(load them as '{bundle}/<name>')"
+            )
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _checkpoint_in(path)
+    may_be_hub_id = "/" in str(source) and not str(source).startswith(("/", ".", "~"))
+    if may_be_hub_id and not isinstance(source, Path):
+        return _from_hub(str(source))
+    known = ", ".join(sorted(folder.parent.name for folder in bundled_path("").glob("*/base_model"))) or "none here"
+    raise FileNotFoundError(
+        f"nothing at {str(source)!r}: give a bundled name ({known}), a folder that model.save wrote, "
+        "a published checkpoint (*.bin), or a hub id owner/name"
+    )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "hypernetwork.safetensors").is_file()
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """A folder of our own format, or the one published *.bin file in it or below it."""
+    if _is_checkpoint(folder):
+        return folder
+    published = sorted(folder.glob("*.bin")) or sorted(folder.rglob("*.bin"))
+    if len(published) == 1:
+        return published[0]
+    if published:
+        listed = ", ".join(str(path.relative_to(folder)) for path in published[:20])
+        raise ValueError(f"{folder} holds several checkpoints, name one of them: {listed}")
+    hint = " (it looks like a base model: pass it as base_model=)" if (folder / "config.json").is_file() else ""
+    raise FileNotFoundError(f"{folder} holds neither hypernetwork.safetensors nor a published *.bin{hint}")
+
+
+def _from_hub(source: str) -> Path:
+    """The checkpoint of a hub repository ("owner/name") or of a folder or file inside it, downloaded or cached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    owner, name, *inside = source.split("/")
+    below = "/".join(inside)
+    endings = [""] if below.endswith(".bin") else ["*.bin", "*.safetensors", "*.json"]
+    try:
+        folder = Path(snapshot_download(f"{owner}/{name}", allow_patterns=[below + ending for ending in endings]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"no folder or file {source!r} here, and the hub gave no repository {owner}/{name} "
+            f"({str(error).splitlines()[0]}): download it where the hub is reached, then pass the folder or *.bin file"
+        ) from error
+    place = folder / below
+    return place if place.is_file() else _checkpoint_in(place)
+
+
+# --- small helpers --------------------------------------------------------------------------------------------------
+
+
+def _window(network: nn.Module) -> int:
+    """Tokens that a base model reads at most (no limit where its configuration names none)."""
+    config = network.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _pad_id(tokenizer) -> int:
+    """An id to pad with; it is always masked, so any will do."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _check_count(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _padded(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
+    """(ids [n, T], mask [n, T]) of rows of token ids, filled up to the longest on the left or right; mask 0 there."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, place] = torch.tensor(row)
+        mask[index, place] = 1
+    return ids, mask
+
+
+def _checked_ids(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token ids as [rows, length] with their mask; ValueError for other shapes or for none at all."""
+    ids = torch.as_tensor(ids)
+    if ids.dim() != 2 or ids.numel() == 0 or ids.dtype.is_floating_point:
+        raise ValueError(f"token ids must be whole numbers [rows, length], got {ids.dtype} {list(ids.shape)}")
+    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).long()
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask is {list(mask.shape)}, the token ids are {list(ids.shape)}")
+    return ids, mask
+
+
+def _distinct(adapters: Sequence[Adapter | None]) -> tuple[list[Adapter | None], Tensor]:
+    """(the different adapters, for each row which of them it has)."""
+    adapters = list(adapters)
+    if not adapters:
+        raise ValueError("the list of adapters is empty: give one per row, or None for the base model")
+    places = {id(adapter): place for place, adapter in enumerate({id(one): one for one in adapters}.values())}
+    distinct = list({id(one): one for one in adapters}.values())
+    return distinct, torch.tensor([places[id(one)] for one in adapters])
+
+
+def _fingerprint(tensors: Iterable[Tensor], precision: torch.dtype) -> str:
+    """A hash of the sizes of the tensors and of up to 64 values spread over each, rounded to `precision`."""
+    digest, samples = hashlib.sha256(), []
+    for tensor in tensors:
+        digest.update(str(list(tensor.shape)).encode())
+        flat = tensor.detach().flatten()
+        samples.append(flat[:: max(1, len(flat) // 64)][:64].to(precision).float())
+    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _reporter(progress: Progress, total: int) -> Iterator[Callable[[int], None]]:
+    """A function to call with the number of chunks done."""
+    if progress is None or progress is False:
+        yield lambda done: None
+    elif progress is True:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total, unit="chunk") as bar:
+            yield lambda done: bar.update(done - bar.n)
+    elif callable(progress):
+        yield lambda done: progress(done, total)
+    else:
+        raise TypeError(f"progress must be True, a function or None, not {progress!r}")

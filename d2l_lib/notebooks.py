@@ -1,0 +1,171 @@
+"""Re-execute the project's notebooks in order and print the headline table: `make notebooks`.
+
+Each notebook runs in a process of its own through nbconvert, in `notebooks/`, and replaces the committed page only when
+it ran to its end. What one notebook hands to the next are files. A notebook that stops answering (not one that fails)
+is started once more, and the run says so.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from d2l_lib.records import project_root, read_jsonl, write_atomic
+
+CELL_TIMEOUT_S = 300
+NOTEBOOK_TIMEOUT_S = 420
+WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
+WIDGET_PLACEHOLDER = "(interactive viewer: run this cell to use it)"
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook did not run to its end; the message names it and shows the end of what nbconvert said."""
+
+
+def list_notebooks(folder: Path) -> list[Path]:
+    """The notebooks of `folder` in reading order, that is, by their numbers."""
+    return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+
+
+def inject_parameters(notebook: dict, values: dict) -> dict:
+    """A copy of `notebook` whose cell tagged `parameters` assigns `values` instead of its own.
+
+    Every name must already be assigned, once and alone on its line, in that cell: an unknown name raises KeyError,
+    naming it and the names there are, so that a renamed knob cannot silently keep its old value.
+    """
+    copy = json.loads(json.dumps(notebook))
+    tagged = [cell for cell in copy["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(f"expected one cell tagged 'parameters', found {len(tagged)}")
+    lines = "".join(tagged[0]["source"]).splitlines()
+    line_of = {line.split("=")[0].strip(): i for i, line in enumerate(lines) if "=" in line and line[0].isalpha()}
+    for name, value in values.items():
+        if name not in line_of:
+            raise KeyError(f"the parameters cell does not assign {name!r}; it assigns {sorted(line_of)}")
+        lines[line_of[name]] = f"{name} = {value!r}"
+    tagged[0]["source"] = "\n".join(lines)
+    return copy
+
+
+def without_widget_state(notebook: dict) -> dict:
+    """A copy of `notebook` without the widgets' random model ids, which mean nothing without their kernel.
+
+    A viewer keeps the plain form that stands beside its widget, or becomes a short note if it has none. A progress bar
+    is dropped: once done it says nothing.
+    """
+    copy = json.loads(json.dumps(notebook))
+    copy["metadata"].pop("widgets", None)
+    for cell in copy["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [output for output in cell["outputs"] if not _is_progress_bar(output)]
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if data.pop(WIDGET_MIME, None) is not None:
+                data["text/plain"] = WIDGET_PLACEHOLDER
+    return copy
+
+
+def _is_progress_bar(output: dict) -> bool:
+    """Whether an output is tqdm's widget, whose plain form reads like '  0%|   | 0/29 [00:00<?, ?it/s]'."""
+    data = output.get("data", {})
+    return WIDGET_MIME in data and "%|" in "".join(data.get("text/plain", ""))
+
+
+def execute(path: Path, executed_folder: Path, timeout_s: float = NOTEBOOK_TIMEOUT_S) -> Path:
+    """The path of an executed copy of the notebook `path` in `executed_folder`; `path` itself is not touched.
+
+    Raises NotebookFailed if a cell raises, or if the notebook hangs or its kernel dies twice in a row.
+    """
+    executed_folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--log-level=WARN"),
+        *("--output-dir", str(executed_folder), "--output", path.name),
+        f"--ExecutePreprocessor.timeout={CELL_TIMEOUT_S}",
+        "--ExecutePreprocessor.record_timing=False",
+        "--ExecutePreprocessor.store_widget_state=False",
+        str(path),
+    ]
+    said = ""
+    for attempt in ("first", "second"):
+        returncode, said = _run_and_wait(command, path.parent, timeout_s)
+        if returncode == 0:
+            return executed_folder / path.name
+        if "CellExecutionError" in said:
+            break
+        if attempt == "first":
+            reason = (
+                f"gave no answer within {timeout_s:.0f} s" if returncode is None else "stopped without a cell failing"
+            )
+            print(f"  {path.name} {reason}; trying once more", flush=True)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    raise NotebookFailed(f"{path.name} did not run to its end:\n{plain[-4000:]}")
+
+
+def _run_and_wait(command: list[str], folder: Path, timeout_s: float) -> tuple[int | None, str]:
+    """(exit status, what was said) of `command`; status None if it ran past `timeout_s` and was ended."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=timeout_s)
+        return process.returncode, said
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        return None, said
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def headline_rows(results_folder: Path) -> list[dict]:
+    """Every record of `results_folder`/*.jsonl that states a claim: a row with the keys `claim`, `figure` and `aim`."""
+    rows = []
+    for path in sorted(results_folder.glob("*.jsonl")):
+        rows += [record for record in read_jsonl(path) if "claim" in record]
+    return rows
+
+
+def format_table(rows: list[dict], columns: tuple[str, ...] = ("claim", "figure", "aim")) -> str:
+    """The rows as a Markdown table, columns padded to their widest cell."""
+    cells = [[str(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    lines = [list(columns), ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def main() -> int:
+    """Execute all notebooks in place, then print minutes and the headline table; the exit status is 1 if one failed."""
+    root = project_root()
+    started = time.monotonic()
+    for path in list_notebooks(root / "notebooks"):
+        print(f"{path.name} ...", flush=True)
+        start = time.monotonic()
+        try:
+            executed = execute(path, root / ".cache" / "executed")
+        except NotebookFailed as failure:
+            print(failure, file=sys.stderr)
+            return 1
+        page = without_widget_state(json.loads(executed.read_text(encoding="utf-8")))
+        write_atomic(path, json.dumps(page, indent=1, ensure_ascii=False) + "\n")
+        print(f"  {time.monotonic() - start:.0f} s", flush=True)
+    rows = headline_rows(root / "data" / "results")
+    print("\n" + (format_table(rows) if rows else "no notebook recorded a headline figure"))
+    print(f"\nAll notebooks executed in {(time.monotonic() - started) / 60:.1f} minutes.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

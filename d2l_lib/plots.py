@@ -1,0 +1,388 @@
+"""Pictures of measured tables: pure functions from a pandas DataFrame to a matplotlib Figure.
+
+Every function names the columns it reads, never changes its table, sets nothing global, and draws the same bytes for
+the same table. Shares are fractions between 0 and 1; lengths are tokens. A band is the 95% Wilson score interval of
+the pooled questions.
+"""
+
+import io
+import math
+from collections.abc import Iterable
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
+from d2l_lib.evaluation import wilson
+
+# Okabe and Ito's palette (Color Universal Design, 2008) without its yellow, which is too light for a line on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+REFERENCE = "#666666"
+
+STYLE = {
+    "figure.dpi": 120,
+    "savefig.dpi": 120,
+    "savefig.bbox": None,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "d2l",
+}
+WIDE = (7.2, 4.4)
+TALL = (7.2, 5.6)
+
+
+class NotebookFigure(Figure):
+    """A matplotlib Figure that shows itself in a notebook under any backend, with the bytes that a file would get."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def style():
+    """A context in which the project's style holds: `with style(): ...`; outside it nothing is set."""
+    return matplotlib.rc_context(STYLE)
+
+
+def pool(results: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """One row per value of the columns `by`, pooled over all else: n, exact_match (weighted by n), low, high."""
+    cells = results.assign(correct=results["exact_match"] * results["n"])
+    pooled = cells.groupby(by, sort=True, as_index=False)[["correct", "n"]].sum()
+    pooled["exact_match"] = pooled["correct"] / pooled["n"]
+    intervals = [wilson(round(correct), n) for correct, n in zip(pooled["correct"], pooled["n"], strict=True)]
+    pooled["low"], pooled["high"] = zip(*intervals, strict=True)
+    return pooled.drop(columns="correct")
+
+
+def plot_needle_accuracy_by_length(
+    results: pd.DataFrame,
+    *,
+    native_window: int | None = None,
+    training_length: int | None = None,
+    chance: float = 1e-4,
+    title: str = "Needle in a haystack: exact match by length",
+) -> Figure:
+    """Exact match of every method against haystack length, pooled over depths and seeds, with its 95% band.
+
+    results: method (str; in order of first appearance), length_tokens, n (questions in the row), exact_match (0 to
+    1), seed. native_window and training_length (tokens) are marked by vertical lines, chance (four digits: 1e-4) by a
+    horizontal one.
+    """
+    _need(results, "method", "length_tokens", "n", "exact_match", "seed")
+    with style():
+        figure, axes = _figure(WIDE, title)
+        for i, method in enumerate(results["method"].unique()):
+            rows = pool(results[results["method"] == method], ["length_tokens"])
+            color = COLORS[i % len(COLORS)]
+            axes.fill_between(rows["length_tokens"], rows["low"], rows["high"], color=color, alpha=0.18, linewidth=0)
+            axes.plot(
+                rows["length_tokens"], rows["exact_match"], color=color, marker=MARKERS[i % len(MARKERS)], label=method
+            )
+        axes.axhline(chance, color=REFERENCE, linestyle=":", linewidth=1.2, label=f"chance ({chance:g})")
+        _token_axis(axes, results["length_tokens"].unique())
+        _mark_length(axes, training_length, "longest in training")
+        _mark_length(axes, native_window, "native window")
+        _share_axis(axes, "exact match (% of needles)")
+        _legend_below(axes)
+        figure.supxlabel(_caption(results, "length"), fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_needle_accuracy_by_length_and_depth(
+    results: pd.DataFrame,
+    *,
+    method: str | None = None,
+    native_window: int | None = None,
+    title: str = "Needle in a haystack: exact match by length and depth",
+) -> Figure:
+    """Heat map of one method's exact match (%): haystack length across, depth of the needle down.
+
+    results: method, length_tokens, depth (0 = start of the haystack, 1 = end), n, exact_match (0 to 1), seed. Without
+    `method` the table must hold a single one. A cell that was not measured stays empty.
+    """
+    _need(results, "method", "length_tokens", "depth", "n", "exact_match", "seed")
+    methods = list(results["method"].unique())
+    if method is None and len(methods) > 1:
+        raise ValueError(f"the table holds several methods, name one of them: {methods}")
+    method = methods[0] if method is None else method
+    if method not in methods:
+        raise ValueError(f"the table has no method {method!r}; it has {methods}")
+    rows = results[results["method"] == method]
+    grid = pool(rows, ["depth", "length_tokens"]).pivot(index="depth", columns="length_tokens", values="exact_match")
+    with style():
+        figure, axes = _figure(TALL, f"{title}\n{method}")
+        axes.grid(False)
+        image = axes.imshow(grid.to_numpy(), aspect="auto", origin="upper", cmap="viridis", vmin=0, vmax=1)
+        for i, depth in enumerate(grid.index):
+            for j, length in enumerate(grid.columns):
+                share = grid.loc[depth, length]
+                if not math.isnan(share):
+                    color = "white" if share < 0.6 else "black"
+                    axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
+        axes.set_xticks(range(len(grid.columns)), [_tokens(length) for length in grid.columns], fontsize=8)
+        axes.set_yticks(range(len(grid.index)), [f"{depth:.0%}" for depth in grid.index])
+        axes.set_xlabel("haystack length (tokens)")
+        axes.set_ylabel("depth of the needle (% of the haystack)")
+        if native_window is not None:
+            # between the columns: the last length inside the window, the first beyond it
+            axes.axvline(sum(length <= native_window for length in grid.columns) - 0.5, color="#D55E00", linewidth=2)
+        bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0))
+        bar.set_label("exact match (% of needles)")
+        note = (
+            ""
+            if native_window is None
+            else f"; orange line: end of the native window ({_tokens(native_window)} tokens)"
+        )
+        figure.supxlabel(
+            _caption(rows, "cell", ["length_tokens", "depth"], band=False) + note, fontsize=8, color=REFERENCE
+        )
+    return figure
+
+
+def plot_training_curves(
+    history: pd.DataFrame,
+    *,
+    chance: float = 1e-4,
+    title: str = "Training: loss and exact match by step",
+) -> Figure:
+    """Loss above, exact match below, one line per seed.
+
+    history: seed, step (optimizer steps), loss (nats per answer token; NaN where not logged), exact_match (0 to 1;
+    NaN where it was not evaluated).
+    """
+    _need(history, "seed", "step", "loss", "exact_match")
+    with style():
+        figure = NotebookFigure(figsize=TALL, layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        above.set_title(title)
+        for i, (seed, rows) in enumerate(history.groupby("seed", sort=True)):
+            rows = rows.sort_values("step")
+            color = COLORS[i % len(COLORS)]
+            losses, matches = rows.dropna(subset="loss"), rows.dropna(subset="exact_match")
+            above.plot(losses["step"], losses["loss"], color=color, linewidth=1.2, label=f"seed {seed}")
+            marker = MARKERS[i % len(MARKERS)]
+            below.plot(
+                matches["step"], matches["exact_match"], color=color, marker=marker, markersize=4, label=f"seed {seed}"
+            )
+        above.set_ylabel("loss (nats per token)")
+        if (history["loss"].dropna() > 0).all():
+            above.set_yscale("log")
+        below.axhline(chance, color=REFERENCE, linestyle=":", linewidth=1.2, label=f"chance ({chance:g})")
+        _share_axis(below, "exact match (% of questions)")
+        below.set_xlabel("training step (optimizer updates)")
+        below.legend(loc="lower right")
+        seeds = ", ".join(str(seed) for seed in sorted(history["seed"].unique()))
+        figure.supxlabel(f"n = {history['seed'].nunique()} training runs, seeds {seeds}", fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_internalization_cost_by_length(
+    costs: pd.DataFrame, *, title: str = "Internalizing a document: time and memory by length"
+) -> Figure:
+    """Seconds (left) and peak memory (right) against document length, both axes logarithmic.
+
+    costs: length_tokens, seconds, peak_memory_mib; optional method (one line each). Several rows of one length are
+    repeats: the median is drawn, and a bar from the fastest to the slowest. The dashed line is exactly linear through
+    the longest measurement of the first method.
+    """
+    _need(costs, "length_tokens", "seconds", "peak_memory_mib")
+    table = costs if "method" in costs else costs.assign(method="internalize")
+    with style():
+        figure = NotebookFigure(figsize=(9.2, 4.2), layout="constrained")
+        panels = figure.subplots(1, 2)
+        units = {"seconds": "time (seconds)", "peak_memory_mib": "peak memory (MiB)"}
+        for axes, (column, label) in zip(panels, units.items(), strict=True):
+            for i, method in enumerate(table["method"].unique()):
+                group = table[table["method"] == method].groupby("length_tokens", sort=True)[column]
+                middle = group.median()
+                spread = [middle - group.min(), group.max() - middle]
+                axes.errorbar(
+                    middle.index, middle, yerr=spread, marker=MARKERS[i % len(MARKERS)], capsize=2, label=method
+                )
+                if i == 0:
+                    lengths = np.asarray(middle.index, dtype=float)
+                    linear = middle.iloc[-1] * lengths / lengths[-1]
+                    axes.plot(
+                        lengths,
+                        linear,
+                        color=REFERENCE,
+                        linestyle="--",
+                        linewidth=1.2,
+                        label="linear in length",
+                        zorder=1,
+                    )
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=table[column].min() / 2)
+            _token_axis(axes, table["length_tokens"].unique(), "document length (tokens)")
+            axes.set_ylabel(label)
+        panels[0].legend()
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        repeats = int(table.groupby(["method", "length_tokens"]).size().min())
+        figure.supxlabel(f"n >= {repeats} runs per length: median, bar from least to most", fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_block_norm_by_chunk(
+    blocks: pd.DataFrame, *, title: str = "One block per chunk: the needle's block stands out"
+) -> Figure:
+    """Size of every block of an adapter, in document order; chunks that hold the needle stand out by colour and mark.
+
+    blocks: chunk (0, 1, ...), norm (Frobenius norm of the block's update, all layers and modules together; no unit),
+    holds_needle (bool).
+    """
+    _need(blocks, "chunk", "norm", "holds_needle")
+    rows = blocks.sort_values("chunk")
+    holds = rows["holds_needle"].astype(bool)
+    with style():
+        figure, axes = _figure(WIDE, title)
+        for label, chosen, color, marker in (
+            ("filler only", rows[~holds], COLORS[0], "o"),
+            ("holds the needle", rows[holds], COLORS[1], "D"),
+        ):
+            axes.vlines(chosen["chunk"], 0, chosen["norm"], color=color, linewidth=1.2, alpha=0.7)
+            axes.plot(chosen["chunk"], chosen["norm"], linestyle="none", marker=marker, color=color, label=label)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("chunk (position in the document)")
+        axes.set_ylabel("norm of the block's update (Frobenius)")
+        _legend_below(axes)
+        caption = f"n = {len(rows)} chunks, {int(holds.sum())} with a needle"
+        if holds.any() and (~holds).any():
+            with_needle, without = rows["norm"][holds].median(), rows["norm"][~holds].median()
+            caption += f"; median with needle / without: {with_needle:.3g} / {without:.3g}"
+        figure.supxlabel(caption, fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_base_model_scores(
+    scores: pd.DataFrame, *, title: str = "The base model before any document is internalized"
+) -> Figure:
+    """Horizontal bars of exact match per task with the 95% interval, and a black tick at a task's aim.
+
+    scores: task (str; drawn top to bottom in table order), n, exact_match (0 to 1), seed; optional aim (0 to 1, or
+    NaN).
+    """
+    _need(scores, "task", "n", "exact_match", "seed")
+    pooled = pool(scores, ["task"]).set_index("task").loc[scores["task"].unique()]
+    with style():
+        figure, axes = _figure((7.2, 1.9 + 0.42 * len(pooled)), title)
+        positions = np.arange(len(pooled))
+        shares = pooled["exact_match"].to_numpy()
+        error = np.stack([shares - pooled["low"], pooled["high"] - shares])
+        axes.barh(positions, shares, height=0.62, color=COLORS[0])
+        # rounding can put an interval's end a hair inside the share itself
+        axes.errorbar(
+            shares, positions, xerr=np.maximum(error, 0), fmt="none", ecolor="black", capsize=3, linewidth=1.2
+        )
+        for position, share, high in zip(positions, shares, pooled["high"], strict=True):
+            inside = share > 0.15
+            x, color = (0.012, "white") if inside else (high + 0.012, "black")
+            axes.text(x, position, f"{share:.1%}", va="center", color=color, fontsize=9)
+        if "aim" in scores:
+            aims = scores.groupby("task")["aim"].first().loc[pooled.index]
+            axes.plot(
+                aims,
+                positions,
+                linestyle="none",
+                marker="|",
+                markersize=18,
+                markeredgewidth=2,
+                color="black",
+                label="aim",
+            )
+            _legend_below(axes)
+        axes.set_yticks(positions, [f"{task}\n(n = {n})" for task, n in pooled["n"].items()])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(0, 1.02)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("exact match (% of questions)")
+        seeds = ", ".join(str(seed) for seed in sorted(scores["seed"].unique()))
+        figure.supxlabel(f"seed {seeds}; bars: 95% Wilson interval", fontsize=8, color=REFERENCE)
+    return figure
+
+
+def _figure(size: tuple[float, float], title: str) -> tuple[NotebookFigure, Axes]:
+    figure = NotebookFigure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    return figure, axes
+
+
+def _need(table: pd.DataFrame, *columns: str) -> None:
+    """Raises ValueError naming what is missing, or saying that there is nothing to draw."""
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise ValueError(f"the table lacks the columns {missing}; it has {list(table.columns)}")
+    if table.empty:
+        raise ValueError("the table has no rows, so there is nothing to draw")
+
+
+def _tokens(length: float) -> str:
+    """1024 -> '1K', 131072 -> '128K', 300 -> '300'."""
+    length = int(length)
+    return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else f"{length:,}"
+
+
+def _token_axis(axes: Axes, lengths: Iterable[float], label: str = "haystack length (tokens)") -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(lengths)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda length, _: _tokens(round(length))))
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel(label)
+
+
+def _share_axis(axes: Axes, label: str) -> None:
+    axes.set_ylim(-0.03, 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylabel(label)
+
+
+def _mark_length(axes: Axes, length: int | None, what: str) -> None:
+    if length is None:
+        return
+    axes.axvline(length, color=REFERENCE, linestyle="--", linewidth=1.2)
+    axes.annotate(
+        f"{what} ({_tokens(length)})",
+        xy=(length, 0.5),
+        xycoords=("data", "axes fraction"),
+        xytext=(-3, 0),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="center",
+        fontsize=8,
+        color=REFERENCE,
+    )
+
+
+def _legend_below(axes: Axes) -> None:
+    """Outside the plot, where it can cover no line."""
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=4)
+
+
+def _caption(results: pd.DataFrame, unit: str, by: list[str] | None = None, band: bool = True) -> str:
+    counts = results.groupby(["method", *(by or ["length_tokens"])])["n"].sum()
+    n = f"n = {counts.min()}" if counts.min() == counts.max() else f"n = {counts.min()} to {counts.max()}"
+    seeds = ", ".join(str(seed) for seed in sorted(results["seed"].unique()))
+    return f"{n} needles per {unit}, seed {seeds}" + ("; band: 95% Wilson interval" if band else "")

@@ -1,0 +1,113 @@
+"""One dial: a preset's name decides every size, rate and seed.
+
+`tiny` is the bundled system. Sizes are in tokens, steps or units of the model; rates are AdamW learning rates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BaseModelPreset:
+    """A Llama-shaped base model trained from nothing on the generated world."""
+
+    vocab_size: int
+    window: int
+    hidden_size: int
+    n_layers: int
+    n_heads: int
+    intermediate_size: int
+    steps: int
+    batch_tokens: int
+    learning_rate: float
+    warmup_steps: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class NeedlePreset:
+    """A hypernetwork trained on needles: its sizes, the contexts it sees and the rates.
+
+    `max_repeats`: needle-free chunks count up to this many times in training, which is what a long haystack does to
+    them, for a block of weight K is K equal blocks. `empty_share`: contexts without a needle.
+    """
+
+    latent_size: int
+    n_latent_queries: int
+    n_blocks: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rank: int
+    encoder_layer: int
+    shortest: int
+    longest: int
+    min_chunk_tokens: int
+    chunk_probabilities: dict[int, float]
+    max_repeats: int
+    empty_share: float
+    l1: float
+    steps: int
+    batch_tokens: int
+    learning_rate: float
+    warmup_steps: int
+    chunk_tokens: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that a run needs to know."""
+
+    name: str
+    base: BaseModelPreset
+    needle: NeedlePreset
+
+
+PRESETS = {
+    "tiny": Preset(
+        name="tiny",
+        base=BaseModelPreset(
+            vocab_size=1536,
+            window=1024,
+            hidden_size=192,
+            n_layers=4,
+            n_heads=6,
+            intermediate_size=512,
+            steps=4000,
+            batch_tokens=4096,
+            learning_rate=2e-3,
+            warmup_steps=150,
+        ),
+        needle=NeedlePreset(
+            latent_size=128,
+            n_latent_queries=16,
+            n_blocks=2,
+            n_heads=8,
+            n_kv_heads=4,
+            head_dim=32,
+            rank=4,
+            encoder_layer=2,
+            shortest=32,
+            longest=256,
+            min_chunk_tokens=25,
+            chunk_probabilities={1: 0.5, 2: 0.125, **{n: 0.0625 for n in range(3, 9)}},
+            max_repeats=512,
+            empty_share=0.1,
+            l1=0.1,
+            steps=4000,
+            batch_tokens=3500,
+            learning_rate=1e-3,
+            warmup_steps=200,
+            chunk_tokens=256,
+        ),
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset called `name`; KeyError names the known ones."""
+    if name not in PRESETS:
+        raise KeyError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]

@@ -1,0 +1,334 @@
+"""Training, on top of `transformers.Trainer`: the tiny base model, then hypernetworks.
+
+    python -m d2l_lib.training --preset tiny                     # everything that is bundled, from nothing
+    python -m d2l_lib.training --preset tiny --stage needle --seed 1
+
+Batches are functions of (seed, step), and the Trainer saves the optimiser: a run that was killed goes on from its last
+checkpoint and ends with the weights of an uninterrupted one. Under torchrun every process takes its share of the batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import needles, pretraining
+from .base_model import ContextEncoder, decoder_body, load_base_model, module_sizes
+from .documents import chat_affixes, question_ids, split_sentences
+from .hypernetwork import Hypernetwork, HypernetworkConfig, combine
+from .lora import apply_lora
+from .presets import NeedlePreset, Preset, preset
+from .pretraining import IGNORE
+
+
+# ------------------------------------------------------------------------------------------------------------ the Trainer
+class LogToFile(TrainerCallback):
+    """Appends each report of the Trainer as one JSON line: step, seconds since the start of this process, and its values."""
+
+    def __init__(self, path: Path, model: nn.Module | None = None):
+        self.path, self.model, self.start = path, model, time.time()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        extra = self.model.report() if hasattr(self.model, "report") else {}
+        line = {"step": state.global_step, "seconds": round(time.time() - self.start, 1), **logs, **extra}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class InOrderTrainer(Trainer):
+    """A Trainer that takes the batches of a curriculum in their order."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+
+def first(items: list) -> dict:
+    """Collator for data sets whose items are whole batches."""
+    return items[0]
+
+
+def fit(model: nn.Module, batches: Dataset, run: Path, *, steps, learning_rate, warmup_steps, seed, save_steps=250, **options):
+    """Train `model` (which returns {"loss": ...}) on `batches` in order; resume from the last checkpoint in `run`.
+
+    FloatingPointError when the loss is not a number; the checkpoints written before it are kept.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.02},
+        warmup_steps=warmup_steps,
+        logging_steps=50,
+        logging_nan_inf_filter=False,
+        save_steps=save_steps,
+        save_total_limit=2,
+        seed=seed,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        **options,
+    )
+    trainer = InOrderTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=batches,
+        data_collator=first,
+        callbacks=[LogToFile(run / "log.jsonl", model)],
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)))
+
+
+# --------------------------------------------------------------------------------------------------------- the base model
+def train_base(p: Preset, run: Path) -> None:
+    """The tiny base model from nothing; tokenizer and weights end in `run`/final."""
+    sizes = p.base
+    tokenizer = pretraining.build_tokenizer(sizes.vocab_size, sizes.window, sizes.seed)
+    torch.manual_seed(sizes.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.hidden_size,
+            num_hidden_layers=sizes.n_layers,
+            num_attention_heads=sizes.n_heads,
+            num_key_value_heads=sizes.n_heads,
+            intermediate_size=sizes.intermediate_size,
+            max_position_embeddings=sizes.window,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    batches = pretraining.Curriculum(tokenizer, sizes.steps, sizes.batch_tokens, sizes.window, sizes.seed)
+    fit(
+        pretraining.AnswerLoss(model.model),
+        batches,
+        run,
+        steps=sizes.steps,
+        learning_rate=sizes.learning_rate,
+        warmup_steps=sizes.warmup_steps,
+        seed=sizes.seed,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+    )
+    model.save_pretrained(run / "final")
+    tokenizer.save_pretrained(run / "final")
+
+
+# ---------------------------------------------------------------------------------------------------------------- needles
+class NeedleBatches(Dataset):
+    """Batches of needle contexts, cut into chunks at sentence ends; item i is a function of (seed, i).
+
+    Item: chunk_ids, chunk_mask, lists of [chunks, tokens] with chunks of like length together (see group_by_length), and
+    `order` [chunks], which puts them back; n_chunks [contexts]; repeats [chunks] (how often a chunk counts, 1 for the
+    needle's); input_ids, labels [contexts, length] of the question and the answer. Contexts grow from `shortest` to `longest`
+    tokens in the first fifth of the run; repeats grow from 1 to `max_repeats` between 30% and 80% of it.
+    """
+
+    def __init__(self, tokenizer, p: NeedlePreset, seed: int):
+        self.tokenizer, self.p, self.seed = tokenizer, p, seed
+        self.question = question_ids(tokenizer, needles.QUESTION)
+        self.prefix, self.suffix = chat_affixes(tokenizer)
+
+    def __len__(self) -> int:
+        return self.p.steps
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        rng, p = random.Random(f"needle batches/{self.seed}/{i}"), self.p
+        progress = i / p.steps
+        longest = p.shortest + round((p.longest - p.shortest) * min(1.0, 0.1 + progress / 0.2))
+        most_repeats = p.max_repeats ** min(1.0, max(0.0, (progress - 0.3) / 0.5))
+        chunks: list[list[int]] = []
+        n_chunks, repeats, rows, answers, tokens = [], [], [], [], 0
+        while tokens < p.batch_tokens:
+            length = rng.randint(p.shortest, longest)
+            number = None if rng.random() < p.empty_share else needles.draw_number(rng, "train")
+            haystack = needles.build_haystack(self.tokenizer, length, rng.random(), number)
+            pieces = random_chunks(rng, haystack.text, length, p)
+            has_needle = [haystack.needle_span is not None and needles.NEEDLE[:20] in piece for piece in pieces]
+            n_empty = len(pieces) - sum(has_needle)
+            total = most_repeats ** rng.random()
+            share = max(1.0, total / n_empty) if n_empty else 1.0
+            repeats += [1.0 if needle else share for needle in has_needle]
+            ids = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
+            chunks += [self.prefix + piece + self.suffix for piece in ids]
+            n_chunks.append(len(pieces))
+            tokens += sum(len(c) for c in ids)
+            answers.append(haystack.answer or pretraining.world.UNKNOWN)
+        for answer in answers:
+            rows.append(self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id])
+        groups, order = group_by_length(chunks)
+        padded = [pad_right(group, self.tokenizer.pad_token_id) for group in groups]
+        input_ids, _ = pad_right([self.question + row for row in rows], self.tokenizer.pad_token_id)
+        labels, _ = pad_right([[IGNORE] * len(self.question) + row for row in rows], IGNORE)
+        return {
+            "chunk_ids": [ids for ids, _ in padded],
+            "chunk_mask": [mask for _, mask in padded],
+            "order": torch.tensor(order),
+            "n_chunks": torch.tensor(n_chunks),
+            "repeats": torch.tensor(repeats),
+            "input_ids": input_ids,
+            "labels": labels,
+        }
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids as a tensor [rows, longest] padded with `value`, and its mask (1 at real ids)."""
+    tensors = [torch.tensor(row) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
+    return padded, mask
+
+
+def group_by_length(chunks: Sequence[Sequence[int]], most_padding: float = 0.4) -> tuple[list[list[Sequence[int]]], list[int]]:
+    """Chunks sorted into groups whose lengths differ by at most `most_padding`, and where each chunk went.
+
+    The concatenated groups taken at `order` are the chunks as given.
+    """
+    by_length = sorted(range(len(chunks)), key=lambda c: -len(chunks[c]))
+    groups: list[list[Sequence[int]]] = []
+    for c in by_length:
+        if not groups or len(chunks[c]) < (1 - most_padding) * len(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(chunks[c])
+    order = [0] * len(chunks)
+    for place, c in enumerate(by_length):
+        order[c] = place
+    return groups, order
+
+
+def random_chunks(rng: random.Random, text: str, length_tokens: int, p: NeedlePreset) -> list[str]:
+    """`text` in a random number of pieces (the published probabilities) cut at random sentence ends, none below the minimum."""
+    most = max(1, length_tokens // p.min_chunk_tokens)
+    choices = {n: q for n, q in p.chunk_probabilities.items() if n <= most}
+    n = rng.choices(list(choices), list(choices.values()))[0]
+    sentences = split_sentences(text)
+    slack = max(0, len(sentences) - n)
+    cuts = sorted(rng.sample(range(1, len(sentences)), min(n, len(sentences)) - 1)) if slack else range(1, len(sentences))
+    edges = [0, *(sentences[c][0] for c in cuts), len(text)]
+    return [text[a:b].strip() for a, b in zip(edges, edges[1:], strict=False)]
+
+
+class Internalization(nn.Module):
+    """The training step of a hypernetwork: read chunks, write blocks, answer without the document.
+
+    Only the hypernetwork is a parameter of this module; the frozen base model stays outside its state.
+    """
+
+    def __init__(self, base_model, hypernetwork: Hypernetwork, l1: float):
+        super().__init__()
+        self.hypernetwork, self.l1 = hypernetwork, l1
+        self._frozen = (base_model, ContextEncoder.from_config(base_model, hypernetwork.config))
+        self._right = self._asked = 0
+
+    def forward(self, chunk_ids, chunk_mask, order, n_chunks, repeats, input_ids, labels) -> dict[str, Tensor]:
+        base_model, encoder = self._frozen
+        base_model.to(input_ids.device)
+        groups = [
+            self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask)
+            for ids, mask in zip(chunk_ids, chunk_mask, strict=True)
+        ]
+        blocks = {m: tuple(torch.cat(parts)[order] for parts in zip(*(g[m] for g in groups), strict=True)) for m in groups[0]}
+        adapters = combine(blocks, self.hypernetwork.bias(), n_chunks, weights=repeats)
+        body = decoder_body(base_model)
+        with apply_lora(base_model, adapters, self.hypernetwork.config.scale):
+            hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        keep = targets != IGNORE
+        logits = base_model.get_output_embeddings()(hidden[keep])
+        per_token = nn.functional.cross_entropy(logits.float(), targets[keep], reduction="none")
+        row = keep.nonzero()[:, 0]
+        n_labels = keep.sum(1)
+        loss = (per_token / n_labels[row]).sum() / len(keep)
+        size = sum((A.abs().mean() + B.abs().mean()) for A, B in blocks.values()) / len(blocks)
+        with torch.no_grad():
+            wrong = torch.zeros(len(keep), device=keep.device).index_add(0, row, (logits.argmax(-1) != targets[keep]).float())
+            self._right += int((wrong == 0).sum())
+            self._asked += len(keep)
+        total = loss + self.l1 * size
+        if not math.isfinite(total.item()):
+            raise FloatingPointError("the loss is not a number: lower the learning rate; earlier checkpoints are kept")
+        return {"loss": total}
+
+    def report(self) -> dict[str, float]:
+        """Exact match over the batches since the last report (fresh samples, every answer token right)."""
+        share = self._right / max(1, self._asked)
+        self._right = self._asked = 0
+        return {"exact_match": round(share, 4)}
+
+
+def needle_config(p: NeedlePreset, base_model, base_name: str) -> HypernetworkConfig:
+    """The hypernetwork's sizes for this preset and base model; it writes the MLP down projections."""
+    d_in, d_out = module_sizes(base_model, ["down_proj"])
+    return HypernetworkConfig(
+        n_layers=base_model.config.num_hidden_layers,
+        d_in=d_in,
+        d_out=d_out,
+        feature_size=base_model.config.hidden_size,
+        latent_size=p.latent_size,
+        rank=p.rank,
+        encoder_layer=p.encoder_layer,
+        n_latent_queries=p.n_latent_queries,
+        n_blocks=p.n_blocks,
+        n_heads=p.n_heads,
+        n_kv_heads=p.n_kv_heads,
+        head_dim=p.head_dim,
+        per_layer_processing=True,
+        base_model=base_name,
+    )
+
+
+def train_needle(p: Preset, run: Path, seed: int, base: str | Path) -> Hypernetwork:
+    """A hypernetwork for `base` trained on needles with cross-entropy."""
+    base_model, tokenizer = load_base_model(base)
+    torch.manual_seed(seed)
+    hypernetwork = Hypernetwork(needle_config(p.needle, base_model, p.name))
+    fit(
+        Internalization(base_model, hypernetwork, p.needle.l1),
+        NeedleBatches(tokenizer, p.needle, seed),
+        run,
+        steps=p.needle.steps,
+        learning_rate=p.needle.learning_rate,
+        warmup_steps=p.needle.warmup_steps,
+        seed=seed,
+        weight_decay=0.01,
+    )
+    return hypernetwork
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--stage", choices=("base", "needle"), default="base")
+    parser.add_argument("--run", type=Path, default=Path("runs"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", default="tiny")
+    a = parser.parse_args()
+    p = preset(a.preset)
+    if a.stage == "base":
+        train_base(p, a.run / a.preset / "base")
+    else:
+        from .checkpoints import save_checkpoint
+
+        run = a.run / a.preset / f"needle_seed{a.seed}"
+        save_checkpoint(run / "final", train_needle(p, run, a.seed, a.base), {"preset": a.preset, "seed": a.seed})
+
+
+if __name__ == "__main__":
+    main()

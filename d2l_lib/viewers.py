@@ -1,0 +1,431 @@
+"""Pages to look at data and talk to a model, in a notebook.
+
+The renderers are pure functions from data to HTML; every text that comes from data passes through `html.escape`. The
+viewers are ipywidgets around them: a callback computes a page and sets one `HTML.value` (an `Output` widget or
+`interact` can hang a headless run for ever, so neither is used). Pages carry the class `d2l-view` and data-*
+attributes that say what is shown.
+
+A viewer also has a plain form without JavaScript or kernel, a static table, which is what a stored notebook keeps.
+"""
+
+import html
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import ipywidgets as W
+import numpy as np
+import pandas as pd
+
+SAMPLE_COLUMNS = ("document", "question", "answer", "evidence_start", "evidence_end", "kind")
+ALL_KINDS = "all kinds"
+STATIC_ROWS = 5
+CSS = """
+.d2l-view { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.5; }
+.d2l-view table { border-collapse: collapse; width: 100%; }
+.d2l-view th, .d2l-view td { text-align: left; vertical-align: top; padding: 4px 10px 4px 0; }
+.d2l-view th, .d2l-view td { border-bottom: 1px solid #8884; }
+.d2l-view mark { background: #ffe08a; color: #000; padding: 1px 2px; border-radius: 2px; }
+.d2l-view .d2l-text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.d2l-view .d2l-document { max-height: 22em; overflow-y: auto; padding: 8px; }
+.d2l-view .d2l-document { border: 1px solid #8886; border-radius: 4px; }
+.d2l-view .d2l-note { color: var(--jp-ui-font-color2, #666); }
+.d2l-view .d2l-error { color: #b3261e; }
+.d2l-view .d2l-columns { display: grid; grid-template-columns: repeat(3, 1fr); gap: 10px; }
+.d2l-view .d2l-pane { border: 1px solid #8886; border-radius: 4px; padding: 6px 10px; }
+.d2l-view h4 { margin: 6px 0 2px; }
+"""
+
+
+# --- pure renderers ---------------------------------------------------------------------------------------------------
+
+
+def render_view(view: str, body: str, /, **data: Any) -> str:
+    """A page of the class `d2l-view d2l-<view>` around `body`, which is HTML.
+
+    Each of `data` becomes an escaped data-* attribute.
+    """
+    attributes = "".join(f' data-{name.replace("_", "-")}="{html.escape(str(value))}"' for name, value in data.items())
+    return f'<style>{CSS}</style><div class="d2l-view d2l-{view}"{attributes}>{body}</div>'
+
+
+def evidence_spans(start: Any, end: Any, length: int) -> list[tuple[int, int]]:
+    """The (start, end) spans of evidence in a text of `length` characters: sorted, overlaps joined, clipped to it.
+
+    start and end: two ints, or two equally long lists of ints (several evidence sentences); None, NaN, a negative
+    start, or an empty span means that nothing is marked.
+    """
+    starts, ends = (list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value] for value in (start, end))
+    if len(starts) != len(ends):
+        raise ValueError(f"evidence has {len(starts)} starts but {len(ends)} ends")
+    spans: list[tuple[int, int]] = []
+    known = ((int(a), int(b)) for a, b in zip(starts, ends, strict=True) if not (_is_missing(a) or _is_missing(b)))
+    for a, b in sorted((a, min(b, length)) for a, b in known if a >= 0):
+        if spans and a <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], b))
+        elif a < b:
+            spans.append((a, b))
+    return spans
+
+
+def render_document(document: str, evidence_start: Any = None, evidence_end: Any = None) -> str:
+    """The document's text with its evidence inside <mark>; all of it escaped."""
+    parts, position = [], 0
+    for start, end in evidence_spans(evidence_start, evidence_end, len(document)):
+        parts += [html.escape(document[position:start]), f"<mark>{html.escape(document[start:end])}</mark>"]
+        position = end
+    return "".join([*parts, html.escape(document[position:])])
+
+
+def render_sample(sample: dict, position: int, n_matches: int, n_samples: int) -> str:
+    """One sample as a page: question, answer, then the document with its evidence marked.
+
+    sample: the SAMPLE_COLUMNS. position counts from 0 within the n_matches of n_samples that the search and filter
+    leave.
+    """
+    document = str(sample["document"])
+    text = render_document(document, sample["evidence_start"], sample["evidence_end"])
+    where = f"sample {position + 1:,} of {n_matches:,} ({n_samples:,} in all)"
+    body = (
+        f'<div class="d2l-note">{where} · {html.escape(str(sample["kind"]))} · {len(document):,} characters</div>'
+        f'<h4>Question</h4><div class="d2l-text d2l-question">{html.escape(str(sample["question"]))}</div>'
+        f'<h4>Answer</h4><div class="d2l-text d2l-answer">{html.escape(str(sample["answer"]))}</div>'
+        f'<h4>Document</h4><div class="d2l-text d2l-document" tabindex="0">{text}</div>'
+    )
+    return render_view("sample", body, position=position, matches=n_matches, samples=n_samples, kind=sample["kind"])
+
+
+def render_sample_table(samples: pd.DataFrame, n_rows: int = STATIC_ROWS, width: int = 240) -> str:
+    """The first `n_rows` samples as a plain table.
+
+    A document is cut to about `width` characters around its evidence.
+    """
+    rows = []
+    for sample in samples.head(n_rows).to_dict("records"):
+        document = str(sample["document"])
+        spans = evidence_spans(sample["evidence_start"], sample["evidence_end"], len(document))
+        middle = sum(spans[0]) // 2 if spans else 0
+        left = max(0, min(middle - width // 2, len(document) - width))
+        shown = document[left : left + width]
+        inside = [(max(0, start - left), end - left) for start, end in spans if start < left + width and end > left]
+        text = render_document(shown, [start for start, _ in inside], [end for _, end in inside])
+        cut = ("… " if left else "") + text + (" …" if left + width < len(document) else "")
+        cells = [html.escape(str(sample[column])) for column in ("kind", "question", "answer")] + [cut]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("kind", "question", "answer", "document (evidence marked)"))
+    note = f'<div class="d2l-note">the first {len(rows)} of {len(samples):,} samples</div>'
+    return render_view(
+        "table", f"{note}<table><tr>{head}</tr>{''.join(rows)}</table>", rows=len(rows), samples=len(samples)
+    )
+
+
+def render_message(message: str, is_error: bool = False) -> str:
+    """One line of status; an error is coloured and announced by screen readers."""
+    role = "alert" if is_error else "status"
+    return render_view(
+        "message", f'<div role="{role}" class="d2l-{"error" if is_error else "note"}">{html.escape(message)}</div>'
+    )
+
+
+def render_inside(documents: Iterable[dict], adapter_strength: float, bias_strength: float) -> str:
+    """What is inside the model right now. documents: name, n_blocks, n_characters, weight."""
+    rows = [
+        f"<li><b>{html.escape(row['name'])}</b>: {row['n_characters']:,} characters, "
+        f"{row['n_blocks']} block{'' if row['n_blocks'] == 1 else 's'}, weight {row['weight']:.2f}</li>"
+        for row in documents
+    ]
+    if rows:
+        strengths = f"adapter strength {adapter_strength:.2f}, bias strength {bias_strength:.2f}"
+        body = f"<b>Inside right now</b> ({strengths})<ul>{''.join(rows)}</ul>"
+    else:
+        body = (
+            "<b>Inside right now:</b> nothing. Add a document first; until then all answers are the base model's own."
+        )
+    return render_view("inside", body, documents=len(rows))
+
+
+def render_answers(question: str, answers: Sequence[tuple[str, str]]) -> str:
+    """One question and its answers side by side. answers: (where it came from, text)."""
+    panes = "".join(
+        f'<div class="d2l-pane" data-source="{html.escape(source)}"><h4>{html.escape(source)}</h4>'
+        f'<div class="d2l-text">{html.escape(text)}</div></div>'
+        for source, text in answers
+    )
+    asked = f'<h4>Question</h4><div class="d2l-text d2l-question">{html.escape(question)}</div>'
+    return render_view("answers", f'{asked}<div class="d2l-columns">{panes}</div>', answers=len(answers))
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or bool(pd.isna(value))
+
+
+# --- widgets ----------------------------------------------------------------------------------------------------------
+
+
+class Viewer(W.VBox):
+    """Widgets in a column that also have a plain HTML form, for pages without a kernel: `static_html`."""
+
+    def __init__(self, children: Sequence[W.Widget], static_html: str):
+        super().__init__(list(children))
+        self.static_html = static_html
+
+    def _repr_mimebundle_(self, **options) -> dict:
+        return super()._repr_mimebundle_(**options) | {"text/html": self.static_html}
+
+
+def sample_frame(samples: pd.DataFrame | Iterable[dict]) -> pd.DataFrame:
+    """The samples as a DataFrame with the SAMPLE_COLUMNS, rows numbered from 0; ValueError names a missing column."""
+    frame = samples if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
+    missing = [column for column in SAMPLE_COLUMNS if column not in frame]
+    if missing:
+        raise ValueError(f"samples lack the columns {missing}; needed are {list(SAMPLE_COLUMNS)}")
+    return frame.reset_index(drop=True)
+
+
+def find_samples(samples: pd.DataFrame, text: str = "", kind: str = ALL_KINDS) -> np.ndarray:
+    """Row numbers of the samples of this kind with `text` (any case) in document, question or answer."""
+    chosen = (
+        np.ones(len(samples), dtype=bool) if kind == ALL_KINDS else (samples["kind"].astype(str) == kind).to_numpy()
+    )
+    if text:
+        found = np.zeros(len(samples), dtype=bool)
+        for column in ("document", "question", "answer"):
+            found |= samples[column].astype(str).str.contains(text, case=False, regex=False).to_numpy(dtype=bool)
+        chosen = chosen & found
+    return np.flatnonzero(chosen)
+
+
+def view_samples(samples: pd.DataFrame | Iterable[dict]) -> Viewer:
+    """A viewer to page through samples, search their text and filter by kind. Columns: SAMPLE_COLUMNS.
+
+    evidence_start and evidence_end are character positions in the document (see `evidence_spans`). Keys: Tab moves
+    between the controls, Enter searches, the arrow keys move the slider, space presses a button.
+    """
+    frame = sample_frame(samples)
+    kinds = [ALL_KINDS, *sorted(frame["kind"].astype(str).unique())]
+    search = W.Text(description="Search", placeholder="text, then Enter", continuous_update=False)
+    kind = W.Dropdown(description="Kind", options=kinds)
+    position = W.IntSlider(description="Sample", min=1, max=max(1, len(frame)), continuous_update=False)
+    previous = W.Button(description="Previous", icon="arrow-left", tooltip="the sample before this one")
+    following = W.Button(description="Next", icon="arrow-right", tooltip="the sample after this one")
+    page = W.HTML()
+    matches = np.arange(len(frame))
+
+    def show(_=None) -> None:
+        previous.disabled = position.value <= 1
+        following.disabled = position.value >= len(matches)
+        if len(matches):
+            sample = frame.iloc[matches[position.value - 1]].to_dict()
+            page.value = render_sample(sample, position.value - 1, len(matches), len(frame))
+        else:
+            page.value = render_view("sample", "No sample matches.", position=-1, matches=0, samples=len(frame))
+
+    def select(_=None) -> None:
+        nonlocal matches
+        matches = find_samples(frame, search.value, kind.value)
+        position.unobserve(show, "value")
+        position.value, position.max = 1, max(1, len(matches))
+        position.observe(show, "value")
+        show()
+
+    def step(change: int) -> Callable:
+        def move(_) -> None:
+            position.value = min(max(1, position.value + change), max(1, len(matches)))
+
+        return move
+
+    previous.on_click(step(-1))
+    following.on_click(step(+1))
+    for control in (search, kind):
+        control.observe(select, "value")
+    select()
+    controls = W.HBox([search, kind, position, previous, following], layout=W.Layout(flex_flow="row wrap"))
+    return Viewer([controls, page], render_sample_table(frame))
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+WITH_ADAPTER = "adapter, document not in the prompt"
+WITHOUT = "base model alone"
+IN_PROMPT = "base model, document in its prompt"
+
+
+class Conversation:
+    """What a chat holds: documents with their adapters and weights, and two strengths. No widgets; `chat` draws it.
+
+    model: a DocToLoRA, or anything with its `internalize_each` and `answer`; its own current adapter stays what it
+    was. Every document is internalized once, when it is added; weights and strengths only scale blocks.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.texts: dict[str, str] = {}
+        self.weights: dict[str, float] = {}
+        self.adapter_strength = 1.0
+        self.bias_strength = 1.0
+        self._adapters: dict[str, Any] = {}
+
+    def add(self, text: str, name: str = "") -> str:
+        """The name under which `text` is now inside (counted, if none is given). ValueError for one that is taken."""
+        numbers = range(1, len(self.texts) + 2)
+        name = name.strip() or next(free for i in numbers if (free := f"document {i}") not in self.texts)
+        if name in self.texts:
+            raise ValueError(f"a document named {name!r} is inside already: remove it first, or choose another name")
+        [self._adapters[name]] = self.model.internalize_each({name: text})
+        self.texts[name], self.weights[name] = text, 1.0
+        return name
+
+    def remove(self, name: str) -> None:
+        """Afterwards the model is as if the document had never been added."""
+        for holder in (self.texts, self.weights, self._adapters):
+            del holder[name]
+
+    def adapter(self) -> Any:
+        """The sum of all documents' blocks at their weights and the two strengths; None if nothing is inside."""
+        if not self._adapters:
+            return None
+        weighted = (each.scaled(self.weights[name] * self.adapter_strength) for name, each in self._adapters.items())
+        adapter = sum(weighted)
+        return adapter if adapter.bias is None else adapter.scaled_bias(self.bias_strength)
+
+    def inside(self) -> list[dict]:
+        """One row per document: name, n_characters, n_blocks, weight (before the adapter strength)."""
+        return [
+            {
+                "name": name,
+                "n_characters": len(text),
+                "n_blocks": len(self._adapters[name].blocks),
+                "weight": self.weights[name],
+            }
+            for name, text in self.texts.items()
+        ]
+
+    def answers(self, question: str) -> list[tuple[str, str]]:
+        """(where it came from, answer) of the model with the adapter, without it, and with the documents in its prompt.
+
+        What one of the three cannot do (documents longer than the window, say) is told in its place.
+        """
+        in_prompt = "\n\n".join([*self.texts.values(), question])
+        asked = ((WITH_ADAPTER, question, self.adapter()), (WITHOUT, question, None), (IN_PROMPT, in_prompt, None))
+        return [(source, self._answer(prompt, adapter)) for source, prompt, adapter in asked]
+
+    def _answer(self, prompt: str, adapter: Any) -> str:
+        try:
+            return self.model.answer(prompt, adapter)
+        except (ValueError, RuntimeError) as error:
+            return f"(no answer: {error})"
+
+
+def chat(model: Any, documents: dict[str, str] | None = None, question: str = "") -> Viewer:
+    """A page to paste documents and ask: the adapter beside the base model without and with the documents.
+
+    model: a DocToLoRA (see `Conversation` for what is used of it). documents {name: text} are internalized at once, and
+    `question` is asked at once, so that the page has something to show.
+    """
+    conversation = Conversation(model)
+    name = W.Text(description="Name", placeholder="optional")
+    text = W.Textarea(description="Document", placeholder="paste a text here", rows=6, layout=W.Layout(width="98%"))
+    add = W.Button(description="Add document", icon="plus", button_style="primary")
+    listed = W.VBox()
+    adapter_strength = _strength("Adapter strength")
+    bias_strength = _strength("Bias strength")
+    inside, status, answers = W.HTML(), W.HTML(), W.HTML()
+    asked = W.Text(description="Question", value=question, continuous_update=False, layout=W.Layout(width="80%"))
+    ask = W.Button(description="Ask", icon="comment", button_style="primary")
+    answered_for = None
+
+    def attempt(action: Callable[[], Any], working: str) -> bool:
+        """Runs `action` and says how it went: in a callback an exception would be lost."""
+        status.value = render_message(working)
+        try:
+            action()
+        except Exception as error:  # whatever it is, the person at the page has to see it
+            status.value = render_message(f"{type(error).__name__}: {error}", is_error=True)
+            return False
+        status.value = render_message("ready")
+        return True
+
+    def refresh(_=None) -> None:
+        """Draws what is inside, and asks the question again if anything that its answer depends on has changed."""
+        nonlocal answered_for
+        conversation.adapter_strength, conversation.bias_strength = adapter_strength.value, bias_strength.value
+        inside.value = render_inside(conversation.inside(), adapter_strength.value, bias_strength.value)
+        wanted = asked.value.strip()
+        strengths = (adapter_strength.value, bias_strength.value)
+        state = (wanted, strengths, *conversation.texts.items(), *conversation.weights.items())
+        if not wanted or state == answered_for:
+            return
+
+        def answer() -> None:
+            answers.value = render_answers(wanted, conversation.answers(wanted))
+
+        if attempt(answer, "answering ..."):
+            answered_for = state
+
+    def row(document: str) -> W.HBox:
+        weight = W.FloatSlider(description="Weight", value=1.0, min=-1.0, max=2.0, step=0.05, continuous_update=False)
+        remove = W.Button(description="Remove", icon="trash", tooltip=f"take {document} out again")
+        title = W.HTML(render_view("name", html.escape(document), document=document), layout=W.Layout(width="240px"))
+        line = W.HBox([title, weight, remove])
+
+        def reweigh(change: dict) -> None:
+            conversation.weights[document] = change["new"]
+            refresh()
+
+        def drop(_) -> None:
+            conversation.remove(document)
+            listed.children = [child for child in listed.children if child is not line]
+            refresh()
+
+        weight.observe(reweigh, "value")
+        remove.on_click(drop)
+        return line
+
+    def insert(body: str, title: str) -> bool:
+        def internalize() -> None:
+            added = conversation.add(body, title)
+            listed.children = [*listed.children, row(added)]
+
+        done = attempt(internalize, "internalizing ...")
+        if done:
+            refresh()
+        return done
+
+    def on_add(_) -> None:
+        if insert(text.value, name.value):
+            text.value = name.value = ""
+
+    for title, body in (documents or {}).items():
+        insert(body, title)
+    refresh()
+    add.on_click(on_add)
+    ask.on_click(refresh)
+    for control in (adapter_strength, bias_strength, asked):
+        control.observe(refresh, "value")
+    column = W.Layout(width="100%")
+    return Viewer(
+        [
+            inside,
+            listed,
+            name,
+            text,
+            add,
+            W.HBox([adapter_strength, bias_strength], layout=W.Layout(flex_flow="row wrap")),
+            W.HBox([asked, ask], layout=column),
+            status,
+            answers,
+        ],
+        static_html=inside.value + answers.value,
+    )
+
+
+def _strength(label: str) -> W.FloatSlider:
+    return W.FloatSlider(
+        description=label,
+        value=1.0,
+        min=0.0,
+        max=2.0,
+        step=0.05,
+        continuous_update=False,
+        style={"description_width": "initial"},
+        layout=W.Layout(width="360px"),
+    )

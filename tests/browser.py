@@ -1,0 +1,159 @@
+"""Drive a notebook in JupyterLab in headless Chromium, as a person would: `with open_notebook(path, home) as page:`.
+
+Server, kernel and browser keep all their files under `home` and are ended with the block. Nothing but 127.0.0.1 is
+talked to.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+try:
+    from playwright.sync_api import Error as BrowserError
+    from playwright.sync_api import Page, expect, sync_playwright
+except ImportError:
+    sync_playwright = expect = None
+    Page = BrowserError = Exception
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PATIENCE_MS = 60_000
+
+KERNEL_IS_READY = """() => {
+    const kernel = window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel;
+    return Boolean(kernel) && kernel.status === 'idle' && kernel.connectionStatus === 'connected';
+}"""
+ALL_CELLS_HAVE_RUN = """() => {
+    const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')];
+    return prompts.length > 0 && prompts.every(prompt => /\\[\\d+\\]/.test(prompt.textContent || ''));
+}"""
+
+
+def chromium() -> str | None:
+    """The path of an installed Chromium, or None."""
+    return next((path for name in CHROMIUM_NAMES if (path := shutil.which(name))), None)
+
+
+def why_not() -> str | None:
+    """Why the browser tests cannot run here, or None if they can."""
+    if sync_playwright is None:
+        return "playwright is not installed (pip install playwright)"
+    if chromium() is None:
+        return "no Chromium found (on Debian and Ubuntu: apt-get install chromium)"
+    return None
+
+
+def write_notebook(path: Path, sources: list[str]) -> Path:
+    """`path`, now a notebook of these code cells."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+    return path
+
+
+@contextlib.contextmanager
+def open_notebook(notebook: Path, home: Path) -> Iterator["Page"]:
+    """The page of `notebook` in JupyterLab, all of whose cells have been run without an error."""
+    home.mkdir(parents=True, exist_ok=True)
+    with _lab(notebook.parent, home) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium(),
+            args=["--no-sandbox", "--disable-dev-shm-usage"],
+            env=os.environ
+            | {"HOME": str(home), "XDG_CONFIG_HOME": str(home / "config"), "XDG_CACHE_HOME": str(home / "cache")},
+        )
+        try:
+            page = browser.new_page(viewport={"width": 1300, "height": 1000})
+            page.set_default_timeout(PATIENCE_MS)
+            expect.set_options(timeout=20_000)
+            page.goto(f"{address}/lab/tree/{notebook.name}?reset")
+            page.wait_for_selector("#jupyterlab-splash", state="detached")
+            page.wait_for_selector(".jp-Notebook .jp-Cell")
+            # the toolbar already says idle while the kernel is still connecting; a run sent then is lost
+            page.wait_for_function(KERNEL_IS_READY)
+            page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+            page.wait_for_function(ALL_CELLS_HAVE_RUN)
+            assert errors_shown(page) == []
+            yield page
+        finally:
+            with contextlib.suppress(BrowserError):
+                browser.close()
+
+
+def errors_shown(page: "Page") -> list[str]:
+    """The text of every error that a cell of the page shows."""
+    return page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+
+
+@contextlib.contextmanager
+def _lab(folder: Path, home: Path) -> Iterator[str]:
+    """The address of a JupyterLab server for `folder`; it and its kernels are ended with the block."""
+    port = _free_port()
+    names = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")
+    environment = os.environ | {f"JUPYTER_{name}": str(home / name.lower()) for name in names}
+    environment |= {
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+    }
+    environment |= {
+        "IPYTHONDIR": str(home / "ipython"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    # no question about news may cover the page
+    notification = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    notification.parent.mkdir(parents=True, exist_ok=True)
+    notification.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    log = home / "lab.log"
+    command = [
+        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--LabApp.expose_app_in_browser=True"),
+        *(
+            "--ServerApp.ip=127.0.0.1",
+            f"--ServerApp.port={port}",
+            "--ServerApp.port_retries=0",
+            "--IdentityProvider.token=",
+        ),
+        f"--ServerApp.root_dir={folder}",
+    ]
+    with open(log, "w") as said:
+        server = subprocess.Popen(
+            command, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        _wait_until_up(address, server, log)
+        yield address
+    finally:
+        # asked nicely, the server ends its kernels, which are not in its process group
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _wait_until_up(address: str, server: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise RuntimeError(f"JupyterLab stopped while starting:\n{log.read_text()[-2000:]}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/status", timeout=1):
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"JupyterLab did not answer within {PATIENCE_MS / 1000:.0f} s:\n{log.read_text()[-2000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

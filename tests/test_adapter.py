@@ -1,0 +1,377 @@
+"""An adapter is a sum of labelled blocks, and a value."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import build_model, logits_of
+
+from d2l_lib.adapter import Adapter, Block, stack_factors
+
+N_LAYERS, SIZES, RANK = 3, {"down_proj": (6, 5), "q_proj": (5, 4)}, 2
+
+
+def random_factors(generator, rank=RANK):
+    make = lambda size: torch.randn(N_LAYERS, rank, size, generator=generator)  # noqa: E731
+    return {m: make(d_in) for m, (d_in, _) in SIZES.items()}, {m: make(d_out) for m, (_, d_out) in SIZES.items()}
+
+
+def build_adapter(names=("a", "b"), n_chunks=2, seed=0, bias=True, **fields) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    bias_A, bias_B = random_factors(torch.Generator().manual_seed(99))
+    blocks = [
+        Block(name, chunk, (10 * chunk, 10 * chunk + 10), 1.0, *random_factors(generator))
+        for name in names
+        for chunk in range(n_chunks)
+    ]
+    values = {"scale": 2.5, "base_key": "base", "hypernetwork_key": "hyper"} | fields
+    return Adapter(tuple(blocks), {m: (bias_A[m], bias_B[m]) for m in SIZES} if bias else None, **values)
+
+
+def update(adapter, module):
+    """The change of W, [L, d_out, d_in], formed whole (only a test may)."""
+    A, B = adapter.factors(module)
+    return adapter.scale * B.mT.double() @ A.double()
+
+
+def same_update(first, second, tolerance=1e-6):
+    return all(torch.allclose(update(first, m), update(second, m), atol=tolerance) for m in SIZES)
+
+
+def snapshot(adapter):
+    return [tensor.clone() for tensor in adapter._tensors()], repr(adapter)
+
+
+# --- what is inside ---------------------------------------------------------------------------------------------------
+
+
+def test_contents():
+    adapter = build_adapter()
+    assert adapter.documents == ["a", "b"]
+    assert adapter.modules == ["down_proj", "q_proj"]
+    assert adapter.rank == 5 * RANK
+    assert adapter.nbytes == 4 * 5 * N_LAYERS * RANK * (6 + 5 + 5 + 4)
+    assert [(b.document, b.chunk, b.span) for b in adapter.blocks[:2]] == [("a", 0, (0, 10)), ("a", 1, (10, 20))]
+
+
+def test_factors_are_the_sum_of_blocks_and_bias():
+    adapter = build_adapter().scaled(0.5, document="b").scaled_bias(3.0)
+    for module, (d_in, d_out) in SIZES.items():
+        A, B = adapter.factors(module)
+        assert A.shape == (N_LAYERS, adapter.rank, d_in)
+        assert B.shape == (N_LAYERS, adapter.rank, d_out)
+        expected = 3.0 * adapter.bias[module][1].mT @ adapter.bias[module][0]
+        for block in adapter.blocks:
+            expected = expected + block.weight * block.B[module].mT @ block.A[module]
+        assert torch.allclose(B.mT @ A, expected, atol=1e-5)
+
+
+def test_order_of_blocks_changes_nothing():
+    adapter = build_adapter()
+    turned = Adapter(adapter.blocks[::-1], adapter.bias, adapter.scale)
+    assert same_update(adapter, turned)
+
+
+def test_frozen():
+    adapter = build_adapter()
+    with pytest.raises(AttributeError):
+        adapter.scale = 1.0
+    with pytest.raises(AttributeError):
+        adapter.blocks[0].weight = 2.0
+
+
+def test_no_operation_changes_its_operand(tmp_path):
+    adapter, other = build_adapter(), build_adapter(("c",), seed=1)
+    before = snapshot(adapter)
+    adapter + other  # noqa: B018
+    adapter.only(document="a")
+    adapter.without(document="a")
+    adapter.scaled(0.1)
+    adapter.scaled_bias(0.1)
+    adapter.compressed(2)
+    adapter.to(dtype=torch.float16)
+    adapter.save(tmp_path / "x")
+    adapter.export_peft(tmp_path / "y")
+    A, B = adapter.only(document="a", chunk=0).factors("q_proj")
+    A.zero_()
+    B.zero_()
+    after = snapshot(adapter)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    assert before[1] == after[1]
+
+
+# --- sums and selections ----------------------------------------------------------------------------------------------
+
+
+def test_sum_keeps_the_bias_once():
+    a, b = build_adapter(("a",)), build_adapter(("b",), seed=1)
+    both = a + b
+    assert both.documents == ["a", "b"]
+    assert both.rank == a.rank + b.rank - RANK
+    bias_only = a.without(document="a")
+    for m in SIZES:
+        assert torch.allclose(update(both, m), update(a, m) + update(b, m) - update(bias_only, m), atol=1e-5)
+    assert sum([a, b]) == both
+
+
+def test_without_is_exactly_never_added():
+    a, b = build_adapter(("a",)), build_adapter(("b",), seed=1)
+    assert (a + b).without(document="b") == a
+    for module in SIZES:
+        for removed, never in zip((a + b).without(document="b").factors(module), a.factors(module), strict=True):
+            assert torch.equal(removed, never)
+
+
+def test_only_and_without_are_complements():
+    adapter = build_adapter(("a", "b", "c"), n_chunks=3)
+    assert [b.document for b in adapter.only(document=["a", "c"]).blocks] == ["a"] * 3 + ["c"] * 3
+    assert [(b.document, b.chunk) for b in adapter.only(chunk=1).blocks] == [("a", 1), ("b", 1), ("c", 1)]
+    assert [(b.document, b.chunk) for b in adapter.only(document="b", chunk=[0, 2]).blocks] == [("b", 0), ("b", 2)]
+    for choice in ({"document": "a"}, {"chunk": 2}, {"document": ["a", "b"], "chunk": 0}):
+        inside, outside = adapter.only(**choice), adapter.without(**choice)
+        assert len(inside) + len(outside) == len(adapter)
+        assert same_update(inside + outside, adapter, 1e-5)
+
+
+def test_parts_of_one_document_join_again():
+    adapter = build_adapter(("a",), n_chunks=3)
+    assert adapter.only(chunk=0) + adapter.only(chunk=[1, 2]) == adapter
+
+
+def test_taken_names_are_numbered():
+    a, b = build_adapter(("a",)), build_adapter(("a", "a (2)"), seed=1)
+    both = a + b + a
+    assert both.documents == ["a", "a (3)", "a (2)", "a (4)"]
+    assert both.without(document=["a (3)", "a (2)", "a (4)"]) == a
+
+
+@pytest.mark.parametrize("operation", ["only", "without"])
+def test_unknown_names_list_what_is_inside(operation):
+    adapter = build_adapter()
+    with pytest.raises(ValueError, match=r"'zebra'.*'a' \(2 chunks\), 'b' \(2 chunks\)"):
+        getattr(adapter, operation)(document="zebra")
+    with pytest.raises(ValueError, match=r"no chunk 7.*'a' \(2 chunks\)"):
+        getattr(adapter, operation)(document="a", chunk=7)
+    with pytest.raises(ValueError, match="name a document or a chunk"):
+        getattr(adapter, operation)()
+
+
+def test_all_documents_removed_leaves_the_bias():
+    empty = build_adapter().without(document=["a", "b"])
+    assert empty.rank == RANK
+    assert empty.documents == []
+    assert empty
+    with pytest.raises(ValueError, match="holds no documents"):
+        empty.without(document="a")
+
+
+def test_weights_are_linear():
+    adapter = build_adapter(bias=False)
+    for module in SIZES:
+        assert torch.allclose(update(adapter.scaled(0.5), module), 0.5 * update(adapter, module))
+        assert torch.allclose(update(adapter.scaled(-1), module), -update(adapter, module))
+    assert adapter.scaled(0.5).scaled(2) == adapter
+    assert adapter.scaled(0).rank == adapter.rank
+
+
+def test_weight_of_one_document_leaves_the_others_and_the_bias():
+    adapter = build_adapter()
+    assert [b.weight for b in adapter.scaled(0.25, document="b").blocks] == [1, 1, 0.25, 0.25]
+    assert adapter.scaled(0.25).bias_weight == 1
+    assert adapter.scaled_bias(0.5).bias_weight == 0.5
+    assert [b.weight for b in adapter.scaled_bias(0.5).blocks] == [1] * 4
+    assert same_update(adapter.scaled_bias(0), Adapter(adapter.blocks, None, adapter.scale))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "2", None, True])
+def test_weights_must_be_finite_numbers(weight):
+    with pytest.raises(ValueError, match="finite number"):
+        build_adapter().scaled(weight)
+    with pytest.raises(ValueError, match="finite number"):
+        build_adapter().scaled_bias(weight)
+
+
+def test_adapters_that_do_not_belong_together():
+    adapter = build_adapter()
+    with pytest.raises(ValueError, match="different base models"):
+        adapter + build_adapter(base_key="other")
+    with pytest.raises(ValueError, match="different hypernetworks"):
+        adapter + build_adapter(hypernetwork_key="other")
+    with pytest.raises(ValueError, match="different hypernetworks"):
+        adapter + build_adapter(bias=False)
+    with pytest.raises(ValueError, match="different scales"):
+        adapter + build_adapter(scale=1.0)
+    with pytest.raises(ValueError, match="scaled_bias"):
+        adapter + adapter.scaled_bias(0.5)
+    with pytest.raises(ValueError, match="3 layers.*2 layers"):
+        fewer = {m: torch.zeros(2, 1, d_in) for m, (d_in, _) in SIZES.items()}
+        other = {m: torch.zeros(2, 1, d_out) for m, (_, d_out) in SIZES.items()}
+        adapter + Adapter((Block("x", 0, None, 1.0, fewer, other),), None, 2.5)
+    with pytest.raises(TypeError):
+        adapter + 3
+
+
+def test_shapes_are_checked():
+    block = build_adapter().blocks[0]
+    with pytest.raises(ValueError, match="down_proj: A is"):
+        Adapter((block,), None, 1.0, n_layers=4, sizes=SIZES)
+    with pytest.raises(ValueError, match="modules"):
+        Adapter((block,), None, 1.0, n_layers=3, sizes={"down_proj": (6, 5)})
+    with pytest.raises(ValueError, match="without blocks and bias"):
+        Adapter((), None, 1.0)
+
+
+def test_unknown_module_lists_the_known():
+    with pytest.raises(ValueError, match="'up_proj'.*down_proj, q_proj"):
+        build_adapter().factors("up_proj")
+
+
+def test_empty_adapter_has_empty_factors():
+    adapter = Adapter((), None, 1.0, n_layers=3, sizes=SIZES)
+    A, B = adapter.factors("down_proj")
+    assert (A.shape, B.shape) == ((3, 0, 6), (3, 0, 5))
+
+
+# --- compression ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5, 10, 50])
+def test_compression_is_the_best_of_its_rank(rank):
+    adapter = build_adapter().scaled(0.3, document="a")
+    small = adapter.compressed(rank)
+    assert small.rank == min(rank, adapter.rank)
+    for module in SIZES:
+        U, S, Vh = torch.linalg.svd(update(adapter, module), full_matrices=False)
+        best = U[..., :rank] * S[:, None, :rank] @ Vh[:, :rank]
+        assert torch.allclose(update(small, module), best, atol=1e-5)
+
+
+def test_compressed_holds_the_bias_and_cannot_be_added():
+    adapter = build_adapter()
+    small = adapter.compressed(3)
+    assert small.bias is None
+    assert "a, b" in small.documents[0]
+    for first, second in ((small, adapter), (adapter, small), (small, small)):
+        with pytest.raises(ValueError, match="add first, compress the sum"):
+            first + second
+    with pytest.raises(ValueError, match="folded into the compressed block"):
+        small.scaled_bias(0.5)
+    assert small.compressed(2).bias_inside
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True])
+def test_compression_rank_is_checked(rank):
+    with pytest.raises(ValueError, match="rank must be"):
+        build_adapter().compressed(rank)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load_are_bit_equal(tmp_path):
+    adapter = build_adapter(("a</script>", "ü")).scaled(0.1, document="ü").scaled_bias(0.7)
+    path = adapter.save(tmp_path / "x.safetensors")
+    loaded = Adapter.load(path)
+    assert loaded == adapter
+    assert repr(loaded) == repr(adapter)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_round_trip_of_special_adapters(tmp_path):
+    adapter = build_adapter()
+    ids_only = Adapter((Block("x", 0, None, 1.0, adapter.blocks[0].A, adapter.blocks[0].B),), None, 1.0)
+    empty = Adapter((), None, 1.0, n_layers=3, sizes=SIZES)
+    bias_only, half = adapter.without(document=["a", "b"]), adapter.to(dtype=torch.bfloat16)
+    for one in (adapter.compressed(2), bias_only, ids_only, empty, half):
+        assert Adapter.load(one.save(tmp_path / "x")) == one
+
+
+def test_shared_tensors_are_stored_once(tmp_path):
+    block = build_adapter().blocks[0]
+    repeated = Adapter(tuple(Block("a", i, None, 1.0, block.A, block.B) for i in range(50)), None, 1.0)
+    single = Adapter(repeated.blocks[:1], None, 1.0)
+    assert repeated.nbytes == single.nbytes
+    size = repeated.save(tmp_path / "x").stat().st_size
+    assert size < 50 * single.nbytes
+    assert Adapter.load(tmp_path / "x") == repeated
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    adapter = build_adapter()
+    path = adapter.save(tmp_path / "x")
+
+    def fail(tensors, name, metadata=None):
+        with open(name, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        adapter.scaled(2).save(path)
+    with pytest.raises(OSError, match="No space"):
+        adapter.export_peft(tmp_path / "peft")
+    assert Adapter.load(path) == adapter
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("modules", [("down_proj",), ("down_proj", "q_proj", "v_proj")])
+def test_peft_gives_the_same_logits(tmp_path, modules):
+    peft = pytest.importorskip("peft")
+    model = build_model(modules)
+    adapter = model.internalize({"a": "One thing. Two things.", "b": "Three."}, chunk_tokens=12)
+    adapter = adapter.scaled(0.5, document="a").scaled_bias(0.7)
+    ours = logits_of(model, adapter)
+    base = logits_of(model, None)
+    folder = adapter.export_peft(tmp_path / "peft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["use_rslora"] is False
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    wrapped = peft.PeftModel.from_pretrained(model.base_model, folder)
+    with torch.no_grad():
+        theirs = wrapped(torch.tensor([model.tokenizer("Who is it?")["input_ids"]])).logits
+    assert (ours - base).abs().max() > 0.1
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+
+
+def test_export_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing to export"):
+        Adapter((), None, 1.0, n_layers=3, sizes=SIZES).export_peft(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- display and stacking ---------------------------------------------------------------------------------------------
+
+
+def test_print_shows_what_is_inside():
+    text = repr(build_adapter().scaled(0.5, document="b"))
+    for part in ("2 documents, 4 chunks", "rank 10", "3 layers", "a: 2 chunks, rank 4", "weight 0.5", "(bias)"):
+        assert part in text
+    many = repr(build_adapter([f"name {i}" for i in range(100)]))
+    assert len(many.splitlines()) < 15
+    assert "90 more" in many
+
+
+def test_html_is_escaped():
+    page = build_adapter(("<script>alert(1)</script>", "b"))._repr_html_()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_stack_fills_up_with_zero_rows():
+    a, b = build_adapter(("a",)), build_adapter(("b", "c"), seed=1)
+    loras, scale = stack_factors([a, None, b])
+    A, B = loras["q_proj"]
+    assert scale == a.scale
+    assert A.shape == (3, N_LAYERS, b.rank, 5)
+    assert torch.equal(A[0, :, : a.rank], a.factors("q_proj")[0])
+    assert not A[0, :, a.rank :].any()
+    assert not A[1].any()
+    assert not B[1].any()
+
+
+def test_stack_of_different_scales():
+    a, b = build_adapter(), build_adapter(scale=0.5)
+    loras, scale = stack_factors([a, b])
+    A, B = loras["down_proj"]
+    for index, adapter in enumerate((a, b)):
+        assert torch.allclose(scale * B[index].mT @ A[index], update(adapter, "down_proj").float(), atol=1e-5)

@@ -1,0 +1,339 @@
+"""Bad documents, questions, adapters and files get an error that says what to do; nothing half-done is left."""
+
+import pickle
+
+import pytest
+import torch
+from tiny_models import build_base_model, build_hypernetwork, build_model, build_tokenizer
+
+import d2l_lib as d2l
+from d2l_lib.adapter import Adapter
+from d2l_lib.model import DocToLoRA
+
+DOCUMENT = "Ada keeps 3 cats. The oldest is Tom."
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model()
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    return model.internalize(DOCUMENT)
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t ", "\u200b\u200e", "\x00\x01\x02", "\ufeff"])
+def test_document_without_text(model, text):
+    current = model.current
+    with pytest.raises(ValueError, match="holds no text"):
+        model.internalize(text)
+    with pytest.raises(ValueError, match="'document 2' holds no text"):
+        model.internalize([DOCUMENT, text])
+    assert model.current is current
+
+
+@pytest.mark.parametrize("value", [None, 3, b"bytes", ["a", None], {"x": 4}, [["a"]], object(), float("nan")])
+def test_document_that_is_no_text(model, value):
+    with pytest.raises(TypeError, match="not|must be"):
+        model.internalize(value)
+
+
+def test_bytes_say_how_to_decode(model):
+    with pytest.raises(TypeError, match="decode"):
+        model.internalize([b"bytes"])
+
+
+@pytest.mark.parametrize("nothing", [[], {}, ()])
+def test_no_documents(model, nothing):
+    with pytest.raises(ValueError, match="no documents"):
+        model.internalize(nothing)
+    with pytest.raises(ValueError, match="no documents"):
+        model.internalize_each(nothing)
+
+
+@pytest.mark.parametrize("name", ["", " ", 3, None])
+def test_document_names(model, name):
+    with pytest.raises(TypeError, match="document name"):
+        model.internalize({name: DOCUMENT})
+
+
+def test_unpaired_surrogate(model):
+    with pytest.raises(ValueError, match="surrogate at character 2"):
+        model.internalize("ab\ud800")
+    with pytest.raises(ValueError, match="surrogate"):
+        model.answer("ab\ud800")
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, -1, 1.5, "20", True, 10_000])
+def test_chunk_tokens(model, chunk_tokens):
+    with pytest.raises(ValueError, match="chunk_tokens must be a whole number from 1 to"):
+        model.internalize(DOCUMENT, chunk_tokens=chunk_tokens)
+
+
+def test_progress_must_be_callable(model):
+    with pytest.raises(TypeError, match="progress"):
+        model.internalize(DOCUMENT, progress="yes")
+
+
+def test_ready_made_ids(model):
+    for ids in (torch.zeros(3, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 4)):
+        with pytest.raises(ValueError, match="token ids must be whole numbers"):
+            model.internalize_ids(ids)
+    with pytest.raises(ValueError, match="attention_mask is"):
+        model.internalize_ids(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="chunk 1 has no token"):
+        model.internalize_ids(torch.ones(2, 4, dtype=torch.long), torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]))
+
+
+def test_failed_internalize_changes_nothing(adapter):
+    model = build_model()
+    model.internalize(DOCUMENT)
+    current = model.current
+    model.hypernetwork.train()
+    with torch.no_grad():
+        model.hypernetwork.head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model.internalize("Other text.")
+    assert model.current is current
+    assert model.hypernetwork.training
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_blank_question(model, question):
+    with pytest.raises(ValueError, match="question holds no text"):
+        model.answer(question)
+
+
+@pytest.mark.parametrize("question", [[3], [None], ["Who?", b"x"]])
+def test_question_that_is_no_text(model, question):
+    with pytest.raises(TypeError, match=r"question \d is"):
+        model.answer(question)
+
+
+@pytest.mark.parametrize("question", [None, 3, b"Who?", {"q": "Who?"}])
+def test_question_must_be_text_or_list(model, question):
+    with pytest.raises(TypeError, match="the question must be"):
+        model.answer(question)
+
+
+def test_question_longer_than_the_window(model):
+    with pytest.raises(ValueError, match=r"the question takes \d+ tokens.*window is 256.*internalize the long part"):
+        model.answer("x" * 300)
+    with pytest.raises(ValueError, match="question 2 of 2"):
+        model.answer(["Who?", "x" * 300])
+    with pytest.raises(ValueError, match="input_ids holds 300 tokens"):
+        model.generate(input_ids=torch.ones(1, 300, dtype=torch.long))
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, None, True])
+def test_max_new_tokens(model, count):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.answer("Who?", max_new_tokens=count)
+
+
+def test_number_of_adapters(model, adapter):
+    with pytest.raises(ValueError, match="2 question.* but 1 adapters"):
+        model.answer(["Who?", "What?"], [adapter])
+    with pytest.raises(ValueError, match="1 question.* but 2 adapters"):
+        model.answer("Who?", [adapter, adapter])
+    with pytest.raises(ValueError, match="list of adapters is empty"), model.applied([]):
+        pass
+
+
+def test_what_is_no_adapter(model):
+    for wrong in ("adapter", 3, {"a": 1}):
+        with pytest.raises(TypeError, match="expected an Adapter"):
+            model.generate(input_ids=torch.ones(1, 3, dtype=torch.long), adapter=wrong)
+        with pytest.raises(TypeError, match="expected an Adapter"):
+            model.answer("Who?", wrong)
+    with pytest.raises(TypeError, match="expected Adapters"):
+        model.answer(["Who?", "Why?"], [None, 3])
+
+
+# --- models that do not belong together -------------------------------------------------------------------------------
+
+
+def test_adapter_for_another_model(adapter):
+    for other, message in (
+        (build_model(n_layers=2), "blocks for 3 layers, this model has 2: was it made for another model"),
+        (build_model(base_seed=5), "other weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.answer("Who?", adapter)
+        with pytest.raises(ValueError, match="different base models"):
+            adapter + other.internalize(DOCUMENT)
+
+
+def test_adapter_of_another_hypernetwork(adapter):
+    other = build_model(seed=7)
+    assert isinstance(other.answer("Who?", adapter, max_new_tokens=2), str)
+    with pytest.raises(ValueError, match="different hypernetworks"):
+        adapter + other.internalize(DOCUMENT)
+
+
+def test_retrained_hypernetwork_is_another_one():
+    model = build_model()
+    before = model.internalize(DOCUMENT)
+    with torch.no_grad():
+        for parameter in model.hypernetwork.parameters():
+            parameter.add_(0.01)
+    with pytest.raises(ValueError, match="different hypernetworks"):
+        before + model.internalize(DOCUMENT)
+
+
+def test_hypernetwork_for_another_base_model():
+    tokenizer = build_tokenizer()
+    hypernetwork = build_hypernetwork(build_base_model(tokenizer, n_layers=3))
+    with pytest.raises(ValueError, match="writes for 3 layers, this base model has 2.*base_model="):
+        DocToLoRA(build_base_model(tokenizer, n_layers=2), tokenizer, hypernetwork)
+    with pytest.raises(ValueError, match="down_proj 48 -> 32"):
+        DocToLoRA(build_base_model(tokenizer, hidden_size=64), tokenizer, hypernetwork)
+
+
+def test_tokenizer_without_chat_template():
+    tokenizer = build_tokenizer(chat_template=None)
+    base_model = build_base_model(tokenizer)
+    with pytest.raises(ValueError, match="no chat template"):
+        DocToLoRA(base_model, tokenizer, build_hypernetwork(base_model))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["nonsense", "/nonsense/model", "./nonsense", "nonsense.bin", "./dir/nonsense.bin"])
+def test_nothing_there(source):
+    with pytest.raises(FileNotFoundError, match="nothing at.*model.save wrote"):
+        d2l.load(source)
+
+
+def test_hub_that_is_not_reached():
+    with pytest.raises(FileNotFoundError, match="hub gave no repository nobody/nothing.*download it"):
+        d2l.load("nobody/nothing")
+
+
+@pytest.mark.parametrize("source", ["", None, 3])
+def test_source_must_be_a_name(source):
+    with pytest.raises(TypeError, match="source must be"):
+        d2l.load(source)
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither hypernetwork.safetensors nor"):
+        d2l.load(tmp_path)
+    build_base_model(build_tokenizer()).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="looks like a base model"):
+        d2l.load(tmp_path)
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"several checkpoints.*a\.bin, b\.bin"):
+        d2l.load(tmp_path)
+
+
+def test_base_model_that_is_missing(tmp_path, model):
+    model.save(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        d2l.load(tmp_path / "model", base_model=tmp_path / "nowhere")
+
+
+def test_damaged_model_folders(tmp_path, model):
+    folder = model.save(tmp_path / "model")
+    whole = (folder / "hypernetwork.safetensors").read_bytes()
+    for damaged in (b"", whole[:100], whole[: len(whole) // 2]):
+        (folder / "hypernetwork.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="hypernetwork.safetensors"):
+            d2l.load(folder)
+    (folder / "hypernetwork.safetensors").write_bytes(whole)
+    (folder / "config.json").write_text('{"format": ')
+    with pytest.raises(ValueError, match="config.json"):
+        d2l.load(folder)
+
+
+def test_damaged_published_checkpoint(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    for content in (b"", b"not a pickle", pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="pytorch_model.bin"):
+            d2l.load(path)
+
+
+class Attack:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code out of a checkpoint ran')",)
+
+
+def test_checkpoint_that_would_run_code(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"base_model_name_or_path": "x", "hypernet_config": Attack()}, path)
+    with pytest.raises(ValueError, match="exec"):
+        d2l.load(path, base_model="tiny")
+
+
+def test_interrupted_save_leaves_the_old_model(tmp_path, model, monkeypatch):
+    folder = model.save(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def fail(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model.tokenizer, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space"):
+        model.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_save_without_base_needs_a_name(tmp_path, model):
+    with pytest.raises(ValueError, match="include_base=True"):
+        model.save(tmp_path / "model", include_base=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_adapter(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Adapter.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="it is a folder"):
+        Adapter.load(tmp_path)
+
+
+def test_damaged_adapters(tmp_path, model, adapter):
+    path = adapter.save(tmp_path / "adapter")
+    whole = path.read_bytes()
+    for damaged in (b"", b"x" * 50, whole[:7], whole[:200], whole[:-1], whole + b"x"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
+            Adapter.load(path)
+
+
+def test_adapter_files_that_hold_something_else(tmp_path, adapter):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "adapter"
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="holds tensors but no adapter"):
+        Adapter.load(path)
+    for header in ("{}", "[1]", "{", '{"version": 1}', '{"version": 1, "blocks": [{}], "bias": null}'):
+        save_file({"x": torch.zeros(2)}, path, metadata={"d2l-adapter": header})
+        with pytest.raises(ValueError, match="damaged header"):
+            Adapter.load(path)
+    save_file({"x": torch.zeros(2)}, path, metadata={"d2l-adapter": '{"version": 99}'})
+    with pytest.raises(ValueError, match="format version 99"):
+        Adapter.load(path)
+
+
+def test_export_over_a_file(tmp_path, adapter):
+    (tmp_path / "peft").write_text("precious")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        adapter.export_peft(tmp_path / "peft")
+    assert (tmp_path / "peft").read_text() == "precious"
+
+
+def test_names_with_markup_are_escaped(model):
+    page = model.internalize({"<img src=x onerror=alert(1)>": DOCUMENT})._repr_html_()
+    assert "<img" not in page

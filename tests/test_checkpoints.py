@@ -1,0 +1,292 @@
+"""Checkpoints: exact round trips, and files that are not what they say."""
+
+import collections
+import json
+import os
+import pickle
+import sys
+import types
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import HIDDEN, N_LAYERS, small_base_model, small_hypernetwork
+
+from d2l_lib import checkpoints
+from d2l_lib.checkpoints import CheckpointError, build_hypernetwork, load_checkpoint, read_published, save_checkpoint
+
+VARIANTS = [
+    {},
+    {"encoder_type": "per_layer_activations", "encoder_layer": 4},
+    {"n_blocks": 4, "n_self_attention_per_block": 1, "shared_weights": True},
+    {"modules": ("down_proj", "v_proj"), "use_bias": False, "n_pre_head_layers": 2, "per_layer_processing": True},
+]
+each_variant = pytest.mark.parametrize("options", VARIANTS)
+PUBLISHED_HEADS = {"n_heads": 16, "n_kv_heads": 4, "head_dim": 128}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_base_model()
+
+
+def assert_same_output(left, right):
+    layers = (N_LAYERS,) if left.config.layer_to_layer else ()
+    features = torch.randn(2, *layers, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = (h(features, attention_mask=torch.ones(2, 5)) for h in (left, right))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(x, y) for m in a for x, y in zip(a[m], b[m], strict=True))
+
+
+# ------------------------------------------------------------------------------------------- own format
+
+
+@each_variant
+def test_round_trip_is_exact(model, tmp_path, options):
+    hypernetwork = small_hypernetwork(model, **options)
+    folder = save_checkpoint(tmp_path / "saved", hypernetwork, {"step": 7, "note": "caf\u00e9"})
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "hypernetwork.safetensors"]
+    loaded, meta = load_checkpoint(folder)
+    assert meta == {"step": 7, "note": "caf\u00e9"} and loaded.config == hypernetwork.config and not loaded.training
+    assert_same_output(loaded, hypernetwork)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+def test_saving_again_replaces_and_a_failure_leaves_the_old_one(model, tmp_path, monkeypatch):
+    first, second = small_hypernetwork(model, seed=1), small_hypernetwork(model, seed=2)
+    folder = save_checkpoint(tmp_path / "saved", first)
+    monkeypatch.setattr(checkpoints, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(folder, second)
+    assert_same_output(load_checkpoint(folder)[0], first)
+    monkeypatch.undo()
+    save_checkpoint(folder, second)
+    assert_same_output(load_checkpoint(folder)[0], second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+def test_settings_that_are_not_json_are_refused_before_anything_is_written(model, tmp_path):
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path / "saved", small_hypernetwork(model), {"tensor": torch.ones(1)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_folders_say_what_is_wrong(model, tmp_path):
+    folder = save_checkpoint(tmp_path / "saved", small_hypernetwork(model))
+    settings, weights = folder / "config.json", folder / "hypernetwork.safetensors"
+    text, content = settings.read_text(), weights.read_bytes()
+
+    for cut in (0, 5, 200, len(content) - 4):
+        weights.write_bytes(content[:cut])
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_checkpoint(folder)
+    weights.write_bytes(content)
+
+    changed = json.loads(text)
+    for change, message in (
+        ({"format": "something else"}, "does not describe"),
+        ({"version": 99}, "version 99"),
+        ({"hypernetwork": changed["hypernetwork"] | {"ranks": 4}}, "unknown hypernetwork settings"),
+        ({"hypernetwork": changed["hypernetwork"] | {"rank": 4}}, "shape"),
+        ({"hypernetwork": changed["hypernetwork"] | {"n_blocks": 3}}, "missing"),
+        ({"hypernetwork": changed["hypernetwork"] | {"rank": "two"}}, "config.json"),
+        ({"hypernetwork": 3}, "config.json"),
+    ):
+        settings.write_text(json.dumps(changed | change))
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(folder)
+    for broken in (text[: len(text) // 2], "[]", ""):
+        settings.write_text(broken)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(folder)
+    settings.unlink()
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load_checkpoint(folder)
+
+
+def test_tensors_may_carry_every_alias_or_one(model):
+    hypernetwork = small_hypernetwork(model, n_blocks=4, shared_weights=True)
+    everything = hypernetwork.state_dict()
+    once = {name: value for name, value in everything.items() if name in dict(hypernetwork.named_parameters())}
+    assert len(once) < len(everything)
+    for state in (everything, once):
+        assert_same_output(build_hypernetwork(hypernetwork.config, state), hypernetwork)
+    with pytest.raises(CheckpointError, match="not expected.*surplus"):
+        build_hypernetwork(hypernetwork.config, once | {"surplus": torch.ones(1)})
+
+
+# ------------------------------------------------------------------------------------------- published format
+
+
+def published_classes(monkeypatch, names):
+    """Classes under the published module names, so that pickles can be written here without that code."""
+    made = {}
+    for qualified in names:
+        module_name, _, name = qualified.rpartition(".")
+        parts = module_name.split(".")
+        for i in range(1, len(parts) + 1):
+            package = ".".join(parts[:i])
+            if package not in sys.modules:
+                monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+        made[name] = type(name, (), {"__module__": module_name})
+        monkeypatch.setattr(sys.modules[module_name], name, made[name], raising=False)
+    return made
+
+
+NEW_NAMES = (
+    "ctx_to_lora.modeling.hypernet.HypernetConfig",
+    "ctx_to_lora.modeling.aggregator.AggregatorConfig",
+    "ctx_to_lora.configs.CtxEncoderArguments",
+)
+OLD_NAMES = tuple(f"ctx_to_lora.modeling_utils.{name.rpartition('.')[2]}" for name in NEW_NAMES)
+LORA_NAME = "peft.tuners.lora.config.LoraConfig"
+
+
+def published_content(monkeypatch, hypernetwork, names=NEW_NAMES, drop=(), **changes):
+    """What the published code would save for this hypernetwork."""
+    config = hypernetwork.config
+    # LoraConfig exists where peft is installed; a class of the same name is enough for the pickle.
+    made = published_classes(monkeypatch, (*names, LORA_NAME))
+
+    def record(name, values):
+        instance = made[name]()
+        instance.__dict__.update({k: changes.get(k, v) for k, v in values.items() if k not in drop})
+        return instance
+
+    aggregator = record(
+        "AggregatorConfig",
+        {
+            "aggregator_type": "perceiver",
+            "num_layers": config.n_layers,
+            "feature_size": config.feature_size,
+            "n_latent_queries": config.n_latent_queries,
+            "num_blocks": config.n_blocks,
+            "num_self_attn_per_block": config.n_self_attention_per_block,
+            "shared_weights": config.shared_weights,
+        },
+    )
+    lora = record("LoraConfig", {"r": config.rank, "lora_alpha": config.scale, "target_modules": set(config.d_in)})
+    hypernet = record(
+        "HypernetConfig",
+        {
+            "latent_size": config.latent_size,
+            "per_rank_gen": True,
+            "use_bias": config.use_bias,
+            "per_layer_processing": config.per_layer_processing,
+            "num_pre_head_layers": config.n_pre_head_layers,
+            "dropout_rate": config.dropout,
+            "extra_modules": None,
+            "layer_indices": torch.arange(config.n_layers),
+            "feature_sizes": (config.d_in, config.d_out),
+            "aggregator_config": aggregator,
+            "lora_config": lora,
+        },
+    )
+    is_per_layer = config.layer_to_layer
+    encoder = record(
+        "CtxEncoderArguments",
+        {
+            "ctx_encoder_model_name_or_path": None,
+            "ctx_encoder_type": config.encoder_type,
+            "layer_idx": None if is_per_layer else config.encoder_layer,
+            "ctx_encoder_last_layer": config.encoder_layer if is_per_layer else None,
+        },
+    )
+    content = collections.OrderedDict(hypernetwork.state_dict())
+    content["base_model_name_or_path"] = "some/base"
+    content["hypernet_config"] = hypernet
+    content["ctx_encoder_args"] = encoder
+    return content
+
+
+@each_variant
+@pytest.mark.parametrize("names", [NEW_NAMES, OLD_NAMES], ids=["new", "old"])
+def test_published_file_is_read(model, tmp_path, monkeypatch, options, names):
+    hypernetwork = small_hypernetwork(model, **(options | PUBLISHED_HEADS))
+    torch.save(published_content(monkeypatch, hypernetwork, names), tmp_path / "pytorch_model.bin")
+    monkeypatch.undo()  # the published classes are gone when the file is read
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        config, tensors, base = read_published(path)
+        assert base == "some/base"
+        assert config.to_dict() == hypernetwork.config.to_dict() | {"base_model": "some/base"}
+        assert_same_output(build_hypernetwork(config, tensors), hypernetwork)
+
+
+def test_compiled_names_and_fields_that_old_files_lack(model, tmp_path, monkeypatch):
+    hypernetwork = small_hypernetwork(model, n_pre_head_layers=4, **PUBLISHED_HEADS)
+    content = published_content(monkeypatch, hypernetwork, drop=("num_pre_head_layers", "use_bias", "extra_modules"))
+    compiled = collections.OrderedDict(
+        (f"_orig_mod.{name}" if isinstance(value, torch.Tensor) else name, value) for name, value in content.items()
+    )
+    torch.save(compiled, tmp_path / "pytorch_model.bin")
+    config, tensors, _ = read_published(tmp_path)
+    assert config.n_pre_head_layers == 4 and config.use_bias
+    assert_same_output(build_hypernetwork(config, tensors), hypernetwork)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aggregator_type": "pooler"}, "pooler"),
+        ({"per_rank_gen": False}, "per_rank_gen"),
+        ({"extra_modules": ["x"]}, "extra_modules"),
+        ({"latent_size": "many"}, "misstates"),
+        ({"ctx_encoder_type": "unheard"}, "encoder_type"),
+    ],
+)
+def test_settings_that_do_not_exist_here(model, tmp_path, monkeypatch, changes, message):
+    content = published_content(monkeypatch, small_hypernetwork(model, **PUBLISHED_HEADS), **changes)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=message):
+        read_published(tmp_path)
+
+
+class Harmful:
+    """A pickle that would run a command when opened carelessly."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_pickle_with_a_command_is_refused_by_name(model, tmp_path, monkeypatch):
+    marker = tmp_path / "executed"
+    content = published_content(monkeypatch, small_hypernetwork(model, **PUBLISHED_HEADS))
+    content["ctx_encoder_args"] = Harmful(marker)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"asks for \w+\.system"):
+        read_published(tmp_path)
+    (tmp_path / "plain.bin").write_bytes(pickle.dumps(Harmful(marker), protocol=2))
+    with pytest.raises(CheckpointError):
+        read_published(tmp_path / "plain.bin")
+    assert not marker.exists()
+
+
+def test_files_that_are_not_checkpoints(model, tmp_path, monkeypatch):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(published_content(monkeypatch, small_hypernetwork(model, **PUBLISHED_HEADS)), path)
+    content = path.read_bytes()
+    for damaged in (b"", b"\x00" * 64, b"not a pickle", content[: len(content) // 2], content[:100]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            read_published(path)
+    torch.save({"weights": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match="lacks base_model_name_or_path"):
+        read_published(path)
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="not a Doc-to-LoRA checkpoint"):
+        read_published(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(CheckpointError):
+        read_published(path)
+    with pytest.raises(FileNotFoundError, match="pytorch_model.bin"):
+        read_published(tmp_path / "absent")
+    save_file({"x": torch.ones(1)}, path)
+    assert load_file(path)
+    with pytest.raises(CheckpointError):
+        read_published(path)

@@ -1,0 +1,294 @@
+"""The hypernetwork: sizes, layouts, weight sharing, and the algebra of combining blocks."""
+
+import math
+
+import pytest
+import torch
+from small_models import HIDDEN, N_LAYERS, random_loras, small_base_model, small_hypernetwork
+
+from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, chunk_lengths, combine, names_without_decay
+
+SEVERAL = ("v_proj", "down_proj", "q_proj", "gate_proj")  # four different pairs of sizes, not in sorted order
+VARIANTS = {
+    "early exit": {},
+    "layer to layer": {"encoder_type": "per_layer_activations"},
+    "embeddings": {"encoder_type": "embed_only"},
+    "several modules": {"modules": SEVERAL},
+    "several modules, layer to layer": {"modules": SEVERAL, "encoder_type": "per_layer_activations"},
+    "self-attention": {"n_self_attention_per_block": 2},
+    "shared": {"n_blocks": 4, "n_self_attention_per_block": 1, "shared_weights": True},
+    "per-layer residuals": {"per_layer_processing": True, "n_pre_head_layers": 3},
+    "shared residuals": {"n_pre_head_layers": 3},
+    "no residuals": {"n_pre_head_layers": 0},
+    "no bias block": {"use_bias": False},
+    "one block": {"n_blocks": 1, "shared_weights": True},
+}
+each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_base_model()
+
+
+def features_for(hypernetwork, lengths, seed=3):
+    """Random features per chunk: a list of [T, F] or [L, T, F]."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = (N_LAYERS,) if hypernetwork.config.layer_to_layer else ()
+    return [torch.randn(*layers, length, HIDDEN, generator=generator) for length in lengths]
+
+
+def padded(chunks, side="right", filler=float("nan")):
+    longest = max(chunk.shape[-2] for chunk in chunks)
+    mask = torch.zeros(len(chunks), longest, dtype=torch.long)
+    batch = torch.full((len(chunks), *chunks[0].shape[:-2], longest, HIDDEN), filler)
+    for i, chunk in enumerate(chunks):
+        length = chunk.shape[-2]
+        place = slice(0, length) if side == "right" else slice(longest - length, longest)
+        batch[i, ..., place, :], mask[i, place] = chunk, 1
+    return batch, mask
+
+
+def assert_same_loras(left, right, tolerance=1e-5):
+    assert left.keys() == right.keys()
+    for module in left:
+        for a, b in zip(left[module], right[module], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@each_variant
+@torch.no_grad()
+def test_padded_packed_and_single_chunks_agree(model, options):
+    hypernetwork = small_hypernetwork(model, **options)
+    lengths = [5, 9, 1, 7]
+    chunks = features_for(hypernetwork, lengths)
+    single = [hypernetwork(c.unsqueeze(0), attention_mask=torch.ones(1, c.shape[-2])) for c in chunks]
+    expected = {m: tuple(torch.cat([s[m][i] for s in single]) for i in (0, 1)) for m in single[0]}
+    for module, (A, B) in expected.items():
+        config = hypernetwork.config
+        assert A.shape == (4, N_LAYERS, config.rank, config.d_in[module])
+        assert B.shape == (4, N_LAYERS, config.rank, config.d_out[module])
+        assert not torch.allclose(A[0], A[1]) and not torch.allclose(B[0], B[1])
+    for side in ("right", "left"):  # padding holds NaN: nothing of it may reach a result
+        batch, mask = padded(chunks, side)
+        assert_same_loras(hypernetwork(batch, attention_mask=mask), expected)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    together = torch.cat(chunks, dim=-2).unsqueeze(0)
+    assert_same_loras(hypernetwork(together, position_ids=positions), expected)
+
+
+@each_variant
+def test_every_parameter_gets_a_gradient(model, options):
+    hypernetwork = small_hypernetwork(model, **options)
+    batch, mask = padded(features_for(hypernetwork, [4, 6]), filler=0.0)
+    combined = combine(hypernetwork(batch, attention_mask=mask), hypernetwork.bias(), torch.tensor([2]))
+    sum((factor**2).sum() for factors in combined.values() for factor in factors).backward()
+    without = [name for name, p in hypernetwork.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_shared_weights_are_the_same_objects(model):
+    hypernetwork = small_hypernetwork(model, n_blocks=4, n_self_attention_per_block=1, shared_weights=True)
+    layers = hypernetwork.aggregator.perceiver.encoder.layers
+    assert len(layers) == 8
+    assert layers[0] is not layers[2] and layers[2] is layers[4] is layers[6]  # cross-attention
+    assert layers[1] is layers[3] is layers[5] is layers[7]  # self-attention
+    state = hypernetwork.state_dict()
+    prefix = "aggregator.perceiver.encoder.layers."
+    assert torch.equal(state[prefix + "2.mlp.up_proj.weight"], state[prefix + "6.mlp.up_proj.weight"])
+    names = {name for name, _ in hypernetwork.named_parameters()}
+    assert prefix + "2.mlp.up_proj.weight" in names and prefix + "4.mlp.up_proj.weight" not in names
+    assert prefix + "1.input_context_layernorm.weight" not in state  # self-attention has a single norm
+
+
+@each_variant
+def test_state_dict_loads_strictly(model, options):
+    source, target = small_hypernetwork(model, seed=1, **options), small_hypernetwork(model, seed=2, **options)
+    target.load_state_dict(source.state_dict())
+    batch, mask = padded(features_for(source, [3, 5]))
+    with torch.no_grad():
+        assert_same_loras(source(batch, attention_mask=mask), target(batch, attention_mask=mask), tolerance=0)
+
+
+def test_published_parameter_shapes():
+    config = HypernetworkConfig(
+        n_layers=3,
+        d_in={"down_proj": 40, "q_proj": 24},
+        d_out={"down_proj": 24, "q_proj": 32},
+        feature_size=24,
+        latent_size=16,
+        rank=4,
+        n_blocks=1,
+    )
+    state = {name: tuple(value.shape) for name, value in Hypernetwork(config).state_dict().items()}
+    assert state["head.weight"] == (3, 2, 16, 64)  # D is that of down_proj, the widest
+    assert state["aggregator.perceiver.decoder.latents_q"] == (3 * 2 * 4, 16)
+    assert state["aggregator.perceiver.encoder.layers.0.self_attn.q_proj.weight"] == (2048, 16)
+    assert state["aggregator.perceiver.encoder.layers.0.self_attn.k_proj.weight"] == (512, 16)
+    assert state["layers.0.mlp.2.weight"] == (64, 16) and state["layers.0.mlp.6.bias"] == (16,)
+    assert state["bias_B.q_proj"] == (3, 4, 32) and state["scaler_A.down_proj"] == (1, 3, 4, 1)
+
+
+def test_fresh_hypernetwork_changes_nothing_and_starts_as_published(model):
+    torch.manual_seed(0)
+    config = small_hypernetwork(model).config
+    fresh = Hypernetwork(config)
+    features = features_for(fresh, [6])[0].unsqueeze(0)
+    loras = fresh(features, attention_mask=torch.ones(1, 6))
+    assert loras["down_proj"][1].abs().max() == 0 and fresh.bias()["down_proj"][1].abs().max() == 0
+    width = config.d_in["down_proj"] + config.d_out["down_proj"]
+    expected = 0.5 / math.sqrt(config.latent_size + width * config.rank)
+    assert fresh.head.weight.std().item() == pytest.approx(expected, rel=0.05)
+    expected = 0.2 / math.sqrt(config.d_in["down_proj"] * config.rank)
+    assert fresh.bias_A["down_proj"].std().item() == pytest.approx(expected, rel=0.1)
+
+
+@torch.no_grad()
+def test_order_of_tokens_does_not_matter_but_their_content_does(model):
+    hypernetwork = small_hypernetwork(model)
+    features = features_for(hypernetwork, [8])[0].unsqueeze(0)
+    mask = torch.ones(1, 8)
+    original = hypernetwork(features, attention_mask=mask)
+    assert_same_loras(original, hypernetwork(features.flip(1), attention_mask=mask))
+    changed = hypernetwork(features * 1.1, attention_mask=mask)
+    assert (changed["down_proj"][0] - original["down_proj"][0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_layer_to_layer_keeps_layers_apart(model):
+    hypernetwork = small_hypernetwork(model, encoder_type="per_layer_activations")
+    features = features_for(hypernetwork, [5])[0].unsqueeze(0)
+    changed = features.clone()
+    changed[:, 2] += 1.0
+    mask = torch.ones(1, 5)
+    before, after = (hypernetwork(x, attention_mask=mask)["down_proj"][0] for x in (features, changed))
+    differs = (before != after).flatten(2).any(-1)[0]
+    assert differs.tolist() == [False, False, True, False]
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only(model):
+    hypernetwork = small_hypernetwork(model, dropout=0.5)
+    features, mask = features_for(hypernetwork, [5])[0].unsqueeze(0), torch.ones(1, 5)
+    first, second = (hypernetwork(features, attention_mask=mask) for _ in range(2))
+    assert_same_loras(first, second, tolerance=0)
+    hypernetwork.train()
+    changed = hypernetwork(features, attention_mask=mask)["down_proj"][0]
+    assert not torch.allclose(changed, first["down_proj"][0])
+
+
+@torch.no_grad()
+def test_half_precision_features_give_parameter_precision_blocks(model):
+    hypernetwork = small_hypernetwork(model)
+    features, mask = features_for(hypernetwork, [12])[0].unsqueeze(0), torch.ones(1, 12)
+    exact = hypernetwork(features, attention_mask=mask)["down_proj"][0]
+    rounded = hypernetwork(features.bfloat16(), attention_mask=mask)["down_proj"][0]
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+# ------------------------------------------------------------------------------------------- combine
+
+
+def test_combine_lays_out_chunks_bias_and_padding(model):
+    config = small_hypernetwork(model).config
+    loras, bias = random_loras(config, contexts=4, rows=2), random_loras(config, contexts=1, rows=2)
+    bias = {m: (A[0], B[0]) for m, (A, B) in bias.items()}
+    A, B = combine(loras, bias, torch.tensor([1, 3]))["down_proj"]
+    chunk_A, chunk_B = loras["down_proj"]
+    bias_A, bias_B = bias["down_proj"]
+    assert A.shape == (2, N_LAYERS, 8, config.d_in["down_proj"]) and B.shape[:3] == (2, N_LAYERS, 8)
+    assert torch.equal(A[0, :, 0:2], chunk_A[0]) and torch.equal(A[0, :, 2:4], bias_A)
+    assert A[0, :, 4:].abs().max() == 0 and B[0, :, 4:].abs().max() == 0
+    assert torch.equal(B[1, :, 0:2], chunk_B[1]) and torch.equal(B[1, :, 4:6], chunk_B[3])
+    assert torch.equal(B[1, :, 6:8], bias_B)
+
+
+def test_combine_weights(model):
+    config = small_hypernetwork(model).config
+    loras, bias = random_loras(config, 2, 2), {m: (A[0], B[0]) for m, (A, B) in random_loras(config, 1, 2).items()}
+    A, B = combine(loras, bias, torch.tensor([2]), weights=torch.tensor([0.5, 2.0]), bias_weight=0.5)["down_proj"]
+    chunk_A, chunk_B = loras["down_proj"]
+    torch.testing.assert_close(A[0, :, 0:2], 0.5 * chunk_A[0])
+    torch.testing.assert_close(A[0, :, 2:4], 2.0 * chunk_A[1])
+    assert torch.equal(B[0, :, 2:4], chunk_B[1])  # weights touch A only
+    torch.testing.assert_close(A[0, :, 4:6], 0.5 * bias["down_proj"][0])
+    torch.testing.assert_close(B[0, :, 4:6], 0.5 * bias["down_proj"][1])
+    without = combine(loras, None, torch.tensor([2]))["down_proj"][0]
+    assert without.shape == A.shape and without[0, :, 4:].abs().max() == 0
+
+
+def test_combine_is_differentiable_in_blocks_weights_and_bias(model):
+    config = small_hypernetwork(model).config
+    loras, bias = random_loras(config, 3, 2), {m: (A[0], B[0]) for m, (A, B) in random_loras(config, 1, 2).items()}
+    weights = torch.ones(3, requires_grad=True)
+    leaves = [*loras["down_proj"], *bias["down_proj"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    A, B = combine(loras, bias, torch.tensor([2, 1]), weights=weights)["down_proj"]
+    (A.sum() + B.sum()).backward()
+    for leaf, uses in zip(leaves, (1, 1, 2, 2), strict=True):  # the bias block serves both contexts
+        assert torch.equal(leaf.grad, torch.full_like(leaf, uses))
+    torch.testing.assert_close(weights.grad, loras["down_proj"][0].detach().sum(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("n_chunks", "weights", "message"),
+    [([1, 1], None, "adds up to 2"), ([3], torch.ones(2), "one value per chunk"), ([4, -1], None, "adds up")],
+)
+def test_combine_refuses_wrong_counts(model, n_chunks, weights, message):
+    loras = random_loras(small_hypernetwork(model).config, 3, 2)
+    with pytest.raises(ValueError, match=message):
+        combine(loras, None, torch.tensor(n_chunks), weights=weights)
+
+
+# ------------------------------------------------------------------------------------------- errors and settings
+
+
+def test_wrong_inputs_say_what_to_do(model):
+    hypernetwork = small_hypernetwork(model)
+    features = torch.randn(2, 4, HIDDEN)
+    with pytest.raises(ValueError, match="exactly one of"):
+        hypernetwork(features)
+    with pytest.raises(ValueError, match="another context encoder"):
+        hypernetwork(torch.randn(2, 4, HIDDEN + 1), attention_mask=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="chunks, tokens, features"):
+        hypernetwork(torch.randn(2, N_LAYERS, 4, HIDDEN), attention_mask=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="attention_mask is"):
+        hypernetwork(features, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="chunk 1 has no token"):
+        hypernetwork(features, attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]))
+    with pytest.raises(ValueError, match="start at 0"):
+        hypernetwork(features[:1], position_ids=torch.tensor([[1, 2, 3, 4]]))
+    with pytest.raises(ValueError, match="cover 3 tokens"):
+        hypernetwork(features[:1], position_ids=torch.tensor([[0, 1, 0]]))
+
+
+def test_chunk_lengths():
+    assert chunk_lengths(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]
+
+
+def test_config_round_trip_and_defaults():
+    config = HypernetworkConfig(n_layers=2, d_in={"b": 3, "a": 4}, d_out={"b": 5, "a": 6}, feature_size=8)
+    assert config.scale == pytest.approx(2 * 8**1.5) and config.modules == ["a", "b"]
+    assert HypernetworkConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match=r"unknown hypernetwork settings \['ranks'\]"):
+        HypernetworkConfig.from_dict(config.to_dict() | {"ranks": 3})
+    with pytest.raises(ValueError, match="lack"):
+        HypernetworkConfig.from_dict({"n_layers": 2})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 0}, {"encoder_type": "pooler"}, {"n_heads": 5}, {"d_out": {"b": 5}}, {"n_blocks": -1}]
+)
+def test_config_refuses_impossible_settings(wrong):
+    settings = {"n_layers": 2, "d_in": {"a": 4}, "d_out": {"a": 6}, "feature_size": 8}
+    with pytest.raises(ValueError):
+        HypernetworkConfig(**(settings | wrong))
+
+
+def test_weight_decay_spares_norms_biases_scalers_and_queries(model):
+    hypernetwork = small_hypernetwork(model, n_pre_head_layers=1)
+    names = names_without_decay(hypernetwork)
+    assert {"layers.0.mlp.0.weight", "layers.0.mlp.2.bias", "scaler_A.down_proj", "bias_A.down_proj"} <= set(names)
+    assert "layers.0.mlp.2.weight" not in names and "head.weight" not in names

@@ -1,0 +1,218 @@
+"""Every notebook is a page that was run to its end, reads without running, and runs again with other parameters."""
+
+import ast
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from d2l_lib import notebooks
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = notebooks.list_notebooks(ROOT / "notebooks")
+# Values that make each notebook quick; every name must stand in its parameters cell. A notebook that is missing here
+# fails.
+QUICK = {
+    "00_quickstart.ipynb": {"SEED": 1, "DOCUMENT_TOKENS": 2048},
+}
+ABSOLUTE_PATH = re.compile(r"""(?<![\w.:/<])/(?:home|root|Users|tmp|work|mnt|opt|var|private)/[\w.]|[A-Z]:\\\\Users""")
+HANGS = re.compile(r"\b(?:Output\(|interact\(|interactive\(|interactive_output\(|interact_manual\()")
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def code_cells(page: dict) -> list[dict]:
+    return [cell for cell in page["cells"] if cell["cell_type"] == "code"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def python(cell: dict) -> ast.Module:
+    """The cell's Python, without IPython's % and ! lines."""
+    return ast.parse("\n".join(line for line in source(cell).splitlines() if not line.lstrip().startswith(("%", "!"))))
+
+
+def test_there_are_notebooks():
+    assert PAGES, "no notebook found in notebooks/"
+
+
+@pytest.fixture(params=PAGES, ids=lambda path: path.name)
+def page(request) -> dict:
+    return load(request.param) | {"path": request.param}
+
+
+def test_has_one_parameters_cell_of_plain_values(page):
+    tagged = [cell for cell in code_cells(page) if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    names = set()
+    for statement in python(tagged[0]).body:
+        assert isinstance(statement, ast.Assign), "the parameters cell only assigns"
+        ast.literal_eval(statement.value)
+        names |= {target.id for target in statement.targets}
+    assert {"PRESET", "SEED"} <= names
+
+
+def test_is_a_page_over_the_library(page):
+    imports = []
+    for number, cell in enumerate(code_cells(page)):
+        for node in ast.walk(python(cell)):
+            assert not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)), (
+                f"defined in: {source(cell)}"
+            )
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                imports.append(number)
+        assert not HANGS.search(source(cell)), (
+            "Output widgets and interact can hang a headless run: set HTML.value instead"
+        )
+    assert len(set(imports)) <= 1, "one import cell"
+    assert page["cells"][0]["cell_type"] == "markdown" and source(page["cells"][0]).startswith("# ")
+
+
+def test_was_run_from_top_to_bottom_without_error(page):
+    counts = [cell["execution_count"] for cell in code_cells(page) if source(cell).strip()]
+    assert counts == list(range(1, len(counts) + 1)), "run all cells in order (make notebooks)"
+    outputs = [output for cell in code_cells(page) for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("PRESET" in source(cell) or "environment_line" in source(cell) for cell in code_cells(page)[2:3]), (
+        "the cell after the parameters prints preset, model, device and versions"
+    )
+
+
+def test_reads_without_a_kernel(page):
+    assert "widgets" not in page["metadata"], "stored widget state holds random ids (make notebooks leaves it out)"
+    for cell in code_cells(page):
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            assert notebooks.WIDGET_MIME not in data, (
+                "a stored widget shows an error without its kernel (make notebooks leaves it out)"
+            )
+            if data.get("text/plain") == notebooks.WIDGET_PLACEHOLDER:
+                assert "text/html" in data, f"this viewer has no plain form: {source(cell)}"
+
+
+def test_names_no_place_on_the_machine_that_ran_it(page):
+    found = ABSOLUTE_PATH.findall(
+        json.dumps({key: value for key, value in page.items() if key != "path"}, ensure_ascii=False)
+    )
+    assert found == []
+
+
+def test_saves_figures_under_its_own_number(page):
+    number = page["path"].name[:2]
+    text = "\n".join(source(cell) for cell in code_cells(page))
+    for name in re.findall(r"""save_figure\([^,]+,\s*["']([^"']+)["']""", text):
+        assert re.fullmatch(rf"{number}_[a-z0-9_]+_by_[a-z0-9_]+", name.removesuffix(".png")), name
+        assert (ROOT / "figures" / f"{name.removesuffix('.png')}.png").is_file(), (
+            f"figures/{name}.png is not there: run make notebooks"
+        )
+
+
+def test_every_figure_comes_from_a_notebook():
+    text = "\n".join(source(cell) for path in PAGES for cell in code_cells(load(path)))
+    for figure in sorted((ROOT / "figures").glob("*.png")):
+        assert figure.stem in text, f"no notebook saves {figure.name}"
+
+
+# --- the machinery ----------------------------------------------------------------------------------------------------
+
+
+def toy_page(*sources: str) -> dict:
+    cells = [
+        {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None, "source": text, "id": f"c{i}"}
+        for i, text in enumerate(sources)
+    ]
+    cells[0]["metadata"]["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+
+
+def test_injection_replaces_known_names_and_refuses_others():
+    page = toy_page("PRESET = 'tiny'\nN = 100  # questions\n# N_OTHER = 3", "print(N)")
+    changed = notebooks.inject_parameters(page, {"N": 2})
+    assert source(changed["cells"][0]) == "PRESET = 'tiny'\nN = 2\n# N_OTHER = 3"
+    assert source(page["cells"][0]).splitlines()[1] == "N = 100  # questions", "the page that was given is unchanged"
+    with pytest.raises(KeyError, match="does not assign 'N_OTHER'.*'N', 'PRESET'"):
+        notebooks.inject_parameters(page, {"N_OTHER": 1})
+    with pytest.raises(ValueError, match="found 0"):
+        notebooks.inject_parameters({"cells": page["cells"][1:]}, {"N": 1})
+
+
+def test_a_failing_notebook_is_named_and_not_tried_again(tmp_path, capsys):
+    path = tmp_path / "00_bad.ipynb"
+    path.write_text(json.dumps(toy_page("N = 1", "raise ValueError('the lake is cold')")))
+    with pytest.raises(notebooks.NotebookFailed, match=r"00_bad\.ipynb(.|\n)*the lake is cold"):
+        notebooks.execute(path, tmp_path / "executed")
+    assert "trying once more" not in capsys.readouterr().out
+
+
+def test_a_hanging_notebook_is_tried_once_more_and_says_so(tmp_path, capsys):
+    path = tmp_path / "00_slow.ipynb"
+    path.write_text(json.dumps(toy_page("import time\ntime.sleep(600)")))
+    with pytest.raises(notebooks.NotebookFailed, match="00_slow"):
+        notebooks.execute(path, tmp_path / "executed", timeout_s=5)
+    assert capsys.readouterr().out.count("gave no answer within 5 s; trying once more") == 1
+
+
+def test_widgets_leave_their_plain_form():
+    page = toy_page("viewer")
+    page["metadata"]["widgets"] = {"state": "x"}
+    data = {notebooks.WIDGET_MIME: {"model_id": "1f"}, "text/plain": "Viewer(...)", "text/html": "<table></table>"}
+    bar = {notebooks.WIDGET_MIME: {"model_id": "2f"}, "text/plain": ["Loading: 0%|", "  | 0/29 [00:00<?, ?it/s]"]}
+    page["cells"][0]["outputs"] = [
+        {"output_type": "display_data", "data": bar, "metadata": {}},
+        {"output_type": "execute_result", "data": data, "metadata": {}, "execution_count": 1},
+    ]
+    stored = notebooks.without_widget_state(page)
+    assert len(stored["cells"][0]["outputs"]) == 1 and len(page["cells"][0]["outputs"]) == 2
+    assert stored["cells"][0]["outputs"][0]["data"] == {
+        "text/plain": notebooks.WIDGET_PLACEHOLDER,
+        "text/html": "<table></table>",
+    }
+    assert "widgets" not in stored["metadata"] and "widgets" in page["metadata"]
+
+
+def test_headline_table_collects_every_claim(tmp_path):
+    (tmp_path / "03_a.jsonl").write_text(
+        '{"claim": "needle", "figure": "99.5%", "aim": ">= 99%"}\n{"length_tokens": 64}\n'
+    )
+    (tmp_path / "00_b.jsonl").write_text('{"claim": "first", "figure": 1, "aim": ""}\n')
+    rows = notebooks.headline_rows(tmp_path)
+    assert [row["claim"] for row in rows] == ["first", "needle"]
+    assert notebooks.format_table(rows).splitlines()[3] == "| needle | 99.5%  | >= 99% |"
+
+
+# --- all of them, quickly ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def copied_project(tmp_path_factory) -> Path:
+    """A copy of the project in which notebooks may write their figures and results."""
+    copy = tmp_path_factory.mktemp("project")
+    for folder in ("d2l_lib", "data", "notebooks", "figures"):
+        if (ROOT / folder).is_dir():
+            shutil.copytree(
+                ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+            )
+    return copy
+
+
+@pytest.mark.notebooks
+@pytest.mark.slow
+@pytest.mark.skipif(bool(os.environ.get("D2L_NOTEBOOKS_JUST_RAN")), reason="make notebooks has just run them whole")
+@pytest.mark.parametrize("name", [path.name for path in PAGES])
+def test_runs_again_with_quick_parameters(name, copied_project, monkeypatch):
+    """In reading order, so that each finds the files of those before it."""
+    assert name in QUICK, f"say in QUICK which values make {name} quick"
+    monkeypatch.setenv("PYTHONPATH", str(copied_project))
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    path = copied_project / "notebooks" / name
+    path.write_text(json.dumps(notebooks.inject_parameters(load(path), QUICK[name])))
+    executed = load(notebooks.execute(path, copied_project / "executed"))
+    assert all(cell["execution_count"] for cell in code_cells(executed) if source(cell).strip())
