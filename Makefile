@@ -26,6 +26,8 @@ export JUPYTERLAB_WORKSPACES_DIR := $(CACHE)/jupyter/workspaces
 export MPLCONFIGDIR := $(CACHE)/matplotlib
 export RUFF_CACHE_DIR := $(CACHE)/ruff
 export UV_CACHE_DIR := $(CACHE)/uv
+# JupyterLab asks npm, where there is one, for language servers, and npm keeps a log of being asked.
+export npm_config_cache := $(CACHE)/npm
 
 # Not exported while pip runs: pip's cache stays where it always is, so that a second clone installs quickly.
 RUN := XDG_CACHE_HOME="$(CACHE)/xdg" TMPDIR="$(CACHE)/tmp" .venv/bin/python

@@ -323,12 +323,12 @@ def _fit(counter: _TokenCounter, spans: list[tuple[int, int]], limit: int) -> li
         return groups
     result = []
     for (start, end), count in zip(groups, counts, strict=True):
-        inside = [span for span in fitting if start <= span[0] and span[1] <= end]
-        half = len(inside) // 2
         if count <= limit:
             result.append((start, end))
-        else:
-            result += _fit(counter, inside[:half], limit) + _fit(counter, inside[half:], limit)
+            continue
+        inside = [span for span in fitting if start <= span[0] and span[1] <= end]
+        half = len(inside) // 2
+        result += _fit(counter, inside[:half], limit) + _fit(counter, inside[half:], limit)
     return result
 
 

@@ -163,11 +163,16 @@ class DocToLoRA:
 
         attention_mask [n_chunks, length] is 0 at padding, on any side (None: no padding). Blocks have no span.
         """
-        ctx_ids, attention_mask = _checked_ids(ctx_ids, attention_mask)
+        ctx_ids, attention_mask = _checked_ids(ctx_ids, attention_mask, self.encoder.model)
         rows = [ids[mask].tolist() for ids, mask in zip(ctx_ids, attention_mask.bool(), strict=True)]
         for index, ids in enumerate(rows):
             if not ids:
                 raise ValueError(f"chunk {index} has no token (its attention_mask is all 0): leave it out")
+            if len(ids) > _window(self.encoder.model):
+                raise ValueError(
+                    f"chunk {index} has {len(ids)} tokens, the context encoder reads {_window(self.encoder.model)}: "
+                    "cut it into shorter chunks"
+                )
         encoded = self._encode(rows, None)
         blocks = [Block("document", index, None, 1.0, A, B) for index, (A, B) in enumerate(encoded)]
         self.current = self._adapter(blocks)
@@ -407,7 +412,7 @@ class DocToLoRA:
         `options` (passed on to transformers) say otherwise. attention_mask: None means no padding.
         """
         _check_count(max_new_tokens, "max_new_tokens")
-        input_ids, attention_mask = _checked_ids(input_ids, attention_mask)
+        input_ids, attention_mask = _checked_ids(input_ids, attention_mask, self.base_model)
         length = int(attention_mask.sum(1).max())
         self._check_window(length, f"input_ids holds {length} tokens")
         options = {"do_sample": False, "pad_token_id": _pad_id(self.tokenizer)} | options
@@ -566,7 +571,7 @@ def _from_hub(source: str) -> Path:
 
     owner, name, *inside = source.split("/")
     below = "/".join(inside)
-    endings = [""] if below.endswith(".bin") else ["*.bin", "*.safetensors", "*.json"]
+    endings = [""] if below.endswith(".bin") else ["*hypernetwork.safetensors", "*config.json", "*pytorch_model.bin"]
     try:
         folder = Path(snapshot_download(f"{owner}/{name}", allow_patterns=[below + ending for ending in endings]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
@@ -608,11 +613,14 @@ def _padded(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tens
     return ids, mask
 
 
-def _checked_ids(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Token ids as [rows, length] with their mask; ValueError for other shapes or for none at all."""
+def _checked_ids(ids: Tensor, mask: Tensor | None, network: nn.Module) -> tuple[Tensor, Tensor]:
+    """Token ids as [rows, length] with their mask; ValueError for other shapes, none, or unknown ids."""
     ids = torch.as_tensor(ids)
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype.is_floating_point:
         raise ValueError(f"token ids must be whole numbers [rows, length], got {ids.dtype} {list(ids.shape)}")
+    n_tokens = network.get_input_embeddings().num_embeddings
+    if not 0 <= int(ids.min()) <= int(ids.max()) < n_tokens:
+        raise ValueError(f"token ids {int(ids.min())} to {int(ids.max())} do not fit a vocabulary of {n_tokens}")
     mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).long()
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask is {list(mask.shape)}, the token ids are {list(ids.shape)}")

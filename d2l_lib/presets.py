@@ -65,6 +65,15 @@ class Preset:
     needle: NeedlePreset
 
 
+# What each part of the needle training is for: the published recipe, ours, and ours with one part taken out.
+NEEDLE_VARIANTS: dict[str, dict] = {
+    "ours": {},
+    "published": {"max_repeats": 1, "empty_share": 0.0},
+    "no_repeats": {"max_repeats": 1},
+    "no_empty": {"empty_share": 0.0},
+    "no_l1": {"l1": 0.0},
+}
+
 PRESETS = {
     "tiny": Preset(
         name="tiny",
@@ -75,7 +84,7 @@ PRESETS = {
             n_layers=4,
             n_heads=6,
             intermediate_size=512,
-            steps=4000,
+            steps=2600,
             batch_tokens=4096,
             learning_rate=2e-3,
             warmup_steps=150,

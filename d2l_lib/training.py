@@ -13,46 +13,75 @@ import argparse
 import json
 import math
 import random
+import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from . import needles, pretraining
 from .base_model import ContextEncoder, decoder_body, load_base_model, module_sizes
 from .documents import chat_affixes, question_ids, split_sentences
-from .hypernetwork import Hypernetwork, HypernetworkConfig, combine
+from .checkpoints import save_checkpoint
+from .hypernetwork import Hypernetwork, HypernetworkConfig, combine, names_without_decay
 from .lora import apply_lora
-from .presets import NeedlePreset, Preset, preset
+from .presets import NEEDLE_VARIANTS, NeedlePreset, Preset, preset
 from .pretraining import IGNORE
+from .records import atomic_folder, read_json, read_jsonl, write_jsonl
 
 
 # ------------------------------------------------------------------------------------------------------------ the Trainer
-class LogToFile(TrainerCallback):
-    """Appends each report of the Trainer as one JSON line: step, seconds since the start of this process, and its values."""
+class Report(TrainerCallback):
+    """One JSON line per report in `run`/log.jsonl, and one printed line: step, seconds trained, loss and the model's own report.
 
-    def __init__(self, path: Path, model: nn.Module | None = None):
-        self.path, self.model, self.start = path, model, time.time()
+    Seconds count on over interruptions. After a resumed start, lines of steps that will be trained again are dropped.
+    """
+
+    def __init__(self, path: Path, model: nn.Module, stop_at: int | None = None):
+        self.path, self.model, self.stop_at = path, model, stop_at
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.exists() else []
+        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self.start = time.monotonic()
+        if state.is_world_process_zero:
+            write_jsonl(self.path, kept)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or "loss" not in logs:
             return
-        extra = self.model.report() if hasattr(self.model, "report") else {}
-        line = {"step": state.global_step, "seconds": round(time.time() - self.start, 1), **logs, **extra}
+        line = {
+            "step": state.global_step,
+            "seconds": round(self.seconds_before + time.monotonic() - self.start, 1),
+            "loss": round(logs["loss"], 5),
+            "learning_rate": logs["learning_rate"],
+            **self.model.report(),
+        }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        rest = "  ".join(f"{name} {value:.3f}" for name, value in line.items() if name not in ("step", "seconds", "learning_rate"))
+        print(f"step {line['step']:>5}  {line['seconds']:>6.0f} s  {rest}", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stop_at is not None and state.global_step >= self.stop_at:
+            control.should_save = control.should_training_stop = True
 
 
 class InOrderTrainer(Trainer):
-    """A Trainer that takes the batches of a curriculum in their order."""
+    """A Trainer that takes the batches of a curriculum in their order, and spares `without_decay` from weight decay."""
+
+    without_decay: frozenset[str] = frozenset()
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def get_decay_parameter_names(self, model):
+        return [name for name in super().get_decay_parameter_names(model) if name not in self.without_decay]
 
 
 def first(items: list) -> dict:
@@ -60,10 +89,25 @@ def first(items: list) -> dict:
     return items[0]
 
 
-def fit(model: nn.Module, batches: Dataset, run: Path, *, steps, learning_rate, warmup_steps, seed, save_steps=250, **options):
-    """Train `model` (which returns {"loss": ...}) on `batches` in order; resume from the last checkpoint in `run`.
+def fit(
+    model: nn.Module,
+    batches: Dataset,
+    run: Path,
+    *,
+    steps: int,
+    learning_rate: float,
+    warmup_steps: int,
+    seed: int,
+    save_steps: int = 250,
+    report_steps: int = 50,
+    stop_at: int | None = None,
+    without_decay: Sequence[str] = (),
+    **options,
+) -> None:
+    """Train `model` (its forward returns {"loss": ...}) on `batches` in order, going on from the last checkpoint in `run`.
 
-    FloatingPointError when the loss is not a number; the checkpoints written before it are kept.
+    stop_at ends this call early with a checkpoint; the schedule is that of `steps`. FloatingPointError when the loss is
+    not a number; the checkpoints written before it are kept.
     """
     run.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(
@@ -74,7 +118,7 @@ def fit(model: nn.Module, batches: Dataset, run: Path, *, steps, learning_rate, 
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.02},
         warmup_steps=warmup_steps,
-        logging_steps=50,
+        logging_steps=report_steps,
         logging_nan_inf_filter=False,
         save_steps=save_steps,
         save_total_limit=2,
@@ -89,13 +133,29 @@ def fit(model: nn.Module, batches: Dataset, run: Path, *, steps, learning_rate, 
         args=arguments,
         train_dataset=batches,
         data_collator=first,
-        callbacks=[LogToFile(run / "log.jsonl", model)],
+        callbacks=[Report(run / "log.jsonl", model, stop_at)],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)))
+    trainer.without_decay = frozenset(without_decay)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(run))
+
+
+def last_whole_checkpoint(run: Path) -> str | None:
+    """The newest checkpoint folder in `run` that was written to its end; half-written ones (a killed run) are deleted.
+
+    The Trainer writes trainer_state.json last: a folder without it, or with a part of it, is not whole.
+    """
+    for folder in sorted(run.glob("checkpoint-*"), key=lambda f: -int(f.name.rpartition("-")[2])):
+        try:
+            read_json(folder / "trainer_state.json")
+            return str(folder)
+        except (FileNotFoundError, ValueError):
+            shutil.rmtree(folder)
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------- the base model
-def train_base(p: Preset, run: Path) -> None:
+def train_base(p: Preset, run: Path, **options) -> None:
     """The tiny base model from nothing; tokenizer and weights end in `run`/final."""
     sizes = p.base
     tokenizer = pretraining.build_tokenizer(sizes.vocab_size, sizes.window, sizes.seed)
@@ -126,6 +186,7 @@ def train_base(p: Preset, run: Path) -> None:
         seed=sizes.seed,
         weight_decay=0.01,
         adam_beta2=0.98,
+        **options,
     )
     model.save_pretrained(run / "final")
     tokenizer.save_pretrained(run / "final")
@@ -294,40 +355,63 @@ def needle_config(p: NeedlePreset, base_model, base_name: str) -> HypernetworkCo
     )
 
 
-def train_needle(p: Preset, run: Path, seed: int, base: str | Path) -> Hypernetwork:
-    """A hypernetwork for `base` trained on needles with cross-entropy."""
-    base_model, tokenizer = load_base_model(base)
+def train_needle(p: NeedlePreset, base_model, tokenizer, run: Path, seed: int, base_name: str, **options) -> Hypernetwork:
+    """A hypernetwork for `base_model` trained on needles with cross-entropy; `options` go to `fit`."""
     torch.manual_seed(seed)
-    hypernetwork = Hypernetwork(needle_config(p.needle, base_model, p.name))
+    hypernetwork = Hypernetwork(needle_config(p, base_model, base_name))
     fit(
-        Internalization(base_model, hypernetwork, p.needle.l1),
-        NeedleBatches(tokenizer, p.needle, seed),
+        Internalization(base_model, hypernetwork, p.l1),
+        NeedleBatches(tokenizer, p, seed),
         run,
-        steps=p.needle.steps,
-        learning_rate=p.needle.learning_rate,
-        warmup_steps=p.needle.warmup_steps,
+        steps=p.steps,
+        learning_rate=p.learning_rate,
+        warmup_steps=p.warmup_steps,
         seed=seed,
         weight_decay=0.01,
+        without_decay=[f"hypernetwork.{name}" for name in names_without_decay(hypernetwork)],
+        **options,
     )
     return hypernetwork
 
 
+# ------------------------------------------------------------------------------------------------------------ the command
+def remake_base(p: Preset, runs: Path, data: Path) -> None:
+    """Train the base model and put it, its scores and its training log into `data`."""
+    run = runs / p.name / "base"
+    train_base(p, run)
+    with atomic_folder(data / p.name / "base_model") as folder:
+        shutil.copytree(run / "final", folder, dirs_exist_ok=True)
+    write_jsonl(data / "full_runs" / "base_model_training.jsonl", [{"seed": p.base.seed, **line} for line in read_jsonl(run / "log.jsonl")])
+
+
+def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) -> None:
+    """Train a needle hypernetwork on the bundled base model; log and weights go to `data`, the bundled one to its default place."""
+    settings = replace(p.needle, **NEEDLE_VARIANTS[variant])
+    name = f"needle_{variant}_seed{seed}"
+    base_model, tokenizer = load_base_model(p.name)
+    hypernetwork = train_needle(settings, base_model, tokenizer, runs / p.name / name, seed, p.name)
+    meta = {"preset": p.name, "variant": variant, "seed": seed, "chunk_tokens": settings.chunk_tokens, "base_model": p.name}
+    bundled = (seed, variant) == (p.needle.seed, "ours")
+    save_checkpoint(data / p.name / "hypernetwork" if bundled else runs / p.name / name / "final", hypernetwork, meta)
+    log = [{"seed": seed, "variant": variant, **line} for line in read_jsonl(runs / p.name / name / "log.jsonl")]
+    write_jsonl(data / "full_runs" / f"{name}_training.jsonl", log)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Remake what is bundled: the base model, then the needle hypernetwork. Interrupted runs go on where they were."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--stage", choices=("base", "needle"), default="base")
-    parser.add_argument("--run", type=Path, default=Path("runs"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base", default="tiny")
+    parser.add_argument("--stage", choices=("all", "base", "needle"), default="all")
+    parser.add_argument("--seed", type=int, help="of the needle hypernetwork; the preset's own seed makes the bundled one")
+    parser.add_argument("--variant", choices=sorted(NEEDLE_VARIANTS), default="ours", help="of the needle training")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints of runs in progress")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where finished models and logs go")
     a = parser.parse_args()
     p = preset(a.preset)
-    if a.stage == "base":
-        train_base(p, a.run / a.preset / "base")
-    else:
-        from .checkpoints import save_checkpoint
-
-        run = a.run / a.preset / f"needle_seed{a.seed}"
-        save_checkpoint(run / "final", train_needle(p, run, a.seed, a.base), {"preset": a.preset, "seed": a.seed})
+    if a.stage != "needle":
+        remake_base(p, a.runs, a.data)
+    if a.stage != "base":
+        remake_needle(p, a.runs, a.data, p.needle.seed if a.seed is None else a.seed, a.variant)
 
 
 if __name__ == "__main__":

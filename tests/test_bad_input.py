@@ -85,6 +85,12 @@ def test_ready_made_ids(model):
             model.internalize_ids(ids)
     with pytest.raises(ValueError, match="attention_mask is"):
         model.internalize_ids(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="vocabulary of 261"):
+        model.internalize_ids(torch.tensor([[1, 261]]))
+    with pytest.raises(ValueError, match="vocabulary of 261"):
+        model.generate(input_ids=torch.tensor([[-1, 5]]))
+    with pytest.raises(ValueError, match="chunk 0 has 300 tokens.*reads 256"):
+        model.internalize_ids(torch.ones(1, 300, dtype=torch.long))
     with pytest.raises(ValueError, match="chunk 1 has no token"):
         model.internalize_ids(torch.ones(2, 4, dtype=torch.long), torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]))
 
@@ -257,7 +263,7 @@ def test_damaged_model_folders(tmp_path, model):
 
 def test_damaged_published_checkpoint(tmp_path):
     path = tmp_path / "pytorch_model.bin"
-    for content in (b"", b"not a pickle", pickle.dumps({"a": 1})):
+    for content in (b"", b"not a pickle", pickle.dumps({"a": 1}, protocol=2)):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="pytorch_model.bin"):
             d2l.load(path)
