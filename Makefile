@@ -37,12 +37,14 @@ OFFLINE := HF_HUB_OFFLINE=1
 
 setup: .venv/.installed
 
+# Temporary files too, or uv leaves a lock in /tmp.
+.venv/.installed: export TMPDIR := $(CACHE)/tmp
 # uv does not read pip's configuration, so it is told where pip finds local wheels; where uv fails, pip does it.
 .venv/.installed: pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer; install one, or: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@echo "setup: installing into .venv (one to three minutes the first time)"
-	@$(PYTHON) -m venv .venv || { echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@mkdir -p "$(CACHE)/tmp"
+	@$(PYTHON) -m venv .venv || { echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@if [ -n "$(UV)" ] && UV_FIND_LINKS="$$(.venv/bin/python -m pip config get global.find-links 2>/dev/null)" \
 		"$(UV)" pip install --quiet --python .venv/bin/python --constraint requirements.lock -e '.[test]'; then :; \
 	else .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint requirements.lock -e '.[test]'; fi
@@ -59,7 +61,7 @@ test: setup
 
 lab: setup
 	@mkdir -p "$(CACHE)/tmp"
-	@$(RUN) -m jupyterlab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
+	@$(RUN) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
 
 train: setup
 	@mkdir -p "$(CACHE)/tmp"

@@ -84,7 +84,7 @@ def build_haystack(tokenizer, length_tokens: int, depth: float, number: str | No
         start = len("\n".join(lines[:at])) + (1 if at else 0)
         span = (start, start + len(lines[at]))
     text = "\n".join(lines)
-    length = len(tokenizer(text, add_special_tokens=False)["input_ids"]) if length_tokens <= 2048 else length_tokens - rest
+    length = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return Haystack(text, number or "", length, depth, span)
 
 

@@ -232,7 +232,8 @@ def plot_internalization_cost_by_length(
                         zorder=1,
                     )
             axes.set_yscale("log")
-            axes.set_ylim(bottom=table[column].min() / 2)
+            least, most = table[column].min(), table[column].max()
+            axes.set_ylim(min(least / 2, most / 50), 2 * most)  # wide enough to tell flat from linear
             _token_axis(axes, table["length_tokens"].unique(), "document length (tokens)")
             axes.set_ylabel(label)
         panels[0].legend()

@@ -49,7 +49,7 @@ class NeedlePreset:
     empty_share: float
     l1: float
     steps: int
-    batch_tokens: int
+    contexts: int
     learning_rate: float
     warmup_steps: int
     chunk_tokens: int
@@ -106,7 +106,7 @@ PRESETS = {
             empty_share=0.1,
             l1=0.1,
             steps=4000,
-            batch_tokens=3500,
+            contexts=24,
             learning_rate=1e-3,
             warmup_steps=200,
             chunk_tokens=256,

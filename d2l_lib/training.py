@@ -124,6 +124,7 @@ def fit(
         save_total_limit=2,
         seed=seed,
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         remove_unused_columns=False,
         **options,
@@ -216,8 +217,8 @@ class NeedleBatches(Dataset):
         longest = p.shortest + round((p.longest - p.shortest) * min(1.0, 0.1 + progress / 0.2))
         most_repeats = p.max_repeats ** min(1.0, max(0.0, (progress - 0.3) / 0.5))
         chunks: list[list[int]] = []
-        n_chunks, repeats, rows, answers, tokens = [], [], [], [], 0
-        while tokens < p.batch_tokens:
+        n_chunks, repeats, rows, answers = [], [], [], []
+        for _ in range(p.contexts):
             length = rng.randint(p.shortest, longest)
             number = None if rng.random() < p.empty_share else needles.draw_number(rng, "train")
             haystack = needles.build_haystack(self.tokenizer, length, rng.random(), number)
@@ -230,7 +231,6 @@ class NeedleBatches(Dataset):
             ids = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
             chunks += [self.prefix + piece + self.suffix for piece in ids]
             n_chunks.append(len(pieces))
-            tokens += sum(len(c) for c in ids)
             answers.append(haystack.answer or pretraining.world.UNKNOWN)
         for answer in answers:
             rows.append(self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id])

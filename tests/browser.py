@@ -107,6 +107,7 @@ def _lab(folder: Path, home: Path) -> Iterator[str]:
     }
     environment |= {
         "IPYTHONDIR": str(home / "ipython"),
+        "npm_config_cache": str(home / "npm"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     # no question about news may cover the page

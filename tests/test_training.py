@@ -1,0 +1,167 @@
+"""Training: a killed run ends where an uninterrupted one does, batches are as described, the loss is the one we say."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2l_lib import needles, training
+from d2l_lib.base_model import ContextEncoder
+from d2l_lib.hypernetwork import Hypernetwork, combine
+from d2l_lib.lora import apply_lora
+from tests import train_small
+
+SCRIPT = [sys.executable, "-m", "tests.train_small"]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def base():
+    return train_small.small_base()
+
+
+@pytest.fixture
+def batches(base):
+    return training.NeedleBatches(base[1], train_small.SMALL, 0)
+
+
+def start(run: Path, seconds_per_batch: float) -> subprocess.Popen:
+    return subprocess.Popen([*SCRIPT, str(run), str(seconds_per_batch)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final" / "hypernetwork.safetensors")
+
+
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
+    whole = start(tmp_path / "whole", 0)
+    killed = start(tmp_path / "killed", 0.25)
+    assert whole.wait(timeout=240) == 0, whole.stdout.read().decode()[-2000:]
+    log = tmp_path / "killed" / "log.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert killed.poll() is None, killed.stdout.read().decode()[-2000:]
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "final").exists(), "killed too late to prove anything"
+    # the newest checkpoint may be half-written: make sure that one is, and that it is not trusted
+    (tmp_path / "killed" / "checkpoint-12").mkdir(exist_ok=True)
+    (tmp_path / "killed" / "checkpoint-12" / "trainer_state.json").unlink(missing_ok=True)
+    resumed = start(tmp_path / "killed", 0)
+    said = resumed.communicate(timeout=240)[0].decode()
+    assert resumed.returncode == 0, said[-2000:]
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    losses = [[json.loads(line) for line in (tmp_path / r / "log.jsonl").read_text().splitlines()] for r in ("whole", "killed")]
+    assert [(x["step"], x["loss"]) for x in losses[0]] == [(x["step"], x["loss"]) for x in losses[1]]
+
+
+def test_stopping_early_and_going_on_changes_nothing(base, tmp_path):
+    model, tokenizer = base
+    whole = training.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "whole", 0, "small")
+    training.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "two", 0, "small", stop_at=5)
+    two = training.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "two", 0, "small")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), two.parameters(), strict=True))
+
+
+def test_batches_are_functions_of_seed_and_step(base, batches):
+    again = training.NeedleBatches(base[1], train_small.SMALL, 0)[7]
+    other = training.NeedleBatches(base[1], train_small.SMALL, 1)[7]
+    batch = batches[7]
+    assert all(torch.equal(a, b) for a, b in zip(batch["chunk_ids"], again["chunk_ids"], strict=True))
+    assert torch.equal(batch["labels"], again["labels"]) and not torch.equal(batch["labels"], other["labels"])
+
+
+def test_chunks_are_whole_sentences_and_together_the_haystack(base):
+    rng = random.Random(0)
+    p = replace(train_small.SMALL, longest=256)
+    for _ in range(100):
+        haystack = needles.build_haystack(base[1], rng.randint(40, 256), rng.random(), "4217")
+        pieces = training.random_chunks(rng, haystack.text, haystack.length_tokens, p)
+        assert " ".join(pieces).split() == haystack.text.split()
+        assert all(piece.endswith(".") for piece in pieces)
+        assert sum("The special magic number is 4217." in piece for piece in pieces) == 1, "the needle is never cut"
+
+
+def test_only_needle_free_chunks_are_repeated_and_only_late(base):
+    p = replace(train_small.SMALL, longest=256, steps=100, contexts=8, empty_share=0.0)
+    batches = training.NeedleBatches(base[1], p, 0)
+    early, late = batches[10], batches[95]
+    assert (early["repeats"] == 1).all() and late["repeats"].max() > 8
+    # in every context at least one chunk, the needle's, counts once
+    start = 0
+    for n in late["n_chunks"].tolist():
+        assert (late["repeats"][start : start + n] == 1).any()
+        start += n
+
+
+def test_a_repeated_block_is_that_many_equal_blocks(base):
+    """The reason why repeats stand for a long haystack: weight K equals K copies (in exact arithmetic; here to 1e-5)."""
+    model, tokenizer = base
+    hypernetwork = Hypernetwork(training.needle_config(train_small.SMALL, model, "small"))
+    torch.nn.init.normal_(hypernetwork.scaler_B["down_proj"], std=0.3)
+    encoder = ContextEncoder.from_config(model, hypernetwork.config)
+    ids = torch.tensor([tokenizer(needles.FILLER_LINE)["input_ids"]])
+    with torch.no_grad():
+        blocks = hypernetwork(encoder.encode(ids), attention_mask=torch.ones_like(ids))
+        weighted = combine(blocks, hypernetwork.bias(), torch.tensor([1]), weights=torch.tensor([5.0]))
+        copies = {m: (A.repeat(5, 1, 1, 1), B.repeat(5, 1, 1, 1)) for m, (A, B) in blocks.items()}
+        repeated = combine(copies, hypernetwork.bias(), torch.tensor([5]))
+        logits = []
+        for loras in (weighted, repeated):
+            with apply_lora(model, loras, hypernetwork.config.scale):
+                logits.append(model(ids).logits)
+    assert torch.allclose(*logits, atol=1e-5 * logits[0].abs().max().item())
+
+
+def test_group_by_length_puts_every_chunk_back():
+    chunks = [[1] * n for n in (5, 200, 7, 30, 6, 190, 31)]
+    groups, order = training.group_by_length(chunks)
+    flat = [c for group in groups for c in group]
+    assert [flat[i] for i in order] == chunks
+    assert all(len(group[-1]) >= 0.6 * len(group[0]) for group in groups) and len(groups) == 3
+
+
+def test_loss_that_is_not_a_number_stops_the_run_and_says_so(base, tmp_path):
+    model, tokenizer = base
+    training.train_needle(train_small.SMALL, model, tokenizer, tmp_path, 0, "small", stop_at=4)
+    kept = sorted(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(FloatingPointError, match="not a number: lower the learning rate"):
+        training.train_needle(replace(train_small.SMALL, l1=float("nan")), model, tokenizer, tmp_path, 0, "small")
+    assert kept and sorted(tmp_path.glob("checkpoint-*")) == kept
+
+
+def test_gradients_reach_every_parameter_and_never_the_base(base, batches):
+    model, _ = base
+    hypernetwork = Hypernetwork(training.needle_config(train_small.SMALL, model, "small"))
+    torch.nn.init.normal_(hypernetwork.scaler_B["down_proj"], std=0.3)
+    torch.nn.init.normal_(hypernetwork.bias_B["down_proj"], std=0.3)
+    before = [parameter.clone() for parameter in model.parameters()]
+    training.Internalization(model, hypernetwork, l1=0.1)(**batches[3])["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in hypernetwork.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp_path, monkeypatch):
+    model, tokenizer = base
+    seen = {}
+    original = training.InOrderTrainer.get_decay_parameter_names
+    monkeypatch.setattr(
+        training.InOrderTrainer,
+        "get_decay_parameter_names",
+        lambda self, m: seen.setdefault("names", original(self, m)),
+    )
+    training.train_needle(train_small.SMALL, model, tokenizer, tmp_path, 0, "small", stop_at=1)
+    assert seen["names"] and not any(part in n for n in seen["names"] for part in ("scaler", "bias", "norm", "latents_q"))

@@ -1,0 +1,55 @@
+"""A small needle training run as a process of its own: `python train_small.py RUN_FOLDER SECONDS_PER_BATCH`."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from d2l_lib import training
+from d2l_lib.checkpoints import save_checkpoint
+from d2l_lib.presets import preset
+from d2l_lib.pretraining import build_tokenizer
+
+STEPS = 16
+SMALL = replace(
+    preset("tiny").needle,
+    latent_size=16, n_latent_queries=4, n_blocks=1, n_heads=2, n_kv_heads=1, head_dim=8, rank=2, encoder_layer=1,
+    shortest=32, longest=64, steps=STEPS, contexts=3, warmup_steps=2,
+)  # fmt: skip
+
+
+class SlowBatches(training.NeedleBatches):
+    """Batches that take their time, so that a test can kill the run between two of them."""
+
+    seconds = 0.0
+
+    def __getitem__(self, i):
+        time.sleep(self.seconds)
+        return super().__getitem__(i)
+
+
+def small_base():
+    """A random base model of two layers, and its tokenizer."""
+    tokenizer = build_tokenizer(600, 512, 0)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=48, tie_word_embeddings=True, max_position_embeddings=512,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False), tokenizer
+
+
+def main() -> None:
+    run = Path(sys.argv[1])
+    SlowBatches.seconds = float(sys.argv[2])
+    training.NeedleBatches = SlowBatches
+    base_model, tokenizer = small_base()
+    hypernetwork = training.train_needle(SMALL, base_model, tokenizer, run, 0, "small", save_steps=4, report_steps=2)
+    save_checkpoint(run / "final", hypernetwork, {})
+
+
+if __name__ == "__main__":
+    main()
