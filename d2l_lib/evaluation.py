@@ -15,20 +15,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 import torch
 
 from . import needles, world
+from .base_model import load_base_model
 from .documents import question_ids, stop_ids
-from .records import project_root
+from .model import load
+from .records import project_root, write_jsonl
 
-BASE_TASKS = ("needle", "one_hop", "encyclopedia", "unanswerable", "unknown", "other_kinds")
+OTHER_KINDS = ("paraphrase", "two_hop", "yes_no", "which_of", "list")
 
 
 # ------------------------------------------------------------------------------------------------------------- the basics
 @torch.inference_mode()
-def greedy_answers(model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 24, batch_tokens: int = 16384) -> list[str]:
+def greedy_answers(
+    model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 24, batch_tokens: int = 16384
+) -> list[str]:
     """The base model's greedy answers to user turns `prompts`, batched by length with left padding.
 
     Prompts longer than the model's window are answered too: that is what the comparison beyond the window is about.
@@ -77,8 +82,39 @@ def summarise(samples: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# ------------------------------------------------------------------------------------------------------------ the samples
+def world_samples(
+    n: int, seed: int, *, split: str = "test", facts: tuple[int, int] = (2, 20), kinds: Sequence[str] = world.KINDS
+) -> pd.DataFrame:
+    """`n` questions on documents of `split`, a fresh document each, kinds in turn; the columns that `viewers.view_samples` reads.
+
+    Columns: document, question, answer, kind, evidence_start, evidence_end (lists of characters, one per evidence
+    sentence), n_facts. `facts` are the fewest and most facts of a document.
+    """
+    rng = random.Random(f"world samples/{split}/{seed}")
+    rows: list[dict] = []
+    while len(rows) < n:
+        document = world.draw_document(rng, split, rng.randint(*facts))
+        question = world.ask(rng, document, kinds[len(rows) % len(kinds)])
+        if question is not None:
+            rows.append(
+                {
+                    "document": document.text,
+                    "question": question.text,
+                    "answer": question.answer,
+                    "kind": question.kind,
+                    "evidence_start": [start for start, _ in question.evidence],
+                    "evidence_end": [end for _, end in question.evidence],
+                    "n_facts": len(document.facts),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 # --------------------------------------------------------------------------------------------------------- the base model
-def base_model_samples(model, tokenizer, n: int, seed: int, split: str = "test", facts: tuple[int, int] = (2, 20)) -> pd.DataFrame:
+def base_model_samples(
+    model, tokenizer, n: int, seed: int, split: str = "test", facts: tuple[int, int] = (2, 20)
+) -> pd.DataFrame:
     """`n` samples of each thing the base model should do; columns task, kind, length_tokens, question, answer, prediction, correct.
 
     Documents and unknown names are from `split`, with `facts` (fewest, most) facts each.
@@ -93,17 +129,19 @@ def base_model_samples(model, tokenizer, n: int, seed: int, split: str = "test",
         length = (64, 128, 256, 512, 980)[i % 5]
         haystack = needles.build_haystack(tokenizer, length, rng.random(), needles.draw_number(rng, split))
         add("needle", f"{length} tokens", f"{haystack.text}\n\n{haystack.question}", haystack.question, haystack.answer)
-    quotas = {"one_hop": [*world.ONE_HOP_KINDS], "unanswerable": ["unanswerable"]}
-    quotas["other_kinds"] = ["paraphrase", "two_hop", "yes_no", "which_of", "list"]
-    for task, kinds in quotas.items():
-        for kind in kinds:
-            done = 0
-            while done < math.ceil(n / len(kinds)):
-                document = world.draw_document(rng, split, rng.randint(*facts))
-                question = world.ask(rng, document, kind)
-                if question is not None:
-                    add(task, kind, f"{document.text}\n\n{question.text}", question.text, question.answer)
-                    done += 1
+    for task, kinds in (
+        ("one_hop", world.ONE_HOP_KINDS),
+        ("unanswerable", ("unanswerable",)),
+        ("other_kinds", OTHER_KINDS),
+    ):
+        for sample in world_samples(n, seed, split=split, facts=facts, kinds=kinds).to_dict("records"):
+            add(
+                task,
+                sample["kind"],
+                f"{sample['document']}\n\n{sample['question']}",
+                sample["question"],
+                sample["answer"],
+            )
     for question in world.encyclopedia_questions(rng, n):
         add("encyclopedia", question.kind, question.text, question.text, question.answer)
     for _ in range(n):
@@ -119,7 +157,14 @@ def base_model_samples(model, tokenizer, n: int, seed: int, split: str = "test",
 
 # ---------------------------------------------------------------------------------------------------------------- needles
 def needle_samples(
-    model, lengths: Sequence[int], n: int, seed: int, *, chunk_tokens: int | None = None, split: str = "test", batch: int = 20
+    model,
+    lengths: Sequence[int],
+    n: int,
+    seed: int,
+    *,
+    chunk_tokens: int | None = None,
+    split: str = "test",
+    batch: int = 20,
 ) -> pd.DataFrame:
     """Exact match of Doc-to-LoRA on `n` haystacks per length; the haystack is internalized, the prompt is the question alone.
 
@@ -176,7 +221,8 @@ def block_norms(adapter, haystack: needles.Haystack | None = None) -> pd.DataFra
     rows = []
     for i, block in enumerate(adapter.blocks):
         square = sum(
-            float(((A @ A.transpose(1, 2)) * (block.B[m] @ block.B[m].transpose(1, 2))).sum()) for m, A in block.A.items()
+            float(((A @ A.transpose(1, 2)) * (block.B[m] @ block.B[m].transpose(1, 2))).sum())
+            for m, A in block.A.items()
         )
         inside = (
             haystack is not None
@@ -184,37 +230,50 @@ def block_norms(adapter, haystack: needles.Haystack | None = None) -> pd.DataFra
             and block.span[0] <= haystack.needle_span[0]
             and haystack.needle_span[1] <= block.span[1]
         )
-        rows.append({"chunk": i, "norm": abs(block.weight) * adapter.scale * math.sqrt(max(0.0, square)), "holds_needle": inside})
+        rows.append(
+            {
+                "chunk": i,
+                "norm": abs(block.weight) * adapter.scale * math.sqrt(max(0.0, square)),
+                "holds_needle": inside,
+            }
+        )
     return pd.DataFrame(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------------- cost
-def measure_internalization(source: str, length_tokens: int, seed: int, chunk_tokens: int | None = None) -> dict:
+def measure_internalization(source: str, length_tokens: int, seed: int) -> dict:
     """Seconds and peak memory to internalize one document of `length_tokens` tokens of distinct text, in a fresh process.
 
-    Keys: length_tokens, chunks, seconds, peak_memory_mib (of the whole process), adapter_mib.
+    Keys: length_tokens, chunks, seconds, peak_memory_mib (of the whole process), adapter_mib. RuntimeError when the process fails.
     """
-    command = [sys.executable, "-m", "d2l_lib.evaluation", "--cost", str(length_tokens), "--model", source, "--seed", str(seed)]
-    command += ["--chunk-tokens", str(chunk_tokens)] if chunk_tokens else []
+    command = [
+        sys.executable,
+        "-m",
+        "d2l_lib.evaluation",
+        "cost",
+        str(length_tokens),
+        "--model",
+        source,
+        "--seed",
+        str(seed),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=project_root())
     if done.returncode:
         raise RuntimeError(f"measuring {length_tokens} tokens failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _internalization_cost(source: str, length_tokens: int, seed: int, chunk_tokens: int | None) -> dict:
-    from .model import load
-
-    model = load(source)
+def internalization_cost(model, length_tokens: int, seed: int) -> dict:
+    """What `measure_internalization` returns, measured in this process (whose peak memory holds all that came before)."""
     rng = random.Random(f"cost/{seed}")
     parts, tokens = [], 0
     while tokens < length_tokens:
         parts.append(world.draw_document(rng, "test", 20).text)
-        tokens += len(model.tokenizer(parts[-1], add_special_tokens=False)["input_ids"])
-    model.internalize(parts[0], chunk_tokens=chunk_tokens)  # first calls set up memory pools
+        tokens += len(model.tokenizer(parts[-1], add_special_tokens=False, verbose=False)["input_ids"])
+    model.internalize_each(parts[:1])  # the first call sets up memory pools
     text = "\n".join(parts)
     began = time.perf_counter()
-    adapter = model.internalize(text, chunk_tokens=chunk_tokens)
+    adapter = model.internalize(text)
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     return {
@@ -226,16 +285,46 @@ def _internalization_cost(source: str, length_tokens: int, seed: int, chunk_toke
     }
 
 
+# ----------------------------------------------------------------------------------------------------------- the commands
+NEEDLE_LENGTHS = tuple(2**k for k in range(6, 18))
+IN_CONTEXT_LENGTHS = tuple(2**k for k in range(6, 14))
+
+
+def record(path: Path, samples: pd.DataFrame, by: Sequence[str], **facts) -> pd.DataFrame:
+    """Summarise `samples` by the columns `by` and write the rows to `path`, each with `facts` (seed, command, ...)."""
+    table = summarise(samples, by).assign(**facts)
+    write_jsonl(path, table.to_dict("records"))
+    return table
+
+
 def main() -> None:
-    """`--cost LENGTH` prints one measurement; without it, the full evaluation of a bundled model is recorded in data/results."""
+    """Full evaluations, recorded in data/full_runs with seed, n and command; `cost` prints one measurement."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("what", choices=("base", "needle", "cost"))
+    parser.add_argument("length", type=int, nargs="?", help="of the document, in tokens (for cost)")
+    parser.add_argument("--model", default="tiny", help="bundled name, or a folder")
+    parser.add_argument("--name", default="needle", help="of the record (for needle)")
+    parser.add_argument("--n", type=int, default=500, help="samples per task, or haystacks per length")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chunk-tokens", type=int)
-    parser.add_argument("--cost", type=int, metavar="LENGTH")
     a = parser.parse_args()
-    if a.cost:
-        print(json.dumps(_internalization_cost(a.model, a.cost, a.seed, a.chunk_tokens)))
+    command = " ".join(["python -m d2l_lib.evaluation", *sys.argv[1:]])
+    folder = project_root() / "data" / "full_runs"
+    if a.what == "base":
+        samples = base_model_samples(*load_base_model(a.model), a.n, a.seed)
+        print(record(folder / "base_model.jsonl", samples, ["task", "kind"], seed=a.seed, command=command).to_string())
+        return
+    model = load(a.model)
+    if a.what == "cost":
+        print(json.dumps(internalization_cost(model, a.length, a.seed)))
+        return
+    samples = needle_samples(model, NEEDLE_LENGTHS, a.n, a.seed)
+    if a.name == "needle":
+        samples = pd.concat([samples, needle_in_context_samples(model, IN_CONTEXT_LENGTHS, a.n, a.seed)])
+    samples["depth"] = (samples["depth"] * needles.N_DEPTH_BINS).astype(int).clip(upper=9) / 10 + 0.05
+    table = record(
+        folder / f"{a.name}.jsonl", samples, ["method", "length_tokens", "depth"], seed=a.seed, command=command
+    )
+    print(summarise(samples, ["method", "length_tokens"]).to_string(), len(table))
 
 
 if __name__ == "__main__":

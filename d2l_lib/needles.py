@@ -14,7 +14,13 @@ from dataclasses import dataclass
 
 from .world import split_of
 
-FILLER_SENTENCES = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+FILLER_SENTENCES = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
 FILLER_LINE = " ".join(FILLER_SENTENCES)
 NEEDLE = "The special magic number is {number}."
 QUESTION = "What is the special magic number? Reply with only the number."
@@ -66,7 +72,9 @@ def build_haystack(tokenizer, length_tokens: int, depth: float, number: str | No
     costs, newline, needle_cost = _sentence_costs(tokenizer)
     budget = length_tokens - (needle_cost if number is not None else 0)
     if budget < 0:
-        raise ValueError(f"a needle sentence takes {needle_cost} tokens: a haystack of {length_tokens} tokens cannot hold it")
+        raise ValueError(
+            f"a needle sentence takes {needle_cost} tokens: a haystack of {length_tokens} tokens cannot hold it"
+        )
     n_lines, rest = divmod(budget, sum(costs) + newline)
     lines = [FILLER_LINE] * n_lines
     tail = []
@@ -92,7 +100,9 @@ def evaluation_set(tokenizer, length_tokens: int, n: int, seed: int, split: str 
     """`n` haystacks of one length; depths are spread evenly over `N_DEPTH_BINS` bins, numbers drawn from `split`."""
     rng = random.Random(f"needles/{split}/{seed}/{length_tokens}")
     for i in range(n):
-        yield build_haystack(tokenizer, length_tokens, ((i % N_DEPTH_BINS) + rng.random()) / N_DEPTH_BINS, draw_number(rng, split))
+        yield build_haystack(
+            tokenizer, length_tokens, ((i % N_DEPTH_BINS) + rng.random()) / N_DEPTH_BINS, draw_number(rng, split)
+        )
 
 
 def exact_match(prediction: str, answer: str) -> bool:

@@ -196,6 +196,59 @@ def plot_training_curves(
     return figure
 
 
+def plot_curriculum_by_step(
+    history: pd.DataFrame, *, title: str = "Pre-training the base model, by kind of row"
+) -> Figure:
+    """Share of labelled tokens predicted right against training step, a line per kind of row.
+
+    history: step, seed, and a column right_<kind> (0 to 1; NaN where no such row was seen) per kind.
+    """
+    kinds = [column for column in history if column.startswith("right_")]
+    _need(history, "step", "seed", *(kinds or ["right_<kind>"]))
+    with style():
+        figure, axes = _figure(WIDE, title)
+        for i, column in enumerate(kinds):
+            seen = history[["step", column]].dropna()
+            label = column.removeprefix("right_").replace("_", " ")
+            axes.plot(seen["step"], seen[column], marker=MARKERS[i % len(MARKERS)], markersize=3, label=label)
+        axes.set_xlabel("training step (optimizer steps)")
+        _share_axis(axes, "labelled tokens predicted right")
+        axes.legend(loc="lower right")
+        seeds = ", ".join(str(seed) for seed in sorted(history["seed"].unique()))
+        figure.supxlabel(f"n = 1 run, seed {seeds}", fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_document_length_by_facts(
+    lengths: pd.DataFrame,
+    *,
+    native_window: int | None = None,
+    seed: int = 0,
+    title: str = "A document's length grows with its facts",
+) -> Figure:
+    """Length of documents against their number of facts: a dot per document, a line through the medians.
+
+    lengths: facts, length_tokens. native_window (tokens) is drawn as a horizontal line.
+    """
+    _need(lengths, "facts", "length_tokens")
+    with style():
+        figure, axes = _figure(WIDE, title)
+        axes.plot(lengths["facts"], lengths["length_tokens"], ".", alpha=0.35, markersize=4, label="one document")
+        middle = lengths.groupby("facts")["length_tokens"].median()
+        axes.plot(middle.index, middle, "-", label="median")
+        if native_window is not None:
+            axes.axhline(
+                native_window, color=REFERENCE, linestyle="--", linewidth=1.2, label="window of the base model"
+            )
+        axes.set_ylim(0)
+        axes.set_xlabel("facts in the document")
+        axes.set_ylabel("length (tokens)")
+        axes.legend()
+        n = int(lengths.groupby("facts").size().min())
+        figure.supxlabel(f"n = {n} documents per number of facts, seed {seed}", fontsize=8, color=REFERENCE)
+    return figure
+
+
 def plot_internalization_cost_by_length(
     costs: pd.DataFrame, *, title: str = "Internalizing a document: time and memory by length"
 ) -> Figure:

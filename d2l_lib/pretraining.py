@@ -120,7 +120,9 @@ class Curriculum(Dataset):
             kind = rng.choices(("recital", "documents", "closed_book", "haystack"), (4, 68, 16, 12))[0]
             length = {
                 "recital": 256,
-                "documents": rng.choices((64, 128, 256, 512), (5, 35, 45, 15) if progress > 0.4 else (25, 55, 20, 0))[0],
+                "documents": rng.choices((64, 128, 256, 512), (5, 35, 45, 15) if progress > 0.4 else (25, 55, 20, 0))[
+                    0
+                ],
                 "closed_book": rng.choice((32, 64)),
                 "haystack": min(self.window if progress > 0.3 else 256, rng.choice((64, 128, 256, 512, 1024, 1024))),
             }[kind]
@@ -175,7 +177,9 @@ class Curriculum(Dataset):
     def haystack_row(self, rng: random.Random, length: int) -> str:
         room = length - 30
         number = needles.draw_number(rng, "train") if rng.random() < 0.9 else None
-        haystack = needles.build_haystack(self.tokenizer, rng.randint(max(14, int(0.7 * room)), room), rng.random(), number)
+        haystack = needles.build_haystack(
+            self.tokenizer, rng.randint(max(14, int(0.7 * room)), room), rng.random(), number
+        )
         return conversation([(needles.QUESTION, haystack.answer or world.UNKNOWN)], haystack.text)
 
     def collate(self, rng: random.Random, rows: list[str], length: int, lm_share: float) -> dict[str, Tensor]:
@@ -229,6 +233,8 @@ class AnswerLoss(nn.Module):
 
     def report(self) -> dict[str, float]:
         """Share of labelled tokens predicted right since the last report, by kind of row."""
-        shares = {f"right_{k}": round(r / n, 4) for k, r, n in zip(ROW_KINDS, self._right, self._scored, strict=True) if n}
+        shares = {
+            f"right_{k}": round(r / n, 4) for k, r, n in zip(ROW_KINDS, self._right, self._scored, strict=True) if n
+        }
         self._right, self._scored = [0] * len(ROW_KINDS), [0] * len(ROW_KINDS)
         return shares

@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 
 from . import needles, pretraining
 from .base_model import ContextEncoder, decoder_body, load_base_model, module_sizes
-from .documents import chat_affixes, question_ids, split_sentences
 from .checkpoints import save_checkpoint
+from .documents import chat_affixes, question_ids, split_sentences
 from .hypernetwork import Hypernetwork, HypernetworkConfig, combine, names_without_decay
 from .lora import apply_lora
 from .presets import NEEDLE_VARIANTS, NeedlePreset, Preset, preset
@@ -46,7 +46,9 @@ class Report(TrainerCallback):
         self.path, self.model, self.stop_at = path, model, stop_at
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.exists() else []
+        kept = (
+            [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.exists() else []
+        )
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.start = time.monotonic()
         if state.is_world_process_zero:
@@ -64,7 +66,9 @@ class Report(TrainerCallback):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        rest = "  ".join(f"{name} {value:.3f}" for name, value in line.items() if name not in ("step", "seconds", "learning_rate"))
+        rest = "  ".join(
+            f"{name} {value:.3f}" for name, value in line.items() if name not in ("step", "seconds", "learning_rate")
+        )
         print(f"step {line['step']:>5}  {line['seconds']:>6.0f} s  {rest}", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -257,7 +261,9 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor
     return padded, mask
 
 
-def group_by_length(chunks: Sequence[Sequence[int]], most_padding: float = 0.4) -> tuple[list[list[Sequence[int]]], list[int]]:
+def group_by_length(
+    chunks: Sequence[Sequence[int]], most_padding: float = 0.4
+) -> tuple[list[list[Sequence[int]]], list[int]]:
     """Chunks sorted into groups whose lengths differ by at most `most_padding`, and where each chunk went.
 
     The concatenated groups taken at `order` are the chunks as given.
@@ -281,7 +287,9 @@ def random_chunks(rng: random.Random, text: str, length_tokens: int, p: NeedlePr
     n = rng.choices(list(choices), list(choices.values()))[0]
     sentences = split_sentences(text)
     slack = max(0, len(sentences) - n)
-    cuts = sorted(rng.sample(range(1, len(sentences)), min(n, len(sentences)) - 1)) if slack else range(1, len(sentences))
+    cuts = (
+        sorted(rng.sample(range(1, len(sentences)), min(n, len(sentences)) - 1)) if slack else range(1, len(sentences))
+    )
     edges = [0, *(sentences[c][0] for c in cuts), len(text)]
     return [text[a:b].strip() for a, b in zip(edges, edges[1:], strict=False)]
 
@@ -305,7 +313,9 @@ class Internalization(nn.Module):
             self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask)
             for ids, mask in zip(chunk_ids, chunk_mask, strict=True)
         ]
-        blocks = {m: tuple(torch.cat(parts)[order] for parts in zip(*(g[m] for g in groups), strict=True)) for m in groups[0]}
+        blocks = {
+            m: tuple(torch.cat(parts)[order] for parts in zip(*(g[m] for g in groups), strict=True)) for m in groups[0]
+        }
         adapters = combine(blocks, self.hypernetwork.bias(), n_chunks, weights=repeats)
         body = decoder_body(base_model)
         with apply_lora(base_model, adapters, self.hypernetwork.config.scale):
@@ -319,7 +329,9 @@ class Internalization(nn.Module):
         loss = (per_token / n_labels[row]).sum() / len(keep)
         size = sum((A.abs().mean() + B.abs().mean()) for A, B in blocks.values()) / len(blocks)
         with torch.no_grad():
-            wrong = torch.zeros(len(keep), device=keep.device).index_add(0, row, (logits.argmax(-1) != targets[keep]).float())
+            wrong = torch.zeros(len(keep), device=keep.device).index_add(
+                0, row, (logits.argmax(-1) != targets[keep]).float()
+            )
             self._right += int((wrong == 0).sum())
             self._asked += len(keep)
         total = loss + self.l1 * size
@@ -355,7 +367,9 @@ def needle_config(p: NeedlePreset, base_model, base_name: str) -> HypernetworkCo
     )
 
 
-def train_needle(p: NeedlePreset, base_model, tokenizer, run: Path, seed: int, base_name: str, **options) -> Hypernetwork:
+def train_needle(
+    p: NeedlePreset, base_model, tokenizer, run: Path, seed: int, base_name: str, **options
+) -> Hypernetwork:
     """A hypernetwork for `base_model` trained on needles with cross-entropy; `options` go to `fit`."""
     torch.manual_seed(seed)
     hypernetwork = Hypernetwork(needle_config(p, base_model, base_name))
@@ -381,7 +395,10 @@ def remake_base(p: Preset, runs: Path, data: Path) -> None:
     train_base(p, run)
     with atomic_folder(data / p.name / "base_model") as folder:
         shutil.copytree(run / "final", folder, dirs_exist_ok=True)
-    write_jsonl(data / "full_runs" / "base_model_training.jsonl", [{"seed": p.base.seed, **line} for line in read_jsonl(run / "log.jsonl")])
+    write_jsonl(
+        data / "full_runs" / "base_model_training.jsonl",
+        [{"seed": p.base.seed, **line} for line in read_jsonl(run / "log.jsonl")],
+    )
 
 
 def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) -> None:
@@ -390,7 +407,13 @@ def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) ->
     name = f"needle_{variant}_seed{seed}"
     base_model, tokenizer = load_base_model(p.name)
     hypernetwork = train_needle(settings, base_model, tokenizer, runs / p.name / name, seed, p.name)
-    meta = {"preset": p.name, "variant": variant, "seed": seed, "chunk_tokens": settings.chunk_tokens, "base_model": p.name}
+    meta = {
+        "preset": p.name,
+        "variant": variant,
+        "seed": seed,
+        "chunk_tokens": settings.chunk_tokens,
+        "base_model": p.name,
+    }
     bundled = (seed, variant) == (p.needle.seed, "ours")
     save_checkpoint(data / p.name / "hypernetwork" if bundled else runs / p.name / name / "final", hypernetwork, meta)
     log = [{"seed": seed, "variant": variant, **line} for line in read_jsonl(runs / p.name / name / "log.jsonl")]
@@ -402,7 +425,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--stage", choices=("all", "base", "needle"), default="all")
-    parser.add_argument("--seed", type=int, help="of the needle hypernetwork; the preset's own seed makes the bundled one")
+    parser.add_argument(
+        "--seed", type=int, help="of the needle hypernetwork; the preset's own seed makes the bundled one"
+    )
     parser.add_argument("--variant", choices=sorted(NEEDLE_VARIANTS), default="ours", help="of the needle training")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints of runs in progress")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where finished models and logs go")

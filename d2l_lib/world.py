@@ -30,22 +30,53 @@ def split_of(value: str) -> str:
     return SPLITS[max(0, bucket - 6)]
 
 
-_ONSETS = (
-    "Ab Ald Am And Ang Ar Ash Bal Bar Bel Ben Ber Bor Bran Bren Bri Cal Car Cas Cor Cra Dal Dar Del Dor Dra Dun Ed El Em Er Fal "
-    "Far Fen Fer Fin Gal Gar Gil Glen Gor Gra Had Hal Har Hel Hol Il In Is Jal Jan Jor Kal Kar Kel Kir Lan Lar Len Lin Lor Lum "
-    "Mal Mar Mel Mer Mil Mor Nar Nel Nor Ol Or Os Pal Par Pel Per Pol Quin Ral Ran Rel Rin Ros Sal San Sel Ser Sol Tal Tan Tar "
-    "Ter Tor Tul Ul Ur Val Van Ver Vil Vor Wal Wen Wil Yar Yor Zan Zel Zor"
-).split()
-_PERSON_ENDINGS = "a ana ard ea elle en ena eth ia ian ic in ina ion is ka la lin mir na nel on or ra ric rik ro sa tha us va vin".split()
-_SURNAME_ENDINGS = "ack ane art ast bert by combe cott dale den der dine don ett ford gan gate ham hart iver kin land ley low man mond ner ock ov por ridge row ser ske son stead stone ton vale vell ward well wick wood worth".split()
-_PLACE_ENDINGS = "aven bay borough bridge burg bury cliff cross dell fell field firth gard grove haven head holm hurst market mere mouth pool port shire side stead thorpe vik water".split()
-_ORGANISATIONS = "Academy Archive Bank Brewery Foundry Guild Institute Library Mill Museum Observatory Press Railway Society Theatre Works".split()
-_WORK_HEADS = "Ballad Book Chronicle Garden House Journey Lantern Legend Letter Map Mirror Portrait River Secret Shadow Song Tale Tower Voyage Winter".split()
-_EVENT_HEADS = "Assembly Congress Exhibition Fair Festival Games Marathon Parade Regatta Summit Symposium Tournament".split()
-_ADJECTIVES = "amber ancient blue bright broken bronze coastal copper crimson distant early eastern frozen golden green grey hidden hollow iron ivory late little lunar marble northern old pale quiet red rural silent silver southern stone tidal velvet western white wild winter".split()
-_TRADES = "baker botanist carpenter chemist clockmaker cook dancer engraver farmer fisher gardener glassblower historian judge lawyer mason miller nurse painter pilot poet potter sailor singer surgeon tailor teacher weaver".split()
-_GOODS = "apples barrels bells boats books bricks candles carpets cheese clocks coins dyes flutes glass gloves honey ink instruments kites lamps lenses maps medals paper pens pottery ropes rugs salt shoes soap tea tiles toys umbrellas wine wool".split()
-_SUBJECTS = "bees birds bridges castles caves clouds comets deserts dragons farms fish forests harbours horses islands kings lakes lighthouses machines miners monks mountains oceans orchards rain rivers roads ruins ships stars storms trains trees villages volcanoes wars whales winds wolves".split()
+_ONSETS = """
+    Ab Ald Am And Ang Ar Ash Bal Bar Bel Ben Ber Bor Bran Bren Bri Cal Car Cas Cor Cra Dal Dar Del Dor Dra Dun Ed El
+    Em Er Fal Far Fen Fer Fin Gal Gar Gil Glen Gor Gra Had Hal Har Hel Hol Il In Is Jal Jan Jor Kal Kar Kel Kir Lan
+    Lar Len Lin Lor Lum Mal Mar Mel Mer Mil Mor Nar Nel Nor Ol Or Os Pal Par Pel Per Pol Quin Ral Ran Rel Rin Ros
+    Sal San Sel Ser Sol Tal Tan Tar Ter Tor Tul Ul Ur Val Van Ver Vil Vor Wal Wen Wil Yar Yor Zan Zel Zor
+""".split()
+_PERSON_ENDINGS = """
+    a ana ard ea elle en ena eth ia ian ic in ina ion is ka la lin mir na nel on or ra ric rik ro sa tha us va vin
+""".split()
+_SURNAME_ENDINGS = """
+    ack ane art ast bert by combe cott dale den der dine don ett ford gan gate ham hart iver kin land ley low man
+    mond ner ock ov por ridge row ser ske son stead stone ton vale vell ward well wick wood worth
+""".split()
+_PLACE_ENDINGS = """
+    aven bay borough bridge burg bury cliff cross dell fell field firth gard grove haven head holm hurst market mere
+    mouth pool port shire side stead thorpe vik water
+""".split()
+_ORGANISATIONS = """
+    Academy Archive Bank Brewery Foundry Guild Institute Library Mill Museum Observatory Press Railway Society
+    Theatre Works
+""".split()
+_WORK_HEADS = """
+    Ballad Book Chronicle Garden House Journey Lantern Legend Letter Map Mirror Portrait River Secret Shadow Song
+    Tale Tower Voyage Winter
+""".split()
+_EVENT_HEADS = """
+    Assembly Congress Exhibition Fair Festival Games Marathon Parade Regatta Summit Symposium Tournament
+""".split()
+_ADJECTIVES = """
+    amber ancient blue bright broken bronze coastal copper crimson distant early eastern frozen golden green grey
+    hidden hollow iron ivory late little lunar marble northern old pale quiet red rural silent silver southern stone
+    tidal velvet western white wild winter
+""".split()
+_TRADES = """
+    baker botanist carpenter chemist clockmaker cook dancer engraver farmer fisher gardener glassblower historian
+    judge lawyer mason miller nurse painter pilot poet potter sailor singer surgeon tailor teacher weaver
+""".split()
+_GOODS = """
+    apples barrels bells boats books bricks candles carpets cheese clocks coins dyes flutes glass gloves honey ink
+    instruments kites lamps lenses maps medals paper pens pottery ropes rugs salt shoes soap tea tiles toys
+    umbrellas wine wool
+""".split()
+_SUBJECTS = """
+    bees birds bridges castles caves clouds comets deserts dragons farms fish forests harbours horses islands kings
+    lakes lighthouses machines miners monks mountains oceans orchards rain rivers roads ruins ships stars storms
+    trains trees villages volcanoes wars whales winds wolves
+""".split()
 _MONTHS = "January February March April May June July August September October November December".split()
 
 
@@ -137,165 +168,261 @@ class Relation:
 
 RELATIONS: tuple[Relation, ...] = (
     Relation(
-        "birthplace", "person", "place",
-        ("{s} was born in {v}.", "The birthplace of {s} is {v}.", "{s} came into the world in {v}.", "{v} is where {s} was born."),
+        "birthplace",
+        "person",
+        "place",
+        (
+            "{s} was born in {v}.",
+            "The birthplace of {s} is {v}.",
+            "{s} came into the world in {v}.",
+            "{v} is where {s} was born.",
+        ),
         ("Where was {s} born?", "In which town was {s} born?"),
         ("What is the birthplace of {s}?", "Which town is the birthplace of {s}?"),
-        "Was {s} born in {v}?", "Who was born in {v}, {a} or {b}?",
-        role="the birthplace of {s}", listing="Which people were born in {v}?",
+        "Was {s} born in {v}?",
+        "Who was born in {v}, {a} or {b}?",
+        role="the birthplace of {s}",
+        listing="Which people were born in {v}?",
     ),
     Relation(
-        "birth_date", "person", "date",
+        "birth_date",
+        "person",
+        "date",
         ("{s} was born on {v}.", "The birthday of {s} is {v}.", "The parish book records the birth of {s} on {v}."),
         ("When was {s} born?", "On which day was {s} born?"),
         ("What is the birthday of {s}?", "What is the date of birth of {s}?"),
-        "Was {s} born on {v}?", "Who was born on {v}, {a} or {b}?",
+        "Was {s} born on {v}?",
+        "Who was born on {v}, {a} or {b}?",
     ),
     Relation(
-        "occupation", "person", "trade",
+        "occupation",
+        "person",
+        "trade",
         ("{s} worked as a {v}.", "{s} earned a living as a {v}.", "By trade {s} was a {v}."),
         ("What was the occupation of {s}?", "What did {s} work as?"),
         ("How did {s} earn a living?", "Which trade did {s} follow?"),
-        "Did {s} work as a {v}?", "Who worked as a {v}, {a} or {b}?",
+        "Did {s} work as a {v}?",
+        "Who worked as a {v}, {a} or {b}?",
     ),
     Relation(
-        "mentor", "person", "person",
+        "mentor",
+        "person",
+        "person",
         ("{s} was taught by {v}.", "{v} was the mentor of {s}.", "The mentor of {s} was {v}."),
         ("Who taught {s}?", "Who was the mentor of {s}?"),
         ("By whom was {s} taught?", "Whose pupil was {s}?"),
-        "Was {s} taught by {v}?", "Who was taught by {v}, {a} or {b}?",
-        role="the mentor of {s}", listing="Which people were taught by {v}?",
+        "Was {s} taught by {v}?",
+        "Who was taught by {v}, {a} or {b}?",
+        role="the mentor of {s}",
+        listing="Which people were taught by {v}?",
     ),
     Relation(
-        "employer", "person", "organisation",
+        "employer",
+        "person",
+        "organisation",
         ("{s} was employed by {v}.", "{v} gave {s} a post.", "{s} spent many years at {v}."),
         ("Who employed {s}?", "Which body employed {s}?"),
         ("Where did {s} work?", "At which body did {s} spend many years?"),
-        "Was {s} employed by {v}?", "Who was employed by {v}, {a} or {b}?",
-        role="the employer of {s}", listing="Which people were employed by {v}?",
+        "Was {s} employed by {v}?",
+        "Who was employed by {v}, {a} or {b}?",
+        role="the employer of {s}",
+        listing="Which people were employed by {v}?",
     ),
     Relation(
-        "mayor", "place", "person",
+        "mayor",
+        "place",
+        "person",
         ("The mayor of {s} is {v}.", "{v} serves as mayor of {s}.", "{s} elected {v} as its mayor."),
         ("Who is the mayor of {s}?", "Who serves as mayor of {s}?"),
         ("Whom did {s} elect as its mayor?", "Who leads the town hall of {s}?"),
-        "Is {v} the mayor of {s}?", "Which town has {v} as its mayor, {a} or {b}?",
+        "Is {v} the mayor of {s}?",
+        "Which town has {v} as its mayor, {a} or {b}?",
         role="the mayor of {s}",
     ),
     Relation(
-        "population", "place", "number",
+        "population",
+        "place",
+        "number",
         ("{s} has {v} inhabitants.", "The population of {s} is {v}.", "A census counted {v} people in {s}."),
         ("How many people live in {s}?", "What is the population of {s}?"),
         ("How many inhabitants does {s} have?", "How many people did a census count in {s}?"),
-        "Does {s} have {v} inhabitants?", "Which town has {v} inhabitants, {a} or {b}?",
+        "Does {s} have {v} inhabitants?",
+        "Which town has {v} inhabitants, {a} or {b}?",
     ),
     Relation(
-        "export", "place", "goods",
+        "export",
+        "place",
+        "goods",
         ("{s} is known for its {v}.", "The traders of {s} sell {v}.", "The main export of {s} is {v}."),
         ("What is {s} known for?", "What is the main export of {s}?"),
         ("What do the traders of {s} sell?", "Which goods made {s} known?"),
-        "Is {s} known for its {v}?", "Which town is known for its {v}, {a} or {b}?",
+        "Is {s} known for its {v}?",
+        "Which town is known for its {v}, {a} or {b}?",
         listing="Which towns are known for their {v}?",
     ),
     Relation(
-        "founder", "organisation", "person",
+        "founder",
+        "organisation",
+        "person",
         ("{s} was founded by {v}.", "{v} founded {s}.", "The founder of {s} was {v}."),
         ("Who founded {s}?", "Who was the founder of {s}?"),
         ("By whom was {s} founded?", "Who set up {s}?"),
-        "Was {s} founded by {v}?", "Which was founded by {v}, {a} or {b}?",
+        "Was {s} founded by {v}?",
+        "Which was founded by {v}, {a} or {b}?",
         role="the founder of {s}",
     ),
     Relation(
-        "seat", "organisation", "place",
+        "seat",
+        "organisation",
+        "place",
         ("{s} has its seat in {v}.", "The seat of {s} is in {v}.", "{s} occupies a tall house in {v}."),
         ("Where is the seat of {s}?", "In which town does {s} have its seat?"),
         ("Where is {s} based?", "Which town is home to {s}?"),
-        "Does {s} have its seat in {v}?", "Which has its seat in {v}, {a} or {b}?",
-        role="the seat of {s}", listing="Which bodies have their seat in {v}?",
+        "Does {s} have its seat in {v}?",
+        "Which has its seat in {v}, {a} or {b}?",
+        role="the seat of {s}",
+        listing="Which bodies have their seat in {v}?",
     ),
     Relation(
-        "founding_year", "organisation", "year",
+        "founding_year",
+        "organisation",
+        "year",
         ("{s} opened its doors in {v}.", "{s} was established in {v}.", "The history of {s} began in {v}."),
         ("In which year was {s} established?", "When did {s} open its doors?"),
         ("What is the founding year of {s}?", "When did the history of {s} begin?"),
-        "Was {s} established in {v}?", "Which was established in {v}, {a} or {b}?",
+        "Was {s} established in {v}?",
+        "Which was established in {v}, {a} or {b}?",
     ),
     Relation(
-        "staff", "organisation", "number",
-        ("{s} employs {v} people.", "The staff of {s} counts {v} people.", "There are {v} people on the payroll of {s}."),
+        "staff",
+        "organisation",
+        "number",
+        (
+            "{s} employs {v} people.",
+            "The staff of {s} counts {v} people.",
+            "There are {v} people on the payroll of {s}.",
+        ),
         ("How many people does {s} employ?", "How large is the staff of {s}?"),
         ("How many people are on the payroll of {s}?", "What is the size of the staff of {s}?"),
-        "Does {s} employ {v} people?", "Which employs {v} people, {a} or {b}?",
+        "Does {s} employ {v} people?",
+        "Which employs {v} people, {a} or {b}?",
     ),
     Relation(
-        "author", "work", "person",
+        "author",
+        "work",
+        "person",
         ("{s} was written by {v}.", "{v} wrote {s}.", "The author of {s} is {v}."),
         ("Who wrote {s}?", "Who is the author of {s}?"),
         ("By whom was {s} written?", "Whose pen produced {s}?"),
-        "Was {s} written by {v}?", "Which was written by {v}, {a} or {b}?",
-        role="the author of {s}", listing="Which books were written by {v}?",
+        "Was {s} written by {v}?",
+        "Which was written by {v}, {a} or {b}?",
+        role="the author of {s}",
+        listing="Which books were written by {v}?",
     ),
     Relation(
-        "publication_year", "work", "year",
+        "publication_year",
+        "work",
+        "year",
         ("{s} was published in {v}.", "{s} first appeared in {v}.", "Readers could first buy {s} in {v}."),
         ("When was {s} published?", "In which year was {s} published?"),
         ("When did {s} first appear?", "What is the publication year of {s}?"),
-        "Was {s} published in {v}?", "Which was published in {v}, {a} or {b}?",
+        "Was {s} published in {v}?",
+        "Which was published in {v}, {a} or {b}?",
     ),
     Relation(
-        "topic", "work", "topic",
+        "topic",
+        "work",
+        "topic",
         ("{s} is about {v}.", "The topic of {s} is {v}.", "{s} tells a story of {v}."),
         ("What is {s} about?", "What is the topic of {s}?"),
         ("What does {s} tell a story of?", "Which topic does {s} treat?"),
-        "Is {s} about {v}?", "Which is about {v}, {a} or {b}?",
+        "Is {s} about {v}?",
+        "Which is about {v}, {a} or {b}?",
         listing="Which books are about {v}?",
     ),
     Relation(
-        "venue", "event", "place",
+        "venue",
+        "event",
+        "place",
         ("{s} took place in {v}.", "{v} hosted {s}.", "The venue of {s} was {v}."),
         ("Where did {s} take place?", "Which town hosted {s}?"),
         ("What was the venue of {s}?", "In which town was {s} held?"),
-        "Did {s} take place in {v}?", "Which took place in {v}, {a} or {b}?",
-        role="the venue of {s}", listing="Which events took place in {v}?",
+        "Did {s} take place in {v}?",
+        "Which took place in {v}, {a} or {b}?",
+        role="the venue of {s}",
+        listing="Which events took place in {v}?",
     ),
     Relation(
-        "winner", "event", "person",
+        "winner",
+        "event",
+        "person",
         ("{s} was won by {v}.", "{v} won {s}.", "The winner of {s} was {v}."),
         ("Who won {s}?", "Who was the winner of {s}?"),
         ("By whom was {s} won?", "Who took first prize at {s}?"),
-        "Was {s} won by {v}?", "Which was won by {v}, {a} or {b}?",
-        role="the winner of {s}", listing="Which events were won by {v}?",
+        "Was {s} won by {v}?",
+        "Which was won by {v}, {a} or {b}?",
+        role="the winner of {s}",
+        listing="Which events were won by {v}?",
     ),
     Relation(
-        "opening_day", "event", "date",
+        "opening_day",
+        "event",
+        "date",
         ("{s} opened on {v}.", "The opening day of {s} was {v}.", "Crowds came to the opening of {s} on {v}."),
         ("When did {s} open?", "On which day did {s} open?"),
         ("What was the opening day of {s}?", "What was the date of the opening of {s}?"),
-        "Did {s} open on {v}?", "Which opened on {v}, {a} or {b}?",
+        "Did {s} open on {v}?",
+        "Which opened on {v}, {a} or {b}?",
     ),
     Relation(
-        "attendance", "event", "number",
+        "attendance",
+        "event",
+        "number",
         ("{s} drew {v} visitors.", "{v} visitors came to {s}.", "The attendance of {s} was {v}."),
         ("How many visitors came to {s}?", "What was the attendance of {s}?"),
         ("How many people attended {s}?", "How many visitors did {s} draw?"),
-        "Did {s} draw {v} visitors?", "Which drew {v} visitors, {a} or {b}?",
+        "Did {s} draw {v} visitors?",
+        "Which drew {v} visitors, {a} or {b}?",
     ),
 )
 RELATION = {relation.name: relation for relation in RELATIONS}
 _RELATIONS_OF = {t: tuple(r for r in RELATIONS if r.subject == t) for t in ENTITY_TYPES}
 
 _DISTRACTORS = (
-    "The weather was mild that {season}.", "A light {rain} fell all {day}.", "Nobody remembers the {thing} any more.",
-    "The {thing} was painted again last {season}.", "Many visitors ask about the {thing}.", "It was a long {season}.",
-    "The {day} was quiet and the streets were empty.", "An old {thing} stands near the gate.", "Some say the {thing} is lost.",
-    "Little else is known.", "The records of that {season} are incomplete.", "The {thing} is closed on Sundays.",
-    "A {thing} was found under the floor.", "People still talk about the {rain} of that {season}.", "The {thing} needs repair.",
+    "The weather was mild that {season}.",
+    "A light {rain} fell all {day}.",
+    "Nobody remembers the {thing} any more.",
+    "The {thing} was painted again last {season}.",
+    "Many visitors ask about the {thing}.",
+    "It was a long {season}.",
+    "The {day} was quiet and the streets were empty.",
+    "An old {thing} stands near the gate.",
+    "Some say the {thing} is lost.",
+    "Little else is known.",
+    "The records of that {season} are incomplete.",
+    "The {thing} is closed on Sundays.",
+    "A {thing} was found under the floor.",
+    "People still talk about the {rain} of that {season}.",
+    "The {thing} needs repair.",
 )
 _DISTRACTOR_WORDS = {
     "season": ("spring", "summer", "autumn", "winter"),
     "rain": ("rain", "snow", "hail", "mist"),
     "day": ("morning", "afternoon", "evening", "day"),
-    "thing": ("clock", "bridge", "lamp", "fountain", "staircase", "garden", "gate", "statue", "well", "bell", "chapel", "barn"),
+    "thing": (
+        "clock",
+        "bridge",
+        "lamp",
+        "fountain",
+        "staircase",
+        "garden",
+        "gate",
+        "statue",
+        "well",
+        "bell",
+        "chapel",
+        "barn",
+    ),
 }
 
 
@@ -423,7 +550,9 @@ def question_about(rng: random.Random, fact: Fact, paraphrase: bool = False) -> 
     """The plain question whose answer is `fact.value`."""
     relation = RELATION[fact.relation]
     template = rng.choice(relation.paraphrases if paraphrase else relation.questions)
-    return Question(_sentence(template, s=fact.subject), fact.value, "paraphrase" if paraphrase else relation.kind, (fact.span,))
+    return Question(
+        _sentence(template, s=fact.subject), fact.value, "paraphrase" if paraphrase else relation.kind, (fact.span,)
+    )
 
 
 def _ask_plain(kind: str) -> Callable[[random.Random, Document], Question | None]:
@@ -463,7 +592,11 @@ def _ask_yes_no(rng: random.Random, document: Document) -> Question | None:
         return Question(_sentence(relation.yes_no, s=fact.subject, v=fact.value), "Yes", "yes_no", (fact.span,))
     others = [f.value for f in document.facts if RELATION[f.relation].value == relation.value and f.value != fact.value]
     wrong = rng.choice(others) if others else _VALUES[relation.value](rng, document.split)
-    return Question(_sentence(relation.yes_no, s=fact.subject, v=wrong), "No", "yes_no", (fact.span,)) if wrong != fact.value else None
+    return (
+        Question(_sentence(relation.yes_no, s=fact.subject, v=wrong), "No", "yes_no", (fact.span,))
+        if wrong != fact.value
+        else None
+    )
 
 
 def _ask_which_of(rng: random.Random, document: Document) -> Question | None:
@@ -477,7 +610,9 @@ def _ask_which_of(rng: random.Random, document: Document) -> Question | None:
         return None
     pair = [fact.subject, rng.choice(others)]
     rng.shuffle(pair)
-    return Question(_sentence(relation.which_of, v=fact.value, a=pair[0], b=pair[1]), fact.subject, "which_of", (fact.span,))
+    return Question(
+        _sentence(relation.which_of, v=fact.value, a=pair[0], b=pair[1]), fact.subject, "which_of", (fact.span,)
+    )
 
 
 def _ask_list(rng: random.Random, document: Document) -> Question | None:
@@ -509,7 +644,9 @@ def unknown_question(rng: random.Random, split: str, avoid: set[str] = frozenset
     kind = rng.choice(ENTITY_TYPES)
     while (subject := _VALUES[kind](rng, split)) in avoid:
         pass
-    return Question(_sentence(rng.choice(rng.choice(_RELATIONS_OF[kind]).questions), s=subject), UNKNOWN, "unanswerable")
+    return Question(
+        _sentence(rng.choice(rng.choice(_RELATIONS_OF[kind]).questions), s=subject), UNKNOWN, "unanswerable"
+    )
 
 
 _ASKERS: dict[str, Callable[[random.Random, Document], Question | None]] = {
@@ -539,7 +676,9 @@ def encyclopedia_questions(rng: random.Random, n: int) -> Iterator[Question]:
         yield replace(question_about(rng, rng.choice(facts), paraphrase=rng.random() < 0.3), evidence=())
 
 
-def conflicting_document(rng: random.Random, n_facts: int, n_conflicts: int) -> tuple[Document, list[tuple[Fact, Fact]]]:
+def conflicting_document(
+    rng: random.Random, n_facts: int, n_conflicts: int
+) -> tuple[Document, list[tuple[Fact, Fact]]]:
     """A document in which `n_conflicts` encyclopedia facts have another value; pairs (fact in the document, fact believed)."""
     believed = rng.sample(encyclopedia(), n_conflicts)
     changed = []

@@ -46,7 +46,9 @@ def test_digits_are_single_tokens_and_words_keep_their_tokens_anywhere(tokenizer
 
 
 def test_answer_mask_marks_what_follows_the_assistant_mark(tokenizer, curriculum):
-    ids = torch.tensor(tokenizer(conversation([("Who?", "Ada"), ("When?", "1412")]), add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(
+        tokenizer(conversation([("Who?", "Ada"), ("When?", "1412")]), add_special_tokens=False)["input_ids"]
+    )
     answers = tokenizer.decode(ids[curriculum.answer_mask(ids)])
     assert answers.replace(" ", "") == "Ada<|end|>1412<|end|>"
 
@@ -57,7 +59,9 @@ def test_batches_are_functions_of_seed_and_step(tokenizer, curriculum, i):
     again = Curriculum(tokenizer, 100, 1024, 1024, 0)[i]
     other = Curriculum(tokenizer, 100, 1024, 1024, 1)[i]
     assert all(torch.equal(batch[k], again[k]) for k in batch)
-    assert batch["input_ids"].shape != other["input_ids"].shape or not torch.equal(batch["input_ids"], other["input_ids"])
+    assert batch["input_ids"].shape != other["input_ids"].shape or not torch.equal(
+        batch["input_ids"], other["input_ids"]
+    )
     labelled = batch["labels"] != IGNORE
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
     assert labelled.any(dim=1).all(), "every row teaches something"

@@ -35,7 +35,9 @@ def batches(base):
 
 
 def start(run: Path, seconds_per_batch: float) -> subprocess.Popen:
-    return subprocess.Popen([*SCRIPT, str(run), str(seconds_per_batch)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [*SCRIPT, str(run), str(seconds_per_batch)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -63,7 +65,10 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    losses = [[json.loads(line) for line in (tmp_path / r / "log.jsonl").read_text().splitlines()] for r in ("whole", "killed")]
+    losses = [
+        [json.loads(line) for line in (tmp_path / r / "log.jsonl").read_text().splitlines()]
+        for r in ("whole", "killed")
+    ]
     assert [(x["step"], x["loss"]) for x in losses[0]] == [(x["step"], x["loss"]) for x in losses[1]]
 
 
@@ -164,4 +169,6 @@ def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp
         lambda self, m: seen.setdefault("names", original(self, m)),
     )
     training.train_needle(train_small.SMALL, model, tokenizer, tmp_path, 0, "small", stop_at=1)
-    assert seen["names"] and not any(part in n for n in seen["names"] for part in ("scaler", "bias", "norm", "latents_q"))
+    assert seen["names"] and not any(
+        part in n for n in seen["names"] for part in ("scaler", "bias", "norm", "latents_q")
+    )

@@ -33,7 +33,11 @@ def test_splits_share_no_name_and_no_value():
         for _, document in documents(150, split):
             for fact in document.facts:
                 words |= {fact.subject, fact.value}
-    assert not seen["train"] & seen["test"] and not seen["train"] & seen["validation"] and not seen["validation"] & seen["test"]
+    assert (
+        not seen["train"] & seen["test"]
+        and not seen["train"] & seen["validation"]
+        and not seen["validation"] & seen["test"]
+    )
     encyclopedia = {fact.subject for fact in world.encyclopedia()} | {fact.value for fact in world.encyclopedia()}
     assert not encyclopedia & set.union(*seen.values())
 
