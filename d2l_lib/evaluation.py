@@ -1,7 +1,7 @@
 """Scores: what the base model knows and reads, and what a generated adapter lets it answer.
 
-Every function returns a table (pandas DataFrame) with one row per sample or per group; `summarise` turns samples into shares
-with 95% Wilson intervals.
+Every function returns a table (pandas DataFrame) with one row per sample or per group; `summarise` turns samples
+into shares with 95% Wilson intervals.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .records import project_root, write_jsonl
 OTHER_KINDS = ("paraphrase", "two_hop", "yes_no", "which_of", "list")
 
 
-# ------------------------------------------------------------------------------------------------------------- the basics
+# --------------------------------------------------------------------------------------------------------- the basics
 @torch.inference_mode()
 def greedy_answers(
     model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 24, batch_tokens: int = 16384
@@ -82,11 +82,12 @@ def summarise(samples: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# ------------------------------------------------------------------------------------------------------------ the samples
+# -------------------------------------------------------------------------------------------------------- the samples
 def world_samples(
     n: int, seed: int, *, split: str = "test", facts: tuple[int, int] = (2, 20), kinds: Sequence[str] = world.KINDS
 ) -> pd.DataFrame:
-    """`n` questions on documents of `split`, a fresh document each, kinds in turn; the columns that `viewers.view_samples` reads.
+    """`n` questions on documents of `split`, a fresh document each, kinds in turn; the columns that
+    `viewers.view_samples` reads.
 
     Columns: document, question, answer, kind, evidence_start, evidence_end (lists of characters, one per evidence
     sentence), n_facts. `facts` are the fewest and most facts of a document.
@@ -111,11 +112,12 @@ def world_samples(
     return pd.DataFrame(rows)
 
 
-# --------------------------------------------------------------------------------------------------------- the base model
+# ----------------------------------------------------------------------------------------------------- the base model
 def base_model_samples(
     model, tokenizer, n: int, seed: int, split: str = "test", facts: tuple[int, int] = (2, 20)
 ) -> pd.DataFrame:
-    """`n` samples of each thing the base model should do; columns task, kind, length_tokens, question, answer, prediction, correct.
+    """`n` samples of each thing the base model should do; columns task, kind, length_tokens, question, answer,
+    prediction, correct.
 
     Documents and unknown names are from `split`, with `facts` (fewest, most) facts each.
     """
@@ -155,7 +157,7 @@ def base_model_samples(
     return pd.DataFrame(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------- needles
+# ------------------------------------------------------------------------------------------------------------ needles
 def needle_samples(
     model,
     lengths: Sequence[int],
@@ -166,7 +168,8 @@ def needle_samples(
     split: str = "test",
     batch: int = 20,
 ) -> pd.DataFrame:
-    """Exact match of Doc-to-LoRA on `n` haystacks per length; the haystack is internalized, the prompt is the question alone.
+    """Exact match of Doc-to-LoRA on `n` haystacks per length; the haystack is internalized, the prompt is the
+    question alone.
 
     Columns: method, length_tokens, depth (0 to 1), answer, prediction, correct, chunks, rank, seconds (per document, to
     internalize), seed.
@@ -191,7 +194,9 @@ def needle_samples(
 
 
 def needle_in_context_samples(model, lengths: Sequence[int], n: int, seed: int, split: str = "test") -> pd.DataFrame:
-    """The same haystacks and questions put to the base model with the haystack in its prompt, also beyond its window."""
+    """The same haystacks and questions put to the base model with the haystack in its prompt, also beyond its
+    window.
+    """
     rows = []
     for length in lengths:
         haystacks = list(needles.evaluation_set(model.tokenizer, length, n, seed, split))
@@ -240,11 +245,13 @@ def block_norms(adapter, haystack: needles.Haystack | None = None) -> pd.DataFra
     return pd.DataFrame(rows)
 
 
-# ------------------------------------------------------------------------------------------------------------------- cost
+# --------------------------------------------------------------------------------------------------------------- cost
 def measure_internalization(source: str, length_tokens: int, seed: int) -> dict:
-    """Seconds and peak memory to internalize one document of `length_tokens` tokens of distinct text, in a fresh process.
+    """Seconds and peak memory to internalize one document of `length_tokens` tokens of distinct text, in a fresh
+    process.
 
-    Keys: length_tokens, chunks, seconds, peak_memory_mib (of the whole process), adapter_mib. RuntimeError when the process fails.
+    Keys: length_tokens, chunks, seconds, peak_memory_mib (of the whole process), adapter_mib. RuntimeError when the
+    process fails.
     """
     command = [
         sys.executable,
@@ -264,7 +271,9 @@ def measure_internalization(source: str, length_tokens: int, seed: int) -> dict:
 
 
 def internalization_cost(model, length_tokens: int, seed: int) -> dict:
-    """What `measure_internalization` returns, measured in this process (whose peak memory holds all that came before)."""
+    """What `measure_internalization` returns, measured in this process (whose peak memory holds all that came
+    before).
+    """
     rng = random.Random(f"cost/{seed}")
     parts, tokens = [], 0
     while tokens < length_tokens:
@@ -285,7 +294,7 @@ def internalization_cost(model, length_tokens: int, seed: int) -> dict:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------------------------------------------------- the commands
 NEEDLE_LENGTHS = tuple(2**k for k in range(6, 18))
 IN_CONTEXT_LENGTHS = tuple(2**k for k in range(6, 14))
 

@@ -1,8 +1,8 @@
 """Needle in a haystack: filler lines, one sentence with a four-digit number, one question (paper, needle stage).
 
-The sentences are the published ones. A haystack is built to a length in *tokens* of a given tokenizer; whole filler sentences are
-kept, so its real length is at most the one asked for and less by no more than one sentence. Numbers are split by
-`world.split_of`: numbers that training saw are never asked for in validation or test.
+The sentences are the published ones. A haystack is built to a length in *tokens* of a given tokenizer; whole filler
+sentences are kept, so its real length is at most the one asked for and less by no more than one sentence. Numbers are
+split by `world.split_of`: numbers that training saw are never asked for in validation or test.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHANCE = 1e-4  # four digits at random
 
 @dataclass(frozen=True)
 class Haystack:
-    """A needle sample. `needle_span` are the characters of the needle sentence in `text`; None if there is no needle."""
+    """A needle sample; `needle_span` holds the characters of the needle sentence in `text`, or None."""
 
     text: str
     answer: str
@@ -63,7 +63,9 @@ def _sentence_costs(tokenizer) -> tuple[tuple[int, ...], int, int]:
 
 
 def build_haystack(tokenizer, length_tokens: int, depth: float, number: str | None) -> Haystack:
-    """A haystack of at most `length_tokens` tokens with `number` at relative `depth` (0 start, 1 end); None leaves the needle out.
+    """A haystack of at most `length_tokens` tokens with `number` at relative `depth` (0 start, 1 end).
+
+    Without a number (None) it is filler only.
 
     Raises ValueError when `length_tokens` cannot hold the needle sentence or `depth` is outside 0..1.
     """

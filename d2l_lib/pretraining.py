@@ -1,8 +1,9 @@
 """The tiny base model: its tokenizer, the curriculum that teaches it the world, and its scores.
 
-A stock decoder of `transformers` and a BPE tokenizer of `tokenizers`, trained here from nothing. The curriculum is a list of
-batches; batch i is a function of (seed, i), so an interrupted run continues with exactly the batches it would have seen. A row
-is one conversation filled up to the row's length: a document and questions about it, closed-book questions, or a haystack.
+A stock decoder of `transformers` and a BPE tokenizer of `tokenizers`, trained here from nothing. The curriculum is
+a list of batches; batch i is a function of (seed, i), so an interrupted run continues with exactly the batches it
+would have seen. A row is one conversation filled up to the row's length: a text to recite, a document and questions
+about it, closed-book questions, or a haystack.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ CHAT_TEMPLATE = (
 IGNORE = -100
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------------------------- tokenizer
 def build_tokenizer(vocab_size: int, window: int, seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with single digits and a chat template with generation marks, trained on world text."""
+    """A byte-level BPE tokenizer trained on world text: single digits, a chat template with generation marks."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Prepend(" ")  # a word has the same tokens at the start of a text and inside it
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -70,13 +71,15 @@ def _tokenizer_corpus(seed: int, n_documents: int = 6000):
             yield question.text
             yield question.answer
     for _ in range(1000):
-        yield f"{needles.FILLER_LINE}\n{needles.NEEDLE.format(number=needles.draw_number(rng, 'train'))}\n{needles.QUESTION}"
+        needle = needles.NEEDLE.format(number=needles.draw_number(rng, "train"))
+        yield f"{needles.FILLER_LINE}\n{needle}\n{needles.QUESTION}"
 
 
 def conversation(turns: Sequence[tuple[str, str]], context: str = "") -> str:
     """The chat-formatted text of (question, answer) turns, `context` standing before the first question.
 
-    Equal to the tokenizer's chat template on the same messages (tested); written out because the curriculum makes millions.
+    Equal to the tokenizer's chat template on the same messages (tested); written out because the curriculum makes
+    millions.
     """
     text = "<|bos|>"
     for i, (question, answer) in enumerate(turns):
@@ -85,9 +88,10 @@ def conversation(turns: Sequence[tuple[str, str]], context: str = "") -> str:
     return text
 
 
-# ------------------------------------------------------------------------------------------------------------ curriculum
+# --------------------------------------------------------------------------------------------------------- curriculum
 QUESTION_WEIGHTS = {
-    "one_hop": 26, "number": 10, "date": 10, "paraphrase": 16, "two_hop": 8, "yes_no": 5, "which_of": 5, "list": 3, "unanswerable": 17,
+    "one_hop": 26, "number": 10, "date": 10, "paraphrase": 16, "two_hop": 8, "yes_no": 5, "which_of": 5, "list": 3,
+    "unanswerable": 17,
 }  # fmt: skip
 
 
@@ -96,10 +100,11 @@ RECITE = "Repeat the text."
 
 
 class Curriculum(Dataset):
-    """`steps` batches of about `batch_tokens` tokens: documents (short first, long later), closed-book questions, haystacks.
+    """`steps` batches of about `batch_tokens` tokens: documents (short first, long later), closed-book questions,
+    haystacks.
 
-    Item i: {input_ids [rows, length], labels [rows, length]}; labels cover the answers, and every token in `lm_share` of the
-    document rows. A function of (seed, i).
+    Item i: {input_ids [rows, length], labels [rows, length]}; labels cover the answers, and every token in
+    `lm_share` of the document rows. A function of (seed, i).
     """
 
     def __init__(self, tokenizer, steps: int, batch_tokens: int, window: int, seed: int, lm_share: float = 0.25):
@@ -183,7 +188,10 @@ class Curriculum(Dataset):
         return conversation([(needles.QUESTION, haystack.answer or world.UNKNOWN)], haystack.text)
 
     def collate(self, rng: random.Random, rows: list[str], length: int, lm_share: float) -> dict[str, Tensor]:
-        """Token ids cut after the last whole answer that fits, right-padded; labels on answers (or on all tokens of some rows)."""
+        """Token ids cut after the last whole answer that fits, right-padded, and labels on the answers.
+
+        In a share `lm_share` of the rows every token is labelled.
+        """
         encoded = self.tokenizer(rows, add_special_tokens=False)["input_ids"]
         input_ids = torch.full((len(rows), length), self.pad)
         labels = torch.full((len(rows), length), IGNORE)

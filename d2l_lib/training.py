@@ -4,7 +4,8 @@
     python -m d2l_lib.training --preset tiny --stage needle --seed 1
 
 Batches are functions of (seed, step), and the Trainer saves the optimiser: a run that was killed goes on from its last
-checkpoint and ends with the weights of an uninterrupted one. Under torchrun every process takes its share of the batches.
+checkpoint and ends with the weights of an uninterrupted one. Under torchrun every process takes its share of the
+batches.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from .pretraining import IGNORE
 from .records import atomic_folder, read_json, read_jsonl, write_jsonl
 
 
-# ------------------------------------------------------------------------------------------------------------ the Trainer
+# -------------------------------------------------------------------------------------------------------- the Trainer
 class Report(TrainerCallback):
-    """One JSON line per report in `run`/log.jsonl, and one printed line: step, seconds trained, loss and the model's own report.
+    """One JSON line per report in `run`/log.jsonl, and one printed line: step, seconds trained, loss and the
+    model's own report.
 
     Seconds count on over interruptions. After a resumed start, lines of steps that will be trained again are dropped.
     """
@@ -108,7 +110,8 @@ def fit(
     without_decay: Sequence[str] = (),
     **options,
 ) -> None:
-    """Train `model` (its forward returns {"loss": ...}) on `batches` in order, going on from the last checkpoint in `run`.
+    """Train `model` (its forward returns {"loss": ...}) on `batches` in order, going on from the last checkpoint in
+    `run`.
 
     stop_at ends this call early with a checkpoint; the schedule is that of `steps`. FloatingPointError when the loss is
     not a number; the checkpoints written before it are kept.
@@ -159,7 +162,7 @@ def last_whole_checkpoint(run: Path) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------- the base model
+# ----------------------------------------------------------------------------------------------------- the base model
 def train_base(p: Preset, run: Path, **options) -> None:
     """The tiny base model from nothing; tokenizer and weights end in `run`/final."""
     sizes = p.base
@@ -197,14 +200,14 @@ def train_base(p: Preset, run: Path, **options) -> None:
     tokenizer.save_pretrained(run / "final")
 
 
-# ---------------------------------------------------------------------------------------------------------------- needles
+# ------------------------------------------------------------------------------------------------------------ needles
 class NeedleBatches(Dataset):
     """Batches of needle contexts, cut into chunks at sentence ends; item i is a function of (seed, i).
 
-    Item: chunk_ids, chunk_mask, lists of [chunks, tokens] with chunks of like length together (see group_by_length), and
-    `order` [chunks], which puts them back; n_chunks [contexts]; repeats [chunks] (how often a chunk counts, 1 for the
-    needle's); input_ids, labels [contexts, length] of the question and the answer. Contexts grow from `shortest` to `longest`
-    tokens in the first fifth of the run; repeats grow from 1 to `max_repeats` between 30% and 80% of it.
+    Item: chunk_ids, chunk_mask, lists of [chunks, tokens] with chunks of like length together (see group_by_length),
+    and `order` [chunks], which puts them back; n_chunks [contexts]; repeats [chunks] (how often a chunk counts, 1 for
+    the needle's); input_ids, labels [contexts, length] of the question and the answer. Contexts grow from `shortest` to
+    `longest` tokens in the first fifth of the run; repeats grow from 1 to `max_repeats` between 30% and 80% of it.
     """
 
     def __init__(self, tokenizer, p: NeedlePreset, seed: int):
@@ -281,7 +284,7 @@ def group_by_length(
 
 
 def random_chunks(rng: random.Random, text: str, length_tokens: int, p: NeedlePreset) -> list[str]:
-    """`text` in a random number of pieces (the published probabilities) cut at random sentence ends, none below the minimum."""
+    """`text` in a random number of pieces (published probabilities), cut at random sentence ends."""
     most = max(1, length_tokens // p.min_chunk_tokens)
     choices = {n: q for n, q in p.chunk_probabilities.items() if n <= most}
     n = rng.choices(list(choices), list(choices.values()))[0]
@@ -388,7 +391,7 @@ def train_needle(
     return hypernetwork
 
 
-# ------------------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------------------------- the command
 def remake_base(p: Preset, runs: Path, data: Path) -> None:
     """Train the base model and put it, its scores and its training log into `data`."""
     run = runs / p.name / "base"
@@ -402,7 +405,7 @@ def remake_base(p: Preset, runs: Path, data: Path) -> None:
 
 
 def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) -> None:
-    """Train a needle hypernetwork on the bundled base model; log and weights go to `data`, the bundled one to its default place."""
+    """Train a needle hypernetwork on the bundled base model; logs go to `data`, and the bundled one's weights too."""
     settings = replace(p.needle, **NEEDLE_VARIANTS[variant])
     name = f"needle_{variant}_seed{seed}"
     base_model, tokenizer = load_base_model(p.name)

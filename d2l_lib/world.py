@@ -1,11 +1,12 @@
 """The generated world: fictional people, places, organisations, works and events, and questions about them.
 
-Every document is made from facts (subject, relation, value), so the character span of each fact is known: answers, evidence and
-interference can be scored against ground truth. Three rules hold everywhere:
+Every document is made from facts (subject, relation, value), so the character span of each fact is known: answers,
+evidence and interference can be scored against ground truth. Three rules hold everywhere:
 
-* A name or a compound value belongs to exactly one split (`train`, `validation`, `test`, or `encyclopedia`), decided by a hash of
-  its words (`split_of`), so splits never share names or values. Numbers and years are split in the same way.
-* The *encyclopedia* is one fixed set of entities (`encyclopedia()`), learned closed-book by the base model in pre-training.
+* A name or a compound value belongs to exactly one split (`train`, `validation`, `test`, or `encyclopedia`), decided by
+  a hash of its words (`split_of`), so splits never share names or values. Numbers and years are split in the same way.
+* The *encyclopedia* is one fixed set of entities (`encyclopedia()`), learned closed-book by the base model in
+  pre-training.
 * Everything is a function of a `random.Random`: the same seed gives the same text on every machine.
 """
 
@@ -23,7 +24,7 @@ KINDS = ("one_hop", "number", "date", "paraphrase", "two_hop", "yes_no", "which_
 ONE_HOP_KINDS = ("one_hop", "number", "date")
 
 
-# ---------------------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------------------------- values
 def split_of(value: str) -> str:
     """The one split that `value` belongs to: 70% train, 10% each of the other three, by a stable hash of the text."""
     bucket = hashlib.sha256(value.encode()).digest()[0] % 10
@@ -145,7 +146,7 @@ _VALUES: dict[str, Callable[[random.Random, str], str]] = {
 ENTITY_TYPES = ("person", "place", "organisation", "work", "event")
 
 
-# ------------------------------------------------------------------------------------------------------------- relations
+# ---------------------------------------------------------------------------------------------------------- relations
 @dataclass(frozen=True)
 class Relation:
     """One typed relation and every way the world puts it into words. `{s}` is the subject, `{v}` the value."""
@@ -429,7 +430,7 @@ _DISTRACTOR_WORDS = {
 # ------------------------------------------------------------------------------------------------ facts and documents
 @dataclass(frozen=True)
 class Fact:
-    """`subject` stands in `relation` (a name in `RELATION`) to `value`; `span` is its sentence in the document, in characters."""
+    """`subject` stands in `relation` (a name in `RELATION`) to `value`; `span`: the characters of its sentence."""
 
     subject: str
     relation: str
@@ -467,7 +468,9 @@ def _distractor(rng: random.Random) -> str:
 
 
 def draw_facts(rng: random.Random, split: str, n_facts: int) -> list[Fact]:
-    """`n_facts` facts about fresh, linked entities of `split`: values that are entities become subjects of later facts."""
+    """`n_facts` facts about fresh, linked entities of `split`: values that are entities become subjects of later
+    facts.
+    """
     entities: list[tuple[str, str]] = []
     taken: set[str] = set()
     facts: list[Fact] = []
@@ -504,7 +507,9 @@ def draw_facts(rng: random.Random, split: str, n_facts: int) -> list[Fact]:
 
 
 def write_document(rng: random.Random, facts: Sequence[Fact], split: str, distractors: float = 0.2) -> Document:
-    """Prose for `facts` in shuffled order, with about `distractors` distractor sentences per fact and a new line now and then."""
+    """Prose for `facts` in shuffled order, with about `distractors` distractor sentences per fact and a new line
+    now and then.
+    """
     order = list(facts)
     rng.shuffle(order)
     text, placed = "", []
@@ -528,7 +533,9 @@ def draw_document(rng: random.Random, split: str, n_facts: int, distractors: flo
 
 # ----------------------------------------------------------------------------------------------------------- questions
 def ask(rng: random.Random, document: Document, kind: str) -> Question | None:
-    """A random question of `kind` about `document`, or None when the document supports none (no chain, one subject only)."""
+    """A random question of `kind` about `document`, or None when the document supports none (no chain, one subject
+    only).
+    """
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; choose from {', '.join(KINDS)}")
     return _ASKERS[kind](rng, document)
@@ -665,7 +672,9 @@ _ASKERS: dict[str, Callable[[random.Random, Document], Question | None]] = {
 # -------------------------------------------------------------------------------------------------------- encyclopedia
 @functools.cache
 def encyclopedia(n_facts: int = 400) -> tuple[Fact, ...]:
-    """The fixed facts that the base model knows closed-book; all names and values belong to the `encyclopedia` split."""
+    """The fixed facts that the base model knows closed-book; all names and values belong to the `encyclopedia`
+    split.
+    """
     return tuple(draw_facts(random.Random("encyclopedia"), "encyclopedia", n_facts))
 
 
@@ -679,7 +688,9 @@ def encyclopedia_questions(rng: random.Random, n: int) -> Iterator[Question]:
 def conflicting_document(
     rng: random.Random, n_facts: int, n_conflicts: int
 ) -> tuple[Document, list[tuple[Fact, Fact]]]:
-    """A document in which `n_conflicts` encyclopedia facts have another value; pairs (fact in the document, fact believed)."""
+    """A document in which `n_conflicts` encyclopedia facts have another value; pairs (fact in the document, fact
+    believed).
+    """
     believed = rng.sample(encyclopedia(), n_conflicts)
     changed = []
     for fact in believed:

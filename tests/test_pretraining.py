@@ -1,4 +1,6 @@
-"""The curriculum: rows say what the chat template says, labels cover answers only, batches are functions of (seed, step)."""
+"""The curriculum: rows say what the chat template says, labels cover answers only, batches are functions of (seed,
+step).
+"""
 
 import random
 

@@ -112,7 +112,9 @@ def test_only_needle_free_chunks_are_repeated_and_only_late(base):
 
 
 def test_a_repeated_block_is_that_many_equal_blocks(base):
-    """The reason why repeats stand for a long haystack: weight K equals K copies (in exact arithmetic; here to 1e-5)."""
+    """The reason why repeats stand for a long haystack: weight K equals K copies (in exact arithmetic; here to
+    1e-5).
+    """
     model, tokenizer = base
     hypernetwork = Hypernetwork(training.needle_config(train_small.SMALL, model, "small"))
     torch.nn.init.normal_(hypernetwork.scaler_B["down_proj"], std=0.3)
