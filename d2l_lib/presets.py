@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BaseModelPreset:
-    """A Llama-shaped base model trained from nothing on the generated world."""
+    """A Llama-shaped base model trained from nothing on the generated world in two stages (pretraining.Curriculum).
+
+    `polish_steps` and `polish_learning_rate` belong to the second one, which is about longer documents.
+    """
 
     vocab_size: int
     window: int
@@ -22,6 +25,8 @@ class BaseModelPreset:
     batch_tokens: int
     learning_rate: float
     warmup_steps: int
+    polish_steps: int
+    polish_learning_rate: float
     seed: int = 0
 
 
@@ -88,6 +93,8 @@ PRESETS = {
             batch_tokens=4096,
             learning_rate=2e-3,
             warmup_steps=150,
+            polish_steps=2400,
+            polish_learning_rate=1.5e-3,
         ),
         needle=NeedlePreset(
             latent_size=128,

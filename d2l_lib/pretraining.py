@@ -100,36 +100,37 @@ RECITE = "Repeat the text."
 
 
 class Curriculum(Dataset):
-    """`steps` batches of about `batch_tokens` tokens: documents (short first, long later), closed-book questions,
-    haystacks.
+    """`steps` batches of about `batch_tokens` tokens: texts to recite, documents, closed-book questions, haystacks.
 
-    Item i: {input_ids [rows, length], labels [rows, length]}; labels cover the answers, and every token in
-    `lm_share` of the document rows. A function of (seed, i).
+    Item i: {input_ids [rows, length], labels [rows, length], kind}, a function of (seed, i). Labels cover the answers,
+    and every token in `lm_share` of the document rows. The first stage begins with copying and goes on to longer rows; the
+    second, `polish`, is mostly documents of up to 512 tokens.
     """
 
-    def __init__(self, tokenizer, steps: int, batch_tokens: int, window: int, seed: int, lm_share: float = 0.25):
+    def __init__(self, tokenizer, steps: int, batch_tokens: int, window: int, seed: int, polish: bool = False):
         self.tokenizer, self.steps, self.batch_tokens, self.window = tokenizer, steps, batch_tokens, window
-        self.seed, self.lm_share = seed, lm_share
+        self.seed, self.polish = seed, polish
+        self.lm_share = 0.05 if polish else 0.25
         self.assistant, self.end, self.pad = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>", "<|pad|>"])
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        rng = random.Random(f"curriculum/{self.seed}/{i}")
+        rng = random.Random(f"curriculum/{self.seed}/{'polish/' if self.polish else ''}{i}")
         progress = i / self.steps
-        if progress < 0.15:  # copying first: texts recited, one fact, one needle
+        if not self.polish and progress < 0.15:  # copying first: texts recited, one fact, one needle
             kind = rng.choices(("recital", "documents", "haystack"), (60, 25, 15))[0]
             length = 64 if kind == "documents" or progress < 0.05 else 128
         else:
-            kind = rng.choices(("recital", "documents", "closed_book", "haystack"), (4, 68, 16, 12))[0]
+            kind = rng.choices(ROW_KINDS, (2, 82, 8, 8) if self.polish else (4, 68, 16, 12))[0]
+            document_lengths = (5, 35, 45, 15) if progress > 0.4 else (25, 55, 20, 0)
+            longest = self.window if self.polish or progress > 0.3 else 256
             length = {
                 "recital": 256,
-                "documents": rng.choices((64, 128, 256, 512), (5, 35, 45, 15) if progress > 0.4 else (25, 55, 20, 0))[
-                    0
-                ],
+                "documents": rng.choices((64, 128, 256, 512), (3, 17, 45, 35) if self.polish else document_lengths)[0],
                 "closed_book": rng.choice((32, 64)),
-                "haystack": min(self.window if progress > 0.3 else 256, rng.choice((64, 128, 256, 512, 1024, 1024))),
+                "haystack": min(longest, rng.choice((64, 128, 256, 512, 1024, 1024))),
             }[kind]
         make = {
             "recital": self.recital_row,

@@ -183,19 +183,23 @@ def train_base(p: Preset, run: Path, **options) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    batches = pretraining.Curriculum(tokenizer, sizes.steps, sizes.batch_tokens, sizes.window, sizes.seed)
-    fit(
-        pretraining.AnswerLoss(model.model),
-        batches,
-        run,
-        steps=sizes.steps,
-        learning_rate=sizes.learning_rate,
-        warmup_steps=sizes.warmup_steps,
-        seed=sizes.seed,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        **options,
-    )
+    for stage, steps, rate in (
+        ("first", sizes.steps, sizes.learning_rate),
+        ("polish", sizes.polish_steps, sizes.polish_learning_rate),
+    ):
+        polish = stage == "polish"
+        fit(
+            pretraining.AnswerLoss(model.model),
+            pretraining.Curriculum(tokenizer, steps, sizes.batch_tokens, sizes.window, sizes.seed, polish),
+            run / stage,
+            steps=steps,
+            learning_rate=rate,
+            warmup_steps=sizes.warmup_steps,
+            seed=sizes.seed,
+            weight_decay=0.01,
+            adam_beta2=0.98,
+            **options,
+        )
     model.save_pretrained(run / "final")
     tokenizer.save_pretrained(run / "final")
 
@@ -398,10 +402,11 @@ def remake_base(p: Preset, runs: Path, data: Path) -> None:
     train_base(p, run)
     with atomic_folder(data / p.name / "base_model") as folder:
         shutil.copytree(run / "final", folder, dirs_exist_ok=True)
-    write_jsonl(
-        data / "full_runs" / "base_model_training.jsonl",
-        [{"seed": p.base.seed, **line} for line in read_jsonl(run / "log.jsonl")],
-    )
+    first, polish = read_jsonl(run / "first" / "log.jsonl"), read_jsonl(run / "polish" / "log.jsonl")
+    before = {"step": p.base.steps, "seconds": first[-1]["seconds"]}
+    later = [{**line, **{name: line[name] + start for name, start in before.items()}} for line in polish]
+    log = [{"seed": p.base.seed, **line} for line in (*first, *later)]
+    write_jsonl(data / "full_runs" / "base_model_training.jsonl", log)
 
 
 def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) -> None:
