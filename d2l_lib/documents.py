@@ -246,11 +246,16 @@ class _TokenCounter:
         texts = [self.text[start:end].strip() for start, end in spans]
         if joined:
             texts = [self._space_before(start) + text for (start, _), text in zip(spans, texts, strict=True)]
+        distinct = list(dict.fromkeys(texts))  # repeated sentences are counted once
         if self.has_special:
-            return [len(_plain_ids(self.tokenizer, text)) for text in texts]
-        if not texts:
-            return []
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+            counts = [len(_plain_ids(self.tokenizer, text)) for text in distinct]
+        elif distinct:
+            encoded = self.tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"]
+            counts = [len(ids) for ids in encoded]
+        else:
+            counts = []
+        by_text = dict(zip(distinct, counts, strict=True))
+        return [by_text[text] for text in texts]
 
     def _space_before(self, start: int) -> str:
         """The white space that separates a stretch from the text before it."""
