@@ -17,6 +17,15 @@ PAGES = notebooks.list_notebooks(ROOT / "notebooks")
 # fails.
 QUICK = {
     "00_quickstart.ipynb": {"SEED": 1, "DOCUMENT_TOKENS": 2048},
+    "01_generate_data.ipynb": {"SEED": 1, "N_SAMPLES": 20},
+    "02_train_hypernetwork.ipynb": {"SEED": 1, "LIVE_STEPS": 4, "N": 3},
+    "03_needle_in_a_haystack.ipynb": {
+        "SEED": 1,
+        "N": 2,
+        "LENGTHS": [64, 512],
+        "EXAMPLE_TOKENS": 2048,
+        "COST_LENGTHS": [512, 1024],
+    },
 }
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.:/<])/(?:home|root|Users|tmp|work|mnt|opt|var|private)/[\w.]|[A-Z]:\\\\Users""")
 HANGS = re.compile(r"\b(?:Output\(|interact\(|interactive\(|interactive_output\(|interact_manual\()")
