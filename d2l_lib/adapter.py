@@ -10,8 +10,10 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -69,7 +71,7 @@ def _equal(first: Factors | None, second: Factors | None) -> bool:
     if first is None or second is None:
         return first is second
     return first.keys() == second.keys() and all(
-        a is b or (a.shape == b.shape and torch.equal(a, b))
+        a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device)))
         for module in first
         for a, b in zip(first[module], second[module], strict=True)
     )
@@ -77,9 +79,17 @@ def _equal(first: Factors | None, second: Factors | None) -> bool:
 
 def _finite(weight: float, what: str) -> float:
     """`weight` as a float; ValueError where it is no finite number."""
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
         raise ValueError(f"{what} must be a finite number, not {weight!r}")
     return float(weight)
+
+
+def _as_set(choice: object, kind: type, what: str) -> set:
+    """One name or number, or several of them, as a set; TypeError for anything else."""
+    several = [choice] if isinstance(choice, (kind, str)) or not isinstance(choice, Iterable) else list(choice)
+    if wrong := [one for one in several if isinstance(one, bool) or not isinstance(one, kind)]:
+        raise TypeError(f"{what} or several of them are expected, not {wrong[0]!r}")
+    return set(several)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +119,10 @@ class Adapter:
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
-        _finite(self.scale, "scale")
+        for value, what in ((self.scale, "scale"), (self.bias_weight, "bias_weight")):
+            _finite(value, what)
+        for block in self.blocks:
+            _finite(block.weight, f"the weight of {block!r}")
         parts = [(f"block {block!r}", {m: (block.A[m], block.B[m]) for m in block.A}) for block in self.blocks]
         parts += [] if self.bias is None else [("the bias", self.bias)]
         if not self.sizes:
@@ -160,7 +173,7 @@ class Adapter:
         """Bytes of all tensors; tensors that several blocks share count once."""
         return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in self._tensors()}.values())
 
-    def _tensors(self) -> Iterable[Tensor]:
+    def _tensors(self) -> Iterator[Tensor]:
         for block in self.blocks:
             yield from (*block.A.values(), *block.B.values())
         for pair in (self.bias or {}).values():
@@ -228,6 +241,12 @@ class Adapter:
             )
         if self.bias_inside or other.bias_inside:
             raise ValueError("a compressed adapter holds the bias inside its block: add first, compress the sum")
+        precisions = [next(adapter._tensors()).dtype for adapter in (self, other) if adapter.rank]
+        if self.hypernetwork_key == other.hypernetwork_key and len(set(precisions)) > 1:
+            raise ValueError(
+                f"adapters of different precision ({', '.join(map(str, precisions))}) cannot be added: "
+                "use .to(dtype=...) to make them equal first"
+            )
         if self.hypernetwork_key != other.hypernetwork_key or not _equal(self.bias, other.bias):
             raise ValueError("adapters of different hypernetworks cannot be added: internalize both with one model")
         if self.scale != other.scale:
@@ -258,8 +277,8 @@ class Adapter:
         """For each block whether it matches. ValueError lists what is inside when a choice matches nothing."""
         if document is None and chunk is None:
             raise ValueError(f"name a document or a chunk; {self._contents()}")
-        documents = None if document is None else {document} if isinstance(document, str) else set(document)
-        chunks = None if chunk is None else {chunk} if isinstance(chunk, int) else set(chunk)
+        documents = None if document is None else _as_set(document, str, "a document's name")
+        chunks = None if chunk is None else _as_set(chunk, Integral, "a chunk's number")
         if unknown := sorted(repr(name) for name in (documents or set()) - set(self.documents)):
             raise ValueError(f"no document {', '.join(unknown)} in this adapter; {self._contents()}")
         inside = [documents is None or block.document in documents for block in self.blocks]
@@ -328,7 +347,7 @@ class Adapter:
         A^T = Q_A R_A, B^T = Q_B R_B, and the small R_B R_A^T = U S V^T; [d_out, d_in] is never formed. Then
         A' = sqrt(S) V^T Q_A^T and B' = sqrt(S) U^T Q_B^T. Documents can no longer be told apart afterwards.
         """
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
         if self.rank == 0:
             raise ValueError("this adapter is empty: there is nothing to compress")
@@ -352,7 +371,14 @@ class Adapter:
         return torch.nn.functional.pad(rows, (0, 0, 0, missing)).to(dtype).contiguous()
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> Adapter:
-        """The adapter with its tensors on another device or in another precision; shared tensors stay shared."""
+        """The adapter with its tensors on another device or in another precision; shared tensors stay shared.
+
+        ValueError for a dtype that holds whole numbers only.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(
+                f"dtype must be a floating-point one, not {dtype}: the adapter would be rounded to nothing"
+            )
         moved: dict[int, Tensor] = {}
 
         def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -421,11 +447,13 @@ class Adapter:
             raise ValueError(f"{path} holds tensors but no adapter: give a file that adapter.save wrote")
         try:
             header = json.loads(metadata[FORMAT])
-            if header["version"] != FORMAT_VERSION:
-                raise ValueError(f"{path} has format version {header['version']}, this code reads {FORMAT_VERSION}")
-            return cls._from_header(header, tensors)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            version = header["version"]
+            adapter = cls._from_header(header, tensors) if version == FORMAT_VERSION else None
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} has a damaged header ({type(error).__name__}: {error}): save it again") from error
+        if adapter is None:
+            raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
+        return adapter
 
     @classmethod
     def _from_header(cls, header: dict, tensors: dict[str, Tensor]) -> Adapter:
@@ -567,24 +595,28 @@ def _size(n_bytes: int) -> str:
 def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float]:
     """Several adapters side by side: ({module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}, scale).
 
-    R is the largest rank among them; the others are filled up with zero rows, and None (the plain base model) is zero
-    rows only. Adapters of different scales have theirs folded into A, and the common scale is then 1.
+    R is the largest rank among them; the others are filled up with zero rows, and None (the plain base model), like
+    a module that an adapter does not write, is zero rows only. The precision is the highest among them. Adapters of
+    different scales have theirs folded into A, and the common scale is then 1.
     """
     present = [adapter for adapter in adapters if adapter is not None]
     if not present:
         raise ValueError("no adapter to apply: all are None")
     first, rank = present[0], max(adapter.rank for adapter in present)
     one_scale = all(adapter.scale == first.scale for adapter in present)
-    like = next((tensor for adapter in present for tensor in adapter._tensors()), torch.zeros(0))
+    tensors = [tensor for adapter in present for tensor in adapter._tensors()] or [torch.zeros(0)]
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+    sizes = {module: size for adapter in present for module, size in adapter.sizes.items()}
     stacked = {}
-    for module in first.modules:
+    for module in sorted(sizes):
         if len(adapters) == 1:  # nothing to fill up: spares a copy
             A, B = first.factors(module)
             stacked[module] = (A.unsqueeze(0), B.unsqueeze(0))
             continue
-        A, B = (like.new_zeros(len(adapters), first.n_layers, rank, size) for size in first.sizes[module])
+        shapes = ((len(adapters), first.n_layers, rank, size) for size in sizes[module])
+        A, B = (torch.zeros(shape, dtype=dtype, device=tensors[0].device) for shape in shapes)
         for context, adapter in enumerate(adapters):
-            if adapter is not None:
+            if adapter is not None and module in adapter.sizes:
                 rows_A, rows_B = adapter.factors(module)
                 A[context, :, : adapter.rank] = rows_A if one_scale else rows_A * adapter.scale
                 B[context, :, : adapter.rank] = rows_B

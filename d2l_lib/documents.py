@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 SENTINEL = "d2lcontentgoeshere"
 
@@ -147,12 +148,12 @@ def _plain_ids(tokenizer, text: str) -> list[int]:
     """
     names = sorted(special_texts(tokenizer), key=len, reverse=True)
     pieces = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
-    ids = []
-    for piece in pieces:
-        halves = (piece[:1], piece[1:]) if piece in names else (piece,)
-        for half in halves:
-            ids += _ids(tokenizer, half) if half else []
-    return ids
+    cut = [half for piece in pieces for half in ((piece[:1], piece[1:]) if piece in names else (piece,)) if half]
+    if not cut:
+        return []
+    distinct = list(dict.fromkeys(cut))  # one call for all: a text may hold thousands of names
+    ids = dict(zip(distinct, tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
+    return [token for half in cut for token in ids[half]]
 
 
 def _wrap(tokenizer, before: str, texts: Sequence[str], after: str) -> list[list[int]]:
@@ -346,7 +347,7 @@ def chunk_document(text: str, tokenizer, chunk_tokens: int, name: str = "documen
     `chunk_tokens` that is no positive whole number or smaller than one character's tokens.
     """
     check_text(text, f"document {name!r}" if name != "document" else "the document")
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, Integral) or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be a whole number of at least 1, not {chunk_tokens!r}")
     counter = _TokenCounter(text, tokenizer)
     spans = _fit(counter, split_sentences(text), chunk_tokens)

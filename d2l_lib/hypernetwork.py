@@ -12,6 +12,7 @@ Parameter names equal those of the published checkpoints, so their tensors load 
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -54,19 +55,31 @@ class HypernetworkConfig:
     encoder_model: str | None = None
 
     def __post_init__(self):
+        self._check_numbers()
         if self.scale is None:
             object.__setattr__(self, "scale", 2 * self.rank**1.5)
+        if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
+            raise ValueError(f"scale is {self.scale!r}; it must be a finite number")
         if self.encoder_type not in ENCODER_TYPES:
             raise ValueError(f"encoder_type is {self.encoder_type!r}; choose one of {', '.join(ENCODER_TYPES)}")
         if not self.d_in or self.d_in.keys() != self.d_out.keys():
             raise ValueError(f"d_in names {sorted(self.d_in)} and d_out {sorted(self.d_out)}: name the same modules")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+
+    def _check_numbers(self) -> None:
+        """ValueError names a size or count that is no whole number or too small."""
+        if not isinstance(self.d_in, dict) or not isinstance(self.d_out, dict):
+            raise ValueError(f"d_in and d_out must be {{module: size}}, not {self.d_in!r} and {self.d_out!r}")
+        numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.type in (int, int | None)}
+        numbers |= {f"{side}[{m!r}]": size for side in ("d_in", "d_out") for m, size in getattr(self, side).items()}
         smallest = {"n_self_attention_per_block": 0, "n_pre_head_layers": 0, "encoder_layer": 0}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, int | None) and value is not None and value < smallest.get(field.name, 1):
-                raise ValueError(f"{field.name} is {value}; it must be at least {smallest.get(field.name, 1)}")
+        for name, value in numbers.items():
+            if name == "encoder_layer" and value is None:
+                continue
+            least = smallest.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
     @property
     def modules(self) -> list[str]:

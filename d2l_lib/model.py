@@ -12,6 +12,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class DocToLoRA:
         self.encoder_tokenizer = tokenizer if encoder_tokenizer is None else encoder_tokenizer
         self._check_base_model()
         self.current: Adapter | None = None
-        self._applied: list[Adapters] = []
+        self._applied: list[tuple[Adapters]] = []
         self.window = _window(base_model)
         on_cpu = self.device.type == "cpu"
         self.chunk_batch = 1 if on_cpu else 8
@@ -198,7 +199,7 @@ class DocToLoRA:
 
     def _chunk_limit(self, chunk_tokens: int | None) -> int:
         limit = self.chunk_tokens if chunk_tokens is None else chunk_tokens
-        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= self._longest_chunk():
+        if isinstance(limit, bool) or not isinstance(limit, Integral) or not 1 <= limit <= self._longest_chunk():
             raise ValueError(
                 f"chunk_tokens must be a whole number from 1 to {self._longest_chunk()} (the context encoder's window "
                 f"less the chat wrapping), not {limit!r}"
@@ -257,7 +258,10 @@ class DocToLoRA:
 
     @property
     def base_key(self) -> str:
-        """Fingerprint of the base model: a hash of some of its embeddings and final norm, the same in any precision."""
+        """Fingerprint of the base model: a hash of some embeddings and the final norm.
+
+        It is the same in float32 and bfloat16; in float16 rounding can make it another one.
+        """
         body = decoder_body(self.base_model)
         tensors = (self.base_model.get_input_embeddings().weight, *body.norm.parameters())
         return _fingerprint(tensors, precision=torch.bfloat16)
@@ -295,7 +299,8 @@ class DocToLoRA:
         contexts, rows = _distinct(adapter) if isinstance(adapter, (list, tuple)) else ([adapter], None)
         for one in contexts:
             self._check_adapter(one)
-        self._applied.append(adapter)
+        entry = (adapter,)
+        self._applied.append(entry)
         try:
             if all(one is None for one in contexts):
                 with without_lora(self.base_model):
@@ -305,7 +310,8 @@ class DocToLoRA:
                 with apply_lora(self.base_model, loras, scale, rows=rows):
                     yield self.base_model
         finally:
-            self._applied.pop()
+            # by identity: blocks need not be left in the order in which they were entered
+            self._applied = [one for one in self._applied if one is not entry]
 
     def _check_adapter(self, adapter: object) -> None:
         """TypeError for what is no adapter, ValueError for an adapter that was made for another base model."""
@@ -333,7 +339,7 @@ class DocToLoRA:
     def _chosen(self, adapter: Adapters | _Current) -> Adapters:
         """The adapter that a call means: the one given, else the one applied around it, else the current one."""
         if adapter is CURRENT:
-            adapter = self._applied[-1] if self._applied else self.current
+            adapter = self._applied[-1][0] if self._applied else self.current
         if adapter is None or isinstance(adapter, (Adapter, list, tuple)):
             return adapter
         raise TypeError(f"expected an Adapter, a list of them or None, not {type(adapter).__name__}")
@@ -355,7 +361,7 @@ class DocToLoRA:
         those of one-by-one calls. ValueError for a blank question and for one that the window cannot hold.
         """
         single = isinstance(question, str)
-        if not single and (isinstance(question, (bytes, Mapping)) or not isinstance(question, Iterable)):
+        if not single and (isinstance(question, (bytes, Mapping, set)) or not isinstance(question, Iterable)):
             raise TypeError(f"the question must be a text or a list of texts, not {type(question).__name__}")
         questions = [question] if single else list(question)
         _check_count(max_new_tokens, "max_new_tokens")
@@ -409,10 +415,14 @@ class DocToLoRA:
         """transformers' `generate` with an adapter applied: token ids [batch, length] in, prompt and new ids out.
 
         adapter: left out, the current one; None, the base model alone; a list, one (or None) per row. Greedy unless
-        `options` (passed on to transformers) say otherwise. attention_mask: None means no padding.
+        `options` (passed on to transformers) say otherwise. attention_mask: None means no padding; ValueError for
+        padding on the right, where the new tokens go. They may run over the window's end; `answer` stops there.
         """
         _check_count(max_new_tokens, "max_new_tokens")
         input_ids, attention_mask = _checked_ids(input_ids, attention_mask, self.base_model)
+        if not attention_mask[:, -1].all():
+            row = int((attention_mask[:, -1] == 0).nonzero()[0])
+            raise ValueError(f"row {row} ends in padding (its attention_mask is 0 there): pad on the left")
         length = int(attention_mask.sum(1).max())
         self._check_window(length, f"input_ids holds {length} tokens")
         options = {"do_sample": False, "pad_token_id": _pad_id(self.tokenizer)} | options
@@ -506,7 +516,8 @@ def _base_source(place: Path, meta: dict, config: HypernetworkConfig, base_model
         chosen = meta.get("base_model") or config.base_model
     if not chosen:
         raise ValueError(f"{place} does not name its base model: pass base_model=")
-    return str(Path(chosen).resolve()) if Path(chosen).is_dir() else chosen
+    is_bundled = (bundled_path(chosen) / "base_model").is_dir()  # also where a folder of that name is at hand
+    return chosen if is_bundled or not Path(chosen).is_dir() else str(Path(chosen).resolve())
 
 
 def _read_published_file(path: Path) -> tuple[Hypernetwork, dict]:
@@ -572,6 +583,7 @@ def _from_hub(source: str) -> Path:
     owner, name, *inside = source.split("/")
     below = "/".join(inside)
     endings = [""] if below.endswith(".bin") else ["*hypernetwork.safetensors", "*config.json", "*pytorch_model.bin"]
+    endings += [] if below.endswith(".bin") else ["*base_model/*"]
     try:
         folder = Path(snapshot_download(f"{owner}/{name}", allow_patterns=[below + ending for ending in endings]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
@@ -598,7 +610,7 @@ def _pad_id(tokenizer) -> int:
 
 
 def _check_count(value: object, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
@@ -616,11 +628,12 @@ def _padded(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tens
 def _checked_ids(ids: Tensor, mask: Tensor | None, network: nn.Module) -> tuple[Tensor, Tensor]:
     """Token ids as [rows, length] with their mask; ValueError for other shapes, none, or unknown ids."""
     ids = torch.as_tensor(ids)
-    if ids.dim() != 2 or ids.numel() == 0 or ids.dtype.is_floating_point:
+    if ids.dim() != 2 or ids.numel() == 0 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise ValueError(f"token ids must be whole numbers [rows, length], got {ids.dtype} {list(ids.shape)}")
     n_tokens = network.get_input_embeddings().num_embeddings
     if not 0 <= int(ids.min()) <= int(ids.max()) < n_tokens:
         raise ValueError(f"token ids {int(ids.min())} to {int(ids.max())} do not fit a vocabulary of {n_tokens}")
+    ids = ids.long()
     mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).long()
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask is {list(mask.shape)}, the token ids are {list(ids.shape)}")

@@ -5,6 +5,7 @@ it ran to its end. What one notebook hands to the next are files. A notebook tha
 is started once more, and the run says so.
 """
 
+import ast
 import json
 import os
 import re
@@ -47,7 +48,12 @@ def inject_parameters(notebook: dict, values: dict) -> dict:
         if name not in line_of:
             raise KeyError(f"the parameters cell does not assign {name!r}; it assigns {sorted(line_of)}")
         lines[line_of[name]] = f"{name} = {value!r}"
-    tagged[0]["source"] = "\n".join(lines)
+    source = "\n".join(lines)
+    try:
+        ast.parse(source)
+    except SyntaxError as error:
+        raise ValueError(f"the parameters cell is no Python any more ({error}): keep each value on one line") from error
+    tagged[0]["source"] = source
     return copy
 
 
@@ -138,7 +144,7 @@ def headline_rows(results_folder: Path) -> list[dict]:
 
 def format_table(rows: list[dict], columns: tuple[str, ...] = ("claim", "figure", "aim")) -> str:
     """The rows as a Markdown table, columns padded to their widest cell."""
-    cells = [[str(row.get(column, "")) for column in columns] for row in rows]
+    cells = [[str(row.get(column, "")).replace("|", "\\|") for column in columns] for row in rows]
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
     lines = [list(columns), ["-" * width for width in widths], *cells]
     return "\n".join(

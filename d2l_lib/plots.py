@@ -22,6 +22,8 @@ from d2l_lib.evaluation import wilson
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REFERENCE = "#666666"
+# What says which row is which: no row may lack it.
+KEYS = ("method", "task", "length_tokens", "depth", "n", "facts", "chunk", "step")
 
 STYLE = {
     "figure.dpi": 120,
@@ -65,7 +67,12 @@ def style():
 
 
 def pool(results: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """One row per value of the columns `by`, pooled over all else: n, exact_match (weighted by n), low, high."""
+    """One row per value of the columns `by`, pooled over all else: n, exact_match (weighted by n), low, high.
+
+    ValueError for an exact_match that is missing or not between 0 and 1.
+    """
+    if not results["exact_match"].between(0, 1).all():
+        raise ValueError("exact_match must lie between 0 and 1 in every row: drop rows that were not measured")
     cells = results.assign(correct=results["exact_match"] * results["n"])
     pooled = cells.groupby(by, sort=True, as_index=False)[["correct", "n"]].sum()
     pooled["exact_match"] = pooled["correct"] / pooled["n"]
@@ -96,7 +103,11 @@ def plot_needle_accuracy_by_length(
             color = COLORS[i % len(COLORS)]
             axes.fill_between(rows["length_tokens"], rows["low"], rows["high"], color=color, alpha=0.18, linewidth=0)
             axes.plot(
-                rows["length_tokens"], rows["exact_match"], color=color, marker=MARKERS[i % len(MARKERS)], label=method
+                rows["length_tokens"],
+                rows["exact_match"],
+                color=color,
+                marker=MARKERS[i % len(MARKERS)],
+                label=_plain(method),
             )
         axes.axhline(chance, color=REFERENCE, linestyle=":", linewidth=1.2, label=f"chance ({chance:g})")
         _token_axis(axes, results["length_tokens"].unique())
@@ -130,7 +141,7 @@ def plot_needle_accuracy_by_length_and_depth(
     rows = results[results["method"] == method]
     grid = pool(rows, ["depth", "length_tokens"]).pivot(index="depth", columns="length_tokens", values="exact_match")
     with style():
-        figure, axes = _figure(TALL, f"{title}\n{method}")
+        figure, axes = _figure(TALL, f"{title}\n{_plain(method)}")
         axes.grid(False)
         image = axes.imshow(grid.to_numpy(), aspect="auto", origin="upper", cmap="viridis", vmin=0, vmax=1)
         for i, depth in enumerate(grid.index):
@@ -191,8 +202,9 @@ def plot_training_curves(
         _share_axis(below, "exact match (% of questions)")
         below.set_xlabel("training step (optimizer updates)")
         below.legend(loc="lower right")
-        seeds = ", ".join(str(seed) for seed in sorted(history["seed"].unique()))
-        figure.supxlabel(f"n = {history['seed'].nunique()} training runs, seeds {seeds}", fontsize=8, color=REFERENCE)
+        figure.supxlabel(
+            f"n = {history['seed'].nunique()} training runs, seeds {_seeds(history)}", fontsize=8, color=REFERENCE
+        )
     return figure
 
 
@@ -205,6 +217,8 @@ def plot_curriculum_by_step(
     """
     kinds = [column for column in history if column.startswith("right_")]
     _need(history, "step", "seed", *(kinds or ["right_<kind>"]))
+    if history["seed"].nunique() > 1:
+        raise ValueError(f"the table holds several runs, give one of the seeds {_seeds(history)}")
     with style():
         figure, axes = _figure(WIDE, title)
         for i, column in enumerate(kinds):
@@ -212,10 +226,9 @@ def plot_curriculum_by_step(
             label = column.removeprefix("right_").replace("_", " ")
             axes.plot(seen["step"], seen[column], marker=MARKERS[i % len(MARKERS)], markersize=3, label=label)
         axes.set_xlabel("training step (optimizer steps)")
-        _share_axis(axes, "labelled tokens predicted right")
+        _share_axis(axes, "labelled tokens predicted right (%)")
         axes.legend(loc="lower right")
-        seeds = ", ".join(str(seed) for seed in sorted(history["seed"].unique()))
-        figure.supxlabel(f"n = 1 run, seed {seeds}", fontsize=8, color=REFERENCE)
+        figure.supxlabel(f"n = 1 run, seed {_seeds(history)}", fontsize=8, color=REFERENCE)
     return figure
 
 
@@ -270,7 +283,12 @@ def plot_internalization_cost_by_length(
                 middle = group.median()
                 spread = [middle - group.min(), group.max() - middle]
                 axes.errorbar(
-                    middle.index, middle, yerr=spread, marker=MARKERS[i % len(MARKERS)], capsize=2, label=method
+                    middle.index,
+                    middle,
+                    yerr=spread,
+                    marker=MARKERS[i % len(MARKERS)],
+                    capsize=2,
+                    label=_plain(method),
                 )
                 if i == 0:
                     lengths = np.asarray(middle.index, dtype=float)
@@ -364,14 +382,13 @@ def plot_base_model_scores(
                 label="aim",
             )
             _legend_below(axes)
-        axes.set_yticks(positions, [f"{task}\n(n = {n})" for task, n in pooled["n"].items()])
+        axes.set_yticks(positions, [f"{_plain(task)}\n(n = {n})" for task, n in pooled["n"].items()])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, 1.02)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("exact match (% of questions)")
-        seeds = ", ".join(str(seed) for seed in sorted(scores["seed"].unique()))
-        figure.supxlabel(f"seed {seeds}; bars: 95% Wilson interval", fontsize=8, color=REFERENCE)
+        figure.supxlabel(f"seed {_seeds(scores)}; bars: 95% Wilson interval", fontsize=8, color=REFERENCE)
     return figure
 
 
@@ -383,12 +400,26 @@ def _figure(size: tuple[float, float], title: str) -> tuple[NotebookFigure, Axes
 
 
 def _need(table: pd.DataFrame, *columns: str) -> None:
-    """Raises ValueError naming what is missing, or saying that there is nothing to draw."""
+    """Raises ValueError naming what is missing, or saying that there is nothing to draw; TypeError for no table."""
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"the table must be a pandas DataFrame, not {type(table).__name__}: pandas.DataFrame(rows)")
     missing = [column for column in columns if column not in table]
     if missing:
         raise ValueError(f"the table lacks the columns {missing}; it has {list(table.columns)}")
     if table.empty:
         raise ValueError("the table has no rows, so there is nothing to draw")
+    keys = [column for column in columns if column in KEYS]
+    if gaps := [column for column in keys if table[column].isna().any()]:
+        raise ValueError(f"the table has missing values in the columns {gaps}: every row needs them")
+
+
+def _seeds(table: pd.DataFrame) -> str:
+    return ", ".join(str(seed) for seed in sorted(table["seed"].unique()))
+
+
+def _plain(label: object) -> str:
+    """A name out of the data as label: its dollar signs start no formula."""
+    return str(label).replace("$", r"\$")
 
 
 def _tokens(length: float) -> str:
@@ -438,5 +469,4 @@ def _legend_below(axes: Axes) -> None:
 def _caption(results: pd.DataFrame, unit: str, by: list[str] | None = None, band: bool = True) -> str:
     counts = results.groupby(["method", *(by or ["length_tokens"])])["n"].sum()
     n = f"n = {counts.min()}" if counts.min() == counts.max() else f"n = {counts.min()} to {counts.max()}"
-    seeds = ", ".join(str(seed) for seed in sorted(results["seed"].unique()))
-    return f"{n} needles per {unit}, seed {seeds}" + ("; band: 95% Wilson interval" if band else "")
+    return f"{n} needles per {unit}, seed {_seeds(results)}" + ("; band: 95% Wilson interval" if band else "")

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BaseModelPreset:
-    """A Llama-shaped base model trained from nothing on the generated world in two stages (pretraining.Curriculum).
+    """A base model of the Qwen3 architecture, trained from nothing on the generated world.
 
-    `polish_steps` and `polish_learning_rate` belong to the second one, which is about longer documents.
+    There are two stages (see `pretraining.Curriculum`); `polish_steps` and `polish_learning_rate` belong to the second,
+    which is about longer documents.
     """
 
     vocab_size: int
@@ -20,7 +21,9 @@ class BaseModelPreset:
     hidden_size: int
     n_layers: int
     n_heads: int
+    head_dim: int
     intermediate_size: int
+    rope_theta: float
     steps: int
     batch_tokens: int
     learning_rate: float
@@ -87,8 +90,10 @@ PRESETS = {
             window=1024,
             hidden_size=192,
             n_layers=4,
-            n_heads=6,
+            n_heads=4,
+            head_dim=64,
             intermediate_size=512,
+            rope_theta=100_000.0,
             steps=2600,
             batch_tokens=4096,
             learning_rate=2e-3,

@@ -115,13 +115,13 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
 def read_jsonl(path: str | Path) -> list[Any]:
     """The values of a JSON-lines file; blank lines are skipped. ValueError names the line that is not JSON."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                rows.append(json.loads(line.decode("utf-8")))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path}, line {number} is not JSON ({error}): was the file cut off?") from error
     return rows
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from . import needles, pretraining
 from .base_model import ContextEncoder, decoder_body, load_base_model, module_sizes
@@ -168,15 +168,17 @@ def train_base(p: Preset, run: Path, **options) -> None:
     sizes = p.base
     tokenizer = pretraining.build_tokenizer(sizes.vocab_size, sizes.window, sizes.seed)
     torch.manual_seed(sizes.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
             vocab_size=sizes.vocab_size,
             hidden_size=sizes.hidden_size,
             num_hidden_layers=sizes.n_layers,
             num_attention_heads=sizes.n_heads,
             num_key_value_heads=sizes.n_heads,
+            head_dim=sizes.head_dim,
             intermediate_size=sizes.intermediate_size,
             max_position_embeddings=sizes.window,
+            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

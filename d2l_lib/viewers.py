@@ -9,12 +9,15 @@ A viewer also has a plain form without JavaScript or kernel, a static table, whi
 """
 
 import html
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as W
 import numpy as np
 import pandas as pd
+
+from d2l_lib.documents import name_documents
 
 SAMPLE_COLUMNS = ("document", "question", "answer", "evidence_start", "evidence_end", "kind")
 ALL_KINDS = "all kinds"
@@ -51,10 +54,11 @@ def render_view(view: str, body: str, /, **data: Any) -> str:
 def evidence_spans(start: Any, end: Any, length: int) -> list[tuple[int, int]]:
     """The (start, end) spans of evidence in a text of `length` characters: sorted, overlaps joined, clipped to it.
 
-    start and end: two ints, or two equally long lists of ints (several evidence sentences); None, NaN, a negative
-    start, or an empty span means that nothing is marked.
+    start and end: two ints, or two equally long lists of ints (several evidence sentences); None, NaN, infinity, a
+    negative start, or an empty span means that nothing is marked.
     """
-    starts, ends = (list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value] for value in (start, end))
+    lists = (list, tuple, np.ndarray, pd.Series)
+    starts, ends = (list(value) if isinstance(value, lists) else [value] for value in (start, end))
     if len(starts) != len(ends):
         raise ValueError(f"evidence has {len(starts)} starts but {len(ends)} ends")
     spans: list[tuple[int, int]] = []
@@ -155,7 +159,12 @@ def render_answers(question: str, answers: Sequence[tuple[str, str]]) -> str:
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or bool(pd.isna(value))
+    return value is None or bool(pd.isna(value)) or value in (math.inf, -math.inf)
+
+
+def _as_text(value: Any) -> str:
+    """Any cell of a table as text; a missing one is empty."""
+    return "" if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
 
 
 # --- widgets ----------------------------------------------------------------------------------------------------------
@@ -173,23 +182,35 @@ class Viewer(W.VBox):
 
 
 def sample_frame(samples: pd.DataFrame | Iterable[dict]) -> pd.DataFrame:
-    """The samples as a DataFrame with the SAMPLE_COLUMNS, rows numbered from 0; ValueError names a missing column."""
-    frame = samples if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
+    """The samples as a DataFrame with the SAMPLE_COLUMNS, rows numbered from 0, missing texts as empty ones.
+
+    ValueError names a missing column, or the sample whose evidence is not as `evidence_spans` wants it.
+    """
+    if isinstance(samples, pd.DataFrame):
+        frame = samples
+    else:
+        rows = list(samples)
+        frame = pd.DataFrame(rows, columns=None if rows else list(SAMPLE_COLUMNS))
     missing = [column for column in SAMPLE_COLUMNS if column not in frame]
     if missing:
         raise ValueError(f"samples lack the columns {missing}; needed are {list(SAMPLE_COLUMNS)}")
-    return frame.reset_index(drop=True)
+    texts = {name: [_as_text(value) for value in frame[name]] for name in ("document", "question", "answer", "kind")}
+    frame = frame.reset_index(drop=True).assign(**texts)
+    for number, span in enumerate(zip(frame["evidence_start"], frame["evidence_end"], strict=True)):
+        try:
+            evidence_spans(*span, length=0)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"sample {number}: {error}") from error
+    return frame
 
 
 def find_samples(samples: pd.DataFrame, text: str = "", kind: str = ALL_KINDS) -> np.ndarray:
-    """Row numbers of the samples of this kind with `text` (any case) in document, question or answer."""
-    chosen = (
-        np.ones(len(samples), dtype=bool) if kind == ALL_KINDS else (samples["kind"].astype(str) == kind).to_numpy()
-    )
+    """Row numbers of the samples (a sample_frame) of this kind with `text` (any case) in one of their texts."""
+    chosen = np.ones(len(samples), dtype=bool) if kind == ALL_KINDS else (samples["kind"] == kind).to_numpy(dtype=bool)
     if text:
         found = np.zeros(len(samples), dtype=bool)
         for column in ("document", "question", "answer"):
-            found |= samples[column].astype(str).str.contains(text, case=False, regex=False).to_numpy(dtype=bool)
+            found |= samples[column].str.contains(text, case=False, regex=False).to_numpy(dtype=bool)
         chosen = chosen & found
     return np.flatnonzero(chosen)
 
@@ -201,7 +222,7 @@ def view_samples(samples: pd.DataFrame | Iterable[dict]) -> Viewer:
     between the controls, Enter searches, the arrow keys move the slider, space presses a button.
     """
     frame = sample_frame(samples)
-    kinds = [ALL_KINDS, *sorted(frame["kind"].astype(str).unique())]
+    kinds = [ALL_KINDS, *sorted(frame["kind"].unique())]
     search = W.Text(description="Search", placeholder="text, then Enter", continuous_update=False)
     kind = W.Dropdown(description="Kind", options=kinds)
     position = W.IntSlider(description="Sample", min=1, max=max(1, len(frame)), continuous_update=False)
@@ -315,12 +336,13 @@ class Conversation:
             return f"(no answer: {error})"
 
 
-def chat(model: Any, documents: dict[str, str] | None = None, question: str = "") -> Viewer:
+def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None = None, question: str = "") -> Viewer:
     """A page to paste documents and ask: the adapter beside the base model without and with the documents.
 
-    model: a DocToLoRA (see `Conversation` for what is used of it). documents {name: text} are internalized at once, and
-    `question` is asked at once, so that the page has something to show.
+    model: a DocToLoRA (see `Conversation` for what is used of it). documents (as `internalize` takes them) are
+    internalized at once, and `question` is asked at once, so that the page has something to show.
     """
+    given = documents if isinstance(documents, Mapping) else name_documents(documents) if documents else {}
     conversation = Conversation(model)
     name = W.Text(description="Name", placeholder="optional")
     text = W.Textarea(description="Document", placeholder="paste a text here", rows=6, layout=W.Layout(width="98%"))
@@ -394,7 +416,7 @@ def chat(model: Any, documents: dict[str, str] | None = None, question: str = ""
         if insert(text.value, name.value):
             text.value = name.value = ""
 
-    for title, body in (documents or {}).items():
+    for title, body in given.items():
         insert(body, title)
     refresh()
     add.on_click(on_add)

@@ -2,9 +2,10 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import build_base_model, build_hypernetwork, build_model, build_tokenizer
+from tiny_models import build_base_model, build_model, build_tokenizer, random_hypernetwork
 
 import d2l_lib as d2l
 from d2l_lib.adapter import Adapter
@@ -153,6 +154,62 @@ def test_number_of_adapters(model, adapter):
         pass
 
 
+def test_numpy_numbers_are_numbers(model):
+    """Rows, counts and weights often come out of a table."""
+    adapter = model.internalize(DOCUMENT, chunk_tokens=np.int64(20))
+    assert adapter == model.internalize(DOCUMENT, chunk_tokens=20)
+    assert adapter.only(chunk=np.int64(1)) == adapter.only(chunk=1)
+    assert adapter.without(chunk=np.array([0, 1])) == adapter.without(chunk=[0, 1])
+    assert adapter.scaled(np.float32(0.5)) == adapter.scaled(0.5)
+    assert adapter.compressed(np.int64(2)) == adapter.compressed(2)
+    assert model.answer("Who?", max_new_tokens=np.int64(2)) == model.answer("Who?", max_new_tokens=2)
+
+
+def test_choices_that_are_no_names_or_numbers(adapter):
+    for document in (3, [3], [["document"]]):
+        with pytest.raises(TypeError, match="a document's name"):
+            adapter.only(document=document)
+    for chunk in ("x", [0, "x"], True, 0.0):
+        with pytest.raises(TypeError, match="a chunk's number"):
+            adapter.without(chunk=chunk)
+
+
+def test_weights_stay_finite(adapter):
+    with pytest.raises(ValueError, match="weight of Block.* must be a finite number, not inf"):
+        adapter.scaled(1e200).scaled(1e200)
+    with pytest.raises(ValueError, match="bias_weight must be a finite number"):
+        adapter.scaled_bias(1e200).scaled_bias(1e200)
+
+
+def test_precision_of_adapters(adapter):
+    half = adapter.to(dtype=torch.bfloat16)
+    assert half != adapter
+    with pytest.raises(ValueError, match=r"different precision \(torch.float32, torch.bfloat16\).*to\(dtype"):
+        adapter + half
+    with pytest.raises(ValueError, match="floating-point"):
+        adapter.to(dtype=torch.int32)
+
+
+def test_questions_need_an_order(model):
+    with pytest.raises(TypeError, match="the question must be"):
+        model.answer({"Who?", "Why?"})
+
+
+def test_token_ids_of_any_whole_type(model):
+    ids = torch.tensor([[70, 80, 90]])
+    expected = model.generate(input_ids=ids, max_new_tokens=2)
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(model.generate(input_ids=ids.to(dtype), max_new_tokens=2), expected)
+    with pytest.raises(ValueError, match="whole numbers"):
+        model.generate(input_ids=ids.bool())
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0], [0, 0, 0]])
+def test_padding_where_the_answer_goes(model, mask):
+    with pytest.raises(ValueError, match="row 1 ends in padding.*pad on the left"):
+        model.generate(input_ids=torch.full((2, 3), 70), attention_mask=torch.tensor([[1, 1, 1], mask]))
+
+
 def test_what_is_no_adapter(model):
     for wrong in ("adapter", 3, {"a": 1}):
         with pytest.raises(TypeError, match="expected an Adapter"):
@@ -168,7 +225,7 @@ def test_what_is_no_adapter(model):
 
 def test_adapter_for_another_model(adapter):
     for other, message in (
-        (build_model(n_layers=2), "blocks for 3 layers, this model has 2: was it made for another model"),
+        (build_model(n_layers=2), "blocks for 4 layers, this model has 2: was it made for another model"),
         (build_model(base_seed=5), "other weights"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -196,8 +253,8 @@ def test_retrained_hypernetwork_is_another_one():
 
 def test_hypernetwork_for_another_base_model():
     tokenizer = build_tokenizer()
-    hypernetwork = build_hypernetwork(build_base_model(tokenizer, n_layers=3))
-    with pytest.raises(ValueError, match="writes for 3 layers, this base model has 2.*base_model="):
+    hypernetwork = random_hypernetwork(build_base_model(tokenizer))
+    with pytest.raises(ValueError, match="writes for 4 layers, this base model has 2.*base_model="):
         DocToLoRA(build_base_model(tokenizer, n_layers=2), tokenizer, hypernetwork)
     with pytest.raises(ValueError, match="down_proj 48 -> 32"):
         DocToLoRA(build_base_model(tokenizer, hidden_size=64), tokenizer, hypernetwork)
@@ -207,7 +264,7 @@ def test_tokenizer_without_chat_template():
     tokenizer = build_tokenizer(chat_template=None)
     base_model = build_base_model(tokenizer)
     with pytest.raises(ValueError, match="no chat template"):
-        DocToLoRA(base_model, tokenizer, build_hypernetwork(base_model))
+        DocToLoRA(base_model, tokenizer, random_hypernetwork(base_model))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -328,6 +385,10 @@ def test_adapter_files_that_hold_something_else(tmp_path, adapter):
         save_file({"x": torch.zeros(2)}, path, metadata={"d2l-adapter": header})
         with pytest.raises(ValueError, match="damaged header"):
             Adapter.load(path)
+    infinite = adapter.save(path).read_bytes().replace(b'\\"weight\\": 1.0', b'\\"weight\\": NaN', 1)
+    path.write_bytes(infinite)
+    with pytest.raises(ValueError, match="damaged header.*finite number, not nan"):
+        Adapter.load(path)
     save_file({"x": torch.zeros(2)}, path, metadata={"d2l-adapter": '{"version": 99}'})
     with pytest.raises(ValueError, match="format version 99"):
         Adapter.load(path)

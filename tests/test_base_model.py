@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from small_models import FAMILIES, N_LAYERS, VOCABULARY, random_ids, random_loras, small_base_model, small_hypernetwork
+from tiny_models import FAMILIES, N_LAYERS, VOCABULARY, build_base_model, random_hypernetwork, random_ids, random_loras
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +18,7 @@ ENCODERS = ("early_exit", "per_layer_activations", "embed_only")
 
 def save_model(folder, family="llama"):
     """A complete model folder: config, weights and a tokenizer without a padding token."""
-    small_base_model(family).save_pretrained(folder)
+    build_base_model(family=family).save_pretrained(folder)
     words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"</s>": VOCABULARY - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -32,7 +32,7 @@ def save_model(folder, family="llama"):
 @each_family
 @torch.no_grad()
 def test_features_are_the_models_own_hidden_states(family):
-    model, ids = small_base_model(family), random_ids(2, 9)
+    model, ids = build_base_model(family=family), random_ids(2, 9)
     states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
     norm = base_model.decoder_body(model).norm
     for depth in (0, 1, 3):
@@ -49,7 +49,7 @@ def test_features_are_the_models_own_hidden_states(family):
 @each_family
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_padded_packed_and_single_chunks_agree(family, kind):
-    encoder = ContextEncoder(small_base_model(family), kind)
+    encoder = ContextEncoder(build_base_model(family=family), kind)
     chunks = [random_ids(1, length, seed=length) for length in (4, 9, 6)]
     alone = [encoder.encode(ids)[0] for ids in chunks]
     positions = torch.cat([torch.arange(ids.shape[1]) for ids in chunks])[None]
@@ -69,7 +69,7 @@ def test_padded_packed_and_single_chunks_agree(family, kind):
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_encoder_shares_the_models_weights_and_leaves_it_alone(kind):
-    model, ids = small_base_model(), random_ids(1, 6)
+    model, ids = build_base_model(), random_ids(1, 6)
     before = model(input_ids=ids, use_cache=False).logits
     encoder = ContextEncoder(model, kind)
     body = encoder._shortened_body()
@@ -83,7 +83,7 @@ def test_encoder_shares_the_models_weights_and_leaves_it_alone(kind):
 
 
 def test_encoder_runs_only_the_layers_it_needs():
-    model, ran = small_base_model(), []
+    model, ran = build_base_model(), []
     for i, layer in enumerate(decoder_layers(model)):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
     for kind, depth, expected in (("early_exit", None, [0]), ("per_layer_activations", None, [0, 1, 2])):
@@ -94,10 +94,10 @@ def test_encoder_runs_only_the_layers_it_needs():
 
 @pytest.mark.parametrize("kind", ["early_exit", "per_layer_activations"])
 def test_encoder_ignores_an_applied_adapter(kind):
-    model, ids = small_base_model(), random_ids(1, 6)
+    model, ids = build_base_model(), random_ids(1, 6)
     encoder = ContextEncoder(model, kind, 3)
     expected = encoder.encode(ids)
-    loras = random_loras(small_hypernetwork(model).config, 1, 4)
+    loras = random_loras(random_hypernetwork(model).config, 1, 4)
     with apply_lora(model, loras, 1.0):
         assert torch.equal(encoder.encode(ids), expected)
         adapted = model(input_ids=ids, use_cache=False).logits
@@ -105,7 +105,7 @@ def test_encoder_ignores_an_applied_adapter(kind):
 
 
 def test_wrong_encoder_settings():
-    model = small_base_model()
+    model = build_base_model()
     with pytest.raises(ValueError, match="does not fit a model of 4 layers"):
         ContextEncoder(model, "early_exit", 5)
     with pytest.raises(ValueError, match="unknown encoder_type"):
@@ -121,7 +121,7 @@ def test_wrong_encoder_settings():
 
 @each_family
 def test_target_linears_and_sizes(family):
-    model = small_base_model(family)
+    model = build_base_model(family=family)
     linears = target_linears(model, ["down_proj", "q_proj"])
     assert [len(found) for found in linears.values()] == [N_LAYERS, N_LAYERS]
     assert linears["q_proj"][2] is decoder_layers(model)[2].self_attn.q_proj
@@ -131,11 +131,11 @@ def test_target_linears_and_sizes(family):
 
 def test_unknown_module_lists_the_known_ones():
     with pytest.raises(ValueError, match="no linears named 'fc1'.*'down_proj'.*'q_proj'"):
-        target_linears(small_base_model(), ["fc1"])
+        target_linears(build_base_model(), ["fc1"])
 
 
 def test_layers_of_different_size_are_refused():
-    model = small_base_model()
+    model = build_base_model()
     decoder_layers(model)[1].mlp.down_proj = torch.nn.Linear(40, 32)
     with pytest.raises(ValueError, match="different sizes"):
         module_sizes(model, ["down_proj"])
@@ -155,7 +155,7 @@ def test_load_local_folder(tmp_path, family):
     assert model.dtype == torch.float32 and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert tokenizer.pad_token == "</s>"
-    expected = small_base_model(family)(input_ids=random_ids(1, 5), use_cache=False).logits
+    expected = build_base_model(family=family)(input_ids=random_ids(1, 5), use_cache=False).logits
     assert torch.equal(model(input_ids=random_ids(1, 5), use_cache=False).logits, expected)
     if family == "gemma2":
         assert model.config._attn_implementation == "eager"

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import HIDDEN, N_LAYERS, small_base_model, small_hypernetwork
+from tiny_models import HIDDEN, N_LAYERS, build_base_model, random_hypernetwork
 
 from d2l_lib import checkpoints
 from d2l_lib.checkpoints import CheckpointError, build_hypernetwork, load_checkpoint, read_published, save_checkpoint
@@ -28,7 +28,7 @@ PUBLISHED_HEADS = {"n_heads": 16, "n_kv_heads": 4, "head_dim": 128}
 
 @pytest.fixture(scope="module")
 def model():
-    return small_base_model()
+    return build_base_model()
 
 
 def assert_same_output(left, right):
@@ -45,7 +45,7 @@ def assert_same_output(left, right):
 
 @each_variant
 def test_round_trip_is_exact(model, tmp_path, options):
-    hypernetwork = small_hypernetwork(model, **options)
+    hypernetwork = random_hypernetwork(model, **options)
     folder = save_checkpoint(tmp_path / "saved", hypernetwork, {"step": 7, "note": "caf\u00e9"})
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "hypernetwork.safetensors"]
     loaded, meta = load_checkpoint(folder)
@@ -55,7 +55,7 @@ def test_round_trip_is_exact(model, tmp_path, options):
 
 
 def test_saving_again_replaces_and_a_failure_leaves_the_old_one(model, tmp_path, monkeypatch):
-    first, second = small_hypernetwork(model, seed=1), small_hypernetwork(model, seed=2)
+    first, second = random_hypernetwork(model, seed=1), random_hypernetwork(model, seed=2)
     folder = save_checkpoint(tmp_path / "saved", first)
     monkeypatch.setattr(checkpoints, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
@@ -69,12 +69,12 @@ def test_saving_again_replaces_and_a_failure_leaves_the_old_one(model, tmp_path,
 
 def test_settings_that_are_not_json_are_refused_before_anything_is_written(model, tmp_path):
     with pytest.raises(TypeError):
-        save_checkpoint(tmp_path / "saved", small_hypernetwork(model), {"tensor": torch.ones(1)})
+        save_checkpoint(tmp_path / "saved", random_hypernetwork(model), {"tensor": torch.ones(1)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_folders_say_what_is_wrong(model, tmp_path):
-    folder = save_checkpoint(tmp_path / "saved", small_hypernetwork(model))
+    folder = save_checkpoint(tmp_path / "saved", random_hypernetwork(model))
     settings, weights = folder / "config.json", folder / "hypernetwork.safetensors"
     text, content = settings.read_text(), weights.read_bytes()
 
@@ -107,7 +107,7 @@ def test_damaged_folders_say_what_is_wrong(model, tmp_path):
 
 
 def test_tensors_may_carry_every_alias_or_one(model):
-    hypernetwork = small_hypernetwork(model, n_blocks=4, shared_weights=True)
+    hypernetwork = random_hypernetwork(model, n_blocks=4, shared_weights=True)
     everything = hypernetwork.state_dict()
     once = {name: value for name, value in everything.items() if name in dict(hypernetwork.named_parameters())}
     assert len(once) < len(everything)
@@ -204,7 +204,7 @@ def published_content(monkeypatch, hypernetwork, names=NEW_NAMES, drop=(), **cha
 @each_variant
 @pytest.mark.parametrize("names", [NEW_NAMES, OLD_NAMES], ids=["new", "old"])
 def test_published_file_is_read(model, tmp_path, monkeypatch, options, names):
-    hypernetwork = small_hypernetwork(model, **(options | PUBLISHED_HEADS))
+    hypernetwork = random_hypernetwork(model, **(options | PUBLISHED_HEADS))
     torch.save(published_content(monkeypatch, hypernetwork, names), tmp_path / "pytorch_model.bin")
     monkeypatch.undo()  # the published classes are gone when the file is read
     for path in (tmp_path, tmp_path / "pytorch_model.bin"):
@@ -215,7 +215,7 @@ def test_published_file_is_read(model, tmp_path, monkeypatch, options, names):
 
 
 def test_compiled_names_and_fields_that_old_files_lack(model, tmp_path, monkeypatch):
-    hypernetwork = small_hypernetwork(model, n_pre_head_layers=4, **PUBLISHED_HEADS)
+    hypernetwork = random_hypernetwork(model, n_pre_head_layers=4, **PUBLISHED_HEADS)
     content = published_content(monkeypatch, hypernetwork, drop=("num_pre_head_layers", "use_bias", "extra_modules"))
     compiled = collections.OrderedDict(
         (f"_orig_mod.{name}" if isinstance(value, torch.Tensor) else name, value) for name, value in content.items()
@@ -237,7 +237,7 @@ def test_compiled_names_and_fields_that_old_files_lack(model, tmp_path, monkeypa
     ],
 )
 def test_settings_that_do_not_exist_here(model, tmp_path, monkeypatch, changes, message):
-    content = published_content(monkeypatch, small_hypernetwork(model, **PUBLISHED_HEADS), **changes)
+    content = published_content(monkeypatch, random_hypernetwork(model, **PUBLISHED_HEADS), **changes)
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=message):
         read_published(tmp_path)
@@ -255,7 +255,7 @@ class Harmful:
 
 def test_a_pickle_with_a_command_is_refused_by_name(model, tmp_path, monkeypatch):
     marker = tmp_path / "executed"
-    content = published_content(monkeypatch, small_hypernetwork(model, **PUBLISHED_HEADS))
+    content = published_content(monkeypatch, random_hypernetwork(model, **PUBLISHED_HEADS))
     content["ctx_encoder_args"] = Harmful(marker)
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"asks for \w+\.system"):
@@ -268,7 +268,7 @@ def test_a_pickle_with_a_command_is_refused_by_name(model, tmp_path, monkeypatch
 
 def test_files_that_are_not_checkpoints(model, tmp_path, monkeypatch):
     path = tmp_path / "pytorch_model.bin"
-    torch.save(published_content(monkeypatch, small_hypernetwork(model, **PUBLISHED_HEADS)), path)
+    torch.save(published_content(monkeypatch, random_hypernetwork(model, **PUBLISHED_HEADS)), path)
     content = path.read_bytes()
     for damaged in (b"", b"\x00" * 64, b"not a pickle", content[: len(content) // 2], content[:100]):
         path.write_bytes(damaged)

@@ -172,3 +172,50 @@ def test_reference_wrapping(golden_root, folder):
     assert tokenizer.decode(question) == recorded["decoded"]["question"]
     first = documents.context_ids(tokenizer, recorded["texts"]["ctx"][0])
     assert tokenizer.decode(first) == recorded["decoded"]["case1"][0]
+
+
+def test_many_names_of_special_tokens_are_counted_fast():
+    """One call of the tokenizer for all of them: one for each took half a minute here."""
+    tokenizer, calls = build_tokenizer(), []
+    text = "<eos>" * 2000
+
+    class Counting(type(tokenizer)):
+        def __call__(self, *args, **options):
+            calls.append(1)
+            return super().__call__(*args, **options)
+
+    expected = documents._plain_ids(tokenizer, text)
+    tokenizer.__class__ = Counting
+    assert documents._plain_ids(tokenizer, text) == expected
+    assert len(calls) == 1
+    assert tokenizer.decode(expected) == text
+
+
+def test_random_mixtures_are_covered_within_the_limit(tokenizer):
+    """Special tokens' names, blank stretches and long words in any order."""
+    rng = random.Random(0)
+    pieces = [
+        "Hi there. ",
+        "\n",
+        "\n\n",
+        "   ",
+        "a",
+        "<end>",
+        "Dr. Who",
+        "42 ",
+        "。",
+        "é",
+        "👩‍🚀",
+        "\t",
+        "!?",
+        "x" * 40,
+    ]
+    prefix, suffix = documents.chat_affixes(tokenizer)
+    for _ in range(200):
+        text = "a" + "".join(rng.choice(pieces) for _ in range(rng.randint(1, 40)))
+        limit = rng.choice([16, 20, 31, 64])
+        chunks = chunk_document(text, tokenizer, limit)
+        assert "".join(chunk.text for chunk in chunks) == text
+        assert all(chunk.text.strip() for chunk in chunks)
+        lengths = [len(ids) for ids in documents.context_ids(tokenizer, [chunk.text for chunk in chunks])]
+        assert max(lengths) <= limit + len(prefix) + len(suffix)

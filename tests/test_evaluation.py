@@ -4,11 +4,11 @@ import math
 
 import pandas as pd
 import pytest
+import tiny_models
 import torch
 
 from d2l_lib import evaluation, needles, world
 from d2l_lib.documents import question_ids
-from tests import tiny_models
 
 
 @pytest.fixture(scope="module")

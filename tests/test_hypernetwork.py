@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_models import HIDDEN, N_LAYERS, random_loras, small_base_model, small_hypernetwork
+from tiny_models import HIDDEN, N_LAYERS, build_base_model, random_hypernetwork, random_loras
 
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, chunk_lengths, combine, names_without_decay
 
@@ -28,7 +28,7 @@ each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANT
 
 @pytest.fixture(scope="module")
 def model():
-    return small_base_model()
+    return build_base_model()
 
 
 def features_for(hypernetwork, lengths, seed=3):
@@ -59,7 +59,7 @@ def assert_same_loras(left, right, tolerance=1e-5):
 @each_variant
 @torch.no_grad()
 def test_padded_packed_and_single_chunks_agree(model, options):
-    hypernetwork = small_hypernetwork(model, **options)
+    hypernetwork = random_hypernetwork(model, **options)
     lengths = [5, 9, 1, 7]
     chunks = features_for(hypernetwork, lengths)
     single = [hypernetwork(c.unsqueeze(0), attention_mask=torch.ones(1, c.shape[-2])) for c in chunks]
@@ -79,7 +79,7 @@ def test_padded_packed_and_single_chunks_agree(model, options):
 
 @each_variant
 def test_every_parameter_gets_a_gradient(model, options):
-    hypernetwork = small_hypernetwork(model, **options)
+    hypernetwork = random_hypernetwork(model, **options)
     batch, mask = padded(features_for(hypernetwork, [4, 6]), filler=0.0)
     combined = combine(hypernetwork(batch, attention_mask=mask), hypernetwork.bias(), torch.tensor([2]))
     sum((factor**2).sum() for factors in combined.values() for factor in factors).backward()
@@ -88,7 +88,7 @@ def test_every_parameter_gets_a_gradient(model, options):
 
 
 def test_shared_weights_are_the_same_objects(model):
-    hypernetwork = small_hypernetwork(model, n_blocks=4, n_self_attention_per_block=1, shared_weights=True)
+    hypernetwork = random_hypernetwork(model, n_blocks=4, n_self_attention_per_block=1, shared_weights=True)
     layers = hypernetwork.aggregator.perceiver.encoder.layers
     assert len(layers) == 8
     assert layers[0] is not layers[2] and layers[2] is layers[4] is layers[6]  # cross-attention
@@ -103,7 +103,7 @@ def test_shared_weights_are_the_same_objects(model):
 
 @each_variant
 def test_state_dict_loads_strictly(model, options):
-    source, target = small_hypernetwork(model, seed=1, **options), small_hypernetwork(model, seed=2, **options)
+    source, target = random_hypernetwork(model, seed=1, **options), random_hypernetwork(model, seed=2, **options)
     target.load_state_dict(source.state_dict())
     batch, mask = padded(features_for(source, [3, 5]))
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_published_parameter_shapes():
 
 def test_fresh_hypernetwork_changes_nothing_and_starts_as_published(model):
     torch.manual_seed(0)
-    config = small_hypernetwork(model).config
+    config = random_hypernetwork(model).config
     fresh = Hypernetwork(config)
     features = features_for(fresh, [6])[0].unsqueeze(0)
     loras = fresh(features, attention_mask=torch.ones(1, 6))
@@ -145,7 +145,7 @@ def test_fresh_hypernetwork_changes_nothing_and_starts_as_published(model):
 
 @torch.no_grad()
 def test_order_of_tokens_does_not_matter_but_their_content_does(model):
-    hypernetwork = small_hypernetwork(model)
+    hypernetwork = random_hypernetwork(model)
     features = features_for(hypernetwork, [8])[0].unsqueeze(0)
     mask = torch.ones(1, 8)
     original = hypernetwork(features, attention_mask=mask)
@@ -156,7 +156,7 @@ def test_order_of_tokens_does_not_matter_but_their_content_does(model):
 
 @torch.no_grad()
 def test_layer_to_layer_keeps_layers_apart(model):
-    hypernetwork = small_hypernetwork(model, encoder_type="per_layer_activations")
+    hypernetwork = random_hypernetwork(model, encoder_type="per_layer_activations")
     features = features_for(hypernetwork, [5])[0].unsqueeze(0)
     changed = features.clone()
     changed[:, 2] += 1.0
@@ -168,7 +168,7 @@ def test_layer_to_layer_keeps_layers_apart(model):
 
 @torch.no_grad()
 def test_dropout_acts_in_training_only(model):
-    hypernetwork = small_hypernetwork(model, dropout=0.5)
+    hypernetwork = random_hypernetwork(model, dropout=0.5)
     features, mask = features_for(hypernetwork, [5])[0].unsqueeze(0), torch.ones(1, 5)
     first, second = (hypernetwork(features, attention_mask=mask) for _ in range(2))
     assert_same_loras(first, second, tolerance=0)
@@ -179,7 +179,7 @@ def test_dropout_acts_in_training_only(model):
 
 @torch.no_grad()
 def test_half_precision_features_give_parameter_precision_blocks(model):
-    hypernetwork = small_hypernetwork(model)
+    hypernetwork = random_hypernetwork(model)
     features, mask = features_for(hypernetwork, [12])[0].unsqueeze(0), torch.ones(1, 12)
     exact = hypernetwork(features, attention_mask=mask)["down_proj"][0]
     rounded = hypernetwork(features.bfloat16(), attention_mask=mask)["down_proj"][0]
@@ -191,7 +191,7 @@ def test_half_precision_features_give_parameter_precision_blocks(model):
 
 
 def test_combine_lays_out_chunks_bias_and_padding(model):
-    config = small_hypernetwork(model).config
+    config = random_hypernetwork(model).config
     loras, bias = random_loras(config, contexts=4, rows=2), random_loras(config, contexts=1, rows=2)
     bias = {m: (A[0], B[0]) for m, (A, B) in bias.items()}
     A, B = combine(loras, bias, torch.tensor([1, 3]))["down_proj"]
@@ -205,7 +205,7 @@ def test_combine_lays_out_chunks_bias_and_padding(model):
 
 
 def test_combine_weights(model):
-    config = small_hypernetwork(model).config
+    config = random_hypernetwork(model).config
     loras, bias = random_loras(config, 2, 2), {m: (A[0], B[0]) for m, (A, B) in random_loras(config, 1, 2).items()}
     A, B = combine(loras, bias, torch.tensor([2]), weights=torch.tensor([0.5, 2.0]), bias_weight=0.5)["down_proj"]
     chunk_A, chunk_B = loras["down_proj"]
@@ -219,7 +219,7 @@ def test_combine_weights(model):
 
 
 def test_combine_is_differentiable_in_blocks_weights_and_bias(model):
-    config = small_hypernetwork(model).config
+    config = random_hypernetwork(model).config
     loras, bias = random_loras(config, 3, 2), {m: (A[0], B[0]) for m, (A, B) in random_loras(config, 1, 2).items()}
     weights = torch.ones(3, requires_grad=True)
     leaves = [*loras["down_proj"], *bias["down_proj"]]
@@ -237,7 +237,7 @@ def test_combine_is_differentiable_in_blocks_weights_and_bias(model):
     [([1, 1], None, "adds up to 2"), ([3], torch.ones(2), "one value per chunk"), ([4, -1], None, "adds up")],
 )
 def test_combine_refuses_wrong_counts(model, n_chunks, weights, message):
-    loras = random_loras(small_hypernetwork(model).config, 3, 2)
+    loras = random_loras(random_hypernetwork(model).config, 3, 2)
     with pytest.raises(ValueError, match=message):
         combine(loras, None, torch.tensor(n_chunks), weights=weights)
 
@@ -246,7 +246,7 @@ def test_combine_refuses_wrong_counts(model, n_chunks, weights, message):
 
 
 def test_wrong_inputs_say_what_to_do(model):
-    hypernetwork = small_hypernetwork(model)
+    hypernetwork = random_hypernetwork(model)
     features = torch.randn(2, 4, HIDDEN)
     with pytest.raises(ValueError, match="exactly one of"):
         hypernetwork(features)
@@ -279,7 +279,12 @@ def test_config_round_trip_and_defaults():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rank": 0}, {"encoder_type": "pooler"}, {"n_heads": 5}, {"d_out": {"b": 5}}, {"n_blocks": -1}]
+    "wrong",
+    [
+        *({"rank": 0}, {"rank": "8"}, {"rank": 2.5}, {"rank": None}, {"n_blocks": -1}, {"n_heads": 5}),
+        *({"encoder_type": "pooler"}, {"scale": float("nan")}, {"scale": "8"}),
+        *({"d_out": {"b": 5}}, {"d_in": [4]}, {"d_in": {"a": "4"}}),
+    ],
 )
 def test_config_refuses_impossible_settings(wrong):
     settings = {"n_layers": 2, "d_in": {"a": 4}, "d_out": {"a": 6}, "feature_size": 8}
@@ -288,7 +293,7 @@ def test_config_refuses_impossible_settings(wrong):
 
 
 def test_weight_decay_spares_norms_biases_scalers_and_queries(model):
-    hypernetwork = small_hypernetwork(model, n_pre_head_layers=1)
+    hypernetwork = random_hypernetwork(model, n_pre_head_layers=1)
     names = names_without_decay(hypernetwork)
     assert {"layers.0.mlp.0.weight", "layers.0.mlp.2.bias", "scaler_A.down_proj", "bias_A.down_proj"} <= set(names)
     assert "layers.0.mlp.2.weight" not in names and "head.weight" not in names

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import random_ids, random_loras, small_base_model, small_hypernetwork
+from tiny_models import build_base_model, random_hypernetwork, random_ids, random_loras
 
 from d2l_lib.base_model import target_linears, without_lora
 from d2l_lib.lora import apply_lora
@@ -12,12 +12,12 @@ SCALE = 1.5
 
 @pytest.fixture(scope="module")
 def model():
-    return small_base_model()
+    return build_base_model()
 
 
 @pytest.fixture(scope="module")
 def config(model):
-    return small_hypernetwork(model, modules=("down_proj", "q_proj")).config
+    return random_hypernetwork(model, modules=("down_proj", "q_proj")).config
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +145,7 @@ def test_innermost_adapter_replaces_the_outer_one(model, config):
 
 
 def test_two_models_do_not_disturb_each_other(model, config):
-    other, ids = small_base_model("mistral"), random_ids(1, 6)
+    other, ids = build_base_model(family="mistral"), random_ids(1, 6)
     loras = random_loras(config, 1, 4)
     with apply_lora(model, loras, SCALE):
         expected = logits(model, ids)
@@ -181,7 +181,7 @@ def test_backward_keeps_no_copy_of_the_factors_per_token(model, config):
 
 
 def test_output_keeps_the_base_precision(config):
-    half = small_base_model().bfloat16()
+    half = build_base_model().bfloat16()
     with apply_lora(half, random_loras(config, 1, 4), SCALE):
         assert logits(half, random_ids(1, 5)).dtype == torch.bfloat16
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import random_loras, small_base_model, small_hypernetwork
+from tiny_models import build_base_model, random_hypernetwork, random_loras
 
 from d2l_lib import losses
 
@@ -133,7 +133,7 @@ def test_wrong_counts_and_positions(packed):
 
 
 def test_l1_of_a_context_does_not_depend_on_its_batch():
-    config = small_hypernetwork(small_base_model(), modules=("down_proj", "q_proj")).config
+    config = random_hypernetwork(build_base_model(), modules=("down_proj", "q_proj")).config
     torch.manual_seed(0)
     short, long = random_loras(config, 1, 4), random_loras(config, 1, 8)  # rank 2: one and three chunks, and the bias
     batch = {}

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import build_base_model, build_hypernetwork, build_model, build_tokenizer, logits_of
+from tiny_models import build_base_model, build_model, build_tokenizer, logits_of, random_hypernetwork
 
 import d2l_lib as d2l
 from d2l_lib import documents
@@ -203,7 +203,7 @@ def test_which_adapter_a_call_uses(model):
 def test_fresh_hypernetwork_changes_no_logit():
     tokenizer = build_tokenizer()
     base_model = build_base_model(tokenizer)
-    fresh = type(build_hypernetwork(base_model))(build_hypernetwork(base_model).config)
+    fresh = type(random_hypernetwork(base_model))(random_hypernetwork(base_model).config)
     model = DocToLoRA(base_model, tokenizer, fresh)
     assert torch.equal(logits_of(model, model.internalize(FIRST)), logits_of(model, None))
 
@@ -215,6 +215,36 @@ def test_rows_of_adapters(model):
         rows = network(ids).logits
     for row, adapter in zip(rows, (a, None, b, a), strict=True):
         assert torch.allclose(row, logits_of(model, adapter)[0], atol=1e-4)
+
+
+def test_blocks_left_out_of_order(model):
+    a, b = model.internalize_each([FIRST, SECOND])
+    ids = torch.tensor([model.tokenizer("Who is it?")["input_ids"]])
+    with_b = model.generate(input_ids=ids, max_new_tokens=8, adapter=b)
+    outer, inner = model.applied(a), model.applied(b)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8), with_b)
+    inner.__exit__(None, None, None)
+    assert n_hooks(model) == 0
+    assert torch.equal(
+        model.generate(input_ids=ids, max_new_tokens=8), model.generate(input_ids=ids, max_new_tokens=8, adapter=None)
+    )
+
+
+@pytest.mark.parametrize("halved", [0, 1])
+def test_rows_of_adapters_that_differ_in_modules_and_precision(halved):
+    """A row gets what it gets alone, whatever stands beside it."""
+    model, other = build_model(("down_proj", "q_proj")), build_model(("down_proj", "v_proj"), seed=3)
+    adapters = [model.internalize(FIRST), other.internalize(SECOND)]
+    adapters[halved] = adapters[halved].to(dtype=torch.bfloat16)
+    ids = torch.tensor([model.tokenizer("Who is it?")["input_ids"]] * 2)
+    with torch.no_grad(), model.applied(adapters) as network:
+        rows = network(ids).logits
+    alone = [logits_of(model, adapter)[0] for adapter in adapters]
+    torch.testing.assert_close(rows[1 - halved], alone[1 - halved], rtol=0, atol=1e-4)
+    assert (rows[halved] - alone[halved]).abs().max() < 0.05 * (rows[0] - rows[1]).abs().max()
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -335,6 +365,35 @@ def test_bundled_names(tmp_path, monkeypatch):
     assert d2l.load("tiny/needle", device="cpu").internalize(FIRST) == adapter
     with pytest.raises(FileNotFoundError, match="hypernetwork, needle"):
         d2l.load("tiny/other")
+
+
+def test_folder_with_the_name_of_a_bundled_model(tmp_path, monkeypatch):
+    """A checkpoint for "tiny" means the bundled one, also in a working directory (data/, say) that holds a tiny/."""
+    monkeypatch.setattr("d2l_lib.base_model._DATA", tmp_path)
+    model = build_model()
+    model.base_source = "tiny"
+    model.base_model.save_pretrained(tmp_path / "tiny" / "base_model")
+    model.tokenizer.save_pretrained(tmp_path / "tiny" / "base_model")
+    folder = model.save(tmp_path / "tiny" / "hypernetwork")
+    monkeypatch.chdir(tmp_path)
+    for source in ("tiny", folder):
+        assert d2l.load(source, device="cpu").base_source == "tiny"
+
+
+def test_hub_repository_in_our_own_format(tmp_path, monkeypatch):
+    """The base model inside it is fetched whole, with its weights."""
+    from fnmatch import fnmatch
+
+    folder = build_model().save(tmp_path / "model")
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+    def download(name, allow_patterns):
+        wanted = [file for file in files if any(fnmatch(file, pattern) for pattern in allow_patterns)]
+        assert sorted(wanted) == sorted(files)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert d2l.load("owner/repository", device="cpu").window == 256
 
 
 def test_import_is_cheap_and_leaves_the_environment_alone(project_folder):

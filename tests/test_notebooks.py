@@ -151,6 +151,8 @@ def test_injection_replaces_known_names_and_refuses_others():
         notebooks.inject_parameters(page, {"N_OTHER": 1})
     with pytest.raises(ValueError, match="found 0"):
         notebooks.inject_parameters({"cells": page["cells"][1:]}, {"N": 1})
+    with pytest.raises(ValueError, match="each value on one line"):
+        notebooks.inject_parameters(toy_page("N = [\n    1,\n]"), {"N": [2]})
 
 
 def test_a_failing_notebook_is_named_and_not_tried_again(tmp_path, capsys):
@@ -185,6 +187,10 @@ def test_widgets_leave_their_plain_form():
         "text/html": "<table></table>",
     }
     assert "widgets" not in stored["metadata"] and "widgets" in page["metadata"]
+
+
+def test_table_cells_may_hold_bars():
+    assert notebooks.format_table([{"claim": "a | b"}], ("claim",)).splitlines()[2] == r"| a \| b |"
 
 
 def test_headline_table_collects_every_claim(tmp_path):

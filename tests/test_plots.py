@@ -58,6 +58,8 @@ def tables(needles) -> dict:
     scores = pd.DataFrame(
         {"task": ["needle", "one-hop"], "n": [500, 800], "exact_match": [0.99, 0.05], "seed": 0, "aim": [0.99, np.nan]}
     )
+    curriculum = pd.DataFrame({"seed": 0, "step": steps, "right_haystack": steps / 1000, "right_recital": np.nan})
+    lengths = pd.DataFrame({"facts": [2, 2, 4, 4], "length_tokens": [30, 34, 61, 70]})
     return {
         plots.plot_needle_accuracy_by_length: needles,
         plots.plot_needle_accuracy_by_length_and_depth: needles[needles["method"] == "Doc-to-LoRA"],
@@ -65,6 +67,8 @@ def tables(needles) -> dict:
         plots.plot_internalization_cost_by_length: costs,
         plots.plot_block_norm_by_chunk: blocks,
         plots.plot_base_model_scores: scores,
+        plots.plot_curriculum_by_step: curriculum,
+        plots.plot_document_length_by_facts: lengths,
     }
 
 
@@ -115,7 +119,7 @@ def test_every_function_draws_the_same_bytes_twice_and_leaves_its_table_and_sett
 
 
 def test_every_axis_is_labelled_with_its_unit(tables):
-    units = ("tokens", "%", "steps", "optimizer updates", "seconds", "MiB", "nats", "Frobenius", "position")
+    units = ("tokens", "%", "steps", "optimizer updates", "facts", "seconds", "MiB", "nats", "Frobenius", "position")
     for plot, table in tables.items():
         panels = [axes for axes in plot(table).axes if not hasattr(axes, "_colorbar")]
         for axes in panels:
@@ -195,3 +199,31 @@ def test_a_missing_column_and_an_empty_table_are_named(needles):
         plots.plot_needle_accuracy_by_length(needles.drop(columns="seed"))
     with pytest.raises(ValueError, match="no rows"):
         plots.plot_needle_accuracy_by_length(needles.iloc[:0])
+    with pytest.raises(TypeError, match="must be a pandas DataFrame, not list"):
+        plots.plot_needle_accuracy_by_length(needles.to_dict("records"))
+
+
+@pytest.mark.parametrize("column", ["method", "length_tokens", "n"])
+def test_rows_without_a_key_are_refused(needles, column):
+    needles[column] = needles[column].astype(object).where(needles.index != 3)
+    with pytest.raises(ValueError, match=rf"missing values in the columns \['{column}'\]"):
+        plots.plot_needle_accuracy_by_length(needles)
+
+
+@pytest.mark.parametrize("share", [float("nan"), 98.0, -0.1])
+def test_shares_that_are_none_are_refused(needles, share):
+    """A row that was not measured would otherwise count as all wrong."""
+    needles.loc[3, "exact_match"] = share
+    for draw in (plots.plot_needle_accuracy_by_length, plots.plot_base_model_scores):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            draw(needles.rename(columns={"method": "task"}) if draw is plots.plot_base_model_scores else needles)
+
+
+def test_dollar_signs_in_names_are_no_formula(needles):
+    png(plots.plot_needle_accuracy_by_length(needles.replace("base model", "$a_{$")))
+
+
+def test_one_curriculum_at_a_time(tables):
+    history = tables[plots.plot_curriculum_by_step]
+    with pytest.raises(ValueError, match="several runs, give one of the seeds 0, 1"):
+        plots.plot_curriculum_by_step(pd.concat([history, history.assign(seed=1)]))

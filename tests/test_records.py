@@ -96,6 +96,9 @@ def test_damaged_json_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": 2')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2"):
         records.read_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n"\xff"')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2"):
+        records.read_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "a.json").write_text('{"n": ')
     with pytest.raises(ValueError, match=r"a\.json is not a complete JSON"):
         records.read_json(tmp_path / "a.json")

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_small
 from safetensors.torch import load_file
 
 from d2l_lib import needles, training
 from d2l_lib.base_model import ContextEncoder
 from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
-from tests import train_small
 
-SCRIPT = [sys.executable, "-m", "tests.train_small"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -35,9 +34,9 @@ def batches(base):
 
 
 def start(run: Path, seconds_per_batch: float) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*SCRIPT, str(run), str(seconds_per_batch)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command = [sys.executable, train_small.__file__, str(run), str(seconds_per_batch)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

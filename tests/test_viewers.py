@@ -147,6 +147,28 @@ def test_samples_without_a_column_are_refused():
         viewers.view_samples([{key: value for key, value in SAMPLES[0].items() if key != "kind"}])
 
 
+def test_missing_cells_of_a_table():
+    """A cell without a value is shown empty and found by no search; evidence that is none marks nothing."""
+    gaps = pd.DataFrame([SAMPLES[0], SAMPLES[0] | dict.fromkeys(("answer", "kind", "evidence_start"), float("nan"))])
+    frame = viewers.sample_frame(gaps)
+    assert list(viewers.find_samples(frame, "no such text")) == []
+    assert list(viewers.find_samples(frame, kind=SAMPLES[0]["kind"])) == [0]
+    static = viewers.view_samples(gaps).static_html
+    assert "nan" not in static and static.count("<mark>") == viewers.view_samples(SAMPLES[:1]).static_html.count(
+        "<mark>"
+    )
+    assert viewers.evidence_spans(1, float("inf"), 10) == []
+    assert viewers.evidence_spans(pd.Series([1, 5]), pd.Series([2, 6]), 10) == [(1, 2), (5, 6)]
+
+
+@pytest.mark.parametrize("start, end", [([1, 2], [3]), ("one", 3), ({}, 3)])
+def test_ragged_evidence_names_its_sample(start, end):
+    """At once, not when somebody reaches that page."""
+    samples = [SAMPLES[0]] * 10 + [SAMPLES[0] | {"evidence_start": start, "evidence_end": end}]
+    with pytest.raises(ValueError, match="sample 10: "):
+        viewers.view_samples(samples)
+
+
 # --- widgets without a browser ----------------------------------------------------------------------------------------
 
 
@@ -194,6 +216,7 @@ def test_viewer_pages_searches_and_filters():
 def test_viewer_of_nothing_and_of_very_many():
     empty = viewers.view_samples(pd.DataFrame(columns=viewers.SAMPLE_COLUMNS))
     assert "No sample matches." in page(empty, "sample").text
+    assert "No sample matches." in page(viewers.view_samples([]), "sample").text
     many = viewers.view_samples(pd.DataFrame(SAMPLES * 25_000))
     controls(many)["Sample"].value = 100_000
     assert page(many, "sample").root()["data-position"] == "99999"
@@ -323,6 +346,15 @@ def test_chat_says_what_went_wrong_and_goes_on():
     assert panes(viewer)[viewers.IN_PROMPT].startswith("(no answer: the prompt has")
     assert panes(viewer)[viewers.WITH_ADAPTER].startswith("inside=A.*1; xxx")
     assert "ready" in page(viewer, "message").text
+
+
+def test_chat_takes_documents_as_internalize_does():
+    for documents, names in (("A.", ["document"]), (["A.", "B."], ["document 1", "document 2"]), ({"x": "A."}, ["x"])):
+        model = ToyModel()
+        viewers.chat(model, documents)
+        assert model.internalized == names
+    with pytest.raises(TypeError, match="a list of texts"):
+        viewers.chat(ToyModel(), 3)
 
 
 def test_chat_names_documents_without_reusing_a_name():

@@ -1,16 +1,19 @@
-"""Small random models for tests: a byte-level tokenizer with a chat template, a Llama, a hypernetwork that acts.
+"""Small random models for tests: a byte-level tokenizer with a chat template, decoders of each family, a hypernetwork.
 
-No training, no download; building one takes well under a second.
+No training, no download; building one takes well under a second. Every weight is random, so that nothing is a no-op.
 """
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from d2l_lib.base_model import module_sizes
+from d2l_lib.base_model import EAGER_ATTENTION, module_sizes
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
 
+FAMILIES = ("gemma2", "gemma3_text", "mistral", "qwen3", "llama")
+N_LAYERS, HIDDEN, WINDOW = 4, 32, 256
+VOCABULARY = 64  # of a base model without a tokenizer
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start>", "<end>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<start>' + m['role'] + '\n' + m['content'] + '<end>\n' }}{% endfor %}"
@@ -42,35 +45,50 @@ def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToke
     )
 
 
-def build_base_model(tokenizer, n_layers: int = 3, window: int = 256, seed: int = 0, hidden_size: int = 32):
-    """A random Llama of hidden size 32; weights are large enough that its greedy answers depend on the input."""
+def build_base_model(
+    tokenizer=None,
+    *,
+    family: str = "llama",
+    n_layers: int = N_LAYERS,
+    hidden_size: int = HIDDEN,
+    window: int = WINDOW,
+    seed: int = 0,
+):
+    """A random decoder for this tokenizer (None: of VOCABULARY tokens), frozen.
+
+    With a tokenizer its weights are large enough that greedy answers depend on the input; without one they are small,
+    so that float32 rounding stays far below the tests' tolerances.
+    """
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY if tokenizer is None else len(tokenizer),
         hidden_size=hidden_size,
+        intermediate_size=48,
         num_hidden_layers=n_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        intermediate_size=48,
+        head_dim=hidden_size // 4,
         max_position_embeddings=window,
-        initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.02 if tokenizer is None else 0.2,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    options = {"attn_implementation": "eager"} if family in EAGER_ATTENTION else {}
+    return AutoModelForCausalLM.from_config(config, **options).eval().requires_grad_(False)
 
 
-def build_hypernetwork(base_model, modules=("down_proj",), seed: int = 1, **settings) -> Hypernetwork:
-    """A random hypernetwork of rank 2 for this base model, whose documents and bias both change the base model."""
+def random_hypernetwork(base_model, modules=("down_proj",), seed: int = 1, **settings) -> Hypernetwork:
+    """A hypernetwork of rank 2 for this base model with all parameters random; `settings` go to HypernetworkConfig."""
     d_in, d_out = module_sizes(base_model, list(modules))
     values = {
         "latent_size": 16,
         "rank": 2,
-        "n_latent_queries": 4,
-        "n_blocks": 1,
-        "n_heads": 2,
-        "n_kv_heads": 1,
+        "n_latent_queries": 6,
+        "n_blocks": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
         "head_dim": 8,
     }
     config = HypernetworkConfig(
@@ -82,22 +100,29 @@ def build_hypernetwork(base_model, modules=("down_proj",), seed: int = 1, **sett
     )
     torch.manual_seed(seed)
     hypernetwork = Hypernetwork(config)
-    with torch.no_grad():
-        for name, parameter in hypernetwork.named_parameters():
-            if name.startswith("bias"):
-                parameter.add_(0.05 * torch.randn_like(parameter))
-            if name.startswith("scaler_B"):
-                parameter.add_(2 + torch.randn_like(parameter))
-    return hypernetwork.eval().requires_grad_(False)
+    randomize(hypernetwork)
+    return hypernetwork.eval()
+
+
+@torch.no_grad()
+def randomize(hypernetwork: Hypernetwork) -> None:
+    """Noise on every parameter, so that scalers and biases that start at 0 count."""
+    for parameter in hypernetwork.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
 def build_model(
-    modules=("down_proj",), seed: int = 1, n_layers: int = 3, window: int = 256, base_seed: int = 0, **settings
+    modules=("down_proj",),
+    seed: int = 1,
+    n_layers: int = N_LAYERS,
+    window: int = WINDOW,
+    base_seed: int = 0,
+    **settings,
 ) -> DocToLoRA:
     """A whole random model; `settings` go to HypernetworkConfig."""
     tokenizer = build_tokenizer()
     base_model = build_base_model(tokenizer, n_layers=n_layers, window=window, seed=base_seed)
-    return DocToLoRA(base_model, tokenizer, build_hypernetwork(base_model, modules, seed, **settings))
+    return DocToLoRA(base_model, tokenizer, random_hypernetwork(base_model, modules, seed, **settings))
 
 
 @torch.no_grad()
@@ -106,3 +131,19 @@ def logits_of(model: DocToLoRA, adapter, text: str = "Who is it?") -> torch.Tens
     ids = torch.tensor([model.tokenizer(text)["input_ids"]])
     with model.applied(adapter) as network:
         return network(ids).logits
+
+
+def random_loras(config: HypernetworkConfig, contexts: int, rows: int, size: float = 0.1):
+    """{module: (A [contexts, L, rows, d_in], B [contexts, L, rows, d_out])}"""
+    return {
+        m: (
+            torch.randn(contexts, config.n_layers, rows, config.d_in[m]) * size,
+            torch.randn(contexts, config.n_layers, rows, config.d_out[m]) * size,
+        )
+        for m in config.modules
+    }
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Token ids of the small vocabulary without special tokens."""
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
