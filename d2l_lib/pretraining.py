@@ -103,8 +103,8 @@ class Curriculum(Dataset):
     """`steps` batches of about `batch_tokens` tokens: texts to recite, documents, closed-book questions, haystacks.
 
     Item i: {input_ids [rows, length], labels [rows, length], kind}, a function of (seed, i). Labels cover the answers,
-    and every token in `lm_share` of the document rows. The first stage begins with copying and goes on to longer rows; the
-    second, `polish`, is mostly documents of up to 512 tokens.
+    and every token in `lm_share` of the document rows. The first stage begins with copying and goes on to longer rows;
+    the second, `polish`, is mostly documents of up to 512 tokens.
     """
 
     def __init__(self, tokenizer, steps: int, batch_tokens: int, window: int, seed: int, polish: bool = False):
