@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from d2l_lib.documents import check_count
 from d2l_lib.records import atomic_file, atomic_folder, write_json
 
 FORMAT = "d2l-adapter"
@@ -347,8 +348,7 @@ class Adapter:
         A^T = Q_A R_A, B^T = Q_B R_B, and the small R_B R_A^T = U S V^T; [d_out, d_in] is never formed. Then
         A' = sqrt(S) V^T Q_A^T and B' = sqrt(S) U^T Q_B^T. Documents can no longer be told apart afterwards.
         """
-        if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+        check_count(rank, "rank")
         if self.rank == 0:
             raise ValueError("this adapter is empty: there is nothing to compress")
         new_A, new_B = {}, {}

@@ -69,7 +69,7 @@ def load_checkpoint(folder: str | Path) -> tuple[Hypernetwork, dict[str, Any]]:
         raise CheckpointError(f"{folder} has format version {settings.get('version')}, this code reads {VERSION}")
     try:
         config = HypernetworkConfig.from_dict(settings["hypernetwork"])
-        meta = dict(settings["meta"])
+        meta = dict(settings.get("meta", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / SETTINGS}: {error}") from error
     return build_hypernetwork(config, read_safetensors(folder / WEIGHTS)), meta

@@ -64,6 +64,12 @@ def check_text(text: object, name: str) -> str:
     return text
 
 
+def check_count(value: object, name: str) -> None:
+    """ValueError for anything but a whole number (Python's or numpy's) of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
 def name_documents(documents: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Every input of `internalize` as {name: text}, checked.
 
@@ -347,8 +353,7 @@ def chunk_document(text: str, tokenizer, chunk_tokens: int, name: str = "documen
     `chunk_tokens` that is no positive whole number or smaller than one character's tokens.
     """
     check_text(text, f"document {name!r}" if name != "document" else "the document")
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, Integral) or chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be a whole number of at least 1, not {chunk_tokens!r}")
+    check_count(chunk_tokens, "chunk_tokens")
     counter = _TokenCounter(text, tokenizer)
     spans = _fit(counter, split_sentences(text), chunk_tokens)
     spans = _join_blank(text, spans)

@@ -31,7 +31,15 @@ from d2l_lib.base_model import (
     without_lora,
 )
 from d2l_lib.checkpoints import build_hypernetwork, load_checkpoint, read_published, save_checkpoint
-from d2l_lib.documents import chat_affixes, chunk_document, context_ids, name_documents, question_ids, stop_ids
+from d2l_lib.documents import (
+    chat_affixes,
+    check_count,
+    chunk_document,
+    context_ids,
+    name_documents,
+    question_ids,
+    stop_ids,
+)
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras
 from d2l_lib.lora import apply_lora
 from d2l_lib.records import atomic_folder
@@ -69,7 +77,6 @@ class DocToLoRA:
         base_model: nn.Module,
         tokenizer,
         hypernetwork: Hypernetwork,
-        config: HypernetworkConfig | None = None,
         *,
         chunk_tokens: int | None = None,
         base_source: str | None = None,
@@ -79,7 +86,7 @@ class DocToLoRA:
         self.base_model = base_model
         self.tokenizer = tokenizer
         self.hypernetwork = hypernetwork
-        self.config = hypernetwork.config if config is None else config
+        self.config = hypernetwork.config
         self.base_source = base_source
         self.encoder = ContextEncoder.from_config(base_model, self.config) if encoder is None else encoder
         self.encoder_tokenizer = tokenizer if encoder_tokenizer is None else encoder_tokenizer
@@ -332,8 +339,8 @@ class DocToLoRA:
         if adapter.base_key and adapter.base_key != self.base_key:
             raise ValueError(
                 f"adapter was made for base model {adapter.base_model or '(unnamed)'}, this one "
-                f"({self.base_source or self.config.base_model or 'unnamed'}) has other weights: "
-                "internalize the documents again here"
+                f"({self.base_source or self.config.base_model or 'unnamed'}) has other weights "
+                "(float16 and float32 count as different): internalize the documents again here"
             )
 
     def _chosen(self, adapter: Adapters | _Current) -> Adapters:
@@ -364,7 +371,7 @@ class DocToLoRA:
         if not single and (isinstance(question, (bytes, Mapping, set)) or not isinstance(question, Iterable)):
             raise TypeError(f"the question must be a text or a list of texts, not {type(question).__name__}")
         questions = [question] if single else list(question)
-        _check_count(max_new_tokens, "max_new_tokens")
+        check_count(max_new_tokens, "max_new_tokens")
         prompts = [question_ids(self.tokenizer, question)] if single else question_ids(self.tokenizer, questions)
         for index, prompt in enumerate(prompts):
             which = "the question" if single else f"question {index + 1} of {len(prompts)}"
@@ -418,7 +425,7 @@ class DocToLoRA:
         `options` (passed on to transformers) say otherwise. attention_mask: None means no padding; ValueError for
         padding on the right, where the new tokens go. They may run over the window's end; `answer` stops there.
         """
-        _check_count(max_new_tokens, "max_new_tokens")
+        check_count(max_new_tokens, "max_new_tokens")
         input_ids, attention_mask = _checked_ids(input_ids, attention_mask, self.base_model)
         if not attention_mask[:, -1].all():
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
@@ -498,7 +505,6 @@ def load(
         network,
         tokenizer,
         hypernetwork.to(place_of_base).eval().requires_grad_(False),
-        config,
         chunk_tokens=meta.get("chunk_tokens"),
         base_source=base_source,
         encoder=encoder,
@@ -607,11 +613,6 @@ def _window(network: nn.Module) -> int:
 def _pad_id(tokenizer) -> int:
     """An id to pad with; it is always masked, so any will do."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def _check_count(value: object, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def _padded(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:

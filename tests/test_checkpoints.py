@@ -92,7 +92,9 @@ def test_damaged_folders_say_what_is_wrong(model, tmp_path):
         ({"hypernetwork": changed["hypernetwork"] | {"rank": 4}}, "shape"),
         ({"hypernetwork": changed["hypernetwork"] | {"n_blocks": 3}}, "missing"),
         ({"hypernetwork": changed["hypernetwork"] | {"rank": "two"}}, "config.json"),
+        ({"hypernetwork": changed["hypernetwork"] | {"rank": 2.5}}, "rank is 2.5; it must be a whole number"),
         ({"hypernetwork": 3}, "config.json"),
+        ({"meta": 3}, "config.json"),
     ):
         settings.write_text(json.dumps(changed | change))
         with pytest.raises(CheckpointError, match=message):
