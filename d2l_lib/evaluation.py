@@ -38,7 +38,8 @@ def greedy_answers(
 
     Prompts longer than the model's window are answered too: that is what the comparison beyond the window is about.
     """
-    ids = [question_ids(tokenizer, prompt) for prompt in prompts]
+    ids = question_ids(tokenizer, list(prompts))
+    stops = stop_ids(tokenizer)
     answers = [""] * len(ids)
     waiting = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     while waiting:
@@ -47,14 +48,16 @@ def greedy_answers(
         while waiting and (len(batch) + 1) * longest <= batch_tokens:
             batch.append(waiting.pop())
         padded = torch.full((len(batch), longest), tokenizer.pad_token_id)
+        mask = torch.zeros(len(batch), longest, dtype=torch.long)
         for row, i in enumerate(batch):
             padded[row, longest - len(ids[i]) :] = torch.tensor(ids[i])
+            mask[row, longest - len(ids[i]) :] = 1
         generated = model.generate(
             input_ids=padded.to(model.device),
-            attention_mask=(padded != tokenizer.pad_token_id).long().to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=stop_ids(tokenizer),
+            eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
         )
         for row, i in enumerate(batch):
@@ -79,7 +82,7 @@ def summarise(samples: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         right, n = int(group["correct"].sum()), len(group)
         low, high = wilson(right, n)
         rows.append({**dict(zip(by, key, strict=True)), "n": n, "exact_match": right / n, "low": low, "high": high})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*by, "n", "exact_match", "low", "high"])
 
 
 # -------------------------------------------------------------------------------------------------------- the samples
@@ -94,7 +97,9 @@ def world_samples(
     """
     rng = random.Random(f"world samples/{split}/{seed}")
     rows: list[dict] = []
-    while len(rows) < n:
+    for _ in range(100 * n):
+        if len(rows) == n:
+            break
         document = world.draw_document(rng, split, rng.randint(*facts))
         question = world.ask(rng, document, kinds[len(rows) % len(kinds)])
         if question is not None:
@@ -109,6 +114,10 @@ def world_samples(
                     "n_facts": len(document.facts),
                 }
             )
+    if len(rows) < n:
+        raise ValueError(
+            f"documents of {facts[0]} to {facts[1]} facts support too few questions of kind {', '.join(kinds)}"
+        )
     return pd.DataFrame(rows)
 
 
@@ -229,11 +238,9 @@ def block_norms(adapter, haystack: needles.Haystack | None = None) -> pd.DataFra
             float(((A @ A.transpose(1, 2)) * (block.B[m] @ block.B[m].transpose(1, 2))).sum())
             for m, A in block.A.items()
         )
+        needle = None if haystack is None else haystack.needle_span
         inside = (
-            haystack is not None
-            and haystack.needle_span is not None
-            and block.span[0] <= haystack.needle_span[0]
-            and haystack.needle_span[1] <= block.span[1]
+            needle is not None and block.span is not None and block.span[0] < needle[1] and needle[0] < block.span[1]
         )
         rows.append(
             {
@@ -312,9 +319,10 @@ def main() -> None:
     parser.add_argument("what", choices=("base", "needle", "cost"))
     parser.add_argument("length", type=int, nargs="?", help="of the document, in tokens (for cost)")
     parser.add_argument("--model", default="tiny", help="bundled name, or a folder")
-    parser.add_argument("--name", default="needle", help="of the record (for needle)")
+    parser.add_argument("--variant", default="ours", help="what the hypernetwork's training is called in the record")
+    parser.add_argument("--training-seed", type=int, default=0, help="its seed, for the record")
     parser.add_argument("--n", type=int, default=500, help="samples per task, or haystacks per length")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the evaluation")
     a = parser.parse_args()
     command = " ".join(["python -m d2l_lib.evaluation", *sys.argv[1:]])
     folder = project_root() / "data" / "full_runs"
@@ -327,13 +335,18 @@ def main() -> None:
         print(json.dumps(internalization_cost(model, a.length, a.seed)))
         return
     samples = needle_samples(model, NEEDLE_LENGTHS, a.n, a.seed)
-    if a.name == "needle":
+    if a.model == "tiny":
         samples = pd.concat([samples, needle_in_context_samples(model, IN_CONTEXT_LENGTHS, a.n, a.seed)])
-    samples["depth"] = (samples["depth"] * needles.N_DEPTH_BINS).astype(int).clip(upper=9) / 10 + 0.05
-    table = record(
-        folder / f"{a.name}.jsonl", samples, ["method", "length_tokens", "depth"], seed=a.seed, command=command
+    bins = (samples["depth"] * needles.N_DEPTH_BINS).astype(int).clip(upper=needles.N_DEPTH_BINS - 1)
+    samples["depth"] = (bins + 0.5) / needles.N_DEPTH_BINS
+    facts = {"seed": a.seed, "variant": a.variant, "training_seed": a.training_seed, "command": command}
+    record(
+        folder / f"needle_{a.variant}_seed{a.training_seed}.jsonl",
+        samples,
+        ["method", "length_tokens", "depth"],
+        **facts,
     )
-    print(summarise(samples, ["method", "length_tokens"]).to_string(), len(table))
+    print(summarise(samples, ["method", "length_tokens"]).to_string())
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from .checkpoints import save_checkpoint
 from .documents import chat_affixes, question_ids, split_sentences
 from .hypernetwork import Hypernetwork, HypernetworkConfig, combine, names_without_decay
 from .lora import apply_lora
+from .losses import context_average, find_answer_tokens, l1_penalty
 from .presets import NEEDLE_VARIANTS, NeedlePreset, Preset, preset
 from .pretraining import IGNORE
 from .records import atomic_folder, read_json, read_jsonl, write_jsonl
@@ -62,14 +63,17 @@ class Report(TrainerCallback):
         line = {
             "step": state.global_step,
             "seconds": round(self.seconds_before + time.monotonic() - self.start, 1),
-            "loss": round(logs["loss"], 5),
+            "loss": round(logs["loss"], 5),  # a model may report its loss without penalties in its place
+            "total_loss": round(logs["loss"], 5),
             "learning_rate": logs["learning_rate"],
             **self.model.report(),
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         rest = "  ".join(
-            f"{name} {value:.3f}" for name, value in line.items() if name not in ("step", "seconds", "learning_rate")
+            f"{name} {value:.3f}"
+            for name, value in line.items()
+            if name not in ("step", "seconds", "total_loss", "learning_rate")
         )
         print(f"step {line['step']:>5}  {line['seconds']:>6.0f} s  {rest}", flush=True)
 
@@ -153,12 +157,13 @@ def last_whole_checkpoint(run: Path) -> str | None:
 
     The Trainer writes trainer_state.json last: a folder without it, or with a part of it, is not whole.
     """
-    for folder in sorted(run.glob("checkpoint-*"), key=lambda f: -int(f.name.rpartition("-")[2])):
+    checkpoints = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
+    for folder in sorted(checkpoints, key=lambda f: -int(f.name.rpartition("-")[2])):
         try:
             read_json(folder / "trainer_state.json")
             return str(folder)
         except (FileNotFoundError, ValueError):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process of the run may be deleting it too
     return None
 
 
@@ -313,7 +318,7 @@ class Internalization(nn.Module):
         super().__init__()
         self.hypernetwork, self.l1 = hypernetwork, l1
         self._frozen = (base_model, ContextEncoder.from_config(base_model, hypernetwork.config))
-        self._right = self._asked = 0
+        self._losses, self._right, self._asked = [], 0, 0
 
     def forward(self, chunk_ids, chunk_mask, order, n_chunks, repeats, input_ids, labels) -> dict[str, Tensor]:
         base_model, encoder = self._frozen
@@ -325,34 +330,32 @@ class Internalization(nn.Module):
         blocks = {
             m: tuple(torch.cat(parts)[order] for parts in zip(*(g[m] for g in groups), strict=True)) for m in groups[0]
         }
-        adapters = combine(blocks, self.hypernetwork.bias(), n_chunks, weights=repeats)
-        body = decoder_body(base_model)
-        with apply_lora(base_model, adapters, self.hypernetwork.config.scale):
-            hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-        targets = labels[:, 1:]
-        keep = targets != IGNORE
-        logits = base_model.get_output_embeddings()(hidden[keep])
-        per_token = nn.functional.cross_entropy(logits.float(), targets[keep], reduction="none")
-        row = keep.nonzero()[:, 0]
-        n_labels = keep.sum(1)
-        loss = (per_token / n_labels[row]).sum() / len(keep)
-        size = sum((A.abs().mean() + B.abs().mean()) for A, B in blocks.values()) / len(blocks)
-        with torch.no_grad():
-            wrong = torch.zeros(len(keep), device=keep.device).index_add(
-                0, row, (logits.argmax(-1) != targets[keep]).float()
-            )
-            self._right += int((wrong == 0).sum())
-            self._asked += len(keep)
-        total = loss + self.l1 * size
+        bias = self.hypernetwork.bias()
+        with apply_lora(base_model, combine(blocks, bias, n_chunks, weights=repeats), self.hypernetwork.config.scale):
+            hidden = decoder_body(base_model)(input_ids=input_ids, use_cache=False).last_hidden_state
+        answers = find_answer_tokens(labels)
+        logits = base_model.get_output_embeddings()(hidden[answers.row, answers.position])
+        per_token = nn.functional.cross_entropy(logits.float(), answers.label, reduction="none")
+        loss = context_average(per_token, answers, torch.ones_like(n_chunks))
+        # every block counts once here: the penalty is on what is written, not on how often it is repeated
+        size = l1_penalty(
+            combine(blocks, bias, n_chunks), n_chunks, self.hypernetwork.config.rank, has_bias=bias is not None
+        )
+        total = loss + self.l1 * size / len(n_chunks)
         if not math.isfinite(total.item()):
             raise FloatingPointError("the loss is not a number: lower the learning rate; earlier checkpoints are kept")
+        wrong = torch.bincount(answers.row, weights=(logits.argmax(-1) != answers.label).float(), minlength=len(labels))
+        self._right += int((wrong == 0).sum())
+        self._asked += len(labels)
+        self._losses.append(loss.item())
         return {"loss": total}
 
     def report(self) -> dict[str, float]:
-        """Exact match over the batches since the last report (fresh samples, every answer token right)."""
+        """Of the batches since the last report: nats per answer token, and exact match (every answer token right)."""
+        loss = sum(self._losses) / max(1, len(self._losses))
         share = self._right / max(1, self._asked)
-        self._right = self._asked = 0
-        return {"exact_match": round(share, 4)}
+        self._losses, self._right, self._asked = [], 0, 0
+        return {"loss": round(loss, 5), "exact_match": round(share, 4)}
 
 
 def needle_config(p: NeedlePreset, base_model, base_name: str) -> HypernetworkConfig:
