@@ -98,7 +98,7 @@ PRESETS = {
             batch_tokens=4096,
             learning_rate=2e-3,
             warmup_steps=150,
-            polish_steps=2400,
+            polish_steps=3000,
             polish_learning_rate=1.5e-3,
         ),
         needle=NeedlePreset(
