@@ -86,6 +86,7 @@ def execute(path: Path, executed_folder: Path, timeout_s: float = NOTEBOOK_TIMEO
 
     Raises NotebookFailed if a cell raises, or if the notebook hangs or its kernel dies twice in a row.
     """
+    path, executed_folder = path.resolve(), executed_folder.resolve()
     executed_folder.mkdir(parents=True, exist_ok=True)
     command = [
         *(sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--log-level=WARN"),

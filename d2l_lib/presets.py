@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BaseModelPreset:
-    """A base model of the Qwen3 architecture, trained from nothing on the generated world.
+    """A base model of a `transformers` architecture (its model type), trained from nothing on the generated world.
 
     There are two stages (see `pretraining.Curriculum`); `polish_steps` and `polish_learning_rate` belong to the second,
     which is about longer documents.
     """
 
+    architecture: str
     vocab_size: int
     window: int
     hidden_size: int
@@ -86,19 +87,20 @@ PRESETS = {
     "tiny": Preset(
         name="tiny",
         base=BaseModelPreset(
+            architecture="llama",
             vocab_size=1536,
             window=1024,
             hidden_size=192,
             n_layers=4,
-            n_heads=4,
-            head_dim=64,
+            n_heads=6,
+            head_dim=32,
             intermediate_size=512,
-            rope_theta=100_000.0,
+            rope_theta=10_000.0,
             steps=2600,
             batch_tokens=4096,
             learning_rate=2e-3,
             warmup_steps=150,
-            polish_steps=2000,
+            polish_steps=2400,
             polish_learning_rate=1.5e-3,
         ),
         needle=NeedlePreset(

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from . import needles, pretraining
 from .base_model import ContextEncoder, decoder_body, load_base_model, module_sizes
@@ -173,8 +173,9 @@ def train_base(p: Preset, run: Path, **options) -> None:
     sizes = p.base
     tokenizer = pretraining.build_tokenizer(sizes.vocab_size, sizes.window, sizes.seed)
     torch.manual_seed(sizes.seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            sizes.architecture,
             vocab_size=sizes.vocab_size,
             hidden_size=sizes.hidden_size,
             num_hidden_layers=sizes.n_layers,
