@@ -86,6 +86,16 @@ def test_cost_counts_the_chunks_of_a_document_of_that_length(model):
     assert row["seconds"] > 0 and row["peak_memory_mib"] > 50 and row["adapter_mib"] > 0
 
 
+def test_a_measurement_does_not_count_the_memory_of_the_process_that_asked_for_it(tmp_path, model):
+    model.tokenizer.model_max_length = 512
+    model.save(tmp_path / "model", include_base=True)
+    ballast = torch.ones(400, 2**18)  # 400 MiB that are ours alone
+    row = evaluation.measure_internalization(str(tmp_path / "model"), 300, 0)
+    assert evaluation.peak_memory_mib() > 400 + 0 * ballast[0, 0].item()
+    grown = evaluation.peak_memory_mib()
+    assert row["peak_memory_mib"] < grown and row["chunks"] >= 1
+
+
 def test_base_model_samples_hold_every_task(model, monkeypatch):
     monkeypatch.setattr(evaluation, "greedy_answers", lambda m, t, prompts, **k: [world.UNKNOWN] * len(prompts))
     model.tokenizer.model_max_length = 10**9
