@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .world import split_of
@@ -110,8 +110,3 @@ def evaluation_set(tokenizer, length_tokens: int, n: int, seed: int, split: str 
 def exact_match(prediction: str, answer: str) -> bool:
     """True when the reply, stripped of white space and a final full stop, is exactly the number."""
     return prediction.strip().removesuffix(".") == answer
-
-
-def accuracy(predictions: Sequence[str], haystacks: Sequence[Haystack]) -> float:
-    """Share of exact matches."""
-    return sum(exact_match(p, h.answer) for p, h in zip(predictions, haystacks, strict=True)) / len(haystacks)

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from . import needles, world
+from .packing import IGNORED
 
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -27,7 +28,6 @@ CHAT_TEMPLATE = (
     "{% elif message['content'] | trim %}{{ '<|' + message['role'] + '|>' + (message['content'] | trim) + '<|end|>' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-IGNORE = -100
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -195,7 +195,7 @@ class Curriculum(Dataset):
         """
         encoded = self.tokenizer(rows, add_special_tokens=False)["input_ids"]
         input_ids = torch.full((len(rows), length), self.pad)
-        labels = torch.full((len(rows), length), IGNORE)
+        labels = torch.full((len(rows), length), IGNORED)
         for r, ids in enumerate(encoded):
             row = torch.tensor(ids)
             answers = self.answer_mask(row)
@@ -204,7 +204,7 @@ class Curriculum(Dataset):
             row = row[: int(ends[-1]) + 1] if len(ends) else row[:length]
             answers = answers[: len(row)]
             input_ids[r, : len(row)] = row
-            labels[r, : len(row)] = row if rng.random() < lm_share else torch.where(answers, row, IGNORE)
+            labels[r, : len(row)] = row if rng.random() < lm_share else torch.where(answers, row, IGNORED)
         return {"input_ids": input_ids, "labels": labels}
 
     def answer_mask(self, ids: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ class AnswerLoss(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor, kind: Tensor) -> dict[str, Tensor]:
         hidden = self.body(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
-        keep = targets != IGNORE
+        keep = targets != IGNORED
         logits = nn.functional.linear(hidden[keep], self.body.embed_tokens.weight)
         self._right[int(kind)] += int((logits.argmax(-1) == targets[keep]).sum())
         self._scored[int(kind)] += len(logits)

@@ -32,8 +32,8 @@ from .documents import chat_affixes, question_ids, split_sentences
 from .hypernetwork import Hypernetwork, HypernetworkConfig, combine, names_without_decay
 from .lora import apply_lora
 from .losses import context_average, find_answer_tokens, l1_penalty
+from .packing import IGNORED
 from .presets import NEEDLE_VARIANTS, NeedlePreset, Preset, preset
-from .pretraining import IGNORE
 from .records import atomic_folder, read_json, read_jsonl, write_jsonl
 
 
@@ -256,7 +256,7 @@ class NeedleBatches(Dataset):
         groups, order = group_by_length(chunks)
         padded = [pad_right(group, self.tokenizer.pad_token_id) for group in groups]
         input_ids, _ = pad_right([self.question + row for row in rows], self.tokenizer.pad_token_id)
-        labels, _ = pad_right([[IGNORE] * len(self.question) + row for row in rows], IGNORE)
+        labels, _ = pad_right([[IGNORED] * len(self.question) + row for row in rows], IGNORED)
         return {
             "chunk_ids": [ids for ids, _ in padded],
             "chunk_mask": [mask for _, mask in padded],

@@ -348,12 +348,18 @@ def test_base_model_override(tmp_path):
     assert d2l.load(folder, device="cpu", base_model=tmp_path / "moved").internalize(FIRST) == model.internalize(FIRST)
 
 
-def test_bundled_names(tmp_path, monkeypatch):
-    monkeypatch.setattr("d2l_lib.base_model._DATA", tmp_path)
+def bundle_base_model(data, monkeypatch):
+    """A random model whose base is the bundled "tiny" of the data folder `data`."""
+    monkeypatch.setattr("d2l_lib.base_model._DATA", data)
     model = build_model()
     model.base_source = "tiny"
-    model.base_model.save_pretrained(tmp_path / "tiny" / "base_model")
-    model.tokenizer.save_pretrained(tmp_path / "tiny" / "base_model")
+    model.base_model.save_pretrained(data / "tiny" / "base_model")
+    model.tokenizer.save_pretrained(data / "tiny" / "base_model")
+    return model
+
+
+def test_bundled_names(tmp_path, monkeypatch):
+    model = bundle_base_model(tmp_path, monkeypatch)
     with pytest.raises(FileNotFoundError, match="none yet"):
         d2l.load("tiny")
     for name in ("hypernetwork", "needle"):
@@ -369,11 +375,7 @@ def test_bundled_names(tmp_path, monkeypatch):
 
 def test_folder_with_the_name_of_a_bundled_model(tmp_path, monkeypatch):
     """A checkpoint for "tiny" means the bundled one, also in a working directory (data/, say) that holds a tiny/."""
-    monkeypatch.setattr("d2l_lib.base_model._DATA", tmp_path)
-    model = build_model()
-    model.base_source = "tiny"
-    model.base_model.save_pretrained(tmp_path / "tiny" / "base_model")
-    model.tokenizer.save_pretrained(tmp_path / "tiny" / "base_model")
+    model = bundle_base_model(tmp_path, monkeypatch)
     folder = model.save(tmp_path / "tiny" / "hypernetwork")
     monkeypatch.chdir(tmp_path)
     for source in ("tiny", folder):

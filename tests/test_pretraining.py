@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from d2l_lib import pretraining, world
-from d2l_lib.pretraining import IGNORE, Curriculum, build_tokenizer, conversation
+from d2l_lib.packing import IGNORED
+from d2l_lib.pretraining import Curriculum, build_tokenizer, conversation
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_batches_are_functions_of_seed_and_step(tokenizer, curriculum, i):
     assert batch["input_ids"].shape != other["input_ids"].shape or not torch.equal(
         batch["input_ids"], other["input_ids"]
     )
-    labelled = batch["labels"] != IGNORE
+    labelled = batch["labels"] != IGNORED
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
     assert labelled.any(dim=1).all(), "every row teaches something"
     assert not (batch["input_ids"][labelled] == curriculum.pad).any()
