@@ -20,7 +20,7 @@ from .documents import chat_affixes, chunk_document, context_ids
 from .hypernetwork import Hypernetwork
 from .packing import IGNORED, dataset_probabilities, split_into_chunks
 from .presets import DistillationPreset
-from .training import group_by_length, pad_right, train_hypernetwork
+from .training import chunk_batch, pad_right, train_hypernetwork
 
 
 class DistillationBatches(Dataset):
@@ -75,13 +75,8 @@ class DistillationBatches(Dataset):
                 labels.append([IGNORED] * start + ids[start:end])
                 values += sample["logprobs_vals"][q]
                 indices += sample["logprobs_indices"][q]
-        groups, order = group_by_length(chunks)
-        padded = [pad_right(group, self.tokenizer.pad_token_id) for group in groups]
         return {
-            "chunk_ids": [ids for ids, _ in padded],
-            "chunk_mask": [mask for _, mask in padded],
-            "order": torch.tensor(order),
-            "n_chunks": torch.tensor(n_chunks),
+            **chunk_batch(chunks, n_chunks, self.tokenizer.pad_token_id),
             "n_questions": torch.tensor(n_questions),
             "input_ids": pad_right(rows, self.tokenizer.pad_token_id)[0],
             "labels": pad_right(labels, IGNORED)[0],
@@ -121,4 +116,4 @@ def train_distillation(
     `run`; `options` go to `training.fit`.
     """
     batches = DistillationBatches(tokenizer, p, sources, seed, weights)
-    return train_hypernetwork(p, base_model, batches, run, seed, base_name, **options)
+    return train_hypernetwork(p, base_model, batches, run, seed, base_name, distil=p.distil, **options)

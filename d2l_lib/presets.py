@@ -105,7 +105,8 @@ class Preset:
     needle: NeedlePreset
 
 
-# What each part of the needle training is for: the published recipe, ours, and ours with one part taken out.
+# What each part of the needle training is for: the published recipe (but for the L1 term, which sets in half-way in
+# all of them), ours, and ours with one part taken out.
 NEEDLE_VARIANTS: dict[str, dict] = {
     "ours": {},
     "published": {"max_repeats": 1, "empty_share": 0.0, "polish_steps": 0},

@@ -243,7 +243,9 @@ class NeedleBatches(Dataset):
         progress = 1.0 if self.polish else i / p.steps
         longest = p.shortest + round((p.longest - p.shortest) * min(1.0, 0.1 + progress / 0.3))
         growth = min(1.0, max(0.0, (progress - 0.5) / 0.4))
-        most_repeats = p.max_repeats**growth
+        least_repeats, most_repeats = 1.0, p.max_repeats**growth
+        if self.polish and p.max_repeats > 1:
+            least_repeats, most_repeats = p.max_repeats / 16, p.max_repeats * 4
         chunks: list[list[int]] = []
         n_chunks, repeats, rows, answers = [], [], [], []
         for _ in range(p.contexts):
@@ -253,9 +255,7 @@ class NeedleBatches(Dataset):
             pieces = random_chunks(rng, haystack.text, length, p)
             has_needle = [haystack.needle_span is not None and needles.NEEDLE[:20] in piece for piece in pieces]
             n_empty = len(pieces) - sum(has_needle)
-            total = most_repeats ** rng.random()
-            if self.polish and p.max_repeats > 1:
-                total = p.max_repeats / 16 * 64 ** rng.random()
+            total = least_repeats * (most_repeats / least_repeats) ** rng.random()
             share = max(1.0, total / n_empty) if n_empty else 1.0
             repeats += [1.0 if needle else share for needle in has_needle]
             ids = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
@@ -264,15 +264,10 @@ class NeedleBatches(Dataset):
             answers.append(haystack.answer or pretraining.world.UNKNOWN)
         for answer in answers:
             rows.append(self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id])
-        groups, order = group_by_length(chunks)
-        padded = [pad_right(group, self.tokenizer.pad_token_id) for group in groups]
         input_ids, _ = pad_right([self.question + row for row in rows], self.tokenizer.pad_token_id)
         labels, _ = pad_right([[IGNORED] * len(self.question) + row for row in rows], IGNORED)
         return {
-            "chunk_ids": [ids for ids, _ in padded],
-            "chunk_mask": [mask for _, mask in padded],
-            "order": torch.tensor(order),
-            "n_chunks": torch.tensor(n_chunks),
+            **chunk_batch(chunks, n_chunks, self.tokenizer.pad_token_id),
             "repeats": torch.tensor(repeats),
             "l1_share": torch.tensor(growth),
             "input_ids": input_ids,
@@ -286,6 +281,20 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor
     padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
     return padded, mask
+
+
+def chunk_batch(chunks: Sequence[Sequence[int]], n_chunks: Sequence[int], pad_id: int) -> dict:
+    """chunk_ids, chunk_mask, order and n_chunks of a batch (see NeedleBatches), for the chunks of all contexts in
+    order.
+    """
+    groups, order = group_by_length(chunks)
+    padded = [pad_right(group, pad_id) for group in groups]
+    return {
+        "chunk_ids": [ids for ids, _ in padded],
+        "chunk_mask": [mask for _, mask in padded],
+        "order": torch.tensor(order),
+        "n_chunks": torch.tensor(n_chunks),
+    }
 
 
 def group_by_length(
@@ -443,9 +452,11 @@ def train_hypernetwork(
     return hypernetwork
 
 
-def _fit_hypernetwork(p, base_model, hypernetwork: Hypernetwork, batches: Dataset, run: Path, seed: int, **options):
+def _fit_hypernetwork(
+    p, base_model, hypernetwork: Hypernetwork, batches: Dataset, run: Path, seed: int, distil: bool = True, **options
+) -> None:
     fit(
-        Internalization(base_model, hypernetwork, p.l1, distil=getattr(p, "distil", False)),
+        Internalization(base_model, hypernetwork, p.l1, distil),
         batches,
         run,
         steps=p.steps,
