@@ -249,9 +249,14 @@ class Aggregator(nn.Module):
         self.config = config
         self.perceiver = Perceiver(config)
 
-    def forward(self, features: Tensor, mask: Tensor | None, taps: dict | None) -> Tensor:
+    def forward(
+        self, features: Tensor, mask: Tensor | None, taps: dict | None = None, layer: int | None = None
+    ) -> Tensor:
+        """`layer`: that base layer alone, [n, 1, M, r, d]; for layer_to_layer configurations."""
         n, config = len(features), self.config
         row_shape = (len(config.modules), config.rank, config.latent_size)
+        if layer is not None:
+            return self.perceiver(features[:, layer], mask, taps).view(n, 1, *row_shape)
         if not config.layer_to_layer:
             return self.perceiver(features, mask, taps).view(n, config.n_layers, *row_shape)
         by_layer = features.transpose(0, 1).flatten(0, 1)  # [L*n, T, F]: layer-major, one sequence per layer and chunk
@@ -268,8 +273,10 @@ class PerLayerLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_layers, d_in, d_out).uniform_(-weight_bound, weight_bound))
         self.bias = nn.Parameter(torch.empty(1, n_layers, 1, 1, d_out).uniform_(-bias_bound, bias_bound))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("nlmrd,ldh->nlmrh", x, self.weight) + self.bias
+    def forward(self, x: Tensor, layer: int | None = None) -> Tensor:
+        """`layer`: x holds that base layer alone."""
+        chosen = slice(None) if layer is None else slice(layer, layer + 1)
+        return torch.einsum("nlmrd,ldh->nlmrh", x, self.weight[chosen]) + self.bias[:, chosen]
 
 
 class PerLayerResidual(nn.Module):
@@ -286,8 +293,9 @@ class PerLayerResidual(nn.Module):
             nn.LayerNorm(d),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+    def forward(self, x: Tensor, layer: int | None = None) -> Tensor:
+        before, widen, act, narrow, after = self.layers
+        return x + after(narrow(act(widen(before(x), layer)), layer))
 
 
 class SharedResidual(nn.Module):
@@ -306,7 +314,7 @@ class SharedResidual(nn.Module):
             nn.LayerNorm(d),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: int | None = None) -> Tensor:
         return x + self.mlp(x)
 
 
@@ -323,8 +331,10 @@ class Head(nn.Module):
         shape = (config.n_layers, d, width) if n_modules == 1 else (config.n_layers, n_modules, d, width)
         self.weight = nn.Parameter(torch.randn(shape) * 0.5 / math.sqrt(d + width * config.rank))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: int | None = None) -> Tensor:
+        """`layer`: x holds that base layer alone."""
         weight = self.weight if self.weight.dim() == 4 else self.weight.unsqueeze(1)
+        weight = weight if layer is None else weight[layer : layer + 1]
         return torch.einsum("nlmrd,lmdh->nlmrh", x, weight)
 
 
@@ -356,12 +366,14 @@ class Hypernetwork(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         taps: dict | None = None,
+        iterative: bool = False,
     ) -> Loras:
         """Blocks {module: (A [n, L, r, d_in], B [n, L, r, d_out])} of the n chunks in `features`.
 
         features: [n, T, F], or [n, L, T, F] for per_layer_activations. Either `attention_mask` [n, T] (padding on any
         side, 0 there) or `position_ids` [1, total] (chunks one after another, each starting at 0) says where chunks
-        are; both layouts give the same numbers. `taps`, a dict, receives the intermediate activations.
+        are; both layouts give the same numbers. `taps`, a dict, receives the intermediate activations. `iterative`
+        writes one base layer after another, which takes less memory and gives the same numbers (and no taps).
         Half-precision features run the Perceiver under bfloat16 autocast and everything after it in the parameters'
         own precision, as published. ValueError where shapes do not fit the config.
         """
@@ -370,15 +382,38 @@ class Hypernetwork(nn.Module):
         parameter_dtype = self.head.weight.dtype
         half = features.dtype in (torch.bfloat16, torch.float16)
         features = features if half else features.to(parameter_dtype)
+        if iterative and taps is not None:
+            raise ValueError("taps hold all base layers at once: leave them out of an iterative call")
+        by_layer = iterative and self.config.layer_to_layer
+        embedding = None if by_layer else self._embed(features, mask, half, taps)  # [n, L, M, r, d]
+        if not iterative:
+            return self._write(embedding, taps)
+        parts = [
+            self._write(
+                self._embed(features, mask, half, None, layer) if by_layer else embedding[:, layer, None], None, layer
+            )
+            for layer in range(self.config.n_layers)
+        ]
+        return {
+            m: tuple(torch.cat(factors, dim=1) for factors in zip(*(part[m] for part in parts), strict=True))
+            for m in self.config.modules
+        }
+
+    def _embed(self, features, mask, half: bool, taps: dict | None, layer: int | None = None) -> Tensor:
         with torch.autocast(features.device.type, dtype=torch.bfloat16) if half else nullcontext():
-            embedding = self.aggregator(features, mask, taps)
-        embedding = embedding.to(parameter_dtype)  # [n, L, M, r, d]
-        processed = self.layers(embedding)
+            embedding = self.aggregator(features, mask, taps, layer)
+        return embedding.to(self.head.weight.dtype)
+
+    def _write(self, embedding: Tensor, taps: dict | None, layer: int | None = None) -> Loras:
+        """The blocks of embeddings [n, L, M, r, d], or of one base layer's [n, 1, M, r, d]."""
+        processed = embedding
+        for residual in self.layers:
+            processed = residual(processed, layer)
         unit = F.normalize(processed, dim=-1, eps=1e-12)  # the eps only guards against an all-zero embedding
-        flat = self.head(unit)  # [n, L, M, r, D]
+        flat = self.head(unit, layer)  # [n, L, M, r, D]
         if taps is not None:
             taps.update(lora_emb_in=embedding, lora_emb=processed, flat_loras=flat)
-        return {m: self._split(flat[:, :, index], m) for index, m in enumerate(self.config.modules)}
+        return {m: self._split(flat[:, :, index], m, layer) for index, m in enumerate(self.config.modules)}
 
     def bias(self) -> Loras | None:
         """The learned block that belongs to no document: {module: (A [L, r, d_in], B [L, r, d_out])} or None."""
@@ -386,10 +421,11 @@ class Hypernetwork(nn.Module):
             return None
         return {m: (self.bias_A[m], self.bias_B[m]) for m in self.config.modules}
 
-    def _split(self, flat: Tensor, module: str) -> tuple[Tensor, Tensor]:
+    def _split(self, flat: Tensor, module: str, layer: int | None) -> tuple[Tensor, Tensor]:
         d_in, d_out = self.config.d_in[module], self.config.d_out[module]
-        A = flat[..., :d_in] * self.scaler_A[module]
-        B = flat[..., d_in : d_in + d_out] * self.scaler_B[module]
+        chosen = slice(None) if layer is None else slice(layer, layer + 1)
+        A = flat[..., :d_in] * self.scaler_A[module][:, chosen]
+        B = flat[..., d_in : d_in + d_out] * self.scaler_B[module][:, chosen]
         return A, B
 
     def _check(self, features: Tensor) -> None:

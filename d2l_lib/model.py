@@ -70,6 +70,7 @@ class DocToLoRA:
 
     `chunk_batch` chunks are encoded at a time. It is 1 on the CPU, where a batch gains little, so that
     a block's numbers do not depend, even in their last bit, on which other chunks were internalized along with it.
+    `iterative` (False) writes blocks one base layer after another: less memory, the same numbers.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class DocToLoRA:
         self.encoder_tokenizer = tokenizer if encoder_tokenizer is None else encoder_tokenizer
         self._check_base_model()
         self.current: Adapter | None = None
+        self.iterative = False
         self._applied: list[tuple[Adapters]] = []
         self.window = _window(base_model)
         on_cpu = self.device.type == "cpu"
@@ -153,7 +155,7 @@ class DocToLoRA:
         ValueError for documents that are no text or hold none, before anything is computed.
         """
         adapters = self._internalize_named(name_documents(documents), chunk_tokens, progress)
-        self.current = self._adapter([block for adapter in adapters for block in adapter.blocks])
+        self.current = self.adapter_of([block for adapter in adapters for block in adapter.blocks])
         return self.current
 
     def internalize_each(
@@ -183,7 +185,7 @@ class DocToLoRA:
                 )
         encoded = self._encode(rows, None)
         blocks = [Block("document", index, None, 1.0, A, B) for index, (A, B) in enumerate(encoded)]
-        self.current = self._adapter(blocks)
+        self.current = self.adapter_of(blocks)
         return self.current
 
     def _internalize_named(
@@ -197,7 +199,7 @@ class DocToLoRA:
         blocks: dict[str, list[Block]] = {name: [] for name in documents}
         for chunk, (A, B) in zip(chunks, encoded, strict=True):
             blocks[chunk.document].append(Block(chunk.document, chunk.index, chunk.span, 1.0, A, B))
-        return [self._adapter(of_document) for of_document in blocks.values()]
+        return [self.adapter_of(of_document) for of_document in blocks.values()]
 
     def _longest_chunk(self) -> int:
         """Tokens of text that fit into the encoder's window beside the chat wrapping."""
@@ -240,15 +242,15 @@ class DocToLoRA:
         device = next(self.encoder.model.parameters()).device
         mask = mask.to(device)
         features = self.encoder.encode(ids.to(device), attention_mask=mask)
-        loras = self.hypernetwork(features, attention_mask=mask)
+        loras = self.hypernetwork(features, attention_mask=mask, iterative=self.iterative)
         if not all(tensor.isfinite().all() for pair in loras.values() for tensor in pair):
             raise ValueError("the hypernetwork wrote NaN or infinity: its weights, or the base model's, are damaged")
         return loras
 
     @torch.no_grad()
-    def _adapter(self, blocks: list[Block]) -> Adapter:
-        """Blocks, the bias and the fingerprints of what made them, as an Adapter."""
-        bias = self.hypernetwork.bias()
+    def adapter_of(self, blocks: Sequence[Block], *, bias: bool = True) -> Adapter:
+        """Blocks that were made for this base model as an Adapter, with the hypernetwork's bias block or without."""
+        bias = self.hypernetwork.bias() if bias else None
         if bias is not None:
             bias = {m: (A.detach().cpu().clone(), B.detach().cpu().clone()) for m, (A, B) in bias.items()}
         return Adapter(

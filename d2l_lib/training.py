@@ -31,7 +31,7 @@ from .checkpoints import save_checkpoint
 from .documents import chat_affixes, question_ids, split_sentences
 from .hypernetwork import Hypernetwork, HypernetworkConfig, combine, names_without_decay
 from .lora import apply_lora
-from .losses import context_average, cross_entropy, distillation, find_answer_tokens, l1_penalty
+from .losses import AnswerTokens, context_average, cross_entropy, distillation, find_answer_tokens, l1_penalty
 from .packing import IGNORED
 from .presets import NEEDLE_VARIANTS, DistillationPreset, HypernetworkPreset, NeedlePreset, Preset, preset
 from .records import atomic_folder, read_json, read_jsonl, write_jsonl
@@ -330,6 +330,17 @@ def random_chunks(rng: random.Random, text: str, length_tokens: int, p: NeedlePr
     return [text[a:b].strip() for a, b in zip(edges, edges[1:], strict=False)]
 
 
+def answer_logits(base_model, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, AnswerTokens, AnswerTokens]:
+    """(logits [n, 1, vocabulary] from which the n answer tokens are predicted, the answer tokens in the batch, the
+    same as places in these logits); no other logits are computed. input_ids, labels: [batch, length].
+    """
+    hidden = decoder_body(base_model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    answers = find_answer_tokens(labels)
+    logits = base_model.get_output_embeddings()(hidden[answers.row, answers.position])
+    row = torch.arange(len(answers), device=labels.device)
+    return logits[:, None], answers, replace(answers, row=row, position=torch.zeros_like(answers.position))
+
+
 class Internalization(nn.Module):
     """The training step of a hypernetwork: read chunks, write blocks, answer without the document.
 
@@ -365,17 +376,11 @@ class Internalization(nn.Module):
         else:
             rows = torch.arange(len(n_chunks), device=n_chunks.device).repeat_interleave(n_questions)
         with apply_lora(base_model, loras, self.hypernetwork.config.scale, rows=rows):
-            hidden = decoder_body(base_model)(input_ids=input_ids, use_cache=False).last_hidden_state
-        answers = find_answer_tokens(labels)
-        logits = base_model.get_output_embeddings()(hidden[answers.row, answers.position])
-        # only the logits at the answers were computed: token i is predicted by row i of them
-        here = replace(
-            answers, row=torch.arange(len(answers), device=labels.device), position=torch.zeros_like(answers.position)
-        )
+            logits, answers, here = answer_logits(base_model, input_ids, labels)
         if teacher_indices is None or not self.distil:
-            per_token = cross_entropy(logits[:, None], here)
+            per_token = cross_entropy(logits, here)
         else:
-            per_token = distillation(logits[:, None], here, teacher_log_probs, teacher_indices)
+            per_token = distillation(logits, here, teacher_log_probs, teacher_indices)
         loss = context_average(per_token, answers, n_questions)
         # every block counts once here: the penalty is on what is written, not on how often it is repeated
         size = l1_penalty(
@@ -384,7 +389,9 @@ class Internalization(nn.Module):
         total = loss + self.l1 * l1_share * size / len(n_chunks)
         if not math.isfinite(total.item()):
             raise FloatingPointError("the loss is not a number: lower the learning rate; earlier checkpoints are kept")
-        wrong = torch.bincount(answers.row, weights=(logits.argmax(-1) != answers.label).float(), minlength=len(labels))
+        wrong = torch.bincount(
+            answers.row, weights=(logits[:, 0].argmax(-1) != answers.label).float(), minlength=len(labels)
+        )
         self._right += int((wrong == 0).sum())
         self._asked += len(labels)
         self._losses.append(loss.item())

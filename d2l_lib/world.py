@@ -685,6 +685,13 @@ def encyclopedia_questions(rng: random.Random, n: int) -> Iterator[Question]:
         yield replace(question_about(rng, rng.choice(facts), paraphrase=rng.random() < 0.3), evidence=())
 
 
+def with_value(rng: random.Random, fact: Fact, split: str) -> Fact:
+    """The same subject and relation with another value, which belongs to `split`."""
+    while (value := _VALUES[RELATION[fact.relation].value](rng, split)) == fact.value:
+        pass
+    return replace(fact, value=value)
+
+
 def conflicting_document(
     rng: random.Random, n_facts: int, n_conflicts: int
 ) -> tuple[Document, list[tuple[Fact, Fact]]]:
@@ -692,11 +699,7 @@ def conflicting_document(
     believed).
     """
     believed = rng.sample(encyclopedia(), n_conflicts)
-    changed = []
-    for fact in believed:
-        while (value := _VALUES[RELATION[fact.relation].value](rng, "train")) == fact.value:
-            pass
-        changed.append(replace(fact, value=value))
+    changed = [with_value(rng, fact, "train") for fact in believed]
     document = write_document(rng, [*draw_facts(rng, "train", n_facts), *changed], "train")
     placed = {(f.subject, f.relation): f for f in document.facts}
     return document, [(placed[f.subject, f.relation], f) for f in believed]

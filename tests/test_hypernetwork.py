@@ -78,6 +78,18 @@ def test_padded_packed_and_single_chunks_agree(model, options):
 
 
 @each_variant
+@torch.no_grad()
+def test_iterative_writing_gives_the_same_numbers(model, options):
+    hypernetwork = random_hypernetwork(model, **options)
+    batch, mask = padded(features_for(hypernetwork, [5, 9, 1]))
+    assert_same_loras(
+        hypernetwork(batch, attention_mask=mask, iterative=True), hypernetwork(batch, attention_mask=mask), 1e-6
+    )
+    with pytest.raises(ValueError, match="leave them out of an iterative call"):
+        hypernetwork(batch, attention_mask=mask, iterative=True, taps={})
+
+
+@each_variant
 def test_every_parameter_gets_a_gradient(model, options):
     hypernetwork = random_hypernetwork(model, **options)
     batch, mask = padded(features_for(hypernetwork, [4, 6]), filler=0.0)

@@ -115,6 +115,18 @@ def test_rows_packed_and_one_by_one_agree(model, config):
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_questions_of_one_context_side_by_side_agree_with_single_ones(model, config):
+    loras = random_loras(config, 2, 4)
+    ids = random_ids(6, 5)
+    rows = torch.tensor([0, 0, 0, 1, 1, 1])
+    with apply_lora(model, loras, SCALE, rows=rows):
+        together = logits(model, ids)
+    for row, context in enumerate(rows.tolist()):
+        with apply_lora(model, pick(loras, context), SCALE):
+            alone = logits(model, ids[row : row + 1])[0]
+        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_beam_search_repeats_rows(model, config):
     loras = random_loras(config, 2, 4)
     ids = random_ids(2, 5)
