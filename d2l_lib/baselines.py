@@ -10,9 +10,11 @@ memory.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,14 +24,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from . import qa
+from . import evaluation, qa, records, world
 from .adapter import Adapter, Block
 from .base_model import module_sizes, without_lora
 from .documents import question_ids
-from .evaluation import peak_memory_mib, reset_peak_memory
 from .lora import apply_lora
 from .losses import context_average, distillation
-from .model import DocToLoRA
+from .model import DocToLoRA, load
 from .packing import IGNORED
 from .selfgen import WRITER_PROMPTS, Reply, TransformersEngine, parse_questions
 from .training import answer_logits
@@ -338,7 +339,7 @@ def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = F
         for document, rows in documents:
             asked = list(rows["question"])
             gc.collect()
-            reset_peak_memory()
+            evaluation.reset_peak_memory()
             began = time.perf_counter()
             prepared = method.prepare(document, asked)
             between = time.perf_counter()
@@ -347,7 +348,7 @@ def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = F
             index += list(rows.index)
             found["seconds_prepare"] += [between - began] * len(rows)
             found["seconds_answer"] += [ended - between] * len(rows)
-            found["peak_memory_mib"] += [peak_memory_mib()] * len(rows)
+            found["peak_memory_mib"] += [evaluation.peak_memory_mib()] * len(rows)
         tables.append(table.join(pd.DataFrame(found, index=index)))
         if report:
             per_document = sum(found["seconds_prepare"]) / max(1, len(index))
@@ -368,3 +369,96 @@ def costs(compared: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFra
         )
         .reset_index()
     )
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+ONE_HOP = ("one_hop", "number", "date")
+
+
+def question_kinds(model: DocToLoRA, n: int, seed: int, facts: tuple[int, int] = (1, 40)) -> pd.DataFrame:
+    """In context, Doc-to-LoRA and no context on `n` one-hop questions and a fifth as many of each other kind, a fresh
+    document of `facts` (fewest, most) facts for each; columns of `compare`, and one_hop, facts ("6-10"), correct.
+    """
+    tables = []
+    for kinds, count in ((ONE_HOP, n), *(((kind,), max(1, n // 5)) for kind in world.KINDS if kind not in ONE_HOP)):
+        # which of two, lists and two hops need documents that hold several facts
+        fewest = facts[0] if kinds[0] in (*ONE_HOP, "paraphrase", "yes_no", "unanswerable") else max(4, facts[0])
+        samples = evaluation.world_samples(count, seed, facts=(fewest, facts[1]), kinds=kinds)
+        tables.append(samples.assign(one_hop=kinds == ONE_HOP))
+    samples = pd.concat(tables, ignore_index=True)
+    samples = samples.assign(
+        dataset="world",
+        id=[f"test/{seed}/{i}" for i in range(len(samples))],
+        answers=[[answer] for answer in samples["answer"]],
+        facts=[evaluation.in_fives(n_facts) for n_facts in samples["n_facts"]],
+    )
+    samples = qa.add_lengths(samples, model.tokenizer)
+    compared = compare([InContext(model), Internalized(model), NoContext(model)], samples, report=True)
+    return compared.assign(correct=compared["prediction"] == compared["answer"])
+
+
+def document_questions(n_documents: int, n_questions: int, seed: int, n_facts: int = 20) -> pd.DataFrame:
+    """`n_documents` test documents of `n_facts` facts with `n_questions` one-hop questions each, as `qa.load_qa`."""
+    rng = random.Random(f"documents/{seed}")
+    rows = []
+    for number in range(n_documents):
+        document = world.draw_document(rng, "test", n_facts)
+        for fact in rng.sample(document.facts, n_questions):
+            question = world.question_about(rng, fact)
+            identity = {"dataset": "world", "id": f"{seed}/{number}/{fact.relation}", "document": document.text}
+            rows.append(identity | {"question": question.text, "answers": [question.answer], "kind": question.kind})
+    return pd.DataFrame(rows)
+
+
+def all_methods(model: DocToLoRA, distillation_steps: int, queries: Sequence[int] = (5, 20, 100)) -> list[Method]:
+    """Every method that needs no training of its own, with the settings of the record."""
+    return [
+        InContext(model),
+        NoContext(model),
+        InContext(model, "truncated to 128 tokens", tokens=128 + 48),
+        Internalized(model),
+        Internalized(model, "Doc-to-LoRA, layer by layer", iterative=True),
+        Internalized(model, "Doc-to-LoRA and context", with_context=True),
+        *(PromptCompression(model, rate, use_llmlingua=False) for rate in (0.9, 0.8, 0.6, 0.4, 0.2)),
+        ContextDistillation(model, "oracle", steps=distillation_steps),
+        *(ContextDistillation(model, n, steps=distillation_steps) for n in queries),
+    ]
+
+
+def main() -> None:
+    """Comparisons on the generated world, recorded in data/full_runs with seed, n and command.
+
+    kinds: every kind of question by number of facts and length. methods: all methods on the same documents, with their
+    costs.
+    """
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("what", choices=("kinds", "methods"))
+    parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
+    parser.add_argument("--n", type=int, default=1000, help="one-hop questions (kinds)")
+    parser.add_argument("--documents", type=int, default=10, help="of 20 facts, eight questions each (methods)")
+    parser.add_argument("--distillation-steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.baselines", *sys.argv[1:]])}
+    folder = records.project_root() / "data" / "full_runs"
+    model = load(a.model)
+    if a.what == "kinds":
+        compared = question_kinds(model, a.n, a.seed)
+        by_facts = evaluation.record(
+            folder / "qa_kinds.jsonl", compared, ["method", "one_hop", "kind", "facts"], **facts
+        )
+        lengths = qa.summarise_scores(qa.score(compared), ["method", "one_hop", "length_bin"]).assign(**facts)
+        records.write_jsonl(folder / "qa_lengths.jsonl", lengths.to_dict("records"))
+        print(by_facts.to_string())
+        return
+    questions = qa.add_lengths(document_questions(a.documents, 8, a.seed), model.tokenizer)
+    compared = compare(all_methods(model, a.distillation_steps), questions, report=True)
+    table = qa.summarise_scores(qa.score(compared), ["method", "dataset", "length_bin"])
+    overall = qa.summarise_scores(qa.score(compared), ["method"])
+    for name, rows in (("qa_methods", overall.merge(costs(compared))), ("qa_methods_lengths", table)):
+        records.write_jsonl(folder / f"{name}.jsonl", rows.assign(**facts).to_dict("records"))
+        print(rows.to_string())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,22 @@
-"""Distillation: a hypernetwork learns what the base model answers with the document in its prompt (paper, main stage).
+"""Question answering: a hypernetwork learns what the base model answers with the document in its prompt.
 
-    self-generated shards  ->  batches of documents in chunks, with questions  ->  `training.Internalization`
+    single sentences, questions  ->  `Readout`: the answer must be readable from the latents
+    documents of the world       ->  \
+                                      batches of documents in chunks, with questions  ->  `training.Internalization`
+    self-generated shards        ->  /
 
-The teacher's answers and their top-16 log-probabilities are read from `selfgen` shards (or published ones); the student
-sees the question alone. Batch i is a function of (seed, i), as everywhere.
+The paper's main stage is the last line: the teacher's answers and their top-16 log-probabilities are read from
+`selfgen` shards (or published ones), and the student sees the question alone. The world's documents are drawn fresh,
+with the right answers. Batch i is a function of (seed, i), as everywhere.
+
+    python -m d2l_lib.distillation --preset tiny               # the bundled hypernetwork, from nothing
+    torchrun --nproc_per_node 2 -m d2l_lib.distillation ...    # batches are shared out among processes
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,20 +25,72 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .documents import chat_affixes, chunk_document, context_ids
+from . import world
+from .base_model import load_base_model
+from .checkpoints import save_checkpoint
+from .documents import chat_affixes, chunk_document, context_ids, question_ids
 from .hypernetwork import Hypernetwork
 from .packing import IGNORED, dataset_probabilities, split_into_chunks
-from .presets import DistillationPreset
-from .training import chunk_batch, pad_right, train_hypernetwork
+from .presets import DistillationPreset, Preset, QAPreset, preset
+from .pretraining import QUESTION_WEIGHTS
+from .readout import ReadoutBatches, start_linear, train_readout
+from .records import read_jsonl, write_jsonl
+from .selfgen import TOP_K, read_shards
+from .trainer import chunk_batch, pad_right
+from .training import fit_hypernetwork, hypernetwork_config, train_hypernetwork
+
+CERTAIN = [0.0] + [-1e4] * (TOP_K - 1)  # log-probabilities of a teacher that has no doubt
 
 
+# ------------------------------------------------------------------------------------------------------------- sources
+class WorldDocuments:
+    """A source of fresh documents of the world, with the right answers in place of a teacher's (cross-entropy).
+
+    Documents grow from one fact to `p.most_facts`. One question in `p.unrelated_share` is about the encyclopedia.
+    """
+
+    def __init__(self, tokenizer, p: DistillationPreset, split: str = "train"):
+        self.tokenizer, self.p, self.split = tokenizer, p, split
+        self.kinds = list(QUESTION_WEIGHTS)
+        self.weights = [QUESTION_WEIGHTS[kind] for kind in self.kinds]
+
+    def draw(self, rng: random.Random, progress: float) -> dict:
+        """A row as in `selfgen` shards; `progress` (0 to 1) decides how many facts there may be."""
+        p = self.p
+        start, end = p.facts_grow
+        growth = min(1.0, max(0.0, (progress - start) / max(1e-9, end - start)))
+        n_facts = rng.randint(1, max(1, round(1 + (p.most_facts - 1) * growth)))
+        document = world.draw_document(rng, self.split, n_facts, distractors=rng.choice((0.0, 0.2, 0.5)))
+        asked: list[world.Question] = []
+        while len(asked) < p.questions:
+            if rng.random() < p.unrelated_share * growth:
+                asked += world.encyclopedia_questions(rng, 1)
+                continue
+            kind = rng.choices(self.kinds, self.weights)[0] if growth > 0 else "paraphrase"
+            question = world.ask(rng, document, kind)
+            asked.append(question or world.question_about(rng, rng.choice(document.facts)))
+        questions = question_ids(self.tokenizer, [question.text for question in asked])
+        answers = self.tokenizer([question.answer for question in asked], add_special_tokens=False)["input_ids"]
+        answers = [ids + [self.tokenizer.eos_token_id] for ids in answers]
+        return {
+            "document": document.text,
+            "ctx_ids": context_ids(self.tokenizer, document.text),
+            "input_ids": [q + a for q, a in zip(questions, answers, strict=True)],
+            "response_start_end": [[len(q), len(q) + len(a)] for q, a in zip(questions, answers, strict=True)],
+            "logprobs_vals": [[CERTAIN] * len(ids) for ids in answers],
+            "logprobs_indices": [[[token] + [0] * (TOP_K - 1) for token in ids] for ids in answers],
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
 class DistillationBatches(Dataset):
     """Batches of documents in chunks and questions about them; item i is a function of (seed, i).
 
-    sources: data sets as `selfgen.read_shards` returns them, drawn from with `weights` (default: by size, see
-    `packing.dataset_probabilities`). In the first `single_chunk_share` of the steps a document is one chunk, and only
-    documents of at most `longest_chunk` tokens are drawn; after that each context is cut into chunks of its own random
-    size. ValueError where no document is short enough to begin with, or where weights and sources differ in number.
+    sources: data sets as `selfgen.read_shards` returns them, or `WorldDocuments`, drawn from with `weights` (default:
+    by size, see `packing.dataset_probabilities`; needed where a source has no size). In the first `single_chunk_share`
+    of the steps a document is one chunk, and of data sets only documents of at most `longest_chunk` tokens are drawn;
+    after that each context is cut into chunks of its own random size. ValueError where no document is short enough to
+    begin with, or where weights and sources differ in number.
 
     Item: chunk_ids, chunk_mask, order, n_chunks [contexts] as in `training.NeedleBatches`; n_questions [contexts];
     input_ids, labels [questions, length]; teacher_log_probs, teacher_indices [answer tokens, k].
@@ -41,12 +102,17 @@ class DistillationBatches(Dataset):
         if weights is not None and len(weights) != len(sources):
             raise ValueError(f"{len(weights)} weights for {len(sources)} data sets: give one for each")
         self.tokenizer, self.p, self.sources, self.seed = tokenizer, p, list(sources), seed
+        endless = [isinstance(source, WorldDocuments) for source in sources]
+        if weights is None and any(endless):
+            raise ValueError("documents of the world have no end: give weights for the sources")
         self.weights = list(weights or dataset_probabilities([len(source) for source in sources]))
         self.prefix, self.suffix = chat_affixes(tokenizer)
         wrapping = len(self.prefix) + len(self.suffix)
         self.short = [
-            [row for row, ids in enumerate(source["ctx_ids"]) if len(ids) <= p.longest_chunk + wrapping]
-            for source in self.sources
+            range(1)
+            if is_endless
+            else [row for row, ids in enumerate(source["ctx_ids"]) if len(ids) <= p.longest_chunk + wrapping]
+            for source, is_endless in zip(self.sources, endless, strict=True)
         ]
         if p.single_chunk_share > 0 and not any(self.short):
             raise ValueError(
@@ -62,12 +128,13 @@ class DistillationBatches(Dataset):
         single = i < p.single_chunk_share * p.steps
         chunks: list[list[int]] = []
         rows, labels, n_chunks, n_questions, values, indices = [], [], [], [], [], []
-        for _ in range(p.contexts):
-            sample = self._draw(rng, single)
+        while len(n_chunks) < p.contexts and len(chunks) < p.chunks:
+            sample = self._draw(rng, single, i / p.steps)
             pieces = [sample["ctx_ids"]] if single else self._cut(rng, sample)
             chunks += pieces
             n_chunks.append(len(pieces))
-            asked = rng.sample(range(len(sample["input_ids"])), min(p.questions, len(sample["input_ids"])))
+            n_asked = min(p.questions, len(sample["input_ids"]), len(pieces) + 1)
+            asked = rng.sample(range(len(sample["input_ids"])), n_asked)
             n_questions.append(len(asked))
             for q in asked:
                 ids, (start, end) = sample["input_ids"][q], sample["response_start_end"][q]
@@ -84,11 +151,15 @@ class DistillationBatches(Dataset):
             "teacher_indices": torch.tensor(indices),
         }
 
-    def _draw(self, rng: random.Random, single: bool) -> dict:
-        rows = self.short if single else [range(len(source)) for source in self.sources]
-        weights = [weight if len(own) else 0.0 for weight, own in zip(self.weights, rows, strict=True)]
-        place = rng.choices(range(len(rows)), weights)[0]
-        return self.sources[place][rng.choice(rows[place])]
+    def _draw(self, rng: random.Random, single: bool, progress: float) -> dict:
+        weights = [
+            weight if len(own) or not single else 0.0 for weight, own in zip(self.weights, self.short, strict=True)
+        ]
+        place = rng.choices(range(len(weights)), weights)[0]
+        source = self.sources[place]
+        if isinstance(source, WorldDocuments):
+            return source.draw(rng, progress)
+        return source[rng.choice(self.short[place]) if single else rng.randrange(len(source))]
 
     def _cut(self, rng: random.Random, sample: dict) -> list[list[int]]:
         """The document in chunks of at most a random number of tokens: at sentence ends where its text is known, else
@@ -113,7 +184,60 @@ def train_distillation(
     **options,
 ) -> Hypernetwork:
     """A hypernetwork for `base_model` that learned the answers in `sources` (see DistillationBatches), resumable in
-    `run`; `options` go to `training.fit`.
+    `run`; `options` go to `trainer.fit`.
     """
     batches = DistillationBatches(tokenizer, p, sources, seed, weights)
     return train_hypernetwork(p, base_model, batches, run, seed, base_name, distil=p.distil, **options)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+def train_qa(
+    p: QAPreset, base_model, tokenizer, run: Path, seed: int, base_name: str, shards: Path | None, **options
+) -> Hypernetwork:
+    """A question-answering hypernetwork in three stages, each resumable in a folder of `run`.
+
+    shards: a finished folder of `selfgen`; None leaves the third stage out. `options` go to `trainer.fit`.
+    """
+    torch.manual_seed(seed)
+    hypernetwork = Hypernetwork(hypernetwork_config(p.world, base_model, base_name))
+    start_linear(hypernetwork, base_model, tokenizer, seed)
+    sentences = ReadoutBatches(tokenizer, p.readout, seed)
+    train_readout(p.readout, base_model, hypernetwork, sentences, run / "readout", seed, **options)
+    batches = DistillationBatches(tokenizer, p.world, [WorldDocuments(tokenizer, p.world)], seed, [1.0])
+    fit_hypernetwork(p.world, base_model, hypernetwork, batches, run / "world", seed, p.world.distil, **options)
+    if shards is not None:
+        last = p.self_generated
+        batches = DistillationBatches(tokenizer, last, [read_shards(shards)], seed)
+        fit_hypernetwork(last, base_model, hypernetwork, batches, run / "self_generated", seed, last.distil, **options)
+    return hypernetwork
+
+
+def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
+    """Train the bundled question-answering hypernetwork on the bundled base model; logs go to `data` too."""
+    base_model, tokenizer = load_base_model(p.name)
+    run = runs / p.name / f"qa_seed{seed}"
+    hypernetwork = train_qa(p.qa, base_model, tokenizer, run, seed, p.name, None)
+    if int(os.environ.get("RANK", 0)):
+        return
+    meta = {"preset": p.name, "seed": seed, "chunk_tokens": p.qa.world.chunk_tokens, "base_model": p.name}
+    save_checkpoint(data / p.name / "qa" if seed == p.qa.world.seed else run / "final", hypernetwork, meta)
+    for stage in ("readout", "world", "self_generated"):
+        if (run / stage / "log.jsonl").exists():
+            log = [{"seed": seed, **line} for line in read_jsonl(run / stage / "log.jsonl")]
+            write_jsonl(data / "full_runs" / f"qa_seed{seed}_{stage}_training.jsonl", log)
+
+
+def main() -> None:
+    """Remake the bundled question-answering hypernetwork. An interrupted run goes on where it was."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--seed", type=int, help="the preset's own seed makes the bundled one")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints of runs in progress")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where finished models and logs go")
+    a = parser.parse_args()
+    p = preset(a.preset)
+    remake_qa(p, a.runs, a.data, p.qa.world.seed if a.seed is None else a.seed)
+
+
+if __name__ == "__main__":
+    main()

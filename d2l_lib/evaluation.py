@@ -155,7 +155,7 @@ def base_model_samples(
                 f"{sample['document']}\n\n{sample['question']}",
                 sample["question"],
                 sample["answer"],
-                _in_fives(sample["n_facts"]),
+                in_fives(sample["n_facts"]),
             )
     for question in world.encyclopedia_questions(rng, n):
         add("encyclopedia", question.kind, question.text, question.text, question.answer)
@@ -170,7 +170,7 @@ def base_model_samples(
     return pd.DataFrame(rows)
 
 
-def _in_fives(n: int) -> str:
+def in_fives(n: int) -> str:
     """The group of five that `n` (1 or more) belongs to: 6 to 10 are "6-10"."""
     most = 5 * math.ceil(n / 5)
     return f"{most - 4}-{most}"

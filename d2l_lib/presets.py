@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,16 @@ class HypernetworkPreset:
 
 
 @dataclass(frozen=True)
+class ReadoutPreset:
+    """The warm-up of a hypernetwork (see `readout`): `sentences` a batch."""
+
+    steps: int
+    sentences: int
+    learning_rate: float
+    warmup_steps: int
+
+
+@dataclass(frozen=True)
 class NeedlePreset(HypernetworkPreset):
     """A hypernetwork trained on needles: its sizes, the contexts it sees and the rates.
 
@@ -71,16 +81,22 @@ class NeedlePreset(HypernetworkPreset):
     chunk_tokens: int
     polish_steps: int = 0
     polish_learning_rate: float = 0.0
+    readout: ReadoutPreset | None = None
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class DistillationPreset(HypernetworkPreset):
-    """A hypernetwork trained on self-generated answers (see `distillation.DistillationBatches`).
+    """A hypernetwork trained on answers to questions about documents (see `distillation.DistillationBatches`).
 
     Chunks have at most a random number of tokens between `shortest_chunk` and `longest_chunk`; in the first
-    `single_chunk_share` of the steps each document is one chunk. `contexts` documents a batch with up to `questions`
-    questions each. `distil`: learn the teacher's log-probabilities; False: its answers alone (cross-entropy).
+    `single_chunk_share` of the steps each document is one chunk. A batch has up to `contexts` documents and is full at
+    `chunks` chunks; of each document up to `questions` questions are asked, and one more than it has chunks at most.
+    `distil`: learn the teacher's log-probabilities; False: its answers alone (cross-entropy).
+
+    Of fresh documents of the world (`distillation.WorldDocuments`): they grow from one fact to `most_facts` between the
+    two shares of the run in `facts_grow`, and `unrelated_share` of the questions are about the encyclopedia.
+    `chunk_tokens`: what `internalize` takes by default.
     """
 
     shortest_chunk: int
@@ -94,6 +110,24 @@ class DistillationPreset(HypernetworkPreset):
     warmup_steps: int
     distil: bool = True
     seed: int = 0
+    chunks: int = 1024
+    most_facts: int = 12
+    facts_grow: tuple[float, float] = (0.0, 0.5)
+    unrelated_share: float = 0.1
+    chunk_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class QAPreset:
+    """Question answering in three stages: the warm-up, fresh documents of the world, self-generated data (`documents`
+    of them, made with the settings of `selfgen` and `data_seed`).
+    """
+
+    readout: ReadoutPreset
+    world: DistillationPreset
+    self_generated: DistillationPreset
+    documents: int
+    data_seed: int
 
 
 @dataclass(frozen=True)
@@ -103,18 +137,44 @@ class Preset:
     name: str
     base: BaseModelPreset
     needle: NeedlePreset
+    qa: QAPreset
 
 
 # What each part of the needle training is for: the published recipe (but for the L1 term, which sets in half-way in
 # all of them), ours, and ours with one part taken out.
 NEEDLE_VARIANTS: dict[str, dict] = {
     "ours": {},
-    "published": {"max_repeats": 1, "empty_share": 0.0, "polish_steps": 0},
+    "published": {"max_repeats": 1, "empty_share": 0.0, "polish_steps": 0, "readout": None, "steps": 2400},
     "no_repeats": {"max_repeats": 1, "polish_steps": 0},
     "no_polish": {"polish_steps": 0},
     "no_empty": {"empty_share": 0.0},
     "no_l1": {"l1": 0.0},
+    "no_readout": {"readout": None, "steps": 2400, "polish_steps": 600},
 }
+
+_TINY_QA = DistillationPreset(
+    latent_size=128,
+    n_latent_queries=16,
+    n_blocks=2,
+    n_heads=8,
+    n_kv_heads=4,
+    head_dim=32,
+    rank=8,
+    encoder_layer=2,
+    shortest_chunk=24,
+    longest_chunk=32,
+    single_chunk_share=0.05,
+    contexts=48,
+    chunks=64,
+    questions=16,
+    l1=0.0,
+    steps=4500,
+    learning_rate=1e-3,
+    warmup_steps=150,
+    most_facts=30,
+    facts_grow=(0.06, 0.55),
+    chunk_tokens=24,
+)
 
 PRESETS = {
     "tiny": Preset(
@@ -152,13 +212,21 @@ PRESETS = {
             max_repeats=1024,
             empty_share=0.1,
             l1=0.1,
-            steps=2400,
+            steps=1200,
             contexts=24,
             learning_rate=1e-3,
             warmup_steps=150,
             chunk_tokens=256,
-            polish_steps=600,
+            polish_steps=400,
             polish_learning_rate=3e-4,
+            readout=ReadoutPreset(steps=200, sentences=48, learning_rate=1e-3, warmup_steps=50),
+        ),
+        qa=QAPreset(
+            readout=ReadoutPreset(steps=700, sentences=64, learning_rate=1e-3, warmup_steps=100),
+            world=_TINY_QA,
+            self_generated=replace(_TINY_QA, steps=1000, single_chunk_share=0.0, learning_rate=2e-4),
+            documents=5000,
+            data_seed=0,
         ),
     ),
 }

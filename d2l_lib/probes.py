@@ -6,13 +6,18 @@ columns of its own. `evaluation.summarise(rows, ["probe", "condition"])` makes t
 
 from __future__ import annotations
 
+import argparse
 import random
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
 from . import world
-from .model import DocToLoRA
+from .evaluation import record
+from .model import DocToLoRA, load
+from .records import project_root
 
 INSTRUCTION = "You are a useful assistant."
 FACTS = 5  # of a document, where nothing else is said
@@ -62,8 +67,8 @@ def interference(model: DocToLoRA, n: int, seed: int, n_facts: int = 20) -> pd.D
 def conflict(model: DocToLoRA, n: int, seed: int, n_facts: int = FACTS) -> pd.DataFrame:
     """`n` documents that contradict one encyclopedia fact: which of the two does the model say?
 
-    The answer is the document's value; `believed` says whether the prediction is the encyclopedia's. Conditions: base
-    model, in context, internalized.
+    Each prediction makes two rows, whose column `about` says whose value counts as the answer. Conditions: base model,
+    in context, internalized.
     """
     rng = random.Random(f"conflict/{seed}")
     documents, asked, believed = [], [], []
@@ -79,10 +84,11 @@ def conflict(model: DocToLoRA, n: int, seed: int, n_facts: int = FACTS) -> pd.Da
         "in context": model.answer(with_document, None),
         "internalized": model.answer(texts, model.internalize_each(documents)),
     }
+    known = [replace(question, answer=value) for question, value in zip(asked, believed, strict=True)]
     rows = []
     for condition, said in predictions.items():
-        says_known = [prediction == value for prediction, value in zip(said, believed, strict=True)]
-        rows += _rows("conflict", condition, asked, said, believed=says_known, seed=seed)
+        rows += _rows("conflict", condition, asked, said, about="the document's value", seed=seed)
+        rows += _rows("conflict", condition, known, said, about="the encyclopedia's value", seed=seed)
     return pd.DataFrame(rows)
 
 
@@ -219,16 +225,18 @@ def sum_of(adapters: Sequence):
 def _strangers(rng: random.Random, count: int, n_facts: int) -> Iterator[world.Document]:
     """Documents of the test split that share no names, so that no question has two right answers."""
     known: set[str] = set()
-    for _ in range(100 * count):
+    failures = 0
+    while count:
         document = world.draw_document(rng, "test", n_facts)
         names = {name for _, name in document.entities}
-        if not names & known:
-            known |= names
-            yield document
-            count -= 1
-            if count == 0:
-                return
-    raise ValueError(f"the test split has too few names for {count} more documents of {n_facts} facts")
+        if names & known:
+            failures += 1
+            if failures == 500:
+                raise ValueError(f"the test split has too few names for {count} more documents of {n_facts} facts")
+            continue
+        known |= names
+        failures, count = 0, count - 1
+        yield document
 
 
 def _with_another_value(rng: random.Random, document: world.Document) -> tuple[world.Document, world.Question]:
@@ -241,3 +249,41 @@ def _with_another_value(rng: random.Random, document: world.Document) -> tuple[w
     question = world.question_about(rng, fact)
     span = next(f.span for f in rewritten.facts if (f.subject, f.relation) == (fact.subject, fact.relation))
     return rewritten, world.Question(question.text, question.answer, question.kind, (span,))
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+DOCUMENT_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def all_probes(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
+    """Every probe with the settings of the record, as one table."""
+    return pd.concat(
+        [
+            interference(model, n, seed),
+            conflict(model, n, seed),
+            composition(model, DOCUMENT_COUNTS, n, seed),
+            removal(model, n, seed),
+            two_hop(model, n, seed),
+            question_internalized(model, n, seed),
+        ],
+        ignore_index=True,
+    )
+
+
+def main() -> None:
+    """All probes of a bundled model, recorded in data/full_runs/qa_probes.jsonl with seed, n and command."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
+    parser.add_argument("--n", type=int, default=500, help="questions per probe and condition")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    rows = all_probes(load(a.model), a.n, a.seed)
+    rows = rows.assign(about=rows["about"].fillna(""))
+    facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.probes", *sys.argv[1:]])}
+    path = project_root() / "data" / "full_runs" / "qa_probes.jsonl"
+    table = record(path, rows, ["probe", "condition", "about"], **facts)
+    print(table.to_string())
+
+
+if __name__ == "__main__":
+    main()

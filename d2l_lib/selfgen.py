@@ -52,6 +52,7 @@ from .records import atomic_file, read_json, read_jsonl, write_json
 FORMAT, VERSION = "doc-to-lora self-generated data", 1
 MANIFEST = "manifest.json"
 TOP_K = 16
+NEIGHBOURS = 4  # so many groups back a prompt finds others that begin alike
 
 _IDS = pa.list_(pa.int32())
 PUBLISHED = {
@@ -191,35 +192,75 @@ class TransformersEngine:
         """
         replies: list[Reply | None] = [None] * len(prompts)
         generator = torch.Generator().manual_seed(seed)
-        waiting = sorted((i for i, ids in enumerate(prompts) if len(ids) < self.window), key=lambda i: len(prompts[i]))
+        groups = self._groups(prompts)
+        waiting = sorted(range(len(groups)), key=lambda g: max(len(prompts[i]) for i in groups[g][1]))
         while waiting:
             batch = [waiting.pop()]
-            width = len(prompts[batch[0]]) + max_new_tokens
-            while waiting and (len(batch) + 1) * width <= self.batch_tokens:
+            rows, width = len(groups[batch[0]][1]), max(len(prompts[i]) for i in groups[batch[0]][1]) + max_new_tokens
+            while waiting and (rows + len(groups[waiting[-1]][1])) * width <= self.batch_tokens:
                 batch.append(waiting.pop())
-            written = self._generate([prompts[i] for i in batch], max_new_tokens, temperature, generator)
-            for i, reply in zip(batch, written, strict=True):
+                rows += len(groups[batch[-1]][1])
+            order = [i for g in batch for i in groups[g][1]]
+            shared = [(n, len(rows)) for n, rows in (groups[g] for g in batch)]
+            written = self._generate([prompts[i] for i in order], shared, max_new_tokens, temperature, generator)
+            for i, reply in zip(order, written, strict=True):
                 replies[i] = reply
         return replies
 
+    def _groups(self, prompts: Prompts) -> list[tuple[int, list[int]]]:
+        """(n, places) of near prompts that begin with the same n tokens, so that a document is read once for all of its
+        questions. What is shared is at least half of each prompt; n is 0 for one that is alone, and everywhere in
+        models with sliding windows, which would count the padding between the two parts.
+
+        At most half of `batch_tokens` go into one group; prompts that fill the model's window are left out.
+        """
+        slides = "sliding_attention" in (getattr(self.model.config.get_text_config(), "layer_types", None) or [])
+        groups: list[tuple[int, list[int]]] = []
+        for i, ids in enumerate(prompts):
+            if len(ids) >= self.window:
+                continue
+            for g in reversed(range(max(0, len(groups) - NEIGHBOURS), len(groups))):
+                n, places = groups[g]
+                first = prompts[places[0]]
+                most = min(n or len(first) - 1, len(ids) - 1)
+                common = next((j for j in range(most) if first[j] != ids[j]), most)
+                fits = 2 * (len(places) + 1) * max(len(first), len(ids)) <= self.batch_tokens
+                if not slides and fits and 2 * common >= max(len(first), len(ids)):
+                    groups[g] = (common, [*places, i])
+                    break
+            else:
+                groups.append((0, [i]))
+        return groups
+
     @torch.inference_mode()
-    def _generate(self, prompts, max_new_tokens: int, temperature: float, generator: torch.Generator) -> list[Reply]:
-        device, longest = self.model.device, max(map(len, prompts))
-        ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
-        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    def _generate(
+        self,
+        prompts,
+        shared: Sequence[tuple[int, int]],
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> list[Reply]:
+        """Replies to prompts; shared: (n, rows) says that the next `rows` of them begin with the same n tokens."""
+        device, longest_shared = self.model.device, max(n for n, _ in shared)
+        begin = [n for n, rows in shared for _ in range(rows)]
+        ids, mask = _left_padded([prompt[n:] for prompt, n in zip(prompts, begin, strict=True)], self.tokenizer, device)
         limits = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
         limit, stops = torch.tensor(limits, device=device), torch.tensor(self.stops, device=device)
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         cache, tokens, values, indices = None, [], [], []
         with without_lora(self.model):
+            if longest_shared:
+                starts = torch.tensor([0, *(rows for _, rows in shared)]).cumsum(0).tolist()
+                heads = [prompts[start][:n] for start, (n, _) in zip(starts, shared, strict=False)]
+                head_ids, head_mask = _left_padded(heads, self.tokenizer, device)
+                repeats = torch.tensor([rows for _, rows in shared], device=device)
+                place = torch.arange(len(shared), device=device).repeat_interleave(repeats)
+                cache = self._step(head_ids, head_mask, None).past_key_values
+                cache.batch_select_indices(place)
+                mask = torch.cat([head_mask[place], mask], 1)
             while not done.all():
-                where = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-                output = self.model(input_ids=ids, **where, use_cache=True, logits_to_keep=1)
+                output = self._step(ids, mask, cache)
                 cache = output.past_key_values
                 log_probs = output.logits[:, -1].float().log_softmax(-1)  # [rows, vocabulary]
                 top = log_probs.topk(TOP_K)
@@ -232,7 +273,6 @@ class TransformersEngine:
                 indices.append(top.indices)
                 done |= torch.isin(chosen, stops) | (len(tokens) >= limit)
                 ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-                positions = (positions[:, -1:] + 1).clamp_max(min(self.window, 2**31) - 1)  # rows that are done wait
         tokens = torch.stack(tokens, 1).tolist()
         values, indices = (torch.stack(steps, 1).cpu().numpy() for steps in (values, indices))
         if np.isnan(values).any():
@@ -243,6 +283,23 @@ class TransformersEngine:
             n = most if stop is None else stop + 1
             replies.append(_reply(tokens[row][:n], stop is not None, values[row, :n], indices[row, :n]))
         return replies
+
+    def _step(self, ids: torch.Tensor, mask: torch.Tensor, cache):
+        """The model's output for the last columns of `mask`; positions of rows that are done stay in the window."""
+        positions = (mask.cumsum(-1) - 1).clamp(0, min(self.window, 2**31) - 1)[:, -ids.shape[1] :]
+        where = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        return self.model(input_ids=ids, **where, use_cache=True, logits_to_keep=1)
+
+
+def _left_padded(rows: Prompts, tokenizer, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) [rows, longest]; an empty row is padding and nothing else."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for row, prompt in enumerate(rows):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
 
 
 def _reply(ids: list[int], finished: bool, values: np.ndarray, indices: np.ndarray) -> Reply:

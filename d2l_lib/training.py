@@ -1,29 +1,24 @@
-"""Training, on top of `transformers.Trainer`: the tiny base model, then hypernetworks.
+"""Training: the tiny base model, then hypernetworks, on needles here and on questions in `distillation`.
 
     python -m d2l_lib.training --preset tiny                     # everything that is bundled, from nothing
     python -m d2l_lib.training --preset tiny --stage needle --seed 1
 
-Batches are functions of (seed, step), and the Trainer saves the optimiser: a run that was killed goes on from its last
-checkpoint and ends with the weights of an uninterrupted one. Under torchrun every process takes its share of the
-batches.
+Runs can be killed and go on (see `trainer`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import shutil
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import needles, pretraining
 from .base_model import ContextEncoder, decoder_body, load_base_model, module_sizes
@@ -34,138 +29,9 @@ from .lora import apply_lora
 from .losses import AnswerTokens, context_average, cross_entropy, distillation, find_answer_tokens, l1_penalty
 from .packing import IGNORED
 from .presets import NEEDLE_VARIANTS, DistillationPreset, HypernetworkPreset, NeedlePreset, Preset, preset
-from .records import atomic_folder, read_json, read_jsonl, write_jsonl
-
-
-# -------------------------------------------------------------------------------------------------------- the Trainer
-class Report(TrainerCallback):
-    """One JSON line per report in `run`/log.jsonl, and one printed line: step, seconds trained, loss and the
-    model's own report.
-
-    Seconds count on over interruptions. After a resumed start, lines of steps that will be trained again are dropped.
-    """
-
-    def __init__(self, path: Path, model: nn.Module, stop_at: int | None = None):
-        self.path, self.model, self.stop_at = path, model, stop_at
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        kept = (
-            [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.exists() else []
-        )
-        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-        self.start = time.monotonic()
-        if state.is_world_process_zero:
-            write_jsonl(self.path, kept)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "loss" not in logs:
-            return
-        line = {
-            "step": state.global_step,
-            "seconds": round(self.seconds_before + time.monotonic() - self.start, 1),
-            "loss": round(logs["loss"], 5),  # a model may report its loss without penalties in its place
-            "total_loss": round(logs["loss"], 5),
-            "learning_rate": logs["learning_rate"],
-            **self.model.report(),
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        rest = "  ".join(
-            f"{name} {value:.3f}"
-            for name, value in line.items()
-            if name not in ("step", "seconds", "total_loss", "learning_rate")
-        )
-        print(f"step {line['step']:>5}  {line['seconds']:>6.0f} s  {rest}", flush=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.stop_at is not None and state.global_step >= self.stop_at:
-            control.should_save = control.should_training_stop = True
-
-
-class InOrderTrainer(Trainer):
-    """A Trainer that takes the batches of a curriculum in their order, and spares `without_decay` from weight decay."""
-
-    without_decay: frozenset[str] = frozenset()
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
-
-    def get_decay_parameter_names(self, model):
-        return [name for name in super().get_decay_parameter_names(model) if name not in self.without_decay]
-
-
-def first(items: list) -> dict:
-    """Collator for data sets whose items are whole batches."""
-    return items[0]
-
-
-def fit(
-    model: nn.Module,
-    batches: Dataset,
-    run: Path,
-    *,
-    steps: int,
-    learning_rate: float,
-    warmup_steps: int,
-    seed: int,
-    save_steps: int = 250,
-    report_steps: int = 50,
-    stop_at: int | None = None,
-    without_decay: Sequence[str] = (),
-    **options,
-) -> None:
-    """Train `model` (its forward returns {"loss": ...}) on `batches` in order, going on from the last checkpoint in
-    `run`.
-
-    stop_at ends this call early with a checkpoint; the schedule is that of `steps`. FloatingPointError when the loss is
-    not a number; the checkpoints written before it are kept.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    arguments = TrainingArguments(
-        output_dir=str(run),
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.02},
-        warmup_steps=warmup_steps,
-        logging_steps=report_steps,
-        logging_nan_inf_filter=False,
-        save_steps=save_steps,
-        save_total_limit=2,
-        seed=seed,
-        disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),  # else the Trainer refuses bfloat16 there
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-        remove_unused_columns=False,
-        **options,
-    )
-    trainer = InOrderTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=batches,
-        data_collator=first,
-        callbacks=[Report(run / "log.jsonl", model, stop_at)],
-    )
-    trainer.without_decay = frozenset(without_decay)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(run))
-
-
-def last_whole_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint folder in `run` that was written to its end; half-written ones (a killed run) are deleted.
-
-    The Trainer writes trainer_state.json last: a folder without it, or with a part of it, is not whole.
-    """
-    checkpoints = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(checkpoints, key=lambda f: -int(f.name.rpartition("-")[2])):
-        try:
-            read_json(folder / "trainer_state.json")
-            return str(folder)
-        except (FileNotFoundError, ValueError):
-            shutil.rmtree(folder, ignore_errors=True)  # another process of the run may be deleting it too
-    return None
+from .readout import ReadoutBatches, needle_sentences, start_linear, train_readout
+from .records import atomic_folder, read_jsonl, write_jsonl
+from .trainer import chunk_batch, fit, pad_right
 
 
 # ----------------------------------------------------------------------------------------------------- the base model
@@ -273,47 +139,6 @@ class NeedleBatches(Dataset):
             "input_ids": input_ids,
             "labels": labels,
         }
-
-
-def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids as a tensor [rows, longest] padded with `value`, and its mask (1 at real ids)."""
-    tensors = [torch.tensor(row) for row in rows]
-    padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
-    return padded, mask
-
-
-def chunk_batch(chunks: Sequence[Sequence[int]], n_chunks: Sequence[int], pad_id: int) -> dict:
-    """chunk_ids, chunk_mask, order and n_chunks of a batch (see NeedleBatches), for the chunks of all contexts in
-    order.
-    """
-    groups, order = group_by_length(chunks)
-    padded = [pad_right(group, pad_id) for group in groups]
-    return {
-        "chunk_ids": [ids for ids, _ in padded],
-        "chunk_mask": [mask for _, mask in padded],
-        "order": torch.tensor(order),
-        "n_chunks": torch.tensor(n_chunks),
-    }
-
-
-def group_by_length(
-    chunks: Sequence[Sequence[int]], most_padding: float = 0.4
-) -> tuple[list[list[Sequence[int]]], list[int]]:
-    """Chunks sorted into groups whose lengths differ by at most `most_padding`, and where each chunk went.
-
-    The concatenated groups taken at `order` are the chunks as given.
-    """
-    by_length = sorted(range(len(chunks)), key=lambda c: -len(chunks[c]))
-    groups: list[list[Sequence[int]]] = []
-    for c in by_length:
-        if not groups or len(chunks[c]) < (1 - most_padding) * len(groups[-1][0]):
-            groups.append([])
-        groups[-1].append(chunks[c])
-    order = [0] * len(chunks)
-    for place, c in enumerate(by_length):
-        order[c] = place
-    return groups, order
 
 
 def random_chunks(rng: random.Random, text: str, length_tokens: int, p: NeedlePreset) -> list[str]:
@@ -436,16 +261,23 @@ def train_needle(
     stop_at: int | None = None,
     **options,
 ) -> Hypernetwork:
-    """A hypernetwork for `base_model` trained on needles with cross-entropy, in two stages (see NeedleBatches).
+    """A hypernetwork for `base_model` trained on needles: the warm-up of `readout`, if `p` has one, then cross-entropy
+    in two stages (see NeedleBatches).
 
-    stop_at ends the first stage early, and with it this call; `options` go to `fit`.
+    stop_at ends the first stage after the warm-up early, and with it this call; `options` go to `fit`.
     """
+    torch.manual_seed(seed)
+    hypernetwork = Hypernetwork(hypernetwork_config(p, base_model, base_name))
+    if p.readout is not None:
+        start_linear(hypernetwork, base_model, tokenizer, seed)
+        sentences = ReadoutBatches(tokenizer, p.readout, seed, needle_sentences)
+        train_readout(p.readout, base_model, hypernetwork, sentences, run / "readout", seed, **options)
     batches = NeedleBatches(tokenizer, p, seed)
-    hypernetwork = train_hypernetwork(p, base_model, batches, run, seed, base_name, stop_at=stop_at, **options)
+    fit_hypernetwork(p, base_model, hypernetwork, batches, run, seed, stop_at=stop_at, **options)
     if p.polish_steps and stop_at is None:
         polish = replace(p, steps=p.polish_steps, learning_rate=p.polish_learning_rate)
         batches = NeedleBatches(tokenizer, p, seed, polish=True)
-        _fit_hypernetwork(polish, base_model, hypernetwork, batches, run / "polish", seed, **options)
+        fit_hypernetwork(polish, base_model, hypernetwork, batches, run / "polish", seed, **options)
     return hypernetwork
 
 
@@ -455,13 +287,14 @@ def train_hypernetwork(
     """A new hypernetwork for `base_model` trained on `batches`, resumable in `run`; `options` go to `fit`."""
     torch.manual_seed(seed)
     hypernetwork = Hypernetwork(hypernetwork_config(p, base_model, base_name))
-    _fit_hypernetwork(p, base_model, hypernetwork, batches, run, seed, **options)
+    fit_hypernetwork(p, base_model, hypernetwork, batches, run, seed, **options)
     return hypernetwork
 
 
-def _fit_hypernetwork(
+def fit_hypernetwork(
     p, base_model, hypernetwork: Hypernetwork, batches: Dataset, run: Path, seed: int, distil: bool = True, **options
 ) -> None:
+    """Train `hypernetwork` on `batches` in place, resumable in `run`; steps, rates and L1 are those of `p`."""
     fit(
         Internalization(base_model, hypernetwork, p.l1, distil),
         batches,
@@ -513,7 +346,8 @@ def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) ->
     bundled = (seed, variant) == (p.needle.seed, "ours")
     save_checkpoint(data / p.name / "hypernetwork" if bundled else runs / p.name / name / "final", hypernetwork, meta)
     run = runs / p.name / name
-    log = [{"seed": seed, "variant": variant, **line} for line in whole_log(run, run / "polish")]
+    facts = {"seed": seed, "variant": variant, "threads": torch.get_num_threads()}
+    log = [facts | line for line in whole_log(run / "readout", run, run / "polish")]
     write_jsonl(data / "full_runs" / f"{name}_training.jsonl", log)
 
 

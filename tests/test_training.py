@@ -15,7 +15,7 @@ import torch
 import train_small
 from safetensors.torch import load_file
 
-from d2l_lib import needles, training
+from d2l_lib import needles, trainer, training
 from d2l_lib.base_model import ContextEncoder
 from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
@@ -133,7 +133,7 @@ def test_a_repeated_block_is_that_many_equal_blocks(base):
 
 def test_group_by_length_puts_every_chunk_back():
     chunks = [[1] * n for n in (5, 200, 7, 30, 6, 190, 31)]
-    groups, order = training.group_by_length(chunks)
+    groups, order = trainer.group_by_length(chunks)
     flat = [c for group in groups for c in group]
     assert [flat[i] for i in order] == chunks
     assert all(len(group[-1]) >= 0.6 * len(group[0]) for group in groups) and len(groups) == 3
@@ -163,9 +163,9 @@ def test_gradients_reach_every_parameter_and_never_the_base(base, batches):
 def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp_path, monkeypatch):
     model, tokenizer = base
     seen = {}
-    original = training.InOrderTrainer.get_decay_parameter_names
+    original = trainer.InOrderTrainer.get_decay_parameter_names
     monkeypatch.setattr(
-        training.InOrderTrainer,
+        trainer.InOrderTrainer,
         "get_decay_parameter_names",
         lambda self, m: seen.setdefault("names", original(self, m)),
     )
