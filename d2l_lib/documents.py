@@ -190,17 +190,33 @@ def context_ids(tokenizer, texts: str | Sequence[str]) -> list[int] | list[list[
     return ids[0] if isinstance(texts, str) else ids
 
 
-def question_ids(tokenizer, questions: str | Sequence[str]) -> list[int] | list[list[int]]:
+def question_ids(tokenizer, questions: str | Sequence[str], system: str = "") -> list[int] | list[list[int]]:
     """Token ids of a question (or of each of several): user turn and generation prompt, no system turn.
 
-    Raises as check_text does.
+    A `system` message stands before them in the template's own way; where the template refuses one (Gemma-2's), at the
+    head of the user's turn. Raises as check_text does.
     """
     several = [questions] if isinstance(questions, str) else questions
     for number, question in enumerate(several, 1):
         check_text(question, "the question" if isinstance(questions, str) else f"question {number}")
-    before, after = _around_sentinel(_render(tokenizer, [{"role": "user", "content": SENTINEL}]))
+    before, after = _question_wrapping(tokenizer, system.strip())
     ids = _wrap(tokenizer, before, several, after)
     return ids[0] if isinstance(questions, str) else ids
+
+
+def _question_wrapping(tokenizer, system: str) -> tuple[str, str]:
+    from jinja2.exceptions import TemplateError
+
+    user = {"role": "user", "content": SENTINEL}
+    if not system:
+        return _around_sentinel(_render(tokenizer, [user]))
+    if any(name in system for name in special_texts(tokenizer)):
+        raise ValueError("the system message holds the name of a special token of the chat template: leave it out")
+    try:
+        return _around_sentinel(_render(tokenizer, [{"role": "system", "content": system}, user]))
+    except TemplateError:
+        before, after = _around_sentinel(_render(tokenizer, [user]))
+        return f"{before}{system}\n\n", after
 
 
 def stop_ids(tokenizer) -> list[int]:

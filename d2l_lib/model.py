@@ -361,20 +361,23 @@ class DocToLoRA:
         adapter: Adapters | _Current = CURRENT,
         *,
         max_new_tokens: int = 64,
+        system: str = "",
     ) -> str | list[str]:
         """The greedy answer to a question, or a list of answers to a list.
 
         adapter: left out, the current one; None, the base model alone; a list, one (or None) per question. Each
-        question is wrapped in the chat template without a system turn and the answer ends at the template's end of
-        turn, after `max_new_tokens`, or at the window's end. Questions are batched with left padding, the answers are
-        those of one-by-one calls. ValueError for a blank question and for one that the window cannot hold.
+        question is wrapped in the chat template, with a turn for the `system` message if there is one, and the answer
+        ends at the template's end of turn, after `max_new_tokens`, or at the window's end. Questions are batched with
+        left padding, the answers are those of one-by-one calls. ValueError for a blank question and for one that the
+        window cannot hold.
         """
         single = isinstance(question, str)
         if not single and (isinstance(question, (bytes, Mapping, set)) or not isinstance(question, Iterable)):
             raise TypeError(f"the question must be a text or a list of texts, not {type(question).__name__}")
         questions = [question] if single else list(question)
         check_count(max_new_tokens, "max_new_tokens")
-        prompts = [question_ids(self.tokenizer, question)] if single else question_ids(self.tokenizer, questions)
+        prompts = question_ids(self.tokenizer, question if single else questions, system)
+        prompts = [prompts] if single else prompts
         for index, prompt in enumerate(prompts):
             which = "the question" if single else f"question {index + 1} of {len(prompts)}"
             self._check_window(len(prompt), f"{which} takes {len(prompt)} tokens with its chat wrapping")

@@ -23,7 +23,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REFERENCE = "#666666"
 # What says which row is which: no row may lack it.
-KEYS = ("method", "task", "length_tokens", "depth", "n", "facts", "chunk", "step")
+KEYS = ("method", "task", "condition", "length_tokens", "depth", "n", "facts", "documents", "chunk", "step")
 
 STYLE = {
     "figure.dpi": 120,
@@ -390,6 +390,110 @@ def plot_base_model_scores(
         axes.set_xlabel("exact match (% of questions)")
         figure.supxlabel(f"seed {_seeds(scores)}; bars: 95% Wilson interval", fontsize=8, color=REFERENCE)
     return figure
+
+
+def plot_exact_match_by_facts(
+    results: pd.DataFrame, *, title: str = "One-hop questions by number of facts in the document"
+) -> Figure:
+    """Exact match of every method against the size of the document, with its 95% band.
+
+    results: method, facts (str, "1-5", "6-10", ...), n, exact_match (0 to 1), seed.
+    """
+    _need(results, "method", "facts", "n", "exact_match", "seed")
+    with style():
+        figure, axes = _figure(WIDE, title)
+        groups = sorted(results["facts"].unique(), key=_first_number)
+        for i, method in enumerate(results["method"].unique()):
+            rows = pool(results[results["method"] == method], ["facts"]).set_index("facts")
+            rows = rows.loc[[group for group in groups if group in rows.index]]
+            _line_with_band(axes, [groups.index(group) for group in rows.index], rows, i, method)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_xlabel("facts in the document")
+        _share_axis(axes, "exact match (% of questions)")
+        _legend_below(axes)
+        figure.supxlabel(_question_caption(results, ["facts"]), fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_exact_match_by_documents(
+    results: pd.DataFrame, *, title: str = "One-hop questions by number of documents in one adapter"
+) -> Figure:
+    """Exact match against how many documents share an adapter, with its 95% band.
+
+    results: documents (a number), n, exact_match (0 to 1), seed; optional method.
+    """
+    _need(results, "documents", "n", "exact_match", "seed")
+    results = results if "method" in results else results.assign(method="Doc-to-LoRA")
+    with style():
+        figure, axes = _figure(WIDE, title)
+        for i, method in enumerate(results["method"].unique()):
+            rows = pool(results[results["method"] == method], ["documents"])
+            _line_with_band(axes, rows["documents"], rows, i, method)
+        _token_axis(axes, results["documents"].unique(), "documents in the adapter")
+        _share_axis(axes, "exact match (% of questions)")
+        _legend_below(axes)
+        figure.supxlabel(_question_caption(results, ["documents"]), fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_score_by_seconds(
+    results: pd.DataFrame, *, title: str = "What a document's preparation costs, and what it buys"
+) -> Figure:
+    """Every method's score against the seconds it takes to prepare one document, with 95% intervals.
+
+    results: method, score, low, high (0 to 1), seconds_prepare (mean per document), documents, n, seed. Methods that
+    prepare nothing stand at the left edge, at a millisecond.
+    """
+    _need(results, "method", "score", "low", "high", "seconds_prepare", "documents", "n", "seed")
+    with style():
+        figure, axes = _figure(TALL, title)
+        for i, row in enumerate(results.to_dict("records")):
+            seconds = max(1e-3, row["seconds_prepare"])
+            error = [[max(0.0, row["score"] - row["low"])], [max(0.0, row["high"] - row["score"])]]
+            color, marker = COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]
+            axes.errorbar(
+                seconds, row["score"], yerr=error, color=color, marker=marker, linestyle="none", capsize=3,
+                markersize=8, label=_plain(row["method"]),
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlabel("seconds to prepare one document (logarithmic)")
+        _share_axis(axes, "score (% of the best possible)")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        counts = results[["documents", "n"]].iloc[0]
+        n = f"n = {counts['n']} questions on {counts['documents']} documents"
+        figure.suptitle(
+            f"{n}, seed {_seeds(results)}; bars: 95% interval",
+            fontsize=8,
+            color=REFERENCE,
+            x=0.99,
+            ha="right",
+        )
+    return figure
+
+
+def plot_exact_match_by_condition(results: pd.DataFrame, *, title: str) -> Figure:
+    """Horizontal bars of exact match per condition, with the 95% interval; drawn top to bottom in table order.
+
+    results: condition (str), n, exact_match (0 to 1), seed; optional aim (0 to 1, or NaN).
+    """
+    _need(results, "condition", "n", "exact_match", "seed")
+    return plot_base_model_scores(results.rename(columns={"condition": "task"}), title=title)
+
+
+def _line_with_band(axes: Axes, x, rows: pd.DataFrame, i: int, method: str) -> None:
+    color = COLORS[i % len(COLORS)]
+    axes.fill_between(x, rows["low"], rows["high"], color=color, alpha=0.18, linewidth=0)
+    axes.plot(x, rows["exact_match"], color=color, marker=MARKERS[i % len(MARKERS)], label=_plain(method))
+
+
+def _first_number(group: str) -> int:
+    return int(str(group).split("-")[0])
+
+
+def _question_caption(results: pd.DataFrame, by: list[str]) -> str:
+    counts = results.groupby(["method", *by])["n"].sum()
+    n = f"n = {counts.min()}" if counts.min() == counts.max() else f"n = {counts.min()} to {counts.max()}"
+    return f"{n} questions per point, seed {_seeds(results)}; band: 95% Wilson interval"
 
 
 def _figure(size: tuple[float, float], title: str) -> tuple[NotebookFigure, Axes]:

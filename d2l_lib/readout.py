@@ -176,6 +176,7 @@ def train_readout(
         warmup_steps=p.warmup_steps,
         seed=seed,
         weight_decay=0.01,
+        ddp_find_unused_parameters=True,  # those that only the blocks themselves need
         without_decay=[f"hypernetwork.{name}" for name in names_without_decay(hypernetwork)],
         **options,
     )

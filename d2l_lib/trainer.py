@@ -123,7 +123,7 @@ def fit(
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         remove_unused_columns=False,
-        **options,
+        **{"ddp_find_unused_parameters": False} | options,
     )
     trainer = InOrderTrainer(
         model=model,

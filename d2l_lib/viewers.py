@@ -147,15 +147,21 @@ def render_inside(documents: Iterable[dict], adapter_strength: float, bias_stren
     return render_view("inside", body, documents=len(rows))
 
 
-def render_answers(question: str, answers: Sequence[tuple[str, str]]) -> str:
-    """One question and its answers side by side. answers: (where it came from, text)."""
-    panes = "".join(
-        f'<div class="d2l-pane" data-source="{html.escape(source)}"><h4>{html.escape(source)}</h4>'
-        f'<div class="d2l-text">{html.escape(text)}</div></div>'
-        for source, text in answers
-    )
-    asked = f'<h4>Question</h4><div class="d2l-text d2l-question">{html.escape(question)}</div>'
-    return render_view("answers", f'{asked}<div class="d2l-columns">{panes}</div>', answers=len(answers))
+Turn = tuple[str, Sequence[tuple[str, str]]]  # a question, and its answers: (where it came from, text)
+
+
+def render_answers(turns: Sequence[Turn]) -> str:
+    """Questions and their answers side by side, the latest first."""
+    body = ""
+    for question, answers in reversed(turns):
+        panes = "".join(
+            f'<div class="d2l-pane" data-source="{html.escape(source)}"><h4>{html.escape(source)}</h4>'
+            f'<div class="d2l-text">{html.escape(text)}</div></div>'
+            for source, text in answers
+        )
+        asked = f'<h4>Question</h4><div class="d2l-text d2l-question">{html.escape(question)}</div>'
+        body += f'<div class="d2l-turn">{asked}<div class="d2l-columns">{panes}</div></div>'
+    return render_view("answers", body, turns=len(turns), answers=len(turns[-1][1]) if turns else 0)
 
 
 def _is_missing(value: Any) -> bool:
@@ -271,7 +277,8 @@ IN_PROMPT = "base model, document in its prompt"
 
 
 class Conversation:
-    """What a chat holds: documents with their adapters and weights, and two strengths. No widgets; `chat` draws it.
+    """What a chat holds: documents with their adapters and weights, two strengths, a system message. No widgets; `chat`
+    draws it. Every question stands alone: earlier ones are not in the prompt.
 
     model: a DocToLoRA, or anything with its `internalize_each` and `answer`; its own current adapter stays what it
     was. Every document is internalized once, when it is added; weights and strengths only scale blocks.
@@ -283,6 +290,7 @@ class Conversation:
         self.weights: dict[str, float] = {}
         self.adapter_strength = 1.0
         self.bias_strength = 1.0
+        self.system = ""
         self._adapters: dict[str, Any] = {}
 
     def add(self, text: str, name: str = "") -> str:
@@ -294,6 +302,13 @@ class Conversation:
         [self._adapters[name]] = self.model.internalize_each({name: text})
         self.texts[name], self.weights[name] = text, 1.0
         return name
+
+    def replace(self, name: str, text: str) -> None:
+        """Another text under the same name, in the same place and at the same weight."""
+        if name not in self.texts:
+            raise ValueError(f"no document named {name!r} is inside")
+        [self._adapters[name]] = self.model.internalize_each({name: text})
+        self.texts[name] = text
 
     def remove(self, name: str) -> None:
         """Afterwards the model is as if the document had never been added."""
@@ -331,7 +346,7 @@ class Conversation:
 
     def _answer(self, prompt: str, adapter: Any) -> str:
         try:
-            return self.model.answer(prompt, adapter)
+            return self.model.answer(prompt, adapter, **({"system": self.system} if self.system.strip() else {}))
         except (ValueError, RuntimeError) as error:
             return f"(no answer: {error})"
 
@@ -353,7 +368,15 @@ def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None =
     inside, status, answers = W.HTML(), W.HTML(), W.HTML()
     asked = W.Text(description="Question", value=question, continuous_update=False, layout=W.Layout(width="80%"))
     ask = W.Button(description="Ask", icon="comment", button_style="primary")
-    answered_for = None
+    system = W.Text(
+        description="System",
+        placeholder="optional system message",
+        continuous_update=False,
+        layout=W.Layout(width="80%"),
+    )
+    clear = W.Button(description="Clear", icon="eraser", tooltip="forget the questions and answers, keep the documents")
+    answered_for, editing = None, None
+    turns: list[Turn] = []
 
     def attempt(action: Callable[[], Any], working: str) -> bool:
         """Runs `action` and says how it went: in a callback an exception would be lost."""
@@ -370,24 +393,30 @@ def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None =
         """Draws what is inside, and asks the question again if anything that its answer depends on has changed."""
         nonlocal answered_for
         conversation.adapter_strength, conversation.bias_strength = adapter_strength.value, bias_strength.value
+        conversation.system = system.value
         inside.value = render_inside(conversation.inside(), adapter_strength.value, bias_strength.value)
         wanted = asked.value.strip()
-        strengths = (adapter_strength.value, bias_strength.value)
-        state = (wanted, strengths, *conversation.texts.items(), *conversation.weights.items())
+        settings = (adapter_strength.value, bias_strength.value, system.value)
+        state = (wanted, settings, *conversation.texts.items(), *conversation.weights.items())
         if not wanted or state == answered_for:
             return
 
         def answer() -> None:
-            answers.value = render_answers(wanted, conversation.answers(wanted))
+            turn = (wanted, conversation.answers(wanted))
+            if turns and turns[-1][0] == wanted:  # the same question again, with something else inside
+                turns.pop()
+            turns.append(turn)
+            answers.value = render_answers(turns)
 
         if attempt(answer, "answering ..."):
             answered_for = state
 
     def row(document: str) -> W.HBox:
         weight = W.FloatSlider(description="Weight", value=1.0, min=-1.0, max=2.0, step=0.05, continuous_update=False)
+        edit = W.Button(description="Edit", icon="pencil", tooltip=f"change the text of {document}")
         remove = W.Button(description="Remove", icon="trash", tooltip=f"take {document} out again")
         title = W.HTML(render_view("name", html.escape(document), document=document), layout=W.Layout(width="240px"))
-        line = W.HBox([title, weight, remove])
+        line = W.HBox([title, weight, edit, remove])
 
         def reweigh(change: dict) -> None:
             conversation.weights[document] = change["new"]
@@ -395,12 +424,26 @@ def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None =
 
         def drop(_) -> None:
             conversation.remove(document)
+            if editing == document:
+                edit_document(None)
             listed.children = [child for child in listed.children if child is not line]
             refresh()
 
+        def change(_) -> None:
+            edit_document(document)
+
         weight.observe(reweigh, "value")
+        edit.on_click(change)
         remove.on_click(drop)
         return line
+
+    def edit_document(document: str | None) -> None:
+        """Puts a document's text where it can be changed, or (None) makes room for a new one."""
+        nonlocal editing
+        editing = document
+        name.value, text.value = document or "", conversation.texts.get(document, "")
+        name.disabled = document is not None
+        add.description = "Replace document" if document else "Add document"
 
     def insert(body: str, title: str) -> bool:
         def internalize() -> None:
@@ -413,15 +456,26 @@ def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None =
         return done
 
     def on_add(_) -> None:
-        if insert(text.value, name.value):
-            text.value = name.value = ""
+        if editing is None:
+            done = insert(text.value, name.value)
+        elif done := attempt(lambda: conversation.replace(editing, text.value), "internalizing ..."):
+            refresh()
+        if done:
+            edit_document(None)
+
+    def on_clear(_) -> None:
+        nonlocal answered_for
+        turns.clear()
+        answered_for = None
+        answers.value = render_answers(turns)
 
     for title, body in given.items():
         insert(body, title)
     refresh()
     add.on_click(on_add)
     ask.on_click(refresh)
-    for control in (adapter_strength, bias_strength, asked):
+    clear.on_click(on_clear)
+    for control in (adapter_strength, bias_strength, system, asked):
         control.observe(refresh, "value")
     column = W.Layout(width="100%")
     return Viewer(
@@ -432,7 +486,8 @@ def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None =
             text,
             add,
             W.HBox([adapter_strength, bias_strength], layout=W.Layout(flex_flow="row wrap")),
-            W.HBox([asked, ask], layout=column),
+            system,
+            W.HBox([asked, ask, clear], layout=column),
             status,
             answers,
         ],

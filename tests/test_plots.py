@@ -60,7 +60,19 @@ def tables(needles) -> dict:
     )
     curriculum = pd.DataFrame({"seed": 0, "step": steps, "right_haystack": steps / 1000, "right_recital": np.nan})
     lengths = pd.DataFrame({"facts": [2, 2, 4, 4], "length_tokens": [30, 34, 61, 70]})
+    facts = pd.DataFrame(
+        {"method": ["in context", "Doc-to-LoRA"] * 2, "facts": ["1-5", "1-5", "11-15", "11-15"], "n": 100,
+         "exact_match": [1.0, 0.9, 0.98, 0.5], "seed": 0}
+    )  # fmt: skip
+    documents = pd.DataFrame({"documents": [1, 2, 16], "n": 200, "exact_match": [0.9, 0.88, 0.7], "seed": 0})
+    seconds = pd.DataFrame(
+        {"method": ["no context", "Doc-to-LoRA", "distillation"], "score": [0.0, 0.9, 0.5], "low": [0.0, 0.8, 0.4],
+         "high": [0.05, 0.95, 0.6], "seconds_prepare": [0.0, 0.05, 20.0], "documents": 10, "n": 80, "seed": 0}
+    )  # fmt: skip
     return {
+        plots.plot_exact_match_by_facts: facts,
+        plots.plot_exact_match_by_documents: documents,
+        plots.plot_score_by_seconds: seconds,
         plots.plot_needle_accuracy_by_length: needles,
         plots.plot_needle_accuracy_by_length_and_depth: needles[needles["method"] == "Doc-to-LoRA"],
         plots.plot_training_curves: history,
@@ -107,6 +119,21 @@ def test_pooling_weighs_by_n():
     assert pooled["low"].item() == pytest.approx(0.9455, abs=5e-5)
 
 
+def test_facts_stand_in_order_of_number_and_no_cost_stands_at_the_left_edge(tables):
+    facts = tables[plots.plot_exact_match_by_facts]
+    axes = plots.plot_exact_match_by_facts(facts.iloc[::-1]).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1-5", "11-15"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert lines == {"in context": [1.0, 0.98], "Doc-to-LoRA": [0.9, 0.5]}
+    axes = plots.plot_score_by_seconds(tables[plots.plot_score_by_seconds]).axes[0]
+    places = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.get_lines() if len(line.get_xdata()) == 1]
+    assert {(1e-3, 0.0), (0.05, 0.9), (20.0, 0.5)} <= set(places)
+    bars = plots.plot_exact_match_by_condition(
+        pd.DataFrame({"condition": ["b", "a"], "n": 10, "exact_match": [0.5, 1.0], "seed": 0}), title="x"
+    ).axes[0]
+    assert [label.get_text().split("\n")[0] for label in bars.get_yticklabels()] == ["b", "a"]
+
+
 def test_every_function_draws_the_same_bytes_twice_and_leaves_its_table_and_settings_alone(tables):
     for plot, table in tables.items():
         before, settings = table.copy(deep=True), dict(matplotlib.rcParams)
@@ -119,7 +146,19 @@ def test_every_function_draws_the_same_bytes_twice_and_leaves_its_table_and_sett
 
 
 def test_every_axis_is_labelled_with_its_unit(tables):
-    units = ("tokens", "%", "steps", "optimizer updates", "facts", "seconds", "MiB", "nats", "Frobenius", "position")
+    units = (
+        "tokens",
+        "%",
+        "steps",
+        "optimizer updates",
+        "facts",
+        "documents",
+        "seconds",
+        "MiB",
+        "nats",
+        "Frobenius",
+        "position",
+    )
     for plot, table in tables.items():
         panels = [axes for axes in plot(table).axes if not hasattr(axes, "_colorbar")]
         for axes in panels:

@@ -100,7 +100,7 @@ def test_evidence_with_more_starts_than_ends_is_an_error():
         viewers.render_sample_table(pd.DataFrame(SAMPLES[3:])),
         viewers.render_message(HOSTILE, is_error=True),
         viewers.render_inside([{"name": HOSTILE, "n_characters": 3, "n_blocks": 1, "weight": 1.0}], 1.0, 1.0),
-        viewers.render_answers(HOSTILE, [(HOSTILE, HOSTILE)]),
+        viewers.render_answers([(HOSTILE, [(HOSTILE, HOSTILE)])]),
         viewers.render_view("x", "", value=HOSTILE),
     ],
     ids=["sample", "table", "message", "inside", "answers", "attribute"],
@@ -275,7 +275,8 @@ class ToyModel:
         self.internalized += documents
         return [ToyAdapter((ToyBlock(name, text),)) for name, text in documents.items()]
 
-    def answer(self, question, adapter):
+    def answer(self, question, adapter, system=""):
+        question = f"[{system}] {question}" if system else question
         if len(question) > self.window:
             raise ValueError(f"the prompt has {len(question)} characters, the window {self.window}")
         if adapter is None:
@@ -327,6 +328,47 @@ def test_chat_adds_weighs_and_removes_documents():
     assert page(viewer, "inside").root()["data-documents"] == "0"
     assert panes(viewer)[viewers.WITH_ADAPTER] == "prompt=What?"
     assert model.internalized == ["a", "document 1"], "weights and removal need no new pass of the model"
+
+
+def test_chat_keeps_what_was_said_until_it_is_cleared():
+    viewer = viewers.chat(ToyModel(), {"a": "A."}, "What?")
+    control = controls(viewer)
+    assert page(viewer, "answers").root()["data-turns"] == "1"
+    control["Bias strength"].value = 0.5
+    assert page(viewer, "answers").root()["data-turns"] == "1", "the same question again replaces its answers"
+    control["Question"].value = "Who?"
+    said = page(viewer, "answers")
+    assert said.root()["data-turns"] == "2"
+    assert said.text.index("Who?") < said.text.index("What?"), "the latest comes first"
+    assert panes(viewer)[viewers.WITHOUT] == "prompt=What?"  # of two turns the older one is read last
+    control["Clear"].click()
+    assert page(viewer, "answers").root()["data-turns"] == "0"
+    control["Ask"].click()
+    assert page(viewer, "answers").root()["data-turns"] == "1"
+
+
+def test_chat_edits_a_document_in_its_place_and_sends_the_system_message():
+    model = ToyModel()
+    viewer = viewers.chat(model, {"a": "A.", "b": "B."}, "What?")
+    control = controls(viewer)
+    first, second = viewer.children[1].children
+    controls(first)["Weight"].value = 0.5
+    controls(first)["Edit"].click()
+    assert (control["Name"].value, control["Document"].value) == ("a", "A.") and control["Name"].disabled
+    control["Document"].value = "  "
+    controls(viewer)["Replace document"].click()
+    assert "ValueError: document is empty" in page(viewer, "message").text
+    assert panes(viewer)[viewers.WITH_ADAPTER].startswith("inside=A.*0.5; B.*1;")
+    control["Document"].value = "New A."
+    controls(viewer)["Replace document"].click()
+    assert panes(viewer)[viewers.WITH_ADAPTER].startswith("inside=New A.*0.5; B.*1;")
+    assert panes(viewer)[viewers.IN_PROMPT] == "prompt=New A.\n\nB.\n\nWhat?"
+    assert (control["Name"].value, control["Document"].value, control["Name"].disabled) == ("", "", False)
+    controls(second)["Edit"].click()
+    controls(second)["Remove"].click()
+    assert controls(viewer)["Add document"].description and control["Document"].value == ""
+    control["System"].value = "Be brief."
+    assert panes(viewer)[viewers.WITHOUT] == "prompt=[Be brief.] What?"
 
 
 def test_chat_says_what_went_wrong_and_goes_on():

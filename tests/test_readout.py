@@ -1,0 +1,107 @@
+"""The warm-up: what is asked of the latents, and that it can be learned."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import train_small
+
+from d2l_lib import training
+from d2l_lib.base_model import ContextEncoder
+from d2l_lib.documents import context_ids
+from d2l_lib.hypernetwork import Hypernetwork
+from d2l_lib.packing import IGNORED
+from d2l_lib.presets import ReadoutPreset
+from d2l_lib.readout import Readout, ReadoutBatches, fact_sentences, needle_sentences, start_linear, train_readout
+
+P = ReadoutPreset(steps=20, sentences=6, learning_rate=1e-3, warmup_steps=2)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return train_small.small_base()
+
+
+def fresh(base_model, rank=2) -> Hypernetwork:
+    torch.manual_seed(0)
+    p = replace(train_small.SMALL, rank=rank, latent_size=32)
+    return Hypernetwork(training.hypernetwork_config(p, base_model, "small"))
+
+
+@pytest.mark.parametrize("draw", [fact_sentences, needle_sentences])
+def test_batches_hold_the_answer_and_the_question_of_their_sentence(base, draw):
+    tokenizer = base[1]
+    batches = ReadoutBatches(tokenizer, P, 3, draw)
+    batch, again, other = batches[4], ReadoutBatches(tokenizer, P, 3, draw)[4], batches[5]
+    assert torch.equal(batch["answer_ids"], again["answer_ids"]) and len(batches) == 20
+    assert not torch.equal(batch["order"], other["order"]) or batch["answer_ids"].shape != other["answer_ids"].shape
+    chunks = [ids[mask.bool()].tolist() for group, masks in zip(batch["chunk_ids"], batch["chunk_mask"], strict=True)
+              for ids, mask in zip(group, masks, strict=True)]  # fmt: skip
+    chunks = [chunks[place] for place in batch["order"]]
+    assert len(chunks) == len(batch["answer_ids"]) == len(batch["question_ids"]) == 6
+    for chunk, answer, question in zip(chunks, batch["answer_ids"], batch["question_ids"], strict=True):
+        answer = answer[answer != IGNORED].tolist()
+        assert answer[-1] == tokenizer.eos_token_id
+        value = tokenizer.decode(answer[:-1]).strip()
+        text = tokenizer.decode(chunk, skip_special_tokens=True).strip()
+        assert value in text and value not in tokenizer.decode(question[question != IGNORED].tolist())
+        assert context_ids(tokenizer, text) == chunk
+
+
+def test_the_step_scores_token_j_from_row_j_and_moves_nothing_of_the_base_model(base):
+    base_model, tokenizer = base
+    hypernetwork = fresh(base_model)
+    step = Readout(base_model, hypernetwork)
+    batch = ReadoutBatches(tokenizer, P, 0)[0]
+    with torch.no_grad():  # answer readouts that always say one token, whatever the latents are
+        step.answer.weight.zero_()
+        step.answer.bias.zero_()
+        said = int(batch["answer_ids"][0, 0])
+        step.answer.bias[said] = 50.0
+    loss = step(**batch)["loss"]
+    loss.backward()
+    slots = batch["answer_ids"][:, :2]
+    expected = float((slots[slots != IGNORED] == said).float().mean())
+    assert step.report()["answer_tokens_right"] == pytest.approx(expected, abs=1e-4)
+    assert all(parameter.grad is None for parameter in base_model.parameters())
+    head = hypernetwork.head.weight
+    assert head.grad is None or not head.grad.any()  # the blocks themselves are not scored
+    assert hypernetwork.aggregator.perceiver.modality_projection.down_proj.weight.grad.abs().sum() > 0
+
+
+def test_the_warm_up_learns_to_read_and_goes_on_where_it_was(base, tmp_path):
+    base_model, tokenizer = base
+    p = replace(P, steps=120, sentences=24, learning_rate=5e-3)
+    whole, two = fresh(base_model, rank=4), fresh(base_model, rank=4)
+    batches = ReadoutBatches(tokenizer, p, 0, needle_sentences)
+    options = {"report_steps": 20, "save_steps": 50}
+    train_readout(p, base_model, whole, batches, tmp_path / "whole", 0, **options)
+    train_readout(p, base_model, two, batches, tmp_path / "two", 0, stop_at=50, **options)
+    two = fresh(base_model, rank=4)  # a new process would start from nothing too
+    train_readout(p, base_model, two, batches, tmp_path / "two", 0, **options)
+    for (name, a), b in zip(whole.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    log = training.read_jsonl(tmp_path / "whole" / "log.jsonl")
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["question_loss"] < log[0]["question_loss"]
+
+
+def test_the_linear_start_passes_features_on_without_their_mean(base):
+    base_model, tokenizer = base
+    hypernetwork = fresh(base_model)
+    start_linear(hypernetwork, base_model, tokenizer, seed=0, n_documents=16)
+    other = fresh(base_model)
+    start_linear(other, base_model, tokenizer, seed=0, n_documents=16)
+    assert all(torch.equal(a, b) for a, b in zip(hypernetwork.parameters(), other.parameters(), strict=True))
+    encoder = ContextEncoder.from_config(base_model, hypernetwork.config)
+    ids = torch.tensor([context_ids(tokenizer, "The mayor of Velm is Ada Row. It was a long winter.")])
+    features = encoder.encode(ids, attention_mask=torch.ones_like(ids))[0]
+    projection = hypernetwork.aggregator.perceiver.modality_projection
+    mean = features.mean(0)
+    with torch.no_grad():
+        # along the line between two tokens the projection hardly bends; a fresh one does
+        def bend(network):
+            first, second = network(mean + (features[3] - mean)), network(mean + (features[7] - mean))
+            middle = network((features[3] + features[7]) / 2)
+            return ((first + second) / 2 - middle).norm() / middle.norm()
+
+        assert bend(projection) < 0.5 * bend(fresh(base_model).aggregator.perceiver.modality_projection)
