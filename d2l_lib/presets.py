@@ -141,15 +141,17 @@ class Preset:
 
 
 # What each part of the needle training is for: the published recipe (but for the L1 term, which sets in half-way in
-# all of them), ours, and ours with one part taken out.
+# all of them), ours, and ours with one part taken out. Without the warm-up the rest has to take longer.
+_NO_READOUT = {"readout": None, "steps": 2400, "polish_steps": 600}
 NEEDLE_VARIANTS: dict[str, dict] = {
     "ours": {},
-    "published": {"max_repeats": 1, "empty_share": 0.0, "polish_steps": 0, "readout": None, "steps": 2400},
+    "published": _NO_READOUT | {"max_repeats": 1, "empty_share": 0.0, "polish_steps": 0},
+    "no_readout_no_polish": _NO_READOUT | {"polish_steps": 0},
+    "no_readout": _NO_READOUT,
     "no_repeats": {"max_repeats": 1, "polish_steps": 0},
     "no_polish": {"polish_steps": 0},
     "no_empty": {"empty_share": 0.0},
     "no_l1": {"l1": 0.0},
-    "no_readout": {"readout": None, "steps": 2400, "polish_steps": 600},
 }
 
 _TINY_QA = DistillationPreset(
