@@ -1,6 +1,6 @@
 """Question answering: a hypernetwork learns what the base model answers with the document in its prompt.
 
-    single sentences, questions  ->  `Readout`: the answer must be readable from the latents
+    single sentences, questions  ->  `readout.KeysAndValues`: a block's rows as keys and values
     documents of the world       ->  \
                                       batches of documents in chunks, with questions  ->  `training.Internalization`
     self-generated shards        ->  /
@@ -33,7 +33,7 @@ from .hypernetwork import Hypernetwork
 from .packing import IGNORED, dataset_probabilities, split_into_chunks
 from .presets import DistillationPreset, Preset, QAPreset, preset
 from .pretraining import QUESTION_WEIGHTS
-from .readout import ReadoutBatches, start_linear, train_readout
+from .readout import KeysAndValues, ReadoutBatches, set_scales, start_linear, train_readout
 from .records import read_jsonl, write_jsonl
 from .selfgen import TOP_K, read_shards
 from .trainer import chunk_batch, pad_right
@@ -202,7 +202,9 @@ def train_qa(
     hypernetwork = Hypernetwork(hypernetwork_config(p.world, base_model, base_name))
     start_linear(hypernetwork, base_model, tokenizer, seed)
     sentences = ReadoutBatches(tokenizer, p.readout, seed)
-    train_readout(p.readout, base_model, hypernetwork, sentences, run / "readout", seed, **options)
+    warm_up = KeysAndValues(base_model, hypernetwork)
+    train_readout(p.readout, warm_up, sentences, run / "readout", seed, **options)
+    set_scales(warm_up, sentences[0])
     batches = DistillationBatches(tokenizer, p.world, [WorldDocuments(tokenizer, p.world)], seed, [1.0])
     fit_hypernetwork(p.world, base_model, hypernetwork, batches, run / "world", seed, p.world.distil, **options)
     if shards is not None:

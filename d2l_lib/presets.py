@@ -165,7 +165,7 @@ _TINY_QA = DistillationPreset(
     encoder_layer=2,
     shortest_chunk=24,
     longest_chunk=32,
-    single_chunk_share=0.12,
+    single_chunk_share=0.0,
     contexts=48,
     chunks=64,
     questions=16,
@@ -174,7 +174,7 @@ _TINY_QA = DistillationPreset(
     learning_rate=1e-3,
     warmup_steps=150,
     most_facts=30,
-    facts_grow=(0.12, 0.6),
+    facts_grow=(0.0, 0.6),
     chunk_tokens=24,
 )
 
@@ -224,7 +224,7 @@ PRESETS = {
             readout=ReadoutPreset(steps=200, sentences=48, learning_rate=1e-3, warmup_steps=50),
         ),
         qa=QAPreset(
-            readout=ReadoutPreset(steps=700, sentences=64, learning_rate=1e-3, warmup_steps=100),
+            readout=ReadoutPreset(steps=800, sentences=64, learning_rate=1e-3, warmup_steps=100),
             world=_TINY_QA,
             self_generated=replace(_TINY_QA, steps=1000, single_chunk_share=0.0, learning_rate=2e-4),
             documents=5000,

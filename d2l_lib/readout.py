@@ -6,6 +6,9 @@ Learning to answer starts slowly, because an answer's tokens are found one after
 base model. Here no base model answers: row j of every layer has to give token j of the answer at once, and the mean of
 the rows the words of the question (which subject, which relation: what a block has to be found by). The readouts are
 thrown away afterwards; the hypernetwork stays as published.
+
+`KeysAndValues` goes further, for documents of many facts: the rows of A and B themselves have to be keys that their own
+question finds, and values that point to the answer's tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from . import needles, world
-from .base_model import ContextEncoder
-from .documents import context_ids
+from .base_model import ContextEncoder, decoder_body, target_linears, without_lora
+from .documents import context_ids, question_ids
 from .hypernetwork import Hypernetwork, names_without_decay
 from .packing import IGNORED
 from .presets import ReadoutPreset
@@ -52,7 +55,8 @@ class ReadoutBatches(Dataset):
     """Batches of sentences with a question about each, from `draw`; item i is a function of (seed, i).
 
     Item: chunk_ids, chunk_mask, order as in `training.NeedleBatches`; answer_ids [sentences, tokens], the answer and
-    its stop token, IGNORED behind it; question_ids [sentences, tokens] without chat wrapping, IGNORED behind it.
+    its stop token, IGNORED behind it; question_ids [sentences, tokens] without chat wrapping, IGNORED behind it;
+    input_ids [sentences, length], chat-formatted question and answer, in which the answer begins at starts [sentences].
     """
 
     def __init__(self, tokenizer, p: ReadoutPreset, seed: int, draw: Callable = fact_sentences):
@@ -66,10 +70,15 @@ class ReadoutBatches(Dataset):
         sentences, questions, answers = zip(*islice(self.draw(rng, self.tokenizer), self.p.sentences), strict=True)
         answer_rows = [ids + [self.tokenizer.eos_token_id] for ids in self._plain_ids(answers)]
         chunks = context_ids(self.tokenizer, list(sentences))
+        asked = question_ids(self.tokenizer, list(questions))
         batch = chunk_batch(chunks, [1] * len(chunks), self.tokenizer.pad_token_id)
         return {name: batch[name] for name in ("chunk_ids", "chunk_mask", "order")} | {
             "answer_ids": pad_right(answer_rows, IGNORED)[0],
             "question_ids": pad_right(self._plain_ids(questions), IGNORED)[0],
+            "input_ids": pad_right(
+                [q + a for q, a in zip(asked, answer_rows, strict=True)], self.tokenizer.pad_token_id
+            )[0],
+            "starts": torch.tensor([len(ids) for ids in asked]),
         }
 
     def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -89,7 +98,10 @@ class Readout(nn.Module):
         self._frozen = (ContextEncoder.from_config(base_model, hypernetwork.config),)
         self._right, self._scored, self._losses = 0, 0, []
 
-    def forward(self, chunk_ids, chunk_mask, order, answer_ids: Tensor, question_ids: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, chunk_ids, chunk_mask, order, answer_ids: Tensor, question_ids: Tensor, input_ids=None, starts=None
+    ) -> dict[str, Tensor]:
+        """See `ReadoutBatches`; input_ids and starts are not needed here."""
         (encoder,) = self._frozen
         encoder.model.to(answer_ids.device)
         latents = []
@@ -98,16 +110,12 @@ class Readout(nn.Module):
             self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, taps=taps)
             latents.append(taps["lora_emb"])
         rows = torch.cat(latents)[order].flatten(2, 3)  # [n, L, M * r, d]
-        rows = F.normalize(rows, dim=-1) * rows.shape[-1] ** 0.5
+        rows = unit_rows(rows)
         n_slots = min(rows.shape[2], answer_ids.shape[1])
         logits = self.answer(rows[:, :, :n_slots])  # [n, L, slots, vocabulary]
         targets = answer_ids[:, None, :n_slots].expand(logits.shape[:3])
         answer_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED)
-        words = torch.zeros(len(rows), logits.shape[-1], device=rows.device)
-        asked = question_ids != IGNORED
-        place = asked.nonzero()[:, 0]
-        words[place, question_ids[asked]] = 1.0
-        words = words / words.sum(1, keepdim=True)
+        words = word_shares(question_ids, logits.shape[-1])
         question_loss = -(words[:, None] * self.question(rows.mean(2)).log_softmax(-1)).sum(-1).mean()
         scored = targets != IGNORED
         self._right += int(((logits.argmax(-1) == targets) & scored).sum())
@@ -161,12 +169,147 @@ def start_linear(hypernetwork: Hypernetwork, base_model, tokenizer, seed: int, n
     projection.down_proj.weight.copy_(mix @ spread.T / F.silu(opening))
 
 
+# ----------------------------------------------------------------------------------------------------- keys and values
+class KeysAndValues(nn.Module):
+    """The warm-up step for many facts: row j of a block, s * B_j (A_j x), as a key A_j and a value B_j.
+
+    Values: B_j points to the output embedding (behind the final norm's weights) of token j of the answer. Keys: with x,
+    the input of the target linear in the base model without an adapter, A_j x is 1 where token j of the answer to the
+    block's own question is predicted, and 0 at all other answer tokens of the batch, whosever they are. The words of
+    the question are read from the latents as in `Readout`. There is no backward pass through the base model. For a
+    hypernetwork with one target module that writes into the residual stream, as published.
+    """
+
+    def __init__(self, base_model, hypernetwork: Hypernetwork, sharpness: float = 20.0, key_gain: float = 10.0):
+        super().__init__()
+        config = hypernetwork.config
+        (self.module,) = config.modules
+        if config.d_out[self.module] != base_model.config.get_text_config().hidden_size:
+            raise ValueError(f"{self.module} does not write into the residual stream: use down_proj or o_proj")
+        self.hypernetwork, self.sharpness, self.key_gain = hypernetwork, sharpness, key_gain
+        self.question = nn.Linear(config.latent_size, base_model.get_input_embeddings().num_embeddings)
+        weights = base_model.get_output_embeddings().weight * decoder_body(base_model).norm.weight
+        self._frozen = (base_model, ContextEncoder.from_config(base_model, config), F.normalize(weights, dim=-1))
+        self.register_buffer("input_norms", torch.zeros(config.n_layers))  # of x, measured on the first batch
+        self._sums, self._n = {}, 0
+
+    def forward(
+        self, chunk_ids, chunk_mask, order, answer_ids: Tensor, question_ids: Tensor, input_ids: Tensor, starts: Tensor
+    ) -> dict[str, Tensor]:
+        """See `ReadoutBatches`."""
+        base_model, encoder, directions = self._frozen
+        d_in = self.hypernetwork.config.d_in[self.module]
+        latents, rows = [], []
+        for ids, mask in zip(chunk_ids, chunk_mask, strict=True):
+            taps: dict[str, Tensor] = {}
+            self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, taps=taps)
+            latents.append(taps["lora_emb"])
+            rows.append(taps["flat_loras"])
+        latents, rows = (torch.cat(parts)[order][:, :, 0] for parts in (latents, rows))  # [n, L, r, .]
+        A, B = rows[..., :d_in], rows[..., d_in:]
+        n_slots = min(rows.shape[2], answer_ids.shape[1])
+        answer_ids = answer_ids[:, :n_slots]
+        scored = answer_ids != IGNORED  # [n, slots]
+
+        logits = self.sharpness * F.normalize(B[:, :, :n_slots], dim=-1) @ directions.T
+        targets = answer_ids[:, None].expand(logits.shape[:3])
+        value_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED)
+
+        inputs = self._inputs(input_ids, starts, n_slots)  # [n, L, slots, d_in]
+        if not self.input_norms.any():
+            self.input_norms.copy_(inputs.norm(dim=-1).mean((0, 2)))
+        inputs = (inputs / self.input_norms[:, None, None]).transpose(0, 1)[:, scored]  # [L, queries, d_in]
+        keys = (self.key_gain * A[:, :, :n_slots]).transpose(0, 1)[:, scored]  # [L, keys, d_in]
+        matches = keys @ inputs.transpose(1, 2)  # [L, keys, queries]
+        own = matches.diagonal(dim1=1, dim2=2)
+        others = matches.square().sum(1) - own.square()
+        key_loss = (1 - own).square().mean() + others.mean() * 100 / matches.shape[1]
+
+        words = word_shares(question_ids, len(directions))
+        read = self.question(unit_rows(latents).mean(2)).log_softmax(-1)
+        question_loss = -(words[:, None] * read).sum(-1).mean()
+        found = matches.sum(0).argmax(0) == torch.arange(matches.shape[1], device=matches.device)
+        self._add(
+            loss=value_loss, key_loss=key_loss, question_loss=question_loss, keys_found=found.float().mean(),
+            values_right=((logits.argmax(-1) == targets) & scored[:, None]).sum() / scored.sum() / logits.shape[1],
+        )  # fmt: skip
+        return {"loss": value_loss + key_loss + question_loss}
+
+    @torch.no_grad()
+    def _inputs(self, input_ids: Tensor, starts: Tensor, n_slots: int) -> Tensor:
+        """x of the target linears where answer token j is predicted: [n, L, slots, d_in]; starts [n] of the answers."""
+        base_model = self._frozen[0]
+        base_model.to(input_ids.device)
+        seen: list[Tensor] = []
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+            for linear in target_linears(base_model, [self.module])[self.module]
+        ]
+        try:
+            with without_lora(base_model):
+                decoder_body(base_model)(input_ids=input_ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        places = starts[:, None] - 1 + torch.arange(n_slots, device=starts.device)
+        places = places.clamp_max(input_ids.shape[1] - 1)
+        rows = torch.arange(len(input_ids), device=starts.device)[:, None]
+        return torch.stack([x[rows, places] for x in seen], dim=1)
+
+    def _add(self, **values: Tensor) -> None:
+        self._n += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.item()
+
+    def report(self) -> dict[str, float]:
+        """Means since the last report: the three losses, and the shares of values and keys that are right."""
+        means = {name: round(total / max(1, self._n), 5) for name, total in self._sums.items()}
+        self._sums, self._n = {}, 0
+        return means
+
+
+@torch.no_grad()
+def set_scales(step: KeysAndValues, batch: dict, size: float = 0.4) -> None:
+    """Let the blocks act: scaler_A so that an own key matches with about 1, scaler_B so that the value of one match is
+    `size` times as large as the residual stream behind the last layer.
+    """
+    hypernetwork, (base_model, encoder, _) = step.hypernetwork, step._frozen
+    config, module = hypernetwork.config, step.module
+    norms: list[Tensor] = []
+    hook = decoder_body(base_model).norm.register_forward_pre_hook(
+        lambda _, given: norms.append(given[0].norm(dim=-1).mean())
+    )
+    try:
+        step(**batch)
+    finally:
+        hook.remove()
+    taps: dict[str, Tensor] = {}
+    ids, mask = batch["chunk_ids"][0], batch["chunk_mask"][0]
+    hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, taps=taps)
+    B = taps["flat_loras"][:, :, 0, :, config.d_in[module] :]
+    lengths = B.norm(dim=-1).mean((0, 2))  # [L]
+    hypernetwork.scaler_A[module][0, :, :, 0] = (step.key_gain / step.input_norms)[:, None]
+    hypernetwork.scaler_B[module][0, :, :, 0] = (size * norms[-1] / (config.scale * lengths))[:, None]
+
+
+def unit_rows(latents: Tensor) -> Tensor:
+    """Each latent scaled to a root mean square of 1."""
+    return F.normalize(latents, dim=-1) * latents.shape[-1] ** 0.5
+
+
+def word_shares(question_ids: Tensor, vocabulary: int) -> Tensor:
+    """[n, vocabulary]: each different token of a question as likely as every other (see ReadoutBatches)."""
+    words = torch.zeros(len(question_ids), vocabulary, device=question_ids.device)
+    asked = question_ids != IGNORED
+    words[asked.nonzero()[:, 0], question_ids[asked]] = 1.0
+    return words / words.sum(1, keepdim=True)
+
+
 def train_readout(
-    p: ReadoutPreset, base_model, hypernetwork: Hypernetwork, batches: ReadoutBatches, run: Path, seed: int, **options
+    p: ReadoutPreset, step: Readout | KeysAndValues, batches: ReadoutBatches, run: Path, seed: int, **options
 ) -> None:
-    """Warm `hypernetwork` up in place, resumable in `run`; `options` go to `trainer.fit`."""
-    torch.manual_seed(seed)
-    step = Readout(base_model, hypernetwork)
+    """Warm the hypernetwork of `step` up in place, resumable in `run`; `options` go to `trainer.fit`."""
+    hypernetwork = step.hypernetwork
     fit(
         step,
         batches,

@@ -29,7 +29,7 @@ from .lora import apply_lora
 from .losses import AnswerTokens, context_average, cross_entropy, distillation, find_answer_tokens, l1_penalty
 from .packing import IGNORED
 from .presets import NEEDLE_VARIANTS, DistillationPreset, HypernetworkPreset, NeedlePreset, Preset, preset
-from .readout import ReadoutBatches, needle_sentences, start_linear, train_readout
+from .readout import Readout, ReadoutBatches, needle_sentences, start_linear, train_readout
 from .records import atomic_folder, read_jsonl, write_jsonl
 from .trainer import chunk_batch, fit, pad_right
 
@@ -271,7 +271,8 @@ def train_needle(
     if p.readout is not None:
         start_linear(hypernetwork, base_model, tokenizer, seed)
         sentences = ReadoutBatches(tokenizer, p.readout, seed, needle_sentences)
-        train_readout(p.readout, base_model, hypernetwork, sentences, run / "readout", seed, **options)
+        torch.manual_seed(seed)
+        train_readout(p.readout, Readout(base_model, hypernetwork), sentences, run / "readout", seed, **options)
     batches = NeedleBatches(tokenizer, p, seed)
     fit_hypernetwork(p, base_model, hypernetwork, batches, run, seed, stop_at=stop_at, **options)
     if p.polish_steps and stop_at is None:

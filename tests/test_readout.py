@@ -12,7 +12,16 @@ from d2l_lib.documents import context_ids
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.packing import IGNORED
 from d2l_lib.presets import ReadoutPreset
-from d2l_lib.readout import Readout, ReadoutBatches, fact_sentences, needle_sentences, start_linear, train_readout
+from d2l_lib.readout import (
+    KeysAndValues,
+    Readout,
+    ReadoutBatches,
+    fact_sentences,
+    needle_sentences,
+    set_scales,
+    start_linear,
+    train_readout,
+)
 
 P = ReadoutPreset(steps=20, sentences=6, learning_rate=1e-3, warmup_steps=2)
 
@@ -26,6 +35,11 @@ def fresh(base_model, rank=2) -> Hypernetwork:
     torch.manual_seed(0)
     p = replace(train_small.SMALL, rank=rank, latent_size=32)
     return Hypernetwork(training.hypernetwork_config(p, base_model, "small"))
+
+
+def warm_up(base_model, hypernetwork, kind=Readout):
+    torch.manual_seed(1)
+    return kind(base_model, hypernetwork)
 
 
 @pytest.mark.parametrize("draw", [fact_sentences, needle_sentences])
@@ -69,16 +83,17 @@ def test_the_step_scores_token_j_from_row_j_and_moves_nothing_of_the_base_model(
     assert hypernetwork.aggregator.perceiver.modality_projection.down_proj.weight.grad.abs().sum() > 0
 
 
-def test_the_warm_up_learns_to_read_and_goes_on_where_it_was(base, tmp_path):
+@pytest.mark.parametrize("kind", [Readout, KeysAndValues])
+def test_the_warm_up_learns_to_read_and_goes_on_where_it_was(base, tmp_path, kind):
     base_model, tokenizer = base
     p = replace(P, steps=120, sentences=24, learning_rate=5e-3)
     whole, two = fresh(base_model, rank=4), fresh(base_model, rank=4)
     batches = ReadoutBatches(tokenizer, p, 0, needle_sentences)
     options = {"report_steps": 20, "save_steps": 50}
-    train_readout(p, base_model, whole, batches, tmp_path / "whole", 0, **options)
-    train_readout(p, base_model, two, batches, tmp_path / "two", 0, stop_at=50, **options)
+    train_readout(p, warm_up(base_model, whole, kind), batches, tmp_path / "whole", 0, **options)
+    train_readout(p, warm_up(base_model, two, kind), batches, tmp_path / "two", 0, stop_at=50, **options)
     two = fresh(base_model, rank=4)  # a new process would start from nothing too
-    train_readout(p, base_model, two, batches, tmp_path / "two", 0, **options)
+    train_readout(p, warm_up(base_model, two, kind), batches, tmp_path / "two", 0, **options)
     for (name, a), b in zip(whole.named_parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b), name
     log = training.read_jsonl(tmp_path / "whole" / "log.jsonl")
@@ -105,3 +120,62 @@ def test_the_linear_start_passes_features_on_without_their_mean(base):
             return ((first + second) / 2 - middle).norm() / middle.norm()
 
         assert bend(projection) < 0.5 * bend(fresh(base_model).aggregator.perceiver.modality_projection)
+
+
+def test_keys_and_values_score_the_rows_that_act(base):
+    """A hypernetwork whose rows are known: key and value of row j, and what they are scored against."""
+    base_model, tokenizer = base
+    hypernetwork = fresh(base_model)
+    step = KeysAndValues(base_model, hypernetwork)
+    batch = ReadoutBatches(tokenizer, P, 0)[0]
+    step(**batch)
+    said = step.report()
+    assert 0 <= said["values_right"] < 0.2 and 0 <= said["keys_found"] < 0.5
+    d_in = hypernetwork.config.d_in["down_proj"]
+    answers = batch["answer_ids"][:, :2]
+    inputs = step._inputs(batch["input_ids"], batch["starts"], 2)
+    assert inputs.shape == (6, 2, 2, d_in)
+    # x where token j is predicted is the input of down_proj at the position before it
+    seen = []
+    hook = base_model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    base_model(batch["input_ids"], use_cache=False)
+    hook.remove()
+    place = int(batch["starts"][4])
+    assert torch.equal(inputs[4, 1, 1], seen[0][4, place])
+    assert int(batch["input_ids"][4, place]) == int(answers[4, 0])
+
+    class Known(torch.nn.Module):
+        """Writes, for sentence k, the rows that solve the batch: keys by least squares, values as they should be."""
+
+        config = hypernetwork.config
+
+        def forward(self, features, attention_mask, taps):
+            n, L = len(answers), 2
+            rows = torch.zeros(n, L, 1, 2, d_in + 32)
+            for layer in range(L):
+                x = (inputs[:, layer] / step.input_norms[layer]).flatten(0, 1)
+                keys = torch.linalg.pinv(x).T / step.key_gain  # row i matches query i with 1, all others with 0
+                rows[:, layer, 0, :, :d_in] = keys.view(n, 2, d_in)
+                rows[:, layer, 0, :, d_in:] = step._frozen[2][answers.clamp_min(0)]
+            taps.update(lora_emb=torch.zeros(n, L, 1, 2, 32), flat_loras=rows)
+
+    step.hypernetwork = Known()
+    together = {name: batch[name] for name in ("answer_ids", "question_ids", "input_ids", "starts")}
+    ids = torch.ones(6, 3, dtype=torch.long)
+    step(chunk_ids=[ids], chunk_mask=[ids], order=torch.arange(6), **together)
+    said = step.report()
+    assert said["values_right"] == pytest.approx(1.0) and said["keys_found"] == 1.0
+    assert said["key_loss"] < 1e-4
+
+
+def test_scales_let_the_blocks_act_by_the_size_that_was_asked_for(base):
+    base_model, tokenizer = base
+    hypernetwork = fresh(base_model)
+    step = KeysAndValues(base_model, hypernetwork)
+    assert not hypernetwork.scaler_B["down_proj"].any()
+    batch = ReadoutBatches(tokenizer, P, 0)[0]
+    set_scales(step, batch, size=0.5)
+    scaler = hypernetwork.scaler_B["down_proj"].clone()
+    assert (scaler > 0).all() and (hypernetwork.scaler_A["down_proj"] > 0).all()
+    set_scales(step, batch, size=1.0)
+    torch.testing.assert_close(hypernetwork.scaler_B["down_proj"], 2 * scaler)
