@@ -1,5 +1,6 @@
 """Distillation batches and their loss: the right rows for the right questions, and the loss that is asked for."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_models import build_base_model, build_tokenizer
 
 from d2l_lib import selfgen, training
 from d2l_lib.base_model import ContextEncoder
-from d2l_lib.distillation import DistillationBatches, train_distillation
+from d2l_lib.distillation import DistillationBatches, WorldDocuments, train_distillation
 from d2l_lib.documents import context_ids
 from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
@@ -186,3 +187,55 @@ def test_an_empty_mixture_is_refused(base):
     empty = Dataset.from_dict({name: [] for name in selfgen.PUBLISHED})
     with pytest.raises(ValueError, match="at least one must be positive"):
         DistillationBatches(base[1], SMALL, [empty], 0)
+
+
+def test_fresh_documents_grow_and_hold_the_right_answers(base):
+    tokenizer = base[1]
+    p = replace(SMALL, steps=100, most_facts=9, facts_grow=(0.2, 0.6), questions=4, unrelated_share=0.25)
+    source = WorldDocuments(tokenizer, p)
+    rng = random.Random(0)
+    first, last = [source.draw(rng, 0.1) for _ in range(30)], [source.draw(rng, 0.9) for _ in range(60)]
+    assert {row["document"].count(".") for row in first} <= {1, 2, 3, 4}  # one fact, and distractors
+    assert max(row["document"].count(".") for row in last) > 8
+    answers = {
+        tokenizer.decode(ids[start:end], skip_special_tokens=True).strip() in row["document"]
+        for row in first for ids, (start, end) in zip(row["input_ids"], row["response_start_end"], strict=True)
+    }  # fmt: skip
+    assert answers == {True}
+    row = last[0]
+    (start, end), values, indices = row["response_start_end"][0], row["logprobs_vals"][0], row["logprobs_indices"][0]
+    assert [step[0] for step in indices] == row["input_ids"][0][start:end]
+    assert torch.tensor(values).exp().sum(-1).allclose(torch.ones(end - start))
+    assert len(row["input_ids"]) == 4
+
+
+def test_world_and_shards_are_mixed_by_weight_and_world_needs_one(base, shards):
+    model, tokenizer = base
+    p = replace(SMALL, single_chunk_share=0.0, contexts=2)
+    with pytest.raises(ValueError, match="give weights"):
+        DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p), shards], seed=0)
+    only_shards = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p), shards], 0, [0.0, 1.0])
+    certain = only_shards[0]["teacher_log_probs"][:, 0] == 0
+    assert not certain.all()
+    only_world = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p), shards], 0, [1.0, 0.0])
+    batch = only_world[0]
+    assert (batch["teacher_log_probs"][:, 0] == 0).all()
+    labels = batch["labels"][batch["labels"] != IGNORED]
+    assert torch.equal(batch["teacher_indices"][:, 0], labels)
+    losses = [loss_of(model, batch, distil) for distil in (True, False)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # with a teacher who has no doubt it is cross-entropy
+
+
+def loss_of(model, batch: dict, distil: bool) -> float:
+    torch.manual_seed(0)
+    hypernetwork = Hypernetwork(training.hypernetwork_config(SMALL, model, "x"))
+    return training.Internalization(model, hypernetwork, 0.0, distil)(**batch)["loss"].item()
+
+
+def test_a_batch_is_full_at_so_many_chunks(base):
+    tokenizer = base[1]
+    p = replace(SMALL, contexts=50, chunks=12, most_facts=8, facts_grow=(0.0, 0.0), single_chunk_share=0.0, questions=9)
+    batch = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p)], 0, [1.0])[0]
+    n_chunks = batch["n_chunks"].tolist()
+    assert sum(n_chunks) >= 12 and sum(n_chunks[:-1]) < 12
+    assert (batch["n_questions"] <= batch["n_chunks"] + 1).all() and batch["n_questions"].max() <= 9
