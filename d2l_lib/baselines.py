@@ -54,7 +54,7 @@ class Internalized:
     """Doc-to-LoRA: the document becomes an adapter, the prompt holds the question.
 
     `iterative`: blocks are written layer by layer, which takes less memory and gives the same numbers. `with_context`:
-    the document is in the prompt too. `weight`: what the document's blocks count.
+    the document is in the prompt too.
     """
 
     model: DocToLoRA
@@ -82,7 +82,9 @@ class Internalized:
 
 @dataclass
 class InContext:
-    """The base model with the document in its prompt, its middle cut out where the window (or `tokens`) asks for it."""
+    """The base model with the document in its prompt, its middle cut out where the window asks for it, or `tokens`: of
+    the whole prompt and the answer.
+    """
 
     model: DocToLoRA
     name: str = "in context"
@@ -156,7 +158,7 @@ class PromptCompression:
                         "compresses with the base model's own token information"
                     ) from error
             else:
-                self._compressor = PromptCompressor(self.llmlingua_model, use_llmlingua2=True)
+                self._compressor = PromptCompressor(self.llmlingua_model, str(self.model.device), use_llmlingua2=True)
         kind = "token information" if self._compressor is None else "LLMLingua-2"
         self.name = self.name or f"compressed to {self.rate:.0%} ({kind})"
 
@@ -220,16 +222,18 @@ def sample_questions(model: DocToLoRA, document: str, n: int, seed: int, rounds:
     return list(found)[:n]
 
 
-def write_questions(model: DocToLoRA, document: str, n: int, seed: int, rounds: int = 8) -> list[str]:
-    """Up to `n` different questions that the base model writes when asked for them (`selfgen.WRITER_PROMPTS`): for
-    models that follow instructions.
+def write_questions(model: DocToLoRA, document: str, n: int, seed: int) -> list[str]:
+    """Up to `n` different questions that the base model writes when asked for them (`selfgen.WRITER_PROMPTS`), ten at a
+    time: for models that follow instructions.
     """
     engine = TransformersEngine("base", model.base_model, model.tokenizer)
-    document = qa.truncate_document(document, WRITER_PROMPTS[0], model.tokenizer, model.window, 1024)
     found: list[str] = []
-    for k in range(rounds):
+    for k in range(max(8, 2 * math.ceil(n / 10))):
+        rest = {"n": min(10, n - len(found)), "earlier": "\n".join(f"- {q}" for q in found) or "- none"}
         template = WRITER_PROMPTS[min(k, 1)]
-        prompt = template.format(document=document, n=min(10, n - len(found)), earlier="\n".join(found) or "- none")
+        around = template.format(document="", **rest)
+        shortened = qa.truncate_document(document, around, model.tokenizer, model.window, 1024)
+        prompt = template.format(document=shortened, **rest)
         (reply,) = engine.reply(question_ids(model.tokenizer, [prompt]), 1024, 0.0 if k < 2 else 1.0, seed + k)
         if reply is not None:
             said = model.tokenizer.decode(reply.ids, skip_special_tokens=True)
@@ -271,8 +275,8 @@ class ContextDistillation:
         prompts = _with_document(self.model, document, questions, self.max_new_tokens)
         engine = TransformersEngine("teacher", self.model.base_model, self.model.tokenizer)
         replies = engine.reply(question_ids(self.model.tokenizer, prompts), self.max_new_tokens, 0.0, self.seed)
-        asked = question_ids(self.model.tokenizer, list(questions)) if questions else []
-        pairs = [(ids, reply) for ids, reply in zip(asked, replies, strict=True) if reply is not None]
+        asked = question_ids(self.model.tokenizer, list(questions))
+        pairs = [(ids, reply) for ids, reply in zip(asked, replies, strict=True) if reply and reply.finished]
         return self._train(pairs)
 
     def _train(self, pairs: list[tuple[list[int], Reply]]) -> Adapter:
@@ -326,7 +330,7 @@ def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = F
     the question's document, all its questions together), peak_memory_mib (the most that the process, or the GPU, held
     while that document was worked on). `report` prints a line per method. ValueError for methods of the same name.
     """
-    methods = list(methods)
+    methods, questions = list(methods), questions.reset_index(drop=True)
     names = [method.name for method in methods]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"several methods are called {', '.join(sorted(twice))}: give each a name of its own")
@@ -405,7 +409,11 @@ def document_questions(n_documents: int, n_questions: int, seed: int, n_facts: i
         document = world.draw_document(rng, "test", n_facts)
         for fact in rng.sample(document.facts, n_questions):
             question = world.question_about(rng, fact)
-            identity = {"dataset": "world", "id": f"{seed}/{number}/{fact.relation}", "document": document.text}
+            identity = {
+                "dataset": "world",
+                "id": f"{seed}/{number}/{fact.subject}/{fact.relation}",
+                "document": document.text,
+            }
             rows.append(identity | {"question": question.text, "answers": [question.answer], "kind": question.kind})
     return pd.DataFrame(rows)
 

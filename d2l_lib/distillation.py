@@ -16,7 +16,6 @@ with the right answers. Batch i is a function of (seed, i), as everywhere.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from .pretraining import QUESTION_WEIGHTS
 from .readout import KeysAndValues, ReadoutBatches, set_scales, start_linear, train_readout
 from .records import read_jsonl, write_jsonl
 from .selfgen import TOP_K, read_shards
-from .trainer import chunk_batch, pad_right
+from .trainer import chunk_batch, is_first_process, pad_right
 from .training import fit_hypernetwork, hypernetwork_config, train_hypernetwork
 
 CERTAIN = [0.0] + [-1e4] * (TOP_K - 1)  # log-probabilities of a teacher that has no doubt
@@ -219,7 +218,7 @@ def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
     base_model, tokenizer = load_base_model(p.name)
     run = runs / p.name / f"qa_seed{seed}"
     hypernetwork = train_qa(p.qa, base_model, tokenizer, run, seed, p.name, None)
-    if int(os.environ.get("RANK", 0)):
+    if not is_first_process():
         return
     meta = {"preset": p.name, "seed": seed, "chunk_tokens": p.qa.world.chunk_tokens, "base_model": p.name}
     save_checkpoint(data / p.name / "qa" if seed == p.qa.world.seed else run / "final", hypernetwork, meta)

@@ -477,6 +477,8 @@ def plot_exact_match_by_condition(results: pd.DataFrame, *, title: str) -> Figur
     results: condition (str), n, exact_match (0 to 1), seed; optional aim (0 to 1, or NaN).
     """
     _need(results, "condition", "n", "exact_match", "seed")
+    if results.duplicated(["condition", "seed"]).any():
+        raise ValueError("a condition stands in several rows: give the rows of one value of the column that differs")
     return plot_base_model_scores(results.rename(columns={"condition": "task"}), title=title)
 
 

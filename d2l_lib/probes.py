@@ -24,16 +24,13 @@ FACTS = 5  # of a document, where nothing else is said
 
 
 def _rows(probe: str, condition: str, asked: Sequence[world.Question], predictions: Sequence[str], **columns) -> list:
-    """One row per question; a column is one value for all rows, or a list with one for each."""
-    rows = []
-    for i, (question, prediction) in enumerate(zip(asked, predictions, strict=True)):
-        own = {name: value[i] if isinstance(value, list) else value for name, value in columns.items()}
-        rows.append(
-            {"probe": probe, "condition": condition, "question": question.text, "answer": question.answer}
-            | {"prediction": prediction, "correct": prediction == question.answer}
-            | own
-        )
-    return rows
+    """One row per question; a column has one value for all rows."""
+    return [
+        {"probe": probe, "condition": condition, "question": question.text, "answer": question.answer}
+        | {"prediction": prediction, "correct": prediction == question.answer}
+        | columns
+        for question, prediction in zip(asked, predictions, strict=True)
+    ]
 
 
 def one_hop_question(rng: random.Random, document: world.Document) -> world.Question:
@@ -97,8 +94,8 @@ def composition(
 ) -> pd.DataFrame:
     """At least `n` one-hop questions for each number of documents in one adapter; column documents.
 
-    Documents have `n_facts` facts each and share no names within an adapter; `questions` are asked after each adapter
-    of one document, and as many on the average about an adapter of several.
+    Documents have `n_facts` facts each and share no names within an adapter; `questions` are asked of every adapter,
+    each about a document of it drawn anew.
     """
     rows = []
     for count in counts:
@@ -154,10 +151,11 @@ def removal(model: DocToLoRA, n: int, seed: int, count: int = 16, n_facts: int =
 
 
 def two_hop(model: DocToLoRA, n: int, seed: int, n_facts: int = FACTS) -> pd.DataFrame:
-    """`n` two-hop questions with both facts in one chunk, in two chunks, and in two documents.
-
-    Conditions besides: in context (the whole document), and first and second hop asked alone of the two-chunk adapter.
+    """`n` two-hop questions: in context; with the whole document of `n_facts` facts (at least two) internalized; with
+    nothing but the two facts in one chunk, and in two documents; and either hop asked alone with the two documents.
     """
+    if n_facts < 2:
+        raise ValueError("a two-hop question needs two facts: n_facts must be at least 2")
     rng = random.Random(f"two hops/{seed}")
     samples = []
     while len(samples) < n:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from . import needles, world
-from .base_model import ContextEncoder, decoder_body, target_linears, without_lora
+from .base_model import ContextEncoder, decoder_body, decoder_layers, target_linears, without_lora
 from .documents import context_ids, question_ids
 from .hypernetwork import Hypernetwork, names_without_decay
 from .packing import IGNORED
@@ -188,8 +188,14 @@ class KeysAndValues(nn.Module):
             raise ValueError(f"{self.module} does not write into the residual stream: use down_proj or o_proj")
         self.hypernetwork, self.sharpness, self.key_gain = hypernetwork, sharpness, key_gain
         self.question = nn.Linear(config.latent_size, base_model.get_input_embeddings().num_embeddings)
-        weights = base_model.get_output_embeddings().weight * decoder_body(base_model).norm.weight
-        self._frozen = (base_model, ContextEncoder.from_config(base_model, config), F.normalize(weights, dim=-1))
+        if hasattr(decoder_layers(base_model)[0], "post_feedforward_layernorm"):
+            raise ValueError(
+                "this model norms what its layers write (as Gemma does): a block's values are not what it adds"
+            )
+        embeddings = base_model.get_output_embeddings().weight.detach().float()
+        directions = F.normalize(embeddings * decoder_body(base_model).norm.weight.detach().float(), dim=-1)
+        self.register_buffer("directions", directions, persistent=False)
+        self._frozen = (base_model, ContextEncoder.from_config(base_model, config))
         self.register_buffer("input_norms", torch.zeros(config.n_layers))  # of x, measured on the first batch
         self._sums, self._n = {}, 0
 
@@ -197,7 +203,9 @@ class KeysAndValues(nn.Module):
         self, chunk_ids, chunk_mask, order, answer_ids: Tensor, question_ids: Tensor, input_ids: Tensor, starts: Tensor
     ) -> dict[str, Tensor]:
         """See `ReadoutBatches`."""
-        base_model, encoder, directions = self._frozen
+        base_model, encoder = self._frozen
+        base_model.to(answer_ids.device)
+        directions = self.directions
         d_in = self.hypernetwork.config.d_in[self.module]
         latents, rows = [], []
         for ids, mask in zip(chunk_ids, chunk_mask, strict=True):
@@ -215,7 +223,7 @@ class KeysAndValues(nn.Module):
         targets = answer_ids[:, None].expand(logits.shape[:3])
         value_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED)
 
-        inputs = self._inputs(input_ids, starts, n_slots)  # [n, L, slots, d_in]
+        inputs = self._inputs(input_ids, starts, n_slots).to(A.dtype)  # [n, L, slots, d_in]
         if not self.input_norms.any():
             self.input_norms.copy_(inputs.norm(dim=-1).mean((0, 2)))
         inputs = (inputs / self.input_norms[:, None, None]).transpose(0, 1)[:, scored]  # [L, queries, d_in]
@@ -223,6 +231,7 @@ class KeysAndValues(nn.Module):
         matches = keys @ inputs.transpose(1, 2)  # [L, keys, queries]
         own = matches.diagonal(dim1=1, dim2=2)
         others = matches.square().sum(1) - own.square()
+        # the wrong matches of a key's query add up; they count as those of a document of a hundred rows
         key_loss = (1 - own).square().mean() + others.mean() * 100 / matches.shape[1]
 
         words = word_shares(question_ids, len(directions))
@@ -239,7 +248,6 @@ class KeysAndValues(nn.Module):
     def _inputs(self, input_ids: Tensor, starts: Tensor, n_slots: int) -> Tensor:
         """x of the target linears where answer token j is predicted: [n, L, slots, d_in]; starts [n] of the answers."""
         base_model = self._frozen[0]
-        base_model.to(input_ids.device)
         seen: list[Tensor] = []
         hooks = [
             linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -273,7 +281,8 @@ def set_scales(step: KeysAndValues, batch: dict, size: float = 0.4) -> None:
     """Let the blocks act: scaler_A so that an own key matches with about 1, scaler_B so that the value of one match is
     `size` times as large as the residual stream behind the last layer.
     """
-    hypernetwork, (base_model, encoder, _) = step.hypernetwork, step._frozen
+    hypernetwork, (base_model, encoder) = step.hypernetwork, step._frozen
+    batch = _to(batch, next(hypernetwork.parameters()).device)
     config, module = hypernetwork.config, step.module
     norms: list[Tensor] = []
     hook = decoder_body(base_model).norm.register_forward_pre_hook(
@@ -290,6 +299,11 @@ def set_scales(step: KeysAndValues, batch: dict, size: float = 0.4) -> None:
     lengths = B.norm(dim=-1).mean((0, 2))  # [L]
     hypernetwork.scaler_A[module][0, :, :, 0] = (step.key_gain / step.input_norms)[:, None]
     hypernetwork.scaler_B[module][0, :, :, 0] = (size * norms[-1] / (config.scale * lengths))[:, None]
+
+
+def _to(batch: dict, device) -> dict:
+    move = {True: lambda several: [one.to(device) for one in several], False: lambda one: one.to(device)}
+    return {name: move[isinstance(value, list)](value) for name, value in batch.items()}
 
 
 def unit_rows(latents: Tensor) -> Tensor:

@@ -192,29 +192,40 @@ class TransformersEngine:
         """
         replies: list[Reply | None] = [None] * len(prompts)
         generator = torch.Generator().manual_seed(seed)
-        groups = self._groups(prompts)
-        waiting = sorted(range(len(groups)), key=lambda g: max(len(prompts[i]) for i in groups[g][1]))
+        groups = self._groups(prompts, max_new_tokens)
+        # shared and lone prompts apart: side by side, each would be padded by the longest of both parts
+        waiting = sorted(groups, key=lambda group: (group[0] > 0, max(len(prompts[i]) for i in group[1])))
         while waiting:
             batch = [waiting.pop()]
-            rows, width = len(groups[batch[0]][1]), max(len(prompts[i]) for i in groups[batch[0]][1]) + max_new_tokens
-            while waiting and (rows + len(groups[waiting[-1]][1])) * width <= self.batch_tokens:
+            while waiting and (waiting[-1][0] > 0) == (batch[0][0] > 0):
+                if self._positions(prompts, [*batch, waiting[-1]], max_new_tokens) > self.batch_tokens:
+                    break
                 batch.append(waiting.pop())
-                rows += len(groups[batch[-1]][1])
-            order = [i for g in batch for i in groups[g][1]]
-            shared = [(n, len(rows)) for n, rows in (groups[g] for g in batch)]
+            order = [i for _, places in batch for i in places]
+            shared = [(n, len(places)) for n, places in batch]
             written = self._generate([prompts[i] for i in order], shared, max_new_tokens, temperature, generator)
             for i, reply in zip(order, written, strict=True):
                 replies[i] = reply
         return replies
 
-    def _groups(self, prompts: Prompts) -> list[tuple[int, list[int]]]:
+    def _positions(self, prompts: Prompts, batch: Sequence[tuple[int, list[int]]], max_new_tokens: int) -> int:
+        """Places in the cache, padding included, of groups (see _groups) that are generated together."""
+        head = max(n for n, _ in batch)
+        rest = max(len(prompts[i]) - n for n, places in batch for i in places)
+        return sum(len(places) for _, places in batch) * (head + rest + max_new_tokens)
+
+    def _groups(self, prompts: Prompts, max_new_tokens: int) -> list[tuple[int, list[int]]]:
         """(n, places) of near prompts that begin with the same n tokens, so that a document is read once for all of its
         questions. What is shared is at least half of each prompt; n is 0 for one that is alone, and everywhere in
         models with sliding windows, which would count the padding between the two parts.
 
-        At most half of `batch_tokens` go into one group; prompts that fill the model's window are left out.
+        No group takes more than `batch_tokens`; prompts that fill the model's window are left out.
         """
-        slides = "sliding_attention" in (getattr(self.model.config.get_text_config(), "layer_types", None) or [])
+        config = self.model.config.get_text_config()
+        types = getattr(config, "layer_types", None) or ["sliding_attention"] * bool(
+            getattr(config, "sliding_window", None)
+        )
+        slides = any(kind != "full_attention" for kind in types)
         groups: list[tuple[int, list[int]]] = []
         for i, ids in enumerate(prompts):
             if len(ids) >= self.window:
@@ -224,9 +235,10 @@ class TransformersEngine:
                 first = prompts[places[0]]
                 most = min(n or len(first) - 1, len(ids) - 1)
                 common = next((j for j in range(most) if first[j] != ids[j]), most)
-                fits = 2 * (len(places) + 1) * max(len(first), len(ids)) <= self.batch_tokens
+                group = (common, [*places, i])
+                fits = self._positions(prompts, [group], max_new_tokens) <= self.batch_tokens
                 if not slides and fits and 2 * common >= max(len(first), len(ids)):
-                    groups[g] = (common, [*places, i])
+                    groups[g] = group
                     break
             else:
                 groups.append((0, [i]))

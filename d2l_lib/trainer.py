@@ -9,6 +9,7 @@ batches.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -74,6 +75,12 @@ class InOrderTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
+    def training_step(self, *arguments, **options):
+        loss = super().training_step(*arguments, **options)
+        if not torch.isfinite(loss):
+            raise FloatingPointError("the loss is not a number: lower the learning rate; earlier checkpoints are kept")
+        return loss
+
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if name not in self.without_decay]
 
@@ -101,10 +108,17 @@ def fit(
     """Train `model` (its forward returns {"loss": ...}) on `batches` in order, going on from the last checkpoint in
     `run`.
 
-    stop_at ends this call early with a checkpoint; the schedule is that of `steps`. FloatingPointError when the loss is
-    not a number; the checkpoints written before it are kept.
+    `steps`, warmup_steps, save_steps, report_steps and stop_at count batches: of W processes each takes every W-th one,
+    and an optimizer step is made of W batches, as one process makes it with gradient_accumulation_steps=W. stop_at ends
+    this call early with a checkpoint; the schedule is that of `steps`. FloatingPointError when the loss is not a
+    number; the checkpoints written before it are kept. RuntimeError where one process sees several GPUs.
     """
     run.mkdir(parents=True, exist_ok=True)
+    together = int(os.environ.get("WORLD_SIZE", 1)) * options.get("gradient_accumulation_steps", 1)
+    steps, warmup_steps, save_steps, report_steps = (
+        max(1, round(count / together)) for count in (steps, warmup_steps, save_steps, report_steps)
+    )
+    stop_at = None if stop_at is None else max(1, round(stop_at / together))
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=steps,
@@ -125,6 +139,11 @@ def fit(
         remove_unused_columns=False,
         **{"ddp_find_unused_parameters": False} | options,
     )
+    if arguments.n_gpu > 1:
+        raise RuntimeError(
+            "one process sees several GPUs: start one for each with torchrun --nproc_per_node, or show it one with "
+            "CUDA_VISIBLE_DEVICES"
+        )
     trainer = InOrderTrainer(
         model=model,
         args=arguments,
@@ -135,6 +154,11 @@ def fit(
     trainer.without_decay = frozenset(without_decay)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(run))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes results: the only one, or torchrun's first."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def last_whole_checkpoint(run: Path) -> str | None:

@@ -9,7 +9,6 @@ Runs can be killed and go on (see `trainer`).
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import shutil
 from dataclasses import replace
@@ -31,7 +30,7 @@ from .packing import IGNORED
 from .presets import NEEDLE_VARIANTS, DistillationPreset, HypernetworkPreset, NeedlePreset, Preset, preset
 from .readout import Readout, ReadoutBatches, needle_sentences, start_linear, train_readout
 from .records import atomic_folder, read_jsonl, write_jsonl
-from .trainer import chunk_batch, fit, pad_right
+from .trainer import chunk_batch, fit, is_first_process, pad_right
 
 
 # ----------------------------------------------------------------------------------------------------- the base model
@@ -162,6 +161,8 @@ def answer_logits(base_model, input_ids: Tensor, labels: Tensor) -> tuple[Tensor
     hidden = decoder_body(base_model)(input_ids=input_ids, use_cache=False).last_hidden_state
     answers = find_answer_tokens(labels)
     logits = base_model.get_output_embeddings()(hidden[answers.row, answers.position])
+    if cap := getattr(base_model.config.get_text_config(), "final_logit_softcapping", None):  # Gemma-2
+        logits = cap * torch.tanh(logits / cap)
     row = torch.arange(len(answers), device=labels.device)
     return logits[:, None], answers, replace(answers, row=row, position=torch.zeros_like(answers.position))
 
@@ -212,8 +213,6 @@ class Internalization(nn.Module):
             combine(blocks, bias, n_chunks), n_chunks, self.hypernetwork.config.rank, has_bias=bias is not None
         )
         total = loss + self.l1 * l1_share * size / len(n_chunks)
-        if not math.isfinite(total.item()):
-            raise FloatingPointError("the loss is not a number: lower the learning rate; earlier checkpoints are kept")
         wrong = torch.bincount(
             answers.row, weights=(logits[:, 0].argmax(-1) != answers.label).float(), minlength=len(labels)
         )
@@ -315,6 +314,8 @@ def remake_base(p: Preset, runs: Path, data: Path, fast: bool) -> None:
     """Train the base model and put it and its training log into `data`."""
     run = runs / p.name / "base"
     train_base(p, run, fast)
+    if not is_first_process():
+        return
     with atomic_folder(data / p.name / "base_model") as folder:
         shutil.copytree(run / "final", folder, dirs_exist_ok=True)
     log = [{"seed": p.base.seed, **line} for line in whole_log(run / "first", run / "polish")]
@@ -337,6 +338,8 @@ def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) ->
     name = f"needle_{variant}_seed{seed}"
     base_model, tokenizer = load_base_model(p.name)
     hypernetwork = train_needle(settings, base_model, tokenizer, runs / p.name / name, seed, p.name)
+    if not is_first_process():
+        return
     meta = {
         "preset": p.name,
         "variant": variant,

@@ -156,7 +156,7 @@ def test_keys_and_values_score_the_rows_that_act(base):
                 x = (inputs[:, layer] / step.input_norms[layer]).flatten(0, 1)
                 keys = torch.linalg.pinv(x).T / step.key_gain  # row i matches query i with 1, all others with 0
                 rows[:, layer, 0, :, :d_in] = keys.view(n, 2, d_in)
-                rows[:, layer, 0, :, d_in:] = step._frozen[2][answers.clamp_min(0)]
+                rows[:, layer, 0, :, d_in:] = step.directions[answers.clamp_min(0)]
             taps.update(lora_emb=torch.zeros(n, L, 1, 2, 32), flat_loras=rows)
 
     step.hypernetwork = Known()

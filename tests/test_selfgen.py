@@ -69,19 +69,23 @@ def answer_ids(row: dict, q: int) -> list[int]:
 # --- answers and log-probabilities ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "shares"), [("llama", True), ("qwen3", True), ("gemma2", False)])
+@pytest.mark.parametrize(
+    ("family", "shares"), [("llama", True), ("qwen3", True), ("gemma2", False), ("mistral", False)]
+)
 def test_a_document_is_read_once_for_its_questions_and_the_answers_stay_the_same(family, shares):
     engine = build_engine(family)
     first, second = "The mayor of Velm is Ada Row. " * 4, "It was a long winter in Tarn, with much snow. " * 3
     texts = [f"{first}\n\nWho is the mayor?", "Who wrote it?", f"{first}\n\nWhere is Velm?", f"{second}\n\nWas it?",
              f"{first}\n\nIs Ada Row a mayor?", f"{second}\n\nWhere was much snow?"]  # fmt: skip
     prompts = question_ids(engine.tokenizer, texts)
-    groups = engine._groups(prompts)
+    groups = engine._groups(prompts, 16)
     together = sorted(sorted(places) for n, places in groups)
     assert together == ([[0, 2, 4], [1], [3, 5]] if shares else [[i] for i in range(6)])
     for n, places in groups:
         assert all(prompts[i][:n] == prompts[places[0]][:n] and len(prompts[i]) > n for i in places)
         assert n == 0 or n > 100
+    small = TransformersEngine("random", engine.model, engine.tokenizer, batch_tokens=400)
+    assert all(small._positions(prompts, [group], 16) <= 400 for group in small._groups(prompts, 16))
     batched = engine.reply(prompts, 16, 0.0, seed=0)
     for prompt, reply in zip(prompts, batched, strict=True):
         (alone,) = engine.reply([prompt], 16, 0.0, seed=0)
