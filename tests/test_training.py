@@ -19,6 +19,7 @@ from d2l_lib import needles, trainer, training
 from d2l_lib.base_model import ContextEncoder
 from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
+from d2l_lib.records import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -173,3 +174,22 @@ def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp
     assert seen["names"] and not any(
         part in n for n in seen["names"] for part in ("scaler", "bias", "norm", "latents_q")
     )
+
+
+def test_two_processes_train_to_the_curve_of_one(tmp_path):
+    """Two processes with a batch each make the steps of one process with two batches."""
+    script = str(Path(train_small.__file__).resolve())
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    alone = [sys.executable, script, str(tmp_path / "one"), "0", "2"]
+    shared = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+              script, str(tmp_path / "two"), "0"]  # fmt: skip
+    for command in (alone, shared):
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    one, two = (load_file(tmp_path / name / "final" / "hypernetwork.safetensors") for name in ("one", "two"))
+    start = Hypernetwork(training.hypernetwork_config(train_small.SMALL, train_small.small_base()[0], "x")).state_dict()
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    assert any((one[name] - start[name]).abs().max() > 1e-2 for name in one)
+    logs = [read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == list(range(1, 9))
+    curves = [[line["total_loss"] for line in log] for log in logs]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)

@@ -1,4 +1,7 @@
-"""A small needle training run as a process of its own: `python train_small.py RUN_FOLDER SECONDS_PER_BATCH`."""
+"""A small needle training run as a process of its own: `python train_small.py RUN_FOLDER SECONDS_PER_BATCH [BATCHES]`.
+
+BATCHES make an optimizer step (default 1). Under torchrun the processes share them.
+"""
 
 import sys
 import time
@@ -8,9 +11,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from d2l_lib import training
+from d2l_lib import trainer, training
 from d2l_lib.checkpoints import save_checkpoint
-from d2l_lib.presets import preset
+from d2l_lib.presets import ReadoutPreset, preset
 from d2l_lib.pretraining import build_tokenizer
 
 STEPS = 16
@@ -18,6 +21,7 @@ SMALL = replace(
     preset("tiny").needle,
     latent_size=16, n_latent_queries=4, n_blocks=1, n_heads=2, n_kv_heads=1, head_dim=8, rank=2, encoder_layer=1,
     shortest=32, longest=64, steps=STEPS, contexts=3, warmup_steps=2, polish_steps=4,
+    readout=ReadoutPreset(steps=4, sentences=4, learning_rate=1e-3, warmup_steps=1),
 )  # fmt: skip
 
 
@@ -47,8 +51,12 @@ def main() -> None:
     SlowBatches.seconds = float(sys.argv[2])
     training.NeedleBatches = SlowBatches
     base_model, tokenizer = small_base()
-    hypernetwork = training.train_needle(SMALL, base_model, tokenizer, run, 0, "small", save_steps=4, report_steps=2)
-    save_checkpoint(run / "final", hypernetwork, {})
+    options = {"save_steps": 4, "report_steps": 2}
+    if len(sys.argv) > 3:
+        options["gradient_accumulation_steps"] = int(sys.argv[3])
+    hypernetwork = training.train_needle(SMALL, base_model, tokenizer, run, 0, "small", **options)
+    if trainer.is_first_process():
+        save_checkpoint(run / "final", hypernetwork, {})
 
 
 if __name__ == "__main__":
