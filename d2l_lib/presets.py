@@ -119,15 +119,11 @@ class DistillationPreset(HypernetworkPreset):
 
 @dataclass(frozen=True)
 class QAPreset:
-    """Question answering in three stages: the warm-up, fresh documents of the world, self-generated data (`documents`
-    of them, made with the settings of `selfgen` and `data_seed`).
-    """
+    """Question answering in three stages: the warm-up, fresh documents of the world, self-generated data."""
 
     readout: ReadoutPreset
     world: DistillationPreset
     self_generated: DistillationPreset
-    documents: int
-    data_seed: int
 
 
 @dataclass(frozen=True)
@@ -154,15 +150,13 @@ NEEDLE_VARIANTS: dict[str, dict] = {
     "no_l1": {"l1": 0.0},
 }
 
+_TINY_SIZES = {
+    "latent_size": 128, "n_latent_queries": 16, "n_blocks": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 32,
+    "encoder_layer": 2,
+}  # fmt: skip
 _TINY_QA = DistillationPreset(
-    latent_size=128,
-    n_latent_queries=16,
-    n_blocks=2,
-    n_heads=8,
-    n_kv_heads=4,
-    head_dim=32,
+    **_TINY_SIZES,
     rank=8,
-    encoder_layer=2,
     shortest_chunk=24,
     longest_chunk=32,
     single_chunk_share=0.0,
@@ -199,14 +193,8 @@ PRESETS = {
             polish_learning_rate=1.5e-3,
         ),
         needle=NeedlePreset(
-            latent_size=128,
-            n_latent_queries=16,
-            n_blocks=2,
-            n_heads=8,
-            n_kv_heads=4,
-            head_dim=32,
+            **_TINY_SIZES,
             rank=4,
-            encoder_layer=2,
             shortest=32,
             longest=256,
             min_chunk_tokens=25,
@@ -226,9 +214,7 @@ PRESETS = {
         qa=QAPreset(
             readout=ReadoutPreset(steps=800, sentences=64, learning_rate=1e-3, warmup_steps=100),
             world=_TINY_QA,
-            self_generated=replace(_TINY_QA, steps=1000, single_chunk_share=0.0, learning_rate=2e-4),
-            documents=5000,
-            data_seed=0,
+            self_generated=replace(_TINY_QA, steps=1000, learning_rate=2e-4),
         ),
     ),
 }

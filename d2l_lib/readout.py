@@ -26,10 +26,10 @@ from torch.utils.data import Dataset
 from . import needles, world
 from .base_model import ContextEncoder, decoder_body, decoder_layers, target_linears, without_lora
 from .documents import context_ids, question_ids
-from .hypernetwork import Hypernetwork, names_without_decay
+from .hypernetwork import Hypernetwork
 from .packing import IGNORED
 from .presets import ReadoutPreset
-from .trainer import chunk_batch, fit, pad_right
+from .trainer import chunk_batch, fit_step, pad_right
 
 Sentence = tuple[str, str, str]  # a text, a question about it, the answer
 
@@ -323,17 +323,5 @@ def train_readout(
     p: ReadoutPreset, step: Readout | KeysAndValues, batches: ReadoutBatches, run: Path, seed: int, **options
 ) -> None:
     """Warm the hypernetwork of `step` up in place, resumable in `run`; `options` go to `trainer.fit`."""
-    hypernetwork = step.hypernetwork
-    fit(
-        step,
-        batches,
-        run,
-        steps=p.steps,
-        learning_rate=p.learning_rate,
-        warmup_steps=p.warmup_steps,
-        seed=seed,
-        weight_decay=0.01,
-        ddp_find_unused_parameters=True,  # those that only the blocks themselves need
-        without_decay=[f"hypernetwork.{name}" for name in names_without_decay(hypernetwork)],
-        **options,
-    )
+    options = {"ddp_find_unused_parameters": True} | options  # only the blocks themselves need some of them
+    fit_step(step, p, batches, run, seed, **options)

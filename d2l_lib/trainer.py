@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .hypernetwork import names_without_decay
 from .records import read_json, read_jsonl, write_jsonl
 
 
@@ -154,6 +155,22 @@ def fit(
     trainer.without_decay = frozenset(without_decay)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(run))
+
+
+def fit_step(step: nn.Module, p, batches: Dataset, run: Path, seed: int, **options) -> None:
+    """`fit` for a step that trains its `hypernetwork`: steps and rates are those of `p`, weight decay as published."""
+    fit(
+        step,
+        batches,
+        run,
+        steps=p.steps,
+        learning_rate=p.learning_rate,
+        warmup_steps=p.warmup_steps,
+        seed=seed,
+        weight_decay=0.01,
+        without_decay=[f"hypernetwork.{name}" for name in names_without_decay(step.hypernetwork)],
+        **options,
+    )
 
 
 def is_first_process() -> bool:

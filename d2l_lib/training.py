@@ -23,14 +23,14 @@ from . import needles, pretraining
 from .base_model import ContextEncoder, decoder_body, load_base_model, module_sizes
 from .checkpoints import save_checkpoint
 from .documents import chat_affixes, question_ids, split_sentences
-from .hypernetwork import Hypernetwork, HypernetworkConfig, combine, names_without_decay
+from .hypernetwork import Hypernetwork, HypernetworkConfig, combine
 from .lora import apply_lora
 from .losses import AnswerTokens, context_average, cross_entropy, distillation, find_answer_tokens, l1_penalty
 from .packing import IGNORED
 from .presets import NEEDLE_VARIANTS, DistillationPreset, HypernetworkPreset, NeedlePreset, Preset, preset
 from .readout import Readout, ReadoutBatches, needle_sentences, start_linear, train_readout
 from .records import atomic_folder, read_jsonl, write_jsonl
-from .trainer import chunk_batch, fit, is_first_process, pad_right
+from .trainer import chunk_batch, fit, fit_step, is_first_process, pad_right
 
 
 # ----------------------------------------------------------------------------------------------------- the base model
@@ -295,18 +295,7 @@ def fit_hypernetwork(
     p, base_model, hypernetwork: Hypernetwork, batches: Dataset, run: Path, seed: int, distil: bool = True, **options
 ) -> None:
     """Train `hypernetwork` on `batches` in place, resumable in `run`; steps, rates and L1 are those of `p`."""
-    fit(
-        Internalization(base_model, hypernetwork, p.l1, distil),
-        batches,
-        run,
-        steps=p.steps,
-        learning_rate=p.learning_rate,
-        warmup_steps=p.warmup_steps,
-        seed=seed,
-        weight_decay=0.01,
-        without_decay=[f"hypernetwork.{name}" for name in names_without_decay(hypernetwork)],
-        **options,
-    )
+    fit_step(Internalization(base_model, hypernetwork, p.l1, distil), p, batches, run, seed, **options)
 
 
 # -------------------------------------------------------------------------------------------------------- the command
