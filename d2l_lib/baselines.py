@@ -33,6 +33,7 @@ from .losses import context_average, distillation
 from .model import DocToLoRA, load
 from .packing import IGNORED
 from .selfgen import WRITER_PROMPTS, Reply, TransformersEngine, parse_questions
+from .text_to_lora import load_text_to_lora
 from .training import answer_logits
 
 
@@ -418,9 +419,15 @@ def document_questions(n_documents: int, n_questions: int, seed: int, n_facts: i
     return pd.DataFrame(rows)
 
 
-def all_methods(model: DocToLoRA, distillation_steps: int, queries: Sequence[int] = (5, 20, 100)) -> list[Method]:
-    """Every method that needs no training of its own, with the settings of the record."""
+def all_methods(
+    model: DocToLoRA,
+    distillation_steps: int,
+    queries: Sequence[int] = (5, 20, 100),
+    text_to_lora: DocToLoRA | None = None,
+) -> list[Method]:
+    """Every method with the settings of the record; `text_to_lora`: see the module of that name."""
     return [
+        *([] if text_to_lora is None else [Internalized(text_to_lora, "pooled text-to-LoRA")]),
         InContext(model),
         NoContext(model),
         InContext(model, "truncated to 128 tokens", tokens=128 + 48),
@@ -445,6 +452,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000, help="one-hop questions (kinds)")
     parser.add_argument("--documents", type=int, default=10, help="of 20 facts, eight questions each (methods)")
     parser.add_argument("--distillation-steps", type=int, default=300)
+    parser.add_argument("--text-to-lora", help="folder of a model that d2l_lib.text_to_lora trained (methods)")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.baselines", *sys.argv[1:]])}
@@ -460,7 +468,8 @@ def main() -> None:
         print(by_facts.to_string())
         return
     questions = qa.add_lengths(document_questions(a.documents, 8, a.seed), model.tokenizer)
-    compared = compare(all_methods(model, a.distillation_steps), questions, report=True)
+    pooled = load_text_to_lora(a.text_to_lora) if a.text_to_lora else None
+    compared = compare(all_methods(model, a.distillation_steps, text_to_lora=pooled), questions, report=True)
     table = qa.summarise_scores(qa.score(compared), ["method", "dataset", "length_bin"])
     overall = qa.summarise_scores(qa.score(compared), ["method"])
     for name, rows in (("qa_methods", overall.merge(costs(compared))), ("qa_methods_lengths", table)):

@@ -32,7 +32,15 @@ from .hypernetwork import Hypernetwork
 from .packing import IGNORED, dataset_probabilities, split_into_chunks
 from .presets import DistillationPreset, Preset, QAPreset, preset
 from .pretraining import QUESTION_WEIGHTS
-from .readout import KeysAndValues, ReadoutBatches, set_scales, start_linear, train_readout
+from .readout import (
+    KeysAndValues,
+    ReadoutBatches,
+    key_whitening,
+    let_blocks_act,
+    plain_keys,
+    start_linear,
+    train_readout,
+)
 from .records import read_jsonl, write_jsonl
 from .selfgen import TOP_K, read_shards
 from .trainer import chunk_batch, is_first_process, pad_right
@@ -45,27 +53,34 @@ CERTAIN = [0.0] + [-1e4] * (TOP_K - 1)  # log-probabilities of a teacher that ha
 class WorldDocuments:
     """A source of fresh documents of the world, with the right answers in place of a teacher's (cross-entropy).
 
-    Documents grow from one fact to `p.most_facts`. One question in `p.unrelated_share` is about the encyclopedia.
+    A question is about the encyclopedia with `p.unrelated_share`, has no answer with `p.unanswerable_share` of the
+    rest, and is of one of the other kinds otherwise.
     """
 
     def __init__(self, tokenizer, p: DistillationPreset, split: str = "train"):
         self.tokenizer, self.p, self.split = tokenizer, p, split
-        self.kinds = list(QUESTION_WEIGHTS)
+        self.kinds = [kind for kind in QUESTION_WEIGHTS if kind != "unanswerable"]
         self.weights = [QUESTION_WEIGHTS[kind] for kind in self.kinds]
 
-    def draw(self, rng: random.Random, progress: float) -> dict:
-        """A row as in `selfgen` shards; `progress` (0 to 1) decides how many facts there may be."""
-        p = self.p
-        start, end = p.facts_grow
+    def draw_size(self, rng: random.Random, progress: float) -> int:
+        """How many facts the documents of a batch have: log-uniform, so that each doubling is as likely; `progress` (0
+        to 1) decides up to how many.
+        """
+        start, end = self.p.facts_grow
         growth = min(1.0, max(0.0, (progress - start) / max(1e-9, end - start)))
-        n_facts = rng.randint(1, max(1, round(1 + (p.most_facts - 1) * growth)))
+        return max(1, round(self.p.most_facts ** (growth * rng.random())))
+
+    def draw(self, rng: random.Random, n_facts: int) -> dict:
+        """A row as in `selfgen` shards, of a document of `n_facts` facts."""
+        p = self.p
         document = world.draw_document(rng, self.split, n_facts, distractors=rng.choice((0.0, 0.2, 0.5)))
         asked: list[world.Question] = []
-        while len(asked) < p.questions:
-            if rng.random() < p.unrelated_share * growth:
+        while len(asked) < min(p.questions, n_facts + 2):
+            if rng.random() < p.unrelated_share:
                 asked += world.encyclopedia_questions(rng, 1)
                 continue
-            kind = rng.choices(self.kinds, self.weights)[0] if growth > 0 else "paraphrase"
+            unanswerable = rng.random() < p.unanswerable_share
+            kind = "unanswerable" if unanswerable else rng.choices(self.kinds, self.weights)[0]
             question = world.ask(rng, document, kind)
             asked.append(question or world.question_about(rng, rng.choice(document.facts)))
         questions = question_ids(self.tokenizer, [question.text for question in asked])
@@ -127,8 +142,11 @@ class DistillationBatches(Dataset):
         single = i < p.single_chunk_share * p.steps
         chunks: list[list[int]] = []
         rows, labels, n_chunks, n_questions, values, indices = [], [], [], [], [], []
+        sizes = [
+            source.draw_size(rng, i / p.steps) if isinstance(source, WorldDocuments) else 0 for source in self.sources
+        ]
         while len(n_chunks) < p.contexts and len(chunks) < p.chunks:
-            sample = self._draw(rng, single, i / p.steps)
+            sample = self._draw(rng, single, sizes)
             pieces = [sample["ctx_ids"]] if single else self._cut(rng, sample)
             chunks += pieces
             n_chunks.append(len(pieces))
@@ -150,14 +168,14 @@ class DistillationBatches(Dataset):
             "teacher_indices": torch.tensor(indices),
         }
 
-    def _draw(self, rng: random.Random, single: bool, progress: float) -> dict:
+    def _draw(self, rng: random.Random, single: bool, sizes: list[int]) -> dict:
         weights = [
             weight if len(own) or not single else 0.0 for weight, own in zip(self.weights, self.short, strict=True)
         ]
         place = rng.choices(range(len(weights)), weights)[0]
         source = self.sources[place]
         if isinstance(source, WorldDocuments):
-            return source.draw(rng, progress)
+            return source.draw(rng, sizes[place])
         return source[rng.choice(self.short[place]) if single else rng.randrange(len(source))]
 
     def _cut(self, rng: random.Random, sample: dict) -> list[list[int]]:
@@ -198,18 +216,24 @@ def train_qa(
     shards: a finished folder of `selfgen`; None leaves the third stage out. `options` go to `trainer.fit`.
     """
     torch.manual_seed(seed)
-    hypernetwork = Hypernetwork(hypernetwork_config(p.world, base_model, base_name))
-    start_linear(hypernetwork, base_model, tokenizer, seed)
-    sentences = ReadoutBatches(tokenizer, p.readout, seed)
-    warm_up = KeysAndValues(base_model, hypernetwork)
-    train_readout(p.readout, warm_up, sentences, run / "readout", seed, **options)
-    set_scales(warm_up, sentences[0])
-    batches = DistillationBatches(tokenizer, p.world, [WorldDocuments(tokenizer, p.world)], seed, [1.0])
-    fit_hypernetwork(p.world, base_model, hypernetwork, batches, run / "world", seed, p.world.distil, **options)
-    if shards is not None:
+    hypernetwork = Hypernetwork(hypernetwork_config(p.world or p.self_generated, base_model, base_name))
+    if p.readout is not None:
+        start_linear(hypernetwork, base_model, tokenizer, seed)
+        sentences = ReadoutBatches(tokenizer, p.readout, seed)
+        (module,) = hypernetwork.config.modules
+        whitening = key_whitening(base_model, module, sentences, directions=p.readout.whiten)
+        warm_up = KeysAndValues(base_model, hypernetwork, whitening)
+        train_readout(p.readout, warm_up, sentences, run / "readout", seed, **options)
+        let_blocks_act(warm_up, sentences[0])
+    if p.world is not None:
+        batches = DistillationBatches(tokenizer, p.world, [WorldDocuments(tokenizer, p.world)], seed, [1.0])
+        fit_hypernetwork(p.world, base_model, hypernetwork, batches, run / "world", seed, p.world.distil, **options)
+    if shards is not None and p.self_generated is not None:
         last = p.self_generated
         batches = DistillationBatches(tokenizer, last, [read_shards(shards)], seed)
         fit_hypernetwork(last, base_model, hypernetwork, batches, run / "self_generated", seed, last.distil, **options)
+    if p.readout is not None:
+        plain_keys(hypernetwork)
     return hypernetwork
 
 

@@ -34,9 +34,11 @@ class BaseModelPreset:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HypernetworkPreset:
-    """The sizes of a hypernetwork: the Perceiver, the rank it writes, and the layer after which the encoder stops."""
+    """The sizes of a hypernetwork: the Perceiver, the rank it writes, and the layer after which the encoder stops (None
+    with an `encoder_type` that reads all).
+    """
 
     latent_size: int
     n_latent_queries: int
@@ -45,20 +47,28 @@ class HypernetworkPreset:
     n_kv_heads: int
     head_dim: int
     rank: int
-    encoder_layer: int
+    encoder_layer: int | None
+    encoder_type: str = "early_exit"
+    use_bias: bool = True
 
 
 @dataclass(frozen=True)
 class ReadoutPreset:
-    """The warm-up of a hypernetwork (see `readout`): `sentences` a batch."""
+    """The warm-up of a hypernetwork (see `readout`): `sentences` a batch.
+
+    `muon_rate`, here and below: the rate of Muon for the matrices of the hypernetwork; None: AdamW for all. `whiten`:
+    keys are learned in whitened coordinates (see `readout.KeysAndValues`).
+    """
 
     steps: int
     sentences: int
     learning_rate: float
     warmup_steps: int
+    muon_rate: float | None = None
+    whiten: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NeedlePreset(HypernetworkPreset):
     """A hypernetwork trained on needles: its sizes, the contexts it sees and the rates.
 
@@ -85,7 +95,7 @@ class NeedlePreset(HypernetworkPreset):
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DistillationPreset(HypernetworkPreset):
     """A hypernetwork trained on answers to questions about documents (see `distillation.DistillationBatches`).
 
@@ -94,8 +104,10 @@ class DistillationPreset(HypernetworkPreset):
     `chunks` chunks; of each document up to `questions` questions are asked, and one more than it has chunks at most.
     `distil`: learn the teacher's log-probabilities; False: its answers alone (cross-entropy).
 
-    Of fresh documents of the world (`distillation.WorldDocuments`): they grow from one fact to `most_facts` between the
-    two shares of the run in `facts_grow`, and `unrelated_share` of the questions are about the encyclopedia.
+    Of fresh documents of the world (`distillation.WorldDocuments`): those of a batch have one number of facts, which is
+    at most one to begin with and at most `most_facts` in the end, growing between the two shares of the run in
+    `facts_grow`; `unrelated_share` of the questions are about the encyclopedia, and `unanswerable_share` of the rest
+    have no answer in the document.
     `chunk_tokens`: what `internalize` takes by default.
     """
 
@@ -114,16 +126,20 @@ class DistillationPreset(HypernetworkPreset):
     most_facts: int = 12
     facts_grow: tuple[float, float] = (0.0, 0.5)
     unrelated_share: float = 0.1
+    unanswerable_share: float = 0.17
     chunk_tokens: int = 64
+    muon_rate: float | None = None
 
 
 @dataclass(frozen=True)
 class QAPreset:
-    """Question answering in three stages: the warm-up, fresh documents of the world, self-generated data."""
+    """Question answering in three stages: the warm-up, fresh documents of the world, self-generated data; None: without
+    that stage. All stages train one hypernetwork, so their sizes must be the same.
+    """
 
-    readout: ReadoutPreset
-    world: DistillationPreset
-    self_generated: DistillationPreset
+    readout: ReadoutPreset | None
+    world: DistillationPreset | None
+    self_generated: DistillationPreset | None
 
 
 @dataclass(frozen=True)
@@ -155,21 +171,22 @@ _TINY_SIZES = {
     "encoder_layer": 2,
 }  # fmt: skip
 _TINY_QA = DistillationPreset(
-    **_TINY_SIZES,
+    **_TINY_SIZES | {"latent_size": 256, "n_latent_queries": 32, "n_blocks": 1},
     rank=8,
-    shortest_chunk=24,
-    longest_chunk=32,
+    shortest_chunk=20,
+    longest_chunk=24,
     single_chunk_share=0.0,
     contexts=48,
     chunks=64,
-    questions=16,
+    questions=64,
     l1=0.0,
-    steps=3600,
+    steps=2400,
     learning_rate=1e-3,
-    warmup_steps=150,
-    most_facts=30,
-    facts_grow=(0.0, 0.6),
-    chunk_tokens=24,
+    warmup_steps=50,
+    most_facts=64,
+    facts_grow=(0.0, 0.25),
+    chunk_tokens=20,
+    muon_rate=1e-3,
 )
 
 PRESETS = {
@@ -212,12 +229,51 @@ PRESETS = {
             readout=ReadoutPreset(steps=200, sentences=48, learning_rate=1e-3, warmup_steps=50),
         ),
         qa=QAPreset(
-            readout=ReadoutPreset(steps=800, sentences=64, learning_rate=1e-3, warmup_steps=100),
+            readout=ReadoutPreset(steps=4000, sentences=32, learning_rate=2e-3, warmup_steps=60, muon_rate=4e-3),
             world=_TINY_QA,
-            self_generated=replace(_TINY_QA, steps=1000, learning_rate=2e-4),
+            self_generated=replace(_TINY_QA, steps=400, learning_rate=2e-4, muon_rate=2e-4),
         ),
     ),
 }
+
+
+# For comparisons of recipes: the bundled question-answering recipe with half the latent size and a short training.
+_SHORT = {"latent_size": 128, "steps": 240, "chunks": 48, "warmup_steps": 20, "most_facts": 48}
+SHORT_QA = replace(
+    PRESETS["tiny"].qa,
+    readout=replace(PRESETS["tiny"].qa.readout, steps=600, warmup_steps=20),
+    world=replace(_TINY_QA, **_SHORT),
+    self_generated=None,
+)
+# What is changed in the warm-up and in what follows it. `shards`: self-generated data instead of fresh documents.
+QA_VARIANTS: dict[str, dict] = {
+    "ours": {},
+    "no warm-up": {"readout": None},
+    "keys not whitened": {"readout": {"whiten": False}},
+    "AdamW alone": {"readout": {"muon_rate": None, "learning_rate": 1e-3}, "training": {"muon_rate": None}},
+    "rank 4": {"training": {"rank": 4}},
+    "rank 16": {"training": {"rank": 16}},
+    "no bias block": {"training": {"use_bias": False}},
+    "per-layer activations": {"training": {"encoder_type": "per_layer_activations", "encoder_layer": None}},
+    "no unrelated questions": {"training": {"unrelated_share": 0.0}},
+    "no unanswerable questions": {"training": {"unanswerable_share": 0.0}},
+    "self-generated, distillation": {"shards": True},
+    "self-generated, cross-entropy": {"shards": True, "training": {"distil": False}},
+}
+
+
+def qa_variant(name: str) -> QAPreset:
+    """The short recipe with the change called `name`; KeyError names the known ones."""
+    if name not in QA_VARIANTS:
+        raise KeyError(f"unknown variant {name!r}; known: {', '.join(QA_VARIANTS)}")
+    change = QA_VARIANTS[name]
+    trained = replace(SHORT_QA.world, **change.get("training", {}))
+    readout = change.get("readout", {})
+    return QAPreset(
+        readout=None if readout is None else replace(SHORT_QA.readout, **readout),
+        world=None if change.get("shards") else trained,
+        self_generated=trained if change.get("shards") else None,
+    )
 
 
 def preset(name: str) -> Preset:

@@ -8,7 +8,8 @@ the rows the words of the question (which subject, which relation: what a block 
 thrown away afterwards; the hypernetwork stays as published.
 
 `KeysAndValues` goes further, for documents of many facts: the rows of A and B themselves have to be keys that their own
-question finds, and values that point to the answer's tokens.
+question finds, and values that point to the answer's tokens. The base model is frozen, so what its target linears read
+at every answer token is known before training, and keys can be learned by regression.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
 from . import needles, world
 from .base_model import ContextEncoder, decoder_body, decoder_layers, target_linears, without_lora
-from .documents import context_ids, question_ids
+from .documents import chunk_document, context_ids, question_ids
 from .hypernetwork import Hypernetwork
 from .packing import IGNORED
 from .presets import ReadoutPreset
@@ -34,13 +36,16 @@ from .trainer import chunk_batch, fit_step, pad_right
 Sentence = tuple[str, str, str]  # a text, a question about it, the answer
 
 
-def fact_sentences(rng: random.Random, tokenizer) -> Iterator[Sentence]:
-    """Sentences of the world that state one fact each, without end."""
+def fact_sentences(rng: random.Random, tokenizer, chunk_tokens: int = 20) -> Iterator[Sentence]:
+    """Chunks of documents of the world that state one fact each, in one sentence or with a distractor, without end."""
     while True:
-        document = world.draw_document(rng, "train", 4, distractors=0.0)
-        for fact in document.facts:
-            question = world.question_about(rng, fact, paraphrase=rng.random() < 0.3)
-            yield document.text[slice(*fact.span)], question.text, question.answer
+        document = world.draw_document(rng, "train", 4, distractors=rng.choice((0.0, 0.3)))
+        for chunk in chunk_document(document.text, tokenizer, chunk_tokens):
+            start, end = chunk.span
+            inside = [fact for fact in document.facts if start <= fact.span[0] and fact.span[1] <= end]
+            if len(inside) == 1:
+                question = world.question_about(rng, inside[0], paraphrase=rng.random() < 0.3)
+                yield chunk.text, question.text, question.answer
 
 
 def needle_sentences(rng: random.Random, tokenizer) -> Iterator[Sentence]:
@@ -173,20 +178,31 @@ def start_linear(hypernetwork: Hypernetwork, base_model, tokenizer, seed: int, n
 class KeysAndValues(nn.Module):
     """The warm-up step for many facts: row j of a block, s * B_j (A_j x), as a key A_j and a value B_j.
 
-    Values: B_j points to the output embedding (behind the final norm's weights) of token j of the answer. Keys: with x,
-    the input of the target linear in the base model without an adapter, A_j x is 1 where token j of the answer to the
-    block's own question is predicted, and 0 at all other answer tokens of the batch, whosever they are. The words of
-    the question are read from the latents as in `Readout`. There is no backward pass through the base model. For a
-    hypernetwork with one target module that writes into the residual stream, as published.
+    Values: B_j points to the output embedding (behind the final norm's weights) of token j of the answer. Keys: A_j
+    points to x, the input of the target linear in the base model without an adapter where token j of the answer to the
+    block's own question is predicted; loss 1 - cos(A_j, x). Both live in whitened coordinates W x, in which the x of
+    many questions have the unit matrix as second moment (see `key_whitening`): there the key that points to its own x
+    is the one that all others match least. The words of the question are read from the latents as in `Readout`. There
+    is no backward pass through the base model.
+
+    While this step is trained, the hypernetwork writes whitened keys; `let_blocks_act` then makes them plain ones. For
+    a hypernetwork with one target module that writes into the residual stream, as published.
     """
 
-    def __init__(self, base_model, hypernetwork: Hypernetwork, sharpness: float = 20.0, key_gain: float = 10.0):
+    def __init__(
+        self,
+        base_model,
+        hypernetwork: Hypernetwork,
+        whitening: Tensor,
+        sharpness: float = 20.0,
+        key_weight: float = 10.0,
+    ):
         super().__init__()
         config = hypernetwork.config
         (self.module,) = config.modules
         if config.d_out[self.module] != base_model.config.get_text_config().hidden_size:
             raise ValueError(f"{self.module} does not write into the residual stream: use down_proj or o_proj")
-        self.hypernetwork, self.sharpness, self.key_gain = hypernetwork, sharpness, key_gain
+        self.hypernetwork, self.sharpness, self.key_weight = hypernetwork, sharpness, key_weight
         self.question = nn.Linear(config.latent_size, base_model.get_input_embeddings().num_embeddings)
         if hasattr(decoder_layers(base_model)[0], "post_feedforward_layernorm"):
             raise ValueError(
@@ -195,74 +211,62 @@ class KeysAndValues(nn.Module):
         embeddings = base_model.get_output_embeddings().weight.detach().float()
         directions = F.normalize(embeddings * decoder_body(base_model).norm.weight.detach().float(), dim=-1)
         self.register_buffer("directions", directions, persistent=False)
+        self.register_buffer("whitening", whitening, persistent=False)
         self._frozen = (base_model, ContextEncoder.from_config(base_model, config))
-        self.register_buffer("input_norms", torch.zeros(config.n_layers))  # of x, measured on the first batch
         self._sums, self._n = {}, 0
 
     def forward(
         self, chunk_ids, chunk_mask, order, answer_ids: Tensor, question_ids: Tensor, input_ids: Tensor, starts: Tensor
     ) -> dict[str, Tensor]:
         """See `ReadoutBatches`."""
-        base_model, encoder = self._frozen
-        base_model.to(answer_ids.device)
-        directions = self.directions
+        latents, A, B = self.rows(chunk_ids, chunk_mask, order)
+        n_slots = min(A.shape[2], answer_ids.shape[1])
+        answer_ids = answer_ids[:, :n_slots]
+        scored = answer_ids != IGNORED  # [n, slots]
+
+        logits = self.sharpness * F.normalize(B[:, :, :n_slots], dim=-1) @ self.directions.T
+        targets = answer_ids[:, None].expand(logits.shape[:3])
+        value_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED)
+
+        inputs = self.whitened_inputs(input_ids, starts, n_slots).to(A.dtype)[:, scored]  # [L, queries, d_in]
+        keys = F.normalize(A[:, :, :n_slots].transpose(0, 1)[:, scored], dim=-1)
+        cosines = F.cosine_similarity(keys, inputs, dim=-1)  # [L, queries]
+        key_loss = (1 - cosines).mean()
+
+        words = word_shares(question_ids, len(self.directions))
+        read = self.question(unit_rows(latents).mean(2)).log_softmax(-1)
+        question_loss = -(words[:, None] * read).sum(-1).mean()
+        with torch.no_grad():
+            matches = (keys @ inputs.transpose(1, 2)).sum(0)  # [keys, queries]
+            found = matches.argmax(0) == torch.arange(len(matches), device=matches.device)
+            right = ((logits.argmax(-1) == targets) & scored[:, None]).sum() / scored.sum() / logits.shape[1]
+        self._add(
+            loss=value_loss, key_cosine=cosines.mean(), question_loss=question_loss, keys_found=found.float().mean(),
+            values_right=right,
+        )  # fmt: skip
+        return {"loss": value_loss + self.key_weight * key_loss + question_loss}
+
+    def rows(self, chunk_ids, chunk_mask, order) -> tuple[Tensor, Tensor, Tensor]:
+        """(latents [n, L, r, d], keys [n, L, r, d_in], values [n, L, r, d_out]) of the chunks, before the scalers."""
+        _, encoder = self._frozen
         d_in = self.hypernetwork.config.d_in[self.module]
+        encoder.model.to(order.device)
         latents, rows = [], []
         for ids, mask in zip(chunk_ids, chunk_mask, strict=True):
             taps: dict[str, Tensor] = {}
             self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, taps=taps)
             latents.append(taps["lora_emb"])
             rows.append(taps["flat_loras"])
-        latents, rows = (torch.cat(parts)[order][:, :, 0] for parts in (latents, rows))  # [n, L, r, .]
-        A, B = rows[..., :d_in], rows[..., d_in:]
-        n_slots = min(rows.shape[2], answer_ids.shape[1])
-        answer_ids = answer_ids[:, :n_slots]
-        scored = answer_ids != IGNORED  # [n, slots]
+        latents, rows = (torch.cat(parts)[order][:, :, 0] for parts in (latents, rows))
+        return latents, rows[..., :d_in], rows[..., d_in:]
 
-        logits = self.sharpness * F.normalize(B[:, :, :n_slots], dim=-1) @ directions.T
-        targets = answer_ids[:, None].expand(logits.shape[:3])
-        value_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED)
-
-        inputs = self._inputs(input_ids, starts, n_slots).to(A.dtype)  # [n, L, slots, d_in]
-        if not self.input_norms.any():
-            self.input_norms.copy_(inputs.norm(dim=-1).mean((0, 2)))
-        inputs = (inputs / self.input_norms[:, None, None]).transpose(0, 1)[:, scored]  # [L, queries, d_in]
-        keys = (self.key_gain * A[:, :, :n_slots]).transpose(0, 1)[:, scored]  # [L, keys, d_in]
-        matches = keys @ inputs.transpose(1, 2)  # [L, keys, queries]
-        own = matches.diagonal(dim1=1, dim2=2)
-        others = matches.square().sum(1) - own.square()
-        # the wrong matches of a key's query add up; they count as those of a document of a hundred rows
-        key_loss = (1 - own).square().mean() + others.mean() * 100 / matches.shape[1]
-
-        words = word_shares(question_ids, len(directions))
-        read = self.question(unit_rows(latents).mean(2)).log_softmax(-1)
-        question_loss = -(words[:, None] * read).sum(-1).mean()
-        found = matches.sum(0).argmax(0) == torch.arange(matches.shape[1], device=matches.device)
-        self._add(
-            loss=value_loss, key_loss=key_loss, question_loss=question_loss, keys_found=found.float().mean(),
-            values_right=((logits.argmax(-1) == targets) & scored[:, None]).sum() / scored.sum() / logits.shape[1],
-        )  # fmt: skip
-        return {"loss": value_loss + key_loss + question_loss}
-
-    @torch.no_grad()
-    def _inputs(self, input_ids: Tensor, starts: Tensor, n_slots: int) -> Tensor:
-        """x of the target linears where answer token j is predicted: [n, L, slots, d_in]; starts [n] of the answers."""
-        base_model = self._frozen[0]
-        seen: list[Tensor] = []
-        hooks = [
-            linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-            for linear in target_linears(base_model, [self.module])[self.module]
-        ]
-        try:
-            with without_lora(base_model):
-                decoder_body(base_model)(input_ids=input_ids, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def whitened_inputs(self, input_ids: Tensor, starts: Tensor, n_slots: int) -> Tensor:
+        """W x of the target linears where answer token j is predicted: [L, n, slots, d_in]; starts [n] of answers."""
+        x = linear_inputs(self._frozen[0], self.module, input_ids)  # [L, n, length, d_in]
         places = starts[:, None] - 1 + torch.arange(n_slots, device=starts.device)
         places = places.clamp_max(input_ids.shape[1] - 1)
         rows = torch.arange(len(input_ids), device=starts.device)[:, None]
-        return torch.stack([x[rows, places] for x in seen], dim=1)
+        return x[:, rows, places] @ self.whitening[:, None]
 
     def _add(self, **values: Tensor) -> None:
         self._n += 1
@@ -270,18 +274,75 @@ class KeysAndValues(nn.Module):
             self._sums[name] = self._sums.get(name, 0.0) + value.item()
 
     def report(self) -> dict[str, float]:
-        """Means since the last report: the three losses, and the shares of values and keys that are right."""
+        """Means since the last report: two losses, the cosine between keys and what they are for, and the shares of
+        keys that match their own question best in the batch and of values that point to the right token.
+        """
         means = {name: round(total / max(1, self._n), 5) for name, total in self._sums.items()}
         self._sums, self._n = {}, 0
         return means
 
 
 @torch.no_grad()
-def set_scales(step: KeysAndValues, batch: dict, size: float = 0.4) -> None:
-    """Let the blocks act: scaler_A so that an own key matches with about 1, scaler_B so that the value of one match is
-    `size` times as large as the residual stream behind the last layer.
+def linear_inputs(base_model, module: str, input_ids: Tensor) -> Tensor:
+    """x of the target linears in the base model without an adapter: [L, n, length, d_in]."""
+    base_model.to(input_ids.device)
+    seen: list[Tensor] = []
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        for linear in target_linears(base_model, [module])[module]
+    ]
+    try:
+        with without_lora(base_model):
+            decoder_body(base_model)(input_ids=input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(seen)
+
+
+def key_whitening(
+    base_model, module: str, batches: Dataset, n_batches: int = 40, floor: float = 1e-2, directions: bool = True
+) -> Tensor:
+    """W [L, d_in, d_in], symmetric, with W S W = 1 for the second moment S of x at the answer tokens of `batches`.
+
+    Directions in which x hardly varies are magnified no more than those with `floor` times the mean variance.
+    `directions` False: all are treated alike, W is a multiple of the unit matrix.
     """
-    hypernetwork, (base_model, encoder) = step.hypernetwork, step._frozen
+    total, count = 0.0, 0
+    for i in range(n_batches):
+        batch = batches[i]
+        x = linear_inputs(base_model, module, batch["input_ids"].to(base_model.device))
+        for row, (start, answer) in enumerate(zip(batch["starts"], batch["answer_ids"], strict=True)):
+            here = x[:, row, start - 1 : start - 1 + int((answer != IGNORED).sum())].double().cpu()
+            total, count = total + here.transpose(1, 2) @ here, count + here.shape[1]
+    values, vectors = torch.linalg.eigh(total / count)
+    if not directions:
+        values = values.mean(-1, keepdim=True).expand_as(values)
+    values = values.clamp_min(floor * values.mean(-1, keepdim=True))
+    return (vectors * values.rsqrt()[:, None] @ vectors.transpose(1, 2)).float()
+
+
+class WhitenedKeys(nn.Module):
+    """A head's weight as it is trained, keys in whitened coordinates: the plain one is (G_A W, G_B)."""
+
+    def __init__(self, whitening: Tensor):
+        super().__init__()
+        self.register_buffer("whitening", whitening)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        d_in = self.whitening.shape[-1]
+        return torch.cat([weight[..., :d_in] @ self.whitening, weight[..., d_in:]], dim=-1)
+
+
+@torch.no_grad()
+def let_blocks_act(step: KeysAndValues, batch: dict, size: float = 0.3) -> None:
+    """End the warm-up: plain keys, and scalers with which blocks act.
+
+    scaler_A becomes such that an own key matches with 1 on average, scaler_B such that the value of one match is `size`
+    times as large as the residual stream behind the last layer. The head's weight stays a function of whitened keys
+    (`WhitenedKeys`), so that training goes on in coordinates that suit them, until `plain_keys` is called.
+    """
+    hypernetwork, (base_model, _) = step.hypernetwork, step._frozen
     batch = _to(batch, next(hypernetwork.parameters()).device)
     config, module = hypernetwork.config, step.module
     norms: list[Tensor] = []
@@ -289,16 +350,26 @@ def set_scales(step: KeysAndValues, batch: dict, size: float = 0.4) -> None:
         lambda _, given: norms.append(given[0].norm(dim=-1).mean())
     )
     try:
-        step(**batch)
+        _, A, B = step.rows(batch["chunk_ids"], batch["chunk_mask"], batch["order"])
+        norms.clear()  # those of the context encoder
+        scored = batch["answer_ids"][:, : A.shape[2]] != IGNORED
+        n_slots = scored.shape[1]
+        inputs = step.whitened_inputs(batch["input_ids"], batch["starts"], n_slots)[:, scored]
     finally:
         hook.remove()
-    taps: dict[str, Tensor] = {}
-    ids, mask = batch["chunk_ids"][0], batch["chunk_mask"][0]
-    hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, taps=taps)
-    B = taps["flat_loras"][:, :, 0, :, config.d_in[module] :]
-    lengths = B.norm(dim=-1).mean((0, 2))  # [L]
-    hypernetwork.scaler_A[module][0, :, :, 0] = (step.key_gain / step.input_norms)[:, None]
-    hypernetwork.scaler_B[module][0, :, :, 0] = (size * norms[-1] / (config.scale * lengths))[:, None]
+    matches = (A[:, :, :n_slots].transpose(0, 1)[:, scored] * inputs).sum(-1).mean(1)  # [L]
+    if (matches <= 0).any():
+        raise ValueError("keys do not match their own questions yet: give the warm-up more steps")
+    hypernetwork.scaler_A[module][0, :, :, 0] = 1 / matches[:, None]
+    hypernetwork.scaler_B[module][0, :, :, 0] = (size * norms[-1] / (config.scale * B.norm(dim=-1).mean((0, 2))))[
+        :, None
+    ]
+    parametrize.register_parametrization(hypernetwork.head, "weight", WhitenedKeys(step.whitening))
+
+
+def plain_keys(hypernetwork: Hypernetwork) -> None:
+    """Make the head's weight a parameter again, as published; it does what it did before."""
+    parametrize.remove_parametrizations(hypernetwork.head, "weight")
 
 
 def _to(batch: dict, device) -> dict:

@@ -68,10 +68,65 @@ class Report(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each with parameters of its own, that step and are saved as one."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
+        self.optimizers, self.defaults = list(optimizers), {}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict:
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+
+    def step(self, closure=None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+
 class InOrderTrainer(Trainer):
-    """A Trainer that takes the batches of a curriculum in their order, and spares `without_decay` from weight decay."""
+    """A Trainer that takes the batches of a curriculum in their order, and spares `without_decay` from weight decay.
+
+    With `muon_rate` the matrices among the other parameters follow Muon (Jordan et al. 2024) at that rate, all else
+    AdamW.
+    """
 
     without_decay: frozenset[str] = frozenset()
+    muon_rate: float | None = None
+
+    def create_optimizer(self, model=None):
+        if self.muon_rate is None or self.optimizer is not None:
+            return super().create_optimizer() if model is None else super().create_optimizer(model)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        decayed = set(self.get_decay_parameter_names(self.model))
+        matrices = [p for name, p in named if p.dim() == 2 and name in decayed]
+        chosen = set(map(id, matrices))
+        others = [(name in decayed, p) for name, p in named if id(p) not in chosen]
+        rest = [
+            {"params": [p for decays, p in others if decays], "weight_decay": self.args.weight_decay},
+            {"params": [p for decays, p in others if not decays], "weight_decay": 0.0},
+        ]
+        a = self.args
+        adam = torch.optim.AdamW(rest, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
+        muon = torch.optim.Muon(
+            matrices, lr=self.muon_rate, weight_decay=a.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self.optimizer = Together([adam, muon])
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
@@ -104,6 +159,7 @@ def fit(
     report_steps: int = 50,
     stop_at: int | None = None,
     without_decay: Sequence[str] = (),
+    muon_rate: float | None = None,
     **options,
 ) -> None:
     """Train `model` (its forward returns {"loss": ...}) on `batches` in order, going on from the last checkpoint in
@@ -111,8 +167,9 @@ def fit(
 
     `steps`, warmup_steps, save_steps, report_steps and stop_at count batches: of W processes each takes every W-th one,
     and an optimizer step is made of W batches, as one process makes it with gradient_accumulation_steps=W. stop_at ends
-    this call early with a checkpoint; the schedule is that of `steps`. FloatingPointError when the loss is not a
-    number; the checkpoints written before it are kept. RuntimeError where one process sees several GPUs.
+    this call early with a checkpoint; the schedule is that of `steps`. `muon_rate`: see InOrderTrainer.
+    FloatingPointError when the loss is not a number; the checkpoints written before it are kept. RuntimeError where one
+    process sees several GPUs.
     """
     run.mkdir(parents=True, exist_ok=True)
     together = int(os.environ.get("WORLD_SIZE", 1)) * options.get("gradient_accumulation_steps", 1)
@@ -152,7 +209,7 @@ def fit(
         data_collator=first,
         callbacks=[Report(run / "log.jsonl", model, stop_at)],
     )
-    trainer.without_decay = frozenset(without_decay)
+    trainer.without_decay, trainer.muon_rate = frozenset(without_decay), muon_rate
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(run))
 
@@ -169,6 +226,7 @@ def fit_step(step: nn.Module, p, batches: Dataset, run: Path, seed: int, **optio
         seed=seed,
         weight_decay=0.01,
         without_decay=[f"hypernetwork.{name}" for name in names_without_decay(step.hypernetwork)],
+        muon_rate=getattr(p, "muon_rate", None),
         **options,
     )
 

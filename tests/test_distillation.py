@@ -9,7 +9,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_models import build_base_model, build_tokenizer
 
-from d2l_lib import selfgen, training
+from d2l_lib import selfgen, training, world
 from d2l_lib.base_model import ContextEncoder
 from d2l_lib.distillation import DistillationBatches, WorldDocuments, train_distillation
 from d2l_lib.documents import context_ids
@@ -191,22 +191,46 @@ def test_an_empty_mixture_is_refused(base):
 
 def test_fresh_documents_grow_and_hold_the_right_answers(base):
     tokenizer = base[1]
-    p = replace(SMALL, steps=100, most_facts=9, facts_grow=(0.2, 0.6), questions=4, unrelated_share=0.25)
+    p = replace(SMALL, steps=100, most_facts=16, facts_grow=(0.2, 0.6), questions=4, unrelated_share=0.25)
     source = WorldDocuments(tokenizer, p)
     rng = random.Random(0)
-    first, last = [source.draw(rng, 0.1) for _ in range(30)], [source.draw(rng, 0.9) for _ in range(60)]
-    assert {row["document"].count(".") for row in first} <= {1, 2, 3, 4}  # one fact, and distractors
-    assert max(row["document"].count(".") for row in last) > 8
-    answers = {
-        tokenizer.decode(ids[start:end], skip_special_tokens=True).strip() in row["document"]
-        for row in first for ids, (start, end) in zip(row["input_ids"], row["response_start_end"], strict=True)
-    }  # fmt: skip
-    assert answers == {True}
-    row = last[0]
+    assert {source.draw_size(rng, 0.1) for _ in range(30)} == {1}
+    sizes = [source.draw_size(rng, 0.9) for _ in range(400)]
+    assert min(sizes) == 1 and max(sizes) == 16
+    assert 0.4 < sum(size <= 4 for size in sizes) / 400 < 0.65, "each doubling is as likely"
+    row = source.draw(rng, 12)
+    assert len(row["input_ids"]) == 4 and row["document"].count(".") >= 12
     (start, end), values, indices = row["response_start_end"][0], row["logprobs_vals"][0], row["logprobs_indices"][0]
     assert [step[0] for step in indices] == row["input_ids"][0][start:end]
     assert torch.tensor(values).exp().sum(-1).allclose(torch.ones(end - start))
-    assert len(row["input_ids"]) == 4
+
+    plain = WorldDocuments(tokenizer, replace(p, unrelated_share=0.0, unanswerable_share=0.0))
+    plain.kinds, plain.weights = ["one_hop", "number", "date"], [1, 1, 1]
+    for one in (plain.draw(rng, 3) for _ in range(20)):
+        for ids, (start, end) in zip(one["input_ids"], one["response_start_end"], strict=True):
+            assert tokenizer.decode(ids[start:end], skip_special_tokens=True).strip() in one["document"]
+    never = WorldDocuments(tokenizer, replace(p, unrelated_share=0.0, unanswerable_share=1.0))
+    unknown = never.draw(rng, 3)
+    (start, end) = unknown["response_start_end"][0]
+    said = tokenizer.decode(unknown["input_ids"][0][start:end], skip_special_tokens=True).strip()
+    assert said == world.UNKNOWN
+
+
+def test_documents_of_a_batch_are_of_one_size(base):
+    class Sizes(WorldDocuments):
+        def draw(self, rng, n_facts):
+            drawn.append(n_facts)
+            return super().draw(rng, n_facts)
+
+    p = replace(SMALL, contexts=4, most_facts=30, facts_grow=(0.0, 0.0), single_chunk_share=0.0)
+    batches = DistillationBatches(base[1], p, [Sizes(base[1], p)], 0, [1.0])
+    sizes = []
+    for i in range(5):
+        drawn: list[int] = []
+        batches[i]
+        assert len(drawn) == 4 and len(set(drawn)) == 1
+        sizes += drawn
+    assert len(set(sizes)) > 1
 
 
 def test_world_and_shards_are_mixed_by_weight_and_world_needs_one(base, shards):
