@@ -23,7 +23,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REFERENCE = "#666666"
 # What says which row is which: no row may lack it.
-KEYS = ("method", "task", "condition", "length_tokens", "depth", "n", "facts", "documents", "chunk", "step")
+KEYS = ("method", "task", "condition", "variant", "length_tokens", "depth", "n", "facts", "documents", "chunk", "step")
 
 STYLE = {
     "figure.dpi": 120,
@@ -480,6 +480,44 @@ def plot_exact_match_by_condition(results: pd.DataFrame, *, title: str) -> Figur
     if results.duplicated(["condition", "seed"]).any():
         raise ValueError("a condition stands in several rows: give the rows of one value of the column that differs")
     return plot_base_model_scores(results.rename(columns={"condition": "task"}), title=title)
+
+
+def plot_ablation(results: pd.DataFrame, *, title: str = "The recipe with one part changed") -> Figure:
+    """One panel per task: each variant's exact match, a bar for the mean over its seeds and a dot for every seed.
+
+    results: variant, seed, task, n, exact_match (0 to 1); several rows of a variant, seed and task (documents of
+    different sizes) are averaged. Variants are drawn top to bottom in table order; the first one's mean is the line.
+    """
+    _need(results, "variant", "seed", "task", "n", "exact_match")
+    tasks, variants = list(results["task"].unique()), list(results["variant"].unique())
+    each = results.groupby(["task", "variant", "seed"])["exact_match"].mean()
+    with style():
+        figure = NotebookFigure(figsize=(9.0, 1.7 + 0.34 * len(variants)), layout="constrained")
+        panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+        for axes, task in zip(panels, tasks, strict=True):
+            for position, variant in enumerate(variants):
+                if (task, variant) not in each.index.droplevel("seed"):
+                    continue
+                seeds = each.loc[task, variant]
+                color = COLORS[0] if position == 0 else COLORS[1 % len(COLORS)]
+                axes.barh(position, seeds.mean(), height=0.6, color=color, alpha=0.75)
+                axes.plot(seeds, [position] * len(seeds), "o", color="black", markersize=3.5)
+            axes.axvline(each.loc[task, variants[0]].mean(), color=REFERENCE, linewidth=1, linestyle="--")
+            axes.set_title(_plain(task), fontsize=10)
+            axes.set_xlabel("exact match (% of questions)")
+            axes.set_xlim(0, 1.02)
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.grid(axis="y", visible=False)
+        panels[0].set_yticks(range(len(variants)), [_plain(variant) for variant in variants])
+        panels[0].invert_yaxis()
+        figure.suptitle(title)
+        n = results["n"].min()
+        figure.supxlabel(
+            f"bars: mean over seeds, dots: seeds {_seeds(results)}; n = {n} questions or more each",
+            fontsize=8,
+            color=REFERENCE,
+        )
+    return figure
 
 
 def _line_with_band(axes: Axes, x, rows: pd.DataFrame, i: int, method: str) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from .records import read_json, read_jsonl, write_jsonl
 
 class Report(TrainerCallback):
     """One JSON line per report in `run`/log.jsonl, and one printed line: step, seconds trained, loss and the
-    model's own report.
+    model's own report. Where the package tensorboard is installed the same numbers go to `run`/tensorboard.
 
     Seconds count on over interruptions. After a resumed start, lines of steps that will be trained again are dropped.
     """
@@ -40,8 +41,13 @@ class Report(TrainerCallback):
         )
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.start = time.monotonic()
+        self.board = None
         if state.is_world_process_zero:
             write_jsonl(self.path, kept)
+            if find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=state.global_step + 1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:
@@ -56,12 +62,20 @@ class Report(TrainerCallback):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, line["step"])
         rest = "  ".join(
             f"{name} {value:.3f}"
             for name, value in line.items()
             if name not in ("step", "seconds", "total_loss", "learning_rate")
         )
         print(f"step {line['step']:>5}  {line['seconds']:>6.0f} s  {rest}", flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.board is not None:
+            self.board.close()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stop_at is not None and state.global_step >= self.stop_at:

@@ -69,7 +69,12 @@ def tables(needles) -> dict:
         {"method": ["no context", "Doc-to-LoRA", "distillation"], "score": [0.0, 0.9, 0.5], "low": [0.0, 0.8, 0.4],
          "high": [0.05, 0.95, 0.6], "seconds_prepare": [0.0, 0.05, 20.0], "documents": 10, "n": 80, "seed": 0}
     )  # fmt: skip
+    ablation = pd.DataFrame(
+        {"variant": ["ours", "ours", "rank 4"] * 2, "seed": [0, 1, 0] * 2, "task": ["one hop"] * 3 + ["encyclopedia"] * 3,
+         "n": 100, "exact_match": [0.9, 0.8, 0.4, 1.0, 1.0, 0.2]}
+    )  # fmt: skip
     return {
+        plots.plot_ablation: ablation,
         plots.plot_exact_match_by_facts: facts,
         plots.plot_exact_match_by_documents: documents,
         plots.plot_score_by_seconds: seconds,
@@ -134,6 +139,15 @@ def test_facts_stand_in_order_of_number_and_no_cost_stands_at_the_left_edge(tabl
     assert [label.get_text().split("\n")[0] for label in bars.get_yticklabels()] == ["b", "a"]
 
 
+def test_variants_are_bars_of_their_mean_with_a_dot_for_each_seed(tables):
+    figure = plots.plot_ablation(tables[plots.plot_ablation])
+    first, second = figure.axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["ours", "rank 4"]
+    assert [bar.get_width() for bar in first.patches] == pytest.approx([0.85, 0.4])
+    assert list(first.get_lines()[0].get_xdata()) == [0.9, 0.8]
+    assert (first.get_title(), second.get_title()) == ("one hop", "encyclopedia")
+
+
 def test_every_function_draws_the_same_bytes_twice_and_leaves_its_table_and_settings_alone(tables):
     for plot, table in tables.items():
         before, settings = table.copy(deep=True), dict(matplotlib.rcParams)
@@ -165,7 +179,7 @@ def test_every_axis_is_labelled_with_its_unit(tables):
             shared = axes.get_shared_x_axes().get_siblings(axes)
             x = next(sibling.get_xlabel() for sibling in shared if sibling.get_xlabel())
             assert any(unit in x for unit in units), (plot.__name__, x)
-            names_rows = plot is plots.plot_base_model_scores
+            names_rows = plot in (plots.plot_base_model_scores, plots.plot_ablation)
             assert names_rows or any(unit in axes.get_ylabel() for unit in units), (plot.__name__, axes.get_ylabel())
 
 

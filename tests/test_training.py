@@ -80,6 +80,19 @@ def test_stopping_early_and_going_on_changes_nothing(base, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), two.parameters(), strict=True))
 
 
+def test_tensorboard_shows_what_the_log_says_also_after_a_resumed_start(base, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    base_model, tokenizer = base
+    p = replace(train_small.SMALL, readout=None, polish_steps=0)
+    for stop_at in (6, None):
+        training.train_needle(p, base_model, tokenizer, tmp_path, 0, "small", stop_at, report_steps=2, save_steps=4)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    log = training.read_jsonl(tmp_path / "log.jsonl")
+    shown = [(event.step, round(event.value, 4)) for event in events.Scalars("loss")]
+    assert shown == [(line["step"], pytest.approx(line["loss"], abs=1e-3)) for line in log]
+
+
 def test_batches_are_functions_of_seed_and_step(base, batches):
     again = training.NeedleBatches(base[1], train_small.SMALL, 0)[7]
     other = training.NeedleBatches(base[1], train_small.SMALL, 1)[7]
