@@ -1,4 +1,4 @@
-"""Variants of the question-answering recipe: each changes what its name says, and is trained, scored and found again."""
+"""Variants of the question-answering recipe: each changes what its name says, is trained and scored."""
 
 from dataclasses import asdict, replace
 
