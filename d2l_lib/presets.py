@@ -184,7 +184,7 @@ _TINY_QA = DistillationPreset(
     learning_rate=1e-3,
     warmup_steps=50,
     most_facts=64,
-    facts_grow=(0.0, 0.25),
+    facts_grow=(0.0, 0.1),
     chunk_tokens=20,
     muon_rate=1e-3,
 )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -320,6 +321,45 @@ def key_whitening(
         values = values.mean(-1, keepdim=True).expand_as(values)
     values = values.clamp_min(floor * values.mean(-1, keepdim=True))
     return (vectors * values.rsqrt()[:, None] @ vectors.transpose(1, 2)).float()
+
+
+def key_limits(
+    base_model, tokenizer, n_facts: int, seed: int, whiten: bool = True, n_documents: int = 8, module: str = "down_proj"
+) -> pd.DataFrame:
+    """How well linear keys can tell the facts of a document apart, whatever hypernetwork writes them.
+
+    The key of an answer token is the mean x of three wordings of its question; a fourth is asked, the right tokens
+    before each answer token given. Every key matches it, and adds its match to its own token; a fact is right where
+    the right token wins for its whole answer. Test split. Columns: whitened, layers ("0", ..., "all"), facts, n,
+    exact_match.
+    """
+    p = ReadoutPreset(steps=1, sentences=32, learning_rate=0.0, warmup_steps=0)
+    whitening = key_whitening(base_model, module, ReadoutBatches(tokenizer, p, seed), directions=whiten)
+    rng = random.Random(f"key limits/{seed}")
+    right: dict[str, int] = {}
+    for _ in range(n_documents):
+        facts = world.draw_document(rng, "test", n_facts, distractors=0.0).facts
+        answers = tokenizer([fact.value for fact in facts], add_special_tokens=False)["input_ids"]
+        answers = [ids + [tokenizer.eos_token_id] for ids in answers]
+        of_fact = torch.tensor([i for i, ids in enumerate(answers) for _ in ids])
+        said = torch.tensor([token for ids in answers for token in ids])
+        worded = []
+        for texts in zip(*(world.wordings(fact) for fact in facts), strict=True):
+            asked = question_ids(tokenizer, list(texts))
+            ids = pad_right([q + a for q, a in zip(asked, answers, strict=True)], tokenizer.pad_token_id)[0]
+            places = [len(q) - 1 + j for q, a in zip(asked, answers, strict=True) for j in range(len(a))]
+            x = linear_inputs(base_model, module, ids.to(base_model.device)).cpu()
+            worded.append(x[:, of_fact, torch.tensor(places)] @ whitening)
+        *known, asked_x = worded
+        matches = F.normalize(torch.stack(known).mean(0), dim=-1) @ asked_x.transpose(1, 2)  # [L, keys, queries]
+        layers = {str(layer): of_layer for layer, of_layer in enumerate(matches)} | {"all": matches.sum(0)}
+        for name, of_layer in layers.items():
+            votes = torch.zeros(len(said), len(tokenizer)).index_add(1, said, of_layer.T)
+            wrong = torch.bincount(of_fact, weights=(votes.argmax(1) != said).float(), minlength=n_facts)
+            right[name] = right.get(name, 0) + int((wrong == 0).sum())
+    n = n_documents * n_facts
+    rows = [{"layers": name, "facts": n_facts, "n": n, "exact_match": count / n} for name, count in right.items()]
+    return pd.DataFrame(rows).assign(whitened=whiten)
 
 
 class WhitenedKeys(nn.Module):

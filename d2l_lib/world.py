@@ -562,6 +562,12 @@ def question_about(rng: random.Random, fact: Fact, paraphrase: bool = False) -> 
     )
 
 
+def wordings(fact: Fact) -> list[str]:
+    """Every plain question whose answer is `fact.value`, paraphrases last."""
+    relation = RELATION[fact.relation]
+    return [_sentence(template, s=fact.subject) for template in (*relation.questions, *relation.paraphrases)]
+
+
 def _ask_plain(kind: str) -> Callable[[random.Random, Document], Question | None]:
     def asker(rng: random.Random, document: Document) -> Question | None:
         facts = [f for f in document.facts if RELATION[f.relation].kind == kind]

@@ -7,7 +7,7 @@ import torch
 import train_small
 
 from d2l_lib import training
-from d2l_lib.base_model import ContextEncoder
+from d2l_lib.base_model import ContextEncoder, load_base_model
 from d2l_lib.documents import context_ids
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.packing import IGNORED
@@ -17,6 +17,7 @@ from d2l_lib.readout import (
     Readout,
     ReadoutBatches,
     fact_sentences,
+    key_limits,
     key_whitening,
     let_blocks_act,
     linear_inputs,
@@ -221,3 +222,18 @@ def test_blocks_act_with_the_size_that_was_asked_for_and_keys_become_plain(base)
         plain_keys(hypernetwork)
         torch.testing.assert_close(own_matches(), torch.ones(2), atol=1e-4, rtol=0)
     assert "head.weight" in hypernetwork.state_dict()  # the published names again
+
+
+def test_whitened_keys_tell_the_facts_of_a_document_apart(bundled):
+    base_model, tokenizer = bundled
+    plain, whitened = (
+        key_limits(base_model, tokenizer, 20, 0, whiten=whiten, n_documents=2).set_index("layers")["exact_match"]
+        for whiten in (False, True)
+    )
+    assert list(whitened.index) == ["0", "1", "2", "3", "all"]
+    assert whitened["all"] > 0.95 > plain["all"]
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_base_model("tiny")
