@@ -19,6 +19,7 @@ QUICK = {
     "00_quickstart.ipynb": {"SEED": 1, "DOCUMENT_TOKENS": 2048},
     "01_generate_data.ipynb": {"SEED": 1, "N_SAMPLES": 20},
     "02_train_hypernetwork.ipynb": {"SEED": 1, "LIVE_STEPS": 4, "N": 3},
+    "04_question_answering.ipynb": {"SEED": 2, "N_FACTS": 3, "N": 4},
     "03_needle_in_a_haystack.ipynb": {
         "SEED": 1,
         "N": 2,
