@@ -382,7 +382,8 @@ ONE_HOP = ("one_hop", "number", "date")
 
 def question_kinds(model: DocToLoRA, n: int, seed: int, facts: tuple[int, int] = (1, 40)) -> pd.DataFrame:
     """In context, Doc-to-LoRA and no context on `n` one-hop questions and a fifth as many of each other kind, a fresh
-    document of `facts` (fewest, most) facts for each; columns of `compare`, and one_hop, facts ("6-10"), correct.
+    document of `facts` (fewest, most) facts for each; the columns of `qa.load_qa`, method, prediction, one_hop, facts
+    ("6-10"), correct. Many questions are answered at once, so nothing is timed here.
     """
     tables = []
     for kinds, count in ((ONE_HOP, n), *(((kind,), max(1, n // 5)) for kind in world.KINDS if kind not in ONE_HOP)):
@@ -398,7 +399,20 @@ def question_kinds(model: DocToLoRA, n: int, seed: int, facts: tuple[int, int] =
         facts=[evaluation.in_fives(n_facts) for n_facts in samples["n_facts"]],
     )
     samples = qa.add_lengths(samples, model.tokenizer)
-    compared = compare([InContext(model), Internalized(model), NoContext(model)], samples, report=True)
+    tables = []
+    for start in range(0, len(samples), 128):  # in parts, for memory
+        some = samples.iloc[start : start + 128]
+        asked, documents = list(some["question"]), list(some["document"])
+        pairs = zip(documents, asked, strict=True)
+        prompts = [prompt for document, question in pairs for prompt in _with_document(model, document, [question], 48)]
+        predictions = {
+            "in context": model.answer(prompts, None, max_new_tokens=48),
+            "Doc-to-LoRA": model.answer(asked, model.internalize_each(documents), max_new_tokens=48),
+            "no context": model.answer(asked, None, max_new_tokens=48),
+        }
+        tables += [some.assign(method=method, prediction=said) for method, said in predictions.items()]
+        print(f"{start + len(some)} of {len(samples)} questions", flush=True)
+    compared = pd.concat(tables, ignore_index=True)
     return compared.assign(correct=compared["prediction"] == compared["answer"])
 
 

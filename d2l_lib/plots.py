@@ -209,9 +209,12 @@ def plot_training_curves(
 
 
 def plot_curriculum_by_step(
-    history: pd.DataFrame, *, title: str = "Pre-training the base model, by kind of row"
+    history: pd.DataFrame,
+    *,
+    title: str = "Pre-training the base model, by kind of row",
+    label: str = "labelled tokens predicted right (%)",
 ) -> Figure:
-    """Share of labelled tokens predicted right against training step, a line per kind of row.
+    """Share of labelled tokens predicted right against training step, a line per kind of row; `label` names the shares.
 
     history: step, seed, and a column right_<kind> (0 to 1; NaN where no such row was seen) per kind.
     """
@@ -223,10 +226,10 @@ def plot_curriculum_by_step(
         figure, axes = _figure(WIDE, title)
         for i, column in enumerate(kinds):
             seen = history[["step", column]].dropna()
-            label = column.removeprefix("right_").replace("_", " ")
-            axes.plot(seen["step"], seen[column], marker=MARKERS[i % len(MARKERS)], markersize=3, label=label)
+            kind = column.removeprefix("right_").replace("_", " ")
+            axes.plot(seen["step"], seen[column], marker=MARKERS[i % len(MARKERS)], markersize=3, label=kind)
         axes.set_xlabel("training step (optimizer steps)")
-        _share_axis(axes, "labelled tokens predicted right (%)")
+        _share_axis(axes, label)
         axes.legend(loc="lower right")
         figure.supxlabel(f"n = 1 run, seed {_seeds(history)}", fontsize=8, color=REFERENCE)
     return figure
