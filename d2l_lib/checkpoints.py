@@ -33,8 +33,17 @@ class CheckpointError(ValueError):
 # ------------------------------------------------------------------------------------------- this project's format
 
 
-def save_checkpoint(folder: str | Path, hypernetwork: Hypernetwork, meta: dict[str, Any] | None = None) -> Path:
-    """Write the hypernetwork and `meta` (plain JSON values) as a folder; it appears complete or not at all."""
+def save_checkpoint(
+    folder: str | Path,
+    hypernetwork: Hypernetwork,
+    meta: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the hypernetwork and `meta` (plain JSON values) as a folder; it appears complete or not at all.
+
+    `dtype`: round to this precision on disk (loading makes float32 of it again); ValueError where a value does not
+    fit into it.
+    """
     settings = {
         "format": FORMAT,
         "version": VERSION,
@@ -43,7 +52,9 @@ def save_checkpoint(folder: str | Path, hypernetwork: Hypernetwork, meta: dict[s
     }
     text = json.dumps(settings, indent=2)
     # named_parameters lists a shared layer once; loading restores the aliases.
-    tensors = {name: value.detach().cpu().contiguous() for name, value in hypernetwork.named_parameters()}
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in hypernetwork.named_parameters()}
+    if unfit := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{unfit[0]} has values that are not finite in {dtype or 'its own precision'}")
     with atomic_folder(folder) as unfinished:
         save_file(tensors, unfinished / WEIGHTS)
         (unfinished / SETTINGS).write_text(text + "\n", encoding="utf-8")

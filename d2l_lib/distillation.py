@@ -1,6 +1,7 @@
 """Question answering: a hypernetwork learns what the base model answers with the document in its prompt.
 
     single sentences, questions  ->  `readout.KeysAndValues`: a block's rows as keys and values
+    documents of the world       ->  `training.Internalization`, the last layer alone: many facts side by side
     documents of the world       ->  \
                                       batches of documents in chunks, with questions  ->  `training.Internalization`
     self-generated shards        ->  /
@@ -54,41 +55,47 @@ class WorldDocuments:
     """A source of fresh documents of the world, with the right answers in place of a teacher's (cross-entropy).
 
     A question is about the encyclopedia with `p.unrelated_share`, has no answer with `p.unanswerable_share` of the
-    rest, and is of one of the other kinds otherwise.
+    rest, and is of one of the other kinds (those in `p.kinds`, if given) otherwise. With `p.strangers_share` the facts
+    are shared out among several documents, one after another in one context.
     """
 
     def __init__(self, tokenizer, p: DistillationPreset, split: str = "train"):
         self.tokenizer, self.p, self.split = tokenizer, p, split
-        self.kinds = [kind for kind in QUESTION_WEIGHTS if kind != "unanswerable"]
+        self.kinds = [kind for kind in p.kinds or QUESTION_WEIGHTS if kind != "unanswerable"]
         self.weights = [QUESTION_WEIGHTS[kind] for kind in self.kinds]
 
     def draw_size(self, rng: random.Random, progress: float) -> int:
-        """How many facts the documents of a batch have: log-uniform, so that each doubling is as likely; `progress` (0
+        """How many facts the contexts of a batch have: log-uniform, so that each doubling is as likely; `progress` (0
         to 1) decides up to how many.
         """
-        start, end = self.p.facts_grow
+        p, (start, end) = self.p, self.p.facts_grow
         growth = min(1.0, max(0.0, (progress - start) / max(1e-9, end - start)))
-        return max(1, round(self.p.most_facts ** (growth * rng.random())))
+        return max(1, round(p.least_facts * (p.most_facts / p.least_facts) ** (growth * rng.random())))
 
     def draw(self, rng: random.Random, n_facts: int) -> dict:
-        """A row as in `selfgen` shards, of a document of `n_facts` facts."""
+        """A row as in `selfgen` shards, of a context of `n_facts` facts."""
         p = self.p
-        document = world.draw_document(rng, self.split, n_facts, distractors=rng.choice((0.0, 0.2, 0.5)))
+        count = round(n_facts ** rng.random()) if rng.random() < p.strangers_share else 1  # of documents
+        sizes = [n_facts // count + (i < n_facts % count) for i in range(count)]
+        distractors = rng.choice((0.0, 0.2, 0.5))
+        documents = [world.draw_document(rng, self.split, size, distractors) for size in sizes]
         asked: list[world.Question] = []
         while len(asked) < min(p.questions, n_facts + 2):
             if rng.random() < p.unrelated_share:
                 asked += world.encyclopedia_questions(rng, 1)
                 continue
+            (document,) = rng.choices(documents, sizes)
             unanswerable = rng.random() < p.unanswerable_share
             kind = "unanswerable" if unanswerable else rng.choices(self.kinds, self.weights)[0]
             question = world.ask(rng, document, kind)
             asked.append(question or world.question_about(rng, rng.choice(document.facts)))
+        text = "\n".join(document.text for document in documents)
         questions = question_ids(self.tokenizer, [question.text for question in asked])
         answers = self.tokenizer([question.answer for question in asked], add_special_tokens=False)["input_ids"]
         answers = [ids + [self.tokenizer.eos_token_id] for ids in answers]
         return {
-            "document": document.text,
-            "ctx_ids": context_ids(self.tokenizer, document.text),
+            "document": text,
+            "ctx_ids": context_ids(self.tokenizer, text),
             "input_ids": [q + a for q, a in zip(questions, answers, strict=True)],
             "response_start_end": [[len(q), len(q) + len(a)] for q, a in zip(questions, answers, strict=True)],
             "logprobs_vals": [[CERTAIN] * len(ids) for ids in answers],
@@ -211,23 +218,27 @@ def train_distillation(
 def train_qa(
     p: QAPreset, base_model, tokenizer, run: Path, seed: int, base_name: str, shards: Path | None, **options
 ) -> Hypernetwork:
-    """A question-answering hypernetwork in three stages, each resumable in a folder of `run`.
+    """A question-answering hypernetwork in the stages of `p`, each resumable in a folder of `run`.
 
-    shards: a finished folder of `selfgen`; None leaves the third stage out. `options` go to `trainer.fit`.
+    shards: a finished folder of `selfgen`; None leaves the last stage out. `options` go to `trainer.fit`.
     """
     torch.manual_seed(seed)
-    hypernetwork = Hypernetwork(hypernetwork_config(p.world or p.self_generated, base_model, base_name))
+    sizes = p.recall or p.world or p.self_generated
+    hypernetwork = Hypernetwork(hypernetwork_config(sizes, base_model, base_name))
     if p.readout is not None:
         start_linear(hypernetwork, base_model, tokenizer, seed)
         sentences = ReadoutBatches(tokenizer, p.readout, seed)
         (module,) = hypernetwork.config.modules
         whitening = key_whitening(base_model, module, sentences, directions=p.readout.whiten)
-        warm_up = KeysAndValues(base_model, hypernetwork, whitening)
+        warm_up = KeysAndValues(base_model, hypernetwork, whitening, last_layer=p.recall is not None)
         train_readout(p.readout, warm_up, sentences, run / "readout", seed, **options)
         let_blocks_act(warm_up, sentences[0])
-    if p.world is not None:
-        batches = DistillationBatches(tokenizer, p.world, [WorldDocuments(tokenizer, p.world)], seed, [1.0])
-        fit_hypernetwork(p.world, base_model, hypernetwork, batches, run / "world", seed, p.world.distil, **options)
+    for stage, settings in (("recall", p.recall), ("world", p.world)):
+        if settings is not None:
+            batches = DistillationBatches(tokenizer, settings, [WorldDocuments(tokenizer, settings)], seed, [1.0])
+            fit_hypernetwork(
+                settings, base_model, hypernetwork, batches, run / stage, seed, last_layer=stage == "recall", **options
+            )
     if shards is not None and p.self_generated is not None:
         last = p.self_generated
         batches = DistillationBatches(tokenizer, last, [read_shards(shards)], seed)
@@ -245,8 +256,9 @@ def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
     if not is_first_process():
         return
     meta = {"preset": p.name, "seed": seed, "chunk_tokens": p.qa.world.chunk_tokens, "base_model": p.name}
-    save_checkpoint(data / p.name / "qa" if seed == p.qa.world.seed else run / "final", hypernetwork, meta)
-    for stage in ("readout", "world", "self_generated"):
+    folder = data / p.name / "qa" if seed == p.qa.world.seed else run / "final"
+    save_checkpoint(folder, hypernetwork, meta, torch.float16)
+    for stage in ("readout", "recall", "world", "self_generated"):
         if (run / stage / "log.jsonl").exists():
             log = [{"seed": seed, **line} for line in read_jsonl(run / stage / "log.jsonl")]
             write_jsonl(data / "full_runs" / f"qa_seed{seed}_{stage}_training.jsonl", log)

@@ -209,8 +209,9 @@ class Resampler(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.layernorm = RMSNorm(config.latent_size)
 
-    def forward(self, context: Tensor, mask: Tensor | None) -> Tensor:
-        latents = self.latents_q.expand(len(context), -1, -1)
+    def forward(self, context: Tensor, mask: Tensor | None, chosen: slice = slice(None)) -> Tensor:
+        """`chosen`: these queries alone, which gives the same numbers where there is no self-attention."""
+        latents = self.latents_q[chosen].expand(len(context), -1, -1)
         for layer in self.layers:
             latents = layer(latents, context, mask)
         return self.layernorm(latents)
@@ -232,10 +233,11 @@ class Perceiver(nn.Module):
         )
         self.decoder = Resampler(config, rows, n_blocks=1, n_self=0, shared=False)
 
-    def forward(self, features: Tensor, mask: Tensor | None, taps: dict | None) -> Tensor:
+    def forward(self, features: Tensor, mask: Tensor | None, taps: dict | None, outputs: slice = slice(None)) -> Tensor:
+        """`outputs`: these output queries alone."""
         projected = self.modality_projection(features)
         encoded = self.encoder(projected, mask)
-        decoded = self.decoder(encoded, None)
+        decoded = self.decoder(encoded, None, outputs)
         if taps is not None:
             taps.update(projected=projected, encoder_out=encoded, decoder_out=decoded)
         return decoded
@@ -252,11 +254,16 @@ class Aggregator(nn.Module):
     def forward(
         self, features: Tensor, mask: Tensor | None, taps: dict | None = None, layer: int | None = None
     ) -> Tensor:
-        """`layer`: that base layer alone, [n, 1, M, r, d]; for layer_to_layer configurations."""
+        """`layer`: that base layer alone, [n, 1, M, r, d]."""
         n, config = len(features), self.config
         row_shape = (len(config.modules), config.rank, config.latent_size)
         if layer is not None:
-            return self.perceiver(features[:, layer], mask, taps).view(n, 1, *row_shape)
+            rows = len(config.modules) * config.rank
+            if config.layer_to_layer:
+                embedding = self.perceiver(features[:, layer], mask, taps)
+            else:
+                embedding = self.perceiver(features, mask, taps, slice(layer * rows, (layer + 1) * rows))
+            return embedding.view(n, 1, *row_shape)
         if not config.layer_to_layer:
             return self.perceiver(features, mask, taps).view(n, config.n_layers, *row_shape)
         by_layer = features.transpose(0, 1).flatten(0, 1)  # [L*n, T, F]: layer-major, one sequence per layer and chunk
@@ -367,6 +374,7 @@ class Hypernetwork(nn.Module):
         position_ids: Tensor | None = None,
         taps: dict | None = None,
         iterative: bool = False,
+        layer: int | None = None,
     ) -> Loras:
         """Blocks {module: (A [n, L, r, d_in], B [n, L, r, d_out])} of the n chunks in `features`.
 
@@ -374,6 +382,7 @@ class Hypernetwork(nn.Module):
         side, 0 there) or `position_ids` [1, total] (chunks one after another, each starting at 0) says where chunks
         are; both layouts give the same numbers. `taps`, a dict, receives the intermediate activations. `iterative`
         writes one base layer after another, which takes less memory and gives the same numbers (and no taps).
+        `layer`: only the blocks of that base layer, with L = 1 above.
         Half-precision features run the Perceiver under bfloat16 autocast and everything after it in the parameters'
         own precision, as published. ValueError where shapes do not fit the config.
         """
@@ -384,6 +393,10 @@ class Hypernetwork(nn.Module):
         features = features if half else features.to(parameter_dtype)
         if iterative and taps is not None:
             raise ValueError("taps hold all base layers at once: leave them out of an iterative call")
+        if layer is not None:
+            if iterative or not 0 <= layer < self.config.n_layers:
+                raise ValueError(f"layer {layer!r} must be from 0 to {self.config.n_layers - 1}, and not iterative")
+            return self._write(self._embed(features, mask, half, taps, layer), taps, layer)
         by_layer = iterative and self.config.layer_to_layer
         embedding = None if by_layer else self._embed(features, mask, half, taps)  # [n, L, M, r, d]
         if not iterative:

@@ -58,6 +58,7 @@ class _Current:
 CURRENT = _Current()
 Adapters = Adapter | Sequence[Adapter | None] | None
 Progress = Callable[[int, int], None] | bool | None
+LENGTH_STEP = 8  # tokens: chunks that are encoded together are padded to a multiple of it
 BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
@@ -68,8 +69,9 @@ class DocToLoRA:
     model's weights), `current` (the Adapter that calls without `adapter=` use, or None), `window` (tokens the
     base model reads at most), `chunk_tokens` (default length of a chunk, without its chat wrapping).
 
-    `chunk_batch` chunks are encoded at a time. It is 1 on the CPU, where a batch gains little, so that
-    a block's numbers do not depend, even in their last bit, on which other chunks were internalized along with it.
+    Chunks of like length are encoded together, at most `chunk_batch` of them and `batch_tokens` tokens. A batch has one
+    shape for each length: what is missing is filled up, so that on the CPU a block's numbers do not depend, even in
+    their last bit, on which other chunks were internalized along with it.
     `iterative` (False) writes blocks one base layer after another: less memory, the same numbers.
     """
 
@@ -97,7 +99,7 @@ class DocToLoRA:
         self._applied: list[tuple[Adapters]] = []
         self.window = _window(base_model)
         on_cpu = self.device.type == "cpu"
-        self.chunk_batch = 1 if on_cpu else 8
+        self.chunk_batch, self.batch_tokens = (4, 128) if on_cpu else (8, 8192)
         self.answer_batch = 16 if on_cpu else 32
         self.chunk_tokens = min(LONGEST_CHUNK, self._longest_chunk()) if chunk_tokens is None else chunk_tokens
 
@@ -150,9 +152,9 @@ class DocToLoRA:
         chunk_tokens: longest chunk in tokens without its chat wrapping (None: `model.chunk_tokens`). progress: True
         shows a bar, a function is called as progress(done, total), counting different chunks.
 
-        Chunks are read `chunk_batch` at a time and finished blocks are moved to the CPU, so working memory does not
-        grow with length. Chunks with the same text are encoded once and share their tensors. TypeError or
-        ValueError for documents that are no text or hold none, before anything is computed.
+        A few chunks are read at a time and finished blocks are moved to the CPU, so working memory does not grow with
+        length. Chunks with the same text are encoded once and share their tensors. TypeError or ValueError for
+        documents that are no text or hold none, before anything is computed.
         """
         adapters = self._internalize_named(name_documents(documents), chunk_tokens, progress)
         self.current = self.adapter_of([block for adapter in adapters for block in adapter.blocks])
@@ -224,21 +226,45 @@ class DocToLoRA:
         self.hypernetwork.eval()
         try:
             with _reporter(progress, len(distinct)) as report:
-                for start in range(0, len(distinct), self.chunk_batch):
-                    batch = distinct[start : start + self.chunk_batch]
-                    loras = self._encode_batch(batch)
+                for batch, width in self._batches(distinct):
+                    loras = self._encode_batch(batch, width)
                     for index, ids in enumerate(batch):
                         # clone: a slice would keep the whole batch alive
                         pairs = {m: (A[index].cpu().clone(), B[index].cpu().clone()) for m, (A, B) in loras.items()}
                         done[ids] = {m: A for m, (A, _) in pairs.items()}, {m: B for m, (_, B) in pairs.items()}
-                    report(start + len(batch))
+                    report(len(done))
         finally:
             self.hypernetwork.train(was_training)
         return [done[tuple(ids)] for ids in chunks]
 
-    def _encode_batch(self, batch: Sequence[Sequence[int]]) -> Loras:
-        """{module: (A [n, L, r, d_in], B [n, L, r, d_out])} of n chunks of token ids, padded to one length."""
-        ids, mask = _padded(batch, _pad_id(self.encoder_tokenizer), side="right")
+    def _batches(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
+        """(different chunks, the length they are padded to), one batch after another.
+
+        A batch of one is not padded. Others are padded to the next multiple of LENGTH_STEP above their length: every
+        row has padding, because computing with a mask and without one differs in the last bits.
+        """
+        by_width: dict[int, list[tuple[int, ...]]] = {}
+        for ids in chunks:
+            width = (len(ids) // LENGTH_STEP + 1) * LENGTH_STEP
+            alone = self._rows(width) == 1 or width > _window(self.encoder.model)
+            by_width.setdefault(len(ids) if alone else width, []).append(ids)
+        for width, alike in by_width.items():
+            rows = 1 if len(alike[0]) == width else self._rows(width)
+            for start in range(0, len(alike), rows):
+                yield alike[start : start + rows], width
+
+    def _rows(self, width: int) -> int:
+        """How many chunks of so many tokens make a batch: a function of the length alone."""
+        return max(1, min(self.chunk_batch, self.batch_tokens // width))
+
+    def _encode_batch(self, batch: Sequence[Sequence[int]], width: int) -> Loras:
+        """{module: (A [rows, L, r, d_in], B [rows, L, r, d_out])} of chunks of token ids, padded to `width`; the last
+        one fills up the rows of its length's batch.
+        """
+        rows = [*batch]
+        if len(batch[0]) < width:
+            rows += [batch[-1]] * (self._rows(width) - len(batch))
+        ids, mask = _padded(rows, _pad_id(self.encoder_tokenizer), side="right", width=width)
         device = next(self.encoder.model.parameters()).device
         mask = mask.to(device)
         features = self.encoder.encode(ids.to(device), attention_mask=mask)
@@ -620,9 +646,11 @@ def _pad_id(tokenizer) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def _padded(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
-    """(ids [n, T], mask [n, T]) of rows of token ids, filled up to the longest on the left or right; mask 0 there."""
-    width = max(map(len, rows))
+def _padded(rows: Sequence[Sequence[int]], pad_id: int, side: str, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """(ids [n, T], mask [n, T]) of rows of token ids, filled up on the left or right to `width` (None: to the longest);
+    mask 0 there.
+    """
+    width = max(map(len, rows)) if width is None else width
     ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
     for index, row in enumerate(rows):
         place = slice(width - len(row), width) if side == "left" else slice(0, len(row))

@@ -104,10 +104,11 @@ class DistillationPreset(HypernetworkPreset):
     `chunks` chunks; of each document up to `questions` questions are asked, and one more than it has chunks at most.
     `distil`: learn the teacher's log-probabilities; False: its answers alone (cross-entropy).
 
-    Of fresh documents of the world (`distillation.WorldDocuments`): those of a batch have one number of facts, which is
-    at most one to begin with and at most `most_facts` in the end, growing between the two shares of the run in
-    `facts_grow`; `unrelated_share` of the questions are about the encyclopedia, and `unanswerable_share` of the rest
-    have no answer in the document.
+    Of fresh documents of the world (`distillation.WorldDocuments`): the contexts of a batch have one number of facts,
+    from `least_facts` to at most `most_facts`, where the latter is approached between the two shares of the run in
+    `facts_grow`; `strangers_share` of the contexts hold several documents; `unrelated_share` of the questions are about
+    the encyclopedia, `unanswerable_share` of the rest have no answer in the document, and the others are of `kinds`
+    (None: of all).
     `chunk_tokens`: what `internalize` takes by default.
     """
 
@@ -123,8 +124,11 @@ class DistillationPreset(HypernetworkPreset):
     distil: bool = True
     seed: int = 0
     chunks: int = 1024
+    least_facts: int = 1
     most_facts: int = 12
     facts_grow: tuple[float, float] = (0.0, 0.5)
+    kinds: tuple[str, ...] | None = None
+    strangers_share: float = 0.0
     unrelated_share: float = 0.1
     unanswerable_share: float = 0.17
     chunk_tokens: int = 64
@@ -133,11 +137,13 @@ class DistillationPreset(HypernetworkPreset):
 
 @dataclass(frozen=True)
 class QAPreset:
-    """Question answering in three stages: the warm-up, fresh documents of the world, self-generated data; None: without
-    that stage. All stages train one hypernetwork, so their sizes must be the same.
+    """Question answering in four stages: the warm-up; fresh documents of the world, with the last layer alone; the
+    same with all layers; self-generated data. None: without that stage. All stages train one hypernetwork, so their
+    sizes must be the same. With a `recall` stage the warm-up, too, is of the last layer alone.
     """
 
     readout: ReadoutPreset | None
+    recall: DistillationPreset | None
     world: DistillationPreset | None
     self_generated: DistillationPreset | None
 
@@ -171,7 +177,7 @@ _TINY_SIZES = {
     "encoder_layer": 2,
 }  # fmt: skip
 _TINY_QA = DistillationPreset(
-    **_TINY_SIZES | {"latent_size": 256, "n_latent_queries": 32, "n_blocks": 1},
+    **_TINY_SIZES | {"latent_size": 368, "n_latent_queries": 16, "n_blocks": 1},
     rank=8,
     shortest_chunk=20,
     longest_chunk=24,
@@ -180,13 +186,24 @@ _TINY_QA = DistillationPreset(
     chunks=64,
     questions=64,
     l1=0.0,
-    steps=2400,
-    learning_rate=1e-3,
+    steps=1000,
+    learning_rate=5e-4,
     warmup_steps=50,
     most_facts=64,
     facts_grow=(0.0, 0.1),
+    strangers_share=0.3,
     chunk_tokens=20,
+    muon_rate=5e-4,
+)
+_TINY_RECALL = replace(
+    _TINY_QA,
+    steps=4400,
+    learning_rate=1e-3,
     muon_rate=1e-3,
+    least_facts=4,
+    most_facts=96,
+    strangers_share=0.5,
+    kinds=("one_hop", "number", "date", "paraphrase"),
 )
 
 PRESETS = {
@@ -229,7 +246,8 @@ PRESETS = {
             readout=ReadoutPreset(steps=200, sentences=48, learning_rate=1e-3, warmup_steps=50),
         ),
         qa=QAPreset(
-            readout=ReadoutPreset(steps=4000, sentences=32, learning_rate=2e-3, warmup_steps=60, muon_rate=4e-3),
+            readout=ReadoutPreset(steps=2400, sentences=32, learning_rate=2e-3, warmup_steps=60, muon_rate=4e-3),
+            recall=_TINY_RECALL,
             world=_TINY_QA,
             self_generated=replace(_TINY_QA, steps=400, learning_rate=2e-4, muon_rate=2e-4),
         ),
@@ -242,6 +260,7 @@ _SHORT = {"latent_size": 128, "steps": 240, "chunks": 48, "warmup_steps": 20, "m
 SHORT_QA = replace(
     PRESETS["tiny"].qa,
     readout=replace(PRESETS["tiny"].qa.readout, steps=600, warmup_steps=20),
+    recall=None,
     world=replace(_TINY_QA, **_SHORT),
     self_generated=None,
 )
@@ -271,6 +290,7 @@ def qa_variant(name: str) -> QAPreset:
     readout = change.get("readout", {})
     return QAPreset(
         readout=None if readout is None else replace(SHORT_QA.readout, **readout),
+        recall=None,
         world=None if change.get("shards") else trained,
         self_generated=trained if change.get("shards") else None,
     )

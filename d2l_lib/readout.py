@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
 from . import needles, world
-from .base_model import ContextEncoder, decoder_body, decoder_layers, target_linears, without_lora
+from .base_model import ContextEncoder, decoder_body, decoder_layers, module_sizes, target_linears, without_lora
 from .documents import chunk_document, context_ids, question_ids
 from .hypernetwork import Hypernetwork
 from .packing import IGNORED
@@ -187,7 +187,8 @@ class KeysAndValues(nn.Module):
     is no backward pass through the base model.
 
     While this step is trained, the hypernetwork writes whitened keys; `let_blocks_act` then makes them plain ones. For
-    a hypernetwork with one target module that writes into the residual stream, as published.
+    a hypernetwork with one target module that writes into the residual stream, as published. `last_layer`: the last
+    base layer alone is written and learned.
     """
 
     def __init__(
@@ -197,18 +198,16 @@ class KeysAndValues(nn.Module):
         whitening: Tensor,
         sharpness: float = 20.0,
         key_weight: float = 10.0,
+        last_layer: bool = False,
     ):
         super().__init__()
         config = hypernetwork.config
         (self.module,) = config.modules
-        if config.d_out[self.module] != base_model.config.get_text_config().hidden_size:
-            raise ValueError(f"{self.module} does not write into the residual stream: use down_proj or o_proj")
+        check_writes_residual(base_model, self.module)
+        self.layer = config.n_layers - 1 if last_layer else None
+        self.layers = slice(self.layer, None)
         self.hypernetwork, self.sharpness, self.key_weight = hypernetwork, sharpness, key_weight
         self.question = nn.Linear(config.latent_size, base_model.get_input_embeddings().num_embeddings)
-        if hasattr(decoder_layers(base_model)[0], "post_feedforward_layernorm"):
-            raise ValueError(
-                "this model norms what its layers write (as Gemma does): a block's values are not what it adds"
-            )
         embeddings = base_model.get_output_embeddings().weight.detach().float()
         directions = F.normalize(embeddings * decoder_body(base_model).norm.weight.detach().float(), dim=-1)
         self.register_buffer("directions", directions, persistent=False)
@@ -255,7 +254,8 @@ class KeysAndValues(nn.Module):
         latents, rows = [], []
         for ids, mask in zip(chunk_ids, chunk_mask, strict=True):
             taps: dict[str, Tensor] = {}
-            self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, taps=taps)
+            features = encoder.encode(ids, attention_mask=mask)
+            self.hypernetwork(features, attention_mask=mask, taps=taps, layer=self.layer)
             latents.append(taps["lora_emb"])
             rows.append(taps["flat_loras"])
         latents, rows = (torch.cat(parts)[order][:, :, 0] for parts in (latents, rows))
@@ -263,11 +263,11 @@ class KeysAndValues(nn.Module):
 
     def whitened_inputs(self, input_ids: Tensor, starts: Tensor, n_slots: int) -> Tensor:
         """W x of the target linears where answer token j is predicted: [L, n, slots, d_in]; starts [n] of answers."""
-        x = linear_inputs(self._frozen[0], self.module, input_ids)  # [L, n, length, d_in]
+        x = linear_inputs(self._frozen[0], self.module, input_ids)[self.layers]  # [L, n, length, d_in]
         places = starts[:, None] - 1 + torch.arange(n_slots, device=starts.device)
         places = places.clamp_max(input_ids.shape[1] - 1)
         rows = torch.arange(len(input_ids), device=starts.device)[:, None]
-        return x[:, rows, places] @ self.whitening[:, None]
+        return x[:, rows, places] @ self.whitening[self.layers, None]
 
     def _add(self, **values: Tensor) -> None:
         self._n += 1
@@ -281,6 +281,17 @@ class KeysAndValues(nn.Module):
         means = {name: round(total / max(1, self._n), 5) for name, total in self._sums.items()}
         self._sums, self._n = {}, 0
         return means
+
+
+def check_writes_residual(base_model, module: str) -> None:
+    """ValueError where what `module` puts out is not simply added to the residual stream."""
+    _, d_out = module_sizes(base_model, [module])
+    if d_out[module] != base_model.config.get_text_config().hidden_size:
+        raise ValueError(f"{module} does not write into the residual stream: use down_proj or o_proj")
+    if hasattr(decoder_layers(base_model)[0], "post_feedforward_layernorm"):
+        raise ValueError(
+            "this model norms what its layers write (as Gemma does): a block's values are not what it adds"
+        )
 
 
 @torch.no_grad()
@@ -376,11 +387,12 @@ class WhitenedKeys(nn.Module):
 
 @torch.no_grad()
 def let_blocks_act(step: KeysAndValues, batch: dict, size: float = 0.3) -> None:
-    """End the warm-up: plain keys, and scalers with which blocks act.
+    """End the warm-up: plain keys, and scalers with which blocks act, in the layers that the step has learned.
 
-    scaler_A becomes such that an own key matches with 1 on average, scaler_B such that the value of one match is `size`
-    times as large as the residual stream behind the last layer. The head's weight stays a function of whitened keys
-    (`WhitenedKeys`), so that training goes on in coordinates that suit them, until `plain_keys` is called.
+    scaler_A becomes such that an own key matches with 1 on average, scaler_B such that the values of one match are
+    `size` times as large, in each of these layers, as the residual stream behind the last one. The head's weight stays
+    a function of whitened keys (`WhitenedKeys`), so that training goes on in coordinates that suit them, until
+    `plain_keys` is called.
     """
     hypernetwork, (base_model, _) = step.hypernetwork, step._frozen
     batch = _to(batch, next(hypernetwork.parameters()).device)
@@ -400,10 +412,9 @@ def let_blocks_act(step: KeysAndValues, batch: dict, size: float = 0.3) -> None:
     matches = (A[:, :, :n_slots].transpose(0, 1)[:, scored] * inputs).sum(-1).mean(1)  # [L]
     if (matches <= 0).any():
         raise ValueError("keys do not match their own questions yet: give the warm-up more steps")
-    hypernetwork.scaler_A[module][0, :, :, 0] = 1 / matches[:, None]
-    hypernetwork.scaler_B[module][0, :, :, 0] = (size * norms[-1] / (config.scale * B.norm(dim=-1).mean((0, 2))))[
-        :, None
-    ]
+    values = size * norms[-1] / (config.scale * B.norm(dim=-1).mean((0, 2)))
+    hypernetwork.scaler_A[module][0, step.layers, :, 0] = 1 / matches[:, None]
+    hypernetwork.scaler_B[module][0, step.layers, :, 0] = values[:, None]
     parametrize.register_parametrization(hypernetwork.head, "weight", WhitenedKeys(step.whitening))
 
 

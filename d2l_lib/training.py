@@ -23,12 +23,20 @@ from . import needles, pretraining
 from .base_model import ContextEncoder, decoder_body, load_base_model, module_sizes
 from .checkpoints import save_checkpoint
 from .documents import chat_affixes, question_ids, split_sentences
-from .hypernetwork import Hypernetwork, HypernetworkConfig, combine
+from .hypernetwork import Hypernetwork, HypernetworkConfig, Loras, combine
 from .lora import apply_lora
 from .losses import AnswerTokens, context_average, cross_entropy, distillation, find_answer_tokens, l1_penalty
 from .packing import IGNORED
 from .presets import NEEDLE_VARIANTS, DistillationPreset, HypernetworkPreset, NeedlePreset, Preset, preset
-from .readout import Readout, ReadoutBatches, needle_sentences, start_linear, train_readout
+from .readout import (
+    Readout,
+    ReadoutBatches,
+    check_writes_residual,
+    linear_inputs,
+    needle_sentences,
+    start_linear,
+    train_readout,
+)
 from .records import atomic_folder, read_jsonl, write_jsonl
 from .trainer import chunk_batch, fit, fit_step, is_first_process, pad_right
 
@@ -160,10 +168,39 @@ def answer_logits(base_model, input_ids: Tensor, labels: Tensor) -> tuple[Tensor
     """
     hidden = decoder_body(base_model)(input_ids=input_ids, use_cache=False).last_hidden_state
     answers = find_answer_tokens(labels)
-    logits = base_model.get_output_embeddings()(hidden[answers.row, answers.position])
+    return _logits_at(base_model, hidden[answers.row, answers.position], answers)
+
+
+def last_layer_logits(
+    base_model, module: str, loras: Loras, scale: float, context: Tensor, input_ids: Tensor, labels: Tensor
+) -> tuple[Tensor, AnswerTokens, AnswerTokens]:
+    """`answer_logits` of a model in which only the last layer's `module` has an adapter, without a backward pass
+    through the base model: what it adds goes straight to the final norm, and its inputs are those of the plain model.
+
+    loras: {module: (A [contexts, 1, R, d_in], B [contexts, 1, R, d_out])}; context [batch]: which one a row has, in
+    rising order. ValueError where the module does not write straight into the residual stream.
+    """
+    check_writes_residual(base_model, module)
+    answers = find_answer_tokens(labels)
+    streams: list[Tensor] = []
+    hook = decoder_body(base_model).norm.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
+    try:
+        x = linear_inputs(base_model, module, input_ids)[-1]
+    finally:
+        hook.remove()
+    x, stream = (of_batch[answers.row, answers.position] for of_batch in (x, streams[-1]))
+    A, B = loras[module]
+    counts = torch.bincount(context[answers.row], minlength=len(A)).tolist()
+    added = torch.cat([x_c @ A[c, 0].T @ B[c, 0] for c, x_c in enumerate(x.split(counts))])
+    return _logits_at(base_model, decoder_body(base_model).norm(stream + scale * added), answers)
+
+
+def _logits_at(base_model, hidden: Tensor, answers: AnswerTokens) -> tuple[Tensor, AnswerTokens, AnswerTokens]:
+    """See `answer_logits`; hidden [n, d] are the normed states of the places that predict."""
+    logits = base_model.get_output_embeddings()(hidden)
     if cap := getattr(base_model.config.get_text_config(), "final_logit_softcapping", None):  # Gemma-2
         logits = cap * torch.tanh(logits / cap)
-    row = torch.arange(len(answers), device=labels.device)
+    row = torch.arange(len(answers), device=hidden.device)
     return logits[:, None], answers, replace(answers, row=row, position=torch.zeros_like(answers.position))
 
 
@@ -171,13 +208,17 @@ class Internalization(nn.Module):
     """The training step of a hypernetwork: read chunks, write blocks, answer without the document.
 
     Cross-entropy on the answers, or, where a batch has the teacher's log-probabilities and `distil` is not False, the
-    distillation loss; averaged per context, plus `l1` times the size of what is written. Only the hypernetwork is a
-    parameter of this module; the frozen base model stays outside its state.
+    distillation loss; averaged per context, plus `l1` times the size of what is written. `last_layer`: only the last
+    layer is written, which spares the pass through the base model (see `last_layer_logits`; one target module). Only
+    the hypernetwork is a parameter of this module; the frozen base model stays outside its state.
     """
 
-    def __init__(self, base_model, hypernetwork: Hypernetwork, l1: float, distil: bool = True):
+    def __init__(
+        self, base_model, hypernetwork: Hypernetwork, l1: float, distil: bool = True, last_layer: bool = False
+    ):
         super().__init__()
         self.hypernetwork, self.l1, self.distil = hypernetwork, l1, distil
+        self.layer = hypernetwork.config.n_layers - 1 if last_layer else None
         self._frozen = (base_model, ContextEncoder.from_config(base_model, hypernetwork.config))
         self._losses, self._right, self._asked = [], 0, 0
 
@@ -189,30 +230,35 @@ class Internalization(nn.Module):
         base_model, encoder = self._frozen
         base_model.to(input_ids.device)
         groups = [
-            self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask)
+            self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, layer=self.layer)
             for ids, mask in zip(chunk_ids, chunk_mask, strict=True)
         ]
         blocks = {
             m: tuple(torch.cat(parts)[order] for parts in zip(*(g[m] for g in groups), strict=True)) for m in groups[0]
         }
-        bias = self.hypernetwork.bias()
-        loras, rows = combine(blocks, bias, n_chunks, weights=repeats), None
-        if n_questions is None:
-            n_questions = torch.ones_like(n_chunks)
+        config, bias = self.hypernetwork.config, self.hypernetwork.bias()
+        if self.layer is not None and bias is not None:
+            bias = {m: tuple(rows[self.layer, None] for rows in pair) for m, pair in bias.items()}
+        loras = combine(blocks, bias, n_chunks, weights=repeats)
+        n_questions = torch.ones_like(n_chunks) if n_questions is None else n_questions
+        rows = torch.arange(len(n_chunks), device=n_chunks.device).repeat_interleave(n_questions)
+        if self.layer is None:
+            with apply_lora(base_model, loras, config.scale, rows=rows):
+                logits, answers, here = answer_logits(base_model, input_ids, labels)
         else:
-            rows = torch.arange(len(n_chunks), device=n_chunks.device).repeat_interleave(n_questions)
-        with apply_lora(base_model, loras, self.hypernetwork.config.scale, rows=rows):
-            logits, answers, here = answer_logits(base_model, input_ids, labels)
+            (module,) = config.modules
+            logits, answers, here = last_layer_logits(base_model, module, loras, config.scale, rows, input_ids, labels)
         if teacher_indices is None or not self.distil:
             per_token = cross_entropy(logits, here)
         else:
             per_token = distillation(logits, here, teacher_log_probs, teacher_indices)
         loss = context_average(per_token, answers, n_questions)
         # every block counts once here: the penalty is on what is written, not on how often it is repeated
-        size = l1_penalty(
-            combine(blocks, bias, n_chunks), n_chunks, self.hypernetwork.config.rank, has_bias=bias is not None
-        )
-        total = loss + self.l1 * l1_share * size / len(n_chunks)
+        total = loss
+        if self.l1:
+            written = combine(blocks, bias, n_chunks)
+            size = l1_penalty(written, n_chunks, config.rank, has_bias=bias is not None)
+            total = loss + self.l1 * l1_share * size / len(n_chunks)
         wrong = torch.bincount(
             answers.row, weights=(logits[:, 0].argmax(-1) != answers.label).float(), minlength=len(labels)
         )
@@ -294,10 +340,20 @@ def train_hypernetwork(
 
 
 def fit_hypernetwork(
-    p, base_model, hypernetwork: Hypernetwork, batches: Dataset, run: Path, seed: int, distil: bool = True, **options
+    p,
+    base_model,
+    hypernetwork: Hypernetwork,
+    batches: Dataset,
+    run: Path,
+    seed: int,
+    distil: bool = True,
+    last_layer: bool = False,
+    **options,
 ) -> None:
-    """Train `hypernetwork` on `batches` in place, resumable in `run`; steps, rates and L1 are those of `p`."""
-    fit_step(Internalization(base_model, hypernetwork, p.l1, distil), p, batches, run, seed, **options)
+    """Train `hypernetwork` on `batches` in place, resumable in `run`; steps, rates and L1 are those of `p`. For distil
+    and last_layer see `Internalization`.
+    """
+    fit_step(Internalization(base_model, hypernetwork, p.l1, distil, last_layer), p, batches, run, seed, **options)
 
 
 # -------------------------------------------------------------------------------------------------------- the command

@@ -216,6 +216,26 @@ def test_fresh_documents_grow_and_hold_the_right_answers(base):
     assert said == world.UNKNOWN
 
 
+def test_a_context_may_hold_the_documents_of_strangers(base, monkeypatch):
+    tokenizer = base[1]
+    p = replace(SMALL, least_facts=12, most_facts=12, questions=30, unrelated_share=0.0, strangers_share=1.0)
+    source = WorldDocuments(tokenizer, replace(p, kinds=("one_hop", "number", "date"), unanswerable_share=0.0))
+    drawn: list[world.Document] = []
+    draw_document = world.draw_document
+    monkeypatch.setattr(world, "draw_document", lambda *given: drawn.append(draw_document(*given)) or drawn[-1])
+    counts, about = set(), set()
+    for i in range(20):
+        drawn.clear()
+        row = source.draw(random.Random(i), source.draw_size(random.Random(i), 1.0))
+        assert sum(len(document.facts) for document in drawn) == 12
+        assert row["document"] == "\n".join(document.text for document in drawn)
+        counts.add(len(drawn))
+        for ids, (start, end) in zip(row["input_ids"], row["response_start_end"], strict=True):
+            answer = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
+            about |= {i for i, document in enumerate(drawn) if any(fact.value == answer for fact in document.facts)}
+    assert 1 in counts and max(counts) > 6 and len(about) > 6, "questions are about all of the documents"
+
+
 def test_documents_of_a_batch_are_of_one_size(base):
     class Sizes(WorldDocuments):
         def draw(self, rng, n_facts):
@@ -254,6 +274,32 @@ def loss_of(model, batch: dict, distil: bool) -> float:
     torch.manual_seed(0)
     hypernetwork = Hypernetwork(training.hypernetwork_config(SMALL, model, "x"))
     return training.Internalization(model, hypernetwork, 0.0, distil)(**batch)["loss"].item()
+
+
+def test_the_last_layer_alone_gives_the_logits_and_gradients_of_the_whole_model(base):
+    """Where the other layers have no blocks, nothing but the last layer's own output changes."""
+    model, tokenizer = base
+    torch.manual_seed(0)
+    hypernetwork = Hypernetwork(training.hypernetwork_config(SMALL, model, "x"))
+    with torch.no_grad():
+        hypernetwork.scaler_B["down_proj"][:, -1] = 3.0
+        hypernetwork.bias_B["down_proj"][-1].normal_()
+    p = replace(SMALL, contexts=4, most_facts=5, facts_grow=(0.0, 0.0), single_chunk_share=0.0, questions=5)
+    batch = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p)], 0, [1.0])[1]
+    assert len(batch["n_chunks"].unique()) > 1 or len(batch["n_questions"].unique()) > 1
+    losses, gradients = [], []
+    for last_layer in (False, True):
+        hypernetwork.zero_grad()
+        loss = training.Internalization(model, hypernetwork, 0.0, last_layer=last_layer)(**batch)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(hypernetwork.head.weight.grad[-1].clone())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
+    hypernetwork.scaler_B["down_proj"].data[:, 0] = 3.0  # now the other layers would count, and are left out
+    assert training.Internalization(model, hypernetwork, 0.0)(**batch)["loss"].item() != pytest.approx(losses[1])
+    alone = training.Internalization(model, hypernetwork, 0.0, last_layer=True)(**batch)["loss"].item()
+    assert alone == pytest.approx(losses[1])
 
 
 def test_a_batch_is_full_at_so_many_chunks(base):

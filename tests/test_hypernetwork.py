@@ -85,6 +85,11 @@ def test_iterative_writing_gives_the_same_numbers(model, options):
     assert_same_loras(
         hypernetwork(batch, attention_mask=mask, iterative=True), hypernetwork(batch, attention_mask=mask), 1e-6
     )
+    alone = hypernetwork(batch, attention_mask=mask, layer=1)
+    whole = hypernetwork(batch, attention_mask=mask)
+    assert_same_loras(alone, {m: (A[:, 1:2], B[:, 1:2]) for m, (A, B) in whole.items()}, 1e-6)
+    with pytest.raises(ValueError, match="must be from 0 to"):
+        hypernetwork(batch, attention_mask=mask, layer=99)
     with pytest.raises(ValueError, match="leave them out of an iterative call"):
         hypernetwork(batch, attention_mask=mask, iterative=True, taps={})
 

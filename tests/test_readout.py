@@ -156,7 +156,7 @@ def test_keys_and_values_score_the_rows_that_act(base):
 
         config = hypernetwork.config
 
-        def forward(self, features, attention_mask, taps):
+        def forward(self, features, attention_mask, taps, layer):
             rows = torch.zeros(len(answers), 2, 1, 2, d_in + 32)
             rows[:, :, 0, :, :d_in] = 3 * inputs.transpose(0, 1)
             rows[:, :, 0, :, d_in:] = step.directions[answers.clamp_min(0)][:, None]
@@ -222,6 +222,27 @@ def test_blocks_act_with_the_size_that_was_asked_for_and_keys_become_plain(base)
         plain_keys(hypernetwork)
         torch.testing.assert_close(own_matches(), torch.ones(2), atol=1e-4, rtol=0)
     assert "head.weight" in hypernetwork.state_dict()  # the published names again
+
+
+def test_the_last_layer_alone_is_warmed_up_where_that_is_asked_for(base):
+    base_model, tokenizer = base
+    hypernetwork = fresh(base_model, rank=4)
+    batch = ReadoutBatches(tokenizer, P, 0)[0]
+    whitening = key_whitening(base_model, "down_proj", ReadoutBatches(tokenizer, P, 0), n_batches=30)
+    both, last = (KeysAndValues(base_model, hypernetwork, whitening, last_layer=alone) for alone in (False, True))
+    together = {name: batch[name] for name in ("chunk_ids", "chunk_mask", "order")}
+    for rows, of_last in zip(both.rows(**together), last.rows(**together), strict=True):
+        torch.testing.assert_close(of_last, rows[:, -1:])
+    inputs = [step.whitened_inputs(batch["input_ids"], batch["starts"], 4) for step in (both, last)]
+    assert torch.equal(inputs[1], inputs[0][-1:])
+    last(**batch)["loss"].backward()
+    assert hypernetwork.head.weight.grad[-1].any() and not hypernetwork.head.weight.grad[:-1].any()
+    scored = batch["answer_ids"][:, :4] != IGNORED
+    with torch.no_grad():
+        matches = (last.rows(**together)[1][:, :, :4].transpose(0, 1)[:, scored] * inputs[1][:, scored]).sum(-1)
+        hypernetwork.head.weight[-1, :, : whitening.shape[-1]] *= matches.mean().sign()
+    let_blocks_act(last, batch)
+    assert hypernetwork.scaler_B["down_proj"][0, -1].all() and not hypernetwork.scaler_B["down_proj"][0, :-1].any()
 
 
 def test_whitened_keys_tell_the_facts_of_a_document_apart(bundled):
