@@ -60,10 +60,8 @@ def run_variant(
 ) -> pd.DataFrame:
     """Train one variant (resumable in `run`) and score it: task, facts, n, exact_match, low, high, seconds trained."""
     hypernetwork = train_qa(p, base_model, tokenizer, run, seed, base_name, shards, **options)
-    trained = p.world or p.self_generated
-    model = DocToLoRA(
-        base_model, tokenizer, hypernetwork.eval().requires_grad_(False), chunk_tokens=trained.chunk_tokens
-    )
+    chunk_tokens = next(iter(p.stages.values())).chunk_tokens
+    model = DocToLoRA(base_model, tokenizer, hypernetwork.eval().requires_grad_(False), chunk_tokens=chunk_tokens)
     logs = [read_jsonl(path) for path in sorted(run.glob("*/log.jsonl"))]
     seconds = sum(log[-1]["seconds"] for log in logs if log)
     return summarise(score_briefly(model, n, seed=0), ["task", "facts"]).assign(seconds=round(seconds))

@@ -39,6 +39,7 @@ from .readout import (
     key_whitening,
     let_blocks_act,
     plain_keys,
+    spread_to_all_layers,
     start_linear,
     train_readout,
 )
@@ -211,7 +212,7 @@ def train_distillation(
     `run`; `options` go to `trainer.fit`.
     """
     batches = DistillationBatches(tokenizer, p, sources, seed, weights)
-    return train_hypernetwork(p, base_model, batches, run, seed, base_name, distil=p.distil, **options)
+    return train_hypernetwork(p, base_model, batches, run, seed, base_name, **options)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -223,26 +224,26 @@ def train_qa(
     shards: a finished folder of `selfgen`; None leaves the last stage out. `options` go to `trainer.fit`.
     """
     torch.manual_seed(seed)
-    sizes = p.recall or p.world or p.self_generated
-    hypernetwork = Hypernetwork(hypernetwork_config(sizes, base_model, base_name))
+    first = next(iter(p.stages.values()))
+    hypernetwork = Hypernetwork(hypernetwork_config(first, base_model, base_name))
     if p.readout is not None:
         start_linear(hypernetwork, base_model, tokenizer, seed)
         sentences = ReadoutBatches(tokenizer, p.readout, seed)
         (module,) = hypernetwork.config.modules
         whitening = key_whitening(base_model, module, sentences, directions=p.readout.whiten)
-        warm_up = KeysAndValues(base_model, hypernetwork, whitening, last_layer=p.recall is not None)
+        warm_up = KeysAndValues(base_model, hypernetwork, whitening, last_layer=first.last_layer)
         train_readout(p.readout, warm_up, sentences, run / "readout", seed, **options)
         let_blocks_act(warm_up, sentences[0])
-    for stage, settings in (("recall", p.recall), ("world", p.world)):
-        if settings is not None:
-            batches = DistillationBatches(tokenizer, settings, [WorldDocuments(tokenizer, settings)], seed, [1.0])
-            fit_hypernetwork(
-                settings, base_model, hypernetwork, batches, run / stage, seed, last_layer=stage == "recall", **options
-            )
-    if shards is not None and p.self_generated is not None:
-        last = p.self_generated
-        batches = DistillationBatches(tokenizer, last, [read_shards(shards)], seed)
-        fit_hypernetwork(last, base_model, hypernetwork, batches, run / "self_generated", seed, last.distil, **options)
+    only_last = first.last_layer
+    for stage, settings in p.stages.items():
+        if stage == "self_generated" and shards is None:
+            continue
+        if only_last and not settings.last_layer and p.readout is not None:
+            spread_to_all_layers(KeysAndValues(base_model, hypernetwork, whitening), sentences)
+        only_last = settings.last_layer
+        sources = [WorldDocuments(tokenizer, settings) if stage != "self_generated" else read_shards(shards)]
+        batches = DistillationBatches(tokenizer, settings, sources, seed, [1.0])
+        fit_hypernetwork(settings, base_model, hypernetwork, batches, run / stage, seed, **options)
     if p.readout is not None:
         plain_keys(hypernetwork)
     return hypernetwork

@@ -102,7 +102,8 @@ class DistillationPreset(HypernetworkPreset):
     Chunks have at most a random number of tokens between `shortest_chunk` and `longest_chunk`; in the first
     `single_chunk_share` of the steps each document is one chunk. A batch has up to `contexts` documents and is full at
     `chunks` chunks; of each document up to `questions` questions are asked, and one more than it has chunks at most.
-    `distil`: learn the teacher's log-probabilities; False: its answers alone (cross-entropy).
+    `distil`: learn the teacher's log-probabilities; False: its answers alone (cross-entropy). `last_layer`: only the
+    last layer's blocks act and learn (see `training.Internalization`).
 
     Of fresh documents of the world (`distillation.WorldDocuments`): the contexts of a batch have one number of facts,
     from `least_facts` to at most `most_facts`, where the latter is approached between the two shares of the run in
@@ -122,6 +123,7 @@ class DistillationPreset(HypernetworkPreset):
     learning_rate: float
     warmup_steps: int
     distil: bool = True
+    last_layer: bool = False
     seed: int = 0
     chunks: int = 1024
     least_facts: int = 1
@@ -137,15 +139,21 @@ class DistillationPreset(HypernetworkPreset):
 
 @dataclass(frozen=True)
 class QAPreset:
-    """Question answering in four stages: the warm-up; fresh documents of the world, with the last layer alone; the
-    same with all layers; self-generated data. None: without that stage. All stages train one hypernetwork, so their
-    sizes must be the same. With a `recall` stage the warm-up, too, is of the last layer alone.
+    """Question answering in four stages: the warm-up; fresh documents of the world, to recall their facts with the
+    last layer alone; the same with all layers; self-generated data. None: without that stage. All stages train one
+    hypernetwork, so their sizes must be the same. The warm-up is of the layers that the stage after it trains.
     """
 
     readout: ReadoutPreset | None
     recall: DistillationPreset | None
     world: DistillationPreset | None
     self_generated: DistillationPreset | None
+
+    @property
+    def stages(self) -> dict[str, DistillationPreset]:
+        """The stages after the warm-up, in order."""
+        named = {name: getattr(self, name) for name in ("recall", "world", "self_generated")}
+        return {name: settings for name, settings in named.items() if settings is not None}
 
 
 @dataclass(frozen=True)
@@ -204,6 +212,7 @@ _TINY_RECALL = replace(
     most_facts=96,
     strangers_share=0.5,
     kinds=("one_hop", "number", "date", "paraphrase"),
+    last_layer=True,
 )
 
 PRESETS = {
@@ -255,27 +264,27 @@ PRESETS = {
 }
 
 
-# For comparisons of recipes: the bundled question-answering recipe with half the latent size and a short training.
-_SHORT = {"latent_size": 128, "steps": 240, "chunks": 48, "warmup_steps": 20, "most_facts": 48}
-SHORT_QA = replace(
-    PRESETS["tiny"].qa,
-    readout=replace(PRESETS["tiny"].qa.readout, steps=600, warmup_steps=20),
-    recall=None,
-    world=replace(_TINY_QA, **_SHORT),
+# For comparisons of recipes: the warm-up and the recall stage of the bundled recipe, smaller and shorter.
+SHORT_QA = QAPreset(
+    readout=replace(PRESETS["tiny"].qa.readout, steps=400, warmup_steps=20),
+    recall=replace(_TINY_RECALL, latent_size=192, steps=400, warmup_steps=20, chunks=48, most_facts=48),
+    world=None,
     self_generated=None,
 )
-# What is changed in the warm-up and in what follows it. `shards`: self-generated data instead of fresh documents.
+# What is changed in the warm-up and in the stage after it. `shards`: that stage learns from self-generated data.
 QA_VARIANTS: dict[str, dict] = {
     "ours": {},
     "no warm-up": {"readout": None},
     "keys not whitened": {"readout": {"whiten": False}},
     "AdamW alone": {"readout": {"muon_rate": None, "learning_rate": 1e-3}, "training": {"muon_rate": None}},
+    "all layers at once": {"training": {"last_layer": False}},
     "rank 4": {"training": {"rank": 4}},
     "rank 16": {"training": {"rank": 16}},
     "no bias block": {"training": {"use_bias": False}},
     "per-layer activations": {"training": {"encoder_type": "per_layer_activations", "encoder_layer": None}},
     "no unrelated questions": {"training": {"unrelated_share": 0.0}},
     "no unanswerable questions": {"training": {"unanswerable_share": 0.0}},
+    "documents one by one": {"training": {"strangers_share": 0.0}},
     "self-generated, distillation": {"shards": True},
     "self-generated, cross-entropy": {"shards": True, "training": {"distil": False}},
 }
@@ -286,12 +295,12 @@ def qa_variant(name: str) -> QAPreset:
     if name not in QA_VARIANTS:
         raise KeyError(f"unknown variant {name!r}; known: {', '.join(QA_VARIANTS)}")
     change = QA_VARIANTS[name]
-    trained = replace(SHORT_QA.world, **change.get("training", {}))
+    trained = replace(SHORT_QA.recall, **change.get("training", {}))
     readout = change.get("readout", {})
     return QAPreset(
         readout=None if readout is None else replace(SHORT_QA.readout, **readout),
-        recall=None,
-        world=None if change.get("shards") else trained,
+        recall=None if change.get("shards") else trained,
+        world=None,
         self_generated=trained if change.get("shards") else None,
     )
 

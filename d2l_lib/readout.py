@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from . import needles, world
 from .base_model import ContextEncoder, decoder_body, decoder_layers, module_sizes, target_linears, without_lora
 from .documents import chunk_document, context_ids, question_ids
-from .hypernetwork import Hypernetwork
+from .hypernetwork import Hypernetwork, PerLayerLinear
 from .packing import IGNORED
 from .presets import ReadoutPreset
 from .trainer import chunk_batch, fit_step, pad_right
@@ -416,6 +416,46 @@ def let_blocks_act(step: KeysAndValues, batch: dict, size: float = 0.3) -> None:
     hypernetwork.scaler_A[module][0, step.layers, :, 0] = 1 / matches[:, None]
     hypernetwork.scaler_B[module][0, step.layers, :, 0] = values[:, None]
     parametrize.register_parametrization(hypernetwork.head, "weight", WhitenedKeys(step.whitening))
+
+
+@torch.no_grad()
+def spread_to_all_layers(step: KeysAndValues, batches: Dataset, n_batches: int = 60, share: float = 0.03) -> None:
+    """Let the earlier layers begin as copies of the last one, where that alone has learned anything.
+
+    Their rows get the last layer's latents and values, and the keys that a linear map of these latents can give: W x of
+    their own layer, by least squares over the answer tokens of `n_batches` batches. An own key matches as it does in
+    the last layer, and a match adds `share` of what it adds there. To be called after `let_blocks_act`, with a step of
+    all layers.
+    """
+    hypernetwork, module = step.hypernetwork, step.module
+    config = hypernetwork.config
+    last, d_in, r = config.n_layers - 1, config.d_in[module], config.rank
+    queries = hypernetwork.aggregator.perceiver.decoder.latents_q
+    queries.copy_(queries[-r:].repeat(config.n_layers, 1))
+    for linear in hypernetwork.layers.modules():
+        if isinstance(linear, PerLayerLinear):
+            linear.weight.copy_(linear.weight[last:].clone().expand_as(linear.weight))
+            linear.bias.copy_(linear.bias[:, last:].clone().expand_as(linear.bias))
+    latents, inputs = [], []
+    for i in range(n_batches):
+        batch = _to(batches[i], queries.device)
+        rows, _, _ = step.rows(batch["chunk_ids"], batch["chunk_mask"], batch["order"])
+        scored = batch["answer_ids"][:, :r] != IGNORED
+        x = step.whitened_inputs(batch["input_ids"], batch["starts"], scored.shape[1])
+        latents.append(F.normalize(rows[:, last, : scored.shape[1]][scored], dim=-1).double())
+        inputs.append(x[:, scored].double())
+    unit, x = torch.cat(latents), torch.cat(inputs, dim=1)  # [n, d], [L, n, d_in]
+    ridge = 1e-3 * len(unit) / unit.shape[1] * torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
+    keys = torch.linalg.solve(unit.T @ unit + ridge, unit.T @ x)  # [L, d, d_in]
+    head = hypernetwork.head.parametrizations.weight.original
+    matches = ((unit @ keys) * x).sum(-1).mean(1)  # [L]
+    of_last = ((unit @ head[last, :, :d_in].double()) * x[last]).sum(-1).mean()
+    for layer in range(last):
+        head[layer, :, :d_in] = keys[layer]
+        head[layer, :, d_in:] = head[last, :, d_in:]
+        scaler = hypernetwork.scaler_A[module]
+        scaler[0, layer] = scaler[0, last] * (of_last / matches[layer])
+        hypernetwork.scaler_B[module][0, layer] = share * hypernetwork.scaler_B[module][0, last]
 
 
 def plain_keys(hypernetwork: Hypernetwork) -> None:

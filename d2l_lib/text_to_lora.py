@@ -77,11 +77,11 @@ def train_text_to_lora(
     p: DistillationPreset, base_model, tokenizer, run: Path, seed: int, base_name: str, **options
 ) -> TextToLoRA:
     """A text-to-LoRA hypernetwork trained on fresh documents of the world, resumable in `run`."""
-    p = replace(p, single_chunk_share=1.0, use_bias=False)
+    p = replace(p, single_chunk_share=1.0, use_bias=False, last_layer=False)
     torch.manual_seed(seed)
     network = TextToLoRA(replace(hypernetwork_config(p, base_model, base_name), scale=1.0))
     batches = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p)], seed, [1.0])
-    fit_hypernetwork(p, base_model, network, batches, run, seed, p.distil, **options)
+    fit_hypernetwork(p, base_model, network, batches, run, seed, **options)
     return network
 
 

@@ -340,19 +340,10 @@ def train_hypernetwork(
 
 
 def fit_hypernetwork(
-    p,
-    base_model,
-    hypernetwork: Hypernetwork,
-    batches: Dataset,
-    run: Path,
-    seed: int,
-    distil: bool = True,
-    last_layer: bool = False,
-    **options,
+    p, base_model, hypernetwork: Hypernetwork, batches: Dataset, run: Path, seed: int, **options
 ) -> None:
-    """Train `hypernetwork` on `batches` in place, resumable in `run`; steps, rates and L1 are those of `p`. For distil
-    and last_layer see `Internalization`.
-    """
+    """Train `hypernetwork` on `batches` in place, resumable in `run`; steps, rates and loss are those of `p`."""
+    distil, last_layer = getattr(p, "distil", True), getattr(p, "last_layer", False)
     fit_step(Internalization(base_model, hypernetwork, p.l1, distil, last_layer), p, batches, run, seed, **options)
 
 

@@ -16,11 +16,11 @@ def differences(first, second) -> dict:
 def test_each_variant_changes_what_it_says_and_nothing_else():
     assert qa_variant("ours") == SHORT_QA
     assert qa_variant("no warm-up") == replace(SHORT_QA, readout=None)
-    assert differences(SHORT_QA.world, qa_variant("rank 16").world) == {"rank": 16}
+    assert differences(SHORT_QA.recall, qa_variant("rank 16").recall) == {"rank": 16}
     assert qa_variant("rank 16").readout == SHORT_QA.readout
     assert differences(SHORT_QA.readout, qa_variant("keys not whitened").readout) == {"whiten": False}
     distilled, plain = (qa_variant(f"self-generated, {how}") for how in ("distillation", "cross-entropy"))
-    assert distilled.world is None and differences(distilled.self_generated, plain.self_generated) == {"distil": False}
+    assert distilled.recall is None and differences(distilled.self_generated, plain.self_generated) == {"distil": False}
     recipes = [repr(qa_variant(name)) for name in QA_VARIANTS]
     assert len(set(recipes)) == len(recipes)
     with pytest.raises(KeyError, match="known: ours"):
@@ -30,11 +30,12 @@ def test_each_variant_changes_what_it_says_and_nothing_else():
 def test_a_variant_is_trained_scored_and_its_record_is_found(tmp_path, monkeypatch):
     base_model, tokenizer = train_small.small_base()
     sizes = {"latent_size": 16, "n_latent_queries": 2, "n_blocks": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8}
-    world = replace(
-        SHORT_QA.world, **sizes, rank=2, encoder_layer=1, steps=2, contexts=2, chunks=4, most_facts=3, warmup_steps=1
+    recall = replace(
+        SHORT_QA.recall, **sizes, rank=2, encoder_layer=1, steps=2, contexts=2, chunks=4, most_facts=5, warmup_steps=1
     )
     readout = replace(SHORT_QA.readout, steps=30, sentences=8, warmup_steps=1)
-    p = replace(SHORT_QA, readout=readout, world=world)
+    world = replace(recall, last_layer=False, kinds=None)
+    p = replace(SHORT_QA, readout=readout, recall=recall, world=world)
     monkeypatch.setattr(ablations, "FACTS", (1, 3))
     table = ablations.run_variant(p, base_model, tokenizer, tmp_path / "run", 0, "small", n=3, shards=None)
     assert list(table["task"]) == ["one hop", "one hop", "unanswerable", "encyclopedia"]

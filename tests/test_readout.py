@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import train_small
+from torch.nn.utils import parametrize
 
 from d2l_lib import training
 from d2l_lib.base_model import ContextEncoder, load_base_model
@@ -16,6 +17,7 @@ from d2l_lib.readout import (
     KeysAndValues,
     Readout,
     ReadoutBatches,
+    WhitenedKeys,
     fact_sentences,
     key_limits,
     key_whitening,
@@ -23,6 +25,7 @@ from d2l_lib.readout import (
     linear_inputs,
     needle_sentences,
     plain_keys,
+    spread_to_all_layers,
     start_linear,
     train_readout,
 )
@@ -243,6 +246,33 @@ def test_the_last_layer_alone_is_warmed_up_where_that_is_asked_for(base):
         hypernetwork.head.weight[-1, :, : whitening.shape[-1]] *= matches.mean().sign()
     let_blocks_act(last, batch)
     assert hypernetwork.scaler_B["down_proj"][0, -1].all() and not hypernetwork.scaler_B["down_proj"][0, :-1].any()
+
+
+def test_the_earlier_layers_begin_as_copies_of_the_last(base):
+    base_model, tokenizer = base
+    hypernetwork = fresh(base_model, rank=4)
+    batches = ReadoutBatches(tokenizer, P, 0)
+    whitening = key_whitening(base_model, "down_proj", batches, n_batches=30)
+    step = KeysAndValues(base_model, hypernetwork, whitening)
+    parametrize.register_parametrization(hypernetwork.head, "weight", WhitenedKeys(step.whitening))
+    with torch.no_grad():
+        hypernetwork.scaler_B["down_proj"][:, -1] = 2.0
+    batch = batches[7]
+    together = {name: batch[name] for name in ("chunk_ids", "chunk_mask", "order")}
+    last = [rows[:, -1].clone() for rows in step.rows(**together)]
+    spread_to_all_layers(step, batches, n_batches=20, share=0.1)
+    latents, A, B = step.rows(**together)
+    for now, before in zip((latents, A, B), last, strict=True):
+        torch.testing.assert_close(now[:, -1], before)  # the last layer is what it was
+    torch.testing.assert_close(latents[:, 0], latents[:, -1])
+    torch.testing.assert_close(B[:, 0], B[:, -1])
+    torch.testing.assert_close(hypernetwork.scaler_B["down_proj"][0, 0], torch.full((4, 1), 0.2))
+    scored = batch["answer_ids"][:, :4] != IGNORED
+    x = linear_inputs(base_model, "down_proj", batch["input_ids"])[0]
+    places = (batch["starts"][:, None] - 1 + torch.arange(4)).clamp_max(x.shape[1] - 1)
+    x = x[torch.arange(6)[:, None], places]
+    cosines = torch.nn.functional.cosine_similarity(A[:, 0, :4][scored], x[scored] @ whitening[0], dim=-1)
+    assert cosines.mean() > 0.3, "keys of the first layer point to what it reads"
 
 
 def test_whitened_keys_tell_the_facts_of_a_document_apart(bundled):
