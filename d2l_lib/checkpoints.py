@@ -53,8 +53,8 @@ def save_checkpoint(
     text = json.dumps(settings, indent=2)
     # named_parameters lists a shared layer once; loading restores the aliases.
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in hypernetwork.named_parameters()}
-    if unfit := [name for name, value in tensors.items() if not value.isfinite().all()]:
-        raise ValueError(f"{unfit[0]} has values that are not finite in {dtype or 'its own precision'}")
+    if dtype is not None and (unfit := [name for name, value in tensors.items() if not value.isfinite().all()]):
+        raise ValueError(f"{unfit[0]} has values that do not fit into {dtype}: save it without dtype")
     with atomic_folder(folder) as unfinished:
         save_file(tensors, unfinished / WEIGHTS)
         (unfinished / SETTINGS).write_text(text + "\n", encoding="utf-8")

@@ -67,6 +67,22 @@ def test_saving_again_replaces_and_a_failure_leaves_the_old_one(model, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
 
 
+def test_half_precision_on_disk_is_float32_again_when_loaded(model, tmp_path):
+    hypernetwork = random_hypernetwork(model)
+    folder = save_checkpoint(tmp_path / "saved", hypernetwork, dtype=torch.float16)
+    stored = load_file(folder / "hypernetwork.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    loaded, _ = load_checkpoint(folder)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, dict(hypernetwork.named_parameters())[name].half().float())
+    with torch.no_grad():
+        hypernetwork.head.weight[0, 0, 0] = 1e6
+    with pytest.raises(ValueError, match="head.weight has values that do not fit into torch.float16"):
+        save_checkpoint(folder, hypernetwork, dtype=torch.float16)
+    assert_same_output(load_checkpoint(folder)[0], loaded)
+
+
 def test_settings_that_are_not_json_are_refused_before_anything_is_written(model, tmp_path):
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path / "saved", random_hypernetwork(model), {"tensor": torch.ones(1)})
