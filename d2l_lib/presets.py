@@ -266,8 +266,8 @@ PRESETS = {
 
 # For comparisons of recipes: the warm-up and the recall stage of the bundled recipe, smaller and shorter.
 SHORT_QA = QAPreset(
-    readout=replace(PRESETS["tiny"].qa.readout, steps=400, warmup_steps=20),
-    recall=replace(_TINY_RECALL, latent_size=192, steps=400, warmup_steps=20, chunks=48, most_facts=48),
+    readout=replace(PRESETS["tiny"].qa.readout, steps=800, warmup_steps=20),
+    recall=replace(_TINY_RECALL, latent_size=192, steps=300, warmup_steps=20, chunks=48, most_facts=48),
     world=None,
     self_generated=None,
 )
