@@ -259,7 +259,7 @@ def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
     meta = {"preset": p.name, "seed": seed, "chunk_tokens": p.qa.world.chunk_tokens, "base_model": p.name}
     folder = data / p.name / "qa" if seed == p.qa.world.seed else run / "final"
     save_checkpoint(folder, hypernetwork, meta, torch.float16)
-    for stage in ("readout", "recall", "world", "self_generated"):
+    for stage in ("readout", *p.qa.stages):
         if (run / stage / "log.jsonl").exists():
             log = [{"seed": seed, **line} for line in read_jsonl(run / stage / "log.jsonl")]
             write_jsonl(data / "full_runs" / f"qa_seed{seed}_{stage}_training.jsonl", log)

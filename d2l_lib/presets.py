@@ -139,20 +139,22 @@ class DistillationPreset(HypernetworkPreset):
 
 @dataclass(frozen=True)
 class QAPreset:
-    """Question answering in four stages: the warm-up; fresh documents of the world, to recall their facts with the
-    last layer alone; the same with all layers; self-generated data. None: without that stage. All stages train one
+    """Question answering in five stages: the warm-up; fresh documents of the world, to recall their facts with the
+    last layer alone; the same with all layers; larger documents, with more questions about something else;
+    self-generated data. None: without that stage. All stages train one
     hypernetwork, so their sizes must be the same. The warm-up is of the layers that the stage after it trains.
     """
 
     readout: ReadoutPreset | None
     recall: DistillationPreset | None
     world: DistillationPreset | None
+    polish: DistillationPreset | None
     self_generated: DistillationPreset | None
 
     @property
     def stages(self) -> dict[str, DistillationPreset]:
         """The stages after the warm-up, in order."""
-        named = {name: getattr(self, name) for name in ("recall", "world", "self_generated")}
+        named = {name: getattr(self, name) for name in ("recall", "world", "polish", "self_generated")}
         return {name: settings for name, settings in named.items() if settings is not None}
 
 
@@ -258,6 +260,7 @@ PRESETS = {
             readout=ReadoutPreset(steps=2400, sentences=32, learning_rate=2e-3, warmup_steps=60, muon_rate=4e-3),
             recall=_TINY_RECALL,
             world=_TINY_QA,
+            polish=replace(_TINY_QA, steps=640, least_facts=4, most_facts=96, strangers_share=0.5, unrelated_share=0.3),
             self_generated=replace(_TINY_QA, steps=400, learning_rate=2e-4, muon_rate=2e-4),
         ),
     ),
@@ -269,6 +272,7 @@ SHORT_QA = QAPreset(
     readout=replace(PRESETS["tiny"].qa.readout, steps=800, warmup_steps=20),
     recall=replace(_TINY_RECALL, latent_size=192, steps=300, warmup_steps=20, chunks=48, most_facts=48),
     world=None,
+    polish=None,
     self_generated=None,
 )
 # What is changed in the warm-up and in the stage after it. `shards`: that stage learns from self-generated data.
@@ -301,6 +305,7 @@ def qa_variant(name: str) -> QAPreset:
         readout=None if readout is None else replace(SHORT_QA.readout, **readout),
         recall=None if change.get("shards") else trained,
         world=None,
+        polish=None,
         self_generated=trained if change.get("shards") else None,
     )
 
