@@ -211,3 +211,32 @@ class ContextEncoder:
         if self.encoder_type == "embed_only":
             body._modules["norm"] = nn.Identity()
         return body
+
+
+def check_writes_residual(base_model, module: str) -> None:
+    """ValueError where what `module` puts out is not simply added to the residual stream."""
+    _, d_out = module_sizes(base_model, [module])
+    if d_out[module] != base_model.config.get_text_config().hidden_size:
+        raise ValueError(f"{module} does not write into the residual stream: use down_proj or o_proj")
+    if hasattr(decoder_layers(base_model)[0], "post_feedforward_layernorm"):
+        raise ValueError(
+            "this model norms what its layers write (as Gemma does): a block's values are not what it adds"
+        )
+
+
+@torch.no_grad()
+def linear_inputs(base_model, module: str, input_ids: Tensor) -> Tensor:
+    """x of the target linears in the base model without an adapter: [L, n, length, d_in]."""
+    base_model.to(input_ids.device)
+    seen: list[Tensor] = []
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        for linear in target_linears(base_model, [module])[module]
+    ]
+    try:
+        with without_lora(base_model):
+            decoder_body(base_model)(input_ids=input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(seen)

@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
 from . import needles, world
-from .base_model import ContextEncoder, decoder_body, decoder_layers, module_sizes, target_linears, without_lora
+from .base_model import ContextEncoder, check_writes_residual, decoder_body, linear_inputs
 from .documents import chunk_document, context_ids, question_ids
 from .hypernetwork import Hypernetwork, PerLayerLinear
 from .packing import IGNORED
@@ -281,35 +281,6 @@ class KeysAndValues(nn.Module):
         means = {name: round(total / max(1, self._n), 5) for name, total in self._sums.items()}
         self._sums, self._n = {}, 0
         return means
-
-
-def check_writes_residual(base_model, module: str) -> None:
-    """ValueError where what `module` puts out is not simply added to the residual stream."""
-    _, d_out = module_sizes(base_model, [module])
-    if d_out[module] != base_model.config.get_text_config().hidden_size:
-        raise ValueError(f"{module} does not write into the residual stream: use down_proj or o_proj")
-    if hasattr(decoder_layers(base_model)[0], "post_feedforward_layernorm"):
-        raise ValueError(
-            "this model norms what its layers write (as Gemma does): a block's values are not what it adds"
-        )
-
-
-@torch.no_grad()
-def linear_inputs(base_model, module: str, input_ids: Tensor) -> Tensor:
-    """x of the target linears in the base model without an adapter: [L, n, length, d_in]."""
-    base_model.to(input_ids.device)
-    seen: list[Tensor] = []
-    hooks = [
-        linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        for linear in target_linears(base_model, [module])[module]
-    ]
-    try:
-        with without_lora(base_model):
-            decoder_body(base_model)(input_ids=input_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(seen)
 
 
 def key_whitening(

@@ -20,7 +20,14 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import needles, pretraining
-from .base_model import ContextEncoder, decoder_body, load_base_model, module_sizes
+from .base_model import (
+    ContextEncoder,
+    check_writes_residual,
+    decoder_body,
+    linear_inputs,
+    load_base_model,
+    module_sizes,
+)
 from .checkpoints import save_checkpoint
 from .documents import chat_affixes, question_ids, split_sentences
 from .hypernetwork import Hypernetwork, HypernetworkConfig, Loras, combine
@@ -31,8 +38,6 @@ from .presets import NEEDLE_VARIANTS, DistillationPreset, HypernetworkPreset, Ne
 from .readout import (
     Readout,
     ReadoutBatches,
-    check_writes_residual,
-    linear_inputs,
     needle_sentences,
     start_linear,
     train_readout,
@@ -253,9 +258,9 @@ class Internalization(nn.Module):
         else:
             per_token = distillation(logits, here, teacher_log_probs, teacher_indices)
         loss = context_average(per_token, answers, n_questions)
-        # every block counts once here: the penalty is on what is written, not on how often it is repeated
         total = loss
         if self.l1:
+            # every block counts once here: the penalty is on what is written, not on how often it is repeated
             written = combine(blocks, bias, n_chunks)
             size = l1_penalty(written, n_chunks, config.rank, has_bias=bias is not None)
             total = loss + self.l1 * l1_share * size / len(n_chunks)

@@ -8,7 +8,7 @@ import train_small
 from torch.nn.utils import parametrize
 
 from d2l_lib import training
-from d2l_lib.base_model import ContextEncoder, load_base_model
+from d2l_lib.base_model import ContextEncoder, linear_inputs, load_base_model
 from d2l_lib.documents import context_ids
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.packing import IGNORED
@@ -22,7 +22,6 @@ from d2l_lib.readout import (
     key_limits,
     key_whitening,
     let_blocks_act,
-    linear_inputs,
     needle_sentences,
     plain_keys,
     spread_to_all_layers,
