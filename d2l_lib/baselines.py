@@ -55,11 +55,12 @@ class Internalized:
     """Doc-to-LoRA: the document becomes an adapter, the prompt holds the question.
 
     `iterative`: blocks are written layer by layer, which takes less memory and gives the same numbers. `with_context`:
-    the document is in the prompt too.
+    the document is in the prompt too. `blocks`: how many blocks answer a question, the most relevant (None: all).
     """
 
     model: DocToLoRA
     name: str = "Doc-to-LoRA"
+    blocks: int | None = None
     chunk_tokens: int | None = None
     iterative: bool = False
     with_context: bool = False
@@ -78,7 +79,7 @@ class Internalized:
         adapter, document = prepared
         if self.with_context:
             questions = _with_document(self.model, document, questions, self.max_new_tokens)
-        return self.model.answer(list(questions), adapter, max_new_tokens=self.max_new_tokens)
+        return self.model.answer(list(questions), adapter, max_new_tokens=self.max_new_tokens, blocks=self.blocks)
 
 
 @dataclass
@@ -381,9 +382,9 @@ ONE_HOP = ("one_hop", "number", "date")
 
 
 def question_kinds(model: DocToLoRA, n: int, seed: int, facts: tuple[int, int] = (1, 40)) -> pd.DataFrame:
-    """In context, Doc-to-LoRA and no context on `n` one-hop questions and a fifth as many of each other kind, a fresh
-    document of `facts` (fewest, most) facts for each; the columns of `qa.load_qa`, method, prediction, one_hop, facts
-    ("6-10"), correct. Many questions are answered at once, so nothing is timed here.
+    """In context, Doc-to-LoRA (all blocks, and routed to one) and no context on `n` one-hop questions and a fifth as
+    many of each other kind, a fresh document of `facts` (fewest, most) facts for each; the columns of `qa.load_qa`,
+    method, prediction, one_hop, facts ("6-10"), correct. Many questions are answered at once, so nothing is timed here.
     """
     tables = []
     for kinds, count in ((ONE_HOP, n), *(((kind,), max(1, n // 5)) for kind in world.KINDS if kind not in ONE_HOP)):
@@ -405,9 +406,11 @@ def question_kinds(model: DocToLoRA, n: int, seed: int, facts: tuple[int, int] =
         asked, documents = list(some["question"]), list(some["document"])
         pairs = zip(documents, asked, strict=True)
         prompts = [prompt for document, question in pairs for prompt in _with_document(model, document, [question], 48)]
+        adapters = model.internalize_each(documents)
         predictions = {
             "in context": model.answer(prompts, None, max_new_tokens=48),
-            "Doc-to-LoRA": model.answer(asked, model.internalize_each(documents), max_new_tokens=48),
+            "Doc-to-LoRA": model.answer(asked, adapters, max_new_tokens=48),
+            "Doc-to-LoRA, routed": model.answer(asked, adapters, max_new_tokens=48, blocks=1),
             "no context": model.answer(asked, None, max_new_tokens=48),
         }
         tables += [some.assign(method=method, prediction=said) for method, said in predictions.items()]
@@ -446,6 +449,7 @@ def all_methods(
         NoContext(model),
         InContext(model, "truncated to 128 tokens", tokens=128 + 48),
         Internalized(model),
+        Internalized(model, "Doc-to-LoRA, routed", blocks=1),
         Internalized(model, "Doc-to-LoRA, layer by layer", iterative=True),
         Internalized(model, "Doc-to-LoRA and context", with_context=True),
         *(PromptCompression(model, rate, use_llmlingua=False) for rate in (0.9, 0.8, 0.6, 0.4, 0.2)),

@@ -43,6 +43,7 @@ from d2l_lib.documents import (
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras
 from d2l_lib.lora import apply_lora
 from d2l_lib.records import atomic_folder
+from d2l_lib.routing import route
 
 # Longest chunk that the published models are used with (needle evaluation, section 2).
 LONGEST_CHUNK = 1024
@@ -99,7 +100,7 @@ class DocToLoRA:
         self._applied: list[tuple[Adapters]] = []
         self.window = _window(base_model)
         on_cpu = self.device.type == "cpu"
-        self.chunk_batch, self.batch_tokens = (4, 128) if on_cpu else (8, 8192)
+        self.chunk_batch, self.batch_tokens = (8, 256) if on_cpu else (8, 8192)
         self.answer_batch = 16 if on_cpu else 32
         self.chunk_tokens = min(LONGEST_CHUNK, self._longest_chunk()) if chunk_tokens is None else chunk_tokens
 
@@ -388,11 +389,14 @@ class DocToLoRA:
         *,
         max_new_tokens: int = 64,
         system: str = "",
+        blocks: int | None = None,
     ) -> str | list[str]:
         """The greedy answer to a question, or a list of answers to a list.
 
-        adapter: left out, the current one; None, the base model alone; a list, one (or None) per question. Each
-        question is wrapped in the chat template, with a turn for the `system` message if there is one, and the answer
+        adapter: left out, the current one; None, the base model alone; a list, one (or None) per question. blocks:
+        None, all blocks of an adapter answer; a number, that many of them, the most relevant to each question (see
+        `routing`), which keeps out the noise of the others at the price of a forward pass per block. Each question is
+        wrapped in the chat template, with a turn for the `system` message if there is one, and the answer
         ends at the template's end of turn, after `max_new_tokens`, or at the window's end. Questions are batched with
         left padding, the answers are those of one-by-one calls. ValueError for a blank question and for one that the
         window cannot hold.
@@ -414,6 +418,8 @@ class DocToLoRA:
                 f"{len(questions)} question(s) but {len(per_row)} adapters: give one adapter for all, or one per "
                 "question (a + b puts several documents into one adapter)"
             )
+        if blocks is not None:
+            per_row = route(self, questions, per_row, blocks, system=system)
         answers: list[str] = []
         for start in range(0, len(questions), self.answer_batch):
             batch = slice(start, start + self.answer_batch)

@@ -187,8 +187,8 @@ _TINY_SIZES = {
     "encoder_layer": 2,
 }  # fmt: skip
 _TINY_QA = DistillationPreset(
-    **_TINY_SIZES | {"latent_size": 368, "n_latent_queries": 16, "n_blocks": 1},
-    rank=8,
+    **_TINY_SIZES | {"latent_size": 224, "n_latent_queries": 8, "n_blocks": 1},
+    rank=4,
     shortest_chunk=20,
     longest_chunk=24,
     single_chunk_share=0.0,
@@ -207,7 +207,7 @@ _TINY_QA = DistillationPreset(
 )
 _TINY_RECALL = replace(
     _TINY_QA,
-    steps=4400,
+    steps=3000,
     learning_rate=1e-3,
     muon_rate=1e-3,
     least_facts=4,
@@ -260,7 +260,7 @@ PRESETS = {
             readout=ReadoutPreset(steps=2400, sentences=32, learning_rate=2e-3, warmup_steps=60, muon_rate=4e-3),
             recall=_TINY_RECALL,
             world=_TINY_QA,
-            polish=replace(_TINY_QA, steps=640, least_facts=4, most_facts=96, strangers_share=0.5, unrelated_share=0.3),
+            polish=replace(_TINY_QA, steps=800, most_facts=24, unrelated_share=0.2, unanswerable_share=0.35),
             self_generated=replace(_TINY_QA, steps=400, learning_rate=2e-4, muon_rate=2e-4),
         ),
     ),

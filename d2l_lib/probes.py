@@ -1,7 +1,8 @@
 """Probes of what an adapter holds and what it disturbs, on the generated world, where the truth is known.
 
 Every function returns one row per question and condition: probe, condition, question, answer, prediction, correct, and
-columns of its own. `evaluation.summarise(rows, ["probe", "condition"])` makes the table.
+columns of its own. `evaluation.summarise(rows, ["probe", "condition"])` makes the table. A condition that ends in
+", routed" is the one before it with only the most relevant block of the adapter answering (`routing`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .records import project_root
 
 INSTRUCTION = "You are a useful assistant."
 FACTS = 5  # of a document, where nothing else is said
+BLOCKS = {"": None, ", routed": 1}  # the end of a condition's name, and how many blocks answer
 
 
 def _rows(probe: str, condition: str, asked: Sequence[world.Question], predictions: Sequence[str], **columns) -> list:
@@ -57,7 +59,9 @@ def interference(model: DocToLoRA, n: int, seed: int, n_facts: int = 20) -> pd.D
     }
     rows = []
     for condition, adapters in conditions.items():
-        rows += _rows("interference", condition, asked, model.answer(texts, adapters), seed=seed)
+        for routed, blocks in BLOCKS.items() if condition == "unrelated document" else [("", None)]:
+            said = model.answer(texts, adapters, blocks=blocks)
+            rows += _rows("interference", condition + routed, asked, said, seed=seed)
     return pd.DataFrame(rows)
 
 
@@ -79,8 +83,10 @@ def conflict(model: DocToLoRA, n: int, seed: int, n_facts: int = FACTS) -> pd.Da
     predictions = {
         "base model": model.answer(texts, None),
         "in context": model.answer(with_document, None),
-        "internalized": model.answer(texts, model.internalize_each(documents)),
     }
+    adapters = model.internalize_each(documents)
+    for routed, blocks in BLOCKS.items():
+        predictions["internalized" + routed] = model.answer(texts, adapters, blocks=blocks)
     known = [replace(question, answer=value) for question, value in zip(asked, believed, strict=True)]
     rows = []
     for condition, said in predictions.items():
@@ -107,8 +113,9 @@ def composition(
             for _ in range(questions):
                 asked.append(one_hop_question(rng, rng.choice(together)))
                 adapters.append(adapter)
-        predictions = model.answer([question.text for question in asked], adapters)
-        rows += _rows("composition", f"{count} documents", asked, predictions, documents=count, seed=seed)
+        for routed, blocks in BLOCKS.items():
+            said = model.answer([question.text for question in asked], adapters, blocks=blocks)
+            rows += _rows("composition", f"{count} documents{routed}", asked, said, documents=count, seed=seed)
     return pd.DataFrame(rows)
 
 
@@ -145,8 +152,9 @@ def removal(model: DocToLoRA, n: int, seed: int, count: int = 16, n_facts: int =
                 adapters.setdefault(key, []).append(adapter)
     rows = []
     for (condition, which), questions in asked.items():
-        predictions = model.answer([question.text for question in questions], adapters[condition, which])
-        rows += _rows("removal", condition, questions, predictions, about=which, seed=seed)
+        for routed, blocks in BLOCKS.items():
+            said = model.answer([question.text for question in questions], adapters[condition, which], blocks=blocks)
+            rows += _rows("removal", condition + routed, questions, said, about=which, seed=seed)
     return pd.DataFrame(rows)
 
 
@@ -178,9 +186,11 @@ def two_hop(model: DocToLoRA, n: int, seed: int, n_facts: int = FACTS) -> pd.Dat
     one_chunk = model.internalize_each(chunked, chunk_tokens=longest)
     two_documents = [sum_of(model.internalize_each(pair)) for pair in separate]
     texts = [question.text for question in asked]
+    whole = model.internalize_each(wholes)
     predictions = {
         "in context": (asked, model.answer([f"{d}\n\n{t}" for d, t in zip(wholes, texts, strict=True)], None)),
-        "whole document": (asked, model.answer(texts, model.internalize_each(wholes))),
+        "whole document": (asked, model.answer(texts, whole)),
+        "whole document, routed": (asked, model.answer(texts, whole, blocks=1)),
         "two facts in one chunk": (asked, model.answer(texts, one_chunk)),
         "two facts in two documents": (asked, model.answer(texts, two_documents)),
         "first hop alone": (hops[0], model.answer([q.text for q in hops[0]], two_documents)),

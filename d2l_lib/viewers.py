@@ -272,6 +272,7 @@ def view_samples(samples: pd.DataFrame | Iterable[dict]) -> Viewer:
 # --- chat -------------------------------------------------------------------------------------------------------------
 
 WITH_ADAPTER = "adapter, document not in the prompt"
+ROUTED = "adapter, its most relevant block alone"
 WITHOUT = "base model alone"
 IN_PROMPT = "base model, document in its prompt"
 
@@ -336,17 +337,22 @@ class Conversation:
         ]
 
     def answers(self, question: str) -> list[tuple[str, str]]:
-        """(where it came from, answer) of the model with the adapter, without it, and with the documents in its prompt.
+        """(where it came from, answer) of the model with the adapter, without it, and with the documents in its prompt;
+        where the adapter has several blocks, also of the most relevant one alone (see `routing`).
 
-        What one of the three cannot do (documents longer than the window, say) is told in its place.
+        What one of them cannot do (documents longer than the window, say) is told in its place.
         """
-        in_prompt = "\n\n".join([*self.texts.values(), question])
-        asked = ((WITH_ADAPTER, question, self.adapter()), (WITHOUT, question, None), (IN_PROMPT, in_prompt, None))
-        return [(source, self._answer(prompt, adapter)) for source, prompt, adapter in asked]
+        adapter, in_prompt = self.adapter(), "\n\n".join([*self.texts.values(), question])
+        answers = [(WITH_ADAPTER, self._answer(question, adapter))]
+        if adapter is not None and len(adapter.blocks) > 1:
+            answers.append((ROUTED, self._answer(question, adapter, blocks=1)))
+        return [*answers, (WITHOUT, self._answer(question, None)), (IN_PROMPT, self._answer(in_prompt, None))]
 
-    def _answer(self, prompt: str, adapter: Any) -> str:
+    def _answer(self, prompt: str, adapter: Any, **options: Any) -> str:
+        if self.system.strip():
+            options["system"] = self.system
         try:
-            return self.model.answer(prompt, adapter, **({"system": self.system} if self.system.strip() else {}))
+            return self.model.answer(prompt, adapter, **options)
         except (ValueError, RuntimeError) as error:
             return f"(no answer: {error})"
 

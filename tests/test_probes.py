@@ -41,7 +41,7 @@ class Reader:
         pairs = documents.items() if isinstance(documents, dict) else [("document", text) for text in documents]
         return [Inside((pair,)) for pair in pairs]
 
-    def answer(self, questions, adapters):
+    def answer(self, questions, adapters, blocks=None):
         adapters = adapters if isinstance(adapters, list) else [adapters] * len(questions)
         return [self._read(*pair) for pair in zip(questions, adapters, strict=True)]
 
@@ -84,7 +84,8 @@ def reader():
 def test_composition_asks_about_every_document_inside(reader):
     rows = probes.composition(reader, (1, 4), 24, seed=0)
     assert shares(rows, "documents") == {1: 1.0, 4: 1.0}
-    assert (rows.groupby("documents").size() == 24).all()
+    assert (rows.groupby("condition").size() == 24).all()
+    assert set(rows["condition"]) == {"1 documents", "1 documents, routed", "4 documents", "4 documents, routed"}
     assert rows.equals(probes.composition(reader, (1, 4), 24, seed=0))
 
 
@@ -106,7 +107,7 @@ def test_conflict_counts_both_values(reader):
 def test_interference_and_what_is_inside(reader):
     rows = probes.interference(reader, 10, seed=0)
     assert list(rows["condition"].unique()) == [
-        "base model", "unrelated document", "assistant instruction", "bias alone"
+        "base model", "unrelated document", "unrelated document, routed", "assistant instruction", "bias alone"
     ]  # fmt: skip
     facts = {(f.subject, f.value) for f in world.encyclopedia()}
     assert all(any(f"{v}" == answer for _, v in facts) for answer in rows["answer"])

@@ -275,14 +275,15 @@ class ToyModel:
         self.internalized += documents
         return [ToyAdapter((ToyBlock(name, text),)) for name, text in documents.items()]
 
-    def answer(self, question, adapter, system=""):
+    def answer(self, question, adapter, system="", blocks=None):
         question = f"[{system}] {question}" if system else question
         if len(question) > self.window:
             raise ValueError(f"the prompt has {len(question)} characters, the window {self.window}")
         if adapter is None:
             return f"prompt={question}"
         inside = "; ".join(f"{block.text}*{block.weight:g}" for block in adapter.blocks)
-        return f"inside={inside}; bias={adapter.bias_weight:g}; prompt={question}"
+        routed = "" if blocks is None else f"; blocks={blocks}"
+        return f"inside={inside}; bias={adapter.bias_weight:g}; prompt={question}{routed}"
 
 
 def panes(viewer: viewers.Viewer) -> dict[str, str]:
@@ -315,6 +316,7 @@ def test_chat_adds_weighs_and_removes_documents():
     assert page(viewer, "inside").root()["data-documents"] == "2"
     assert control["Document"].value == "", "the box is ready for the next document"
     assert panes(viewer)[viewers.WITH_ADAPTER].startswith("inside=A.*1; B.*1;")
+    assert panes(viewer)[viewers.ROUTED] == panes(viewer)[viewers.WITH_ADAPTER] + "; blocks=1"
     first, second = viewer.children[1].children
     controls(first)["Weight"].value = 0.5
     control["Adapter strength"].value = 2.0
@@ -324,6 +326,7 @@ def test_chat_adds_weighs_and_removes_documents():
     controls(second)["Remove"].click()
     assert panes(viewer)[viewers.WITH_ADAPTER] == "inside=A.*1; bias=0; prompt=What?"
     assert panes(viewer)[viewers.IN_PROMPT] == "prompt=A.\n\nWhat?"
+    assert viewers.ROUTED not in panes(viewer), "one block has nothing to choose from"
     controls(first)["Remove"].click()
     assert page(viewer, "inside").root()["data-documents"] == "0"
     assert panes(viewer)[viewers.WITH_ADAPTER] == "prompt=What?"

@@ -1,0 +1,98 @@
+"""Which blocks a question is about, so that of many blocks a few answer.
+
+    question -> the base model with one block at a time -> relevance of each block -> an adapter of the most relevant
+
+A sum of many blocks carries the noise of all of them. Asked one block at a time, the model itself says which one
+matters: a block that holds nothing about a question leaves what the model is about to say as it was. Nothing is trained
+for this and nothing is added to an adapter; it costs one short forward pass per block and question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from d2l_lib.adapter import Adapter
+from d2l_lib.documents import check_count, question_ids
+
+if TYPE_CHECKING:
+    from d2l_lib.model import DocToLoRA
+
+TOKENS_AT_ONCE = 2048  # of questions, one copy for each block that is tried
+
+
+def relevance(
+    model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter], *, system: str = ""
+) -> list[Tensor]:
+    """How much each block matters to each question, in nats: one float32 tensor [n_blocks] per question, on the CPU.
+
+    The Kullback-Leibler divergence KL(p_block || p_none) of the first token of the answer, where p_block is the model
+    with the bias and that block alone, weighted as in the adapter, and p_none with the bias alone. adapters: one per
+    question; questions of one adapter are best asked in one call. ValueError where their numbers differ.
+    """
+    if len(questions) != len(adapters):
+        raise ValueError(f"{len(questions)} questions but {len(adapters)} adapters: give one adapter per question")
+    prompts = question_ids(model.tokenizer, list(questions), system)
+    found: list[Tensor] = [torch.zeros(0)] * len(questions)
+    together: dict[int, list[int]] = {}
+    for place, adapter in enumerate(adapters):
+        together.setdefault(id(adapter), []).append(place)
+    for places in together.values():
+        adapter = adapters[places[0]]
+        before = _first_token(model, [prompts[place] for place in places], [replace(adapter, blocks=())])
+        at_once = max(1, TOKENS_AT_ONCE // max(len(prompts[place]) for place in places))
+        parts: list[list[Tensor]] = [[] for _ in places]
+        for start in range(0, len(adapter.blocks), at_once):
+            alone = [replace(adapter, blocks=(block,)) for block in adapter.blocks[start : start + at_once]]
+            changed = _first_token(model, [prompts[place] for place in places], alone)
+            for part, none, each in zip(parts, before, changed, strict=True):
+                part.append((each.exp() * (each - none)).sum(-1).clamp(min=0.0))
+        for place, part in zip(places, parts, strict=True):
+            found[place] = torch.cat(part) if part else torch.zeros(0)
+    return found
+
+
+@torch.no_grad()
+def _first_token(model: DocToLoRA, prompts: Sequence[list[int]], adapters: list[Adapter]) -> list[Tensor]:
+    """Log-probabilities [adapters, vocabulary] of the token after each prompt, with each adapter."""
+    results = []
+    with model.applied(adapters):
+        for ids in prompts:
+            rows = torch.tensor([ids] * len(adapters), device=model.device)
+            logits = model.base_model(rows, use_cache=False, logits_to_keep=1).logits[:, -1]
+            results.append(torch.log_softmax(logits.float(), -1).cpu())
+    return results
+
+
+def route(
+    model: DocToLoRA,
+    questions: Sequence[str],
+    adapters: Sequence[Adapter | None],
+    blocks: int = 1,
+    *,
+    least: float = 0.0,
+    system: str = "",
+) -> list[Adapter | None]:
+    """For each question its adapter with only the most relevant `blocks` (see `relevance`), in their order; the bias
+    stays.
+
+    least: blocks of less relevance than this, in nats, never answer, so that a question about nothing inside gets the
+    bias alone. Adapters with no more blocks than that, and None, come back as they are where `least` is 0.
+    """
+    check_count(blocks, "blocks")
+    many = [
+        place
+        for place, adapter in enumerate(adapters)
+        if adapter is not None and (len(adapter.blocks) > blocks or (least > 0 and adapter.blocks))
+    ]
+    scores = relevance(model, [questions[i] for i in many], [adapters[i] for i in many], system=system)
+    routed = list(adapters)
+    for place, score in zip(many, scores, strict=True):
+        best = score.argsort(descending=True, stable=True)[:blocks].tolist()
+        kept = sorted(block for block in best if score[block] >= least)
+        routed[place] = replace(adapters[place], blocks=tuple(adapters[place].blocks[block] for block in kept))
+    return routed

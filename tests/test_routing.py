@@ -1,0 +1,124 @@
+"""Routing: the relevance of a block is what it alone changes, and the most relevant blocks answer."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import d2l_lib as d2l
+from d2l_lib import world
+from d2l_lib.documents import question_ids
+from d2l_lib.routing import relevance, route
+
+
+@pytest.fixture(scope="module")
+def model():
+    return d2l.load("tiny/qa")
+
+
+@pytest.fixture(scope="module")
+def document():
+    return world.draw_document(random.Random("routing"), "test", 12)
+
+
+@pytest.fixture(scope="module")
+def adapter(model, document):
+    (adapter,) = model.internalize_each([document.text])
+    return adapter
+
+
+def asked(document, n=6):
+    rng = random.Random("routing/questions")
+    return [world.question_about(rng, fact) for fact in document.facts[:n]]
+
+
+@torch.no_grad()
+def test_relevance_is_the_divergence_from_the_bias_alone(model, adapter, document):
+    question = asked(document, 1)[0].text
+    (found,) = relevance(model, [question], [adapter])
+    assert found.shape == (len(adapter.blocks),)
+    ids = torch.tensor(question_ids(model.tokenizer, [question]))
+
+    def first_token(one):
+        with model.applied(one):
+            return torch.log_softmax(model.base_model(ids).logits[0, -1].double(), -1)
+
+    none = first_token(adapter.scaled(0.0))
+    for place in (0, 3, len(adapter.blocks) - 1):
+        alone = first_token(replace(adapter, blocks=(adapter.blocks[place],)))
+        expected = float((alone.exp() * (alone - none)).sum())
+        assert math.isclose(float(found[place]), expected, rel_tol=1e-3, abs_tol=1e-4)
+
+
+def test_the_block_of_the_evidence_is_most_relevant(model, adapter, document):
+    questions = asked(document)
+    scores = relevance(model, [question.text for question in questions], [adapter] * len(questions))
+    hits = 0
+    for question, score in zip(questions, scores, strict=True):
+        span = adapter.blocks[int(score.argmax())].span
+        hits += span[0] <= question.evidence[0][0] < span[1]
+    assert hits >= len(questions) - 1
+
+
+def test_answers_do_not_depend_on_what_is_asked_beside(model, adapter, document):
+    questions = [question.text for question in asked(document)]
+    other = adapter.only(chunk=[0, 1, 2])
+    mixed = relevance(model, questions, [adapter, other, adapter, other, adapter, other])
+    for question, one, score in zip(questions, [adapter, other] * 3, mixed, strict=True):
+        (single,) = relevance(model, [question], [one])
+        torch.testing.assert_close(score, single, rtol=1e-4, atol=1e-5)
+
+
+def test_relevance_in_parts_is_relevance_at_once(model, adapter, document, monkeypatch):
+    questions = [question.text for question in asked(document, 2)]
+    whole = relevance(model, questions, [adapter] * 2)
+    monkeypatch.setattr("d2l_lib.routing.TOKENS_AT_ONCE", 1)
+    for a, b in zip(whole, relevance(model, questions, [adapter] * 2), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_without_weight_has_no_relevance(model, adapter, document):
+    (found,) = relevance(model, [asked(document, 1)[0].text], [adapter.scaled(0.0)])
+    assert float(found.abs().max()) < 1e-5
+
+
+def test_route_keeps_the_most_relevant_in_their_order(model, adapter, document):
+    question = asked(document, 1)[0].text
+    (score,) = relevance(model, [question], [adapter])
+    (routed,) = route(model, [question], [adapter], 3)
+    best = set(score.argsort(descending=True)[:3].tolist())
+    assert [block.chunk for block in routed.blocks] == sorted(adapter.blocks[place].chunk for place in best)
+    assert routed.bias is adapter.bias
+    assert len(adapter.blocks) > 3  # the operand is what it was
+
+
+def test_route_leaves_small_adapters_and_none_alone(model, adapter):
+    small = adapter.only(chunk=[0, 1])
+    routed = route(model, ["Who?", "Who?"], [small, None], 2)
+    assert routed[0] is small
+    assert routed[1] is None
+
+
+def test_least_relevance_lets_no_block_answer(model, adapter, document):
+    question = asked(document, 1)[0].text
+    (score,) = relevance(model, [question], [adapter])
+    (none,) = route(model, [question], [adapter], 2, least=float(score.max()) + 1)
+    (one,) = route(model, [question], [adapter], 2, least=float(score.sort().values[-2:].mean()))
+    assert len(none.blocks) == 0
+    assert len(one.blocks) == 1
+
+
+def test_answer_with_blocks_is_the_answer_of_the_routed_adapter(model, adapter, document):
+    texts = [question.text for question in asked(document)]
+    routed = route(model, texts, [adapter] * len(texts), 1)
+    assert model.answer(texts, adapter, blocks=1) == model.answer(texts, routed)
+    assert model.answer(texts[0], adapter, blocks=1) == model.answer(texts[0], routed[0])
+
+
+def test_bad_numbers_are_named(model, adapter):
+    with pytest.raises(ValueError, match="blocks"):
+        model.answer("Who?", adapter, blocks=0)
+    with pytest.raises(ValueError, match="2 questions but 1 adapters"):
+        relevance(model, ["Who?", "Where?"], [adapter])
