@@ -140,9 +140,9 @@ class DistillationPreset(HypernetworkPreset):
 @dataclass(frozen=True)
 class QAPreset:
     """Question answering in five stages: the warm-up; fresh documents of the world, to recall their facts with the
-    last layer alone; the same with all layers; larger documents, with more questions about something else;
-    self-generated data. None: without that stage. All stages train one
-    hypernetwork, so their sizes must be the same. The warm-up is of the layers that the stage after it trains.
+    last layer alone; the same with all layers; smaller documents, with more questions about something else and more
+    without an answer; self-generated data. None: without that stage. All stages train one hypernetwork, so their
+    sizes must be the same. The warm-up is of the layers that the stage after it trains.
     """
 
     readout: ReadoutPreset | None
@@ -270,7 +270,16 @@ PRESETS = {
 # For comparisons of recipes: the warm-up and the recall stage of the bundled recipe, smaller and shorter.
 SHORT_QA = QAPreset(
     readout=replace(PRESETS["tiny"].qa.readout, steps=800, warmup_steps=20),
-    recall=replace(_TINY_RECALL, latent_size=192, steps=300, warmup_steps=20, chunks=48, most_facts=48),
+    recall=replace(
+        _TINY_RECALL,
+        latent_size=192,
+        n_latent_queries=16,
+        rank=8,
+        steps=300,
+        warmup_steps=20,
+        chunks=48,
+        most_facts=48,
+    ),
     world=None,
     polish=None,
     self_generated=None,
