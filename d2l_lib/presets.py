@@ -187,8 +187,8 @@ _TINY_SIZES = {
     "encoder_layer": 2,
 }  # fmt: skip
 _TINY_QA = DistillationPreset(
-    **_TINY_SIZES | {"latent_size": 224, "n_latent_queries": 8, "n_blocks": 1},
-    rank=4,
+    **_TINY_SIZES | {"latent_size": 192, "n_latent_queries": 8, "n_blocks": 1},
+    rank=8,
     shortest_chunk=20,
     longest_chunk=24,
     single_chunk_share=0.0,
@@ -196,7 +196,7 @@ _TINY_QA = DistillationPreset(
     chunks=64,
     questions=64,
     l1=0.0,
-    steps=1000,
+    steps=800,
     learning_rate=5e-4,
     warmup_steps=50,
     most_facts=64,
@@ -207,7 +207,7 @@ _TINY_QA = DistillationPreset(
 )
 _TINY_RECALL = replace(
     _TINY_QA,
-    steps=3000,
+    steps=1800,
     learning_rate=1e-3,
     muon_rate=1e-3,
     least_facts=4,
@@ -260,7 +260,7 @@ PRESETS = {
             readout=ReadoutPreset(steps=2400, sentences=32, learning_rate=2e-3, warmup_steps=60, muon_rate=4e-3),
             recall=_TINY_RECALL,
             world=_TINY_QA,
-            polish=replace(_TINY_QA, steps=800, most_facts=24, unrelated_share=0.2, unanswerable_share=0.35),
+            polish=replace(_TINY_QA, steps=800, most_facts=12, unrelated_share=0.2, unanswerable_share=0.35),
             self_generated=replace(_TINY_QA, steps=400, learning_rate=2e-4, muon_rate=2e-4),
         ),
     ),
@@ -272,9 +272,7 @@ SHORT_QA = QAPreset(
     readout=replace(PRESETS["tiny"].qa.readout, steps=800, warmup_steps=20),
     recall=replace(
         _TINY_RECALL,
-        latent_size=192,
         n_latent_queries=16,
-        rank=8,
         steps=300,
         warmup_steps=20,
         chunks=48,
