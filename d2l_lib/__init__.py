@@ -16,10 +16,11 @@ _EXPORTS = {
     "DocToLoRA": "model",
     "Adapter": "adapter",
     "Block": "adapter",
+    "report": "reports",
 }
 _SUBMODULES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
 
-__all__ = ["Adapter", "Block", "DocToLoRA", "load"]
+__all__ = ["Adapter", "Block", "DocToLoRA", "load", "report"]
 
 
 def __getattr__(name: str):

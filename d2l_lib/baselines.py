@@ -474,6 +474,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.baselines", *sys.argv[1:]])}
+    facts["threads"] = torch.get_num_threads()
     folder = records.project_root() / "data" / "full_runs"
     model = load(a.model)
     if a.what == "kinds":

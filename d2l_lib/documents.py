@@ -165,13 +165,14 @@ def _plain_ids(tokenizer, text: str) -> list[int]:
 def _wrap(tokenizer, before: str, texts: Sequence[str], after: str) -> list[list[int]]:
     """Ids of before + text + after in one piece, as the template gives them; special tokens only from the template."""
     names = special_texts(tokenizer)
-    wrapped = []
-    for text in map(str.strip, texts):
-        if any(name in text for name in names):
-            wrapped.append(_ids(tokenizer, before) + _plain_ids(tokenizer, text) + _ids(tokenizer, after))
-        else:
-            wrapped.append(_ids(tokenizer, before + text + after))
-    return wrapped
+    texts = [text.strip() for text in texts]
+    plain = [not any(name in text for name in names) for text in texts]
+    whole = [before + text + after for text, is_plain in zip(texts, plain, strict=True) if is_plain]
+    encoded = iter(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"] if whole else [])
+    return [
+        next(encoded) if is_plain else _ids(tokenizer, before) + _plain_ids(tokenizer, text) + _ids(tokenizer, after)
+        for text, is_plain in zip(texts, plain, strict=True)
+    ]
 
 
 def chat_affixes(tokenizer) -> tuple[list[int], list[int]]:
@@ -262,6 +263,7 @@ class _TokenCounter:
 
     def __init__(self, text: str, tokenizer):
         self.text, self.tokenizer = text, tokenizer
+        self.known: dict[str, int] = {}
         self.has_special = any(name in text for name in special_texts(tokenizer))
 
     def count(self, spans: list[tuple[int, int]], joined: bool = False) -> list[int]:
@@ -269,16 +271,13 @@ class _TokenCounter:
         texts = [self.text[start:end].strip() for start, end in spans]
         if joined:
             texts = [self._space_before(start) + text for (start, _), text in zip(spans, texts, strict=True)]
-        distinct = list(dict.fromkeys(texts))  # repeated sentences are counted once
+        unknown = [text for text in dict.fromkeys(texts) if text not in self.known]
         if self.has_special:
-            counts = [len(_plain_ids(self.tokenizer, text)) for text in distinct]
-        elif distinct:
-            encoded = self.tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"]
-            counts = [len(ids) for ids in encoded]
+            encoded = [_plain_ids(self.tokenizer, text) for text in unknown]
         else:
-            counts = []
-        by_text = dict(zip(distinct, counts, strict=True))
-        return [by_text[text] for text in texts]
+            encoded = self.tokenizer(unknown, add_special_tokens=False, verbose=False)["input_ids"] if unknown else []
+        self.known |= {text: len(ids) for text, ids in zip(unknown, encoded, strict=True)}
+        return [self.known[text] for text in texts]
 
     def _space_before(self, start: int) -> str:
         """The white space that separates a stretch from the text before it."""

@@ -114,6 +114,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
         return self.weight * normed.to(x.dtype)
@@ -135,6 +137,7 @@ class SwiGLU(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention of latents [n, k, d] on a context [n, T, d]; `mask` [n, T] is True at real tokens.
 
+    Latents that are the same for all contexts may be given once, as [1, k, d].
     Query heads that share a key-value head are laid side by side along the query axis, so keys and values are never
     repeated.
     """
@@ -149,9 +152,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_heads * config.head_dim, d, bias=False)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        n, k, _ = latents.shape
-        queries = self.q_proj(latents).view(n, k, self.n_kv_heads, self.group, self.head_dim)
-        queries = queries.permute(0, 2, 3, 1, 4).reshape(n, self.n_kv_heads, self.group * k, self.head_dim)
+        n, k = len(context), latents.shape[1]
+        queries = self.q_proj(latents).view(-1, k, self.n_kv_heads, self.group, self.head_dim)
+        queries = queries.permute(0, 2, 3, 1, 4).reshape(-1, self.n_kv_heads, self.group * k, self.head_dim)
+        queries = queries.expand(n, -1, -1, -1)
         keys = self.k_proj(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
         values = self.v_proj(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
         visible = None if mask is None else mask[:, None, None, :]
@@ -211,7 +215,7 @@ class Resampler(nn.Module):
 
     def forward(self, context: Tensor, mask: Tensor | None, chosen: slice = slice(None)) -> Tensor:
         """`chosen`: these queries alone, which gives the same numbers where there is no self-attention."""
-        latents = self.latents_q[chosen].expand(len(context), -1, -1)
+        latents = self.latents_q[chosen].unsqueeze(0)  # the same for every context until the first attention
         for layer in self.layers:
             latents = layer(latents, context, mask)
         return self.layernorm(latents)

@@ -270,7 +270,8 @@ class DocToLoRA:
         mask = mask.to(device)
         features = self.encoder.encode(ids.to(device), attention_mask=mask)
         loras = self.hypernetwork(features, attention_mask=mask, iterative=self.iterative)
-        if not all(tensor.isfinite().all() for pair in loras.values() for tensor in pair):
+        ends = [end for pair in loras.values() for tensor in pair for end in tensor.aminmax()]  # NaN wherever one is
+        if not torch.stack(ends).isfinite().all():
             raise ValueError("the hypernetwork wrote NaN or infinity: its weights, or the base model's, are damaged")
         return loras
 

@@ -617,3 +617,482 @@ def _caption(results: pd.DataFrame, unit: str, by: list[str] | None = None, band
     counts = results.groupby(["method", *(by or ["length_tokens"])])["n"].sum()
     n = f"n = {counts.min()}" if counts.min() == counts.max() else f"n = {counts.min()} to {counts.max()}"
     return f"{n} needles per {unit}, seed {_seeds(results)}" + ("; band: 95% Wilson interval" if band else "")
+
+
+def plot_contribution_by_chunk(
+    table: pd.DataFrame, *, evidence: Iterable[int] = (), title: str = "What each chunk contributes to the answer"
+) -> Figure:
+    """Bars of contribution by chunk for one question; `evidence`: rows of the table that hold the true evidence.
+
+    table: unit, contribution (nats); what `attribution.attribute` returns for chunks or sentences.
+    """
+    _need(table, "unit", "contribution")
+    evidence = set(evidence)
+    with style():
+        figure, axes = _figure(WIDE, title)
+        places = range(len(table))
+        for label, color, chosen in (
+            ("holds the evidence", COLORS[1], [place for place in places if place in evidence]),
+            ("other", COLORS[0], [place for place in places if place not in evidence]),
+        ):
+            if chosen:
+                axes.bar(chosen, table["contribution"].iloc[chosen], color=color, label=label, alpha=0.85)
+        axes.axhline(0, color=REFERENCE, linewidth=1)
+        axes.set_xlabel("chunk (position in the adapter)")
+        axes.set_ylabel("contribution (nats of log-probability)")
+        _legend_below(axes)
+    return figure
+
+
+def plot_contribution_by_layer_and_direction(
+    table: pd.DataFrame, *, title: str = "What each singular direction contributes to the answer"
+) -> Figure:
+    """Heat map for one question: layers and modules down, directions of the summed update across, strongest first.
+
+    table: layer, module, direction, contribution (nats); what `attribution.attribute` returns for ranks.
+    """
+    _need(table, "layer", "module", "direction", "contribution")
+    with style():
+        cells = table.astype({"layer": int, "direction": int, "module": str})
+        grid = cells.pivot(index=["layer", "module"], columns="direction", values="contribution")
+        figure, axes = _figure((7.2, 1.8 + 0.45 * len(grid)), title)
+        most = max(1e-9, float(grid.abs().max().max()))
+        image = axes.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        axes.set_xticks(range(grid.shape[1]), grid.columns)
+        axes.set_yticks(range(len(grid)), [_plain(f"{layer}, {module}") for layer, module in grid.index])
+        axes.set_xlabel("direction (position by singular value)")
+        axes.set_ylabel("layer (position), module")
+        axes.grid(visible=False)
+        figure.colorbar(image, ax=axes, label="contribution (nats)")
+    return figure
+
+
+def plot_probability_by_share(
+    curves: pd.DataFrame, *, title: str = "Chunks taken away, and added, in the order of each method"
+) -> Figure:
+    """Two panels, deletion and insertion: mean probability of the answer by the share of units taken away or added.
+
+    curves: method, curve, units, share (0 to 1), probability, seed; optional question. Each question's curve is read at
+    the same shares, by straight lines between its steps. The method "random" is the dashed reference.
+    """
+    _need(curves, "method", "curve", "share", "probability", "seed")
+    curves = curves if "question" in curves else curves.assign(question=0)
+    shares = np.linspace(0, 1, 101)
+    with style():
+        figure = NotebookFigure(figsize=(9.2, 4.2), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, (curve, label) in zip(panels, (("deletion", "taken away"), ("insertion", "added")), strict=True):
+            of_curve = curves[curves["curve"] == curve]
+            for i, method in enumerate(curves["method"].unique()):
+                each = [
+                    np.interp(shares, rows["share"], rows["probability"])
+                    for _, rows in of_curve[of_curve["method"] == method].sort_values("share").groupby("question")
+                ]
+                is_random = method == "random"
+                axes.plot(
+                    shares,
+                    np.mean(each, axis=0),
+                    color=REFERENCE if is_random else COLORS[i % len(COLORS)],
+                    linestyle="--" if is_random else ("-", "-.", ":")[i % 3],
+                    label=_plain(method),
+                )
+            axes.set_title(curve)
+            axes.set_xlabel(f"chunks {label} (% of all)")
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+            _share_axis(axes, "probability of the answer (%)")
+        figure.suptitle(title)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        n = curves["question"].nunique()
+        panels[1].annotate(
+            f"n = {n} questions, seed {_seeds(curves)}", (0.98, 0.5), xycoords="axes fraction", ha="right", fontsize=8
+        )
+    return figure
+
+
+def plot_hit_rate_by_method(results: pd.DataFrame, *, title: str = "The evidence is ranked first") -> Figure:
+    """Horizontal bars: how often a method ranks the evidence first, with its 95% interval and its chance level.
+
+    results: method, n, hit_rate, low, high, chance (0 to 1), seed; drawn top to bottom in table order.
+    """
+    _need(results, "method", "n", "hit_rate", "low", "high", "chance", "seed")
+    with style():
+        figure, axes = _figure((7.2, 1.6 + 0.5 * len(results)), title)
+        for place, row in enumerate(results.to_dict("records")):
+            error = [[max(0.0, row["hit_rate"] - row["low"])], [max(0.0, row["high"] - row["hit_rate"])]]
+            axes.barh(place, row["hit_rate"], xerr=error, height=0.6, color=COLORS[0], alpha=0.75, capsize=3)
+            label = "chance" if place == 0 else None
+            axes.plot([row["chance"]] * 2, [place - 0.4, place + 0.4], color=COLORS[1], linewidth=2, label=label)
+        names = [f"{_plain(row['method'])}\n(n = {row['n']})" for row in results.to_dict("records")]
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.05)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("evidence ranked first (% of questions)")
+        axes.grid(axis="y", visible=False)
+        _legend_below(axes)
+        figure.supxlabel(f"seed {_seeds(results)}; bars: 95% Wilson interval", fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_margin_by_sentence(
+    table: pd.DataFrame, *, title: str = "What the adapter stored, sentence by sentence"
+) -> Figure:
+    """The margin of every sentence in document order, coloured by whether it was stored.
+
+    Above the line at 0 the adapter gives the sentence's answer, below it another one.
+
+    table: status ("stored", "lost", "not asked"), margin (nats; NaN where nothing was asked).
+    """
+    _need(table, "status", "margin")
+    places = np.arange(1, len(table) + 1)
+    status = table["status"].to_numpy()
+    margins = np.nan_to_num(table["margin"].to_numpy(dtype=float))
+    with style():
+        figure, axes = _figure(WIDE, title)
+        for name, color in (("stored", COLORS[2]), ("lost", COLORS[1])):
+            chosen = status == name
+            axes.bar(places[chosen], margins[chosen], color=color, width=0.8, label=f"{name} ({int(chosen.sum())})")
+        chosen = status == "not asked"
+        axes.plot(
+            places[chosen], np.zeros(chosen.sum()), "x", color=REFERENCE, label=f"not asked ({int(chosen.sum())})"
+        )
+        axes.axhline(0, color=REFERENCE, linewidth=1.2)
+        axes.set_xlabel("sentence (position in the documents)")
+        axes.set_ylabel("margin of the answer (nats)")
+        _legend_below(axes)
+    return figure
+
+
+def plot_flags_by_threshold(
+    curve: pd.DataFrame, *, title: str = "Flagging the facts that the adapter fails to answer"
+) -> Figure:
+    """Two panels: precision against the share of failing facts found, and found against false alarms.
+
+    curve: condition, signal, found, precision, false_alarms (0 to 1), n, failing, seed; one row per threshold. A cross
+    marks the aim, 90% found at 10% false alarms; the dashed line is flagging at random.
+    """
+    _need(curve, "condition", "signal", "found", "precision", "false_alarms", "n", "failing", "seed")
+    groups = list(curve.groupby(["condition", "signal"], sort=False))
+    with style():
+        figure = NotebookFigure(figsize=(9.0, 4.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for i, ((condition, signal), rows) in enumerate(groups):
+            color, line = COLORS[i % len(COLORS)], ("-", "-.", ":")[i // len(COLORS) % 3]
+            rows = rows.sort_values(["found", "precision"])
+            label = _plain(f"{condition}: {signal}")
+            left.plot(rows["found"], rows["precision"], color=color, linestyle=line, label=label)
+            rows = rows.sort_values(["false_alarms", "found"])
+            right.plot(rows["false_alarms"], rows["found"], color=color, linestyle=line)
+        for condition, rows in curve.groupby("condition", sort=False):
+            share = rows["failing"].iloc[0] / rows["n"].iloc[0]
+            left.axhline(share, color=REFERENCE, linestyle="--", linewidth=1, label=f"{condition}: at random")
+        right.plot([0, 1], [0, 1], color=REFERENCE, linestyle="--", linewidth=1)
+        right.plot(0.1, 0.9, marker="x", markersize=9, markeredgewidth=2, color="black", linestyle="none")
+        for axes, x, y in (
+            (left, "failing facts found (%)", "flagged facts that fail (%)"),
+            (right, "answered facts flagged (%)", "failing facts found (%)"),
+        ):
+            axes.set_xlim(-0.03, 1.03)
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.set_xlabel(x)
+            _share_axis(axes, y)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+        counts = {
+            c: f"{c}: {r['failing'].iloc[0]} of {r['n'].iloc[0]} facts fail" for c, r in curve.groupby("condition")
+        }
+        figure.supxlabel(f"{'; '.join(counts.values())}; seed {_seeds(curve)}", fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_gate_losses_by_threshold(
+    curve: pd.DataFrame, *, title: str = "The gate: what it spares unrelated questions, and what it costs"
+) -> Figure:
+    """Relative losses against the gate's threshold, one panel per condition and number of documents.
+
+    curve: condition, documents, least (nats), unrelated_loss (against the base model), answerable_loss (against no
+    gate), chosen (bool), n, seed. A vertical line marks the chosen threshold, a dotted one the aim of 1%.
+    """
+    _need(curve, "condition", "documents", "least", "unrelated_loss", "answerable_loss", "chosen", "n", "seed")
+    groups = list(curve.groupby(["documents", "condition"], sort=True))
+    with style():
+        figure = NotebookFigure(figsize=(9.0, 2.2 + 2.2 * math.ceil(len(groups) / 2)), layout="constrained")
+        panels = figure.subplots(math.ceil(len(groups) / 2), min(2, len(groups)), sharey=True, squeeze=False).ravel()
+        for axes, ((documents, condition), rows) in zip(panels, groups, strict=False):
+            rows = rows.sort_values("least")
+            axes.plot(rows["least"], rows["unrelated_loss"], marker=MARKERS[0], label="unrelated questions")
+            axes.plot(rows["least"], rows["answerable_loss"], marker=MARKERS[1], label="answerable questions")
+            axes.axhline(0.01, color=REFERENCE, linestyle=":", linewidth=1.2, label="aim: 1%")
+            for least in rows["least"][rows["chosen"]]:
+                axes.axvline(least, color=REFERENCE, linestyle="--", linewidth=1.2, label="chosen on validation")
+            axes.set_xscale("symlog", linthresh=0.01)
+            axes.set_xlim(left=0)
+            axes.set_ylim(-0.02, 0.3)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.set_xlabel("least relevance to answer (nats)")
+            axes.set_ylabel("relative loss (%)")
+            plural = "" if documents == 1 else "s"
+            axes.set_title(f"{documents} document{plural}, {condition}: n = {rows['n'].iloc[0]} each", fontsize=10)
+        for axes in panels[len(groups) :]:
+            axes.set_visible(False)
+        figure.suptitle(f"{title} (seed {_seeds(curve)})", x=0.01, ha="left", fontsize=11)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def plot_override_by_strength(
+    curve: pd.DataFrame, *, title: str = "The strength dial: overriding what the base model believes, and the damage"
+) -> Figure:
+    """Shares of answers against the weight of the document's blocks, one panel without and one with the gate.
+
+    curve: layers, weight, gate (bool), override, unrelated, document (0 to 1) with their _low and _high, n, seed. Only
+    "all layers" is drawn with its intervals; for single layers the override alone is drawn, thin.
+    """
+    shares = {"override": "the document overrides", "document": "the document's other facts", "unrelated": "unrelated"}
+    bounds = [f"{name}_{side}" for name in shares for side in ("low", "high")]
+    _need(curve, "layers", "weight", "gate", "n", "seed", *shares, *bounds)
+    with style():
+        figure = NotebookFigure(figsize=(9.0, 4.8), layout="constrained")
+        gates = sorted(curve["gate"].unique())
+        for axes, gate in zip(np.atleast_1d(figure.subplots(1, len(gates), sharey=True)), gates, strict=True):
+            rows = curve[(curve["gate"] == gate) & (curve["layers"] == "all layers")].sort_values("weight")
+            for i, (name, label) in enumerate(shares.items()):
+                axes.fill_between(
+                    rows["weight"], rows[f"{name}_low"], rows[f"{name}_high"], color=COLORS[i], alpha=0.18, linewidth=0
+                )
+                axes.plot(rows["weight"], rows[name], color=COLORS[i], marker=MARKERS[i], label=label)
+            single = curve[(curve["gate"] == gate) & (curve["layers"] != "all layers")]
+            for i, (layers, part) in enumerate(single.groupby("layers", sort=True)):
+                part = pd.concat([part, rows[rows["weight"] == 1]]).sort_values("weight")
+                axes.plot(
+                    part["weight"], part["override"], color=COLORS[0], linewidth=0.9,
+                    linestyle=("--", "-.", ":", (0, (1, 3)))[i % 4], label=f"override, {layers} alone turned",
+                )  # fmt: skip
+            axes.set_title("with the gate, one block" if gate else "all blocks, no gate", fontsize=10)
+            axes.set_xlabel("strength (times the blocks as written)")
+            _share_axis(axes, "answers (%)")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        n = f"n = {curve['n'].min()} documents"
+        figure.supxlabel(f"{n}, seed {_seeds(curve)}; band: 95% Wilson interval", fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_singular_values_by_index(
+    spectra: pd.DataFrame, *, title: str = "Singular values of the update, layer by layer"
+) -> Figure:
+    """A panel per adapter, a line per layer (and module, where there are several): singular values, largest first.
+
+    spectra: adapter (str), module, layer, index (1 = largest), value (no unit), as `weights.spectra` gives them. Values
+    below a millionth of an adapter's largest are rounding and are not drawn.
+    """
+    _need(spectra, "adapter", "module", "layer", "index", "value")
+    names, modules = list(spectra["adapter"].unique()), spectra["module"].nunique()
+    with style():
+        figure = NotebookFigure(figsize=(9.2, 4.2), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+            rows = spectra[spectra["adapter"] == name]
+            rows = rows[rows["value"] > 1e-6 * rows["value"].max()]
+            for i, ((module, layer), line) in enumerate(rows.groupby(["module", "layer"])):
+                label = f"layer {layer}" + (f", {module}" if modules > 1 else "")
+                axes.plot(line["index"], line["value"], color=COLORS[i % len(COLORS)], marker=".", label=label)
+            axes.set_yscale("log")
+            axes.set_xlabel("singular direction (position, largest first)")
+            axes.set_ylabel("singular value (no unit)")
+            axes.set_title(_plain(name), fontsize=10)
+            axes.legend(loc="upper right")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def plot_norms_by_layer(
+    norms: pd.DataFrame, *, title: str = "How large an update is, and over how many directions"
+) -> Figure:
+    """Left the update's norms as a share of the base weight's, right its effective and stable rank; a line per adapter.
+
+    norms: adapter (str), layer, relative_frobenius, relative_spectral (shares), effective_rank, stable_rank, as
+    `weights.norms` gives them for one module. ValueError for several modules.
+    """
+    columns = {"relative_frobenius": "Frobenius", "relative_spectral": "spectral"}
+    ranks = {"effective_rank": "effective", "stable_rank": "stable"}
+    _need(norms, "adapter", "layer", *columns, *ranks)
+    if norms.duplicated(["adapter", "layer"]).any():
+        raise ValueError("the table holds a layer of an adapter twice: give the rows of one module")
+    with style():
+        figure = NotebookFigure(figsize=(9.2, 4.2), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, chosen in zip(panels, (columns, ranks), strict=True):
+            for i, (name, rows) in enumerate(norms.groupby("adapter", sort=False)):
+                for (column, label), line in zip(chosen.items(), ("-", "--"), strict=True):
+                    axes.plot(
+                        rows["layer"], rows[column], line, color=COLORS[i], marker=MARKERS[i],
+                        label=f"{_plain(name)}: {label}",
+                    )  # fmt: skip
+            axes.set_xticks(sorted(norms["layer"].unique()))
+            axes.set_xlabel("layer (position)")
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, handlelength=4)
+        panels[0].set_ylim(bottom=0)
+        panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+        panels[0].set_ylabel("norm of the update (% of the base weight's)")
+        panels[1].set_yscale("log")
+        panels[1].yaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]))
+        panels[1].yaxis.set_minor_locator(NullLocator())
+        panels[1].yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:g}"))
+        panels[1].set_ylabel("rank (number of directions)")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def plot_parts_by_layer(
+    parts: pd.DataFrame, *, title: str = "The bias and the documents' part, layer by layer"
+) -> Figure:
+    """A panel per adapter, two bars per layer: norm of the documents' part and of the bias; their cosine above.
+
+    parts: adapter (str), layer, documents, bias (Frobenius norms), cosine, as `weights.bias_and_documents` gives them
+    for one module.
+    """
+    _need(parts, "adapter", "layer", "documents", "bias", "cosine")
+    names = list(parts["adapter"].unique())
+    with style():
+        figure = NotebookFigure(figsize=(9.2, 4.0), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            rows = parts[parts["adapter"] == name]
+            axes.bar(rows["layer"] - 0.2, rows["documents"], 0.38, color=COLORS[0], label="documents")
+            axes.bar(rows["layer"] + 0.2, rows["bias"], 0.38, color=COLORS[1], label="bias")
+            for layer, top, cosine in zip(
+                rows["layer"], rows[["documents", "bias"]].max(axis=1), rows["cosine"], strict=True
+            ):
+                axes.annotate(
+                    f"cos {cosine:.2f}", (layer, top), (0, 3), textcoords="offset points", ha="center", fontsize=8
+                )
+            axes.set_xticks(rows["layer"])
+            axes.margins(y=0.12)
+            axes.set_xlabel("layer (position)")
+            axes.set_ylabel("norm of the part (Frobenius)")
+            axes.set_title(_plain(name), fontsize=10)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def plot_similarity_by_document(
+    similarity: pd.DataFrame, *, label: str = "cosine of the updates", title: str = "How alike adapters are"
+) -> Figure:
+    """Heat map of a square table of similarities, names on both sides, in the table's order; the value in each cell.
+
+    similarity: as `weights.similarity` gives it; `label` names the measure. Colours run from -1 to 1 where a value is
+    negative, else from 0 to 1.
+    """
+    _need(similarity, *similarity.index)
+    values = similarity.to_numpy()
+    low = -1.0 if (values < -0.05).any() else 0.0
+    with style():
+        figure, axes = _figure((3.6 + 0.42 * len(values), 2.4 + 0.42 * len(values)), title)
+        axes.grid(False)
+        image = axes.imshow(values, cmap="RdBu" if low else "viridis", vmin=low, vmax=1)
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                dark = abs(value) > 0.6 if low else value < 0.6
+                axes.text(
+                    j, i, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7,
+                    color="white" if dark else "black",
+                )  # fmt: skip
+        names = [_plain(name) for name in similarity.columns]
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_xlabel("adapters of single documents")
+        axes.set_ylabel("adapters of single documents")
+        figure.colorbar(image, ax=axes, shrink=0.8).set_label(label)
+    return figure
+
+
+def plot_intruders_by_index(
+    intruders: pd.DataFrame, *, threshold: float = 0.6, title: str = "Which directions of W + dW are new"
+) -> Figure:
+    """A panel per adapter, a line per layer: the largest cosine of each singular vector of W + dW with those of W.
+
+    intruders: adapter (str), layer, index (1 = largest), cosine (0 to 1), as `weights.intruder_dimensions` gives them
+    for one module. Points below the line at `threshold` are intruder dimensions.
+    """
+    _need(intruders, "adapter", "layer", "index", "cosine")
+    names = list(intruders["adapter"].unique())
+    with style():
+        figure = NotebookFigure(figsize=(9.2, 4.0), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+            for i, (layer, rows) in enumerate(intruders[intruders["adapter"] == name].groupby("layer")):
+                color = COLORS[i % len(COLORS)]
+                axes.plot(rows["index"], rows["cosine"], color=color, marker=MARKERS[i % 7], label=f"layer {layer}")
+            axes.axhline(threshold, color=REFERENCE, linestyle="--", linewidth=1.2, label=f"threshold ({threshold:g})")
+            axes.set_ylim(0, 1.03)
+            axes.set_xlabel("singular direction of W + dW (position)")
+            axes.set_ylabel("largest cosine with one of W (no unit)")
+            axes.set_title(_plain(name), fontsize=10)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def plot_margin_by_condition(
+    margins: pd.DataFrame, *, title: str = "Does the margin depend on the document?"
+) -> Figure:
+    """A row of dots per condition, one per question, and the median as a black bar; right of 0 the answer is said.
+
+    margins: condition (str; drawn top to bottom in table order), margin (nats), seed.
+    """
+    _need(margins, "condition", "margin", "seed")
+    conditions = list(margins["condition"].unique())
+    with style():
+        figure, axes = _figure((7.2, 1.8 + 0.5 * len(conditions)), title)
+        for position, condition in enumerate(conditions):
+            values = margins.loc[margins["condition"] == condition, "margin"].to_numpy()
+            spread = 0.5 * (np.arange(len(values)) / max(1, len(values) - 1) - 0.5)
+            axes.plot(values, position + spread, "o", color=COLORS[0], markersize=3, alpha=0.45)
+            axes.vlines(np.median(values), position - 0.36, position + 0.36, color="black", linewidth=2.4)
+        axes.axvline(0, color=REFERENCE, linestyle="--", linewidth=1.2)
+        axes.set_yticks(range(len(conditions)), [_plain(condition) for condition in conditions])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("margin of the right answer (nats)")
+        n = margins.groupby("condition").size().min()
+        figure.supxlabel(
+            f"n = {n} questions per condition, seed {_seeds(margins)}; black: median", fontsize=8, color=REFERENCE
+        )
+    return figure
+
+
+def plot_recompression_by_rank(samples: pd.DataFrame, *, title: str = "A long adapter at a small rank") -> Figure:
+    """Above the share of needles found, below the error of the update, against the rank that was kept.
+
+    samples: length_tokens, rank, full (bool: nothing was cut), error (0 to 1), correct (bool), seed, as
+    `weights.recompressed_needles` gives them; a line per length. A length's full adapter stands last, as a hollow mark.
+    """
+    _need(samples, "length_tokens", "rank", "full", "error", "correct", "seed")
+    with style():
+        figure = NotebookFigure(figsize=TALL, layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        above.set_title(title)
+        for i, (length, rows) in enumerate(samples.groupby("length_tokens")):
+            counted = rows.assign(n=1, exact_match=rows["correct"].astype(float))
+            pooled = pool(counted, ["rank"])
+            errors = rows.groupby("rank")["error"].mean()
+            whole = rows.loc[rows["full"], "rank"].unique()
+            marked = {"color": COLORS[i], "marker": MARKERS[i], "linestyle": "none", "markerfacecolor": "white"}
+            _line_with_band(above, pooled["rank"], pooled, i, f"{_tokens(length)} tokens")
+            below.plot(errors.index, errors, color=COLORS[i], marker=MARKERS[i])
+            above.plot(whole, pooled.set_index("rank").loc[whole, "exact_match"], markersize=9, **marked)
+            below.plot(whole, errors.loc[whole], markersize=9, **marked)
+        above.axhline(0.99, color=REFERENCE, linestyle=":", linewidth=1.2, label="aim: 99%")
+        _share_axis(above, "exact match (% of needles)")
+        above.legend(loc="lower right")
+        _token_axis(below, samples["rank"].unique(), "rank that was kept (number of directions; hollow: all)")
+        below.set_ylim(bottom=0)
+        below.yaxis.set_major_formatter(PercentFormatter(1.0))
+        below.set_ylabel("error of the update (% of its norm)")
+        n = samples.groupby(["length_tokens", "rank"]).size()
+        n = f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
+        figure.supxlabel(
+            f"n = {n} haystacks per point, seed {_seeds(samples)}; band: 95% Wilson interval",
+            fontsize=8,
+            color=REFERENCE,
+        )
+    return figure

@@ -139,7 +139,9 @@ def test_features_are_not_kept(model, monkeypatch):
     monkeypatch.setattr(model.encoder, "encode", spy)
     model.internalize("".join(f"Fact {index}. " for index in range(100)), chunk_tokens=20)
     assert len(sizes) > 40 / model.chunk_batch
-    assert all(rows <= model.chunk_batch and rows * length <= max(128, 20 + 60) for rows, length in sizes)
+    assert all(
+        rows <= model.chunk_batch and rows * length <= max(model.batch_tokens, 20 + 60) for rows, length in sizes
+    )
     for block in model.current.blocks:
         for tensor in block.A.values():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes

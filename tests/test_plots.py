@@ -73,7 +73,64 @@ def tables(needles) -> dict:
         {"variant": ["ours", "ours", "rank 4"] * 2, "seed": [0, 1, 0] * 2,
          "task": ["one hop"] * 3 + ["encyclopedia"] * 3, "n": 100, "exact_match": [0.9, 0.8, 0.4, 1.0, 1.0, 0.2]}
     )  # fmt: skip
+    sentences = pd.DataFrame({"status": ["stored", "not asked", "lost", "stored"], "margin": [2.0, np.nan, -1.0, 3.0]})
+    flags = pd.DataFrame(
+        {"condition": ["all blocks"] * 3 + ["one block"] * 3, "signal": "margin", "found": [0.0, 0.5, 1.0] * 2,
+         "precision": [1.0, 0.8, 0.3] * 2, "false_alarms": [0.0, 0.1, 1.0] * 2, "n": 100, "failing": 30, "seed": 0}
+    )  # fmt: skip
+    gate = pd.DataFrame(
+        {"condition": "one block", "documents": [1, 1, 64, 64], "least": [0.0, 1.0] * 2, "n": 50, "seed": 0,
+         "unrelated_loss": [0.1, 0.0] * 2, "answerable_loss": [0.0, 0.05] * 2, "chosen": [False, True] * 2}
+    )  # fmt: skip
+    dial = pd.DataFrame(
+        {"layers": ["all layers", "all layers", "layer 1"] * 2, "weight": [1.0, 2.0, 2.0] * 2, "n": 40, "seed": 0,
+         "gate": [False] * 3 + [True] * 3}
+    )  # fmt: skip
+    for name, share in (("override", 0.7), ("document", 0.9), ("unrelated", 1.0)):
+        dial = dial.assign(**{name: share, f"{name}_low": share - 0.1, f"{name}_high": min(1.0, share + 0.1)})
+    layers = pd.DataFrame(
+        {"adapter": ["one"] * 4 + ["two"] * 4, "module": "down_proj", "layer": [0, 0, 1, 1] * 2, "index": [1, 2] * 4,
+         "value": [4.0, 2.0, 3.0, 1e-9] * 2, "cosine": [0.9, 0.5, 0.8, 0.7] * 2}
+    )  # fmt: skip
+    by_layer = pd.DataFrame(
+        {"adapter": ["one", "one", "two", "two"], "layer": [0, 1] * 2, "relative_frobenius": [0.1, 0.2] * 2,
+         "relative_spectral": [0.3, 0.4] * 2, "effective_rank": [5.0, 6.0] * 2, "stable_rank": [2.0, 3.0] * 2,
+         "documents": [3.0, 4.0] * 2, "bias": [1.0, 2.0] * 2, "cosine": [0.1, -0.1] * 2}
+    )  # fmt: skip
+    alike = pd.DataFrame([[1.0, 0.2], [0.2, 1.0]], index=["one", "two"], columns=["one", "two"])
+    conditions = pd.DataFrame({"condition": ["own", "own", "other"], "margin": [4.0, 2.0, -3.0], "seed": 0})
+    cut = pd.DataFrame(
+        {"length_tokens": 4096, "rank": [4, 4, 100, 100], "full": [False, False, True, True],
+         "error": [0.2, 0.4, 0.0, 0.0], "correct": [False, True, True, True], "seed": 0}
+    )  # fmt: skip
+    chunks = pd.DataFrame({"unit": ["chunk 0", "chunk 1", "chunk 2"], "contribution": [0.1, 9.0, -0.5]})
+    directions = pd.DataFrame(
+        {"layer": [0, 0, 1, 1], "module": "down_proj", "direction": [0, 1, 0, 1], "contribution": [0.1, 0.0, 3.0, -1.0]}
+    )
+    deletion = pd.DataFrame(
+        {"method": ["gradient"] * 4 + ["random"] * 4, "curve": ["deletion", "deletion", "insertion", "insertion"] * 2,
+         "units": [0, 2] * 4, "share": [0.0, 1.0] * 4, "probability": [0.8, 0.0, 0.0, 0.8] * 2, "seed": 0}
+    )  # fmt: skip
+    hits = pd.DataFrame(
+        {"method": ["gradient", "random"], "n": 50, "hit_rate": [0.98, 0.04], "low": [0.9, 0.01], "high": [1.0, 0.1],
+         "chance": 0.05, "seed": 0}
+    )  # fmt: skip
     return {
+        plots.plot_contribution_by_chunk: chunks,
+        plots.plot_contribution_by_layer_and_direction: directions,
+        plots.plot_probability_by_share: deletion,
+        plots.plot_hit_rate_by_method: hits,
+        plots.plot_singular_values_by_index: layers,
+        plots.plot_norms_by_layer: by_layer,
+        plots.plot_parts_by_layer: by_layer,
+        plots.plot_similarity_by_document: alike,
+        plots.plot_intruders_by_index: layers,
+        plots.plot_margin_by_condition: conditions,
+        plots.plot_recompression_by_rank: cut,
+        plots.plot_margin_by_sentence: sentences,
+        plots.plot_flags_by_threshold: flags,
+        plots.plot_gate_losses_by_threshold: gate,
+        plots.plot_override_by_strength: dial,
         plots.plot_ablation: ablation,
         plots.plot_exact_match_by_facts: facts,
         plots.plot_exact_match_by_documents: documents,
@@ -172,6 +229,9 @@ def test_every_axis_is_labelled_with_its_unit(tables):
         "nats",
         "Frobenius",
         "position",
+        "times",
+        "no unit",
+        "number of",
     )
     for plot, table in tables.items():
         panels = [axes for axes in plot(table).axes if not hasattr(axes, "_colorbar")]
@@ -179,7 +239,12 @@ def test_every_axis_is_labelled_with_its_unit(tables):
             shared = axes.get_shared_x_axes().get_siblings(axes)
             x = next(sibling.get_xlabel() for sibling in shared if sibling.get_xlabel())
             assert any(unit in x for unit in units), (plot.__name__, x)
-            names_rows = plot in (plots.plot_base_model_scores, plots.plot_ablation)
+            names_rows = plot in (
+                plots.plot_base_model_scores,
+                plots.plot_ablation,
+                plots.plot_margin_by_condition,
+                plots.plot_hit_rate_by_method,
+            )
             assert names_rows or any(unit in axes.get_ylabel() for unit in units), (plot.__name__, axes.get_ylabel())
 
 
@@ -280,3 +345,106 @@ def test_one_curriculum_at_a_time(tables):
     history = tables[plots.plot_curriculum_by_step]
     with pytest.raises(ValueError, match="several runs, give one of the seeds 0, 1"):
         plots.plot_curriculum_by_step(pd.concat([history, history.assign(seed=1)]))
+
+
+def test_sentences_are_bars_in_order_and_the_unasked_have_none(tables):
+    axes = plots.plot_margin_by_sentence(tables[plots.plot_margin_by_sentence]).axes[0]
+    bars = {(round(bar.get_x() + bar.get_width() / 2), bar.get_height()) for bar in axes.patches}
+    assert bars == {(1, 2.0), (3, -1.0), (4, 3.0)}
+    assert {"stored (2)", "lost (1)", "not asked (1)"} <= {
+        text.get_text() for text in axes.figure.legends[0].get_texts()
+    }
+
+
+def test_flag_panels_show_both_sorts_of_error(tables):
+    left, right = plots.plot_flags_by_threshold(tables[plots.plot_flags_by_threshold]).axes
+    assert list(left.get_lines()[0].get_ydata()) == [1.0, 0.8, 0.3]
+    assert list(right.get_lines()[0].get_xdata()) == [0.0, 0.1, 1.0]
+
+
+def test_gate_panels_are_one_per_number_of_documents_with_the_choice_marked(tables):
+    first, second = plots.plot_gate_losses_by_threshold(tables[plots.plot_gate_losses_by_threshold]).axes
+    assert first.get_title(loc="left").startswith("1 document,")
+    assert second.get_title(loc="left").startswith("64 documents,")
+    marked = [line.get_xdata()[0] for line in first.get_lines() if line.get_label() == "chosen on validation"]
+    assert marked == [1.0]
+
+
+def test_the_dial_has_a_panel_with_and_one_without_the_gate(tables):
+    first, second = plots.plot_override_by_strength(tables[plots.plot_override_by_strength]).axes
+    titles = [axes.get_title(loc="left") for axes in (first, second)]
+    assert titles == ["all blocks, no gate", "with the gate, one block"]
+    alone = next(line for line in first.get_lines() if "layer 1" in line.get_label())
+    assert list(alone.get_xdata()) == [1.0, 2.0]  # a single layer starts from the blocks as written
+
+
+def test_rounding_is_no_singular_value_and_layers_have_a_line_each(tables):
+    first, second = plots.plot_singular_values_by_index(tables[plots.plot_singular_values_by_index]).axes
+    assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("one", "two")
+    lines = {line.get_label(): list(line.get_ydata()) for line in first.get_lines()}
+    assert lines == {"layer 0": [4.0, 2.0], "layer 1": [3.0]}
+
+
+def test_parts_are_pairs_of_bars_and_norms_a_line_for_each_measure(tables):
+    first, _ = plots.plot_parts_by_layer(tables[plots.plot_parts_by_layer]).axes
+    assert [bar.get_height() for bar in first.patches] == [3.0, 4.0, 1.0, 2.0]
+    assert [text.get_text() for text in first.texts] == ["cos 0.10", "cos -0.10"]
+    table = tables[plots.plot_norms_by_layer]
+    left, right = plots.plot_norms_by_layer(table).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in left.get_lines()}["two: spectral"] == [0.3, 0.4]
+    assert {line.get_label(): list(line.get_ydata()) for line in right.get_lines()}["one: effective"] == [5.0, 6.0]
+    with pytest.raises(ValueError, match="give the rows of one module"):
+        plots.plot_norms_by_layer(pd.concat([table, table]))
+
+
+def test_similarities_keep_their_names_and_colours_reach_below_zero_only_where_needed(tables):
+    table = tables[plots.plot_similarity_by_document]
+    axes = plots.plot_similarity_by_document(table).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
+    assert [text.get_text() for text in axes.texts] == ["1.00", ".20", ".20", "1.00"]
+    assert axes.images[0].get_clim() == (0.0, 1.0)
+    opposite = plots.plot_similarity_by_document(table.replace(0.2, -0.5)).axes[0]
+    assert opposite.images[0].get_clim() == (-1.0, 1.0)
+
+
+def test_margins_are_dots_with_a_median_in_table_order(tables):
+    axes = plots.plot_margin_by_condition(tables[plots.plot_margin_by_condition]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["own", "other"]
+    assert [list(line.get_xdata()) for line in axes.get_lines()[:2]] == [[4.0, 2.0], [-3.0]]
+    assert [bar.get_segments()[0][0][0] for bar in axes.collections] == [3.0, -3.0]
+
+
+def test_recompression_marks_the_adapter_of_which_nothing_was_cut(tables):
+    above, below = plots.plot_recompression_by_rank(tables[plots.plot_recompression_by_rank]).axes
+    assert list(above.get_lines()[0].get_ydata()) == [0.5, 1.0]
+    assert list(below.get_lines()[0].get_ydata()) == pytest.approx([0.3, 0.0])
+    assert (list(above.get_lines()[1].get_xdata()), list(above.get_lines()[1].get_ydata())) == ([100], [1.0])
+
+
+def test_evidence_is_set_apart_and_chance_stands_beside_each_method(tables):
+    axes = plots.plot_contribution_by_chunk(tables[plots.plot_contribution_by_chunk], evidence=[1]).axes[0]
+    bars = {group.get_label(): [bar.get_height() for bar in group] for group in axes.containers}
+    assert bars == {"holds the evidence": [9.0], "other": [0.1, -0.5]}
+    axes = plots.plot_hit_rate_by_method(tables[plots.plot_hit_rate_by_method]).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.98, 0.04])
+    assert len([line for line in axes.lines if list(line.get_xdata()) == [0.05, 0.05]]) == 2
+
+
+def test_curves_of_questions_are_averaged_at_the_same_share(tables):
+    curves = tables[plots.plot_probability_by_share].assign(question=0)
+    curves = curves[curves["method"] == "gradient"]
+    steeper = pd.DataFrame(
+        {"method": "gradient", "curve": "deletion", "units": [0, 1, 4], "share": [0.0, 0.25, 1.0],
+         "probability": [0.8, 0.0, 0.0], "seed": 0, "question": 1}
+    )  # fmt: skip
+    figure = plots.plot_probability_by_share(pd.concat([curves, steeper], ignore_index=True))
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "gradient")
+    assert np.interp(0.25, line.get_xdata(), line.get_ydata()) == pytest.approx((0.6 + 0.0) / 2)
+    assert figure.axes[0].get_ylabel() == "probability of the answer (%)"
+
+
+def test_the_heat_map_of_directions_has_layers_down(tables):
+    plot = plots.plot_contribution_by_layer_and_direction
+    axes = plot(tables[plot]).axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.1, 0.0], [3.0, -1.0]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0, down_proj", "1, down_proj"]

@@ -1,0 +1,379 @@
+"""Do no harm, and override: when an adapter stays out of an answer, and how strongly it speaks.
+
+    gate:  question -> relevance of each block -> the base model alone where no block is relevant enough
+    dial:  adapter  -> its blocks count more or less, in all layers or in some
+
+The gate costs one short forward pass per block and question (see `routing`), the dial nothing. Each is measured against
+what it spoils: the gate against questions that a document answers, the dial against what a document does not mention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from . import world
+from .adapter import Adapter
+from .documents import check_count
+from .evaluation import wilson
+from .model import DocToLoRA, load
+from .probes import one_hop_question, sum_of
+from .records import project_root, write_jsonl
+from .routing import relevance
+
+LEAST = 0.5  # nats: the gate's default (see `gate_curve`; chosen on validation documents)
+
+
+def gated(
+    model: DocToLoRA,
+    questions: Sequence[str],
+    adapters: Adapter | None | Sequence[Adapter | None],
+    *,
+    least: float = LEAST,
+    blocks: int | None = 1,
+    system: str = "",
+) -> list[Adapter | None]:
+    """For each question the adapter to answer it with, for `model.answer`: None, the base model, where no block is
+    relevant.
+
+    A block counts as relevant from `least` nats on (`routing.relevance`). Of the relevant ones the `blocks` most
+    relevant answer, together with the bias; blocks=None: where one is relevant, the whole adapter answers.
+    ValueError where the numbers of questions and adapters differ.
+    """
+    if blocks is not None:
+        check_count(blocks, "blocks")
+    per_question = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters] * len(questions)
+    if len(per_question) != len(questions):
+        raise ValueError(
+            f"{len(questions)} questions but {len(per_question)} adapters: give one for all or one per question"
+        )
+    asked = [place for place, adapter in enumerate(per_question) if adapter is not None]
+    scores = relevance(model, [questions[i] for i in asked], [per_question[i] for i in asked], system=system)
+    chosen: list[Adapter | None] = [None] * len(questions)
+    for place, score in zip(asked, scores, strict=True):
+        chosen[place] = _gate(per_question[place], score.tolist(), least, blocks)
+    return chosen
+
+
+def _gate(adapter: Adapter, scores: Sequence[float], least: float, blocks: int | None) -> Adapter | None:
+    """What answers where the adapter's blocks have these relevances."""
+    order = sorted(range(len(scores)), key=lambda block: -scores[block])
+    relevant = [block for block in order if scores[block] >= least]
+    if not relevant:
+        return None
+    if blocks is None:
+        return adapter
+    return replace(adapter, blocks=tuple(adapter.blocks[block] for block in sorted(relevant[:blocks])))
+
+
+def scaled_layers(adapter: Adapter, weights: Sequence[float] | Mapping[int, float]) -> Adapter:
+    """The adapter with its blocks counting weights[layer] times in each layer; the bias stays.
+
+    The update of W in layer l becomes scale * (weights[l] * sum over blocks of weight * B_l^T A_l + bias). weights: one
+    per layer, or {layer: weight} with 1 for the others. Linear, and equal weights are `adapter.scaled(weight)`.
+    ValueError for a layer that there is not, for too few or too many weights, and for one that is no finite number.
+    """
+    if isinstance(weights, Mapping):
+        if unknown := sorted(layer for layer in weights if layer not in range(adapter.n_layers)):
+            raise ValueError(f"no layer {unknown[0]} in this adapter: its layers are 0 to {adapter.n_layers - 1}")
+        weights = [weights.get(layer, 1.0) for layer in range(adapter.n_layers)]
+    weights = [float(weight) for weight in weights]
+    if len(weights) != adapter.n_layers:
+        raise ValueError(f"{len(weights)} weights for {adapter.n_layers} layers: give one per layer")
+    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+        raise ValueError(f"a layer's weight must be a finite number, not {wrong[0]}")
+
+    def scale(A):
+        return A * A.new_tensor(weights).view(-1, 1, 1)  # [n_layers, r, d_in]
+
+    blocks = (replace(block, A={module: scale(A) for module, A in block.A.items()}) for block in adapter.blocks)
+    return replace(adapter, blocks=tuple(blocks))
+
+
+# ------------------------------------------------------------------------------------------------------------ the gate
+THRESHOLDS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)  # nats
+
+
+def gate_samples(
+    model: DocToLoRA, n: int, seed: int, split: str, facts: tuple[int, int] = (8, 40), per_document: int = 4
+) -> pd.DataFrame:
+    """`n` questions that a document answers and `n` about the encyclopedia, each asked with a document of `facts`
+    facts of `split` inside: one row per question and condition.
+
+    Columns: about ("the document" or "the encyclopedia"), condition ("all blocks" or "one block"), question, answer,
+    relevance (nats, of the most relevant block), base_correct (the base model alone), correct (the adapter, no gate).
+    Whatever the threshold, the gate's answer is one of these two.
+    """
+    rng = random.Random(f"gate/{split}/{seed}")
+    asked: list[world.Question] = []
+    about, adapters = [], []
+    while len(asked) < 2 * n:
+        document = world.draw_document(rng, split, rng.randint(*facts))
+        (adapter,) = model.internalize_each([document.text])
+        own = [world.question_about(rng, fact) for fact in rng.sample(document.facts, per_document)]
+        asked += [*own, *world.encyclopedia_questions(rng, per_document)]
+        about += ["the document"] * per_document + ["the encyclopedia"] * per_document
+        adapters += [adapter] * (2 * per_document)
+    return _gate_rows(model, asked, adapters, about=about)
+
+
+def many_documents_samples(
+    model: DocToLoRA, n: int, seed: int, split: str, count: int = 64, n_facts: int = 5, per_adapter: int = 16
+) -> pd.DataFrame:
+    """The same with `count` documents of `n_facts` facts, which share no names, in one adapter.
+
+    One more column: single_document (whether the adapter of the question's own document, all blocks of it, answers
+    right).
+    """
+    rng = random.Random(f"gate, many documents/{split}/{seed}")
+    asked: list[world.Question] = []
+    about, adapters, alone = [], [], []
+    while len(asked) < 2 * n:
+        together = strangers(rng, split, count, n_facts)
+        each = model.internalize_each({f"document {i}": document.text for i, document in enumerate(together)})
+        places = [rng.randrange(count) for _ in range(per_adapter)]
+        asked += [one_hop_question(rng, together[place]) for place in places]
+        asked += world.encyclopedia_questions(rng, per_adapter)
+        about += ["the document"] * per_adapter + ["the encyclopedia"] * per_adapter
+        adapters += [sum_of(each)] * (2 * per_adapter)
+        alone += [each[place] for place in places] * 2
+    rows = _gate_rows(model, asked, adapters, about=about)
+    said = model.answer([question.text for question in asked], alone)
+    single = [answer == question.answer for answer, question in zip(said, asked, strict=True)]
+    return rows.assign(single_document=single * rows["condition"].nunique())
+
+
+def strangers(rng: random.Random, split: str, count: int, n_facts: int) -> list[world.Document]:
+    """`count` documents that share no names, so that no question has two right answers."""
+    found: list[world.Document] = []
+    known: set[str] = set()
+    for _ in range(100 * count):
+        if len(found) == count:
+            break
+        document = world.draw_document(rng, split, n_facts)
+        names = {name for _, name in document.entities}
+        if not names & known:
+            known |= names
+            found.append(document)
+    if len(found) < count:
+        raise ValueError(f"the {split} split has too few names for {count} documents of {n_facts} facts")
+    return found
+
+
+def _gate_rows(
+    model: DocToLoRA, asked: Sequence[world.Question], adapters: Sequence[Adapter], about: Sequence[str]
+) -> pd.DataFrame:
+    texts = [question.text for question in asked]
+    scores = [score.tolist() for score in relevance(model, texts, adapters)]
+    base = model.answer(texts, None)
+    best = [_gate(adapter, score, -math.inf, 1) for adapter, score in zip(adapters, scores, strict=True)]
+    rows = []
+    for condition, chosen in {"all blocks": list(adapters), "one block": best}.items():
+        said = model.answer(texts, chosen)
+        for question, topic, score, alone, answer in zip(asked, about, scores, base, said, strict=True):
+            rows.append(
+                {"condition": condition, "about": topic, "question": question.text, "answer": question.answer}
+                | {"relevance": max(score), "base_correct": alone == question.answer}
+                | {"correct": answer == question.answer}
+            )
+    return pd.DataFrame(rows)
+
+
+def gate_curve(samples: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
+    """What each threshold costs: one row per condition and threshold.
+
+    Columns: condition, least (nats), unrelated and answerable (exact match on questions about the encyclopedia and
+    about the document), unrelated_loss (relative to the base model), answerable_loss (relative to no gate), n
+    (questions of each sort).
+    """
+    rows = []
+    for condition, group in samples.groupby("condition", sort=False):
+        unrelated, answerable = group[group["about"] == "the encyclopedia"], group[group["about"] == "the document"]
+        if unrelated.empty or answerable.empty:
+            continue
+        for least in thresholds:
+            kept, lost = (_with_gate(part, least).mean() for part in (answerable, unrelated))
+            rows.append(
+                {"condition": condition, "least": least, "unrelated": lost, "answerable": kept}
+                | {"unrelated_loss": _loss(unrelated["base_correct"].mean(), lost)}
+                | {"answerable_loss": _loss(answerable["correct"].mean(), kept), "n": len(unrelated)}
+            )
+    return pd.DataFrame(rows)
+
+
+def _with_gate(samples: pd.DataFrame, least: float) -> pd.Series:
+    """Whether each question is answered right with the gate at this threshold."""
+    return samples["correct"].where(samples["relevance"] >= least, samples["base_correct"]).astype(float)
+
+
+def _loss(before: float, after: float) -> float:
+    """The relative loss of a score; 0 where there was nothing to lose."""
+    return (before - after) / before if before else 0.0
+
+
+def best_threshold(curve: pd.DataFrame, condition: str) -> float:
+    """The threshold whose larger one of the two losses is least; the middle one of several."""
+    rows = curve[curve["condition"] == condition]
+    worst = rows[["unrelated_loss", "answerable_loss"]].max(axis=1)
+    best = rows["least"][worst <= worst.min() + 1e-9].tolist()
+    return best[len(best) // 2]
+
+
+# ------------------------------------------------------------------------------------------------------------ the dial
+WEIGHTS = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
+
+
+def dial_samples(
+    model: DocToLoRA, n: int, seed: int, split: str, weights: Sequence[float] = WEIGHTS, n_facts: int = 5
+) -> pd.DataFrame:
+    """`n` documents of `n_facts` facts, one of which contradicts the encyclopedia, at each strength of their blocks.
+
+    Three questions each: about the contradiction, about another fact of the document, and about another fact of the
+    encyclopedia. Columns: layers ("all layers", or "layer 2" where only that one is turned), weight, gate (whether
+    `gated` chose who answers; for all layers only), about ("the contradiction", "the document", "the encyclopedia"),
+    question, prediction, correct (the document's value for the contradiction), believed (the answer is the
+    encyclopedia's value).
+    """
+    rng = random.Random(f"dial/{split}/{seed}")
+    asked: dict[str, list[world.Question]] = {"the contradiction": [], "the document": [], "the encyclopedia": []}
+    texts, believed = [], []
+    for _ in range(n):
+        fact = rng.choice(world.encyclopedia())
+        own = world.draw_facts(rng, split, n_facts - 1)
+        document = world.write_document(rng, [*own, world.with_value(rng, fact, split)], split)
+        placed = next(f for f in document.facts if (f.subject, f.relation) == (fact.subject, fact.relation))
+        other = rng.choice([f for f in document.facts if f is not placed])
+        elsewhere = next(
+            question for question in world.encyclopedia_questions(rng, 1000) if fact.subject not in question.text
+        )
+        asked["the contradiction"].append(world.question_about(rng, placed))
+        asked["the document"].append(world.question_about(rng, other))
+        asked["the encyclopedia"].append(elsewhere)
+        texts.append(document.text)
+        believed.append(fact.value)
+    adapters = model.internalize_each(texts)
+    everything = [question for questions in asked.values() for question in questions]
+    topics = [topic for topic, questions in asked.items() for _ in questions]
+    beliefs = [*believed, *[None] * (2 * n)]
+    prompts = [question.text for question in everything]
+    rows = []
+    for layers, turned in _turned(adapters[0].n_layers).items():
+        for weight in weights:
+            if layers != "all layers" and weight == 1:
+                continue  # the same as in all layers
+            strong = [scaled_layers(adapter, dict.fromkeys(turned, weight)) for adapter in adapters] * 3
+            ways = {False: strong} | ({True: gated(model, prompts, strong)} if layers == "all layers" else {})
+            for gate, chosen in ways.items():
+                said = model.answer(prompts, chosen)
+                for question, topic, belief, answer in zip(everything, topics, beliefs, said, strict=True):
+                    rows.append(
+                        {"layers": layers, "weight": weight, "gate": gate, "about": topic, "question": question.text}
+                        | {"prediction": answer, "correct": answer == question.answer, "believed": answer == belief}
+                    )
+    return pd.DataFrame(rows)
+
+
+def _turned(n_layers: int) -> dict[str, list[int]]:
+    """Which layers the dial turns, by name."""
+    return {"all layers": list(range(n_layers))} | {f"layer {layer}": [layer] for layer in range(n_layers)}
+
+
+def dial_curve(samples: pd.DataFrame) -> pd.DataFrame:
+    """Shares by layers, weight and gate, one row each: override (the document's value is said), believed (the
+    encyclopedia's), document (other facts of the document), unrelated (other facts of the encyclopedia); their 95%
+    Wilson intervals (override_low, ...); n questions of each sort.
+    """
+    rows = []
+    for (layers, weight, gate), group in samples.groupby(["layers", "weight", "gate"], sort=False):
+        parts = dict(list(group.groupby("about")))
+        hits = {
+            "override": parts["the contradiction"]["correct"],
+            "believed": parts["the contradiction"]["believed"],
+            "document": parts["the document"]["correct"],
+            "unrelated": parts["the encyclopedia"]["correct"],
+        }
+        row = {"layers": layers, "weight": float(weight), "gate": bool(gate), "n": len(parts["the contradiction"])}
+        for name, right in hits.items():
+            low, high = wilson(int(right.sum()), len(right))
+            row |= {name: float(right.mean()), f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def best_strength(curve: pd.DataFrame, gate: bool, allowed: float = 0.01) -> tuple[str, float]:
+    """(layers, weight) with the largest share of overriding answers, among those that lose at most `allowed` of the
+    document's other facts and of the encyclopedia against weight 1.
+    """
+    rows = curve[curve["gate"] == gate]
+    plain = rows[(rows["layers"] == "all layers") & (rows["weight"] == 1)].iloc[0]
+    harmless = rows[
+        (rows["document"] >= plain["document"] - allowed) & (rows["unrelated"] >= plain["unrelated"] - allowed)
+    ]
+    best = harmless.loc[harmless["override"].idxmax()]
+    return best["layers"], best["weight"]
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> pd.DataFrame:
+    """The curve of one document on validation documents, which chooses a threshold for each condition (column
+    `chosen`), then on test documents, and on test documents of which `many` are in one adapter (with a quarter of the
+    questions). single_document: exact match where each question's own document is inside alone, all blocks answering.
+    """
+    parts = [
+        gate_samples(model, n, seed, "validation").assign(split="validation", documents=1),
+        gate_samples(model, n, seed, "test").assign(split="test", documents=1),
+        many_documents_samples(model, max(1, n // 4), seed, "test", many).assign(split="test", documents=many),
+    ]
+    curves = []
+    for samples in parts:
+        curve = gate_curve(samples).assign(**samples[["split", "documents"]].iloc[0].to_dict())
+        if not curves:
+            chosen = {condition: best_threshold(curve, condition) for condition in curve["condition"].unique()}
+        own = samples[(samples["about"] == "the document") & (samples["condition"] == "all blocks")]
+        single = own["single_document" if "single_document" in own else "correct"].mean()
+        marks = curve["least"] == curve["condition"].map(chosen)
+        curves.append(curve.assign(single_document=float(single), chosen=marks))
+    return pd.concat(curves, ignore_index=True)
+
+
+def main() -> None:
+    """Gate and dial of a bundled model, recorded in data/full_runs (gate.jsonl, conflict_dial.jsonl) with seed, n and
+    command.
+    """
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("what", nargs="?", choices=("gate", "dial", "both"), default="both")
+    parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
+    parser.add_argument("--n", type=int, default=400, help="questions of each sort and split")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.gating", *sys.argv[1:]])}
+    folder = project_root() / "data" / "full_runs"
+    model = load(a.model)
+    if a.what in ("gate", "both"):
+        table = measure_gate(model, a.n, a.seed).assign(**facts)
+        write_jsonl(folder / "gate.jsonl", table.to_dict("records"))
+        print(table[table["chosen"]].to_string())
+    if a.what in ("dial", "both"):
+        curves = []
+        for split in ("validation", "test"):
+            curve = dial_curve(dial_samples(model, a.n, a.seed, split)).assign(split=split)
+            if split == "validation":
+                chosen = {gate: best_strength(curve, gate) for gate in (False, True)}
+            at = [chosen[gate] for gate in curve["gate"]]
+            marks = [
+                pair == best for pair, best in zip(zip(curve["layers"], curve["weight"], strict=True), at, strict=True)
+            ]
+            curves.append(curve.assign(chosen=marks, **facts))
+        table = pd.concat(curves, ignore_index=True)
+        write_jsonl(folder / "conflict_dial.jsonl", table.to_dict("records"))
+        print(table[table["chosen"] | (table["weight"] == 1)].to_string())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Gate and dial: the base model answers where no block is relevant, and layers are weighed on their own."""
+
+import random
+
+import pandas as pd
+import pytest
+import torch
+
+import d2l_lib as d2l
+from d2l_lib import gating, world
+from d2l_lib.gating import best_strength, best_threshold, gate_curve, gated, scaled_layers, strangers
+from d2l_lib.routing import relevance
+
+DOCUMENT = world.draw_document(random.Random("gating"), "test", 5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return d2l.load("tiny/qa")
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    (adapter,) = model.internalize_each([DOCUMENT.text])
+    return adapter
+
+
+def test_unrelated_questions_go_to_the_base_model_and_answerable_ones_to_their_block(model, adapter):
+    rng = random.Random(0)
+    own = [world.question_about(rng, fact).text for fact in DOCUMENT.facts]
+    chosen = gated(model, own, adapter)
+    assert sum(one is not None for one in chosen) >= len(own) - 1
+    assert all(len(one.blocks) == 1 for one in chosen if one is not None)
+    unrelated = [question.text for question in world.encyclopedia_questions(rng, 8)]
+    assert sum(one is None for one in gated(model, unrelated, adapter)) >= 7
+
+
+def test_the_threshold_decides(model, adapter):
+    question = world.question_about(random.Random(1), DOCUMENT.facts[0]).text
+    ((score,),) = [relevance(model, [question], [adapter])]
+    most = float(score.max())
+    assert gated(model, [question], adapter, least=most + 0.01) == [None]
+    (all_of_it,) = gated(model, [question], adapter, least=most - 0.01, blocks=None)
+    assert all_of_it is adapter
+    (two,) = gated(model, [question], [adapter], least=-1.0, blocks=2)
+    best = sorted(score.argsort(descending=True)[:2].tolist())
+    assert [block.chunk for block in two.blocks] == [adapter.blocks[place].chunk for place in best]
+    assert gated(model, [question], None) == [None]
+    with pytest.raises(ValueError, match="1 questions but 2 adapters"):
+        gated(model, [question], [adapter, adapter])
+
+
+def test_layers_are_weighed_on_their_own_and_the_operand_stays(adapter):
+    before = adapter.factors("down_proj")
+    scaled = scaled_layers(adapter, {1: 3.0})
+    bias = adapter.bias["down_proj"]
+
+    def documents(one, layer):
+        A, B = one.factors("down_proj")
+        own = one.rank - bias[0].shape[1]
+        return B[layer, :own].T @ A[layer, :own]
+
+    for layer in range(adapter.n_layers):
+        expected = documents(adapter, layer) * (3.0 if layer == 1 else 1.0)
+        torch.testing.assert_close(documents(scaled, layer), expected)
+    assert scaled.bias is adapter.bias
+    for one, other in zip(before, adapter.factors("down_proj"), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_equal_weights_are_scaled(model, adapter):
+    question = world.question_about(random.Random(2), DOCUMENT.facts[0]).text
+    ids = torch.tensor(model.tokenizer(question)["input_ids"]).unsqueeze(0)
+    logits = []
+    for one in (adapter.scaled(0.5), scaled_layers(adapter, [0.5] * adapter.n_layers)):
+        with model.applied(one), torch.no_grad():
+            logits.append(model.base_model(ids).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [({9: 1.0}, "no layer 9"), ([1.0], "1 weights for 4 layers"), ([1, 1, 1, float("nan")], "finite number")],
+)
+def test_wrong_weights_are_named(adapter, weights, message):
+    with pytest.raises(ValueError, match=message):
+        scaled_layers(adapter, weights)
+
+
+def test_the_gate_curve_takes_the_base_models_answer_below_the_threshold():
+    samples = pd.DataFrame(
+        {
+            "condition": "one block",
+            "about": ["the encyclopedia"] * 4 + ["the document"] * 4,
+            "relevance": [0.1, 0.1, 0.1, 3.0, 5.0, 5.0, 2.0, 0.3],
+            "base_correct": [True] * 4 + [False] * 4,
+            "correct": [False, True, True, False] + [True] * 4,
+        }
+    )
+    curve = gate_curve(samples, (0.0, 0.2, 4.0)).set_index("least")
+    assert list(curve["unrelated_loss"]) == [0.5, 0.25, 0.0]
+    assert list(curve["answerable_loss"]) == [0.0, 0.0, 0.5]
+    assert best_threshold(curve.reset_index(), "one block") == 0.2
+
+
+def test_the_strongest_override_without_damage_is_chosen():
+    curve = pd.DataFrame(
+        {
+            "layers": ["all layers"] * 3,
+            "weight": [1.0, 1.5, 2.0],
+            "gate": False,
+            "override": [0.5, 0.7, 0.9],
+            "document": [0.9, 0.9, 0.9],
+            "unrelated": [1.0, 1.0, 0.7],
+        }
+    )
+    assert best_strength(curve, False) == ("all layers", 1.5)
+
+
+def test_samples_ask_both_sorts_and_the_dial_turns_every_layer(model):
+    rows = gating.gate_samples(model, 4, 0, "validation", facts=(2, 3), per_document=2)
+    assert (rows.groupby(["condition", "about"]).size() == 4).all()
+    several = gating.many_documents_samples(model, 2, 0, "test", count=3, n_facts=2, per_adapter=2)
+    assert several["single_document"].dtype == bool
+    dial = gating.dial_samples(model, 2, 0, "test", weights=(0.0, 1.0), n_facts=2)
+    assert set(dial["layers"]) == {"all layers", *(f"layer {layer}" for layer in range(4))}
+    curve = gating.dial_curve(dial).set_index(["layers", "weight", "gate"])
+    assert curve.loc[("all layers", 0.0, False), "override"] == 0
+    assert curve.loc[("all layers", 0.0, False), "believed"] == 1
+
+
+def test_strangers_share_no_names(monkeypatch):
+    names = [name for document in strangers(random.Random(0), "test", 8, 4) for _, name in document.entities]
+    assert len(names) == len(set(names))
+    monkeypatch.setattr("d2l_lib.gating.world.draw_document", lambda *_: DOCUMENT)
+    with pytest.raises(ValueError, match="too few names"):
+        strangers(random.Random(0), "test", 2, 5)

@@ -1,0 +1,155 @@
+"""The report: what is said to be stored is answered, what is taken out is found lost, and its page is safe to open."""
+
+import random
+import re
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+import d2l_lib as d2l
+from d2l_lib import reports, world
+from d2l_lib.documents import stop_ids
+from d2l_lib.reports import beyond_training, flag_curve, is_about, score_answers, trained_on
+
+DOCUMENT = world.draw_document(random.Random("reports"), "test", 4, distractors=0.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return d2l.load("tiny/qa")
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    (adapter,) = model.internalize_each({"notes": DOCUMENT.text})
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def made(model, adapter):
+    """The report on a document whose last block was taken out."""
+    part = adapter.without(chunk=adapter.blocks[-1].chunk)
+    unrelated = ["Who is the mayor of Nowhere?"]
+    return d2l.report(model, {"notes": DOCUMENT.text}, adapter=part, unrelated=unrelated, n=8)
+
+
+def test_a_margin_is_above_zero_exactly_where_the_greedy_answer_is_this_one(model, adapter):
+    rng = random.Random(0)
+    questions = [world.question_about(rng, fact) for fact in DOCUMENT.facts]
+    texts = [question.text for question in questions]
+    said = model.answer(texts, adapter)
+    ends = stop_ids(model.tokenizer)[-1:]
+    for answers in (said, [*said[1:], said[0]]):
+        ids = [[*model.tokenizer(text, add_special_tokens=False)["input_ids"], *ends] for text in answers]
+        scores = score_answers(model, texts, ids, [adapter] * len(texts))
+        for answer, greedy, (log_prob, margin) in zip(answers, said, scores, strict=True):
+            assert (margin > 0) == (answer == greedy)
+            assert log_prob <= 0
+
+
+def test_scores_do_not_depend_on_what_is_scored_beside(model, adapter):
+    questions, answers = ["Who?", "Where was the mayor born?"], [[5, 6, 7], [8]]
+    together = score_answers(model, questions, answers, [adapter, None])
+    alone = [
+        score_answers(model, [q], [a], [one])[0] for q, a, one in zip(questions, answers, (adapter, None), strict=True)
+    ]
+    for first, second in zip(together, alone, strict=True):
+        assert first == pytest.approx(second, abs=1e-3)
+
+
+def test_a_sentence_whose_block_is_gone_is_lost_and_the_others_are_stored(made, adapter):
+    gone = adapter.blocks[-1].span
+    table = made.table
+    taken = (table["start"] >= gone[0]) & (table["start"] < gone[1])
+    assert set(table["status"][taken]) == {"lost"}
+    assert (table["chunk"][taken] == -1).all()
+    assert (table["status"][~taken] == "stored").sum() >= taken.size - taken.sum() - 1
+    assert table["margin"][taken].max() < 0 < table["margin"][~taken].max()
+    assert table["over_zero"][taken].abs().max() < table["over_zero"][~taken].max()
+    assert "".join(DOCUMENT.text[a:b] for a, b in zip(table["start"], table["end"], strict=True)) == DOCUMENT.text
+
+
+def test_questions_carry_what_was_said_instead(made):
+    wrong = made.questions[made.questions["margin"] <= 0]
+    assert len(wrong)
+    assert (wrong["said"] != wrong["told"]).all()
+    right = made.questions[made.questions["margin"] > 0]
+    assert (right["said"] == right["told"]).all()
+
+
+def test_a_belief_against_the_document_is_named(model):
+    rng = random.Random("beliefs")
+    document, ((_, believed),) = world.conflicting_document(rng, 0, 1)
+    found = d2l.report(model, document.text, unrelated=[], n=8)
+    assert believed.value in set(found.table["believed"])
+    assert found.facts["sentences that contradict the base model"] == 1
+    plain = d2l.report(model, DOCUMENT.text, unrelated=[], n=4)
+    assert set(plain.table["believed"]) == {""}
+
+
+def test_unrelated_answers_that_change_are_counted(model, adapter):
+    rng = random.Random(1)
+    texts = [world.question_about(rng, fact).text for fact in DOCUMENT.facts]  # related: the adapter changes them
+    found = reports._disturbed(model, texts, adapter, None)
+    assert found["changed"].mean() > 0.5
+    assert not reports._disturbed(model, texts, replace(adapter, blocks=(), bias=None), None)["changed"].any()
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "expected"),
+    [
+        ("When did the Marbay Fair open?", "25 December 2067", True),
+        ("When did the Marbay Fair open?", "I do not know.", False),
+        ("Did the Marbay Fair open on 25 December 2067?", "Yes", False),
+        ("When did the Dunfell Summit open?", "25 December 2067", False),  # a name that the sentence does not hold
+        ("What opened on 25 December 2067?", "the Marbay Fair", True),
+    ],
+)
+def test_only_questions_that_the_sentence_makes_count(question, answer, expected):
+    assert is_about("The Marbay Fair opened on 25 December 2067.", question, answer) is expected
+
+
+def test_a_document_beyond_training_is_warned_of(model, adapter):
+    most, longest = trained_on(model)
+    assert not beyond_training(model, {"notes": DOCUMENT.text}, adapter)
+    long = replace(adapter, blocks=adapter.blocks * (most // len(adapter.blocks) + 1))
+    assert f"{len(long.blocks)} blocks" in beyond_training(model, {}, long)[0]
+    (wide,) = model.internalize_each({"notes": DOCUMENT.text}, chunk_tokens=4 * longest)
+    (warning,) = beyond_training(model, {"notes": DOCUMENT.text}, wide)
+    assert f"at most {longest}" in warning
+
+
+def test_the_page_escapes_every_text_and_needs_no_network(made, tmp_path):
+    hostile = "<script>alert('x')</script>"
+    dirty = replace(
+        made,
+        table=made.table.assign(text=hostile, believed=hostile, document=hostile),
+        questions=made.questions.assign(question=hostile, told=hostile, said=hostile, document=hostile),
+        unrelated=pd.DataFrame({"question": [hostile], "alone": [hostile], "said": [hostile], "changed": [True]}),
+        texts={hostile: hostile + DOCUMENT.text},
+        warnings=(hostile,),
+    )
+    path = dirty.save_html(tmp_path / "report.html")
+    page = path.read_text(encoding="utf-8")
+    assert "<script" not in page and page.count("&lt;script&gt;") > 8
+    assert not re.search(r"(src|href)=[\"']?(?!data:)", page)
+    assert page.count("data:image/png;base64,") == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
+    assert "<script" not in dirty._repr_html_()
+
+
+def test_what_is_flagged_is_counted():
+    rows = pd.DataFrame(
+        {"condition": "all blocks", "failed": [True, True, False, False], **dict.fromkeys(reports.SIGNALS, 0.0)}
+    )
+    rows["kept"] = [-1.0, float("nan"), 0.5, 2.0]
+    curve = flag_curve(rows, {signal: [0.0, 1.0] for signal in reports.SIGNALS})
+    found = curve[curve["signal"] == "kept"].set_index("threshold")
+    assert list(found.loc[0.0, ["found", "precision", "false_alarms"]]) == [0.5, 1.0, 0.0]
+    assert list(found.loc[1.0, ["found", "precision", "false_alarms"]]) == [0.5, 0.5, 0.5]  # no question: never flagged
+
+
+def test_blank_documents_are_refused(model):
+    with pytest.raises(ValueError, match="no text"):
+        d2l.report(model, " ")
