@@ -59,7 +59,7 @@ class _Current:
 CURRENT = _Current()
 Adapters = Adapter | Sequence[Adapter | None] | None
 Progress = Callable[[int, int], None] | bool | None
-LENGTH_STEP = 8  # tokens: chunks that are encoded together are padded to a multiple of it
+LENGTH_STEP = 24  # tokens: chunks that are encoded together are padded to a multiple of it
 BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
@@ -98,9 +98,10 @@ class DocToLoRA:
         self.current: Adapter | None = None
         self.iterative = False
         self._applied: list[tuple[Adapters]] = []
+        self._fingerprints: dict[str, tuple[list[tuple[int, int]], str]] = {}
         self.window = _window(base_model)
         on_cpu = self.device.type == "cpu"
-        self.chunk_batch, self.batch_tokens = (8, 256) if on_cpu else (8, 8192)
+        self.chunk_batch, self.batch_tokens = (12, 288) if on_cpu else (8, 8192)
         self.answer_batch = 16 if on_cpu else 32
         self.chunk_tokens = min(LONGEST_CHUNK, self._longest_chunk()) if chunk_tokens is None else chunk_tokens
 
@@ -301,12 +302,20 @@ class DocToLoRA:
         """
         body = decoder_body(self.base_model)
         tensors = (self.base_model.get_input_embeddings().weight, *body.norm.parameters())
-        return _fingerprint(tensors, precision=torch.bfloat16)
+        return self._fingerprint_once("base", tensors, torch.bfloat16)
 
     @property
     def hypernetwork_key(self) -> str:
         """Fingerprint of the hypernetwork: a hash of some values of each of its parameters."""
-        return _fingerprint(self.hypernetwork.parameters(), precision=torch.float32)
+        return self._fingerprint_once("hypernetwork", self.hypernetwork.parameters(), torch.float32)
+
+    def _fingerprint_once(self, name: str, tensors: Iterable[Tensor], precision: torch.dtype) -> str:
+        """The fingerprint of these tensors, computed anew only where one of them was exchanged or written to."""
+        tensors = list(tensors)
+        state = [(id(tensor), tensor._version) for tensor in tensors]
+        if name not in self._fingerprints or self._fingerprints[name][0] != state:
+            self._fingerprints[name] = state, _fingerprint(tensors, precision)
+        return self._fingerprints[name][1]
 
     def _module_paths(self) -> dict[str, str]:
         """{module: "model.layers.{layer}.mlp.down_proj"}: where the target linears sit, for export."""

@@ -698,14 +698,13 @@ def plot_probability_by_share(
                 )
             axes.set_title(curve)
             axes.set_xlabel(f"chunks {label} (% of all)")
+            axes.set_xlim(-0.03, 1.1)  # room for the last label, so that the layout settles at once
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
             _share_axis(axes, "probability of the answer (%)")
+        panels[0].legend(loc="upper right", fontsize=8)
         figure.suptitle(title)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         n = curves["question"].nunique()
-        panels[1].annotate(
-            f"n = {n} questions, seed {_seeds(curves)}", (0.98, 0.5), xycoords="axes fraction", ha="right", fontsize=8
-        )
+        figure.supxlabel(f"n = {n} questions, seed {_seeds(curves)}", fontsize=8, color=REFERENCE)
     return figure
 
 

@@ -27,6 +27,15 @@ QUICK = {
         "EXAMPLE_TOKENS": 2048,
         "COST_LENGTHS": [512, 1024],
     },
+    "05_inside_the_adapters.ipynb": {
+        "SEED": 1,
+        "N_FACTS": 4,
+        "N_DOCUMENTS": 2,
+        "N": 4,
+        "EXAMPLE_TOKENS": 2048,
+        "N_HAYSTACKS": 1,
+    },
+    "06_trace_a_fact.ipynb": {"SEED": 2, "N_FACTS": 6, "N": 1},
 }
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.:/<])/(?:home|root|Users|tmp|work|mnt|opt|var|private)/[\w.]|[A-Z]:\\\\Users""")
 HANGS = re.compile(r"\b(?:Output\(|interact\(|interactive\(|interactive_output\(|interact_manual\()")
