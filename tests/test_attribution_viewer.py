@@ -410,7 +410,7 @@ def test_a_failed_removal_leaves_no_stale_answer():
         ({"documents": "Short."}, "pass documents="),
         ({"documents": 3}, "documents must be"),
         ({"evidence": [(0, 10_000)]}, "is not inside"),
-        ({"evidence": 3}, "not iterable"),
+        ({"evidence": 3}, "iterable"),
         ({"question": "fail"}, "500"),
     ],
 )
