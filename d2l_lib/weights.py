@@ -186,6 +186,14 @@ def block_energy(adapter: Adapter) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def block_norms(adapter: Adapter) -> pd.DataFrame:
+    """One row per block: document, chunk, start, end, and norm (Frobenius, over all modules and layers together)."""
+    energy = block_energy(adapter)
+    squares = energy.assign(norm=energy["norm"] ** 2)
+    names = ["document", "chunk", "start", "end"]
+    return squares.groupby(names, sort=False, dropna=False)["norm"].sum().pow(0.5).reset_index()
+
+
 # ---------------------------------------------------------------------------------------------------------- similarity
 def similarity(
     adapters: Mapping[str, Adapter], measure: str = "cosine", *, rank: int = 8, bias: bool = False, ordered: bool = True

@@ -136,6 +136,10 @@ def test_shares_of_blocks_add_up_and_follow_their_labels():
     assert (row["document"], row["start"], row["end"]) == ("document", 20, 29)
     assert row["norm"] == pytest.approx(float(block.norm()))
     assert row["share"] == pytest.approx(float((block * whole).sum() / whole.square().sum()))
+    norms = weights.block_norms(adapter)
+    everywhere = sum(dense(replace(adapter.only(chunk=2), bias=None), m).square().sum() for m in adapter.modules)
+    assert norms["chunk"].tolist() == [0, 1, 2]
+    assert norms["norm"].iloc[2] == pytest.approx(math.sqrt(float(everywhere)))
     with pytest.raises(ValueError, match="holds no documents"):
         weights.block_energy(replace(adapter, blocks=()))
 
