@@ -595,7 +595,9 @@ def view_attribution(
                 if several and name != before:
                     children.append(W.HTML(f'<div class="d2l-name">{html.escape(name)}</div>'))
                 before = name
-                box = W.Checkbox(value=number not in removed, description="".join(texts[number]), indent=False)
+                # labels are typeset: between two dollar signs would be mathematics, so the wide sign stands for it
+                label = "".join(texts[number]).replace("$", "\uff04")
+                box = W.Checkbox(value=number not in removed, description=label, indent=False)
                 for css in (f"d2l-unit-{number}", *(["d2l-true"] if number in trace.true else [])):
                     box.add_class(css)
                 box.observe(toggle(number), "value")

@@ -622,7 +622,7 @@ def test_attribution_viewer_in_a_browser(tmp_path):
 
         toy = lab.locator(".jp-CodeCell", has=lab.locator(".d2l-trace-answer")).last
         expect(toy.locator(".d2l-sentences")).to_contain_text(HOSTILE)
-        expect(toy.locator(".d2l-sentences")).to_contain_text("costs $5 and $6.")
+        expect(toy.locator(".d2l-sentences")).to_contain_text("costs \uff045 and \uff046.")
         expect(toy.locator(".d2l-question")).to_have_text(HOSTILE)
         assert toy.locator(".jp-OutputArea img, .jp-OutputArea script, mjx-container").count() == 0
         assert lab.evaluate("() => window.owned") is None
