@@ -344,9 +344,8 @@ class Adapter:
     def compressed(self, rank: int) -> Adapter:
         """The best approximation of the summed update (bias included) of at most this rank, as one block.
 
-        Per layer and module the truncated singular value decomposition of B^T A, on the factors alone:
-        A^T = Q_A R_A, B^T = Q_B R_B, and the small R_B R_A^T = U S V^T; [d_out, d_in] is never formed. Then
-        A' = sqrt(S) V^T Q_A^T and B' = sqrt(S) U^T Q_B^T. Documents can no longer be told apart afterwards.
+        Per layer and module the truncated decomposition B^T A = U S V^T (see `singular_vectors`); then A' = sqrt(S) V^T
+        and B' = sqrt(S) U^T. Documents can no longer be told apart afterwards.
         """
         check_count(rank, "rank")
         if self.rank == 0:
@@ -354,12 +353,10 @@ class Adapter:
         new_A, new_B = {}, {}
         for module in self.modules:
             A, B = self.factors(module)
-            Q_A, R_A = torch.linalg.qr(A.double().mT)
-            Q_B, R_B = torch.linalg.qr(B.double().mT)
-            U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+            U, S, V = singular_vectors(A, B)
             root = S[:, :rank].sqrt().unsqueeze(-1)  # [L, rank, 1]
-            new_A[module] = self._padded(root * (Vh[:, :rank] @ Q_A.mT), rank, A.dtype)
-            new_B[module] = self._padded(root * (U[:, :, :rank].mT @ Q_B.mT), rank, B.dtype)
+            new_A[module] = self._padded(root * V[:, :, :rank].mT, rank, A.dtype)
+            new_B[module] = self._padded(root * U[:, :, :rank].mT, rank, B.dtype)
         name = "compressed: " + (", ".join(self.documents) or "bias")
         block = Block(name, 0, None, 1.0, new_A, new_B)
         inside = self.bias is not None or self.bias_inside
@@ -590,6 +587,18 @@ def _size(n_bytes: int) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.1f} {unit}"
     return f"{n_bytes} bytes"
+
+
+def singular_vectors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U [L, d_out, k], S [L, k], V [L, d_in, k]) of B^T A = U S V^T, float64, k = min(R, d_in, d_out).
+
+    A [L, R, d_in], B [L, R, d_out]. On the factors alone: A^T = Q_A R_A, B^T = Q_B R_B, the small
+    R_B R_A^T = U' S V'^T, and U = Q_B U', V = Q_A V'; [d_out, d_in] is never formed.
+    """
+    Q_A, R_A = torch.linalg.qr(A.double().mT)
+    Q_B, R_B = torch.linalg.qr(B.double().mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return Q_B @ U, S, Q_A @ Vh.mT
 
 
 def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float]:

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2l_lib.adapter import Adapter, Factors
-from d2l_lib.base_model import open_adapters, target_linears
+from d2l_lib.adapter import Adapter, Factors, singular_vectors
+from d2l_lib.base_model import target_linears
 from d2l_lib.documents import (
     chat_affixes,
     check_count,
@@ -33,6 +33,7 @@ from d2l_lib.documents import (
     question_ids,
     split_sentences,
 )
+from d2l_lib.lora import add_deltas
 from d2l_lib.routing import relevance
 
 if TYPE_CHECKING:
@@ -79,37 +80,21 @@ def weighted(model: DocToLoRA, rows: Rows, weights: Tensor) -> Iterator[None]:
     weights: [batch, units], and gradients reach it. The model on exit is the model on entry.
     """
     of_unit = F.pad(weights, (0, 1), value=1.0)  # unit -1 is the last column
-    token, handles = object(), []
-    stack = open_adapters.setdefault(model.base_model, [])
-    linears = target_linears(model.base_model, sorted(rows.factors))
-    try:
-        for module, (A, B) in rows.factors.items():
-            for layer, linear in enumerate(linears[module]):
-                place = linear.weight.device
-                hook = partial(
-                    _add_weighted,
-                    A=A[layer].to(place),
-                    B=B[layer].to(place),
-                    weights=of_unit[:, rows.unit[module][layer]].to(place, A.dtype),
-                    scale=rows.scale,
-                    active=lambda: stack[-1] is token,
-                )
-                handles.append(linear.register_forward_hook(hook))
-        stack.append(token)
+    deltas = []
+    for module, linears in target_linears(model.base_model, sorted(rows.factors)).items():
+        A, B = rows.factors[module]
+        for layer, linear in enumerate(linears):
+            place = linear.weight.device
+            of_row = of_unit[:, rows.unit[module][layer]].to(place, A.dtype)
+            factors = {"A": A[layer].to(place), "B": B[layer].to(place), "weights": of_row}
+            deltas.append((linear, partial(_weighted_delta, **factors)))
+    with add_deltas(model.base_model, deltas, rows.scale):
         yield
-    finally:
-        if token in stack:
-            stack.remove(token)
-        for handle in handles:
-            handle.remove()
 
 
-def _add_weighted(linear, inputs, output, *, A, B, weights, scale, active):
-    """Forward hook of one linear: A [R, d_in], B [R, d_out], weights [batch, R]."""
-    if not active():
-        return None
-    keys = (inputs[0].to(A.dtype) @ A.T) * weights[:, None]  # [batch, tokens, R]
-    return (output + scale * (keys @ B)).to(output.dtype)
+def _weighted_delta(x: Tensor, *, A: Tensor, B: Tensor, weights: Tensor) -> Tensor:
+    """x [batch, tokens, d_in], A [R, d_in], B [R, d_out], weights [batch, R] -> [batch, tokens, d_out]."""
+    return ((x.to(A.dtype) @ A.T) * weights[:, None]) @ B
 
 
 def _likelihoods(model: DocToLoRA, rows: Rows, target: Target, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,17 +150,15 @@ def rows_of(adapter: Adapter, level: str, directions: int = 8) -> Rows:
 
 
 def _directions(adapter: Adapter, directions: int) -> Rows:
-    """See `rows_of`: B^T A = U S V^T from the factors alone, as in `Adapter.compressed`."""
+    """See `rows_of`: B^T A = U S V^T."""
     check_count(directions, "directions")
     documents = replace(adapter, bias=None)
     factors, unit, units = {}, {}, []
     for module in adapter.modules:
         A, B = documents.factors(module)
-        Q_A, R_A = torch.linalg.qr(A.double().mT)
-        Q_B, R_B = torch.linalg.qr(B.double().mT)
-        U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+        U, S, V = singular_vectors(A, B)
         root = S.sqrt().unsqueeze(-1)  # [L, R, 1]
-        parts = [((root * (Vh @ Q_A.mT)).to(A.dtype), (root * (U.mT @ Q_B.mT)).to(B.dtype))]
+        parts = [((root * V.mT).to(A.dtype), (root * U.mT).to(B.dtype))]
         of_row = torch.full(S.shape, -1)
         for layer in range(adapter.n_layers):
             for direction in range(min(directions, S.shape[1])):

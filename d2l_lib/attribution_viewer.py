@@ -24,7 +24,7 @@ from d2l_lib import attribution
 from d2l_lib.attribution import METHODS, document_texts, sentence_units
 from d2l_lib.records import write_atomic
 from d2l_lib.viewers import CSS as VIEW_CSS
-from d2l_lib.viewers import Viewer, render_message, render_view
+from d2l_lib.viewers import Viewer, attempt, render_view
 
 Evidence = Iterable[tuple[int, int]] | Mapping[str, Iterable[tuple[int, int]]]
 
@@ -520,18 +520,6 @@ def view_attribution(
     boxes: dict[int, W.Checkbox] = {}
     removed: set[int] = set()
 
-    def attempt(action: Callable[[], Any], working: str = "") -> bool:
-        """Runs `action`; what goes wrong is shown: in a callback an exception would be lost."""
-        status.value = render_message(working) if working else ""
-        try:
-            action()
-        except Exception as error:  # whatever it is, the person at the page has to see it
-            kind_of = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            status.value = render_message(f"{kind_of}{error}", is_error=True)
-            return False
-        status.value = render_message("ready")
-        return True
-
     def quietly(widget: W.Widget, observer: Callable, **traits) -> None:
         """Sets a control without what follows when a person does."""
         widget.unobserve(observer, "value")
@@ -565,7 +553,7 @@ def view_attribution(
             legend.value = f"<style>{CSS}{style}</style>{page}"
             parts.value = render_parts(table, trace.texts, token)
 
-        if trace is not None and not attempt(show, "computing contributions ..."):
+        if trace is not None and not attempt(status, show, "computing contributions ...", "ready"):
             legend.value = parts.value = ""
 
     def select_level(_=None) -> None:
@@ -578,7 +566,7 @@ def view_attribution(
     def toggle(number: int) -> Callable:
         def change(event: dict) -> None:
             (removed.discard if event["new"] else removed.add)(number)
-            if not attempt(show_answer, "answering ..."):
+            if not attempt(status, show_answer, "answering ...", "ready"):
                 answers.value = status.value  # never an answer that does not belong to the sentences shown
 
         return change
@@ -609,7 +597,7 @@ def view_attribution(
         removed.clear()
         if trace is not None:
             fill()
-            attempt(show_answer)
+            attempt(status, show_answer, done="ready")
 
     def ask(_=None) -> None:
         """Another question or answer: everything anew, all sentences inside."""
@@ -625,14 +613,14 @@ def view_attribution(
             known = evidence if asked.value == str(question) else ()
             trace = Trace(model, adapter, documents, *given, known, wrong=wrong, attribute=attribute)
 
-        if attempt(read, "answering ..."):
+        if attempt(status, read, "answering ...", "ready"):
             starts = range(0, max(1, len(trace.units)), SENTENCES_AT_ONCE)
             ends = [min(start + SENTENCES_AT_ONCE, len(trace.units)) for start in starts]
             choices = [(f"{start + 1} to {end}", start) for start, end in zip(starts, ends, strict=True)]
             quietly(part, fill, options=choices, value=0)
             part.layout.display = "none" if len(choices) == 1 else None
             fill()
-            attempt(show_answer)
+            attempt(status, show_answer, done="ready")
             if method.value is None:  # the first question
                 few = len(trace.units) <= TRACED_SENTENCES
                 quietly(level, select_level, value="sentence" if few else "chunk")

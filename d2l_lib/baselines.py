@@ -181,7 +181,7 @@ class PromptCompression:
 @torch.no_grad()
 def token_information(model: DocToLoRA, ids: Sequence[int]) -> list[float]:
     """-log p of each token, in nats, given those before it in the user's turn; windows overlap by half."""
-    prefix = _open_turn(model.tokenizer, "")
+    prefix = open_turn(model.tokenizer, "")
     room = model.window - len(prefix)
     values: list[float] = []
     start = 0
@@ -197,7 +197,7 @@ def token_information(model: DocToLoRA, ids: Sequence[int]) -> list[float]:
     return values
 
 
-def _open_turn(tokenizer, text: str) -> list[int]:
+def open_turn(tokenizer, text: str) -> list[int]:
     """Token ids of a chat in which the user has begun to say `text` and may go on."""
     whole, empty = question_ids(tokenizer, [f"{text}x", f"{text}y"])
     n = next(i for i, (a, b) in enumerate(zip(whole, empty, strict=False)) if a != b)
@@ -211,7 +211,7 @@ def sample_questions(model: DocToLoRA, document: str, n: int, seed: int, rounds:
     """
     tokenizer = model.tokenizer
     document = qa.truncate_document(document, "?", tokenizer, model.window, 64)
-    prompt = _open_turn(tokenizer, document + "\n\n")
+    prompt = open_turn(tokenizer, document + "\n\n")
     engine = TransformersEngine("base", model.base_model, tokenizer)
     found: dict[str, None] = {}
     for k in range(rounds):

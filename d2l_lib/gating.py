@@ -17,17 +17,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
+from torch import Tensor
 
 from . import world
 from .adapter import Adapter
 from .documents import check_count
 from .evaluation import wilson
 from .model import DocToLoRA, load
-from .probes import one_hop_question, sum_of
+from .probes import one_hop_question, strangers, sum_of
 from .records import project_root, write_jsonl
-from .routing import relevance
+from .routing import most_relevant, relevance
 
-LEAST = 0.5  # nats: the gate's default (see `gate_curve`; chosen on validation documents)
+LEAST = 0.5  # nats: the gate's default; `measure_gate` says what each threshold costs
 
 
 def gated(
@@ -57,19 +58,16 @@ def gated(
     scores = relevance(model, [questions[i] for i in asked], [per_question[i] for i in asked], system=system)
     chosen: list[Adapter | None] = [None] * len(questions)
     for place, score in zip(asked, scores, strict=True):
-        chosen[place] = _gate(per_question[place], score.tolist(), least, blocks)
+        chosen[place] = _gate(per_question[place], score, least, blocks)
     return chosen
 
 
-def _gate(adapter: Adapter, scores: Sequence[float], least: float, blocks: int | None) -> Adapter | None:
+def _gate(adapter: Adapter, scores: Tensor, least: float, blocks: int | None) -> Adapter | None:
     """What answers where the adapter's blocks have these relevances."""
-    order = sorted(range(len(scores)), key=lambda block: -scores[block])
-    relevant = [block for block in order if scores[block] >= least]
-    if not relevant:
+    relevant = most_relevant(adapter, scores, len(scores) if blocks is None else blocks, least)
+    if not relevant.blocks:
         return None
-    if blocks is None:
-        return adapter
-    return replace(adapter, blocks=tuple(adapter.blocks[block] for block in sorted(relevant[:blocks])))
+    return adapter if blocks is None else relevant
 
 
 def scaled_layers(adapter: Adapter, weights: Sequence[float] | Mapping[int, float]) -> Adapter:
@@ -106,7 +104,7 @@ def gate_samples(
     """`n` questions that a document answers and `n` about the encyclopedia, each asked with a document of `facts`
     facts of `split` inside: one row per question and condition.
 
-    Columns: about ("the document" or "the encyclopedia"), condition ("all blocks" or "one block"), question, answer,
+    Columns: about ("the document" or "the encyclopedia"), condition ("all blocks" or "routed"), question, answer,
     relevance (nats, of the most relevant block), base_correct (the base model alone), correct (the adapter, no gate).
     Whatever the threshold, the gate's answer is one of these two.
     """
@@ -135,7 +133,7 @@ def many_documents_samples(
     asked: list[world.Question] = []
     about, adapters, alone = [], [], []
     while len(asked) < 2 * n:
-        together = strangers(rng, split, count, n_facts)
+        together = list(strangers(rng, count, n_facts, split))
         each = model.internalize_each({f"document {i}": document.text for i, document in enumerate(together)})
         places = [rng.randrange(count) for _ in range(per_adapter)]
         asked += [one_hop_question(rng, together[place]) for place in places]
@@ -149,37 +147,20 @@ def many_documents_samples(
     return rows.assign(single_document=single * rows["condition"].nunique())
 
 
-def strangers(rng: random.Random, split: str, count: int, n_facts: int) -> list[world.Document]:
-    """`count` documents that share no names, so that no question has two right answers."""
-    found: list[world.Document] = []
-    known: set[str] = set()
-    for _ in range(100 * count):
-        if len(found) == count:
-            break
-        document = world.draw_document(rng, split, n_facts)
-        names = {name for _, name in document.entities}
-        if not names & known:
-            known |= names
-            found.append(document)
-    if len(found) < count:
-        raise ValueError(f"the {split} split has too few names for {count} documents of {n_facts} facts")
-    return found
-
-
 def _gate_rows(
     model: DocToLoRA, asked: Sequence[world.Question], adapters: Sequence[Adapter], about: Sequence[str]
 ) -> pd.DataFrame:
     texts = [question.text for question in asked]
-    scores = [score.tolist() for score in relevance(model, texts, adapters)]
+    scores = relevance(model, texts, adapters)
     base = model.answer(texts, None)
     best = [_gate(adapter, score, -math.inf, 1) for adapter, score in zip(adapters, scores, strict=True)]
     rows = []
-    for condition, chosen in {"all blocks": list(adapters), "one block": best}.items():
+    for condition, chosen in {"all blocks": list(adapters), "routed": best}.items():
         said = model.answer(texts, chosen)
         for question, topic, score, alone, answer in zip(asked, about, scores, base, said, strict=True):
             rows.append(
                 {"condition": condition, "about": topic, "question": question.text, "answer": question.answer}
-                | {"relevance": max(score), "base_correct": alone == question.answer}
+                | {"relevance": float(score.max()), "base_correct": alone == question.answer}
                 | {"correct": answer == question.answer}
             )
     return pd.DataFrame(rows)
@@ -244,10 +225,7 @@ def dial_samples(
     asked: dict[str, list[world.Question]] = {"the contradiction": [], "the document": [], "the encyclopedia": []}
     texts, believed = [], []
     for _ in range(n):
-        fact = rng.choice(world.encyclopedia())
-        own = world.draw_facts(rng, split, n_facts - 1)
-        document = world.write_document(rng, [*own, world.with_value(rng, fact, split)], split)
-        placed = next(f for f in document.facts if (f.subject, f.relation) == (fact.subject, fact.relation))
+        document, ((placed, fact),) = world.conflicting_document(rng, n_facts - 1, 1, split)
         other = rng.choice([f for f in document.facts if f is not placed])
         elsewhere = next(
             question for question in world.encyclopedia_questions(rng, 1000) if fact.subject not in question.text

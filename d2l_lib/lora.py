@@ -4,7 +4,7 @@ The adapter acts through forward hooks inside a `with` block. No weight is touch
 the model after the block equals the model before it, bit for bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -40,15 +40,30 @@ def apply_lora(
     linears = target_linears(model, sorted(loras))
     for module, (A, B) in loras.items():
         _check_fit(module, A, B, linears[module], rows, lengths)
+    deltas = []
+    for module, (A, B) in loras.items():
+        for layer, linear in enumerate(linears[module]):
+            place = linear.weight.device
+            factors = {"A": A[:, layer].to(place), "B": B[:, layer].to(place)}
+            deltas.append((linear, partial(_delta, **factors, rows=rows, lengths=lengths)))
+    with add_deltas(model, deltas, scale):
+        yield
+
+
+@contextmanager
+def add_deltas(
+    model: nn.Module, deltas: Sequence[tuple[nn.Linear, Callable[[Tensor], Tensor]]], scale: float
+) -> Iterator[None]:
+    """Inside the `with` block each of these linears of `model` returns y + scale * delta(x).
+
+    Blocks nest: the innermost one counts. The model on exit is the model on entry.
+    """
     token, handles = object(), []
     stack = open_adapters.setdefault(model, [])
     try:
-        for module, (A, B) in loras.items():
-            for layer, linear in enumerate(linears[module]):
-                place = linear.weight.device
-                delta = partial(_delta, A=A[:, layer].to(place), B=B[:, layer].to(place), rows=rows, lengths=lengths)
-                hook = partial(_add_delta, delta=delta, scale=scale, stack=stack, token=token)
-                handles.append(linear.register_forward_hook(hook))
+        for linear, delta in deltas:
+            hook = partial(_add_delta, delta=delta, scale=scale, stack=stack, token=token)
+            handles.append(linear.register_forward_hook(hook))
         stack.append(token)
         yield
     finally:

@@ -266,7 +266,7 @@ class DocToLoRA:
         rows = [*batch]
         if len(batch[0]) < width:
             rows += [batch[-1]] * (self._rows(width) - len(batch))
-        ids, mask = _padded(rows, _pad_id(self.encoder_tokenizer), side="right", width=width)
+        ids, mask = pad_rows(rows, pad_id_of(self.encoder_tokenizer), side="right", width=width)
         device = next(self.encoder.model.parameters()).device
         mask = mask.to(device)
         features = self.encoder.encode(ids.to(device), attention_mask=mask)
@@ -438,7 +438,7 @@ class DocToLoRA:
 
     def _answer_batch(self, prompts: list[list[int]], adapters: list[Adapter | None], max_new_tokens: int) -> list[str]:
         """Greedy answers of one left-padded batch."""
-        ids, mask = _padded(prompts, _pad_id(self.tokenizer), side="left")
+        ids, mask = pad_rows(prompts, pad_id_of(self.tokenizer), side="left")
         stops = stop_ids(self.tokenizer)
         allowed = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
         generated = self.generate(
@@ -479,7 +479,7 @@ class DocToLoRA:
             raise ValueError(f"row {row} ends in padding (its attention_mask is 0 there): pad on the left")
         length = int(attention_mask.sum(1).max())
         self._check_window(length, f"input_ids holds {length} tokens")
-        options = {"do_sample": False, "pad_token_id": _pad_id(self.tokenizer)} | options
+        options = {"do_sample": False, "pad_token_id": pad_id_of(self.tokenizer)} | options
         with self.applied(self._chosen(adapter)):
             return self.base_model.generate(
                 input_ids=input_ids.to(self.device),
@@ -657,12 +657,12 @@ def _window(network: nn.Module) -> int:
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
-def _pad_id(tokenizer) -> int:
+def pad_id_of(tokenizer) -> int:
     """An id to pad with; it is always masked, so any will do."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def _padded(rows: Sequence[Sequence[int]], pad_id: int, side: str, width: int | None = None) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str, width: int | None = None) -> tuple[Tensor, Tensor]:
     """(ids [n, T], mask [n, T]) of rows of token ids, filled up on the left or right to `width` (None: to the longest);
     mask 0 there.
     """

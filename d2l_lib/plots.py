@@ -867,7 +867,7 @@ def plot_override_by_strength(
                     part["weight"], part["override"], color=COLORS[0], linewidth=0.9,
                     linestyle=("--", "-.", ":", (0, (1, 3)))[i % 4], label=f"override, {layers} alone turned",
                 )  # fmt: skip
-            axes.set_title("with the gate, one block" if gate else "all blocks, no gate", fontsize=10)
+            axes.set_title("with the gate, routed" if gate else "all blocks, no gate", fontsize=10)
             axes.set_xlabel("strength (times the blocks as written)")
             _share_axis(axes, "answers (%)")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)

@@ -108,7 +108,7 @@ def composition(
         rng = random.Random(f"composition/{seed}/{count}")
         asked, adapters = [], []
         while len(asked) < n:
-            together = list(_strangers(rng, count, n_facts))
+            together = list(strangers(rng, count, n_facts))
             adapter = sum_of(model.internalize_each({f"document {i}": d.text for i, d in enumerate(together)}))
             for _ in range(questions):
                 asked.append(one_hop_question(rng, rng.choice(together)))
@@ -129,7 +129,7 @@ def removal(model: DocToLoRA, n: int, seed: int, count: int = 16, n_facts: int =
     asked: dict[tuple[str, str], list[world.Question]] = {}
     adapters: dict[tuple[str, str], list] = {}
     for _ in range(n):
-        together = list(_strangers(rng, count, n_facts))
+        together = list(strangers(rng, count, n_facts))
         each = model.internalize_each({f"document {i}": d.text for i, d in enumerate(together)})
         everything, others = sum_of(each), sum_of(each[:-1])
         name = f"document {count - 1}"
@@ -230,17 +230,17 @@ def sum_of(adapters: Sequence):
     return total
 
 
-def _strangers(rng: random.Random, count: int, n_facts: int) -> Iterator[world.Document]:
-    """Documents of the test split that share no names, so that no question has two right answers."""
+def strangers(rng: random.Random, count: int, n_facts: int, split: str = "test") -> Iterator[world.Document]:
+    """`count` documents of `split` that share no names, so that no question has two right answers."""
     known: set[str] = set()
     failures = 0
     while count:
-        document = world.draw_document(rng, "test", n_facts)
+        document = world.draw_document(rng, split, n_facts)
         names = {name for _, name in document.entities}
         if names & known:
             failures += 1
             if failures == 500:
-                raise ValueError(f"the test split has too few names for {count} more documents of {n_facts} facts")
+                raise ValueError(f"the {split} split has too few names for {count} more documents of {n_facts} facts")
             continue
         known |= names
         failures, count = 0, count - 1

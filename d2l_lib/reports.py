@@ -28,16 +28,16 @@ import torch
 
 from . import presets, world
 from .adapter import Adapter
-from .baselines import _open_turn
+from .baselines import open_turn
 from .documents import name_documents, question_ids, split_sentences
-from .model import DocToLoRA, _pad_id, _padded, load
+from .model import DocToLoRA, load, pad_id_of, pad_rows
 from .probes import sum_of
 from .records import project_root, write_atomic, write_jsonl
 from .routing import route
 from .selfgen import Reply, TransformersEngine
 from .weights import norms
 
-FLAG_BELOW = 0.5  # of `kept`: below it a sentence counts as lost (see `flag_curve`; chosen on validation documents)
+FLAG_BELOW = 0.5  # of `kept`: below it a sentence counts as lost; `flag_curve` says what each threshold finds
 UNSURE = ("i do not know", "i don't know", "i am not sure", "i'm not sure", "not stated", "unknown")
 TOKENS = 48  # of a question, and of an answer
 PUBLISHED_CHUNKS, PUBLISHED_CHUNK_TOKENS = 8, 512  # what the published recipe trains on
@@ -53,7 +53,7 @@ def ask_about(
     For base models that saw questions behind documents in training, as the bundled one did; others need another `ask`.
     """
     tokenizer = model.tokenizer
-    prompts = [_open_turn(tokenizer, f"{sentence}\n\n") for sentence in sentences for _ in range(n)]
+    prompts = [open_turn(tokenizer, f"{sentence}\n\n") for sentence in sentences for _ in range(n)]
     replies = TransformersEngine("base", model.base_model, tokenizer).reply(prompts, TOKENS, temperature, seed)
     found = []
     for start in range(0, len(prompts), n):
@@ -93,7 +93,7 @@ def score_answers(
     for start in range(0, len(prompts), model.answer_batch):
         batch = slice(start, start + model.answer_batch)
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts[batch], answers[batch], strict=True)]
-        ids, mask = _padded(rows, _pad_id(model.tokenizer), side="right")
+        ids, mask = pad_rows(rows, pad_id_of(model.tokenizer), side="right")
         chosen = list(adapters[batch])
         with model.applied(chosen if any(one is not chosen[0] for one in chosen) else chosen[0]):
             logits = model.base_model(
@@ -439,7 +439,7 @@ SIGNALS = {  # of a sentence; what is least is flagged first
     "share of questions answered": lambda asked: (asked["margin"] > 0).mean(),
     "over the controls": lambda asked: most_frequent(asked)[["over_zero", "over_wrong"]].min(),
 }
-ANSWERING = {"all blocks": None, "one block": 1}
+ANSWERING = {"all blocks": None, "routed": 1}
 
 
 def flag_samples(
@@ -448,7 +448,7 @@ def flag_samples(
     """Every fact of `n_documents` generated documents of `split`: is its question answered, and what did the report,
     which does not know that question, measure at its sentence?
 
-    One row per fact and condition ("all blocks", "one block"): document, condition, question, answer, prediction,
+    One row per fact and condition ("all blocks", "routed"): document, condition, question, answer, prediction,
     failed, the SIGNALS (NaN where no question about the sentence was found).
     """
     rng = random.Random(f"flags/{split}/{seed}")

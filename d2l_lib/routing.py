@@ -92,7 +92,12 @@ def route(
     scores = relevance(model, [questions[i] for i in many], [adapters[i] for i in many], system=system)
     routed = list(adapters)
     for place, score in zip(many, scores, strict=True):
-        best = score.argsort(descending=True, stable=True)[:blocks].tolist()
-        kept = sorted(block for block in best if score[block] >= least)
-        routed[place] = replace(adapters[place], blocks=tuple(adapters[place].blocks[block] for block in kept))
+        routed[place] = most_relevant(adapters[place], score, blocks, least)
     return routed
+
+
+def most_relevant(adapter: Adapter, scores: Tensor, blocks: int, least: float = 0.0) -> Adapter:
+    """The adapter with only its `blocks` of highest score [n_blocks], in their order, and none of less than `least`."""
+    best = scores.argsort(descending=True, stable=True)[:blocks].tolist()
+    kept = sorted(block for block in best if scores[block] >= least)
+    return replace(adapter, blocks=tuple(adapter.blocks[block] for block in kept))

@@ -26,7 +26,7 @@ from d2l_lib.documents import context_ids, question_ids, split_sentences, stop_i
 from d2l_lib.metrics import normalize_answer
 from d2l_lib.records import read_json
 from d2l_lib.selfgen import DROPPED, MANIFEST, PUBLISHED, SCHEMA, tokenizer_fingerprint
-from d2l_lib.viewers import ALL_KINDS, STATIC_ROWS, Viewer, render_document, render_message, render_view
+from d2l_lib.viewers import ALL_KINDS, STATIC_ROWS, Viewer, attempt, render_document, render_message, render_view
 
 UNRELATED = ("encyclopedia", "unrelated")  # kinds that the teacher answered without the document
 AGREEMENTS = ("agrees", "contains the reference", "differs", "no reference")
@@ -563,16 +563,6 @@ def view_shards(folder: str | Path, tokenizer) -> Viewer:
     manifest: dict[str, Any] = {}
     matches = np.zeros(0, dtype=np.int64)
 
-    def attempt(action: Callable[[], Any]) -> bool:
-        """Runs `action`; what goes wrong is shown as the page: in a callback an exception would be lost."""
-        try:
-            action()
-        except Exception as error:  # whatever it is, the person at the page has to see it
-            kind_of = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            page.value = render_message(f"{kind_of}{error}", is_error=True)
-            return False
-        return True
-
     def quietly(widget: W.Widget, **traits) -> None:
         """Sets a control without what follows when a person does."""
         widget.unobserve(observers[widget], "value")
@@ -589,7 +579,7 @@ def view_shards(folder: str | Path, tokenizer) -> Viewer:
             page.value = render_shard_sample(sample, place, len(matches), n_samples, file.path.name, dropped)
 
         if len(matches):
-            attempt(draw)
+            attempt(page, draw)
         elif file:
             page.value = render_view("shard", "No sample matches.", position=-1, matches=0, samples=n_samples)
 
@@ -613,7 +603,7 @@ def view_shards(folder: str | Path, tokenizer) -> Viewer:
             )
 
         status.value = ""
-        done = file is not None and attempt(scan)
+        done = file is not None and attempt(page, scan)
         if done:
             times = [f"{what} in {n} of {file.n_groups} row groups" for what, n in Counter(scanned).items()]
             read = f" (scanned once for this: {', '.join(times)})" if times else ""
@@ -641,7 +631,7 @@ def view_shards(folder: str | Path, tokenizer) -> Viewer:
             kind.disabled = agrees.disabled = not file.has_texts
             about.value = _describe(file, manifest, tokenizer)
 
-        attempt(read)
+        attempt(page, read)
         reset()
 
     def open_folder(_=None) -> None:
@@ -657,7 +647,7 @@ def view_shards(folder: str | Path, tokenizer) -> Viewer:
                 raise ValueError(f"{path} {reason if path.exists() else 'does not exist'}")
 
         manifest = _read_dict(path / MANIFEST)
-        if not attempt(read):
+        if not attempt(page, read):
             reset()
         for candidate in name.options:  # the first that can be read
             quietly(name, value=candidate)

@@ -176,6 +176,22 @@ def _as_text(value: Any) -> str:
 # --- widgets ----------------------------------------------------------------------------------------------------------
 
 
+def attempt(page: W.HTML, action: Callable[[], Any], working: str = "", done: str = "") -> bool:
+    """Runs `action`; what goes wrong is told on `page`: in a callback an exception would be lost. So are `working`,
+    before it, and `done`, after it, where they are given.
+    """
+    if working:
+        page.value = render_message(working)
+    try:
+        action()
+    except Exception as error:  # whatever it is, the person at the page has to see it
+        page.value = render_message(f"{type(error).__name__}: {error}", is_error=True)
+        return False
+    if done:
+        page.value = render_message(done)
+    return True
+
+
 class Viewer(W.VBox):
     """Widgets in a column that also have a plain HTML form, for pages without a kernel: `static_html`."""
 
@@ -384,17 +400,6 @@ def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None =
     answered_for, editing = None, None
     turns: list[Turn] = []
 
-    def attempt(action: Callable[[], Any], working: str) -> bool:
-        """Runs `action` and says how it went: in a callback an exception would be lost."""
-        status.value = render_message(working)
-        try:
-            action()
-        except Exception as error:  # whatever it is, the person at the page has to see it
-            status.value = render_message(f"{type(error).__name__}: {error}", is_error=True)
-            return False
-        status.value = render_message("ready")
-        return True
-
     def refresh(_=None) -> None:
         """Draws what is inside, and asks the question again if anything that its answer depends on has changed."""
         nonlocal answered_for
@@ -414,7 +419,7 @@ def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None =
             turns.append(turn)
             answers.value = render_answers(turns)
 
-        if attempt(answer, "answering ..."):
+        if attempt(status, answer, "answering ...", "ready"):
             answered_for = state
 
     def row(document: str) -> W.HBox:
@@ -456,7 +461,7 @@ def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None =
             added = conversation.add(body, title)
             listed.children = [*listed.children, row(added)]
 
-        done = attempt(internalize, "internalizing ...")
+        done = attempt(status, internalize, "internalizing ...", "ready")
         if done:
             refresh()
         return done
@@ -464,7 +469,7 @@ def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None =
     def on_add(_) -> None:
         if editing is None:
             done = insert(text.value, name.value)
-        elif done := attempt(lambda: conversation.replace(editing, text.value), "internalizing ..."):
+        elif done := attempt(status, lambda: conversation.replace(editing, text.value), "internalizing ...", "ready"):
             refresh()
         if done:
             edit_document(None)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from d2l_lib import needles
-from d2l_lib.adapter import Adapter, Block
+from d2l_lib.adapter import Adapter, Block, singular_vectors
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import check_count
 from d2l_lib.evaluation import summarise
@@ -36,20 +36,18 @@ Decomposition = tuple[Tensor, Tensor, Tensor]
 
 # ----------------------------------------------------------------------------------------------------- singular values
 def decompose(adapter: Adapter, module: str) -> Decomposition:
-    """(U [L, d_out, k], S [L, k], V [L, d_in, k]) of the update of every layer, k = min(R, d_in, d_out), float64.
+    """(U [L, d_out, k], S [L, k], V [L, d_in, k]) of the update of every layer, the scale included, float64 (see
+    `adapter.singular_vectors`).
 
-    Two QR decompositions and a small SVD: A^T = Q_A R_A, B^T = Q_B R_B, R_B R_A^T = U' S V'^T, U = Q_B U', V = Q_A V'.
     ValueError for an adapter of rank 0 and for numbers that are not finite.
     """
     if adapter.rank == 0:
         raise ValueError("this adapter is empty: it has no singular values")
-    A, B = (factor.double() for factor in adapter.factors(module))
+    A, B = adapter.factors(module)
     if not (A.isfinite().all() and B.isfinite().all()):
         raise ValueError(f"{module} of this adapter holds NaN or infinity: it was written by a damaged model")
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    Q_B, R_B = torch.linalg.qr(B.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return Q_B @ U, abs(adapter.scale) * S, Q_A @ Vh.mT * math.copysign(1, adapter.scale)
+    U, S, V = singular_vectors(A, B)
+    return U, abs(adapter.scale) * S, V * math.copysign(1, adapter.scale)
 
 
 def spectra(adapter: Adapter) -> pd.DataFrame:

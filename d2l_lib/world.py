@@ -699,13 +699,13 @@ def with_value(rng: random.Random, fact: Fact, split: str) -> Fact:
 
 
 def conflicting_document(
-    rng: random.Random, n_facts: int, n_conflicts: int
+    rng: random.Random, n_facts: int, n_conflicts: int, split: str = "train"
 ) -> tuple[Document, list[tuple[Fact, Fact]]]:
-    """A document in which `n_conflicts` encyclopedia facts have another value; pairs (fact in the document, fact
-    believed).
+    """A document of `split` in which `n_conflicts` encyclopedia facts have another value; pairs (fact in the document,
+    fact believed).
     """
     believed = rng.sample(encyclopedia(), n_conflicts)
-    changed = [with_value(rng, fact, "train") for fact in believed]
-    document = write_document(rng, [*draw_facts(rng, "train", n_facts), *changed], "train")
+    changed = [with_value(rng, fact, split) for fact in believed]
+    document = write_document(rng, [*draw_facts(rng, split, n_facts), *changed], split)
     placed = {(f.subject, f.relation): f for f in document.facts}
     return document, [(placed[f.subject, f.relation], f) for f in believed]

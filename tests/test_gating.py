@@ -8,7 +8,7 @@ import torch
 
 import d2l_lib as d2l
 from d2l_lib import gating, world
-from d2l_lib.gating import best_strength, best_threshold, gate_curve, gated, scaled_layers, strangers
+from d2l_lib.gating import best_strength, best_threshold, gate_curve, gated, scaled_layers
 from d2l_lib.routing import relevance
 
 DOCUMENT = world.draw_document(random.Random("gating"), "test", 5)
@@ -90,7 +90,7 @@ def test_wrong_weights_are_named(adapter, weights, message):
 def test_the_gate_curve_takes_the_base_models_answer_below_the_threshold():
     samples = pd.DataFrame(
         {
-            "condition": "one block",
+            "condition": "routed",
             "about": ["the encyclopedia"] * 4 + ["the document"] * 4,
             "relevance": [0.1, 0.1, 0.1, 3.0, 5.0, 5.0, 2.0, 0.3],
             "base_correct": [True] * 4 + [False] * 4,
@@ -100,7 +100,7 @@ def test_the_gate_curve_takes_the_base_models_answer_below_the_threshold():
     curve = gate_curve(samples, (0.0, 0.2, 4.0)).set_index("least")
     assert list(curve["unrelated_loss"]) == [0.5, 0.25, 0.0]
     assert list(curve["answerable_loss"]) == [0.0, 0.0, 0.5]
-    assert best_threshold(curve.reset_index(), "one block") == 0.2
+    assert best_threshold(curve.reset_index(), "routed") == 0.2
 
 
 def test_the_strongest_override_without_damage_is_chosen():
@@ -127,11 +127,3 @@ def test_samples_ask_both_sorts_and_the_dial_turns_every_layer(model):
     curve = gating.dial_curve(dial).set_index(["layers", "weight", "gate"])
     assert curve.loc[("all layers", 0.0, False), "override"] == 0
     assert curve.loc[("all layers", 0.0, False), "believed"] == 1
-
-
-def test_strangers_share_no_names(monkeypatch):
-    names = [name for document in strangers(random.Random(0), "test", 8, 4) for _, name in document.entities]
-    assert len(names) == len(set(names))
-    monkeypatch.setattr("d2l_lib.gating.world.draw_document", lambda *_: DOCUMENT)
-    with pytest.raises(ValueError, match="too few names"):
-        strangers(random.Random(0), "test", 2, 5)

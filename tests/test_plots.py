@@ -75,11 +75,11 @@ def tables(needles) -> dict:
     )  # fmt: skip
     sentences = pd.DataFrame({"status": ["stored", "not asked", "lost", "stored"], "margin": [2.0, np.nan, -1.0, 3.0]})
     flags = pd.DataFrame(
-        {"condition": ["all blocks"] * 3 + ["one block"] * 3, "signal": "margin", "found": [0.0, 0.5, 1.0] * 2,
+        {"condition": ["all blocks"] * 3 + ["routed"] * 3, "signal": "margin", "found": [0.0, 0.5, 1.0] * 2,
          "precision": [1.0, 0.8, 0.3] * 2, "false_alarms": [0.0, 0.1, 1.0] * 2, "n": 100, "failing": 30, "seed": 0}
     )  # fmt: skip
     gate = pd.DataFrame(
-        {"condition": "one block", "documents": [1, 1, 64, 64], "least": [0.0, 1.0] * 2, "n": 50, "seed": 0,
+        {"condition": "routed", "documents": [1, 1, 64, 64], "least": [0.0, 1.0] * 2, "n": 50, "seed": 0,
          "unrelated_loss": [0.1, 0.0] * 2, "answerable_loss": [0.0, 0.05] * 2, "chosen": [False, True] * 2}
     )  # fmt: skip
     dial = pd.DataFrame(
@@ -373,7 +373,7 @@ def test_gate_panels_are_one_per_number_of_documents_with_the_choice_marked(tabl
 def test_the_dial_has_a_panel_with_and_one_without_the_gate(tables):
     first, second = plots.plot_override_by_strength(tables[plots.plot_override_by_strength]).axes
     titles = [axes.get_title(loc="left") for axes in (first, second)]
-    assert titles == ["all blocks, no gate", "with the gate, one block"]
+    assert titles == ["all blocks, no gate", "with the gate, routed"]
     alone = next(line for line in first.get_lines() if "layer 1" in line.get_label())
     assert list(alone.get_xdata()) == [1.0, 2.0]  # a single layer starts from the blocks as written
 

@@ -124,8 +124,8 @@ def test_two_hops_are_put_where_they_should_be(reader):
 
 
 def test_strangers_share_no_names():
-    documents = list(probes._strangers(random.Random(0), 16, 5))
+    documents = list(probes.strangers(random.Random(0), 16, 5))
     names = [name for document in documents for _, name in document.entities]
     assert len(documents) == 16 and len(set(names)) == len(names)
     with pytest.raises(ValueError, match="too few names"):
-        list(probes._strangers(random.Random(0), 50, 60))
+        list(probes.strangers(random.Random(0), 50, 60))

@@ -58,13 +58,20 @@ def test_scores_do_not_depend_on_what_is_scored_beside(model, adapter):
         assert first == pytest.approx(second, abs=1e-3)
 
 
-def test_a_sentence_whose_block_is_gone_is_lost_and_the_others_are_stored(made, adapter):
+def test_a_sentence_whose_block_is_gone_is_lost_and_the_others_are_what_the_adapter_answers(made, model, adapter):
     gone = adapter.blocks[-1].span
     table = made.table
     taken = (table["start"] >= gone[0]) & (table["start"] < gone[1])
     assert set(table["status"][taken]) == {"lost"}
     assert (table["chunk"][taken] == -1).all()
-    assert "stored" in set(table["status"][~taken])
+    rng, status = random.Random(0), {"answered": [], "failed": []}
+    for fact in DOCUMENT.facts:
+        if fact.span[0] < gone[0]:
+            said = model.answer(world.question_about(rng, fact).text, adapter.without(chunk=adapter.blocks[-1].chunk))
+            (found,) = table["status"][(table["start"] <= fact.span[0]) & (fact.span[0] < table["end"])]
+            status["answered" if said == fact.value else "failed"].append(found)
+    assert set(status["failed"]) <= {"lost"}
+    assert status["answered"].count("stored") >= max(1, len(status["answered"]) - 1)
     assert table["margin"][taken].max() < 0 < table["margin"][~taken].max()
     assert table["over_zero"][taken].abs().max() < table["over_zero"][~taken].max()
     assert "".join(DOCUMENT.text[a:b] for a, b in zip(table["start"], table["end"], strict=True)) == DOCUMENT.text
