@@ -1,14 +1,16 @@
-"""Hypernetworks on disk: this project's folder format, and a restricted reader of the published pickles.
+"""Hypernetworks on disk: this project's folder format, the published `pytorch_model.bin`, and the way between them.
 
 A folder holds `hypernetwork.safetensors` (tensors under their published names) and `config.json`: nothing in it is
-code. The published `pytorch_model.bin` is a pickle; it is opened with PyTorch's restricted unpickler, which knows the
-classes listed below as plain attribute holders and refuses every other name.
+code. The published file is a pickle; `pickles` reads and writes it without running anything in it. Both ways keep
+every tensor bit for bit:
+
+    python -m d2l_lib.checkpoints convert pytorch_model.bin folder
+    python -m d2l_lib.checkpoints convert folder pytorch_model.bin
 """
 
+import argparse
 import json
-import pickle
-import re
-import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from d2l_lib import pickles
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
+from d2l_lib.pickles import CheckpointError, Record
 from d2l_lib.records import atomic_folder
+
+__all__ = ["CheckpointError", "convert", "export", "load_checkpoint", "read_published", "save_checkpoint"]
 
 FORMAT = "doc-to-lora hypernetwork"
 VERSION = 1
 WEIGHTS = "hypernetwork.safetensors"
 SETTINGS = "config.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, with what is wrong with it and what to do."""
+PUBLISHED = "pytorch_model.bin"
+MOST_LAYERS = 1000  # of a Perceiver and its head, far above any published one
 
 
 # ------------------------------------------------------------------------------------------- this project's format
@@ -44,17 +48,18 @@ def save_checkpoint(
     `dtype`: round to this precision on disk (loading makes float32 of it again); ValueError where a value does not
     fit into it.
     """
-    settings = {
-        "format": FORMAT,
-        "version": VERSION,
-        "hypernetwork": hypernetwork.config.to_dict(),
-        "meta": meta or {},
-    }
-    text = json.dumps(settings, indent=2)
     # named_parameters lists a shared layer once; loading restores the aliases.
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in hypernetwork.named_parameters()}
     if dtype is not None and (unfit := [name for name, value in tensors.items() if not value.isfinite().all()]):
         raise ValueError(f"{unfit[0]} has values that do not fit into {dtype}: save it without dtype")
+    return _write_folder(folder, hypernetwork.config, tensors, meta)
+
+
+def _write_folder(
+    folder: str | Path, config: HypernetworkConfig, tensors: dict[str, Tensor], meta: dict[str, Any] | None
+) -> Path:
+    settings = {"format": FORMAT, "version": VERSION, "hypernetwork": config.to_dict(), "meta": meta or {}}
+    text = json.dumps(settings, indent=2)
     with atomic_folder(folder) as unfinished:
         save_file(tensors, unfinished / WEIGHTS)
         (unfinished / SETTINGS).write_text(text + "\n", encoding="utf-8")
@@ -66,7 +71,11 @@ def load_checkpoint(folder: str | Path) -> tuple[Hypernetwork, dict[str, Any]]:
 
     FileNotFoundError names the missing file; CheckpointError says what is wrong with a damaged one.
     """
-    folder = Path(folder)
+    config, tensors, meta = _read_folder(Path(folder))
+    return build_hypernetwork(config, tensors), meta
+
+
+def _read_folder(folder: Path) -> tuple[HypernetworkConfig, dict[str, Tensor], dict[str, Any]]:
     for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: give a folder that save_checkpoint wrote")
@@ -83,7 +92,7 @@ def load_checkpoint(folder: str | Path) -> tuple[Hypernetwork, dict[str, Any]]:
         meta = dict(settings.get("meta", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / SETTINGS}: {error}") from error
-    return build_hypernetwork(config, read_safetensors(folder / WEIGHTS)), meta
+    return config, read_safetensors(folder / WEIGHTS), meta
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -95,59 +104,54 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def build_hypernetwork(config: HypernetworkConfig, state: dict[str, Tensor]) -> Hypernetwork:
-    """A hypernetwork of this config with the tensors of `state`, in eval mode.
+    """A float32 hypernetwork of this config with the tensors of `state`, in eval mode.
 
     Each shared layer may appear once or under all of its names. CheckpointError lists names and shapes that do not
-    belong together.
+    belong together; nothing of the size that the config names is allocated before.
     """
-    hypernetwork = Hypernetwork(config)
-    own = hypernetwork.state_dict()
-    required = dict(hypernetwork.named_parameters())
+    hypernetwork = _skeleton(config)
+    tensors = _once(hypernetwork, state)
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    hypernetwork.load_state_dict(copies, strict=False, assign=True)
+    return hypernetwork.eval()
+
+
+def _skeleton(config: HypernetworkConfig) -> Hypernetwork:
+    """A hypernetwork that has names and shapes and no memory; CheckpointError for sizes that none has."""
+    n_layers = config.n_blocks * (1 + config.n_self_attention_per_block) + config.n_pre_head_layers
+    try:
+        if n_layers > MOST_LAYERS:
+            raise ValueError(f"{n_layers} Perceiver and head layers, {MOST_LAYERS} at most are supported")
+        with torch.device("meta"):
+            return Hypernetwork(config)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the settings describe no hypernetwork: {str(error).splitlines()[0]}") from error
+
+
+def _once(skeleton: Hypernetwork, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `state` with each shared layer once, under its first name.
+
+    CheckpointError for names and shapes that do not belong to the skeleton, and for names of one layer that hold
+    different values.
+    """
+    own = skeleton.state_dict(keep_vars=True)
+    first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
     unknown = sorted(set(state) - set(own))
-    missing = sorted(set(required) - set(state))
+    missing = sorted(set(first.values()) - set(state))
     if unknown or missing:
         raise CheckpointError(f"tensors do not fit the settings: missing {missing[:5]}, not expected {unknown[:5]}")
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise CheckpointError(f"{name} has shape {list(tensor.shape)}, the settings need {list(own[name].shape)}")
-    hypernetwork.load_state_dict(state, strict=False)
-    return hypernetwork.eval()
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{name} holds {tensor.dtype}, not numbers with a fraction")
+        shared = first[id(own[name])]
+        if shared != name and not torch.equal(tensor, state[shared]):
+            raise CheckpointError(f"{name} and {shared} are one shared layer, but hold different values")
+    return {name: state[name] for name in first.values()}
 
 
 # ------------------------------------------------------------------------------------------- the published format
-
-
-class _Record:
-    """Stands in for a configuration class of the published code: attributes only."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-class _Name(str):
-    """Stands in for an enumeration whose values are strings."""
-
-
-def _class(name: str, base: type) -> type:
-    return type(name, (base,), {})
-
-
-# Older files name the configuration classes in the module that came before the package was split.
-_KNOWN_GLOBALS = {
-    "ctx_to_lora.configs.CtxEncoderArguments": _Record,
-    "ctx_to_lora.modeling.hypernet.HypernetConfig": _Record,
-    "ctx_to_lora.modeling.aggregator.AggregatorConfig": _Record,
-    "ctx_to_lora.modeling_utils.CtxEncoderArguments": _Record,
-    "ctx_to_lora.modeling_utils.HypernetConfig": _Record,
-    "ctx_to_lora.modeling_utils.AggregatorConfig": _Record,
-    "peft.tuners.lora.config.LoraConfig": _Record,
-    "peft.tuners.lora.config.LoraRuntimeConfig": _Record,
-    "peft.utils.peft_types.PeftType": _Name,
-}
-_STAND_INS = [(_class(name.rpartition(".")[2], base), name) for name, base in _KNOWN_GLOBALS.items()]
-# What PyTorch raises for cut, empty or scrambled files.
-DAMAGE = (RuntimeError, EOFError, OSError, zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError)
-_RECORDS = ("base_model_name_or_path", "hypernet_config", "ctx_encoder_args")
 
 
 def read_published(path: str | Path) -> tuple[HypernetworkConfig, dict[str, Tensor], str]:
@@ -158,74 +162,283 @@ def read_published(path: str | Path) -> tuple[HypernetworkConfig, dict[str, Tens
     that this architecture does not have.
     """
     path = Path(path)
-    path = path / "pytorch_model.bin" if path.is_dir() else path
+    path = path / PUBLISHED if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"no published checkpoint at {path}: give the pytorch_model.bin or its folder")
-    content = _unpickle(path)
-    if not isinstance(content, dict) or any(name not in content for name in _RECORDS[:2]):
-        raise CheckpointError(f"{path} is not a Doc-to-LoRA checkpoint: it lacks {' and '.join(_RECORDS[:2])}")
-    tensors = {
-        str(name).replace("_orig_mod.", ""): value for name, value in content.items() if isinstance(value, Tensor)
-    }
+        raise FileNotFoundError(f"no published checkpoint at {path}: give the {PUBLISHED} or its folder")
+    try:
+        return parse_published(pickles.read(path))
+    except CheckpointError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
+
+
+def parse_published(content: dict[str, Any]) -> tuple[HypernetworkConfig, dict[str, Tensor], str]:
+    """(config, tensors, base model name) of what a published checkpoint holds; `content` is left as it is."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            name = str(key).replace("_orig_mod.", "")  # compiled models have it in their names
+            if name in tensors:
+                raise CheckpointError(f"{name} is there twice, with and without _orig_mod.")
+            tensors[name] = value
     try:
         config = _config_of(content)
     except CheckpointError:
         raise
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its configuration lacks or misstates a setting ({error})") from error
-    if not config.use_bias:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"its configuration lacks or misstates a setting ({error})") from error
+    if not config.use_bias:  # the published code makes these all the same, and never reads them
         tensors = {name: value for name, value in tensors.items() if not name.startswith(("bias_A.", "bias_B."))}
-    return config, tensors, str(content["base_model_name_or_path"])
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{path} asks for {refused.group(1)}, which no Doc-to-LoRA checkpoint needs: not opened"
-            ) from error
-        raise CheckpointError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    except DAMAGE as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({first}): copy it again") from error
+    return config, tensors, config.base_model
 
 
 def _config_of(content: dict[str, Any]) -> HypernetworkConfig:
     """Our config from the published records; fields that older files lack get the value they had then."""
-    hypernet = content["hypernet_config"]
+    hypernet, encoder = content["hypernet_config"], content.get("ctx_encoder_args")
     aggregator, lora = hypernet.aggregator_config, hypernet.lora_config
-    encoder = content.get("ctx_encoder_args")
-    if aggregator.aggregator_type != "perceiver":
-        raise CheckpointError(f"aggregator {aggregator.aggregator_type!r} is not supported, only 'perceiver'")
-    if not hypernet.per_rank_gen:
+    kind = _setting(aggregator, "aggregator_type", str)
+    if kind != "perceiver":
+        raise CheckpointError(f"aggregator {kind[:40]!r} is not supported, only 'perceiver'")
+    if not _setting(hypernet, "per_rank_gen", bool):
         raise CheckpointError("per_rank_gen is off: the published code cannot run such a hypernetwork, nor can this")
-    if getattr(hypernet, "extra_modules", None):
-        raise CheckpointError(f"extra_modules {hypernet.extra_modules} are not supported")
-    encoder_type = getattr(encoder, "ctx_encoder_type", "early_exit")
+    if extra := _setting(hypernet, "extra_modules", list, None):
+        raise CheckpointError(f"extra_modules are not supported, this checkpoint has {len(extra)}")
+    n_layers = _setting(aggregator, "num_layers", int)
+    indices = getattr(hypernet, "layer_indices", None)
+    if indices is not None and list(indices) != list(range(n_layers)):
+        raise CheckpointError(f"layer_indices are not all of the {n_layers} layers, which is not supported")
+    encoder_type = _setting(encoder, "ctx_encoder_type", str, "early_exit")
     layer_field = "ctx_encoder_last_layer" if encoder_type == "per_layer_activations" else "layer_idx"
-    d_in, d_out = hypernet.feature_sizes
+    d_in, d_out = _setting(hypernet, "feature_sizes", tuple)
     return HypernetworkConfig(
-        n_layers=int(aggregator.num_layers),
-        d_in={name: int(size) for name, size in d_in.items()},
-        d_out={name: int(size) for name, size in d_out.items()},
-        feature_size=int(aggregator.feature_size),
-        latent_size=int(hypernet.latent_size),
-        rank=int(lora.r),
-        scale=float(lora.lora_alpha),
+        n_layers=n_layers,
+        d_in=_sizes(d_in),
+        d_out=_sizes(d_out),
+        feature_size=_setting(aggregator, "feature_size", int),
+        latent_size=_setting(hypernet, "latent_size", int),
+        rank=_setting(lora, "r", int),
+        scale=float(_setting(lora, "lora_alpha", (int, float))),
         encoder_type=encoder_type,
-        encoder_layer=getattr(encoder, layer_field, None),
-        n_latent_queries=int(aggregator.n_latent_queries),
-        n_blocks=int(aggregator.num_blocks),
-        n_self_attention_per_block=int(aggregator.num_self_attn_per_block),
-        shared_weights=bool(aggregator.shared_weights),
-        per_layer_processing=bool(hypernet.per_layer_processing),
-        n_pre_head_layers=int(getattr(hypernet, "num_pre_head_layers", 4)),
-        use_bias=bool(getattr(hypernet, "use_bias", True)),
-        dropout=float(getattr(hypernet, "dropout_rate", 0.0)),
-        base_model=str(content["base_model_name_or_path"]),
-        encoder_model=getattr(encoder, "ctx_encoder_model_name_or_path", None),
+        encoder_layer=_setting(encoder, layer_field, int, None),
+        n_latent_queries=_setting(aggregator, "n_latent_queries", int),
+        n_blocks=_setting(aggregator, "num_blocks", int),
+        n_self_attention_per_block=_setting(aggregator, "num_self_attn_per_block", int),
+        shared_weights=_setting(aggregator, "shared_weights", bool),
+        per_layer_processing=_setting(hypernet, "per_layer_processing", bool),
+        n_pre_head_layers=_setting(hypernet, "num_pre_head_layers", int, 4),
+        use_bias=_setting(hypernet, "use_bias", bool, True),
+        dropout=float(_setting(hypernet, "dropout_rate", (int, float), 0.0)),
+        base_model=_text(content["base_model_name_or_path"], "base_model_name_or_path"),
+        encoder_model=_setting(encoder, "ctx_encoder_model_name_or_path", str, None),
+        encoder_4bit=_setting(encoder, "quantize_ctx_encoder", bool, False),
     )
+
+
+_NEEDED = object()
+
+
+def _setting(record: Any, name: str, kind: type | tuple[type, ...], default: Any = _NEEDED) -> Any:
+    """An attribute of a record; where the record lacks it, or has None, the default. TypeError for another kind."""
+    value = getattr(record, name, None)
+    if value is None:
+        if default is _NEEDED:
+            raise TypeError(f"{name} is missing")
+        return default
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} is a {type(value).__name__}")
+    return _text(value, name) if kind is str else value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
+        raise TypeError(f"{name} is no name")
+    return str(value)
+
+
+def _sizes(sizes: Any) -> dict[str, int]:
+    if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+        raise TypeError("feature_sizes are no numbers")
+    return {_text(name, "a target module"): size for name, size in sizes.items()}
+
+
+# What LoraConfig held in peft 0.17 beside the settings that a hypernetwork has: its defaults, and no effect here.
+_LORA_REST: dict[str, Any] = {
+    "exclude_modules": None,
+    "lora_alpha": None,  # replaced: the place in the order counts
+    "lora_dropout": 0.0,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "use_rslora": False,
+    "modules_to_save": None,
+    "init_lora_weights": True,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "trainable_token_indices": None,
+    "loftq_config": {},
+    "eva_config": None,
+    "corda_config": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "qalora_group_size": 16,
+    "layer_replication": None,
+}
+
+
+def export(hypernetwork: Hypernetwork, path: str | Path, base_model: str | None = None) -> Path:
+    """Write a checkpoint that the authors' code opens: their class names, tensors under every name that it expects.
+
+    base_model: the name or path that the file is to store and their code loads (None: the config's). ValueError where
+    there is none and for a hypernetwork that their code cannot build. Settings without effect get their defaults;
+    without a bias block their code wants bias tensors all the same, which are zeros.
+    """
+    tensors = {name: value.detach().cpu() for name, value in hypernetwork.named_parameters()}
+    return _write_published(path, hypernetwork.config, tensors, base_model)
+
+
+def _write_published(
+    path: str | Path, config: HypernetworkConfig, tensors: dict[str, Tensor], base_model: str | None
+) -> Path:
+    base_model = base_model or config.base_model
+    if not base_model:
+        raise ValueError("the published format stores the base model's name or path: pass base_model=")
+    if (heads := (config.n_heads, config.n_kv_heads, config.head_dim)) != (16, 4, 128):
+        raise ValueError(f"the published code has 16 heads, 4 of keys, of size 128 and no others; this one has {heads}")
+    skeleton = _skeleton(config)
+    first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+    content: OrderedDict[str, Any] = OrderedDict()
+    for name, parameter in skeleton.state_dict(keep_vars=True).items():
+        tensor = tensors[first[id(parameter)]]
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:  # a part of a larger one would bring that along
+            tensor = tensors[first[id(parameter)]] = tensor.clone()
+        content[name] = tensor.detach()  # another tensor of the same memory, as in a shared layer's state_dict
+    if not config.use_bias:
+        for letter, sizes in (("A", config.d_in), ("B", config.d_out)):
+            for module, size in sizes.items():
+                content[f"bias_{letter}.{module}"] = torch.zeros(config.n_layers, config.rank, size)
+    content["base_model_name_or_path"] = base_model
+    content["hypernet_config"] = _hypernet_record(config, base_model)
+    content["ctx_encoder_args"] = _encoder_record(config)
+    return pickles.write(path, content)
+
+
+def _hypernet_record(config: HypernetworkConfig, base_model: str) -> Record:
+    """The published HypernetConfig of our config."""
+    aggregator = pickles.stand_in("ctx_to_lora.modeling.aggregator.AggregatorConfig")(
+        aggregator_type="perceiver",
+        num_layers=config.n_layers,
+        num_modules=len(config.modules),
+        num_extra_modules=0,
+        output_size=config.latent_size,
+        feature_size=config.feature_size,
+        pooling_type="mean",
+        num_latent_factor=8,
+        lora_r=config.rank,
+        per_rank_gen=True,
+        n_latent_queries=config.n_latent_queries,
+        num_blocks=config.n_blocks,
+        num_self_attn_per_block=config.n_self_attention_per_block,
+        shared_weights=config.shared_weights,
+        layer_to_layer_ctx_encoder=config.layer_to_layer,
+    )
+    lora = pickles.stand_in("peft.tuners.lora.config.LoraConfig")(
+        task_type="CAUSAL_LM",
+        peft_type=pickles.stand_in("peft.utils.peft_types.PeftType")("LORA"),
+        auto_mapping=None,
+        base_model_name_or_path=base_model,
+        revision=None,
+        inference_mode=False,
+        r=config.rank,
+        target_modules=set(config.modules),
+        **_LORA_REST | {"lora_alpha": float(config.scale)},
+        runtime_config=pickles.stand_in("peft.tuners.lora.config.LoraRuntimeConfig")(ephemeral_gpu_offload=False),
+        lora_bias=False,
+        target_parameters=None,
+        _custom_modules=None,
+    )
+    return pickles.stand_in("ctx_to_lora.modeling.hypernet.HypernetConfig")(
+        latent_size=config.latent_size,
+        use_light_weight_lora=False,
+        light_weight_latent_size=128,
+        per_rank_gen=True,
+        use_per_rank_bias=False,
+        use_bias=config.use_bias,
+        per_layer_processing=config.per_layer_processing,
+        use_token_mixing=False,
+        num_pre_head_layers=config.n_pre_head_layers,
+        dropout_rate=float(config.dropout),
+        lora_config=lora,
+        extra_modules=None,
+        base_hidden_size=_base_hidden_size(config),
+        layer_indices=torch.arange(config.n_layers),
+        feature_sizes=(dict(config.d_in), dict(config.d_out)),
+        aggregator_config=aggregator,
+    )
+
+
+def _base_hidden_size(config: HypernetworkConfig) -> int:
+    """Size of the base model's hidden states, as its target modules tell it."""
+    for module in config.modules:
+        if module in ("down_proj", "o_proj"):
+            return config.d_out[module]
+        if module in ("gate_proj", "up_proj", "q_proj", "k_proj", "v_proj"):
+            return config.d_in[module]
+    return config.feature_size
+
+
+def _encoder_record(config: HypernetworkConfig) -> Record:
+    """The published CtxEncoderArguments of our config; without a number of layers theirs stores a quarter of them."""
+    if config.encoder_layer is None and config.encoder_type == "early_exit" and config.encoder_model:
+        raise ValueError(f"the published format stores how many layers of {config.encoder_model} are read: set them")
+    stored = None if config.layer_to_layer else config.encoder_layer
+    return pickles.stand_in("ctx_to_lora.configs.CtxEncoderArguments")(
+        ctx_encoder_model_name_or_path=config.encoder_model,
+        ctx_encoder_type=config.encoder_type,
+        layer_idx=max(1, config.n_layers // 4) if stored is None else stored,
+        quantize_ctx_encoder=config.encoder_4bit,
+        ctx_encoder_last_layer=config.encoder_layer if config.layer_to_layer else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------- the way between them
+
+
+def convert(source: str | Path, target: str | Path, base_model: str | None = None) -> Path:
+    """Turn a published file into a folder of this project's format, or such a folder into a published file.
+
+    source: `pytorch_model.bin`, a folder that holds it, or a folder of this project. target: a new folder, or for the
+    way back a file (or a folder to put `pytorch_model.bin` into). Tensors keep their bits and precision. base_model:
+    stored instead of the name that the source has. What was written is returned.
+    """
+    source, target = Path(source), Path(target)
+    if (source / WEIGHTS).is_file():
+        config, tensors, meta = _read_folder(source)
+        tensors = _once(_skeleton(config), tensors)
+        path = target if target.suffix == ".bin" else target / PUBLISHED
+        return _write_published(path, config, tensors, base_model or meta.get("base_model"))
+    if target.suffix == ".bin":
+        raise ValueError(f"{source} is not a folder with {WEIGHTS}; from a published file the way leads to a folder")
+    config, tensors, stored = read_published(source)
+    tensors = {name: tensor.contiguous() for name, tensor in _once(_skeleton(config), tensors).items()}
+    return _write_folder(target, config, tensors, {"base_model": base_model or stored})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m d2l_lib.checkpoints", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="convert")
+    command = commands.add_parser("convert", help="published file to folder, or folder to published file")
+    command.add_argument("source", help="a pytorch_model.bin, or a folder with hypernetwork.safetensors")
+    command.add_argument("target", help="the folder, or the *.bin, to write")
+    command.add_argument("--base-model", help="store this name or path instead of the source's")
+    given = parser.parse_args(arguments)
+    try:
+        print(convert(given.source, given.target, given.base_model))
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

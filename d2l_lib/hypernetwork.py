@@ -28,7 +28,8 @@ class HypernetworkConfig:
 
     `scale` is the s of y = W x + s B^T (A x); None means 2 * rank**1.5 (used whole, never divided by the rank).
     `encoder_layer`: for early_exit the number of base layers that are run (None: a quarter of them, at least one); for
-    per_layer_activations the number of hidden states that are read (None: one per layer).
+    per_layer_activations the number of hidden states that are read (None: one per layer). `encoder_4bit`: it was
+    trained with a context encoder in 4-bit precision.
     """
 
     n_layers: int
@@ -53,6 +54,7 @@ class HypernetworkConfig:
     head_dim: int = 128
     base_model: str = ""
     encoder_model: str | None = None
+    encoder_4bit: bool = False
 
     def __post_init__(self):
         self._check_numbers()

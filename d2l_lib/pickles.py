@@ -1,0 +1,469 @@
+"""The published `pytorch_model.bin`, opened without running anything in it and written without the authors' package.
+
+Such a file is a zip of raw tensor values and one pickle, `data.pkl`. A pickle is a program for a stack machine, and
+Python's own machine imports and calls whatever the program names. The machine here knows the instructions that PyTorch
+writes, the names in KNOWN and nothing else: it imports nothing, calls nothing that the file names, and reads no
+more bytes than the file has. `torch.load(weights_only=True)` would also accept its own long list of names and
+those that other code registered with `torch.serialization.add_safe_globals`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+import re
+import struct
+import tarfile
+import types
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from d2l_lib.records import atomic_file
+
+LONGEST_PICKLE = 2 << 20  # bytes; the published ones have some tens of thousands
+REQUIRED = ("base_model_name_or_path", "hypernet_config")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, with what is wrong with it and what to do."""
+
+
+# --- the names that a checkpoint may use ----------------------------------------------------------------------------
+
+
+class Record:
+    """Stands in for a configuration class of the published code or of peft: attributes only."""
+
+    published = ""
+
+    def __init__(self, **values: Any):
+        vars(self).update(values)
+
+
+class Name(str):
+    """Stands in for an enumeration whose values are strings."""
+
+    published = ""
+
+    def __reduce__(self):
+        return type(self), (str(self),)
+
+
+# Older files name the configuration classes in the module that came before the package was split.
+_RECORDS = (
+    "ctx_to_lora.configs.CtxEncoderArguments",
+    "ctx_to_lora.modeling.hypernet.HypernetConfig",
+    "ctx_to_lora.modeling.aggregator.AggregatorConfig",
+    "ctx_to_lora.modeling_utils.CtxEncoderArguments",
+    "ctx_to_lora.modeling_utils.HypernetConfig",
+    "ctx_to_lora.modeling_utils.AggregatorConfig",
+    "peft.tuners.lora.config.LoraConfig",
+    "peft.tuners.lora.config.LoraRuntimeConfig",
+)
+_NAMES = ("peft.utils.peft_types.PeftType", "peft.utils.peft_types.TaskType")
+_STAND_INS: dict[str, type] = {
+    full: type(full.rpartition(".")[2], (base,), {"published": full})
+    for base, group in ((Record, _RECORDS), (Name, _NAMES))
+    for full in group
+}
+_DTYPES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.HalfStorage": torch.float16,
+    "torch.DoubleStorage": torch.float64,
+    "torch.LongStorage": torch.int64,
+}
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_DICT = "collections.OrderedDict"
+_SETS = ("__builtin__.set", "builtins.set")  # as Python 2 and 3 call it
+KNOWN = frozenset([*_STAND_INS, *_DTYPES, _TENSOR, _DICT, *_SETS])
+
+
+def stand_in(name: str) -> type:
+    """The class that stands in for a published configuration class, by its full name."""
+    return _STAND_INS[name]
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A known name on the stack."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Values in the zip: the number of their record, their type and how many there are."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor that has not been read yet: where in a storage it lies."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read(source: str | Path | BinaryIO) -> OrderedDict[str, Any]:
+    """What a published checkpoint holds: tensors on the CPU by name, and its records as attribute holders.
+
+    source: a path or an open binary file. CheckpointError, before any tensor is read, for a pickle that asks for a name
+    outside KNOWN (the message says which), for other formats and other models' files; and for damaged ones.
+    """
+    if isinstance(source, (str, Path)):
+        with open(source, "rb") as file:
+            return _read(file, str(source))
+    return _read(source, str(getattr(source, "name", "the checkpoint")))
+
+
+def _read(file: BinaryIO, name: str) -> OrderedDict[str, Any]:
+    try:
+        with _Archive(file, name) as archive:
+            program = archive.record("data.pkl", LONGEST_PICKLE)
+            _check_program(program, name)
+            content = _run(program)
+            if not isinstance(content, OrderedDict) or any(key not in content for key in REQUIRED):
+                raise CheckpointError(
+                    f"{name} is not a Doc-to-LoRA checkpoint: it lacks {' and '.join(REQUIRED)} "
+                    "(a base model goes into base_model=, a PEFT adapter into peft)"
+                )
+            storages: dict[_Storage, Tensor] = {}
+            for key, value in content.items():
+                if isinstance(value, _Place):
+                    content[key] = archive.tensor(value, storages)
+            for value in content.values():
+                if isinstance(value, Record) and isinstance(getattr(value, "layer_indices", None), _Place):
+                    value.layer_indices = archive.tensor(value.layer_indices, storages)
+            return content
+    except CheckpointError:
+        raise
+    except (
+        zipfile.BadZipFile,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        struct.error,
+    ) as error:
+        raise CheckpointError(f"{name} is damaged or not a checkpoint ({_shown(str(error))}): copy it again") from error
+
+
+def _shown(text: str) -> str:
+    """One short line of plain characters: what a file says about itself is not printed as it is."""
+    plain = ascii((text.splitlines() or [""])[0])[1:-1]
+    return plain if len(plain) <= 120 else plain[:120] + "..."
+
+
+class _Archive:
+    """The zip around the pickle. Every record is stored, lies inside the file and inside one folder, and none is read
+    before that is checked; nothing is ever unpacked to disk.
+    """
+
+    _RECORD = re.compile(r"data\.pkl|byteorder|version|data/\d+|\.\w+|\.data/\w+")
+
+    def __init__(self, file: BinaryIO, name: str):
+        file.seek(0)
+        head = file.read(4)
+        if head != b"PK\x03\x04":
+            _refuse_other_format(file, name)
+        size = file.seek(0, io.SEEK_END)
+        try:
+            self.zip = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise CheckpointError(f"{name} is cut off or damaged (its end is missing): copy it again") from error
+        entries = self.zip.infolist()
+        roots = [e.filename.removesuffix("/data.pkl") for e in entries if e.filename.endswith("/data.pkl")]
+        root = roots[0] + "/" if roots and roots[0] and "/" not in roots[0] else None
+        for entry in entries:
+            inside = root and entry.filename.startswith(root) and root not in ("../", "./")
+            if not inside or not self._RECORD.fullmatch(entry.filename[len(root) :]):
+                raise CheckpointError(
+                    f"{name} holds {_shown(entry.filename)!r}, which no PyTorch checkpoint does: not opened"
+                )
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise CheckpointError(f"{name} holds a compressed record {_shown(entry.filename)!r}: not opened")
+        if root is None:
+            raise CheckpointError(f"{name} is a zip without a checkpoint in it (no data.pkl)")
+        self.records = {entry.filename[len(root) :]: entry for entry in entries}
+        if len(self.records) < len(entries) or sum(entry.file_size for entry in entries) > size:
+            raise CheckpointError(f"{name} names the same bytes several times: not opened")
+        if "byteorder" in self.records and self.record("byteorder", 16) != b"little":
+            raise CheckpointError(f"{name} was written by a big-endian machine, which is not supported")
+
+    def __enter__(self) -> _Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.zip.close()
+
+    def record(self, name: str, longest: int | None = None) -> bytearray:
+        """The bytes of a record, its checksum verified."""
+        entry = self.records[name]
+        if longest is not None and entry.file_size > longest:
+            raise ValueError(f"{name} has {entry.file_size} bytes, at most {longest} are expected")
+        content = bytearray(entry.file_size)
+        done, view = 0, memoryview(content)
+        with self.zip.open(entry) as stream:
+            while done < len(content):
+                part = stream.read(min(1 << 24, len(content) - done))
+                if not part:
+                    raise EOFError(f"{name} ends after {done} of {len(content)} bytes")
+                view[done : done + len(part)] = part
+                done += len(part)
+            stream.read(1)  # the checksum is compared at the end
+        return content
+
+    def tensor(self, place: _Place, storages: dict[_Storage, Tensor]) -> Tensor:
+        """The tensor at `place`; tensors that share a storage share their memory."""
+        storage = place.storage
+        if storage not in storages:
+            expected, actual = storage.count * storage.dtype.itemsize, self.records[f"data/{storage.key}"].file_size
+            if expected != actual:
+                raise ValueError(f"data/{storage.key} has {actual} bytes, its tensors need {expected}")
+            storages[storage] = torch.frombuffer(self.record(f"data/{storage.key}"), dtype=storage.dtype)
+        return storages[storage].as_strided(place.size, place.stride, place.offset)
+
+
+def _refuse_other_format(file: BinaryIO, name: str) -> None:
+    """CheckpointError for what is no zip, with the first unknown name that its pickles ask for."""
+    file.seek(0)
+    start = file.read(LONGEST_PICKLE)
+    if not start:
+        raise CheckpointError(f"{name} is empty: copy it again")
+    kind, programs = "not a PyTorch checkpoint", [start]
+    if start[257:262] == b"ustar":
+        kind = "a tar archive"
+        programs = []
+        try:
+            with tarfile.open(fileobj=io.BytesIO(start), mode="r:") as archive:
+                programs = [start[member.offset_data :] for _, member in zip(range(16), archive, strict=False)]
+        except (tarfile.TarError, ArithmeticError, LookupError, OSError, ValueError):
+            pass  # a damaged tar is refused all the same
+    elif start[:1] == b"\x80":
+        kind = "a pickle without PyTorch's zip around it"
+    for program in programs:
+        stream = io.BytesIO(program)
+        try:
+            while True:  # the older formats are several pickles in a row
+                for asked in _names(stream):
+                    if asked not in KNOWN:
+                        raise _refusal(name, asked)
+        except CheckpointError:
+            raise
+        except (ArithmeticError, LookupError, ValueError):
+            continue  # no pickle, or its end
+    raise CheckpointError(
+        f"{name} is damaged or {kind}; the published checkpoints are zip files as torch.save has written since "
+        "PyTorch 1.6: copy it again"
+    )
+
+
+def _refusal(name: str, asked: str) -> CheckpointError:
+    return CheckpointError(f"{name} asks for {_shown(asked)}, which no Doc-to-LoRA checkpoint needs: not opened")
+
+
+def _names(stream: BinaryIO) -> Iterator[str]:
+    """Every "module.name" that one pickle asks for, in order, whichever instruction asks."""
+    strings: list[str] = ["?", "?"]
+    memo: dict[int, str] = {}
+    last: object = None
+    for code, argument, _ in pickletools.genops(stream):
+        if code.name in ("GLOBAL", "INST"):
+            yield argument.replace(" ", ".", 1)
+        elif code.name == "STACK_GLOBAL":
+            yield ".".join(strings[-2:])
+        elif code.name in ("EXT1", "EXT2", "EXT4"):
+            yield f"extension {argument}"
+        elif code.name == "MEMOIZE":
+            memo[len(memo)] = last if isinstance(last, str) else "?"
+            continue
+        elif code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = last if isinstance(last, str) else "?"
+            continue
+        elif code.name in ("GET", "BINGET", "LONG_BINGET"):
+            argument = memo.get(argument, "?")
+        last = argument
+        if isinstance(argument, str) and code.name not in ("GLOBAL", "INST"):
+            strings = [strings[-1], argument]
+
+
+def _check_program(program: bytes, name: str) -> None:
+    """CheckpointError for a name or an instruction that is not known, before any instruction is carried out."""
+    for asked in _names(io.BytesIO(program)):
+        if asked not in KNOWN:
+            raise _refusal(name, asked)
+    for code, _, _ in pickletools.genops(io.BytesIO(program)):
+        if code.name not in _INSTRUCTIONS:
+            raise CheckpointError(
+                f"{name} uses the pickle instruction {code.name}, which torch.save does not write: not opened"
+            )
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_ARGUMENTS = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_OTHERS = "PROTO STOP MARK TUPLE EMPTY_LIST EMPTY_DICT APPEND APPENDS SETITEM SETITEMS BINPERSID GLOBAL REDUCE".split()
+_OTHERS += "NEWOBJ BUILD BINPUT LONG_BINPUT BINGET LONG_BINGET".split()
+_INSTRUCTIONS = frozenset([*_CONSTANTS, *_ARGUMENTS, *_TUPLES, *_OTHERS])
+
+
+def _run(program: bytes) -> Any:
+    """The value that a checked program builds. Keys are texts, so nothing is hashed or compared that could be deep."""
+    stack: list[Any] = []
+    outer: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        nonlocal stack
+        items, stack = stack, outer.pop()
+        return items
+
+    for code, argument, _ in pickletools.genops(io.BytesIO(program)):
+        match code.name:
+            case "PROTO":
+                pass
+            case "STOP":
+                return stack.pop()
+            case "MARK":
+                outer.append(stack)
+                stack = []
+            case "TUPLE":
+                items = since_mark()
+                stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = _TUPLES[code.name]
+                if len(stack) < count:
+                    raise IndexError("a tuple of more values than there are")
+                stack[-count:] = [tuple(stack[-count:])]
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if code.name == "APPEND" else since_mark()
+                _expect(stack[-1], list).extend(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _expect(stack[-1], dict)[_expect(key, str)] = value
+            case "SETITEMS":
+                items = since_mark()
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    _expect(stack[-1], dict)[_expect(key, str)] = value
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "GLOBAL":
+                stack.append(_Global(argument.replace(" ", ".", 1)))
+            case "REDUCE":
+                arguments = stack.pop()
+                stack.append(_call(_expect(stack.pop(), _Global).name, _expect(arguments, tuple)))
+            case "NEWOBJ":
+                arguments, kind = stack.pop(), _STAND_INS[_expect(stack.pop(), _Global).name]
+                if arguments != () or not issubclass(kind, Record):
+                    raise TypeError(f"cannot make a {kind.__name__} like this")
+                stack.append(kind())
+            case "BUILD":
+                _build(stack[-2], _expect(stack.pop(), dict))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case name:
+                stack.append(_CONSTANTS.get(name, argument))
+    raise EOFError("the pickle has no end")
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"the pickle has a {type(value).__name__} where a {kind.__name__} belongs")
+    return value
+
+
+def _call(name: str, arguments: tuple) -> Any:
+    """The value of one of the five things that a checkpoint calls."""
+    if name == _DICT and not arguments:
+        return OrderedDict()
+    if name in _SETS and len(arguments) == 1:
+        return {_expect(item, str) for item in _expect(arguments[0], list)}
+    if name in _NAMES and len(arguments) == 1:
+        return _STAND_INS[name](_expect(arguments[0], str))
+    if name == _TENSOR and len(arguments) in (6, 7):  # storage, offset, size, stride, requires_grad, hooks[, metadata]
+        return _place(*arguments[:4])
+    raise TypeError(f"{name} is not called like this")
+
+
+def _build(target: Any, state: dict[str, Any]) -> None:
+    """Set the attributes of a record. The dictionary of tensors brings module versions along, which are not needed."""
+    if isinstance(target, Record):
+        vars(target).update(state)
+    elif not isinstance(target, OrderedDict) or set(state) != {"_metadata"}:
+        raise TypeError(f"the pickle sets attributes of a {type(target).__name__}")
+
+
+def _storage(identity: Any) -> _Storage:
+    word, kind, key, _, count = _expect(identity, tuple)  # ("storage", type, record, device, number of values)
+    dtype = _DTYPES.get(_expect(kind, _Global).name)
+    if word != "storage" or dtype is None or not re.fullmatch(r"\d{1,9}", _expect(key, str), re.ASCII):
+        raise ValueError("a storage that torch.save does not write")
+    return _Storage(key, dtype, _whole(count))
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**48:
+        raise ValueError("a size, stride or offset that no tensor has")
+    return value
+
+
+def _place(storage: Any, offset: Any, size: Any, stride: Any) -> _Place:
+    """Where a tensor lies; ValueError where that is outside its storage, or larger than it."""
+    storage = _expect(storage, _Storage)
+    size, stride = (tuple(_whole(value) for value in _expect(each, tuple)) for each in (size, stride))
+    last = _whole(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if len(size) > 8 or 0 in size or max(math.prod(size), last + 1, *stride) > storage.count:
+        raise ValueError(f"a tensor lies outside its storage data/{storage.key}")
+    return _Place(storage, offset, size, stride)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+class _Pickler(pickle._Pickler):
+    """Writes stand-ins under the names that they stand for; Python's C pickler insists on importing those."""
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if isinstance(obj, type) and issubclass(obj, (Record, Name)) and obj.published:
+            module, _, short = obj.published.rpartition(".")
+            self.write(pickle.GLOBAL + f"{module}\n{short}\n".encode("ascii"))
+            self.memoize(obj)
+        else:
+            super().save_global(obj, name)
+
+
+def write(path: str | Path, content: OrderedDict[str, Any]) -> Path:
+    """Write tensors and records as `torch.save` writes them where the published classes can be imported."""
+    module = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file, pickle_module=module, pickle_protocol=2)
+    return Path(path)
