@@ -1095,3 +1095,192 @@ def plot_recompression_by_rank(samples: pd.DataFrame, *, title: str = "A long ad
             color=REFERENCE,
         )
     return figure
+
+
+# --- speed and memory -------------------------------------------------------------------------------------------------
+COST_LABELS = {"seconds": "time (seconds)", "memory_mib": "peak memory (MiB)"}
+
+
+def plot_cost_by_length(
+    costs: pd.DataFrame,
+    *,
+    value: str = "seconds",
+    published: dict[str, float] | None = None,
+    published_length: float = 32_768,
+    title: str = "Time by length, and the least it can be",
+) -> Figure:
+    """One panel per model: seconds (or memory) of every method against document length, a floor in grey.
+
+    costs: panel, method, length_tokens, n (runs), floor (bool), seed, and the column `value` ("seconds" with quartiles
+    seconds_low and seconds_high, drawn as a band, or "memory_mib"). Rows where it is NaN, because there was too little
+    memory, are crosses at the top. Seconds have a logarithmic axis, memory one from 0. published: {name: value}, level
+    lines up to `published_length` tokens.
+    """
+    if value not in COST_LABELS:
+        raise ValueError(f"value must be {' or '.join(COST_LABELS)}, not {value!r}")
+    quartiles = [f"{value}_low", f"{value}_high"] if value == "seconds" else []
+    _need(costs, "panel", "method", "length_tokens", value, *quartiles, "n", "floor", "seed")
+    names, methods = list(costs["panel"].unique()), list(costs["method"].unique())
+    drawn = [method for method in methods if not costs.loc[costs["method"] == method, "floor"].any()]
+    with style():
+        figure = NotebookFigure(figsize=(7.2 if len(names) == 1 else 9.6, 4.6), layout="constrained")
+        panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+        for axes, name in zip(panels, names, strict=True):
+            rows = costs[costs["panel"] == name]
+            for method in rows["method"].unique():
+                of_method = rows[rows["method"] == method].sort_values("length_tokens")
+                found = of_method.dropna(subset=value)
+                if method in drawn:
+                    i = drawn.index(method)
+                    look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+                else:
+                    look = {"color": REFERENCE, "linestyle": "--", "linewidth": 1.4, "zorder": 1}
+                axes.plot(found["length_tokens"], found[value], label=_plain(method), **look)
+                if quartiles:
+                    low, high = (found[column] for column in quartiles)
+                    axes.fill_between(found["length_tokens"], low, high, color=look["color"], alpha=0.18, linewidth=0)
+                lost = of_method.loc[of_method[value].isna(), "length_tokens"]
+                axes.plot(
+                    lost, [0.97] * len(lost), "x", color=look["color"], markersize=8,
+                    transform=axes.get_xaxis_transform(),
+                )  # fmt: skip
+            for j, (label, level) in enumerate((published or {}).items()):
+                shortest = rows["length_tokens"].min()
+                color = COLORS[-1 - j % len(COLORS)]
+                axes.plot(
+                    [shortest, max(published_length, shortest)], [level] * 2, color=color, linestyle=":",
+                    label=_plain(label),
+                )  # fmt: skip
+            axes.set_title(_plain(name), fontsize=10)
+            _token_axis(axes, rows["length_tokens"].unique(), "document length (tokens)")
+        if value == "seconds":
+            panels[0].set_yscale("log")
+        else:
+            panels[0].set_ylim(bottom=0)
+        panels[0].set_ylabel(COST_LABELS[value])
+        labelled = {
+            label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=2)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        note = "median, band: quartiles" if quartiles else "the most in any of them"
+        if costs[value].isna().any():
+            note += "; crosses: out of memory"
+        figure.supxlabel(f"{_runs(costs)} per point, seed {_seeds(costs)}; {note}", fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_parts_by_length(parts: pd.DataFrame, *, title: str = "Where the time goes") -> Figure:
+    """One panel per model: the share of each part in the seconds of a length, stacked, with the seconds on top.
+
+    parts: panel, length_tokens, part (str; stacked from below in table order), seconds, n (runs), seed.
+    """
+    _need(parts, "panel", "length_tokens", "part", "seconds", "n", "seed")
+    if parts.duplicated(["panel", "length_tokens", "part"]).any():
+        raise ValueError("a part of one length stands in several rows: give the rows of one way of internalizing")
+    names, order = list(parts["panel"].unique()), list(parts["part"].unique())
+    with style():
+        figure = NotebookFigure(figsize=(4.0 + 2.8 * len(names), 4.4), layout="constrained")
+        panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+        for axes, name in zip(panels, names, strict=True):
+            rows = parts[parts["panel"] == name]
+            table = rows.pivot(index="length_tokens", columns="part", values="seconds").fillna(0.0)
+            total, below = table.sum(axis=1), np.zeros(len(table))
+            for i, part in enumerate(order):
+                share = (table[part] / total if part in table else 0 * total).to_numpy()
+                axes.bar(range(len(table)), share, bottom=below, color=COLORS[i % len(COLORS)], label=_plain(part))
+                below = below + share
+            for place, seconds in enumerate(total):
+                axes.text(place, 1.01, _seconds(seconds), ha="center", va="bottom", fontsize=8)
+            axes.set_xticks(range(len(table)), [_tokens(length) for length in table.index])
+            axes.grid(axis="x", visible=False)
+            axes.set_title(_plain(name), fontsize=10, pad=14)
+            axes.set_xlabel("document length (tokens)")
+        _share_axis(panels[0], "share of the time (%)")
+        panels[0].set_ylim(0, 1.0)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside right center")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.supxlabel(f"{_runs(parts)} per bar, seed {_seeds(parts)}: the median one", fontsize=8, color=REFERENCE)
+    return figure
+
+
+def plot_documents_per_second_by_batch(
+    rates: pd.DataFrame, *, title: str = "Documents internalized in one call"
+) -> Figure:
+    """Documents per second against how many are internalized in one call, a line per model.
+
+    rates: model, documents, seconds, seconds_low, seconds_high (of the whole call: median and quartiles), n (runs),
+    seed. The dotted line is the rate of one document per call.
+    """
+    _need(rates, "model", "documents", "seconds", "seconds_low", "seconds_high", "n", "seed")
+    with style():
+        figure, axes = _figure(WIDE, title)
+        for i, model in enumerate(rates["model"].unique()):
+            rows = rates[rates["model"] == model].sort_values("documents")
+            count, color = rows["documents"], COLORS[i % len(COLORS)]
+            axes.fill_between(
+                count, count / rows["seconds_high"], count / rows["seconds_low"], color=color, alpha=0.18, linewidth=0
+            )
+            axes.plot(
+                count, count / rows["seconds"], color=color, marker=MARKERS[i % len(MARKERS)], label=_plain(model)
+            )
+            first = rows.iloc[0]
+            axes.axhline(first["documents"] / first["seconds"], color=color, linestyle=":", linewidth=1.2)
+        _token_axis(axes, rates["documents"].unique(), "documents in one call (number of them)")
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("speed (documents per second)")
+        axes.legend()
+        figure.supxlabel(
+            f"{_runs(rates)} per point, seed {_seeds(rates)}: median, band: quartiles; dotted: the smallest call's",
+            fontsize=8,
+            color=REFERENCE,
+        )
+    return figure
+
+
+def plot_adapter_file_by_length(files: pd.DataFrame, *, title: str = "An adapter on disk") -> Figure:
+    """Left the size of an adapter's file, right the seconds to save and to load it, against document length.
+
+    files: model, what ("save" or "load"), length_tokens, file_mib, seconds, seconds_low, seconds_high, n (runs), seed.
+    """
+    _need(files, "model", "what", "length_tokens", "file_mib", "seconds", "seconds_low", "seconds_high", "n", "seed")
+    with style():
+        figure = NotebookFigure(figsize=(9.2, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for i, model in enumerate(files["model"].unique()):
+            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+            rows = files[files["model"] == model].sort_values("length_tokens")
+            size = rows.groupby("length_tokens")["file_mib"].first()
+            left.plot(size.index, size, color=color, marker=marker, label=_plain(model))
+            for what, line in (("save", "-"), ("load", "--")):
+                some = rows[rows["what"] == what]
+                right.fill_between(
+                    some["length_tokens"], some["seconds_low"], some["seconds_high"], color=color, alpha=0.18,
+                    linewidth=0,
+                )  # fmt: skip
+                right.plot(
+                    some["length_tokens"], some["seconds"], color=color, marker=marker, linestyle=line,
+                    label=f"{_plain(model)}: {what}",
+                )  # fmt: skip
+        for axes, label in ((left, "size of the file (MiB)"), (right, "time (seconds)")):
+            axes.set_yscale("log")
+            axes.set_ylabel(label)
+            _token_axis(axes, files["length_tokens"].unique(), "document length (tokens)")
+            axes.legend()
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.supxlabel(
+            f"{_runs(files)} per point, seed {_seeds(files)}: median, band: quartiles", fontsize=8, color=REFERENCE
+        )
+    return figure
+
+
+def _runs(table: pd.DataFrame) -> str:
+    """'n = 3 to 5 runs'."""
+    n = table["n"].dropna().astype(int)
+    return f"n = {n.min()} runs" if n.min() == n.max() else f"n = {n.min()} to {n.max()} runs"
+
+
+def _seconds(seconds: float) -> str:
+    """0.0123 -> '12 ms', 1.234 -> '1.2 s'."""
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
