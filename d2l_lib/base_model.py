@@ -1,20 +1,31 @@
 """The frozen language model: loading it, finding its layers and linears, and reading hidden states out of it."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from d2l_lib.hypernetwork import HypernetworkConfig
 
 # transformers has no correct fused attention with soft-capped scores for these.
 EAGER_ATTENTION = ("gemma2",)
+# What the families call the norm after the last layer, and the linear with which a layer's MLP ends (Phi: fc2).
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+MLP_OUTPUTS = ("down_proj", "fc2", "dense_4h_to_h")
 # Per model, the adapters that are applied now (see lora.apply_lora); only the innermost, the last, acts.
 open_adapters: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
 _DATA = Path(__file__).resolve().parent.parent / "data"
@@ -32,13 +43,23 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_base_model(source: str | Path, *, device=None, dtype: torch.dtype | None = None):
+def load_base_model(
+    source: str | Path,
+    *,
+    device=None,
+    dtype: torch.dtype | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+):
     """(model, tokenizer) of a bundled name ("tiny"), a local folder or a hub id; frozen, in eval mode.
 
-    device: None picks CUDA, MPS or CPU. dtype: None is bfloat16 on CUDA and float32 elsewhere. Raises
-    FileNotFoundError that says what is missing and where to put it, ValueError for damaged files. Code that comes with
-    a model is never run.
+    device: None picks CUDA, MPS or CPU. dtype: None is bfloat16 on CUDA and float32 elsewhere. device_map, instead of
+    device, spreads the model over several devices, main memory and the disk: "auto" or transformers' {module: device};
+    weights that it puts on the "disk" stay in the model's own safetensors files. A model that also reads images is
+    loaded whole. Raises FileNotFoundError that says what is missing and where to put it, ValueError for damaged files.
+    Code that comes with a model is never run.
     """
+    if device is not None and device_map is not None:
+        raise ValueError("give device (everything in one place) or device_map (spread over several), not both")
     device = default_device() if device is None else torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -46,7 +67,9 @@ def load_base_model(source: str | Path, *, device=None, dtype: torch.dtype | Non
     try:
         config = AutoConfig.from_pretrained(location)
         options = {"attn_implementation": "eager"} if config.model_type in EAGER_ATTENTION else {}
-        model = AutoModelForCausalLM.from_pretrained(location, config=config, dtype=dtype, **options)
+        kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+        place = {} if device_map is None else {"device_map": device_map}
+        model = kind.from_pretrained(location, config=config, dtype=dtype, **options, **place)
         tokenizer = AutoTokenizer.from_pretrained(location)
     except OSError as error:
         raise FileNotFoundError(
@@ -60,7 +83,8 @@ def load_base_model(source: str | Path, *, device=None, dtype: torch.dtype | Non
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model = model.to(device) if device_map is None else model
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def _locate(source: str | Path) -> str:
@@ -83,14 +107,69 @@ def _locate(source: str | Path) -> str:
     return str(source)
 
 
+def load_processor(source: str | Path):
+    """What turns images and their chat into inputs of the vision-language model at `source` (see load_base_model).
+
+    Raises FileNotFoundError where the model comes without one, ImportError where it needs a package that is not here.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(_locate(source))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{str(source)!r} has no processor to read images with ({str(error).splitlines()[0]}): add the model's "
+            "preprocessor_config.json and processor_config.json to it"
+        ) from error
+    if not hasattr(processor, "image_processor"):
+        raise FileNotFoundError(
+            f"{str(source)!r} has a tokenizer but no image processor: add the model's preprocessor_config.json and "
+            "processor_config.json to it"
+        )
+    return processor
+
+
+def reads_images(model: nn.Module) -> bool:
+    """Whether this is a vision-language model."""
+    return hasattr(model.config, "vision_config")
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model's inputs belong: where its embeddings are computed, also if their weights wait elsewhere."""
+    embeddings = model.get_input_embeddings()
+    planned = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)  # set by a device_map
+    return embeddings.weight.device if planned is None else torch.device(planned)
+
+
+@contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """Inside the `with` block a linear, norm or embedding has its weights, also where a device_map keeps them away."""
+    if any(weight.is_meta for weight in module.parameters(recurse=False)):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module, "cpu"):
+            yield
+    else:
+        yield
+
+
 def decoder_body(model: nn.Module) -> nn.Module:
-    """The stack of embeddings, layers and final norm below the language-model head."""
+    """The stack of embeddings, layers and final norm below the language-model head (and beside a vision part)."""
     body = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "model", model)
-    if not hasattr(body, "layers") or not hasattr(body, "norm"):
+    if not hasattr(body, "layers") or not any(hasattr(body, name) for name in FINAL_NORMS):
         raise ValueError(
-            f"{type(model).__name__} has no decoder with .layers and .norm; Gemma, Qwen, Mistral and Llama families do"
+            f"{type(model).__name__} has no decoder with .layers and .norm; Gemma, Qwen, Mistral, Llama and Phi "
+            "families do"
         )
     return body
+
+
+def _final_norm_name(model: nn.Module) -> str:
+    body = decoder_body(model)
+    return next(name for name in FINAL_NORMS if hasattr(body, name))
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last layer and the language-model head."""
+    return getattr(decoder_body(model), _final_norm_name(model))
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -113,6 +192,22 @@ def target_linears(model: nn.Module, modules: list[str]) -> dict[str, list[nn.Li
                 raise ValueError(f"layer {index} has {problem} linears named {module!r}; it has {sorted(by_name)}")
             found[module].extend(matches)
     return found
+
+
+def default_modules(model: nn.Module) -> list[str]:
+    """The target module that the published models use, under this family's name: the last linear of each layer's MLP.
+
+    ["down_proj"] for Gemma, Qwen, Mistral, Llama and Phi-3, ["fc2"] for Phi. ValueError where a model has none.
+    """
+    problems = []
+    for name in MLP_OUTPUTS:
+        try:
+            target_linears(model, [name])
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            return [name]
+    raise ValueError(f"no usual target module ({', '.join(MLP_OUTPUTS)}) in this model; {problems[0]}: choose one")
 
 
 def module_sizes(model: nn.Module, modules: list[str]) -> tuple[dict[str, int], dict[str, int]]:
@@ -146,12 +241,22 @@ class ContextEncoder:
       the final norm, as in the authors' code
     - embed_only: the embeddings -> [n, T, F]
 
-    Values at padded positions mean nothing. An adapter applied to the model at the time is ignored.
+    Values at padded positions mean nothing. An adapter applied to the model at the time is ignored. Of a
+    vision-language model these are the states of its language part, an image's features in their places.
+
+    `source` is the name or path that the model was loaded by, if any.
     """
 
-    def __init__(self, model: nn.Module, encoder_type: str = "early_exit", encoder_layer: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder_type: str = "early_exit",
+        encoder_layer: int | None = None,
+        source: str | None = None,
+    ):
         self.model = model
         self.encoder_type = encoder_type
+        self.source = source
         n_layers = len(decoder_layers(model))
         if encoder_type == "early_exit":
             self.n_layers_run = max(1, n_layers // 4) if encoder_layer is None else encoder_layer
@@ -165,26 +270,52 @@ class ContextEncoder:
             raise ValueError(f"encoder_layer {encoder_layer} does not fit a model of {n_layers} layers")
 
     @classmethod
-    def from_config(cls, model: nn.Module, config: HypernetworkConfig) -> "ContextEncoder":
+    def from_config(cls, model: nn.Module, config: HypernetworkConfig, source: str | None = None) -> "ContextEncoder":
         """The encoder that a hypernetwork was made for, reading from `model`."""
-        return cls(model, config.encoder_type, config.encoder_layer)
+        return cls(model, config.encoder_type, config.encoder_layer, source)
 
     @property
     def feature_size(self) -> int:
         """Length F of one feature vector."""
         return decoder_body(self.model).config.hidden_size
 
+    @property
+    def n_states(self) -> int:
+        """How many hidden states of each token are read."""
+        return self.n_layers_run + 1 if self.encoder_type == "per_layer_activations" else 1
+
+    @cached_property
+    def processor(self):
+        """The vision-language model's processor, loaded from `source` when it is first needed (or set by hand).
+
+        ValueError where the model reads text only; raises as load_processor does.
+        """
+        if not reads_images(self.model):
+            raise ValueError(
+                f"the context encoder ({type(self.model).__name__}) reads text only: images need a hypernetwork that "
+                "was trained on a vision-language encoder"
+            )
+        if self.source is None:
+            raise ValueError("this encoder was not loaded by a name: set encoder.processor to the model's processor")
+        return load_processor(self.source)
+
     @torch.no_grad()
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **images: Tensor,
     ) -> Tensor:
         """Features of chunk token ids [n, T], padded (`attention_mask`) or packed [1, total] (`position_ids`).
 
         Packed chunks do not see each other: transformers separates them when there is neither mask nor cache.
+        `images`: what else a vision-language model's processor made of a chat with images (pixel_values, ...).
         """
         if position_ids is not None and attention_mask is not None:
             raise ValueError("packed chunks are told apart by position_ids alone: leave attention_mask out")
         body = self._shortened_body()
+        whole = self._around(body) if images else body
         states: list[Tensor] = []
         handles = []
         try:
@@ -192,32 +323,56 @@ class ContextEncoder:
                 for layer in body.layers:
                     handles.append(layer.register_forward_pre_hook(lambda _, args: states.append(args[0])))
             with without_lora(self.model):
-                last = body(
+                last = whole(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     use_cache=False,
+                    **images,
                 ).last_hidden_state
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.stack([*states, last], dim=1) if self.encoder_type == "per_layer_activations" else last
+        if self.encoder_type != "per_layer_activations":
+            return last
+        return torch.stack([*(state.to(last.device) for state in states), last], dim=1)
 
     def _shortened_body(self) -> nn.Module:
         """The body with its first layers only; the modules, and so the weights, are the model's own."""
-        body = copy.copy(decoder_body(self.model))
-        body._modules = dict(body._modules)
+        body = _with_own_parts(decoder_body(self.model))
         body._modules["layers"] = nn.ModuleList(list(body.layers)[: self.n_layers_run])
         if self.encoder_type == "embed_only":
-            body._modules["norm"] = nn.Identity()
+            body._modules[_final_norm_name(self.model)] = nn.Identity()
         return body
+
+    def _around(self, body: nn.Module) -> nn.Module:
+        """The vision-language model below its head, with `body` for its language part."""
+        original, whole = decoder_body(self.model), _with_own_parts(self.model.base_model)
+        path = next(name for name, module in whole.named_modules() if module is original)
+        *above, name = path.split(".")
+        inner = whole
+        for step in above:
+            inner._modules[step] = _with_own_parts(inner._modules[step])
+            inner = inner._modules[step]
+        inner._modules[name] = body
+        return whole
+
+
+def _with_own_parts(module: nn.Module) -> nn.Module:
+    """A copy whose parts, the same modules, can be exchanged without changing the original."""
+    module = copy.copy(module)
+    module._modules = dict(module._modules)
+    if "_old_forward" in vars(module):  # a device_map's `forward` runs the original, with all of its layers
+        del module.forward
+    return module
 
 
 def check_writes_residual(base_model, module: str) -> None:
     """ValueError where what `module` puts out is not simply added to the residual stream."""
     _, d_out = module_sizes(base_model, [module])
     if d_out[module] != base_model.config.get_text_config().hidden_size:
-        raise ValueError(f"{module} does not write into the residual stream: use down_proj or o_proj")
+        usual = " or ".join(default_modules(base_model))
+        raise ValueError(f"{module} does not write into the residual stream: use {usual}")
     if hasattr(decoder_layers(base_model)[0], "post_feedforward_layernorm"):
         raise ValueError(
             "this model norms what its layers write (as Gemma does): a block's values are not what it adds"

@@ -4,6 +4,7 @@ The adapter acts through forward hooks inside a `with` block. No weight is touch
 the model after the block equals the model before it, bit for bit.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from d2l_lib.base_model import open_adapters, target_linears
 from d2l_lib.hypernetwork import Loras
+
+_eager_blocks: list = []  # what ends the eager stance, then one entry for each open block
 
 
 @contextmanager
@@ -43,7 +46,8 @@ def apply_lora(
     deltas = []
     for module, (A, B) in loras.items():
         for layer, linear in enumerate(linears[module]):
-            place = linear.weight.device
+            # weights that wait on the disk or in main memory come to x; the factors are then moved with each call
+            place = A.device if linear.weight.is_meta else linear.weight.device
             factors = {"A": A[:, layer].to(place), "B": B[:, layer].to(place)}
             deltas.append((linear, partial(_delta, **factors, rows=rows, lengths=lengths)))
     with add_deltas(model, deltas, scale):
@@ -65,7 +69,8 @@ def add_deltas(
             hook = partial(_add_delta, delta=delta, scale=scale, stack=stack, token=token)
             handles.append(linear.register_forward_hook(hook))
         stack.append(token)
-        yield
+        with _uncompiled():
+            yield
     finally:
         if token in stack:
             stack.remove(token)
@@ -73,16 +78,35 @@ def add_deltas(
             handle.remove()
 
 
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Inside the `with` block models that torch.compile made run as they are: compiled code does not see hooks that
+    came later, and would answer without the adapter.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
+        yield
+        return
+    if not _eager_blocks:
+        _eager_blocks.append(torch.compiler.set_stance("force_eager"))
+    _eager_blocks.append(None)
+    try:
+        yield
+    finally:
+        _eager_blocks.pop()
+        if len(_eager_blocks) == 1:
+            _eager_blocks.pop().__exit__(None, None, None)
+
+
 def _add_delta(linear, inputs, output, *, delta, scale, stack, token):
     """Forward hook of one linear; acts only for the innermost application."""
     if stack[-1] is not token:
         return None
-    return (output + scale * delta(inputs[0])).to(output.dtype)
+    return (output + scale * delta(inputs[0].to(output.device))).to(output.dtype)
 
 
 def _delta(x: Tensor, *, A: Tensor, B: Tensor, rows: Tensor | None, lengths: Sequence[int] | None) -> Tensor:
     """B^T (A x) for x [batch, tokens, d_in], with each token's own context: A [contexts, R, d_in], B [.., d_out]."""
-    x = x.to(A.dtype)
+    x, A, B = x.to(A.dtype), A.to(x.device), B.to(x.device)
     if lengths is not None:
         if len(x) != 1 or x.shape[1] != sum(lengths):
             raise ValueError(f"lengths add up to {sum(lengths)} tokens, the packed batch is {list(x.shape[:2])}")

@@ -9,6 +9,7 @@ The base model is never changed: an adapter acts through hooks inside a `with` b
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,10 +24,13 @@ from d2l_lib.adapter import Adapter, Block, stack_factors
 from d2l_lib.base_model import (
     ContextEncoder,
     bundled_path,
-    decoder_body,
     decoder_layers,
+    final_norm,
+    input_device,
     load_base_model,
     module_sizes,
+    present,
+    reads_images,
     target_linears,
     without_lora,
 )
@@ -36,11 +40,11 @@ from d2l_lib.documents import (
     check_count,
     chunk_document,
     context_ids,
-    name_documents,
     question_ids,
     stop_ids,
 )
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras
+from d2l_lib.images import Document, Documents, image_inputs, is_image, name_texts_and_images
 from d2l_lib.lora import apply_lora
 from d2l_lib.records import atomic_folder
 from d2l_lib.routing import route
@@ -66,13 +70,16 @@ BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
 class DocToLoRA:
     """A frozen base model, its tokenizer, and a hypernetwork that turns documents into adapters for it.
 
-    Attributes: `base_model`, `tokenizer`, `hypernetwork`, `config` (a HypernetworkConfig), `encoder` (shares the base
-    model's weights), `current` (the Adapter that calls without `adapter=` use, or None), `window` (tokens the
-    base model reads at most), `chunk_tokens` (default length of a chunk, without its chat wrapping).
+    Attributes: `base_model`, `tokenizer`, `hypernetwork`, `config` (a HypernetworkConfig), `encoder` (a ContextEncoder
+    that shares the base model's weights, or reads another model, by `encoder_tokenizer`), `current` (the Adapter that
+    calls without `adapter=` use, or None), `window` (tokens the base model reads at most), `chunk_tokens` (default
+    length of a chunk in the encoder's tokens, without its chat wrapping).
 
     Chunks of like length are encoded together, at most `chunk_batch` of them and `batch_tokens` tokens. A batch has one
     shape for each length: what is missing is filled up, so that on the CPU a block's numbers do not depend, even in
     their last bit, on which other chunks were internalized along with it.
+    `least_relevance` (no limit unless the checkpoint names one): where a number of `blocks` is to answer, one that is less
+    relevant than this many nats stays out (see `routing`).
     `iterative` (False) writes blocks one base layer after another: less memory, the same numbers.
     """
 
@@ -83,6 +90,7 @@ class DocToLoRA:
         hypernetwork: Hypernetwork,
         *,
         chunk_tokens: int | None = None,
+        least_relevance: float = -math.inf,
         base_source: str | None = None,
         encoder: ContextEncoder | None = None,
         encoder_tokenizer=None,
@@ -92,11 +100,16 @@ class DocToLoRA:
         self.hypernetwork = hypernetwork
         self.config = hypernetwork.config
         self.base_source = base_source
-        self.encoder = ContextEncoder.from_config(base_model, self.config) if encoder is None else encoder
+        if encoder is None:
+            encoder = ContextEncoder.from_config(base_model, self.config, source=base_source)
+        if encoder_tokenizer is None and encoder.model is not base_model:
+            raise ValueError("an encoder that is not the base model has a tokenizer of its own: pass encoder_tokenizer")
+        self.encoder = encoder
         self.encoder_tokenizer = tokenizer if encoder_tokenizer is None else encoder_tokenizer
         self._check_base_model()
         self.current: Adapter | None = None
         self.iterative = False
+        self.least_relevance = least_relevance
         self._applied: list[tuple[Adapters]] = []
         self._fingerprints: dict[str, tuple[list[tuple[int, int]], str]] = {}
         self.window = _window(base_model)
@@ -107,8 +120,8 @@ class DocToLoRA:
 
     @property
     def device(self) -> torch.device:
-        """Where the base model is."""
-        return next(self.base_model.parameters()).device
+        """Where the base model is (where its inputs belong, if it is spread over several)."""
+        return input_device(self.base_model)
 
     def _check_base_model(self) -> None:
         """ValueError where the hypernetwork writes for a base model of other sizes."""
@@ -132,10 +145,17 @@ class DocToLoRA:
                 f"hypernetwork reads features of size {self.config.feature_size}, this context encoder gives "
                 f"{self.encoder.feature_size}; {remedy}"
             )
+        if self.config.layer_to_layer and self.encoder.n_states != n_layers:
+            raise ValueError(
+                f"hypernetwork writes {n_layers} layers from as many hidden states, this context encoder gives "
+                f"{self.encoder.n_states}; {remedy}"
+            )
 
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.hypernetwork.parameters()) / 1e6
         base = f"{type(self.base_model).__name__}, {self.config.n_layers} layers, window {self.window} tokens"
+        if self.encoder.model is not self.base_model:
+            base += f"; context encoder {type(self.encoder.model).__name__}"
         writes = f"rank {self.config.rank} on {', '.join(self.config.modules)}"
         return f"DocToLoRA({base}; hypernetwork {count:.1f} M parameters, {writes}; {self.device})"
 
@@ -143,7 +163,7 @@ class DocToLoRA:
 
     def internalize(
         self,
-        documents: str | Sequence[str] | Mapping[str, str],
+        documents: Documents,
         *,
         chunk_tokens: int | None = None,
         progress: Progress = None,
@@ -151,26 +171,29 @@ class DocToLoRA:
         """The adapter of these documents, one block per chunk; it becomes `model.current`.
 
         documents: a text (named "document"), a list ("document 1", "document 2", ...) or {name: text}, of any length.
+        Where the context encoder is a vision-language model, each of them may also be a PIL image (alone it is named
+        "image"), which is one chunk without a span.
         chunk_tokens: longest chunk in tokens without its chat wrapping (None: `model.chunk_tokens`). progress: True
         shows a bar, a function is called as progress(done, total), counting different chunks.
 
         A few chunks are read at a time and finished blocks are moved to the CPU, so working memory does not grow with
         length. Chunks with the same text are encoded once and share their tensors. TypeError or ValueError for
-        documents that are no text or hold none, before anything is computed.
+        documents that are no text or hold none, and for images where the encoder reads text only, before anything is
+        computed.
         """
-        adapters = self._internalize_named(name_documents(documents), chunk_tokens, progress)
+        adapters = self._internalize_named(name_texts_and_images(documents), chunk_tokens, progress)
         self.current = self.adapter_of([block for adapter in adapters for block in adapter.blocks])
         return self.current
 
     def internalize_each(
         self,
-        documents: Sequence[str] | Mapping[str, str],
+        documents: Documents,
         *,
         chunk_tokens: int | None = None,
         progress: Progress = None,
     ) -> list[Adapter]:
         """One adapter per document, for `answer(questions, adapters)`; `model.current` stays what it was."""
-        return self._internalize_named(name_documents(documents), chunk_tokens, progress)
+        return self._internalize_named(name_texts_and_images(documents), chunk_tokens, progress)
 
     def internalize_ids(self, ctx_ids: Tensor, attention_mask: Tensor | None = None) -> Adapter:
         """The adapter of ready-made chunks [n_chunks, length] of token ids, chat wrapping included; it becomes current.
@@ -193,17 +216,31 @@ class DocToLoRA:
         return self.current
 
     def _internalize_named(
-        self, documents: dict[str, str], chunk_tokens: int | None, progress: Progress
+        self, documents: dict[str, Document], chunk_tokens: int | None, progress: Progress
     ) -> list[Adapter]:
         """One adapter per named document, all chunks in one stream."""
         limit = self._chunk_limit(chunk_tokens)
         tokenizer = self.encoder_tokenizer
-        chunks = [chunk for name, text in documents.items() for chunk in chunk_document(text, tokenizer, limit, name)]
-        encoded = self._encode(context_ids(tokenizer, [chunk.text for chunk in chunks]), progress)
+        images = {name: self._image_inputs(one, name) for name, one in documents.items() if is_image(one)}
+        texts = {name: one for name, one in documents.items() if name not in images}
+        chunks = [chunk for name, text in texts.items() for chunk in chunk_document(text, tokenizer, limit, name)]
+        ids = context_ids(tokenizer, [chunk.text for chunk in chunks])
+        encoded = self._encode([*ids, *images.values()], progress)
         blocks: dict[str, list[Block]] = {name: [] for name in documents}
-        for chunk, (A, B) in zip(chunks, encoded, strict=True):
-            blocks[chunk.document].append(Block(chunk.document, chunk.index, chunk.span, 1.0, A, B))
+        labels = [(chunk.document, chunk.index, chunk.span) for chunk in chunks] + [(name, 0, None) for name in images]
+        for label, (A, B) in zip(labels, encoded, strict=True):
+            blocks[label[0]].append(Block(*label, 1.0, A, B))
         return [self.adapter_of(of_document) for of_document in blocks.values()]
+
+    def _image_inputs(self, image: Document, name: str) -> dict[str, Tensor]:
+        """What the context encoder reads for an image; ValueError where it reads text only or too few tokens."""
+        inputs = image_inputs(self.encoder.processor, image)
+        length, window = inputs["input_ids"].shape[1], _window(self.encoder.model)
+        if length > window:
+            raise ValueError(
+                f"image {name!r} takes {length} tokens, the context encoder reads {window}: make it smaller"
+            )
+        return inputs
 
     def _longest_chunk(self) -> int:
         """Tokens of text that fit into the encoder's window beside the chat wrapping."""
@@ -220,24 +257,28 @@ class DocToLoRA:
         return limit
 
     @torch.no_grad()
-    def _encode(self, chunks: list[list[int]], progress: Progress) -> list[BlockFactors]:
-        """(A, B) of every chunk of token ids, {module: [n_layers, r, size]} each, on the CPU; equal chunks share."""
-        distinct = list(dict.fromkeys(map(tuple, chunks)))
-        done: dict[tuple[int, ...], BlockFactors] = {}
+    def _encode(self, chunks: Sequence[list[int] | dict[str, Tensor]], progress: Progress) -> list[BlockFactors]:
+        """(A, B) of every chunk (token ids, or the inputs of an image), {module: [n_layers, r, size]} each, on the
+        CPU; equal chunks of token ids share.
+        """
+        keys = [id(chunk) if isinstance(chunk, dict) else tuple(chunk) for chunk in chunks]
+        images = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if isinstance(chunk, dict)}
+        distinct = list(dict.fromkeys(key for key in keys if key not in images))
+        done: dict[int | tuple[int, ...], BlockFactors] = {}
         was_training = self.hypernetwork.training
         self.hypernetwork.eval()
         try:
-            with _reporter(progress, len(distinct)) as report:
+            with _reporter(progress, len(distinct) + len(images)) as report:
                 for batch, width in self._batches(distinct):
                     loras = self._encode_batch(batch, width)
-                    for index, ids in enumerate(batch):
-                        # clone: a slice would keep the whole batch alive
-                        pairs = {m: (A[index].cpu().clone(), B[index].cpu().clone()) for m, (A, B) in loras.items()}
-                        done[ids] = {m: A for m, (A, _) in pairs.items()}, {m: B for m, (_, B) in pairs.items()}
+                    done |= {ids: _on_cpu(loras, index) for index, ids in enumerate(batch)}
+                    report(len(done))
+                for key, inputs in images.items():
+                    done[key] = _on_cpu(self._write_blocks(inputs), 0)
                     report(len(done))
         finally:
             self.hypernetwork.train(was_training)
-        return [done[tuple(ids)] for ids in chunks]
+        return [done[key] for key in keys]
 
     def _batches(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
         """(different chunks, the length they are padded to), one batch after another.
@@ -267,10 +308,18 @@ class DocToLoRA:
         if len(batch[0]) < width:
             rows += [batch[-1]] * (self._rows(width) - len(batch))
         ids, mask = pad_rows(rows, pad_id_of(self.encoder_tokenizer), side="right", width=width)
-        device = next(self.encoder.model.parameters()).device
-        mask = mask.to(device)
-        features = self.encoder.encode(ids.to(device), attention_mask=mask)
-        loras = self.hypernetwork(features, attention_mask=mask, iterative=self.iterative)
+        return self._write_blocks({"input_ids": ids, "attention_mask": mask})
+
+    def _write_blocks(self, inputs: Mapping[str, Tensor]) -> Loras:
+        """{module: (A [n, L, r, d_in], B [n, L, r, d_out])} of the encoder's inputs: input_ids and attention_mask
+        [n, T], and an image's others.
+        """
+        device, dtype = input_device(self.encoder.model), self.encoder.model.dtype
+        inputs = {name: one.to(device, dtype if one.is_floating_point() else None) for name, one in inputs.items()}
+        features = self.encoder.encode(inputs.pop("input_ids"), **inputs)
+        place = next(self.hypernetwork.parameters()).device
+        mask = inputs["attention_mask"].to(place)
+        loras = self.hypernetwork(features.to(place), attention_mask=mask, iterative=self.iterative)
         ends = [end for pair in loras.values() for tensor in pair for end in tensor.aminmax()]  # NaN wherever one is
         if not torch.stack(ends).isfinite().all():
             raise ValueError("the hypernetwork wrote NaN or infinity: its weights, or the base model's, are damaged")
@@ -300,9 +349,10 @@ class DocToLoRA:
 
         It is the same in float32 and bfloat16; in float16 rounding can make it another one.
         """
-        body = decoder_body(self.base_model)
-        tensors = (self.base_model.get_input_embeddings().weight, *body.norm.parameters())
-        return self._fingerprint_once("base", tensors, torch.bfloat16)
+        parts = (self.base_model.get_input_embeddings(), final_norm(self.base_model))
+        with present(parts[0]), present(parts[1]):
+            tensors = [tensor for part in parts for tensor in part.parameters()]
+            return self._fingerprint_once("base", tensors, torch.bfloat16)
 
     @property
     def hypernetwork_key(self) -> str:
@@ -471,6 +521,7 @@ class DocToLoRA:
         adapter: left out, the current one; None, the base model alone; a list, one (or None) per row. Greedy unless
         `options` (passed on to transformers) say otherwise. attention_mask: None means no padding; ValueError for
         padding on the right, where the new tokens go. They may run over the window's end; `answer` stops there.
+        Nothing is compiled (as transformers does with a static cache), for compiled code would miss the adapter.
         """
         check_count(max_new_tokens, "max_new_tokens")
         input_ids, attention_mask = _checked_ids(input_ids, attention_mask, self.base_model)
@@ -479,7 +530,7 @@ class DocToLoRA:
             raise ValueError(f"row {row} ends in padding (its attention_mask is 0 there): pad on the left")
         length = int(attention_mask.sum(1).max())
         self._check_window(length, f"input_ids holds {length} tokens")
-        options = {"do_sample": False, "pad_token_id": pad_id_of(self.tokenizer)} | options
+        options = {"do_sample": False, "pad_token_id": pad_id_of(self.tokenizer), "disable_compile": True} | options
         with self.applied(self._chosen(adapter)):
             return self.base_model.generate(
                 input_ids=input_ids.to(self.device),
@@ -500,18 +551,34 @@ class DocToLoRA:
     def save(self, folder: str | Path, *, include_base: bool | None = None) -> Path:
         """Write a folder that `d2l.load` reads: the hypernetwork, its configuration, and where the base model is.
 
-        include_base: write the base model and tokenizer into it too. None does so only when the base model was not
-        loaded by a name or path, for then it could not be found again. The folder is complete or not there at all.
+        include_base: write the base model and tokenizer (and a context encoder that is another model) into it too.
+        None does so only with a model that was not loaded by a name or path, for then it could not be found again. The
+        folder is complete or not there at all.
         """
-        include = self.base_source is None if include_base is None else include_base
-        if not include and self.base_source is None:
-            raise ValueError("this base model has no name or path to be found again by: save with include_base=True")
-        meta = {"chunk_tokens": self.chunk_tokens, "base_model": None if include else self.base_source}
+        models = {"base_model": (self.base_model, self.tokenizer, self.base_source)}
+        if self.encoder.model is not self.base_model:
+            models["encoder_model"] = (self.encoder.model, self.encoder_tokenizer, self.encoder.source)
+        meta: dict[str, Any] = {"chunk_tokens": self.chunk_tokens}
+        if self.least_relevance > -math.inf:
+            meta["least_relevance"] = self.least_relevance
+        included = []
+        for name, (_, _, source) in models.items():
+            include = source is None if include_base is None else include_base
+            if not include and source is None:
+                raise ValueError(
+                    f"this {name.replace('_', ' ')} has no name or path to be found again by: save with "
+                    "include_base=True"
+                )
+            meta[name] = None if include else source
+            included += [name] if include else []
         with atomic_folder(folder) as temporary:
             save_checkpoint(temporary, self.hypernetwork, meta)
-            if include:
-                self.base_model.save_pretrained(temporary / "base_model")
-                self.tokenizer.save_pretrained(temporary / "base_model")
+            for name in included:
+                network, tokenizer, _ = models[name]
+                network.save_pretrained(temporary / name)
+                tokenizer.save_pretrained(temporary / name)
+                if network is self.encoder.model and reads_images(network):
+                    self.encoder.processor.save_pretrained(temporary / name)
         return Path(folder)
 
 
@@ -524,13 +591,17 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     base_model: str | Path | None = None,
+    encoder_model: str | Path | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
 ) -> DocToLoRA:
     """The model at `source`, ready to internalize and answer.
 
     source: a bundled name ("tiny", or "tiny/<name>" for another hypernetwork of it), a folder that `model.save` wrote,
     a published checkpoint (`*.bin`, or a folder that holds one), or a hub id ("owner/name", or
     "owner/name/folder/in/it"). device: None picks CUDA, MPS or CPU. dtype is the base model's (None: bfloat16 on
-    CUDA, else float32). base_model: a name or path that replaces the one which the checkpoint names.
+    CUDA, else float32). base_model, encoder_model: names or paths that replace those which the checkpoint names.
+    device_map, instead of device, spreads the base model over several devices (see load_base_model), and a context
+    encoder of its own too if it is a word ("auto").
 
     FileNotFoundError says what is missing and where to put it; ValueError for a damaged checkpoint or one that was made
     for another base model. No code out of a checkpoint is ever run.
@@ -542,17 +613,20 @@ def load(
         hypernetwork, meta = load_checkpoint(place)
     config = hypernetwork.config
     base_source = _base_source(place, meta, config, base_model)
-    network, tokenizer = load_base_model(base_source, device=device, dtype=dtype)
-    place_of_base = next(network.parameters()).device
+    encoder_source = _encoder_source(place, meta, config, encoder_model)
+    network, tokenizer = load_base_model(base_source, device=device, dtype=dtype, device_map=device_map)
+    place_of_base = input_device(network)
     encoder, encoder_tokenizer = None, None
-    if config.encoder_model and config.encoder_model != config.base_model:
-        encoder_network, encoder_tokenizer = load_base_model(config.encoder_model, device=device, dtype=dtype)
-        encoder = ContextEncoder.from_config(encoder_network, config)
+    if encoder_source is not None:
+        where = {"device_map": device_map} if isinstance(device_map, str) else {"device": place_of_base}
+        encoder_network, encoder_tokenizer = load_base_model(encoder_source, dtype=dtype, **where)
+        encoder = ContextEncoder.from_config(encoder_network, config, source=encoder_source)
     return DocToLoRA(
         network,
         tokenizer,
         hypernetwork.to(place_of_base).eval().requires_grad_(False),
         chunk_tokens=meta.get("chunk_tokens"),
+        least_relevance=meta.get("least_relevance", -math.inf),
         base_source=base_source,
         encoder=encoder,
         encoder_tokenizer=encoder_tokenizer,
@@ -569,6 +643,23 @@ def _base_source(place: Path, meta: dict, config: HypernetworkConfig, base_model
         chosen = meta.get("base_model") or config.base_model
     if not chosen:
         raise ValueError(f"{place} does not name its base model: pass base_model=")
+    return _lasting(chosen)
+
+
+def _encoder_source(
+    place: Path, meta: dict, config: HypernetworkConfig, encoder_model: str | Path | None
+) -> str | None:
+    """Which model to load as context encoder, chosen as _base_source does; None where it is the base model."""
+    if encoder_model is not None:
+        return _lasting(str(encoder_model))
+    if (place / "encoder_model").is_dir():
+        return _lasting(str(place / "encoder_model"))
+    named = meta.get("encoder_model") or config.encoder_model
+    return None if not named or named == config.base_model else _lasting(named)
+
+
+def _lasting(chosen: str) -> str:
+    """A model's name as it is, a folder by a path that holds wherever the program is started."""
     is_bundled = (bundled_path(chosen) / "base_model").is_dir()  # also where a folder of that name is at hand
     return chosen if is_bundled or not Path(chosen).is_dir() else str(Path(chosen).resolve())
 
@@ -673,6 +764,12 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str, width: int |
         ids[index, place] = torch.tensor(row)
         mask[index, place] = 1
     return ids, mask
+
+
+def _on_cpu(loras: Loras, index: int) -> BlockFactors:
+    """(A, B) of one chunk of a batch; cloned, for a slice would keep the whole batch alive."""
+    A, B = ({m: pair[side][index].cpu().clone() for m, pair in loras.items()} for side in (0, 1))
+    return A, B
 
 
 def _checked_ids(ids: Tensor, mask: Tensor | None, network: nn.Module) -> tuple[Tensor, Tensor]:

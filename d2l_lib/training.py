@@ -24,6 +24,8 @@ from .base_model import (
     ContextEncoder,
     check_writes_residual,
     decoder_body,
+    default_modules,
+    final_norm,
     linear_inputs,
     load_base_model,
     module_sizes,
@@ -105,13 +107,15 @@ class NeedleBatches(Dataset):
     `longest` tokens in the first 30% of the run. Between 50% and 90% of it repeats grow from 1 to `max_repeats`, and
     `l1_share`, the weight of the L1 term, from 0 to 1: both are for filler, and L1 from the start delays the digits.
     In the second stage, `polish`, contexts are of all lengths, repeats of a context add up to between a sixteenth of
-    and four times `max_repeats` (unless that is 1), and `l1_share` is 1.
+    and four times `max_repeats` (unless that is 1), and `l1_share` is 1. Chunks are written in the tokens and the chat
+    format of `encoder_tokenizer` (None: the base model's).
     """
 
-    def __init__(self, tokenizer, p: NeedlePreset, seed: int, polish: bool = False):
+    def __init__(self, tokenizer, p: NeedlePreset, seed: int, polish: bool = False, encoder_tokenizer=None):
         self.tokenizer, self.p, self.seed, self.polish = tokenizer, p, seed, polish
+        self.encoder_tokenizer = tokenizer if encoder_tokenizer is None else encoder_tokenizer
         self.question = question_ids(tokenizer, needles.QUESTION)
-        self.prefix, self.suffix = chat_affixes(tokenizer)
+        self.prefix, self.suffix = chat_affixes(self.encoder_tokenizer)
 
     def __len__(self) -> int:
         return self.p.polish_steps if self.polish else self.p.steps
@@ -136,7 +140,7 @@ class NeedleBatches(Dataset):
             total = least_repeats * (most_repeats / least_repeats) ** rng.random()
             share = max(1.0, total / n_empty) if n_empty else 1.0
             repeats += [1.0 if needle else share for needle in has_needle]
-            ids = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
+            ids = self.encoder_tokenizer(pieces, add_special_tokens=False)["input_ids"]
             chunks += [self.prefix + piece + self.suffix for piece in ids]
             n_chunks.append(len(pieces))
             answers.append(haystack.answer or pretraining.world.UNKNOWN)
@@ -145,7 +149,7 @@ class NeedleBatches(Dataset):
         input_ids, _ = pad_right([self.question + row for row in rows], self.tokenizer.pad_token_id)
         labels, _ = pad_right([[IGNORED] * len(self.question) + row for row in rows], IGNORED)
         return {
-            **chunk_batch(chunks, n_chunks, self.tokenizer.pad_token_id),
+            **chunk_batch(chunks, n_chunks, self.encoder_tokenizer.pad_token_id),
             "repeats": torch.tensor(repeats),
             "l1_share": torch.tensor(growth),
             "input_ids": input_ids,
@@ -188,7 +192,7 @@ def last_layer_logits(
     check_writes_residual(base_model, module)
     answers = find_answer_tokens(labels)
     streams: list[Tensor] = []
-    hook = decoder_body(base_model).norm.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
+    hook = final_norm(base_model).register_forward_pre_hook(lambda _, given: streams.append(given[0]))
     try:
         x = linear_inputs(base_model, module, input_ids)[-1]
     finally:
@@ -197,7 +201,7 @@ def last_layer_logits(
     A, B = loras[module]
     counts = torch.bincount(context[answers.row], minlength=len(A)).tolist()
     added = torch.cat([x_c @ A[c, 0].T @ B[c, 0] for c, x_c in enumerate(x.split(counts))])
-    return _logits_at(base_model, decoder_body(base_model).norm(stream + scale * added), answers)
+    return _logits_at(base_model, final_norm(base_model)(stream + scale * added), answers)
 
 
 def _logits_at(base_model, hidden: Tensor, answers: AnswerTokens) -> tuple[Tensor, AnswerTokens, AnswerTokens]:
@@ -215,28 +219,42 @@ class Internalization(nn.Module):
     Cross-entropy on the answers, or, where a batch has the teacher's log-probabilities and `distil` is not False, the
     distillation loss; averaged per context, plus `l1` times the size of what is written. `last_layer`: only the last
     layer is written, which spares the pass through the base model (see `last_layer_logits`; one target module). Only
-    the hypernetwork is a parameter of this module; the frozen base model stays outside its state.
+    the hypernetwork is a parameter of this module; the frozen base model, and the `encoder_model` that reads the chunks
+    if that is another one, stay outside its state.
     """
 
     def __init__(
-        self, base_model, hypernetwork: Hypernetwork, l1: float, distil: bool = True, last_layer: bool = False
+        self,
+        base_model,
+        hypernetwork: Hypernetwork,
+        l1: float,
+        distil: bool = True,
+        last_layer: bool = False,
+        encoder_model=None,
     ):
         super().__init__()
         self.hypernetwork, self.l1, self.distil = hypernetwork, l1, distil
         self.layer = hypernetwork.config.n_layers - 1 if last_layer else None
-        self._frozen = (base_model, ContextEncoder.from_config(base_model, hypernetwork.config))
+        encoder_model = base_model if encoder_model is None else encoder_model
+        self._frozen = (base_model, ContextEncoder.from_config(encoder_model, hypernetwork.config))
         self._losses, self._right, self._asked = [], 0, 0
 
     def forward(
         self, chunk_ids, chunk_mask, order, n_chunks, input_ids, labels, repeats=None, l1_share=1.0,
-        n_questions=None, teacher_log_probs=None, teacher_indices=None,
+        n_questions=None, teacher_log_probs=None, teacher_indices=None, chunk_images=None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """See `NeedleBatches` and `distillation.DistillationBatches`; without n_questions each context has one."""
+        """See `NeedleBatches` and `distillation.DistillationBatches`; without n_questions each context has one.
+
+        chunk_images: for each of `chunk_ids`, what else the encoder reads, {} or the pixels of its images
+        (`images.image_inputs` without input_ids and attention_mask).
+        """
         base_model, encoder = self._frozen
         base_model.to(input_ids.device)
+        encoder.model.to(input_ids.device)
+        chunk_images = [{}] * len(chunk_ids) if chunk_images is None else chunk_images
         groups = [
-            self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, layer=self.layer)
-            for ids, mask in zip(chunk_ids, chunk_mask, strict=True)
+            self.hypernetwork(encoder.encode(ids, attention_mask=mask, **images), attention_mask=mask, layer=self.layer)
+            for ids, mask, images in zip(chunk_ids, chunk_mask, chunk_images, strict=True)
         ]
         blocks = {
             m: tuple(torch.cat(parts)[order] for parts in zip(*(g[m] for g in groups), strict=True)) for m in groups[0]
@@ -280,18 +298,29 @@ class Internalization(nn.Module):
         return {"loss": round(loss, 5), "exact_match": round(share, 4)}
 
 
-def hypernetwork_config(p: HypernetworkPreset, base_model, base_name: str) -> HypernetworkConfig:
-    """The hypernetwork's sizes for this preset and base model; it writes the MLP down projections."""
-    d_in, d_out = module_sizes(base_model, ["down_proj"])
+def hypernetwork_config(
+    p: HypernetworkPreset, base_model, base_name: str, encoder_model=None, encoder_name: str | None = None
+) -> HypernetworkConfig:
+    """The hypernetwork's sizes for this preset and base model; it writes the MLP down projections.
+
+    encoder_model: the context encoder, loaded from encoder_name, where it is not the base model. With
+    per_layer_activations it gives one hidden state for each layer of the base model, so it must have as many.
+    """
+    d_in, d_out = module_sizes(base_model, default_modules(base_model))
+    n_layers = base_model.config.get_text_config().num_hidden_layers
+    encoder_layer = p.encoder_layer
+    if encoder_model is not None and p.encoder_type == "per_layer_activations" and encoder_layer is None:
+        encoder_layer = n_layers
+    encoder = ContextEncoder(base_model if encoder_model is None else encoder_model, p.encoder_type, encoder_layer)
     return HypernetworkConfig(
-        n_layers=base_model.config.num_hidden_layers,
+        n_layers=n_layers,
         d_in=d_in,
         d_out=d_out,
-        feature_size=base_model.config.hidden_size,
+        feature_size=encoder.feature_size,
         latent_size=p.latent_size,
         rank=p.rank,
         encoder_type=p.encoder_type,
-        encoder_layer=p.encoder_layer,
+        encoder_layer=encoder_layer,
         use_bias=p.use_bias,
         n_latent_queries=p.n_latent_queries,
         n_blocks=p.n_blocks,
@@ -300,6 +329,7 @@ def hypernetwork_config(p: HypernetworkPreset, base_model, base_name: str) -> Hy
         head_dim=p.head_dim,
         per_layer_processing=True,
         base_model=base_name,
+        encoder_model=encoder_name,
     )
 
 
@@ -335,21 +365,33 @@ def train_needle(
 
 
 def train_hypernetwork(
-    p: NeedlePreset | DistillationPreset, base_model, batches: Dataset, run: Path, seed: int, base_name: str, **options
+    p: NeedlePreset | DistillationPreset,
+    base_model,
+    batches: Dataset,
+    run: Path,
+    seed: int,
+    base_name: str,
+    encoder_model=None,
+    encoder_name: str | None = None,
+    **options,
 ) -> Hypernetwork:
-    """A new hypernetwork for `base_model` trained on `batches`, resumable in `run`; `options` go to `fit`."""
+    """A new hypernetwork for `base_model` trained on `batches`, resumable in `run`; `options` go to `fit`.
+
+    encoder_model, encoder_name: see `hypernetwork_config`; the chunks in `batches` are in that model's tokens.
+    """
     torch.manual_seed(seed)
-    hypernetwork = Hypernetwork(hypernetwork_config(p, base_model, base_name))
-    fit_hypernetwork(p, base_model, hypernetwork, batches, run, seed, **options)
+    hypernetwork = Hypernetwork(hypernetwork_config(p, base_model, base_name, encoder_model, encoder_name))
+    fit_hypernetwork(p, base_model, hypernetwork, batches, run, seed, encoder_model, **options)
     return hypernetwork
 
 
 def fit_hypernetwork(
-    p, base_model, hypernetwork: Hypernetwork, batches: Dataset, run: Path, seed: int, **options
+    p, base_model, hypernetwork: Hypernetwork, batches: Dataset, run: Path, seed: int, encoder_model=None, **options
 ) -> None:
     """Train `hypernetwork` on `batches` in place, resumable in `run`; steps, rates and loss are those of `p`."""
     distil, last_layer = getattr(p, "distil", True), getattr(p, "last_layer", False)
-    fit_step(Internalization(base_model, hypernetwork, p.l1, distil, last_layer), p, batches, run, seed, **options)
+    step = Internalization(base_model, hypernetwork, p.l1, distil, last_layer, encoder_model)
+    fit_step(step, p, batches, run, seed, **options)
 
 
 # -------------------------------------------------------------------------------------------------------- the command

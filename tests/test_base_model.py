@@ -4,12 +4,28 @@ import json
 
 import pytest
 import torch
-from tiny_models import FAMILIES, N_LAYERS, VOCABULARY, build_base_model, random_hypernetwork, random_ids, random_loras
+from tiny_models import (
+    FAMILIES,
+    MLP_OUTPUT,
+    N_LAYERS,
+    VOCABULARY,
+    build_base_model,
+    random_hypernetwork,
+    random_ids,
+    random_loras,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from d2l_lib import base_model
-from d2l_lib.base_model import ContextEncoder, decoder_layers, load_base_model, module_sizes, target_linears
+from d2l_lib.base_model import (
+    ContextEncoder,
+    decoder_layers,
+    default_modules,
+    load_base_model,
+    module_sizes,
+    target_linears,
+)
 from d2l_lib.lora import apply_lora
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -34,7 +50,7 @@ def save_model(folder, family="llama"):
 def test_features_are_the_models_own_hidden_states(family):
     model, ids = build_base_model(family=family), random_ids(2, 9)
     states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-    norm = base_model.decoder_body(model).norm
+    norm = base_model.final_norm(model)
     for depth in (0, 1, 3):
         torch.testing.assert_close(ContextEncoder(model, "early_exit", depth).encode(ids), norm(states[depth]))
     per_layer = ContextEncoder(model, "per_layer_activations").encode(ids)
@@ -122,11 +138,23 @@ def test_wrong_encoder_settings():
 @each_family
 def test_target_linears_and_sizes(family):
     model = build_base_model(family=family)
-    linears = target_linears(model, ["down_proj", "q_proj"])
+    mlp = MLP_OUTPUT.get(family, "down_proj")
+    queries, n_queries = ("qkv_proj", 64) if family == "phi3" else ("q_proj", 32)
+    assert default_modules(model) == [mlp]
+    linears = target_linears(model, [mlp, queries])
     assert [len(found) for found in linears.values()] == [N_LAYERS, N_LAYERS]
-    assert linears["q_proj"][2] is decoder_layers(model)[2].self_attn.q_proj
-    d_in, d_out = module_sizes(model, ["down_proj", "v_proj"])
-    assert d_in == {"down_proj": 48, "v_proj": 32} and d_out == {"down_proj": 32, "v_proj": 16}
+    assert linears[queries][2] is getattr(decoder_layers(model)[2].self_attn, queries)
+    assert linears[mlp][2] is getattr(decoder_layers(model)[2].mlp, mlp)
+    d_in, d_out = module_sizes(model, [mlp, queries])
+    assert d_in == {mlp: 48, queries: 32} and d_out == {mlp: 32, queries: n_queries}
+
+
+def test_a_model_without_a_usual_target_module_says_what_it_has():
+    model = build_base_model()
+    for layer in decoder_layers(model):
+        layer.mlp.down_proj = torch.nn.Identity()
+    with pytest.raises(ValueError, match="no usual target module.*'gate_proj'"):
+        default_modules(model)
 
 
 def test_unknown_module_lists_the_known_ones():

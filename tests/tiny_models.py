@@ -1,17 +1,21 @@
-"""Small random models for tests: a byte-level tokenizer with a chat template, decoders of each family, a hypernetwork.
+"""Small random models for tests: a byte-level tokenizer with a chat template, decoders of each family, vision-language
+models with their processors, a hypernetwork.
 
 No training, no download; building one takes well under a second. Every weight is random, so that nothing is a no-op.
 """
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from d2l_lib.base_model import EAGER_ATTENTION, module_sizes
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
 
-FAMILIES = ("gemma2", "gemma3_text", "mistral", "qwen3", "llama")
+FAMILIES = ("gemma2", "gemma3_text", "mistral", "qwen2", "qwen3", "llama", "phi3", "phi")
+VISION_FAMILIES = ("gemma3", "llava")
+# The linear that a hypernetwork writes, where a family does not call it down_proj.
+MLP_OUTPUT = {"phi": "fc2"}
 N_LAYERS, HIDDEN, WINDOW = 4, 32, 256
 VOCABULARY = 64  # of a base model without a tokenizer
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start>", "<end>"]
@@ -25,6 +29,13 @@ NO_SYSTEM_TEMPLATE = (
     "{{ raise_exception('System role not supported') }}{% endif %}"
     "{{ '<start>' + m['role'] + '\n' + (m['content'] | trim) + '<end>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start>model\n' }}{% endif %}"
+)
+# Reads a turn as plain text or as parts, of which some may be images.
+PARTS_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<start>' + m['role'] + '\n' }}{% if m['content'] is string %}"
+    "{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}{{ '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
 )
 
 
@@ -53,8 +64,9 @@ def build_base_model(
     hidden_size: int = HIDDEN,
     window: int = WINDOW,
     seed: int = 0,
+    **settings,
 ):
-    """A random decoder for this tokenizer (None: of VOCABULARY tokens), frozen.
+    """A random decoder for this tokenizer (None: of VOCABULARY tokens), frozen; `settings` go to its configuration.
 
     With a tokenizer its weights are large enough that greedy answers depend on the input; without one they are small,
     so that float32 rounding stays far below the tests' tolerances.
@@ -70,17 +82,87 @@ def build_base_model(
         num_key_value_heads=2,
         head_dim=hidden_size // 4,
         max_position_embeddings=window,
-        initializer_range=0.02 if tokenizer is None else 0.2,
-        pad_token_id=0,
-        eos_token_id=1,
+        **{"initializer_range": 0.02 if tokenizer is None else 0.2, "pad_token_id": 0, "eos_token_id": 1} | settings,
         bos_token_id=2,
     )
     options = {"attn_implementation": "eager"} if family in EAGER_ATTENTION else {}
     return AutoModelForCausalLM.from_config(config, **options).eval().requires_grad_(False)
 
 
+def build_vision_model(family: str = "gemma3", *, n_layers: int = N_LAYERS, hidden_size: int = HIDDEN, seed: int = 0):
+    """(a random vision-language model, frozen, its processor): pictures of 16 x 16 pixels in patches of 4 x 4."""
+    from transformers import Gemma3Processor, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    names = {"gemma3": ["<image>", "<soft>", "<eoi>"], "llava": ["<image>"]}[family]
+    roles = {"gemma3": ["boi_token", "image_token", "eoi_token"], "llava": ["image_token"]}[family]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=build_tokenizer().backend_tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        extra_special_tokens=dict(zip(roles, names, strict=True)),
+        chat_template=PARTS_TEMPLATE,
+    )
+    size = {"height": 16, "width": 16}
+    if family == "gemma3":
+        pictures = Gemma3ImageProcessorPil(size=size)
+        processor = Gemma3Processor(pictures, tokenizer, chat_template=PARTS_TEMPLATE, image_seq_length=4)
+        text, vision = "gemma3_text", {"model_type": "siglip_vision_model"}
+        settings = {"mm_tokens_per_image": 4, "boi_token_index": tokenizer.boi_token_id}
+        settings["eoi_token_index"] = tokenizer.eoi_token_id
+    else:
+        pictures = CLIPImageProcessorPil(size=size, crop_size=size)
+        processor = LlavaProcessor(
+            pictures,
+            tokenizer,
+            patch_size=4,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=PARTS_TEMPLATE,
+        )
+        text, vision, settings = "llama", {"model_type": "clip_vision_model", "projection_dim": 16}, {}
+    config = AutoConfig.for_model(
+        family,
+        text_config={
+            "model_type": text,
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 48,
+            "num_hidden_layers": n_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": hidden_size // 4,
+            "max_position_embeddings": WINDOW,
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+        },
+        vision_config=vision
+        | {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        image_token_id=tokenizer.image_token_id,
+        **settings,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "multi_modal_projector" in name or "vision_tower" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.2)  # so that pictures differ in what they look like
+    return model, processor
+
+
 def random_hypernetwork(base_model, modules=("down_proj",), seed: int = 1, **settings) -> Hypernetwork:
     """A hypernetwork of rank 2 for this base model with all parameters random; `settings` go to HypernetworkConfig."""
+    sizes = base_model.config.get_text_config()
     d_in, d_out = module_sizes(base_model, list(modules))
     values = {
         "latent_size": 16,
@@ -92,11 +174,10 @@ def random_hypernetwork(base_model, modules=("down_proj",), seed: int = 1, **set
         "head_dim": 8,
     }
     config = HypernetworkConfig(
-        n_layers=base_model.config.num_hidden_layers,
+        n_layers=sizes.num_hidden_layers,
         d_in=d_in,
         d_out=d_out,
-        feature_size=base_model.config.hidden_size,
-        **(values | settings),
+        **({"feature_size": sizes.hidden_size} | values | settings),
     )
     torch.manual_seed(seed)
     hypernetwork = Hypernetwork(config)

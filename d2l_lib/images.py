@@ -1,0 +1,77 @@
+"""Images as documents: one picture is one chunk, read by a vision-language context encoder.
+
+    picture  ->  chat with an image  ->  processor  ->  token ids and pixels  ->  ContextEncoder.encode(**inputs)
+
+The chat is that of a text chunk (see `documents`): an empty system turn where the template has one, the picture as the
+user's turn, the opening of the model's turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+from torch import Tensor
+
+from d2l_lib.documents import name_documents
+
+Document = str | Image.Image
+Documents = Document | Sequence[Document] | Mapping[str, Document]
+
+
+def is_image(document: object) -> bool:
+    """Whether this document is a picture (a PIL image)."""
+    return isinstance(document, Image.Image)
+
+
+def name_texts_and_images(documents: Documents) -> dict[str, Document]:
+    """Every input of `internalize` as {name: text or RGB picture}, checked.
+
+    As `documents.name_documents`; a picture alone is called "image", in a list it counts like a text ("document 2").
+    ValueError names a picture that cannot be read.
+    """
+    if is_image(documents):
+        documents = {"image": documents}
+    if isinstance(documents, Mapping):
+        given = list(documents.values())
+        named = name_documents({name: _stand_in(one) for name, one in documents.items()})
+    elif isinstance(documents, Sequence) and not isinstance(documents, (str, bytes, bytearray)):
+        given = list(documents)
+        named = name_documents([_stand_in(one) for one in given])
+    else:
+        return name_documents(documents)
+    return {name: _rgb(one, name) if is_image(one) else one for name, one in zip(named, given, strict=True)}
+
+
+def _stand_in(document: object) -> object:
+    return "image" if is_image(document) else document
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """The picture in three colours, as every processor reads it."""
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image {name!r} could not be read ({error}): open or copy the file again") from error
+
+
+def image_inputs(processor, image: Image.Image) -> dict[str, Tensor]:
+    """What the encoder of this processor reads for one picture: input_ids, attention_mask [1, T], pixel_values, ...
+
+    ValueError where the processor has no chat template.
+    """
+    from jinja2.exceptions import TemplateError
+
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            "this processor has no chat template, and the method reads images in chat format: use the "
+            "instruction-tuned version of the model, or set processor.chat_template"
+        )
+    user = {"role": "user", "content": [{"type": "image", "image": image}]}
+    system = {"role": "system", "content": [{"type": "text", "text": ""}]}
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    try:
+        inputs = processor.apply_chat_template([system, user], **options)
+    except TemplateError:  # no system turn in this template
+        inputs = processor.apply_chat_template([user], **options)
+    return {name: one for name, one in inputs.items() if isinstance(one, Tensor)}
