@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2l_lib.documents import check_count
-from d2l_lib.records import atomic_file, atomic_folder, write_json
+from d2l_lib.records import atomic_file
 
 FORMAT = "d2l-adapter"
 FORMAT_VERSION = 1
@@ -204,11 +205,16 @@ class Adapter:
         """The blocks of both, the bias once: what internalizing both sets of documents would give.
 
         A document of `other` that has a name (and a chunk number) which is taken already is renamed "name (2)".
-        ValueError when the two come from different base models or hypernetworks or differ in bias or scale.
+        ValueError when the two come from different base models or hypernetworks or differ in bias or scale. An adapter
+        that no hypernetwork made (`from_peft`) takes over the other's bias and scale, its update stays what it is;
+        modules that only one of the two writes get zero rows in the other.
         """
         if not isinstance(other, Adapter):
             return NotImplemented
-        self._check_summable(other)
+        if self._is_foreign or other._is_foreign:
+            self, other = _made_alike(self, other)
+        else:
+            self._check_summable(other)
         taken = {(block.document, block.chunk) for block in self.blocks}
         used, names = set(self.documents), {}
         for document in other.documents:
@@ -228,6 +234,11 @@ class Adapter:
         """Lets `sum(adapters)` start from 0."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
+    @property
+    def _is_foreign(self) -> bool:
+        """Whether no hypernetwork made it: there is no bias that both would have to share."""
+        return not self.hypernetwork_key and self.bias is None and not self.bias_inside
+
     def _check_summable(self, other: Adapter) -> None:
         if self.n_layers != other.n_layers or self.sizes != other.sizes:
             raise ValueError(
@@ -241,7 +252,7 @@ class Adapter:
                 f"{self.base_model or 'unnamed'} and {other.base_model or 'unnamed'} have different weights"
             )
         if self.bias_inside or other.bias_inside:
-            raise ValueError("a compressed adapter holds the bias inside its block: add first, compress the sum")
+            raise ValueError("a compressed or exported adapter holds the bias inside its block: add first, compress the sum")
         precisions = [next(adapter._tensors()).dtype for adapter in (self, other) if adapter.rank]
         if self.hypernetwork_key == other.hypernetwork_key and len(set(precisions)) > 1:
             raise ValueError(
@@ -476,43 +487,31 @@ class Adapter:
         plain["sizes"] = {module: tuple(sizes) for module, sizes in plain["sizes"].items()}
         return cls(blocks=tuple(blocks), bias=bias, **plain)
 
-    def export_peft(self, folder: str | Path) -> Path:
-        """Write a PEFT LoRA folder: adapter_model.safetensors and adapter_config.json.
+    def export_peft(
+        self,
+        folder: str | Path,
+        *,
+        rank: int | None = None,
+        dtype: torch.dtype | None = None,
+        loader: str | None = None,
+    ) -> Path:
+        """Write a PEFT LoRA folder of the whole sum, bias included; see `exports.export_peft`.
 
-        The sum of all blocks with the bias is one LoRA of rank R in every target linear. Weights are folded into
-        lora_A and the scale into lora_B, and lora_alpha = R, so PEFT's alpha / R is 1 and loading it with
-        PeftModel.from_pretrained gives this adapter's logits. Writing it does not need peft.
+        rank and dtype make it smaller, `exports.export_errors(folder)` then tells what was lost. loader: "peft", "vllm"
+        or "llama.cpp" must be able to load it. Documents cannot be removed from it: change the adapter, export again.
         """
-        from safetensors.torch import save_file
+        from d2l_lib import exports
 
-        if self.rank == 0:
-            raise ValueError("this adapter is empty: there is nothing to export")
-        tensors = {}
-        for module in self.modules:
-            A, B = self.factors(module)
-            B = B * self.scale
-            for layer in range(self.n_layers):
-                path = f"base_model.model.{self._path(module).format(layer=layer)}"
-                tensors[f"{path}.lora_A.weight"] = A[layer].detach().cpu().contiguous().clone()  # [R, d_in]
-                tensors[f"{path}.lora_B.weight"] = B[layer].detach().cpu().mT.contiguous()  # [d_out, R]
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base_model,
-            "r": self.rank,
-            "lora_alpha": self.rank,
-            "target_modules": self.modules,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "use_rslora": False,
-            "inference_mode": True,
-        }
-        with atomic_folder(folder) as temporary:
-            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-            write_json(temporary / "adapter_config.json", config)
-        return Path(folder)
+        return exports.export_peft(self, folder, rank=rank, dtype=dtype, loader=loader)
 
-    def _path(self, module: str) -> str:
+    @classmethod
+    def from_peft(cls, folder: str | Path, base_model: Any = None, *, name: str | None = None) -> Adapter:
+        """A PEFT LoRA folder as an adapter of one block, to be added to others; see `exports.import_peft`."""
+        from d2l_lib import exports
+
+        return exports.import_peft(folder, base_model, name=name)
+
+    def path_of(self, module: str) -> str:
         """Where the module sits in the base model, with {layer} for the layer's number."""
         if module in self.paths:
             return self.paths[module]
@@ -587,6 +586,61 @@ def _size(n_bytes: int) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.1f} {unit}"
     return f"{n_bytes} bytes"
+
+
+def _made_alike(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
+    """Both with one scale, bias and set of modules, where no hypernetwork made one of them; their updates stay.
+
+    ValueError where they are for different base models.
+    """
+    host = second if first._is_foreign and not second._is_foreign else first
+    shared = [module for module in first.modules if module in second.sizes]
+    if first.n_layers != second.n_layers or any(first.sizes[module] != second.sizes[module] for module in shared):
+        raise ValueError(
+            "adapters for different base models cannot be added: "
+            f"{first.n_layers} layers with {_shapes(first.sizes)}, "
+            f"{second.n_layers} layers with {_shapes(second.sizes)}"
+        )
+    if first.base_key and second.base_key and first.base_key != second.base_key:
+        raise ValueError(
+            "adapters for different base models cannot be added: "
+            f"{first.base_model or 'unnamed'} and {second.base_model or 'unnamed'} have different weights"
+        )
+    if host.scale == 0:
+        raise ValueError("the scale of an adapter is 0: nothing can be expressed in it")
+    sizes = {**first.sizes, **second.sizes}
+    common = {name: getattr(host, name) for name in ("scale", "bias_weight", "hypernetwork_key", "bias_inside")}
+    common |= {
+        "sizes": sizes,
+        "bias": host.bias and _widened(host.bias, sizes),
+        "base_model": host.base_model or first.base_model or second.base_model,
+        "base_key": first.base_key or second.base_key,
+        "paths": {**first.paths, **second.paths, **host.paths},
+    }
+
+    def rewritten(one: Adapter) -> Adapter:
+        blocks = []
+        for block in one.blocks:
+            pairs = _widened({m: (block.A[m], block.B[m]) for m in block.A}, sizes)
+            A = {module: A for module, (A, _) in pairs.items()}
+            B = {module: B for module, (_, B) in pairs.items()}
+            if one.scale != host.scale:
+                B = {module: factor * (one.scale / host.scale) for module, factor in B.items()}
+            blocks.append(replace(block, A=A, B=B))
+        return replace(one, blocks=tuple(blocks), **common)
+
+    return rewritten(first), rewritten(second)
+
+
+def _widened(factors: Factors, sizes: Mapping[str, tuple[int, int]]) -> Factors:
+    """The factors with zero rows, as many, in the modules that they lack."""
+    A, B = next(iter(factors.values()))
+    zeros = {
+        module: (A.new_zeros(*A.shape[:2], d_in), B.new_zeros(*B.shape[:2], d_out))
+        for module, (d_in, d_out) in sizes.items()
+        if module not in factors
+    }
+    return {**factors, **zeros}
 
 
 def singular_vectors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

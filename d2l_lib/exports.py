@@ -1,0 +1,537 @@
+"""Adapters that leave and adapters that come in: PEFT folders, and weights with an adapter in them.
+
+    W x + s * sum over blocks of weight * B^T (A x)
+    PEFT:    lora_A = rows of weight * A,   lora_B = s * B^T,   lora_alpha = r, so that alpha / r = 1
+    merged:  W + s * sum over blocks of weight * B^T A
+
+What leaves is one sum: no document can be taken out of an export or added to it. Keep the adapter's own file
+(`adapter.save`), change that (`without`, `+`, `scaled`) and export again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from d2l_lib.adapter import Adapter, Block
+from d2l_lib.base_model import decoder_layers, open_adapters, target_linears
+from d2l_lib.documents import check_count
+from d2l_lib.records import atomic_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from d2l_lib.model import DocToLoRA
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RECORD, RECORD_VERSION = "d2l-export", 1  # in the header of the weights: what was exported
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+LOADERS = ("peft", "vllm", "llama.cpp")
+# What every vLLM accepts as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks; 1 is a later addition).
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Linears of decoder layers that vLLM and llama.cpp know under these names; both pack or split q, k, v and gate, up.
+SERVED_MODULES = frozenset(
+    "q_proj k_proj v_proj o_proj qkv_proj dense gate_proj up_proj gate_up_proj down_proj fc1 fc2".split()
+)
+_RECORD_FIELDS = {"bias", "n_layers", "base_key", "hypernetwork_key", "rank", "error", "errors"}
+_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
+_IN_LAYER = re.compile(r"(?P<before>.*?)\.(?P<layer>\d+)\.(?P<after>.+)")
+# What a plain LoRA may set in adapter_config.json; anything else that is set changes what the adapter computes.
+_PLAIN = frozenset(
+    "auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules "
+    "fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout "
+    "lora_ga_config loftq_config megatron_config megatron_core peft_type peft_version qalora_group_size r "
+    "rank_pattern alpha_pattern revision runtime_config target_modules task_type use_rslora".split()
+)
+# Ways to begin a training that also change the base model's weights.
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+# ---------------------------------------------------------------------------------------------------------- to a folder
+def export_peft(
+    adapter: Adapter,
+    folder: str | Path,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    loader: str | None = None,
+) -> Path:
+    """Write a PEFT LoRA folder: adapter_model.safetensors and adapter_config.json; complete or not there at all.
+
+    The sum of all blocks with the bias is one LoRA in every target linear: loaded with PeftModel.from_pretrained it
+    gives this adapter's logits. Writing it does not need peft.
+    rank: at most so many rows (`Adapter.compressed`; None: all of them, nothing is lost). dtype: float32, bfloat16 or
+    float16 (None: the adapter's own). What either loses is measured and kept in the folder: see `export_errors`.
+    loader: "peft", "vllm" or "llama.cpp": ValueError, and no folder, where it could not load it (see `check_export`).
+
+    Documents cannot be taken out of the folder or added to it: keep the adapter (`save`), change that, export again.
+    """
+    from safetensors.torch import save_file
+
+    if adapter.rank == 0:
+        raise ValueError("this adapter is empty: there is nothing to export")
+    if rank is not None:
+        check_count(rank, "rank")
+    if dtype is not None and dtype not in PRECISIONS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, PRECISIONS))}, not {dtype!r}")
+    if loader is not None:
+        _check_loader(loader)
+    written = adapter if rank is None or rank >= adapter.rank else adapter.compressed(rank)
+    tensors = {}
+    norms: dict[str, Tensor] = {}  # {module: [L, 2]}: of the update, and of what is lost of it
+    for module in adapter.modules:
+        A, B = written.factors(module)
+        precision = A.dtype if dtype is None else dtype
+        exact = written is adapter and precision == torch.promote_types(A.dtype, torch.float32)
+        B = B.to(torch.promote_types(B.dtype, torch.float32)) * adapter.scale
+        A, B = (_rounded(factor, precision, module) for factor in (A, B))
+        norms[module] = torch.zeros(adapter.n_layers, 2) if exact else _norms(adapter, module, A, B)
+        for layer in range(adapter.n_layers):
+            path = f"base_model.model.{adapter.path_of(module).format(layer=layer)}"
+            tensors[f"{path}.lora_A.weight"] = A[layer].detach().cpu().contiguous().clone()  # [r, d_in]
+            tensors[f"{path}.lora_B.weight"] = B[layer].detach().cpu().mT.contiguous()  # [d_out, r]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base_model,
+        "r": written.rank,
+        "lora_alpha": written.rank,
+        "target_modules": _target_modules(adapter),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+    record = {
+        "version": RECORD_VERSION,
+        "documents": adapter.documents,
+        "bias": adapter.bias_inside or (adapter.bias is not None and adapter.bias_weight != 0),
+        "n_layers": adapter.n_layers,
+        "base_key": adapter.base_key,
+        "hypernetwork_key": adapter.hypernetwork_key,
+        "rank": adapter.rank,
+        "error": _share(torch.cat([*norms.values()]).norm(dim=0)),
+        "errors": {module: [_share(pair) for pair in pairs] for module, pairs in norms.items()},
+    }
+    with atomic_folder(folder) as temporary:
+        metadata = {"format": "pt", RECORD: json.dumps(record, ensure_ascii=False, allow_nan=False)}
+        save_file(tensors, temporary / WEIGHTS, metadata=metadata)
+        write_json(temporary / CONFIG, config)
+        if loader is not None and not (verdict := check_export(temporary, loader)):
+            raise ValueError(f"nothing was written, for {loader} could not load it: {'; '.join(verdict.problems)}")
+    return Path(folder)
+
+
+def _target_modules(adapter: Adapter) -> list[str] | str:
+    """The modules' names; where the layers are a part of a larger model, one pattern for their whole paths.
+
+    A vision part may have linears of the same names, on which PEFT would put a LoRA of its own.
+    """
+    paths = [adapter.path_of(module) for module in adapter.modules]
+    if all(path.startswith("model.layers.") for path in paths):
+        return adapter.modules
+    return "|".join(re.escape(path).replace(r"\{layer\}", r"\d+") for path in paths)
+
+
+def _rounded(factor: Tensor, precision: torch.dtype, module: str) -> Tensor:
+    """The factor in this precision; ValueError where a value is too large for it."""
+    rounded = factor.to(precision)
+    if not rounded.isfinite().all():
+        largest = float(factor.abs().max())
+        raise ValueError(f"{module}: values up to {largest:.3g} do not fit {precision}: use bfloat16 or float32")
+    return rounded
+
+
+def _norms(adapter: Adapter, module: str, A: Tensor, B: Tensor) -> Tensor:
+    """[L, 2]: the Frobenius norms of the update dW and of dW - B^T A, in float64, without forming either.
+
+    With A^T = Q_A R_A and B^T = Q_B R_B of the stacked factors, ||B^T A|| = ||R_B R_A^T||; one layer at a time.
+    """
+    full_A, full_B = adapter.factors(module)
+    norms = torch.zeros(adapter.n_layers, 2, dtype=torch.float64)
+    for layer in range(adapter.n_layers):
+        sides = (
+            [full_A[layer].double(), A[layer].double()],
+            [full_B[layer].double() * adapter.scale, -B[layer].double()],
+        )
+        R_A, R_B = (torch.linalg.qr(torch.cat(side).mT, mode="r").R for side in sides)  # [k, R + r]
+        norms[layer, 0] = (R_B[:, : adapter.rank] @ R_A[:, : adapter.rank].mT).norm()
+        norms[layer, 1] = (R_B @ R_A.mT).norm()
+    return norms
+
+
+def _share(norms: Tensor) -> float:
+    """lost / whole of a pair (whole, lost); 0 where there is nothing to lose."""
+    whole, lost = norms.tolist()
+    return lost / whole if whole else 0.0
+
+
+def export_errors(folder: str | Path) -> pd.DataFrame:
+    """What an export lost, measured as it was written: ||dW - exported dW||_F / ||dW||_F of each linear.
+
+    Columns: module, layer (0 = first), error (0 where neither rank= nor dtype= changed anything). The error over all of
+    them is in `attrs["error"]`. ValueError for a folder that `export_peft` did not write.
+    """
+    record = _read_folder(folder)[2]
+    if not record:
+        raise ValueError(f"{folder} does not say what it lost: it was not written by export_peft")
+    rows = [
+        {"module": module, "layer": layer, "error": error}
+        for module, errors in record["errors"].items()
+        for layer, error in enumerate(errors)
+    ]
+    table = pd.DataFrame(rows, columns=["module", "layer", "error"])
+    table.attrs["error"] = record["error"]
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------- reading a folder
+def _read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
+    """(configuration, tensors, our own record of the export or {}) of a PEFT folder.
+
+    FileNotFoundError where it or one of its files is missing; ValueError for damaged files and for pickles (.bin).
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(folder)
+    config_path, path = folder / CONFIG, folder / WEIGHTS
+    if not config_path.is_file():
+        raise FileNotFoundError(f"no {CONFIG} in {folder}: give the folder of a PEFT adapter")
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise ValueError(
+                f"{folder} holds adapter_model.bin, a pickle, which is not opened here: load it with peft where you "
+                f"trust it and save it again (save_pretrained writes {WEIGHTS})"
+            )
+        raise FileNotFoundError(f"no {WEIGHTS} in {folder}")
+    config = read_json(config_path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path} holds no settings but {type(config).__name__}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        record = json.loads(metadata.get(RECORD, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): was it cut off?") from error
+    known = isinstance(record, dict) and record.get("version") == RECORD_VERSION and record.keys() >= _RECORD_FIELDS
+    return config, tensors, record if known else {}
+
+
+def _pairs(tensors: Mapping[str, Tensor]) -> tuple[Pairs, list[str]]:
+    """({path of a linear: (lora_A [r, d_in], lora_B [d_out, r])}, the names of all other tensors)."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    others = []
+    for name, tensor in tensors.items():
+        match = _KEY.fullmatch(name)
+        if match and tensor.dim() == 2 and tensor.is_floating_point():
+            sides.setdefault(match["path"], {})[match["side"]] = tensor
+        else:
+            others.append(name)
+    pairs = {}
+    for path, found in sides.items():
+        if len(found) == 2 and found["A"].shape[0] == found["B"].shape[1]:
+            pairs[path] = (found["A"], found["B"])
+        else:
+            others += [f"base_model.model.{path}.lora_{side}.weight" for side in found]
+    return pairs, sorted(others)
+
+
+def _of_pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
+    """The value of the first pattern that ends the path, as PEFT reads rank_pattern and alpha_pattern."""
+    for pattern, value in (patterns or {}).items():
+        if _matches(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a pattern from a configuration is the whole path; ValueError for one that cannot be read."""
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise ValueError(f"{CONFIG} holds a pattern that cannot be read ({error}): {pattern!r}") from error
+
+
+def _rank_and_scale(config: Mapping, path: str) -> tuple[int, float]:
+    """(r, factor of B A) of one linear: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
+    r = _of_pattern(config.get("rank_pattern"), path, config.get("r"))
+    alpha = _of_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
+    check_count(r, f"r in {CONFIG}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha in {CONFIG} must be a number, not {alpha!r}")
+    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def _not_plain(config: Mapping) -> list[str]:
+    """What makes a PEFT configuration more than lora_B lora_A, by name."""
+    found = [] if config.get("peft_type") == "LORA" else [f"peft_type {config.get('peft_type')}"]
+    if config.get("bias") not in (None, "none"):
+        found.append(f"bias {config['bias']!r}")
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        found.append(f"init_lora_weights {config['init_lora_weights']!r}, which changes the base model")
+    return found + [f"{name} {value!r}" for name, value in sorted(config.items()) if value and name not in _PLAIN]
+
+
+def _some(names: Sequence[str]) -> str:
+    """Up to three of the names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# ------------------------------------------------------------------------------------------------------ who can load it
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a loader can load a folder: true where `problems` is empty. `notes` say how to load it."""
+
+    loader: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+    def __repr__(self) -> str:
+        head = f"{self.loader}: " + ("fits" if self else "does not fit")
+        lines = [*(f"  problem: {text}" for text in self.problems), *(f"  {text}" for text in self.notes)]
+        return "\n".join([head, *lines])
+
+
+def _check_loader(loader: str) -> None:
+    if loader not in LOADERS:
+        raise ValueError(f"unknown loader {loader!r}: one of {', '.join(map(repr, LOADERS))}")
+
+
+def check_export(folder: str | Path, loader: str = "peft", base_model: nn.Module | DocToLoRA | None = None) -> Verdict:
+    """Whether `loader` ("peft", "vllm", "llama.cpp") can load the LoRA in a folder, as its files say; and why not.
+
+    Nothing is run: these are the rules of the loaders' sources. With `base_model` its linears are looked up, too.
+    - peft 0.21, tuners/lora/model.py and tuners/tuners_utils.py: ranks, rank_pattern, target_modules. Tensors with no
+      place there are left out with no more than a warning, so they count as a problem here.
+    - vLLM 0.14, config/lora.py (MaxLoRARanks), lora/peft_helper.py (r at most max_lora_rank; no bias, DoRA or
+      modules_to_save) and lora/lora_model.py (names). It must support LoRA for the model's architecture.
+    - llama.cpp, convert_lora_to_gguf.py (nothing but lora_A and lora_B; one lora_alpha) and src/llama-adapter.cpp (the
+      scale is alpha / rows: no alpha_pattern, no rank stabilisation). It must know the architecture, and needs the base
+      model's configuration for the conversion.
+    """
+    _check_loader(loader)
+    config, tensors, record = _read_folder(folder)
+    pairs, others = _pairs(tensors)
+    extras = _not_plain(config)
+    problems = [] if pairs else ["there is no pair of lora_A and lora_B tensors"]
+    notes = []
+    if extras:
+        (notes if loader == "peft" else problems).append(f"more than a plain LoRA: {'; '.join(extras)}")
+    if others and not (extras and loader == "peft"):
+        problems.append(f"tensors that are no part of a lora_A, lora_B pair: {_some(others)}")
+    try:
+        wrong = [path for path, (A, _) in pairs.items() if _rank_and_scale(config, path)[0] != A.shape[0]]
+        if wrong:
+            problems.append(f"{CONFIG} names another rank than the tensors have: {_some(wrong)}")
+        if missed := [path for path in pairs if not _is_target(path, config.get("target_modules"))]:
+            problems.append(f"target_modules in {CONFIG} leaves out {_some(missed)}")
+    except ValueError as error:
+        problems.append(str(error))
+    if base_model is not None:
+        problems += _misfits(pairs, _network(base_model))
+    if loader != "peft":
+        unread = {"vllm": ("rank_pattern", "alpha_pattern"), "llama.cpp": ("alpha_pattern", "use_rslora")}[loader]
+        if set_here := [name for name in unread if config.get(name)]:
+            problems.append(f"{', '.join(set_here)} may not be read, and the update would then have another size")
+        if unknown := sorted({path.rpartition(".")[2] for path in pairs} - SERVED_MODULES):
+            problems.append(f"it may not know these modules: {_some(unknown)}")
+    if loader == "vllm":
+        rank = max((A.shape[0] for A, _ in pairs.values()), default=0)
+        if enough := [allowed for allowed in VLLM_RANKS if allowed >= rank]:
+            notes.append(f"serve the base model with --enable-lora --max-lora-rank {enough[0]}")
+        else:
+            problems.append(f"rank {rank}, but it serves at most {VLLM_RANKS[-1]}: export with rank={VLLM_RANKS[-1]}")
+    if loader == "llama.cpp":
+        base = config.get("base_model_name_or_path") or "none is named here"
+        notes.append(f"convert it with convert_lora_to_gguf.py --base <folder of the base model> ({base})")
+    if record.get("error"):
+        notes.append(f"relative error {record['error']:.3g}, from rank {record['rank']} (see export_errors)")
+    return Verdict(loader, tuple(problems), tuple(notes))
+
+
+def _is_target(path: str, target_modules: object) -> bool:
+    """Whether PEFT would put a LoRA on this linear: a pattern for the whole path, or names that it ends in."""
+    if isinstance(target_modules, str):
+        return target_modules == "all-linear" or _matches(target_modules, path)
+    names = target_modules if isinstance(target_modules, list) else []
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _network(base_model: nn.Module | DocToLoRA) -> nn.Module:
+    """The transformers model itself."""
+    network = base_model.base_model if hasattr(base_model, "hypernetwork") else base_model
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"expected a base model or a DocToLoRA, not {type(base_model).__name__}")
+    return network
+
+
+def _misfits(pairs: Pairs, network: nn.Module) -> list[str]:
+    """What of the pairs has no linear of its size in the model."""
+    linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    absent = [path for path in pairs if path not in linears]
+    problems = [f"the base model has no linear {_some(absent)}: was it made for another model?"] if absent else []
+    for path, (A, B) in pairs.items():
+        if path in linears:
+            sizes = (linears[path].in_features, linears[path].out_features)
+            if (A.shape[1], B.shape[0]) != sizes:
+                made = f"{A.shape[1]} -> {B.shape[0]}"
+                problems.append(f"{path} maps {made}, the base model's {sizes[0]} -> {sizes[1]}: another model?")
+                break  # one says enough
+    return problems
+
+
+# -------------------------------------------------------------------------------------------------------- from a folder
+def import_peft(
+    folder: str | Path, base_model: nn.Module | DocToLoRA | None = None, *, name: str | None = None
+) -> Adapter:
+    """A PEFT LoRA as an adapter of one block, to be applied, weighed, traced, and added to others (`+`).
+
+    alpha / r (or alpha / sqrt(r)), rank_pattern and alpha_pattern are folded into B, so that its scale is 1; what it
+    lacks of layers and rows is zero. name: of the block's document (None: the folder's name).
+    base_model: its names and sizes are checked, its layers counted; a DocToLoRA also marks the adapter as one for its
+    base model. Without it the highest layer that the LoRA adapts counts as the last. A folder by `export_peft` knows
+    both; with a bias block in it, it cannot be added to others, no more than a compressed adapter can.
+
+    Only safetensors files are read. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases,
+    modules_to_save, ...) or lies outside the decoder layers: merge such an adapter into the base model with peft.
+    """
+    config, tensors, record = _read_folder(folder)
+    pairs, others = _pairs(tensors)
+    if extras := _not_plain(config):
+        raise ValueError(
+            f"{folder} is no plain LoRA ({'; '.join(extras)}): merge it into the base model with peft's "
+            "merge_and_unload, and use that as the base model"
+        )
+    if others or not pairs:
+        what = f"tensors that are no part of one: {_some(others)}" if others else "none"
+        raise ValueError(f"{folder} should hold lora_A and lora_B for each linear, but holds {what}")
+    places = _places(folder, pairs)
+    n_layers = max(record.get("n_layers", 0), *(1 + layer for layer, _ in places))
+    base_key = record.get("base_key", "")
+    if base_model is not None:
+        network = _network(base_model)
+        if problems := _misfits(pairs, network):
+            raise ValueError(f"{folder}: {'; '.join(problems)}")
+        n_layers = len(decoder_layers(network))
+        own_key = getattr(base_model, "base_key", "")
+        if base_key and own_key and base_key != own_key:
+            raise ValueError(f"{folder} was made for another base model: this one has other weights")
+        base_key = base_key or own_key
+    A, B, paths = {}, {}, {}
+    rank = max(A.shape[0] for A, _ in pairs.values())
+    for (layer, module), path in places.items():
+        lora_A, lora_B = pairs[path]
+        r, scale = _rank_and_scale(config, path)
+        if r != lora_A.shape[0]:
+            raise ValueError(f"{folder}: {path} has {lora_A.shape[0]} rows, {CONFIG} says {r}")
+        if module not in A:
+            A[module] = torch.zeros(n_layers, rank, lora_A.shape[1])
+            B[module] = torch.zeros(n_layers, rank, lora_B.shape[0])
+            paths[module] = _IN_LAYER.sub(r"\g<before>.{layer}.\g<after>", path)
+        if (A[module].shape[2], B[module].shape[2]) != (lora_A.shape[1], lora_B.shape[0]):
+            raise ValueError(f"{folder}: {module} has different sizes in different layers")
+        A[module][layer, :r] = lora_A.float()
+        B[module][layer, :r] = lora_B.float().mT * scale
+        if not (A[module][layer].isfinite().all() and B[module][layer].isfinite().all()):
+            raise ValueError(f"{folder}: {path} holds NaN or infinity: the file is damaged")
+    holds_bias = bool(record.get("bias"))
+    return Adapter(
+        blocks=(Block(name or Path(folder).resolve().name, 0, None, 1.0, A, B),),
+        bias=None,
+        scale=1.0,
+        base_model=config.get("base_model_name_or_path") or "",
+        base_key=base_key,
+        hypernetwork_key=record.get("hypernetwork_key", "") if holds_bias else "",
+        paths=paths,
+        bias_inside=holds_bias,
+    )
+
+
+def _places(folder: str | Path, pairs: Pairs) -> dict[tuple[int, str], str]:
+    """{(layer, module): path} of every linear; ValueError where one is outside the layers or a name is not unique."""
+    found: dict[tuple[int, str], str] = {}
+    before, after = set(), {}
+    for path in pairs:
+        match = _IN_LAYER.fullmatch(path)
+        if match is None:
+            raise ValueError(f"{folder} adapts {path}, which is in no decoder layer: merge it with peft instead")
+        module = match["after"].rpartition(".")[2]
+        before.add(match["before"])
+        if len(before) > 1 or after.setdefault(module, match["after"]) != match["after"]:
+            raise ValueError(
+                f"{folder} adapts several linears named {module!r} in one layer or several stacks of layers"
+            )
+        found[int(match["layer"]), module] = path
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ plain weights
+@torch.no_grad()
+def merge(base_model: nn.Module | DocToLoRA, adapter: Adapter, *, in_place: bool = False) -> nn.Module:
+    """A copy of the base model with the adapter in its weights: W + s * sum of weight * B^T A, an ordinary model.
+
+    Save it with `save_pretrained`; whatever loads the base model loads it. Sums are formed in float32, one linear at a
+    time, and rounded once to W's precision. in_place: `base_model` itself is changed, so that no second copy is in
+    memory. Neither can be undone: keep the base model and the adapter.
+
+    ValueError, before anything is changed, for an adapter of another model (of the same sizes: only a DocToLoRA can
+    tell), for target weights that are quantised, not in memory or shared with another layer, and inside a `with` block
+    that applies an adapter.
+    """
+    network = _network(base_model)
+    if network is not base_model:
+        base_model._check_adapter(adapter)
+    if open_adapters.get(network):
+        raise ValueError("an adapter is applied to this model: leave the `with` block first")
+    _check_mergeable(network, adapter)
+    if not in_place:
+        network = copy.deepcopy(network)
+    for module, linears in target_linears(network, adapter.modules).items():
+        A, B = adapter.factors(module)
+        for layer, linear in enumerate(linears):
+            W = linear.weight
+            wide = torch.promote_types(W.dtype, torch.float32)
+            update = B[layer].to(W.device, wide).mT @ A[layer].to(W.device, wide)  # [d_out, d_in]
+            W.copy_(torch.add(W.to(wide), update, alpha=adapter.scale))
+    return network
+
+
+def _check_mergeable(network: nn.Module, adapter: Adapter) -> None:
+    """ValueError where the adapter does not fit or a target weight is not a plain one of its own."""
+    remedy = "load the base model without quantisation (dtype=torch.bfloat16) and merge into that"
+    if getattr(getattr(network, "config", None), "quantization_config", None) is not None:
+        raise ValueError(f"this base model is quantised: {remedy}")
+    if (n_layers := len(decoder_layers(network))) != adapter.n_layers:
+        raise ValueError(
+            f"adapter has blocks for {adapter.n_layers} layers, this model has {n_layers}: "
+            "was it made for another model?"
+        )
+    parameters = [parameter for _, parameter in network.named_parameters(remove_duplicate=False)]
+    uses = Counter(one.data_ptr() for one in parameters if type(one) is nn.Parameter and not one.is_meta)
+    for module, linears in target_linears(network, adapter.modules).items():
+        for layer, linear in enumerate(linears):
+            W, where = linear.weight, f"{module} in layer {layer}"
+            if W.is_meta:
+                raise ValueError(f"{where} is not in memory: load the whole model first")
+            if type(W) is not nn.Parameter or W.dtype not in (*PRECISIONS, torch.float64):
+                raise ValueError(f"{where} is quantised ({type(W).__name__}, {W.dtype}): {remedy}")
+            if (W.shape[1], W.shape[0]) != adapter.sizes[module]:
+                made = "adapter maps {} -> {}".format(*adapter.sizes[module])
+                raise ValueError(f"{where}: {made}, this model {W.shape[1]} -> {W.shape[0]}: another model?")
+            if uses[W.data_ptr()] > 1:
+                raise ValueError(f"{where} shares its weight with another layer, which a merge would change as well")
