@@ -15,13 +15,16 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2l_lib.documents import check_count
 from d2l_lib.records import atomic_file
+
+if TYPE_CHECKING:
+    from d2l_lib.model import DocToLoRA
 
 FORMAT = "d2l-adapter"
 FORMAT_VERSION = 1
@@ -252,7 +255,9 @@ class Adapter:
                 f"{self.base_model or 'unnamed'} and {other.base_model or 'unnamed'} have different weights"
             )
         if self.bias_inside or other.bias_inside:
-            raise ValueError("a compressed or exported adapter holds the bias inside its block: add first, compress the sum")
+            raise ValueError(
+                "a compressed or exported adapter holds the bias inside its block: add first, compress the sum"
+            )
         precisions = [next(adapter._tensors()).dtype for adapter in (self, other) if adapter.rank]
         if self.hypernetwork_key == other.hypernetwork_key and len(set(precisions)) > 1:
             raise ValueError(
@@ -505,7 +510,9 @@ class Adapter:
         return exports.export_peft(self, folder, rank=rank, dtype=dtype, loader=loader)
 
     @classmethod
-    def from_peft(cls, folder: str | Path, base_model: Any = None, *, name: str | None = None) -> Adapter:
+    def from_peft(
+        cls, folder: str | Path, base_model: nn.Module | DocToLoRA | None = None, *, name: str | None = None
+    ) -> Adapter:
         """A PEFT LoRA folder as an adapter of one block, to be added to others; see `exports.import_peft`."""
         from d2l_lib import exports
 
@@ -608,11 +615,11 @@ def _made_alike(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
         )
     if host.scale == 0:
         raise ValueError("the scale of an adapter is 0: nothing can be expressed in it")
-    sizes = {**first.sizes, **second.sizes}
+    sizes, zeros = {**first.sizes, **second.sizes}, {}
     common = {name: getattr(host, name) for name in ("scale", "bias_weight", "hypernetwork_key", "bias_inside")}
     common |= {
         "sizes": sizes,
-        "bias": host.bias and _widened(host.bias, sizes),
+        "bias": host.bias and _widened(host.bias, sizes, zeros),
         "base_model": host.base_model or first.base_model or second.base_model,
         "base_key": first.base_key or second.base_key,
         "paths": {**first.paths, **second.paths, **host.paths},
@@ -621,7 +628,7 @@ def _made_alike(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
     def rewritten(one: Adapter) -> Adapter:
         blocks = []
         for block in one.blocks:
-            pairs = _widened({m: (block.A[m], block.B[m]) for m in block.A}, sizes)
+            pairs = _widened({m: (block.A[m], block.B[m]) for m in block.A}, sizes, zeros)
             A = {module: A for module, (A, _) in pairs.items()}
             B = {module: B for module, (_, B) in pairs.items()}
             if one.scale != host.scale:
@@ -632,15 +639,19 @@ def _made_alike(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
     return rewritten(first), rewritten(second)
 
 
-def _widened(factors: Factors, sizes: Mapping[str, tuple[int, int]]) -> Factors:
-    """The factors with zero rows, as many, in the modules that they lack."""
+def _widened(
+    factors: Factors, sizes: Mapping[str, tuple[int, int]], zeros: dict[tuple, tuple[Tensor, Tensor]]
+) -> Factors:
+    """The factors with zero rows, as many, in the modules that they lack; `zeros` keeps them, so that blocks share."""
     A, B = next(iter(factors.values()))
-    zeros = {
-        module: (A.new_zeros(*A.shape[:2], d_in), B.new_zeros(*B.shape[:2], d_out))
-        for module, (d_in, d_out) in sizes.items()
-        if module not in factors
-    }
-    return {**factors, **zeros}
+    for module in sizes.keys() - factors.keys():
+        key = (module, A.shape[1], A.dtype, A.device)
+        if key not in zeros:
+            zeros[key] = tuple(
+                side.new_zeros(*side.shape[:2], size) for side, size in zip((A, B), sizes[module], strict=True)
+            )
+        factors = {**factors, module: zeros[key]}
+    return factors
 
 
 def singular_vectors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -463,6 +463,18 @@ def test_a_trained_lora_is_a_block_like_any_other(tmp_path, model, adapter, modu
         both.without(document="tone")
 
 
+def test_zero_rows_are_shared_by_blocks(tmp_path, model):
+    many = sum(model.internalize_each([f"Document {number}." for number in range(9)]))
+    train_nothing(model, r=2, target_modules=["v_proj"]).save_pretrained(tmp_path / "style")
+    style = Adapter.from_peft(tmp_path / "style", model)
+    both = many + style
+    d_in, d_out = style.sizes["v_proj"]
+    of_documents = 4 * N_LAYERS * 2 * (d_in + d_out)  # rank 2, in v_proj
+    of_style = 4 * N_LAYERS * 2 * sum(map(sum, many.sizes.values()))
+    assert both.nbytes == many.nbytes + style.nbytes + of_documents + of_style
+    assert Adapter.load(both.save(tmp_path / "both")) == both
+
+
 def test_a_block_of_another_model_cannot_be_added(tmp_path, model, adapter):
     train_nothing(model, r=2, target_modules=["down_proj"]).save_pretrained(tmp_path / "style")
     style = Adapter.from_peft(tmp_path / "style", model)
