@@ -98,18 +98,24 @@ def name_documents(documents: str | Sequence[str] | Mapping[str, str]) -> dict[s
 
 def _render(tokenizer, messages: list[dict[str, str]], generation_prompt: bool = True) -> str:
     """The chat template's text for these messages. Options that only some templates read: no thinking, a fixed date."""
+    from jinja2.exceptions import TemplateError
+
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "this tokenizer has no chat template, and the method reads documents in chat format: use the "
             "instruction-tuned version of the model, or set tokenizer.chat_template"
         )
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=generation_prompt,
-        enable_thinking=False,
-        date_string="26 Jul 2024",
-    )
+    options = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    options |= {"tokenize": False, "add_generation_prompt": generation_prompt}
+    rendered = tokenizer.apply_chat_template(messages, **options)
+    if SENTINEL in rendered:
+        return rendered
+    # Some vision-language models' templates show nothing but a list of parts.
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    try:
+        return tokenizer.apply_chat_template(parts, **options)
+    except (TemplateError, TypeError):
+        return rendered
 
 
 def _around_sentinel(rendered: str) -> tuple[str, str]:
