@@ -1,5 +1,6 @@
 """Adapters that leave and come in: the same logits in PEFT, merged and through hooks; losses told as they are."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from tiny_models import (
     build_base_model,
     build_model,
     build_tokenizer,
+    build_vision_model,
     logits_of,
     random_hypernetwork,
 )
@@ -241,14 +243,21 @@ def test_tensors_without_a_place_are_told(tmp_path, model, adapter):
     assert "no linear model.layers.0.mlp.router" in check_export(folder, "peft", model).problems[0]
 
 
-def test_a_larger_model_around_the_layers_is_named_in_full(tmp_path, adapter):
-    inner = replace(adapter, paths={m: f"model.language_model.layers.{{layer}}.mlp.{m}" for m in adapter.modules})
-    folder = inner.export_peft(tmp_path / "peft", loader="peft")
-    targets = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
-    config = peft.LoraConfig(target_modules=targets)
-    matches = peft.tuners.tuners_utils.check_target_module_exists
-    assert matches(config, "model.language_model.layers.11.mlp.down_proj")
-    assert not matches(config, "model.vision_tower.layers.11.mlp.down_proj")
+@pytest.mark.parametrize("family", ["gemma3", "llava"])
+def test_a_vision_part_with_the_same_names_gets_no_lora(tmp_path, family):
+    base, processor = build_vision_model(family)
+    model = DocToLoRA(base, processor.tokenizer, random_hypernetwork(base, ("q_proj", "down_proj")))
+    adapter = model.internalize("One thing. Two things.")
+    assert any("vision" in name and name.endswith("q_proj") for name, _ in base.named_modules())
+    hooks, merged = logits_of(model, adapter), plain_logits(merge(base, adapter), model)
+    folder = adapter.export_peft(tmp_path / "peft", loader="vllm")
+    assert_same(merged, hooks)
+    assert_same(logits_of(model, Adapter.from_peft(folder, model)), hooks)
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    assert_same(plain_logits(wrapped, model), hooks)
+    adapted = {name for name, _ in wrapped.named_parameters() if ".lora_A." in name}
+    assert len(adapted) == N_LAYERS * 2
+    assert all("language_model.layers." in name for name in adapted)
 
 
 def test_llama_cpp_file_holds_the_same_update(tmp_path, adapter):
