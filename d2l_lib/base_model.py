@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
 )
 
 from d2l_lib.hypernetwork import HypernetworkConfig
@@ -49,14 +50,15 @@ def load_base_model(
     device=None,
     dtype: torch.dtype | None = None,
     device_map: str | Mapping[str, int | str] | None = None,
+    four_bit: bool = False,
 ):
     """(model, tokenizer) of a bundled name ("tiny"), a local folder or a hub id; frozen, in eval mode.
 
     device: None picks CUDA, MPS or CPU. dtype: None is bfloat16 on CUDA and float32 elsewhere. device_map, instead of
     device, spreads the model over several devices, main memory and the disk: "auto" or transformers' {module: device};
-    weights that it puts on the "disk" stay in the model's own safetensors files. A model that also reads images is
-    loaded whole. Raises FileNotFoundError that says what is missing and where to put it, ValueError for damaged files.
-    Code that comes with a model is never run.
+    weights that it puts on the "disk" stay in the model's own safetensors files. four_bit: its linears hold 4-bit
+    numbers (needs bitsandbytes). A model that also reads images is loaded whole. Raises FileNotFoundError that says
+    what is missing and where to put it, ValueError for damaged files. Code that comes with a model is never run.
     """
     if device is not None and device_map is not None:
         raise ValueError("give device (everything in one place) or device_map (spread over several), not both")
@@ -69,6 +71,8 @@ def load_base_model(
         options = {"attn_implementation": "eager"} if config.model_type in EAGER_ATTENTION else {}
         kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
         place = {} if device_map is None else {"device_map": device_map}
+        if four_bit:
+            place = {"device_map": device_map or {"": device}, "quantization_config": _four_bit_config()}
         model = kind.from_pretrained(location, config=config, dtype=dtype, **options, **place)
         tokenizer = AutoTokenizer.from_pretrained(location)
     except OSError as error:
@@ -83,8 +87,18 @@ def load_base_model(
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(device) if device_map is None else model
+    model = model.to(device) if device_map is None and not four_bit else model
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _four_bit_config() -> BitsAndBytesConfig:
+    """As the published models' context encoders were quantized in training."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def _locate(source: str | Path) -> str:

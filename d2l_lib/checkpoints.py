@@ -203,8 +203,8 @@ def _config_of(content: dict[str, Any]) -> HypernetworkConfig:
     if extra := _setting(hypernet, "extra_modules", list, None):
         raise CheckpointError(f"extra_modules are not supported, this checkpoint has {len(extra)}")
     n_layers = _setting(aggregator, "num_layers", int)
-    indices = getattr(hypernet, "layer_indices", None)
-    if indices is not None and list(indices) != list(range(n_layers)):
+    indices = getattr(hypernet, "layer_indices", torch.arange(0)).tolist()
+    if indices and (len(indices) != n_layers or indices != list(range(n_layers))):
         raise CheckpointError(f"layer_indices are not all of the {n_layers} layers, which is not supported")
     encoder_type = _setting(encoder, "ctx_encoder_type", str, "early_exit")
     layer_field = "ctx_encoder_last_layer" if encoder_type == "per_layer_activations" else "layer_idx"

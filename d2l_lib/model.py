@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from d2l_lib.base_model import (
     target_linears,
     without_lora,
 )
-from d2l_lib.checkpoints import build_hypernetwork, load_checkpoint, read_published, save_checkpoint
+from d2l_lib.checkpoints import WEIGHTS, build_hypernetwork, load_checkpoint, read_published, save_checkpoint
 from d2l_lib.documents import (
     chat_affixes,
     check_count,
@@ -43,6 +45,7 @@ from d2l_lib.documents import (
     question_ids,
     stop_ids,
 )
+from d2l_lib.hub import BASE_MODEL_FILES, checkpoint_in, from_hub
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras
 from d2l_lib.images import Document, Documents, image_inputs, is_image, name_texts_and_images
 from d2l_lib.lora import apply_lora
@@ -556,7 +559,8 @@ class DocToLoRA:
         folder is complete or not there at all.
         """
         models = {"base_model": (self.base_model, self.tokenizer, self.base_source)}
-        if self.encoder.model is not self.base_model:
+        same_source = self.encoder.source is not None and self.encoder.source == self.base_source  # in 4-bit precision
+        if self.encoder.model is not self.base_model and not same_source:
             models["encoder_model"] = (self.encoder.model, self.encoder_tokenizer, self.encoder.source)
         meta: dict[str, Any] = {"chunk_tokens": self.chunk_tokens}
         if self.least_relevance > -math.inf:
@@ -597,31 +601,67 @@ def load(
     """The model at `source`, ready to internalize and answer.
 
     source: a bundled name ("tiny", or "tiny/<name>" for another hypernetwork of it), a folder that `model.save` wrote,
-    a published checkpoint (`*.bin`, or a folder that holds one), or a hub id ("owner/name", or
-    "owner/name/folder/in/it"). device: None picks CUDA, MPS or CPU. dtype is the base model's (None: bfloat16 on
-    CUDA, else float32). base_model, encoder_model: names or paths that replace those which the checkpoint names.
-    device_map, instead of device, spreads the base model over several devices (see load_base_model), and a context
-    encoder of its own too if it is a word ("auto").
+    a published checkpoint (`*.bin`, or a folder that holds one: of several steps the latest, with a warning), or a hub
+    id ("owner/name", or "owner/name/folder/in/it"; the published ones are SakanaAI/doc-to-lora/gemma_demo,
+    .../gemma_2b_d2l, .../mistral_7b_d2l and .../qwen_4b_d2l). device: None picks CUDA, MPS or CPU. dtype is the base
+    model's (None: bfloat16 on CUDA, else float32). base_model, encoder_model: names or paths that replace those which
+    the checkpoint names; a folder base_model/ or encoder_model/ beside the checkpoint replaces them too. An encoder
+    that was trained in 4-bit precision runs so on CUDA with bitsandbytes, and elsewhere, with a warning, in full
+    precision. device_map, instead of device, spreads the base model over several devices (see load_base_model), and a
+    context encoder of its own too if it is a word ("auto").
 
     FileNotFoundError says what is missing and where to put it; ValueError for a damaged checkpoint or one that was made
     for another base model. No code out of a checkpoint is ever run.
     """
     place = _find(source)
     if place.is_file():
-        hypernetwork, meta = _read_published_file(place)
+        config, tensors, stored = read_published(place)
+        hypernetwork, meta = build_hypernetwork(config, tensors), {"base_model": stored}
     else:
         hypernetwork, meta = load_checkpoint(place)
+    return assemble(
+        hypernetwork,
+        meta,
+        folder=place.parent if place.is_file() else place,
+        device=device,
+        dtype=dtype,
+        base_model=base_model,
+        encoder_model=encoder_model,
+        device_map=device_map,
+    )
+
+
+def assemble(
+    hypernetwork: Hypernetwork,
+    meta: dict[str, Any],
+    *,
+    kind: type[DocToLoRA] = DocToLoRA,
+    folder: Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    base_model: str | Path | None = None,
+    encoder_model: str | Path | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+) -> DocToLoRA:
+    """A model of this `kind`: the hypernetwork with the base model and context encoder that it was made for.
+
+    meta: what its checkpoint says beside the config. folder: where base_model/ and encoder_model/ may lie. The others,
+    and what is raised, as in `load`.
+    """
     config = hypernetwork.config
-    base_source = _base_source(place, meta, config, base_model)
-    encoder_source = _encoder_source(place, meta, config, encoder_model)
-    network, tokenizer = load_base_model(base_source, device=device, dtype=dtype, device_map=device_map)
+    base_source = _base_source(folder, meta, config, base_model)
+    encoder_source = _encoder_source(folder, meta, config, encoder_model)
+    network, tokenizer = _load_for(base_source, device=device, dtype=dtype, device_map=device_map)
     place_of_base = input_device(network)
+    four_bit = config.encoder_4bit and _can_quantize(place_of_base)
+    if four_bit and encoder_source is None:
+        encoder_source = base_source
     encoder, encoder_tokenizer = None, None
     if encoder_source is not None:
         where = {"device_map": device_map} if isinstance(device_map, str) else {"device": place_of_base}
-        encoder_network, encoder_tokenizer = load_base_model(encoder_source, dtype=dtype, **where)
+        encoder_network, encoder_tokenizer = _load_for(encoder_source, dtype=dtype, four_bit=four_bit, **where)
         encoder = ContextEncoder.from_config(encoder_network, config, source=encoder_source)
-    return DocToLoRA(
+    return kind(
         network,
         tokenizer,
         hypernetwork.to(place_of_base).eval().requires_grad_(False),
@@ -633,27 +673,53 @@ def load(
     )
 
 
-def _base_source(place: Path, meta: dict, config: HypernetworkConfig, base_model: str | Path | None) -> str:
+def _load_for(source: str, **options: Any):
+    """`load_base_model`; where the model is missing, the error also says where to put it."""
+    try:
+        return load_base_model(source, **options)
+    except FileNotFoundError as error:
+        if source.count("/") != 1 or source.startswith(("/", ".", "~")):
+            raise  # not the id of a hub model
+        raise FileNotFoundError(
+            f"{error} Where the hub is not reached, put {BASE_MODEL_FILES} of {source} into {Path.cwd() / source}, or "
+            "anywhere and pass base_model="
+        ) from error
+
+
+def _can_quantize(device: torch.device) -> bool:
+    """Whether a context encoder can run in 4-bit precision here; warns where it cannot."""
+    if device.type == "cuda" and find_spec("bitsandbytes") is not None:
+        return True
+    missing = "bitsandbytes is not installed" if device.type == "cuda" else f"this is {device.type}, not CUDA"
+    warnings.warn(
+        "the context encoder of this checkpoint was trained in 4-bit precision; here it runs in full precision "
+        f"({missing}), so its adapters differ a little",
+        stacklevel=4,
+    )
+    return False
+
+
+def _base_source(folder: Path | None, meta: dict, config: HypernetworkConfig, base_model: str | Path | None) -> str:
     """Which base model to load: the caller's, else the one in the folder, else the one that the checkpoint names."""
     if base_model is not None:
         chosen = str(base_model)
-    elif (place / "base_model").is_dir():
-        chosen = str(place / "base_model")
+    elif folder is not None and (folder / "base_model").is_dir():
+        chosen = str(folder / "base_model")
     else:
         chosen = meta.get("base_model") or config.base_model
     if not chosen:
-        raise ValueError(f"{place} does not name its base model: pass base_model=")
+        raise ValueError(f"{folder or 'the checkpoint'} does not name its base model: pass base_model=")
     return _lasting(chosen)
 
 
 def _encoder_source(
-    place: Path, meta: dict, config: HypernetworkConfig, encoder_model: str | Path | None
+    folder: Path | None, meta: dict, config: HypernetworkConfig, encoder_model: str | Path | None
 ) -> str | None:
     """Which model to load as context encoder, chosen as _base_source does; None where it is the base model."""
     if encoder_model is not None:
         return _lasting(str(encoder_model))
-    if (place / "encoder_model").is_dir():
-        return _lasting(str(place / "encoder_model"))
+    if folder is not None and (folder / "encoder_model").is_dir():
+        return _lasting(str(folder / "encoder_model"))
     named = meta.get("encoder_model") or config.encoder_model
     return None if not named or named == config.base_model else _lasting(named)
 
@@ -662,12 +728,6 @@ def _lasting(chosen: str) -> str:
     """A model's name as it is, a folder by a path that holds wherever the program is started."""
     is_bundled = (bundled_path(chosen) / "base_model").is_dir()  # also where a folder of that name is at hand
     return chosen if is_bundled or not Path(chosen).is_dir() else str(Path(chosen).resolve())
-
-
-def _read_published_file(path: Path) -> tuple[Hypernetwork, dict]:
-    """(hypernetwork, meta) of a checkpoint in the published format."""
-    config, state_dict, base_name = read_published(path)
-    return build_hypernetwork(config, state_dict), {"base_model": base_name}
 
 
 def _find(source: str | Path) -> Path:
@@ -690,10 +750,10 @@ def _find(source: str | Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        return _checkpoint_in(path)
+        return checkpoint_in(path)
     may_be_hub_id = "/" in str(source) and not str(source).startswith(("/", ".", "~"))
     if may_be_hub_id and not isinstance(source, Path):
-        return _from_hub(str(source))
+        return from_hub(str(source))
     known = ", ".join(sorted(folder.parent.name for folder in bundled_path("").glob("*/base_model"))) or "none here"
     raise FileNotFoundError(
         f"nothing at {str(source)!r}: give a bundled name ({known}), a folder that model.save wrote, "
@@ -702,41 +762,7 @@ def _find(source: str | Path) -> Path:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "hypernetwork.safetensors").is_file()
-
-
-def _checkpoint_in(folder: Path) -> Path:
-    """A folder of our own format, or the one published *.bin file in it or below it."""
-    if _is_checkpoint(folder):
-        return folder
-    published = sorted(folder.glob("*.bin")) or sorted(folder.rglob("*.bin"))
-    if len(published) == 1:
-        return published[0]
-    if published:
-        listed = ", ".join(str(path.relative_to(folder)) for path in published[:20])
-        raise ValueError(f"{folder} holds several checkpoints, name one of them: {listed}")
-    hint = " (it looks like a base model: pass it as base_model=)" if (folder / "config.json").is_file() else ""
-    raise FileNotFoundError(f"{folder} holds neither hypernetwork.safetensors nor a published *.bin{hint}")
-
-
-def _from_hub(source: str) -> Path:
-    """The checkpoint of a hub repository ("owner/name") or of a folder or file inside it, downloaded or cached."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    owner, name, *inside = source.split("/")
-    below = "/".join(inside)
-    endings = [""] if below.endswith(".bin") else ["*hypernetwork.safetensors", "*config.json", "*pytorch_model.bin"]
-    endings += [] if below.endswith(".bin") else ["*base_model/*"]
-    try:
-        folder = Path(snapshot_download(f"{owner}/{name}", allow_patterns=[below + ending for ending in endings]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(
-            f"no folder or file {source!r} here, and the hub gave no repository {owner}/{name} "
-            f"({str(error).splitlines()[0]}): download it where the hub is reached, then pass the folder or *.bin file"
-        ) from error
-    place = folder / below
-    return place if place.is_file() else _checkpoint_in(place)
+    return (folder / WEIGHTS).is_file()
 
 
 # --- small helpers --------------------------------------------------------------------------------------------------

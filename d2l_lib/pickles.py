@@ -201,10 +201,10 @@ class _Archive:
             inside = root and entry.filename.startswith(root) and root not in ("../", "./")
             if not inside or not self._RECORD.fullmatch(entry.filename[len(root) :]):
                 raise CheckpointError(
-                    f"{name} holds {_shown(entry.filename)!r}, which no PyTorch checkpoint does: not opened"
+                    f"{name} holds '{_shown(entry.filename)}', which no PyTorch checkpoint does: not opened"
                 )
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                raise CheckpointError(f"{name} holds a compressed record {_shown(entry.filename)!r}: not opened")
+                raise CheckpointError(f"{name} holds a compressed record '{_shown(entry.filename)}': not opened")
         if root is None:
             raise CheckpointError(f"{name} is a zip without a checkpoint in it (no data.pkl)")
         self.records = {entry.filename[len(root) :]: entry for entry in entries}

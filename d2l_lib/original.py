@@ -1,0 +1,91 @@
+"""The names that the original's Python example imports, so that it runs here with only its import lines changed:
+
+    from d2l_lib.original import ModulatedPretrainedModel, get_tokenizer, torch
+
+in place of its three imports (SakanaAI/doc-to-lora, examples/python_api.py). `torch.load` is the restricted reader
+whatever `weights_only` says, so a checkpoint's pickle is never run; a document may be longer than a chunk; everything
+that a `DocToLoRA` does, this model does too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch as _torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from d2l_lib import pickles
+from d2l_lib.base_model import _locate
+from d2l_lib.checkpoints import build_hypernetwork, parse_published
+from d2l_lib.model import DocToLoRA, assemble
+
+
+class _Torch:
+    """PyTorch, whose `load` reads published checkpoints and nothing else."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_torch, name)
+
+    @staticmethod
+    def load(f: str | Path | BinaryIO, map_location: Any = None, **_: Any) -> dict[str, Any]:
+        """What a published checkpoint holds, tensors on the CPU; other options than the file are not needed.
+
+        Where a folder base_model/ lies beside the file, its path takes the place of the stored one. Raises as
+        `pickles.read` does.
+        """
+        content = pickles.read(f)
+        if isinstance(f, (str, Path)) and (beside := Path(f).absolute().parent / "base_model").is_dir():
+            content["base_model_name_or_path"] = str(beside)
+        return content
+
+
+torch = _Torch()
+
+
+def get_tokenizer(name: str | Path, **options: Any):
+    """The tokenizer of a base model, padding on the left; its chat template gives token ids as in transformers 4."""
+    tokenizer = AutoTokenizer.from_pretrained(_locate(name), padding_side="left", truncation_side="left", **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, return_dict=False)
+    return tokenizer
+
+
+class ModulatedPretrainedModel(DocToLoRA):
+    """A DocToLoRA under its original name; `base_model`, `device`, `internalize` and `reset` are as they were there."""
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Any],
+        train: bool = False,
+        *,
+        use_sequence_packing: bool = False,
+        use_flash_attn: bool = False,
+        base_model: str | Path | None = None,
+        device: str | _torch.device | None = None,
+        dtype: _torch.dtype | None = None,
+    ) -> ModulatedPretrainedModel:
+        """The model of what `torch.load` gave, which stays as it is; base_model, device, dtype: as in `d2l_lib.load`.
+
+        Packing and flash attention change no answer and are not needed. ValueError for train=True: training is
+        `d2l_lib.training`.
+        """
+        if train:
+            raise ValueError("this model only answers: pass train=False, and train with d2l_lib.training")
+        config, tensors, stored = parse_published(state_dict)
+        hypernetwork = build_hypernetwork(config, tensors)
+        return assemble(
+            hypernetwork, {"base_model": stored}, kind=cls, base_model=base_model, device=device, dtype=dtype
+        )
+
+    def generate(self, *, input_ids: Tensor | Mapping[str, Tensor], **options: Any) -> Tensor:
+        """`DocToLoRA.generate`; input_ids may also be what a tokenizer of transformers 5 makes of a chat."""
+        if isinstance(input_ids, Mapping):
+            options = {"attention_mask": input_ids.get("attention_mask")} | options
+            input_ids = input_ids["input_ids"]
+        return super().generate(input_ids, **options)
