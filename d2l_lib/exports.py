@@ -430,7 +430,10 @@ def import_peft(
         n_layers = len(decoder_layers(network))
         own_key = getattr(base_model, "base_key", "")
         if base_key and own_key and base_key != own_key:
-            raise ValueError(f"{folder} was made for another base model: this one has other weights")
+            raise ValueError(
+                f"{folder} was made for another base model, this one has other weights "
+                "(float16 and float32 count as different): export it again with this one"
+            )
         base_key = base_key or own_key
     A, B, paths = {}, {}, {}
     rank = max(A.shape[0] for A, _ in pairs.values())
