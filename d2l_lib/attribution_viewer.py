@@ -41,7 +41,7 @@ SAVED_VIEWS = (
     ("rank", "leave_one_out"),
 )
 MEASURES = {
-    "relevance": "nats of divergence at the answer's first token",
+    "relevance": "nats of relevance at the answer's first token (see routing)",
     "random": "random numbers, a control: no unit",
 }
 MEASURE = "nats of log-probability of {what}"

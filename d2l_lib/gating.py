@@ -15,20 +15,20 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 from torch import Tensor
 
 from . import world
 from .adapter import Adapter
+from .checkpoints import SETTINGS
 from .documents import check_count
-from .evaluation import wilson
-from .model import DocToLoRA, load
+from .evaluation import summarise, wilson
+from .model import DocToLoRA, find_checkpoint, load
 from .probes import one_hop_question, strangers, sum_of
-from .records import project_root, write_jsonl
+from .records import project_root, read_json, write_json, write_jsonl
 from .routing import most_relevant, relevance
-
-LEAST = 0.5  # nats: the gate's default; `measure_gate` says what each threshold costs
 
 
 def gated(
@@ -36,17 +36,18 @@ def gated(
     questions: Sequence[str],
     adapters: Adapter | None | Sequence[Adapter | None],
     *,
-    least: float = LEAST,
+    least: float | None = None,
     blocks: int | None = 1,
     system: str = "",
 ) -> list[Adapter | None]:
     """For each question the adapter to answer it with, for `model.answer`: None, the base model, where no block is
     relevant.
 
-    A block counts as relevant from `least` nats on (`routing.relevance`). Of the relevant ones the `blocks` most
-    relevant answer, together with the bias; blocks=None: where one is relevant, the whole adapter answers.
-    ValueError where the numbers of questions and adapters differ.
+    A block counts as relevant from `least` nats on (`routing.relevance`; None: `model.least_relevance`). Of those the
+    `blocks` most relevant answer, together with the bias; blocks=None: where one is relevant, the whole adapter
+    answers. ValueError where the numbers of questions and adapters differ.
     """
+    least = model.least_relevance if least is None else least
     if blocks is not None:
         check_count(blocks, "blocks")
     per_question = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters] * len(questions)
@@ -95,29 +96,31 @@ def scaled_layers(adapter: Adapter, weights: Sequence[float] | Mapping[int, floa
 
 
 # ------------------------------------------------------------------------------------------------------------ the gate
-THRESHOLDS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)  # nats
+THRESHOLDS = tuple(step / 2 for step in range(-8, 33))  # nats
+SORTS = ("the document", "the encyclopedia", "nothing")  # what questions are about
 
 
 def gate_samples(
     model: DocToLoRA, n: int, seed: int, split: str, facts: tuple[int, int] = (8, 40), per_document: int = 4
 ) -> pd.DataFrame:
-    """`n` questions that a document answers and `n` about the encyclopedia, each asked with a document of `facts`
-    facts of `split` inside: one row per question and condition.
+    """`n` questions that a document answers, `n` about the encyclopedia and `n` that nothing answers, each asked with a
+    document of `facts` facts of `split` inside: one row per question and condition.
 
-    Columns: about ("the document" or "the encyclopedia"), condition ("all blocks" or "routed"), question, answer,
+    Columns: about (one of SORTS), condition ("all blocks" or "routed"), question, answer,
     relevance (nats, of the most relevant block), base_correct (the base model alone), correct (the adapter, no gate).
     Whatever the threshold, the gate's answer is one of these two.
     """
     rng = random.Random(f"gate/{split}/{seed}")
     asked: list[world.Question] = []
     about, adapters = [], []
-    while len(asked) < 2 * n:
+    while len(asked) < 3 * n:
         document = world.draw_document(rng, split, rng.randint(*facts))
         (adapter,) = model.internalize_each([document.text])
         own = [world.question_about(rng, fact) for fact in rng.sample(document.facts, per_document)]
-        asked += [*own, *world.encyclopedia_questions(rng, per_document)]
-        about += ["the document"] * per_document + ["the encyclopedia"] * per_document
-        adapters += [adapter] * (2 * per_document)
+        nothing = [world.ask(rng, document, "unanswerable") for _ in own]
+        asked += [*own, *world.encyclopedia_questions(rng, per_document), *nothing]
+        about += [sort for sort in SORTS for _ in own]
+        adapters += [adapter] * (3 * per_document)
     return _gate_rows(model, asked, adapters, about=about)
 
 
@@ -138,7 +141,7 @@ def many_documents_samples(
         places = [rng.randrange(count) for _ in range(per_adapter)]
         asked += [one_hop_question(rng, together[place]) for place in places]
         asked += world.encyclopedia_questions(rng, per_adapter)
-        about += ["the document"] * per_adapter + ["the encyclopedia"] * per_adapter
+        about += [sort for sort in SORTS[:2] for _ in places]
         adapters += [sum_of(each)] * (2 * per_adapter)
         alone += [each[place] for place in places] * 2
     rows = _gate_rows(model, asked, adapters, about=about)
@@ -169,19 +172,20 @@ def _gate_rows(
 def gate_curve(samples: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
     """What each threshold costs: one row per condition and threshold.
 
-    Columns: condition, least (nats), unrelated and answerable (exact match on questions about the encyclopedia and
-    about the document), unrelated_loss (relative to the base model), answerable_loss (relative to no gate), n
-    (questions of each sort).
+    Columns: condition, least (nats), unrelated, answerable and unanswerable (exact match on questions about the
+    encyclopedia, the document and nothing; NaN where none were asked), unrelated_loss (relative to the base model),
+    answerable_loss (relative to no gate), n (questions of each sort).
     """
     rows = []
     for condition, group in samples.groupby("condition", sort=False):
-        unrelated, answerable = group[group["about"] == "the encyclopedia"], group[group["about"] == "the document"]
+        answerable, unrelated, nothing = (group[group["about"] == sort] for sort in SORTS)
         if unrelated.empty or answerable.empty:
             continue
         for least in thresholds:
             kept, lost = (_with_gate(part, least).mean() for part in (answerable, unrelated))
             rows.append(
                 {"condition": condition, "least": least, "unrelated": lost, "answerable": kept}
+                | {"unanswerable": _with_gate(nothing, least).mean() if len(nothing) else math.nan}
                 | {"unrelated_loss": _loss(unrelated["base_correct"].mean(), lost)}
                 | {"answerable_loss": _loss(answerable["correct"].mean(), kept), "n": len(unrelated)}
             )
@@ -204,6 +208,50 @@ def best_threshold(curve: pd.DataFrame, condition: str) -> float:
     worst = rows[["unrelated_loss", "answerable_loss"]].max(axis=1)
     best = rows["least"][worst <= worst.min() + 1e-9].tolist()
     return best[len(best) // 2]
+
+
+# ------------------------------------------------------------------------------------------------ what routing ranks by
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, math.inf)
+
+
+def measure_shares(
+    model: DocToLoRA, n: int, seed: int, split: str = "validation", many: int = 64, shares: Sequence[float] = SHARES
+) -> pd.DataFrame:
+    """Exact match with the most relevant block alone, for each share of the divergence in `routing.relevance`: one row
+    per share and condition; columns condition, share (as text; "divergence alone" for infinity), n, exact_match, low,
+    high.
+
+    Conditions: `n` one-hop and `n` paraphrased questions on documents of 8 to 40 facts, and `n` one-hop questions with
+    `many` documents of 5 facts in one adapter.
+    """
+    rng = random.Random(f"routing/{split}/{seed}")
+    asked: list[tuple[str, world.Question, Adapter]] = []
+    while len(asked) < 2 * n:
+        document = world.draw_document(rng, split, rng.randint(8, 40))
+        (adapter,) = model.internalize_each([document.text])
+        for fact in rng.sample(document.facts, 2):
+            asked.append(("one hop", world.question_about(rng, fact), adapter))
+            if (other := world.ask(rng, document, "paraphrase")) is not None:
+                asked.append(("paraphrase", other, adapter))
+    for _ in range(math.ceil(n / 16)):
+        together = list(strangers(rng, many, 5, split))
+        each = model.internalize_each({f"document {i}": document.text for i, document in enumerate(together)})
+        adapter = sum_of(each)
+        for _ in range(16):
+            asked.append((f"{many} documents", one_hop_question(rng, rng.choice(together)), adapter))
+    texts, adapters = [question.text for _, question, _ in asked], [adapter for _, _, adapter in asked]
+    leads, divergences = (relevance(model, texts, adapters, share=share) for share in (0.0, math.inf))
+    rows = []
+    for share in shares:
+        scores = [
+            divergence if math.isinf(share) else lead + share * divergence
+            for lead, divergence in zip(leads, divergences, strict=True)
+        ]
+        routed = [most_relevant(adapter, score, 1) for adapter, score in zip(adapters, scores, strict=True)]
+        for (condition, question, _), said in zip(asked, model.answer(texts, routed), strict=True):
+            name = "divergence alone" if math.isinf(share) else f"{share:g}"
+            rows.append({"share": name, "condition": condition, "correct": said == question.answer})
+    return summarise(pd.DataFrame(rows), ["condition", "share"])
 
 
 # ------------------------------------------------------------------------------------------------------------ the dial
@@ -320,24 +368,45 @@ def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> pd.Data
     return pd.concat(curves, ignore_index=True)
 
 
+def keep_least_relevance(folder: Path, least: float) -> None:
+    """Write the threshold into a model's folder, whose `model.least_relevance` it is from then on.
+
+    ValueError for a published checkpoint file, which has no place for it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a published checkpoint and cannot keep a threshold: model.save a folder first")
+    settings = read_json(folder / SETTINGS)
+    settings["meta"]["least_relevance"] = least
+    write_json(folder / SETTINGS, settings)
+
+
 def main() -> None:
-    """Gate and dial of a bundled model, recorded in data/full_runs (gate.jsonl, conflict_dial.jsonl) with seed, n and
-    command.
+    """Routing, gate and dial of a bundled model, recorded in data/full_runs (routing.jsonl, gate.jsonl,
+    conflict_dial.jsonl) with seed, n and command.
     """
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("what", nargs="?", choices=("gate", "dial", "both"), default="both")
+    parser.add_argument("what", nargs="?", choices=("routing", "gate", "dial", "all"), default="all")
     parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
     parser.add_argument("--n", type=int, default=400, help="questions of each sort and split")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="write the gate's threshold into the model's folder")
     a = parser.parse_args()
     facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.gating", *sys.argv[1:]])}
     folder = project_root() / "data" / "full_runs"
     model = load(a.model)
-    if a.what in ("gate", "both"):
+    if a.what in ("routing", "all"):
+        table = measure_shares(model, a.n // 2, a.seed).assign(**facts)
+        write_jsonl(folder / "routing.jsonl", table.to_dict("records"))
+        print(table.drop(columns="command").to_string())
+    if a.what in ("gate", "all"):
         table = measure_gate(model, a.n, a.seed).assign(**facts)
-        write_jsonl(folder / "gate.jsonl", table.to_dict("records"))
+        write_jsonl(folder / "gate.jsonl", table.astype(object).where(table.notna(), None).to_dict("records"))
         print(table[table["chosen"]].to_string())
-    if a.what in ("dial", "both"):
+        if a.keep:
+            chosen = table[table["chosen"] & (table["condition"] == "routed")]
+            keep_least_relevance(find_checkpoint(a.model), float(chosen["least"].iloc[0]))
+            model = load(a.model)
+    if a.what in ("dial", "all"):
         curves = []
         for split in ("validation", "test"):
             curve = dial_curve(dial_samples(model, a.n, a.seed, split)).assign(split=split)

@@ -613,7 +613,7 @@ def load(
     FileNotFoundError says what is missing and where to put it; ValueError for a damaged checkpoint or one that was made
     for another base model. No code out of a checkpoint is ever run.
     """
-    place = _find(source)
+    place = find_checkpoint(source)
     if place.is_file():
         config, tensors, stored = read_published(place)
         hypernetwork, meta = build_hypernetwork(config, tensors), {"base_model": stored}
@@ -730,7 +730,7 @@ def _lasting(chosen: str) -> str:
     return chosen if is_bundled or not Path(chosen).is_dir() else str(Path(chosen).resolve())
 
 
-def _find(source: str | Path) -> Path:
+def find_checkpoint(source: str | Path) -> Path:
     """The checkpoint file or folder that `source` means."""
     if not isinstance(source, (str, Path)) or not str(source).strip():
         raise TypeError(f"source must be a name or path, not {source!r}")

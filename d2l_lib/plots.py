@@ -810,9 +810,11 @@ def plot_gate_losses_by_threshold(
     """Relative losses against the gate's threshold, one panel per condition and number of documents.
 
     curve: condition, documents, least (nats), unrelated_loss (against the base model), answerable_loss (against no
-    gate), chosen (bool), n, seed. A vertical line marks the chosen threshold, a dotted one the aim of 1%.
+    gate), unanswerable (exact match, drawn as its loss; NaN where none were asked), chosen (bool), n, seed. A vertical
+    line marks the chosen threshold, a dotted one the aim of 1%.
     """
-    _need(curve, "condition", "documents", "least", "unrelated_loss", "answerable_loss", "chosen", "n", "seed")
+    _need(curve, "condition", "documents", "least", "unrelated_loss", "answerable_loss", "unanswerable", "chosen", "n")
+    _need(curve, "seed")
     groups = list(curve.groupby(["documents", "condition"], sort=True))
     with style():
         figure = NotebookFigure(figsize=(9.0, 2.2 + 2.2 * math.ceil(len(groups) / 2)), layout="constrained")
@@ -821,12 +823,13 @@ def plot_gate_losses_by_threshold(
             rows = rows.sort_values("least")
             axes.plot(rows["least"], rows["unrelated_loss"], marker=MARKERS[0], label="unrelated questions")
             axes.plot(rows["least"], rows["answerable_loss"], marker=MARKERS[1], label="answerable questions")
+            if rows["unanswerable"].notna().any():
+                wrong = 1 - rows["unanswerable"]
+                axes.plot(rows["least"], wrong, marker=MARKERS[2], label="unanswerable questions: wrong")
             axes.axhline(0.01, color=REFERENCE, linestyle=":", linewidth=1.2, label="aim: 1%")
             for least in rows["least"][rows["chosen"]]:
                 axes.axvline(least, color=REFERENCE, linestyle="--", linewidth=1.2, label="chosen on validation")
-            axes.set_xscale("symlog", linthresh=0.01)
-            axes.set_xlim(left=0)
-            axes.set_ylim(-0.02, 0.3)
+            axes.set_ylim(-0.02, 0.5)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             axes.set_xlabel("least relevance to answer (nats)")
             axes.set_ylabel("relative loss (%)")

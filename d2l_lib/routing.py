@@ -3,12 +3,14 @@
     question -> the base model with one block at a time -> relevance of each block -> an adapter of the most relevant
 
 A sum of many blocks carries the noise of all of them. Asked one block at a time, the model itself says which one
-matters: a block that holds nothing about a question leaves what the model is about to say as it was. Nothing is trained
-for this and nothing is added to an adapter; it costs one short forward pass per block and question.
+matters: a block that holds nothing about a question leaves what the model is about to say as it was, and one that only
+holds something like it says it hesitantly. Nothing is trained for this and nothing is added to an adapter; it costs one
+short forward pass per block and question.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,16 +25,22 @@ if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 TOKENS_AT_ONCE = 2048  # of questions, one copy for each block that is tried
+SHARE = 0.3  # of the divergence in a block's relevance; `gating.measure_shares` says what others find
 
 
 def relevance(
-    model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter], *, system: str = ""
+    model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter], *, system: str = "", share: float = SHARE
 ) -> list[Tensor]:
     """How much each block matters to each question, in nats: one float32 tensor [n_blocks] per question, on the CPU.
 
-    The Kullback-Leibler divergence KL(p_block || p_none) of the first token of the answer, where p_block is the model
-    with the bias and that block alone, weighted as in the adapter, and p_none with the bias alone. adapters: one per
-    question; questions of one adapter are best asked in one call. ValueError where their numbers differ.
+    lead + share * divergence, both of the first token of the answer with the bias and that block alone, weighted as in
+    the adapter. The divergence is the Kullback-Leibler divergence KL(p_block || p_none) from the bias alone. The lead:
+    of all tokens but the one that is likeliest with the bias alone, the log-probability of the likeliest, less that of
+    the best other token. It is positive where the block changes what is said, and large where it leaves no doubt; a
+    block about something similar changes it as much, but with doubts. share: infinity takes the divergence alone.
+
+    adapters: one per question; questions of one adapter are best asked in one call. ValueError where their numbers
+    differ.
     """
     if len(questions) != len(adapters):
         raise ValueError(f"{len(questions)} questions but {len(adapters)} adapters: give one adapter per question")
@@ -49,11 +57,19 @@ def relevance(
         for start in range(0, len(adapter.blocks), at_once):
             alone = [replace(adapter, blocks=(block,)) for block in adapter.blocks[start : start + at_once]]
             changed = _first_token(model, [prompts[place] for place in places], alone)
-            for part, none, each in zip(parts, before, changed, strict=True):
-                part.append((each.exp() * (each - none)).sum(-1).clamp(min=0.0))
+            for part, (none,), each in zip(parts, before, changed, strict=True):
+                divergence = (each.exp() * (each - none)).sum(-1).clamp(min=0.0)
+                part.append(divergence if math.isinf(share) else _lead(none, each) + share * divergence)
         for place, part in zip(places, parts, strict=True):
             found[place] = torch.cat(part) if part else torch.zeros(0)
     return found
+
+
+def _lead(none: Tensor, each: Tensor) -> Tensor:
+    """See `relevance`; log-probabilities none [vocabulary], each [n_blocks, vocabulary] -> [n_blocks]."""
+    others = each.index_fill(-1, none.argmax(-1), -torch.inf)
+    first, choice = others.max(-1)
+    return first - each.scatter(-1, choice.unsqueeze(-1), -torch.inf).amax(-1)
 
 
 @torch.no_grad()
@@ -74,20 +90,22 @@ def route(
     adapters: Sequence[Adapter | None],
     blocks: int = 1,
     *,
-    least: float = 0.0,
+    least: float | None = None,
     system: str = "",
 ) -> list[Adapter | None]:
     """For each question its adapter with only the most relevant `blocks` (see `relevance`), in their order; the bias
     stays.
 
     least: blocks of less relevance than this, in nats, never answer, so that a question about nothing inside gets the
-    bias alone. Adapters with no more blocks than that, and None, come back as they are where `least` is 0.
+    bias alone. None: `model.least_relevance`. Where it is minus infinity, adapters with no more than `blocks` blocks
+    come back as they are; so does None.
     """
     check_count(blocks, "blocks")
+    least = model.least_relevance if least is None else least
     many = [
         place
         for place, adapter in enumerate(adapters)
-        if adapter is not None and (len(adapter.blocks) > blocks or (least > 0 and adapter.blocks))
+        if adapter is not None and (len(adapter.blocks) > blocks or (least > -math.inf and adapter.blocks))
     ]
     scores = relevance(model, [questions[i] for i in many], [adapters[i] for i in many], system=system)
     routed = list(adapters)
@@ -96,7 +114,7 @@ def route(
     return routed
 
 
-def most_relevant(adapter: Adapter, scores: Tensor, blocks: int, least: float = 0.0) -> Adapter:
+def most_relevant(adapter: Adapter, scores: Tensor, blocks: int, least: float = -math.inf) -> Adapter:
     """The adapter with only its `blocks` of highest score [n_blocks], in their order, and none of less than `least`."""
     best = scores.argsort(descending=True, stable=True)[:blocks].tolist()
     kept = sorted(block for block in best if scores[block] >= least)

@@ -194,7 +194,7 @@ def test_the_legend_has_units_and_the_ends_of_the_scale():
     assert "−2.00" in legend and "+2.00" in legend and "true evidence" in legend
     assert "whole answer" in viewer_module.measure(table)
     assert "no unit" in viewer_module.measure(trace.table("sentence", "random"))
-    assert "divergence" in viewer_module.measure(trace.table("chunk", "relevance"))
+    assert "nats of relevance" in viewer_module.measure(trace.table("chunk", "relevance"))
 
 
 def test_sentences_are_shaded_and_the_evidence_is_outlined():

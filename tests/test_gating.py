@@ -1,6 +1,9 @@
 """Gate and dial: the base model answers where no block is relevant, and layers are weighed on their own."""
 
+import math
 import random
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -42,7 +45,7 @@ def test_the_threshold_decides(model, adapter):
     assert gated(model, [question], adapter, least=most + 0.01) == [None]
     (all_of_it,) = gated(model, [question], adapter, least=most - 0.01, blocks=None)
     assert all_of_it is adapter
-    (two,) = gated(model, [question], [adapter], least=-1.0, blocks=2)
+    (two,) = gated(model, [question], [adapter], least=-math.inf, blocks=2)
     best = sorted(score.argsort(descending=True)[:2].tolist())
     assert [block.chunk for block in two.blocks] == [adapter.blocks[place].chunk for place in best]
     assert gated(model, [question], None) == [None]
@@ -103,6 +106,41 @@ def test_the_gate_curve_takes_the_base_models_answer_below_the_threshold():
     assert best_threshold(curve.reset_index(), "routed") == 0.2
 
 
+def test_the_chosen_threshold_is_kept_in_the_models_folder(tmp_path, project_folder):
+    folder = Path(shutil.copytree(project_folder / "data" / "tiny" / "qa", tmp_path / "qa"))
+    gating.keep_least_relevance(folder, 4.5)
+    model = d2l.load(folder)
+    assert model.least_relevance == 4.5
+    assert d2l.load(model.save(tmp_path / "again")).least_relevance == 4.5
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.save a folder"):
+        gating.keep_least_relevance(file, 4.5)
+
+
+def test_unanswerable_questions_are_scored_on_their_own():
+    samples = pd.DataFrame(
+        {
+            "condition": "routed",
+            "about": [*gating.SORTS[:2], *["nothing"] * 4],
+            "relevance": [9.0, 0.0, 1.0, 1.0, 3.0, 3.0],
+            "base_correct": True,
+            "correct": [True, True, False, False, False, True],
+        }
+    )
+    curve = gate_curve(samples, (0.0, 2.0, 5.0)).set_index("least")
+    assert list(curve["unanswerable"]) == [0.25, 0.75, 1.0]
+    assert list(curve["unrelated_loss"]) == [0.0, 0.0, 0.0]
+    assert gate_curve(samples[:2], (0.0,))["unanswerable"].isna().all()
+
+
+def test_every_share_is_measured_on_the_same_questions(model):
+    table = gating.measure_shares(model, 2, 0, many=3, shares=(0.0, math.inf))
+    assert set(table["condition"]) == {"one hop", "paraphrase", "3 documents"}
+    assert set(table["share"]) == {"0", "divergence alone"}
+    assert (table.groupby("condition")["n"].nunique() == 1).all()
+
+
 def test_the_strongest_override_without_damage_is_chosen():
     curve = pd.DataFrame(
         {
@@ -120,6 +158,7 @@ def test_the_strongest_override_without_damage_is_chosen():
 def test_samples_ask_both_sorts_and_the_dial_turns_every_layer(model):
     rows = gating.gate_samples(model, 4, 0, "validation", facts=(2, 3), per_document=2)
     assert (rows.groupby(["condition", "about"]).size() == 4).all()
+    assert set(rows["about"]) == set(gating.SORTS)
     several = gating.many_documents_samples(model, 2, 0, "test", count=3, n_facts=2, per_adapter=2)
     assert several["single_document"].dtype == bool
     dial = gating.dial_samples(model, 2, 0, "test", weights=(0.0, 1.0), n_facts=2)

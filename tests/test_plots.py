@@ -80,7 +80,8 @@ def tables(needles) -> dict:
     )  # fmt: skip
     gate = pd.DataFrame(
         {"condition": "routed", "documents": [1, 1, 64, 64], "least": [0.0, 1.0] * 2, "n": 50, "seed": 0,
-         "unrelated_loss": [0.1, 0.0] * 2, "answerable_loss": [0.0, 0.05] * 2, "chosen": [False, True] * 2}
+         "unrelated_loss": [0.1, 0.0] * 2, "answerable_loss": [0.0, 0.05] * 2,
+         "unanswerable": [0.7, 0.9, None, None], "chosen": [False, True] * 2}
     )  # fmt: skip
     dial = pd.DataFrame(
         {"layers": ["all layers", "all layers", "layer 1"] * 2, "weight": [1.0, 2.0, 2.0] * 2, "n": 40, "seed": 0,
@@ -115,7 +116,30 @@ def tables(needles) -> dict:
         {"method": ["gradient", "random"], "n": 50, "hit_rate": [0.98, 0.04], "low": [0.9, 0.01], "high": [1.0, 0.1],
          "chance": 0.05, "seed": 0}
     )  # fmt: skip
+    speed = pd.DataFrame(
+        {"panel": ["tiny"] * 4 + ["other"] * 2, "length_tokens": [64, 256] * 3, "n": 3, "seed": 0,
+         "method": ["internalize"] * 2 + ["floor"] * 2 + ["internalize"] * 2,
+         "floor": [False, False, True, True, False, False], "seconds": [1.0, 4.0, 0.5, 2.0, 3.0, np.nan]}
+    )  # fmt: skip
+    speed = speed.assign(seconds_low=speed["seconds"] * 0.9, seconds_high=speed["seconds"] * 1.2, memory_mib=100.0)
+    seconds_of = pd.DataFrame(
+        {"panel": "tiny", "length_tokens": [64, 64, 256, 256], "part": ["encoder", "head"] * 2,
+         "seconds": [0.03, 0.01, 1.0, 3.0], "n": 3, "seed": 0}
+    )  # fmt: skip
+    rates = pd.DataFrame(
+        {"model": "tiny", "documents": [1, 4], "seconds": [0.5, 1.0], "seconds_low": [0.4, 0.8],
+         "seconds_high": [0.6, 1.6], "n": [3, 5], "seed": 0}
+    )  # fmt: skip
+    files = pd.DataFrame(
+        {"model": "tiny", "what": ["save", "load"] * 2, "length_tokens": [64, 64, 256, 256], "n": 3, "seed": 0,
+         "file_mib": [1.0, 1.0, 4.0, 4.0], "seconds": [0.2, 0.1, 0.8, 0.4]}
+    )  # fmt: skip
+    files = files.assign(seconds_low=files["seconds"], seconds_high=files["seconds"])
     return {
+        plots.plot_cost_by_length: speed,
+        plots.plot_parts_by_length: seconds_of,
+        plots.plot_documents_per_second_by_batch: rates,
+        plots.plot_adapter_file_by_length: files,
         plots.plot_contribution_by_chunk: chunks,
         plots.plot_contribution_by_layer_and_direction: directions,
         plots.plot_probability_by_share: deletion,
@@ -245,7 +269,9 @@ def test_every_axis_is_labelled_with_its_unit(tables):
                 plots.plot_margin_by_condition,
                 plots.plot_hit_rate_by_method,
             )
-            assert names_rows or any(unit in axes.get_ylabel() for unit in units), (plot.__name__, axes.get_ylabel())
+            shared = axes.get_shared_y_axes().get_siblings(axes)
+            y = next((sibling.get_ylabel() for sibling in shared if sibling.get_ylabel()), "")
+            assert names_rows or any(unit in y for unit in units), (plot.__name__, y)
 
 
 def test_needle_lines_show_every_method_at_its_measured_share(needles):
@@ -368,6 +394,8 @@ def test_gate_panels_are_one_per_number_of_documents_with_the_choice_marked(tabl
     assert second.get_title(loc="left").startswith("64 documents,")
     marked = [line.get_xdata()[0] for line in first.get_lines() if line.get_label() == "chosen on validation"]
     assert marked == [1.0]
+    drawn = [[line.get_label() for line in axes.get_lines()] for axes in (first, second)]
+    assert ["unanswerable questions: wrong" in names for names in drawn] == [True, False]
 
 
 def test_the_dial_has_a_panel_with_and_one_without_the_gate(tables):
@@ -448,3 +476,49 @@ def test_the_heat_map_of_directions_has_layers_down(tables):
     axes = plot(tables[plot]).axes[0]
     assert axes.images[0].get_array().tolist() == [[0.1, 0.0], [3.0, -1.0]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0, down_proj", "1, down_proj"]
+
+
+def test_costs_have_a_panel_for_each_model_a_grey_floor_and_a_cross_where_memory_ran_out(tables):
+    table = tables[plots.plot_cost_by_length]
+    figure = plots.plot_cost_by_length(table, published={"published": 0.2}, published_length=128)
+    first, second = figure.axes
+    assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("tiny", "other")
+    lines = {line.get_label(): line for line in first.get_lines()}
+    assert list(lines["internalize"].get_ydata()) == [1.0, 4.0] and list(lines["floor"].get_ydata()) == [0.5, 2.0]
+    assert lines["floor"].get_color() == plots.REFERENCE and lines["internalize"].get_color() == plots.COLORS[0]
+    assert (list(lines["published"].get_xdata()), list(lines["published"].get_ydata())) == ([64, 128], [0.2, 0.2])
+    crosses = [list(line.get_xdata()) for line in second.get_lines() if line.get_marker() == "x"]
+    assert crosses == [[256]] and "crosses: out of memory" in figure.get_supxlabel()
+    band = first.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.9, 4.8))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["internalize", "floor", "published"]
+    memory = plots.plot_cost_by_length(table, value="memory_mib").axes[0]
+    assert memory.get_yscale() == "linear" and memory.get_ylim()[0] == 0 and first.get_yscale() == "log"
+    with pytest.raises(ValueError, match="seconds or memory_mib"):
+        plots.plot_cost_by_length(table, value="euros")
+
+
+def test_parts_fill_each_bar_and_its_seconds_stand_on_top(tables):
+    table = tables[plots.plot_parts_by_length]
+    axes = plots.plot_parts_by_length(table).axes[0]
+    bars = {group.get_label(): [bar.get_height() for bar in group] for group in axes.containers}
+    assert bars == {"encoder": [0.75, 0.25], "head": [0.25, 0.75]}
+    assert [bar.get_y() for bar in axes.containers[1]] == [0.75, 0.25]
+    assert [text.get_text() for text in axes.texts] == ["40 ms", "4.0 s"]
+    with pytest.raises(ValueError, match="several rows"):
+        plots.plot_parts_by_length(pd.concat([table, table]))
+
+
+def test_rates_are_documents_for_each_second(tables):
+    axes = plots.plot_documents_per_second_by_batch(tables[plots.plot_documents_per_second_by_batch]).axes[0]
+    line, one = axes.get_lines()
+    assert list(line.get_ydata()) == [2.0, 4.0] and set(one.get_ydata()) == {2.0}
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((1 / 0.6, 5.0))
+
+
+def test_files_have_a_size_and_two_times(tables):
+    left, right = plots.plot_adapter_file_by_length(tables[plots.plot_adapter_file_by_length]).axes
+    assert [list(line.get_ydata()) for line in left.get_lines()] == [[1.0, 4.0]]
+    lines = {line.get_label(): list(line.get_ydata()) for line in right.get_lines()}
+    assert lines == {"tiny: save": [0.2, 0.8], "tiny: load": [0.1, 0.4]}

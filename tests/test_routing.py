@@ -10,7 +10,7 @@ import torch
 import d2l_lib as d2l
 from d2l_lib import world
 from d2l_lib.documents import question_ids
-from d2l_lib.routing import relevance, route
+from d2l_lib.routing import _lead, relevance, route
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,11 @@ def asked(document, n=6):
 
 
 @torch.no_grad()
-def test_relevance_is_the_divergence_from_the_bias_alone(model, adapter, document):
+def test_relevance_is_the_lead_of_what_a_block_would_say_and_a_share_of_the_divergence(model, adapter, document):
     question = asked(document, 1)[0].text
-    (found,) = relevance(model, [question], [adapter])
-    assert found.shape == (len(adapter.blocks),)
+    divergence, lead, both = (relevance(model, [question], [adapter], share=share)[0] for share in (math.inf, 0.0, 2.0))
+    assert divergence.shape == (len(adapter.blocks),)
+    torch.testing.assert_close(both, lead + 2 * divergence)
     ids = torch.tensor(question_ids(model.tokenizer, [question]))
 
     def first_token(one):
@@ -49,7 +50,10 @@ def test_relevance_is_the_divergence_from_the_bias_alone(model, adapter, documen
     for place in (0, 3, len(adapter.blocks) - 1):
         alone = first_token(replace(adapter, blocks=(adapter.blocks[place],)))
         expected = float((alone.exp() * (alone - none)).sum())
-        assert math.isclose(float(found[place]), expected, rel_tol=1e-3, abs_tol=1e-4)
+        assert math.isclose(float(divergence[place]), expected, rel_tol=1e-3, abs_tol=1e-4)
+        said, *others = sorted((float(p), token) for token, p in enumerate(alone) if token != int(none.argmax()))[::-1]
+        rival = max(others[0][0], float(alone[int(none.argmax())]))
+        assert math.isclose(float(lead[place]), said[0] - rival, rel_tol=1e-3, abs_tol=1e-3)
 
 
 def test_the_block_of_the_evidence_is_most_relevant(model, adapter, document):
@@ -79,9 +83,24 @@ def test_relevance_in_parts_is_relevance_at_once(model, adapter, document, monke
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_block_without_weight_has_no_relevance(model, adapter, document):
-    (found,) = relevance(model, [asked(document, 1)[0].text], [adapter.scaled(0.0)])
-    assert float(found.abs().max()) < 1e-5
+def test_a_block_without_weight_would_say_nothing_else(model, adapter, document):
+    question = asked(document, 1)[0].text
+    silent = adapter.scaled(0.0)
+    (divergence,) = relevance(model, [question], [silent], share=math.inf)
+    assert float(divergence.abs().max()) < 1e-5
+    (found,) = relevance(model, [question], [silent])
+    assert float(found.max()) < 0
+    assert len(route(model, [question], [silent], least=0.0)[0].blocks) == 0
+
+
+def test_a_block_that_answers_surely_beats_one_that_changes_as_much_with_doubts():
+    sure = torch.tensor([0.001, 0.99, 0.009]).log()
+    torn = torch.tensor([0.001, 0.54, 0.459]).log()
+    same = torch.tensor([0.98, 0.01, 0.01]).log()
+    none = torch.tensor([0.90, 0.05, 0.05]).log()
+    leads = _lead(none, torch.stack([sure, torn, same]))
+    expected = [math.log(0.99 / 0.009), math.log(0.54 / 0.459), math.log(0.01 / 0.98)]
+    torch.testing.assert_close(leads, torch.tensor(expected))
 
 
 def test_route_keeps_the_most_relevant_in_their_order(model, adapter, document):
@@ -96,9 +115,17 @@ def test_route_keeps_the_most_relevant_in_their_order(model, adapter, document):
 
 def test_route_leaves_small_adapters_and_none_alone(model, adapter):
     small = adapter.only(chunk=[0, 1])
-    routed = route(model, ["Who?", "Who?"], [small, None], 2)
+    routed = route(model, ["Who?", "Who?"], [small, None], 2, least=-math.inf)
     assert routed[0] is small
     assert routed[1] is None
+
+
+def test_without_a_limit_of_its_own_route_takes_the_models(model, adapter, monkeypatch):
+    small = adapter.only(chunk=[0, 1])
+    monkeypatch.setattr(model, "least_relevance", math.inf)
+    assert len(route(model, ["Who?"], [small])[0].blocks) == 0
+    monkeypatch.setattr(model, "least_relevance", -math.inf)
+    assert route(model, ["Who?"], [small], 2)[0] is small
 
 
 def test_least_relevance_lets_no_block_answer(model, adapter, document):
