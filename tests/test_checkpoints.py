@@ -13,8 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, N_LAYERS, build_base_model, random_hypernetwork
 
-from d2l_lib import checkpoints
-from d2l_lib.checkpoints import CheckpointError, build_hypernetwork, load_checkpoint, read_published, save_checkpoint
+from d2l_lib import checkpoints, pickles
+from d2l_lib.checkpoints import (
+    CheckpointError,
+    build_hypernetwork,
+    convert,
+    export,
+    load_checkpoint,
+    read_published,
+    save_checkpoint,
+)
+from d2l_lib.hypernetwork import HypernetworkConfig
 
 VARIANTS = [
     {},
@@ -133,6 +142,40 @@ def test_tensors_may_carry_every_alias_or_one(model):
         assert_same_output(build_hypernetwork(hypernetwork.config, state), hypernetwork)
     with pytest.raises(CheckpointError, match="not expected.*surplus"):
         build_hypernetwork(hypernetwork.config, once | {"surplus": torch.ones(1)})
+    alias = next(name for name in everything if name not in once)
+    with pytest.raises(CheckpointError, match=f"{alias} and .* are one shared layer, but hold different values"):
+        build_hypernetwork(hypernetwork.config, everything | {alias: everything[alias] + 1})
+
+
+def test_a_built_hypernetwork_has_its_own_memory_and_learns(model):
+    hypernetwork = random_hypernetwork(model, n_blocks=4, shared_weights=True)
+    state = hypernetwork.state_dict()
+    built = build_hypernetwork(hypernetwork.config, state)
+    assert [name for name, _ in built.named_parameters()] == [name for name, _ in hypernetwork.named_parameters()]
+    assert all(parameter.requires_grad and not parameter.is_meta for parameter in built.parameters())
+    with torch.no_grad():
+        built.head.weight += 1
+    assert torch.equal(state["head.weight"], hypernetwork.head.weight)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"latent_size": 10**9},
+        {"feature_size": 10**12},
+        {"n_latent_queries": 10**11},
+        {"d_in": {"down_proj": 2**62}},
+        {"n_layers": 10**10},
+        {"n_blocks": 10**9},
+        {"n_self_attention_per_block": 10**9},
+        {"n_pre_head_layers": 10**9},
+    ],
+)
+def test_settings_of_impossible_size_are_refused_before_memory_is_taken(model, sizes):
+    hypernetwork = random_hypernetwork(model)
+    config = HypernetworkConfig.from_dict(hypernetwork.config.to_dict() | sizes)
+    with pytest.raises(CheckpointError):
+        build_hypernetwork(config, hypernetwork.state_dict())
 
 
 # ------------------------------------------------------------------------------------------- published format
@@ -209,6 +252,7 @@ def published_content(monkeypatch, hypernetwork, names=NEW_NAMES, drop=(), **cha
             "ctx_encoder_model_name_or_path": None,
             "ctx_encoder_type": config.encoder_type,
             "layer_idx": None if is_per_layer else config.encoder_layer,
+            "quantize_ctx_encoder": config.encoder_4bit,
             "ctx_encoder_last_layer": config.encoder_layer if is_per_layer else None,
         },
     )
@@ -252,6 +296,13 @@ def test_compiled_names_and_fields_that_old_files_lack(model, tmp_path, monkeypa
         ({"extra_modules": ["x"]}, "extra_modules"),
         ({"latent_size": "many"}, "misstates"),
         ({"ctx_encoder_type": "unheard"}, "encoder_type"),
+        ({"r": 2.5}, "r is a float"),
+        ({"num_blocks": True}, "num_blocks is a bool"),
+        ({"shared_weights": 1}, "shared_weights is a int"),
+        ({"layer_indices": torch.tensor([0, 2])}, "layer_indices"),
+        ({"layer_indices": torch.zeros(N_LAYERS, 2)}, "layer_indices"),
+        ({"feature_sizes": ({"down_proj": "4"}, {"down_proj": 4})}, "feature_sizes"),
+        ({"ctx_encoder_model_name_or_path": "a\x1b[31m"}, "ctx_encoder_model_name_or_path is no name"),
     ],
 )
 def test_settings_that_do_not_exist_here(model, tmp_path, monkeypatch, changes, message):
@@ -284,6 +335,14 @@ def test_a_pickle_with_a_command_is_refused_by_name(model, tmp_path, monkeypatch
     assert not marker.exists()
 
 
+def test_names_that_meet_after_the_compiled_prefix_is_gone(model, tmp_path, monkeypatch):
+    content = published_content(monkeypatch, random_hypernetwork(model, **PUBLISHED_HEADS))
+    content["_orig_mod.head.weight"] = torch.zeros(1)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="head.weight is there twice"):
+        read_published(tmp_path)
+
+
 def test_files_that_are_not_checkpoints(model, tmp_path, monkeypatch):
     path = tmp_path / "pytorch_model.bin"
     torch.save(published_content(monkeypatch, random_hypernetwork(model, **PUBLISHED_HEADS)), path)
@@ -308,3 +367,110 @@ def test_files_that_are_not_checkpoints(model, tmp_path, monkeypatch):
     assert load_file(path)
     with pytest.raises(CheckpointError):
         read_published(path)
+
+
+# ------------------------------------------------------------------------------------------- there and back
+
+
+@each_variant
+def test_export_is_what_the_published_code_would_write(model, tmp_path, monkeypatch, options):
+    """Torch's own reader finds the published classes and every tensor, shared layers under each of their names."""
+    hypernetwork = random_hypernetwork(model, **(options | PUBLISHED_HEADS), encoder_4bit=True)
+    path = export(hypernetwork, tmp_path / "pytorch_model.bin", base_model="some/base")
+    assert [each.name for each in tmp_path.iterdir()] == ["pytorch_model.bin"]
+    config, tensors, base = read_published(path)
+    assert base == "some/base" and config.encoder_4bit
+    layer = hypernetwork.config.encoder_layer
+    layer = 1 if layer is None and not hypernetwork.config.layer_to_layer else layer  # a quarter of four
+    assert config.to_dict() == hypernetwork.config.to_dict() | {"base_model": "some/base", "encoder_layer": layer}
+    assert_same_output(build_hypernetwork(config, tensors), hypernetwork)
+
+    classes = published_classes(monkeypatch, NEW_NAMES)
+    content = torch.load(path, weights_only=False)
+    assert type(content) is collections.OrderedDict
+    expected = hypernetwork.state_dict()
+    if not config.use_bias:  # their code makes these all the same
+        expected |= {f"bias_A.{m}": torch.zeros(N_LAYERS, 2, size) for m, size in config.d_in.items()}
+        expected |= {f"bias_B.{m}": torch.zeros(N_LAYERS, 2, size) for m, size in config.d_out.items()}
+    stored = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    assert stored.keys() == expected.keys() and all(torch.equal(stored[name], expected[name]) for name in stored)
+    for name, value in hypernetwork.state_dict(keep_vars=True).items():
+        for other, same in hypernetwork.state_dict(keep_vars=True).items():
+            shares = stored[name].untyped_storage().data_ptr() == stored[other].untyped_storage().data_ptr()
+            assert shares == (value is same), (name, other)
+    assert list(content)[-3:] == ["base_model_name_or_path", "hypernet_config", "ctx_encoder_args"]
+    hypernet, encoder = content["hypernet_config"], content["ctx_encoder_args"]
+    assert type(hypernet) is classes["HypernetConfig"] and type(encoder) is classes["CtxEncoderArguments"]
+    assert type(hypernet.aggregator_config) is classes["AggregatorConfig"] and encoder.quantize_ctx_encoder is True
+    assert torch.equal(hypernet.layer_indices, torch.arange(N_LAYERS))
+    assert hypernet.lora_config.target_modules == set(config.modules)
+
+
+def test_the_exported_lora_config_is_pefts_default_but_for_the_settings(model, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    published_classes(monkeypatch, NEW_NAMES)
+    path = export(random_hypernetwork(model, **PUBLISHED_HEADS), tmp_path / "x.bin", base_model="some/base")
+    stored = torch.load(path, weights_only=False)["hypernet_config"].lora_config
+    assert type(stored) is peft.LoraConfig
+    made = peft.LoraConfig(
+        r=2,
+        lora_alpha=2 * 2**1.5,
+        target_modules={"down_proj"},
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="some/base",
+    )
+    assert {name: value for name, value in vars(made).items() if name in vars(stored)} == vars(stored)
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conversion_there_and_back_keeps_every_bit(model, tmp_path, monkeypatch, capsys, options, dtype):
+    hypernetwork = random_hypernetwork(model, **({"encoder_layer": 2} | options | PUBLISHED_HEADS), encoder_4bit=True)
+    content = published_content(monkeypatch, hypernetwork)
+    monkeypatch.undo()
+    content = collections.OrderedDict(
+        (name, value.to(dtype) if isinstance(value, torch.Tensor) else value) for name, value in content.items()
+    )
+    first = pickles.write(tmp_path / "first" / "pytorch_model.bin", _as_stand_ins(content))
+    checkpoints.main(["convert", str(first.parent), str(tmp_path / "own")])
+    checkpoints.main(["convert", str(tmp_path / "own"), str(tmp_path / "second")])
+    assert capsys.readouterr().out.split() == [str(tmp_path / "own"), str(tmp_path / "second" / "pytorch_model.bin")]
+    before, after = (pickles.read(tmp_path / name / "pytorch_model.bin") for name in ("first", "second"))
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert after[name].dtype == value.dtype == dtype
+            assert after[name].shape == value.shape
+            assert torch.equal(after[name].view(torch.uint8), value.view(torch.uint8)), name
+    config = read_published(tmp_path / "second")[0]
+    assert config == read_published(tmp_path / "first")[0] == load_checkpoint(tmp_path / "own")[0].config
+    assert config.encoder_4bit
+    assert_same_output(load_checkpoint(tmp_path / "own")[0], build_hypernetwork(*read_published(first)[:2]))
+
+
+def _as_stand_ins(value):
+    """The records of `published_content` as the writer's stand-ins, deep."""
+    if isinstance(value, dict):
+        return type(value)((key, _as_stand_ins(one)) for key, one in value.items())
+    name = f"{type(value).__module__}.{type(value).__name__}"
+    if name not in pickles.KNOWN or not hasattr(value, "__dict__"):
+        return value
+    return pickles.stand_in(name)(**{key: _as_stand_ins(one) for key, one in vars(value).items()})
+
+
+def test_what_cannot_be_converted_says_why(model, tmp_path, capsys):
+    hypernetwork = random_hypernetwork(model, **PUBLISHED_HEADS)
+    with pytest.raises(ValueError, match="pass base_model="):
+        export(hypernetwork, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="16 heads, 4 of keys, of size 128"):
+        export(random_hypernetwork(model), tmp_path / "x.bin", base_model="b")
+    with pytest.raises(ValueError, match="how many layers of other/model"):
+        export(random_hypernetwork(model, encoder_model="other/model", **PUBLISHED_HEADS), tmp_path / "x.bin", "b")
+    own = save_checkpoint(tmp_path / "own", hypernetwork)
+    convert(own, tmp_path / "there.bin", base_model="given/base")
+    assert read_published(tmp_path / "there.bin")[2] == "given/base"
+    with pytest.raises(ValueError, match="from a published file the way leads to a folder"):
+        convert(tmp_path / "there.bin", tmp_path / "again.bin")
+    with pytest.raises(SystemExit) as stopped:
+        checkpoints.main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "new")])
+    assert stopped.value.code == 1 and "no published checkpoint at" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "there.bin"]
