@@ -471,10 +471,13 @@ def measure(
     }
 
 
+NO_ROOM = ("can't allocate", "cannot allocate", "not enough")  # memory, in the words of torch and of the system
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was no memory left, on a GPU or here."""
     said = str(error).lower()
-    no_room = ("can't allocate memory" in said or "not enough memory" in said) and isinstance(error, RuntimeError)
+    no_room = isinstance(error, RuntimeError) and any(f"{no} memory" in said for no in NO_ROOM)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or no_room
 
 
@@ -510,6 +513,13 @@ def sizes(model: DocToLoRA) -> dict:
     }
 
 
+def parameter_counts(recipe: str, layers: int | None = None) -> dict[str, int]:
+    """Parameters of the base model and the hypernetwork at Gemma-2-2B's sizes."""
+    with torch.device("meta"):
+        base_model, hypernetwork = _random_parts(recipe, layers, None, torch.bfloat16)
+    return {"base model": _count(base_model), "hypernetwork": _count(hypernetwork)}
+
+
 def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -518,9 +528,9 @@ def _count(module: torch.nn.Module) -> int:
 def measure_alone(m: Measurement, *, limit_s: float = 600.0, memory_limit_mib: int | None = None, **options) -> dict:
     """`measure` in a process of its own, which is ended after `limit_s` seconds.
 
-    memory_limit_mib: as much as it may allocate on the CPU (Linux; None: no limit). A process that the system ends for
-    want of memory gives a row whose status says so, one that took too long "stopped after <limit> s". RuntimeError with
-    its last words where it fails otherwise. options go to `measure`.
+    memory_limit_mib: as much as it may allocate on the CPU beyond what it begins with (Linux; None: no limit). A
+    process that the system ends for want of memory gives a row whose status says so, one that took too long "stopped
+    after <limit> s". RuntimeError with its last words where it fails otherwise. options go to `measure`.
     """
     m = m.here()
     methods = multiprocessing.get_all_start_methods()
@@ -543,7 +553,7 @@ def measure_alone(m: Measurement, *, limit_s: float = 600.0, memory_limit_mib: i
         process.join()
     if "error" in said:
         raise RuntimeError(f"measuring {m} failed:\n{said['error']}")
-    return asdict(m) | said
+    return asdict(m) | where(m) | said
 
 
 def _measure_and_send(m: Measurement, options: dict, memory_limit_mib: int | None, sender) -> None:
@@ -553,12 +563,18 @@ def _measure_and_send(m: Measurement, options: dict, memory_limit_mib: int | Non
         transformers.utils.logging.set_verbosity_error()
         torch.set_num_threads(m.threads)
         if memory_limit_mib is not None:
-            import resource  # not on Windows
-
-            resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_mib * 2**20,) * 2)
+            _limit_memory(memory_limit_mib)
         sender.send(measure(m, **options))
     except BaseException:
         sender.send({"error": traceback.format_exc()[-3000:]})
+
+
+def _limit_memory(mib: int) -> None:
+    """Let this process allocate so much more than it has now."""
+    import resource  # not on Windows
+
+    (held,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:")]
+    resource.setrlimit(resource.RLIMIT_DATA, (int(held.split()[1]) * 1024 + mib * 2**20,) * 2)
 
 
 def record(
@@ -653,7 +669,12 @@ def panel_of(row: dict) -> str:
         return row["model"]
     name, recipe = row["model"].split("/")
     place = "CPU" if row["device"] == "cpu" else row["device_name"]
-    return f"{name}, {recipe}: {row['base_model']['num_hidden_layers']} layers, {row['dtype']}, {place}"
+    return f"{name}, {recipe}: {layers_of(row)} layers, {row['dtype']}, {place}"
+
+
+def layers_of(row: dict) -> int:
+    """Base layers of a row of Gemma-2-2B's sizes."""
+    return GEMMA_2_2B["num_hidden_layers"] if pd.isna(row["layers"]) else int(row["layers"])
 
 
 def parts_table(rows: pd.DataFrame) -> pd.DataFrame:
