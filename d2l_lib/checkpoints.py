@@ -32,6 +32,7 @@ WEIGHTS = "hypernetwork.safetensors"
 SETTINGS = "config.json"
 PUBLISHED = "pytorch_model.bin"
 MOST_LAYERS = 1000  # of a Perceiver and its head, far above any published one
+LONGEST_NAME, LONGEST_PATH = 200, 1000  # characters of a tensor's or module's name, and of a model's
 
 
 # ------------------------------------------------------------------------------------------- this project's format
@@ -176,7 +177,9 @@ def parse_published(content: dict[str, Any]) -> tuple[HypernetworkConfig, dict[s
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
         if isinstance(value, Tensor):
-            name = str(key).replace("_orig_mod.", "")  # compiled models have it in their names
+            name = key.replace("_orig_mod.", "")  # compiled models have it in their names
+            if len(name) > LONGEST_NAME or not name.isprintable():
+                raise CheckpointError("a tensor has a name that none in a hypernetwork has")
             if name in tensors:
                 raise CheckpointError(f"{name} is there twice, with and without _orig_mod.")
             tensors[name] = value
@@ -248,8 +251,8 @@ def _setting(record: Any, name: str, kind: type | tuple[type, ...], default: Any
     return _text(value, name) if kind is str else value
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
+def _text(value: Any, name: str, longest: int = LONGEST_PATH) -> str:
+    if not isinstance(value, str) or len(value) > longest or not value.isprintable():
         raise TypeError(f"{name} is no name")
     return str(value)
 
@@ -257,7 +260,7 @@ def _text(value: Any, name: str) -> str:
 def _sizes(sizes: Any) -> dict[str, int]:
     if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
         raise TypeError("feature_sizes are no numbers")
-    return {_text(name, "a target module"): size for name, size in sizes.items()}
+    return {_text(name, "a target module", LONGEST_NAME): size for name, size in sizes.items()}
 
 
 # What LoraConfig held in peft 0.17 beside the settings that a hypernetwork has: its defaults, and no effect here.
