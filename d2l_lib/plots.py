@@ -1086,7 +1086,10 @@ def plot_recompression_by_rank(samples: pd.DataFrame, *, title: str = "A long ad
         above.axhline(0.99, color=REFERENCE, linestyle=":", linewidth=1.2, label="aim: 99%")
         _share_axis(above, "exact match (% of needles)")
         above.legend(loc="lower right")
-        _token_axis(below, samples["rank"].unique(), "rank that was kept (number of directions; hollow: all)")
+        cut = samples.loc[~samples["full"].astype(bool), "rank"].unique()
+        near = {full for full in samples["rank"].unique() if any(1 / 1.5 < full / rank < 1.5 for rank in cut)}
+        labelled = [rank for rank in samples["rank"].unique() if rank in cut or rank not in near]
+        _token_axis(below, labelled, "rank that was kept (number of directions; hollow: all)")
         below.set_ylim(bottom=0)
         below.yaxis.set_major_formatter(PercentFormatter(1.0))
         below.set_ylabel("error of the update (% of its norm)")
