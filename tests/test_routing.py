@@ -106,7 +106,7 @@ def test_a_block_that_answers_surely_beats_one_that_changes_as_much_with_doubts(
 def test_route_keeps_the_most_relevant_in_their_order(model, adapter, document):
     question = asked(document, 1)[0].text
     (score,) = relevance(model, [question], [adapter])
-    (routed,) = route(model, [question], [adapter], 3)
+    (routed,) = route(model, [question], [adapter], 3, least=-math.inf)
     best = set(score.argsort(descending=True)[:3].tolist())
     assert [block.chunk for block in routed.blocks] == sorted(adapter.blocks[place].chunk for place in best)
     assert routed.bias is adapter.bias
