@@ -11,16 +11,21 @@ The paper's main stage is the last line: the teacher's answers and their top-16 
 with the right answers. Batch i is a function of (seed, i), as everywhere.
 
     python -m d2l_lib.distillation --preset tiny               # the bundled hypernetwork, from nothing
+    python -m d2l_lib.distillation --preset paper-gemma --shards FOLDER ...    # the published recipe on shards
     torchrun --nproc_per_node 2 -m d2l_lib.distillation ...    # batches are shared out among processes
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,10 +33,10 @@ from torch.utils.data import Dataset
 from . import world
 from .base_model import load_base_model
 from .checkpoints import save_checkpoint
-from .documents import chat_affixes, chunk_document, context_ids, question_ids
+from .documents import chat_affixes, chunk_document, context_ids, question_ids, stop_ids
 from .hypernetwork import Hypernetwork
-from .packing import IGNORED, dataset_probabilities, split_into_chunks
-from .presets import DistillationPreset, Preset, QAPreset, preset
+from .packing import IGNORED, count_chunks, dataset_probabilities, split_into_chunks
+from .presets import PRESETS, SHARD_STAGES, DistillationPreset, Preset, QAPreset, changed, preset, shortened
 from .pretraining import QUESTION_WEIGHTS
 from .readout import (
     KeysAndValues,
@@ -44,10 +49,24 @@ from .readout import (
     train_readout,
 )
 from .records import read_jsonl, write_jsonl
-from .selfgen import TOP_K, read_shards
-from .trainer import chunk_batch, is_first_process, pad_right
-from .training import fit_hypernetwork, hypernetwork_config, train_hypernetwork
+from .selfgen import TOP_K, find_shards, read_shards
+from .trainer import chunk_batch, is_first_process, own_device, pad_right
+from .training import (
+    add_run_arguments,
+    base_source,
+    exceeds,
+    fit_hypernetwork,
+    fit_options,
+    hypernetwork_config,
+    is_own_run,
+    load_encoder,
+    say_what_is_trained,
+    settle_encoder,
+    train_hypernetwork,
+    without_step_options,
+)
 
+MOST_REFUSED = 1000  # documents in a row that are too long for a batch
 CERTAIN = [0.0] + [-1e4] * (TOP_K - 1)  # log-probabilities of a teacher that has no doubt
 
 
@@ -64,6 +83,7 @@ class WorldDocuments:
         self.tokenizer, self.p, self.split = tokenizer, p, split
         self.kinds = [kind for kind in p.kinds or QUESTION_WEIGHTS if kind != "unanswerable"]
         self.weights = [QUESTION_WEIGHTS[kind] for kind in self.kinds]
+        self.stop = stop_ids(tokenizer)[-1]  # that of the chat template, where it has one of its own
 
     def draw_size(self, rng: random.Random, progress: float) -> int:
         """How many facts the contexts of a batch have: log-uniform, so that each doubling is as likely; `progress` (0
@@ -93,7 +113,7 @@ class WorldDocuments:
         text = "\n".join(document.text for document in documents)
         questions = question_ids(self.tokenizer, [question.text for question in asked])
         answers = self.tokenizer([question.answer for question in asked], add_special_tokens=False)["input_ids"]
-        answers = [ids + [self.tokenizer.eos_token_id] for ids in answers]
+        answers = [ids + [self.stop] for ids in answers]
         return {
             "document": text,
             "ctx_ids": context_ids(self.tokenizer, text),
@@ -111,8 +131,10 @@ class DistillationBatches(Dataset):
     sources: data sets as `selfgen.read_shards` returns them, or `WorldDocuments`, drawn from with `weights` (default:
     by size, see `packing.dataset_probabilities`; needed where a source has no size). In the first `single_chunk_share`
     of the steps a document is one chunk, and of data sets only documents of at most `longest_chunk` tokens are drawn;
-    after that each context is cut into chunks of its own random size. ValueError where no document is short enough to
-    begin with, or where weights and sources differ in number.
+    after that each context is cut into chunks of its own random size, or, with `chunk_probabilities`, into a random
+    number of equal ones. A batch is full at `contexts` documents or `chunks` chunks, or where the next document would
+    exceed `context_tokens` or `input_tokens`. ValueError where no document is short enough to begin with or for a
+    batch, or where weights and sources differ in number.
 
     Item: chunk_ids, chunk_mask, order, n_chunks [contexts] as in `training.NeedleBatches`; n_questions [contexts];
     input_ids, labels [questions, length]; teacher_log_probs, teacher_indices [answer tokens, k].
@@ -130,10 +152,9 @@ class DistillationBatches(Dataset):
         self.weights = list(weights or dataset_probabilities([len(source) for source in sources]))
         self.prefix, self.suffix = chat_affixes(tokenizer)
         wrapping = len(self.prefix) + len(self.suffix)
+        longest = min(p.longest_chunk + wrapping, p.context_tokens or math.inf)
         self.short = [
-            range(1)
-            if is_endless
-            else [row for row, ids in enumerate(source["ctx_ids"]) if len(ids) <= p.longest_chunk + wrapping]
+            range(1) if is_endless else np.flatnonzero(context_lengths(source) <= longest).tolist()
             for source, is_endless in zip(self.sources, endless, strict=True)
         ]
         if p.single_chunk_share > 0 and not any(self.short):
@@ -153,18 +174,32 @@ class DistillationBatches(Dataset):
         sizes = [
             source.draw_size(rng, i / p.steps) if isinstance(source, WorldDocuments) else 0 for source in self.sources
         ]
+        refused = 0
         while len(n_chunks) < p.contexts and len(chunks) < p.chunks:
             sample = self._draw(rng, single, sizes)
+            ends = [end for _, end in sample["response_start_end"]]
+            usable = [q for q, end in enumerate(ends) if p.question_tokens is None or end <= p.question_tokens]
             pieces = [sample["ctx_ids"]] if single else self._cut(rng, sample)
+            asked = rng.sample(usable, min(p.questions, len(usable), len(pieces) + 1))
+            own = [sample["input_ids"][q][: ends[q]] for q in asked]
+            if not asked or exceeds(p, chunks + pieces, rows + own):
+                if asked and n_chunks:
+                    break
+                refused += 1
+                if refused == MOST_REFUSED:
+                    raise ValueError(
+                        f"of {refused} documents none fits into a batch of {p.context_tokens} tokens with questions of "
+                        f"{p.question_tokens}, {p.input_tokens} in all: raise context_tokens, question_tokens, "
+                        "input_tokens, or cut the documents"
+                    )
+                continue
             chunks += pieces
             n_chunks.append(len(pieces))
-            n_asked = min(p.questions, len(sample["input_ids"]), len(pieces) + 1)
-            asked = rng.sample(range(len(sample["input_ids"])), n_asked)
             n_questions.append(len(asked))
-            for q in asked:
-                ids, (start, end) = sample["input_ids"][q], sample["response_start_end"][q]
-                rows.append(ids[:end])
-                labels.append([IGNORED] * start + ids[start:end])
+            rows += own
+            for q, ids in zip(asked, own, strict=True):
+                start = sample["response_start_end"][q][0]
+                labels.append([IGNORED] * start + ids[start:])
                 values += sample["logprobs_vals"][q]
                 indices += sample["logprobs_indices"][q]
         return {
@@ -188,13 +223,25 @@ class DistillationBatches(Dataset):
 
     def _cut(self, rng: random.Random, sample: dict) -> list[list[int]]:
         """The document in chunks of at most a random number of tokens: at sentence ends where its text is known, else
-        at any token, as published.
+        at any token, as published; or in a random number of chunks.
         """
-        size = rng.randint(self.p.shortest_chunk, self.p.longest_chunk)
+        p, ids = self.p, sample["ctx_ids"]
+        if p.chunk_probabilities is not None:
+            n = count_chunks(
+                len(ids), p.longest_chunk, min_length=p.shortest_chunk, probabilities=p.chunk_probabilities, rng=rng
+            )
+            return split_into_chunks(ids, n, self.prefix, self.suffix)
+        size = rng.randint(p.shortest_chunk, p.longest_chunk)
         if text := sample.get("document"):
             return context_ids(self.tokenizer, [chunk.text for chunk in chunk_document(text, self.tokenizer, size)])
-        n_chunks = -(-len(sample["ctx_ids"]) // size)
-        return split_into_chunks(sample["ctx_ids"], n_chunks, self.prefix, self.suffix)
+        return split_into_chunks(ids, -(-len(ids) // size), self.prefix, self.suffix)
+
+
+def context_lengths(source) -> np.ndarray:
+    """Tokens of each document of a data set as `selfgen.read_shards` returns it; no document is read."""
+    if source._indices is None:
+        return pc.list_value_length(source.data.column("ctx_ids")).to_numpy()
+    return np.array([len(ids) for ids in source["ctx_ids"]])
 
 
 def train_distillation(
@@ -217,11 +264,12 @@ def train_distillation(
 
 # --------------------------------------------------------------------------------------------------------- the command
 def train_qa(
-    p: QAPreset, base_model, tokenizer, run: Path, seed: int, base_name: str, shards: Path | None, **options
+    p: QAPreset, base_model, tokenizer, run: Path, seed: int, base_name: str, shards: Path | Sequence | None, **options
 ) -> Hypernetwork:
     """A question-answering hypernetwork in the stages of `p`, each resumable in a folder of `run`.
 
-    shards: a finished folder of `selfgen`; None leaves the last stage out. `options` go to `trainer.fit`.
+    shards: a finished folder of `selfgen`, or data sets as `read_shards` returns them; None leaves out the stages that
+    need them. `options` go to `training.fit_hypernetwork`.
     """
     torch.manual_seed(seed)
     first = next(iter(p.stages.values()))
@@ -232,17 +280,21 @@ def train_qa(
         (module,) = hypernetwork.config.modules
         whitening = key_whitening(base_model, module, sentences, directions=p.readout.whiten)
         warm_up = KeysAndValues(base_model, hypernetwork, whitening, last_layer=first.last_layer)
-        train_readout(p.readout, warm_up, sentences, run / "readout", seed, **options)
+        train_readout(p.readout, warm_up, sentences, run / "readout", seed, **without_step_options(options))
         let_blocks_act(warm_up, sentences[0])
     only_last = first.last_layer
     for stage, settings in p.stages.items():
-        if stage == "self_generated" and shards is None:
+        if stage in SHARD_STAGES and shards is None:
             continue
         if only_last and not settings.last_layer and p.readout is not None:
             spread_to_all_layers(KeysAndValues(base_model, hypernetwork, whitening), sentences)
         only_last = settings.last_layer
-        sources = [WorldDocuments(tokenizer, settings) if stage != "self_generated" else read_shards(shards)]
-        batches = DistillationBatches(tokenizer, settings, sources, seed, [1.0])
+        if stage not in SHARD_STAGES:
+            sources = [WorldDocuments(tokenizer, settings)]
+        else:
+            sources = [read_shards(shards)] if isinstance(shards, str | Path) else shards
+        weights = [1.0] if len(sources) == 1 else None
+        batches = DistillationBatches(tokenizer, settings, sources, seed, weights)
         fit_hypernetwork(settings, base_model, hypernetwork, batches, run / stage, seed, **options)
     if p.readout is not None:
         plain_keys(hypernetwork)
@@ -265,16 +317,52 @@ def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
             write_jsonl(data / "full_runs" / f"qa_seed{seed}_{stage}_training.jsonl", log)
 
 
-def main() -> None:
-    """Remake the bundled question-answering hypernetwork. An interrupted run goes on where it was."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--preset", default="tiny")
+def train_own(
+    p: QAPreset, source: str, run: Path, seed: int, meta: dict, shards: Sequence[Path], cache: Path, **options
+):
+    """Train a hypernetwork for the base model `source`, in the stages of `p`; it ends in `run`/final."""
+    needs_shards = [stage for stage in p.stages if stage in SHARD_STAGES]
+    if needs_shards and not shards and len(needs_shards) == len(p.stages):
+        raise ValueError(f"the stages {', '.join(needs_shards)} learn from self-generated data: give --shards")
+    stages = list(p.stages.values())
+    base_model, tokenizer = load_base_model(source, device=own_device())
+    data = [read_shards(files, cache) for files in find_shards(shards).values()] if shards else None
+    encoder = load_encoder(stages[0], source)
+    hypernetwork = train_qa(p, base_model, tokenizer, run, seed, source, data, encoder_model=encoder, **options)
+    if is_first_process():
+        meta = meta | {"seed": seed, "chunk_tokens": stages[-1].chunk_tokens, "base_model": source}
+        save_checkpoint(run / "final", hypernetwork, meta)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Remake the bundled question-answering hypernetwork, or train one for a base model of your own. An interrupted
+    run goes on where it was.
+    """
+    parser = argparse.ArgumentParser(prog="python -m d2l_lib.distillation", description=main.__doc__)
+    parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
     parser.add_argument("--seed", type=int, help="the preset's own seed makes the bundled one")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints of runs in progress")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where finished models and logs go")
-    a = parser.parse_args()
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--shards", type=Path, nargs="+", default=[], help="self-generated data: folders (searched) or parquet files"
+    )
+    parser.add_argument("--cache", type=Path, help="where shards are unpacked to (default: RUNS/shards)")
+    a = parser.parse_args(arguments)
     p = preset(a.preset)
-    remake_qa(p, a.runs, a.data, p.qa.world.seed if a.seed is None else a.seed)
+    seed = next(iter(p.qa.stages.values())).seed if a.seed is None else a.seed
+    if not is_own_run(a, p) and not a.shards:
+        remake_qa(p, a.runs, a.data, seed)
+        return
+    try:
+        stages = {name: settle_encoder(changed(stage, a.set)) for name, stage in p.qa.stages.items()}
+        settings = {name: shortened(stage, a.steps) for name, stage in stages.items()}
+        source, run = base_source(a, p), a.runs / p.name / f"qa_own_seed{seed}"
+        for name, stage in settings.items():
+            say_what_is_trained(stage, source, run / name)
+        cache = a.cache or a.runs / "shards"
+        meta = {"preset": p.name}
+        train_own(replace(p.qa, **settings), source, run, seed, meta, a.shards, cache, **fit_options(a))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"distillation: {error}") from error
 
 
 if __name__ == "__main__":

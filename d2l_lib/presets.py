@@ -1,11 +1,15 @@
 """One dial: a preset's name decides every size, rate and seed.
 
-`tiny` is the bundled system. Sizes are in tokens, steps or units of the model; rates are AdamW learning rates.
+`tiny` is the bundled system; `paper-gemma`, `paper-mistral` and `paper-qwen` are the published recipes (paper, sections
+on the needle and the main experiment; packing and accumulation as in the authors' scripts) for published base models.
+Sizes are in tokens, batches or units of the model; rates are AdamW learning rates.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from ast import literal_eval
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,26 @@ class HypernetworkPreset:
     use_bias: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingPreset(HypernetworkPreset):
+    """What needles and distillation have in common beside sizes.
+
+    `batches_per_step`: batches that make an optimizer step, over all processes together (steps and warm-up below count
+    batches). `input_tokens`, `context_tokens`: a batch is full where the next document would take its questions and
+    answers, or its chunks, beyond so many tokens; None: no limit, and then a batch counts as much as every other,
+    however many contexts it has. `neftune`: strength of the noise on the base model's embeddings while it answers
+    (NEFTune, Jain et al. 2023). `min_learning_rate`: where the cosine ends; None: at 2% of the rate. `encoder_bits`: 4
+    reads documents with a copy of the base model in 4-bit weights (on a GPU), None with the base model itself.
+    """
+
+    batches_per_step: int = 1
+    input_tokens: int | None = None
+    context_tokens: int | None = None
+    neftune: float = 0.0
+    min_learning_rate: float | None = None
+    encoder_bits: int | None = None
+
+
 @dataclass(frozen=True)
 class ReadoutPreset:
     """The warm-up of a hypernetwork (see `readout`): `sentences` a batch.
@@ -69,12 +93,15 @@ class ReadoutPreset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeedlePreset(HypernetworkPreset):
+class NeedlePreset(TrainingPreset):
     """A hypernetwork trained on needles: its sizes, the contexts it sees and the rates.
 
     `max_repeats`: needle-free chunks count up to this many times in training, which is what a long haystack does to
     them, for a block of weight K is K equal blocks. `empty_share`: contexts without a needle. There are two stages (see
     `training.NeedleBatches`); `polish_steps` and `polish_learning_rate` belong to the second, which is about filler.
+    `gradual`: lengths and the L1 term grow in the course of the run; False: all of them from the first step, as
+    published. `max_chunk_tokens`: cut into equal pieces of at most so many tokens at any token, as published; None: at
+    random sentence ends.
     """
 
     shortest: int
@@ -92,18 +119,22 @@ class NeedlePreset(HypernetworkPreset):
     polish_steps: int = 0
     polish_learning_rate: float = 0.0
     readout: ReadoutPreset | None = None
+    gradual: bool = True
+    max_chunk_tokens: int | None = None
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationPreset(HypernetworkPreset):
+class DistillationPreset(TrainingPreset):
     """A hypernetwork trained on answers to questions about documents (see `distillation.DistillationBatches`).
 
     Chunks have at most a random number of tokens between `shortest_chunk` and `longest_chunk`; in the first
     `single_chunk_share` of the steps each document is one chunk. A batch has up to `contexts` documents and is full at
     `chunks` chunks; of each document up to `questions` questions are asked, and one more than it has chunks at most.
     `distil`: learn the teacher's log-probabilities; False: its answers alone (cross-entropy). `last_layer`: only the
-    last layer's blocks act and learn (see `training.Internalization`).
+    last layer's blocks act and learn (see `training.Internalization`). `chunk_probabilities`: how often a document is
+    cut into so many equal chunks, of `shortest_chunk` to `longest_chunk` tokens, as published; None: as above.
+    `question_tokens`: longer questions (with their answers) are left out.
 
     Of fresh documents of the world (`distillation.WorldDocuments`): the contexts of a batch have one number of facts,
     from `least_facts` to at most `most_facts`, where the latter is approached between the two shares of the run in
@@ -135,14 +166,19 @@ class DistillationPreset(HypernetworkPreset):
     unanswerable_share: float = 0.17
     chunk_tokens: int = 64
     muon_rate: float | None = None
+    chunk_probabilities: dict[int, float] | None = None
+    question_tokens: int | None = None
+
+
+SHARD_STAGES = ("self_generated", "chunked")  # those that learn from self-generated data
 
 
 @dataclass(frozen=True)
 class QAPreset:
-    """Question answering in five stages: the warm-up; fresh documents of the world, to recall their facts with the
+    """Question answering in up to six stages: the warm-up; fresh documents of the world, to recall their facts with the
     last layer alone; the same with all layers; smaller documents, with more questions about something else and more
-    without an answer; self-generated data. None: without that stage. All stages train one hypernetwork, so their
-    sizes must be the same. The warm-up is of the layers that the stage after it trains.
+    without an answer; self-generated data; the same data in chunks. None: without that stage. All stages train one
+    hypernetwork, so their sizes must be the same. The warm-up is of the layers that the stage after it trains.
     """
 
     readout: ReadoutPreset | None
@@ -150,22 +186,30 @@ class QAPreset:
     world: DistillationPreset | None
     polish: DistillationPreset | None
     self_generated: DistillationPreset | None
+    chunked: DistillationPreset | None = None
 
     @property
     def stages(self) -> dict[str, DistillationPreset]:
         """The stages after the warm-up, in order."""
-        named = {name: getattr(self, name) for name in ("recall", "world", "polish", "self_generated")}
+        named = {name: getattr(self, name) for name in ("recall", "world", "polish", *SHARD_STAGES)}
         return {name: settings for name, settings in named.items() if settings is not None}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a run needs to know."""
+    """Everything that a run needs to know; `base` is the base model that is trained here, or the published one's name
+    on the hub.
+    """
 
     name: str
-    base: BaseModelPreset
+    base: BaseModelPreset | str
     needle: NeedlePreset
     qa: QAPreset
+
+    @property
+    def base_source(self) -> str:
+        """What `load_base_model` finds the base model by."""
+        return self.base if isinstance(self.base, str) else self.name
 
 
 # What each part of the needle training is for: the published recipe (but for the L1 term, which sets in half-way in
@@ -182,6 +226,7 @@ NEEDLE_VARIANTS: dict[str, dict] = {
     "no_l1": {"l1": 0.0},
 }
 
+_CHUNK_PROBABILITIES = {1: 0.5, 2: 0.125, **dict.fromkeys(range(3, 9), 0.0625)}
 _TINY_SIZES = {
     "latent_size": 128, "n_latent_queries": 16, "n_blocks": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 32,
     "encoder_layer": 2,
@@ -243,7 +288,7 @@ PRESETS = {
             shortest=32,
             longest=256,
             min_chunk_tokens=25,
-            chunk_probabilities={1: 0.5, 2: 0.125, **dict.fromkeys(range(3, 9), 0.0625)},
+            chunk_probabilities=_CHUNK_PROBABILITIES,
             max_repeats=1024,
             empty_share=0.1,
             l1=0.1,
@@ -264,6 +309,84 @@ PRESETS = {
             self_generated=replace(_TINY_QA, steps=400, learning_rate=2e-4, muon_rate=2e-4),
         ),
     ),
+}
+
+
+def _published(name: str, base: str, needle_l1: float) -> Preset:
+    """The published recipes for a base model. The needle stage is one epoch of 640,000 contexts, about 24 in a batch.
+
+    Main stage: 80,000 steps of 8 GPUs with 8 batches each, then 20,000 steps of 8 GPUs with 16 smaller batches, in
+    chunks; one question for each context.
+    """
+    common = {
+        "latent_size": 512, "n_heads": 16, "n_kv_heads": 4, "head_dim": 128, "rank": 8, "encoder_layer": None,
+        "learning_rate": 4e-5, "min_learning_rate": 1e-7,
+    }  # fmt: skip
+    needle = NeedlePreset(
+        **common,
+        n_latent_queries=208,
+        n_blocks=8,
+        shortest=32,
+        longest=256,
+        min_chunk_tokens=25,
+        max_chunk_tokens=512,
+        chunk_probabilities=_CHUNK_PROBABILITIES,
+        max_repeats=1,
+        empty_share=0.0,
+        gradual=False,
+        l1=needle_l1,
+        steps=640_000 // 24,
+        contexts=64,
+        input_tokens=4096,
+        context_tokens=4096,
+        batches_per_step=16,
+        warmup_steps=100 * 16,
+        chunk_tokens=1024,
+    )
+    single = DistillationPreset(
+        **common,
+        n_latent_queries=8,
+        n_blocks=9,
+        encoder_type="per_layer_activations",
+        encoder_bits=4,
+        shortest_chunk=25,
+        longest_chunk=4096,
+        single_chunk_share=1.0,
+        contexts=1024,
+        questions=1,
+        question_tokens=2048,
+        input_tokens=4096,
+        context_tokens=4096,
+        l1=0.1,
+        neftune=5.0,
+        batches_per_step=8 * 8,
+        steps=80_000 * 8 * 8,
+        warmup_steps=100 * 8 * 8,
+        chunk_tokens=512,
+    )
+    chunked = replace(
+        single,
+        single_chunk_share=0.0,
+        longest_chunk=512,
+        chunk_probabilities=_CHUNK_PROBABILITIES,
+        question_tokens=512,
+        input_tokens=1024,
+        context_tokens=2048,
+        batches_per_step=16 * 8,
+        steps=20_000 * 16 * 8,
+        warmup_steps=2000 * 16 * 8,
+        learning_rate=2e-5,
+    )
+    return Preset(name, base, needle, QAPreset(None, None, None, None, self_generated=single, chunked=chunked))
+
+
+PRESETS |= {
+    p.name: p
+    for p in (
+        _published("paper-gemma", "google/gemma-2-2b-it", needle_l1=1.5),
+        _published("paper-mistral", "mistralai/Mistral-7B-Instruct-v0.2", needle_l1=2.0),
+        _published("paper-qwen", "Qwen/Qwen3-4B-Instruct-2507", needle_l1=0.5),
+    )
 }
 
 
@@ -315,6 +438,42 @@ def qa_variant(name: str) -> QAPreset:
         polish=None,
         self_generated=trained if change.get("shards") else None,
     )
+
+
+def changed(settings, changes: Sequence[str]):
+    """`settings` (a preset of this module) with changes of the form "name=value", values written as in Python.
+
+    ValueError names a setting that does not exist, with those that do, and a value of another kind.
+    """
+    known = {field.name: field for field in fields(settings)}
+    values = {}
+    for change in changes:
+        name, given, text = change.partition("=")
+        if not given or name not in known:
+            raise ValueError(f"{change!r}: give name=value, where the name is one of {', '.join(known)}")
+        try:
+            value = literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        kinds = known[name].type.replace(" ", "").split("|")
+        if "float" in kinds:
+            kinds.append("int")
+        if type(value).__name__.replace("NoneType", "None") not in (kind.partition("[")[0] for kind in kinds):
+            raise ValueError(f"{change!r}: {name} must be {known[name].type}")
+        values[name] = value
+    return replace(settings, **values)
+
+
+def shortened(settings: TrainingPreset, steps: int | None):
+    """`settings` with `steps` optimizer steps in place of their own (None: unchanged); the warm-up takes a tenth of
+    them at most.
+    """
+    if steps is None:
+        return settings
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: at least one")
+    batches = steps * settings.batches_per_step
+    return replace(settings, steps=batches, warmup_steps=min(settings.warmup_steps, batches // 10))
 
 
 def preset(name: str) -> Preset:

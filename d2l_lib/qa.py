@@ -9,6 +9,7 @@ same reader serves both.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
@@ -72,6 +73,7 @@ class QADataset:
     revision: str | None = None
 
 
+CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set as parquet files
 DATASETS: dict[str, QADataset] = {
     dataset.name: dataset
     for dataset in (
@@ -80,17 +82,18 @@ DATASETS: dict[str, QADataset] = {
         QADataset("drop", "ucinlp/drop", None, "validation"),
         QADataset("ropes", "allenai/ropes", "plain_text", "validation"),
         QADataset("pwc", "sggetao/PwC", None, "test", metric="rouge_l_first", template="{question}"),
-        QADataset("qasper", "zai-org/LongBench", "qasper_e", "test", template=ANSWER_QASPER),
-        QADataset("2wikimqa", "zai-org/LongBench", "2wikimqa_e", "test"),
-        QADataset("multifieldqa_en", "zai-org/LongBench", "multifieldqa_en_e", "test"),
-        # The papers themselves. Its main branch holds a loading script, which `datasets` no longer runs.
+        # The main branches of LongBench and Qasper hold loading scripts, which `datasets` no longer runs.
+        QADataset("qasper", "zai-org/LongBench", "qasper_e", "test", template=ANSWER_QASPER, revision=CONVERTED),
+        QADataset("2wikimqa", "zai-org/LongBench", "2wikimqa_e", "test", revision=CONVERTED),
+        QADataset("multifieldqa_en", "zai-org/LongBench", "multifieldqa_en_e", "test", revision=CONVERTED),
+        # The papers themselves.
         QADataset(
             "qasper_papers",
             "allenai/qasper",
             None,
             "validation",
             template=ANSWER_QASPER,
-            revision="refs/convert/parquet",
+            revision=CONVERTED,
         ),
         QADataset("world", None, None, "test", metric="exact_match", template="{question}"),
     )
@@ -131,15 +134,37 @@ def load_qa(
     if name == "world":
         frame = _world(split, n, seed, source)
     else:
-        folder = project_root() / "data" / "qa" / name
-        place = Path(source) if source is not None else folder if folder.exists() else None
-        records = _hub_records(dataset, split, folder) if place is None else _local_records(dataset, place, split)
+        place = local_place(name, source)
+        records = _hub_records(dataset, split) if place is None else _local_records(dataset, place, split)
         frame = _table(dataset, records, f"{place or dataset.hub}, {split}")
     if n is not None and n < len(frame):
         rows = sorted(random.Random(f"{name}/{split}/{seed}").sample(range(len(frame)), n))
         frame = frame.iloc[rows].reset_index(drop=True)
     frame["question"] = [template.replace("{question}", question) for question in frame["question"]]
     return frame
+
+
+def stream_qa(name: str, source: str | Path | None = None, *, split: str | None = None) -> Iterator[dict]:
+    """The rows of `load_qa`, one after another in file order, without holding the data set in memory.
+
+    From the hub they are streamed, nothing is downloaded as a whole; a .json file is read at once. Raises as `load_qa`
+    does, when the row is reached; at the end a warning counts the records that could not be used.
+    """
+    dataset = _dataset(name)
+    if name == "world":
+        raise ValueError("the world is generated, not read: take load_qa with n")
+    split, place = split or dataset.split, local_place(name, source)
+    hub = {"streaming": True}
+    records = _hub_records(dataset, split, **hub) if place is None else _local_records(dataset, place, split)
+    unusable = Counter()
+    yield from _usable(dataset, records, unusable)
+    _judge(f"{place or dataset.hub}, {split}", unusable)
+
+
+def local_place(name: str, source: str | Path | None) -> Path | None:
+    """`source`, else the folder data/qa/<name> if there is one, else None: the hub."""
+    folder = project_root() / "data" / "qa" / name
+    return Path(source) if source is not None else folder if folder.exists() else None
 
 
 def _dataset(name: str) -> QADataset:
@@ -161,30 +186,40 @@ def _world(split: str, n: int | None, seed: int, source: str | Path | None) -> p
     return frame
 
 
-def _table(dataset: QADataset, records: Iterable[tuple[str, object]], place: str) -> pd.DataFrame:
-    """The usable ones of (where, record) pairs as the table of `load_qa`."""
-    rows, unusable, total = [], Counter(), 0
+def _usable(dataset: QADataset, records: Iterable[tuple[str, object]], unusable: Counter) -> Iterator[dict]:
+    """The usable ones of (where, record) pairs as rows of `load_qa`; the others are counted by reason, all as ""."""
     for where, record in records:
         if not isinstance(record, dict):
             raise ValueError(f"{where} is {type(record).__name__}, not an object with columns: {_ADVICE}")
         for question, at in _questions(record, where):
-            total += 1
+            unusable[""] += 1
             row = {"dataset": dataset.name, **_FORMS[dataset.name].read(question, at)}
-            row["id"] = row["id"] or str(total)
+            row["id"] = row["id"] or str(unusable[""])
             if not row["answers"] and dataset.no_answer is not None:
                 row["answers"], row["kind"] = [dataset.no_answer], "unanswerable"
             missing = [column for column in ("document", "question", "answers") if not row[column]]
             if missing:
                 unusable[f"no {missing[0].removesuffix('s')}"] += 1
             else:
-                rows.append(row)
+                yield row
+
+
+def _judge(place: str, unusable: Counter) -> None:
+    """A warning that counts what could not be used; ValueError where that is all."""
+    total = unusable.pop("", 0)
     counts = ", ".join(f"{reason}: {count}" for reason, count in unusable.items())
-    if not rows:
+    if total == unusable.total():
         reason = f"none of {total} questions can be used ({counts})" if total else "it holds no questions"
         raise ValueError(f"{place}: {reason}; is it complete, and a split with public answers?")
     if unusable:
         logger.warning("%s: %d of %d questions cannot be used (%s)", place, unusable.total(), total, counts)
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _table(dataset: QADataset, records: Iterable[tuple[str, object]], place: str) -> pd.DataFrame:
+    """The usable ones of (where, record) pairs as the table of `load_qa`."""
+    unusable = Counter()
+    frame = pd.DataFrame(list(_usable(dataset, records, unusable)), columns=list(COLUMNS))
+    _judge(place, unusable)
     frame.attrs["unusable"] = dict(unusable)
     return frame
 
@@ -194,11 +229,13 @@ _SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val",
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.parquet|\d{4}\.parquet")
 
 
-def _hub_records(dataset: QADataset, split: str, folder: Path) -> Iterator[tuple[str, object]]:
+def _hub_records(dataset: QADataset, split: str, streaming: bool = False) -> Iterator[tuple[str, object]]:
     import datasets
 
+    folder = project_root() / "data" / "qa" / dataset.name
+    options = {"streaming": True} if streaming else {}
     try:
-        rows = datasets.load_dataset(dataset.hub, dataset.config, split=split, revision=dataset.revision)
+        rows = datasets.load_dataset(dataset.hub, dataset.config, split=split, revision=dataset.revision, **options)
     except (OSError, RuntimeError) as error:
         config = f", config {dataset.config}" if dataset.config else ""
         raise FileNotFoundError(
@@ -210,13 +247,20 @@ def _hub_records(dataset: QADataset, split: str, folder: Path) -> Iterator[tuple
 
 
 def _local_records(dataset: QADataset, place: Path, split: str) -> Iterator[tuple[str, object]]:
+    files = files_of(dataset.name, place, split)
+    rows = ((file, number, row) for file in files for number, row in enumerate(_READ[file.suffix](file), 1))
+    return ((f"{file}, record {number}", row) for file, number, row in rows)
+
+
+def files_of(name: str, place: Path, split: str) -> list[Path]:
+    """The file (or the shards) of a data set and split at `place`, a file or folder; raises as load_qa does."""
+    dataset = _dataset(name)
     if not place.exists():
         raise FileNotFoundError(f"{place} does not exist: pass the file or folder that holds {dataset.hub}")
     files = [place] if place.is_file() else _files(dataset, place, split)
     if files[0].suffix not in _READ:
         raise ValueError(f"{place} cannot be read: pass a folder, or a file that ends in {', '.join(_READ)}")
-    rows = ((file, number, row) for file in files for number, row in enumerate(_READ[file.suffix](file), 1))
-    return ((f"{file}, record {number}", row) for file, number, row in rows)
+    return files
 
 
 def _files(dataset: QADataset, folder: Path, split: str) -> list[Path]:
@@ -244,12 +288,15 @@ def _files(dataset: QADataset, folder: Path, split: str) -> list[Path]:
     return files
 
 
-def _read_parquet(path: Path) -> list[dict]:
+def read_parquet(path: Path) -> Iterator[dict]:
+    """The rows of a parquet file one after another; ValueError where it is not whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path).to_pylist()
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1000):
+                yield from batch.to_pylist()
     except pa.ArrowException as error:
         raise ValueError(f"{path} is not a complete parquet file ({error}): download it again") from error
 
@@ -271,7 +318,22 @@ def _read_objects(path: Path) -> list:
     return value
 
 
-_READ: dict[str, Callable[[Path], list]] = {".parquet": _read_parquet, ".jsonl": read_jsonl, ".json": _read_objects}
+def read_lines(path: Path) -> Iterator:
+    """The values of a JSON-lines file one after another; ValueError names the line that is not JSON."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON ({error}): was the file cut off?") from error
+
+
+_READ: dict[str, Callable[[Path], Iterable]] = {
+    ".parquet": read_parquet,
+    ".jsonl": read_lines,
+    ".json": _read_objects,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- records

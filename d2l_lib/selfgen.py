@@ -48,6 +48,7 @@ from .base_model import bundled_path, load_base_model, without_lora
 from .documents import check_count, check_text, context_ids, question_ids, stop_ids
 from .packing import TEACHER_COLUMNS
 from .records import atomic_file, read_json, read_jsonl, write_json
+from .trainer import own_device
 
 FORMAT, VERSION = "doc-to-lora self-generated data", 1
 MANIFEST = "manifest.json"
@@ -808,14 +809,18 @@ def _finish(folder: Path, identity: dict[str, Any], run: str, n_shards: int) -> 
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-def read_shards(source: str | Path | Sequence[str | Path]):
-    """A `datasets.Dataset` of all rows, in memory: of a folder, a parquet file or several, with checked contents.
+def read_shards(source: str | Path | Sequence[str | Path], cache: str | Path | None = None):
+    """A `datasets.Dataset` of all rows, of a folder, a parquet file or several, with checked contents.
 
-    Files need the published columns only; others are kept where all files have them, of one type. For more than fits
-    into memory, read file by file. FileNotFoundError where there is no file. ValueError, with the file's name and the
-    column's, for: an unfinished folder, a file that is damaged or differs from its checksum, a missing column or one of
-    another type, empty values, log-probabilities that are not numbers, and counts that do not agree (questions in every
-    column, answer tokens between response_start_end and the log-probabilities, k everywhere).
+    Rows are in memory. With `cache`, a folder, they are written there once as one Arrow file, one parquet file after
+    another, and read from it: for more than fits into memory. Under torchrun one process of each machine writes it and
+    the others wait.
+
+    Files need the published columns only; others are kept where all files have them, of one type. FileNotFoundError
+    where there is no file. ValueError, with the file's name and the column's, for: an unfinished folder, a file that is
+    damaged or differs from its checksum, a missing column or one of another type, empty values, log-probabilities that
+    are not numbers, and counts that do not agree (questions in every column, answer tokens between response_start_end
+    and the log-probabilities, k everywhere).
     """
     from datasets import Dataset
 
@@ -823,14 +828,89 @@ def read_shards(source: str | Path | Sequence[str | Path]):
     checksums = {file: checksum for path in several for file, checksum in _files_of(Path(path)).items()}
     if not checksums:
         raise FileNotFoundError("no shards given: name a folder or files")
+    identity = hashlib.sha256(json.dumps([[str(file), file.stat().st_mtime_ns] for file in checksums]).encode())
+    fingerprint = identity.hexdigest()[:16]
+    if cache is not None:
+        path = Path(cache) / f"{fingerprint}.arrow"
+        _fill_cache(path, checksums)
+        return Dataset.from_file(str(path))
     tables, ks = zip(*(_read_table(*pair) for pair in checksums.items()), strict=True)
+    _check_one_k(ks)
+    names = _common_columns([table.schema for table in tables])
+    whole = pa.concat_tables([table.select(names) for table in tables])
+    return Dataset(whole, fingerprint=fingerprint)
+
+
+def _check_one_k(ks: Sequence[int | None]) -> None:
     if len(set(ks) - {None}) > 1:
         raise ValueError(f"the numbers of log-probabilities per token differ between files: {set(ks) - {None}}")
-    same = set.intersection(*({(field.name, field.type) for field in table.schema} for table in tables))
-    names = [field.name for field in tables[0].schema if (field.name, field.type) in same]
-    whole = pa.concat_tables([table.select(names) for table in tables])
-    identity = hashlib.sha256(json.dumps([[str(file), file.stat().st_mtime_ns] for file in checksums]).encode())
-    return Dataset(whole, fingerprint=identity.hexdigest()[:16])
+
+
+def _common_columns(schemas: Sequence[pa.Schema]) -> list[str]:
+    """The columns that all files have, of one type; the published ones have been cast to theirs."""
+    same = set.intersection(*({(field.name, field.type) for field in schema} for schema in schemas))
+    return [field.name for field in schemas[0] if field.name in PUBLISHED or (field.name, field.type) in same]
+
+
+def _fill_cache(path: Path, checksums: dict[Path, str | None]) -> None:
+    """Write the rows of these files to one Arrow file, unless it is there."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        while not path.exists():
+            time.sleep(1)
+    if path.exists():
+        return
+    for file in checksums:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: run the command that made it again")
+    names = _common_columns([_schema_of(file) for file in checksums])
+    ks, writer = set(), None
+    with atomic_file(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        for pair in checksums.items():
+            table, k = _read_table(*pair)
+            table = table.select(names)
+            ks.add(k)
+            _check_one_k(list(ks))
+            writer = writer or pa.ipc.new_stream(file, table.schema)
+            writer.write_table(table, max_chunksize=256)
+        writer.close()
+
+
+def _schema_of(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path).remove_metadata()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+_LEVEL = re.compile(r"_level_(\d+)_")  # in the names of published files
+
+
+def find_shards(places: Sequence[str | Path]) -> dict[str, list[Path]]:
+    """{data set: its parquet files} in files and folders, each folder that holds `training_files` being one data set.
+
+    FileNotFoundError where a place is not there or holds none.
+    """
+    found: dict[str, list[Path]] = {}
+    for place in map(Path, places):
+        if not place.exists():
+            raise FileNotFoundError(f"no shards at {place}: give folders or .parquet files")
+        files = training_files(sorted(place.rglob("*.parquet"))) if place.is_dir() else [place]
+        if not files:
+            raise FileNotFoundError(f"{place} holds no .parquet files of training data")
+        for file in files:
+            found.setdefault(str(file.parent if place.is_dir() else file), []).append(file)
+    return found
+
+
+def training_files(files: Sequence[Path]) -> list[Path]:
+    """Those of parquet files that are trained on as published: none that is named as validation data ("_val_"), and
+    where the files of a folder are numbered by the level of their questions only those of the last level.
+    """
+    levels = {file: _LEVEL.search(file.name) for file in files if "_val_" not in file.name}
+    last: dict[Path, int] = {}
+    for file, level in levels.items():
+        last[file.parent] = max(last.get(file.parent, 0), int(level.group(1)) if level else 0)
+    return [file for file, level in levels.items() if level is None or int(level.group(1)) == last[file.parent]]
 
 
 def _files_of(path: Path) -> dict[Path, str | None]:
@@ -941,9 +1021,7 @@ def read_texts(source: str | Path) -> list[str]:
 def _load_engine(kind: str, name: str, batch_tokens: int, gpu_share: float = 0.9):
     if kind == "vllm":
         return VllmEngine(name, gpu_share)
-    local = os.environ.get("LOCAL_RANK")
-    device = f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
-    return TransformersEngine(name, *load_base_model(name, device=device), batch_tokens)
+    return TransformersEngine(name, *load_base_model(name, device=own_device()), batch_tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,7 +3,7 @@ that go on where they were killed.
 
 Batches are functions of (seed, step), and the Trainer saves the optimiser: a run that was killed goes on from its last
 checkpoint and ends with the weights of an uninterrupted one. Under torchrun every process takes its share of the
-batches.
+batches, on several nodes too (`slurm` writes the script for that).
 """
 
 from __future__ import annotations
@@ -142,6 +142,14 @@ class InOrderTrainer(Trainer):
         self.optimizer = Together([adam, muon])
         return self.optimizer
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step, and, where the model asks for it, how many contexts they have in all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.model_accepts_loss_kwargs:
+            own = torch.tensor(sum(len(batch["n_chunks"]) for batch in batches), device=device)
+            items = self.accelerator.gather(own).sum()
+        return batches, items
+
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
@@ -174,6 +182,9 @@ def fit(
     stop_at: int | None = None,
     without_decay: Sequence[str] = (),
     muon_rate: float | None = None,
+    min_learning_rate: float | None = None,
+    batches_per_step: int = 1,
+    keep: int | None = 2,
     **options,
 ) -> None:
     """Train `model` (its forward returns {"loss": ...}) on `batches` in order, going on from the last checkpoint in
@@ -181,12 +192,20 @@ def fit(
 
     `steps`, warmup_steps, save_steps, report_steps and stop_at count batches: of W processes each takes every W-th one,
     and an optimizer step is made of W batches, as one process makes it with gradient_accumulation_steps=W. stop_at ends
-    this call early with a checkpoint; the schedule is that of `steps`. `muon_rate`: see InOrderTrainer.
-    FloatingPointError when the loss is not a number; the checkpoints written before it are kept. RuntimeError where one
-    process sees several GPUs.
+    this call early with a checkpoint; the schedule is that of `steps`. `batches_per_step` makes a step of so many
+    batches, whatever the number of processes, which must divide it (1: W batches, as above). `muon_rate`: see
+    InOrderTrainer. `min_learning_rate`: where the cosine ends (None: at 2% of the rate). `keep`: of the checkpoints
+    only so many last ones (None: all).
+
+    A model with `accepts_loss_kwargs` is given num_items_in_batch, the number of contexts in a step, and has to divide
+    its sums by it; so batches of any number of contexts can be accumulated. FloatingPointError when the loss is not a
+    number; the checkpoints written before it are kept. RuntimeError where one process sees several GPUs.
     """
     run.mkdir(parents=True, exist_ok=True)
-    together = int(os.environ.get("WORLD_SIZE", 1)) * options.get("gradient_accumulation_steps", 1)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if batches_per_step > 1:
+        options["gradient_accumulation_steps"] = accumulation(batches_per_step, processes)
+    together = processes * options.get("gradient_accumulation_steps", 1)
     steps, warmup_steps, save_steps, report_steps = (
         max(1, round(count / together)) for count in (steps, warmup_steps, save_steps, report_steps)
     )
@@ -197,12 +216,12 @@ def fit(
         per_device_train_batch_size=1,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.02},
+        lr_scheduler_kwargs={"min_lr_rate": 0.02} if min_learning_rate is None else {"min_lr": min_learning_rate},
         warmup_steps=warmup_steps,
         logging_steps=report_steps,
         logging_nan_inf_filter=False,
         save_steps=save_steps,
-        save_total_limit=2,
+        save_total_limit=keep,
         seed=seed,
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),  # else the Trainer refuses bfloat16 there
@@ -241,8 +260,26 @@ def fit_step(step: nn.Module, p, batches: Dataset, run: Path, seed: int, **optio
         weight_decay=0.01,
         without_decay=[f"hypernetwork.{name}" for name in names_without_decay(step.hypernetwork)],
         muon_rate=getattr(p, "muon_rate", None),
+        min_learning_rate=getattr(p, "min_learning_rate", None),
+        batches_per_step=getattr(p, "batches_per_step", 1),
         **options,
     )
+
+
+def accumulation(batches_per_step: int, processes: int) -> int:
+    """Batches that each process takes for a step of `batches_per_step`; ValueError where they do not come out even."""
+    if batches_per_step % processes:
+        raise ValueError(
+            f"{processes} processes cannot share out {batches_per_step} batches evenly: start a number that divides "
+            "it, or change batches_per_step"
+        )
+    return batches_per_step // processes
+
+
+def own_device() -> str | None:
+    """The GPU of this process under torchrun; None, which lets the loader choose, in all other cases."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
 
 
 def is_first_process() -> bool:
@@ -250,18 +287,30 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def last_whole_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint folder in `run` that was written to its end; half-written ones (a killed run) are deleted.
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders in `run`, whole or not, the oldest first."""
+    folders = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint folder was written to its end.
 
     The Trainer writes trainer_state.json last: a folder without it, or with a part of it, is not whole.
     """
-    checkpoints = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(checkpoints, key=lambda f: -int(f.name.rpartition("-")[2])):
-        try:
-            read_json(folder / "trainer_state.json")
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def last_whole_checkpoint(run: Path) -> str | None:
+    """The newest checkpoint folder in `run` that is whole; half-written ones (a killed run) are deleted."""
+    for folder in reversed(checkpoints(run)):
+        if is_whole(folder):
             return str(folder)
-        except (FileNotFoundError, ValueError):
-            shutil.rmtree(folder, ignore_errors=True)  # another process of the run may be deleting it too
+        shutil.rmtree(folder, ignore_errors=True)  # another process of the run may be deleting it too
     return None
 
 

@@ -2,26 +2,35 @@
 
     python -m d2l_lib.training --preset tiny                     # everything that is bundled, from nothing
     python -m d2l_lib.training --preset tiny --stage needle --seed 1
+    python -m d2l_lib.training --preset paper-gemma --stage needle   # the published recipe for Gemma-2-2b-it
+    torchrun --nproc_per_node 8 -m d2l_lib.training ...              # batches are shared out among processes
 
-Runs can be killed and go on (see `trainer`).
+Runs can be killed and go on (see `trainer`). A preset of a published base model takes --base (a folder or another hub
+name), --steps and --set for runs of another size; its hypernetwork ends in a folder that `d2l.load` reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import needles, pretraining
 from .base_model import (
     ContextEncoder,
+    bundled_path,
     check_writes_residual,
     decoder_body,
     default_modules,
@@ -31,12 +40,23 @@ from .base_model import (
     module_sizes,
 )
 from .checkpoints import save_checkpoint
-from .documents import chat_affixes, question_ids, split_sentences
+from .documents import chat_affixes, context_ids, question_ids, split_sentences, stop_ids
 from .hypernetwork import Hypernetwork, HypernetworkConfig, Loras, combine
 from .lora import apply_lora
 from .losses import AnswerTokens, context_average, cross_entropy, distillation, find_answer_tokens, l1_penalty
-from .packing import IGNORED
-from .presets import NEEDLE_VARIANTS, DistillationPreset, HypernetworkPreset, NeedlePreset, Preset, preset
+from .packing import IGNORED, count_chunks, split_into_chunks
+from .presets import (
+    NEEDLE_VARIANTS,
+    PRESETS,
+    DistillationPreset,
+    HypernetworkPreset,
+    NeedlePreset,
+    Preset,
+    TrainingPreset,
+    changed,
+    preset,
+    shortened,
+)
 from .readout import (
     Readout,
     ReadoutBatches,
@@ -44,8 +64,11 @@ from .readout import (
     start_linear,
     train_readout,
 )
-from .records import atomic_folder, read_jsonl, write_jsonl
-from .trainer import chunk_batch, fit, fit_step, is_first_process, pad_right
+from .records import atomic_folder, read_json, read_jsonl, write_json, write_jsonl
+from .trainer import checkpoints, chunk_batch, fit, fit_step, is_first_process, own_device, pad_right
+
+HYPERNETWORK = "hypernetwork.json"
+RECOMPUTED_TOKENS = 4096  # at a time, where activations are computed again in the backward pass
 
 
 # ----------------------------------------------------------------------------------------------------- the base model
@@ -107,47 +130,55 @@ class NeedleBatches(Dataset):
     `longest` tokens in the first 30% of the run. Between 50% and 90% of it repeats grow from 1 to `max_repeats`, and
     `l1_share`, the weight of the L1 term, from 0 to 1: both are for filler, and L1 from the start delays the digits.
     In the second stage, `polish`, contexts are of all lengths, repeats of a context add up to between a sixteenth of
-    and four times `max_repeats` (unless that is 1), and `l1_share` is 1. Chunks are written in the tokens and the chat
-    format of `encoder_tokenizer` (None: the base model's).
+    and four times `max_repeats` (unless that is 1), and `l1_share` is 1. Without `gradual` contexts are of all lengths
+    and `l1_share` is 1 from the start. A batch has `contexts` contexts, or fewer where the next one would exceed
+    `input_tokens` or `context_tokens`. Chunks are written in the tokens and the chat format of `encoder_tokenizer`
+    (None: the base model's).
     """
 
     def __init__(self, tokenizer, p: NeedlePreset, seed: int, polish: bool = False, encoder_tokenizer=None):
+        if p.max_chunk_tokens is not None and p.max_repeats > 1:
+            raise ValueError(
+                "chunks cut at any token may cut the needle, so none can be repeated: set max_repeats to 1"
+            )
         self.tokenizer, self.p, self.seed, self.polish = tokenizer, p, seed, polish
         self.encoder_tokenizer = tokenizer if encoder_tokenizer is None else encoder_tokenizer
         self.question = question_ids(tokenizer, needles.QUESTION)
         self.prefix, self.suffix = chat_affixes(self.encoder_tokenizer)
+        self.stop = stop_ids(tokenizer)[-1]  # that of the chat template, where it has one of its own
 
     def __len__(self) -> int:
         return self.p.polish_steps if self.polish else self.p.steps
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         rng, p = random.Random(f"needle batches/{self.seed}/{'polish/' if self.polish else ''}{i}"), self.p
-        progress = 1.0 if self.polish else i / p.steps
+        progress = 1.0 if self.polish or not p.gradual else i / p.steps
         longest = p.shortest + round((p.longest - p.shortest) * min(1.0, 0.1 + progress / 0.3))
         growth = min(1.0, max(0.0, (progress - 0.5) / 0.4))
         least_repeats, most_repeats = 1.0, p.max_repeats**growth
         if self.polish and p.max_repeats > 1:
             least_repeats, most_repeats = p.max_repeats / 16, p.max_repeats * 4
         chunks: list[list[int]] = []
-        n_chunks, repeats, rows, answers = [], [], [], []
+        n_chunks, repeats, rows = [], [], []
         for _ in range(p.contexts):
             length = rng.randint(p.shortest, longest)
             number = None if rng.random() < p.empty_share else needles.draw_number(rng, "train")
             haystack = needles.build_haystack(self.tokenizer, length, rng.random(), number)
-            pieces = random_chunks(rng, haystack.text, length, p)
-            has_needle = [haystack.needle_span is not None and needles.NEEDLE[:20] in piece for piece in pieces]
-            n_empty = len(pieces) - sum(has_needle)
+            own, has_needle = self._chunks(rng, haystack, length)
+            n_empty = len(own) - sum(has_needle)
             total = least_repeats * (most_repeats / least_repeats) ** rng.random()
             share = max(1.0, total / n_empty) if n_empty else 1.0
+            answer = self.tokenizer(haystack.answer or pretraining.world.UNKNOWN, add_special_tokens=False)["input_ids"]
+            row = self.question + answer + [self.stop]
+            if rows and exceeds(p, chunks + own, [*rows, row]):
+                break
+            chunks += own
+            rows.append(row)
+            n_chunks.append(len(own))
             repeats += [1.0 if needle else share for needle in has_needle]
-            ids = self.encoder_tokenizer(pieces, add_special_tokens=False)["input_ids"]
-            chunks += [self.prefix + piece + self.suffix for piece in ids]
-            n_chunks.append(len(pieces))
-            answers.append(haystack.answer or pretraining.world.UNKNOWN)
-        for answer in answers:
-            rows.append(self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id])
-        input_ids, _ = pad_right([self.question + row for row in rows], self.tokenizer.pad_token_id)
-        labels, _ = pad_right([[IGNORED] * len(self.question) + row for row in rows], IGNORED)
+        input_ids, _ = pad_right(rows, self.tokenizer.pad_token_id)
+        begin = len(self.question)
+        labels, _ = pad_right([[IGNORED] * begin + row[begin:] for row in rows], IGNORED)
         return {
             **chunk_batch(chunks, n_chunks, self.encoder_tokenizer.pad_token_id),
             "repeats": torch.tensor(repeats),
@@ -155,6 +186,31 @@ class NeedleBatches(Dataset):
             "input_ids": input_ids,
             "labels": labels,
         }
+
+    def _chunks(self, rng: random.Random, haystack, length: int) -> tuple[list[list[int]], list[bool]]:
+        """(the haystack's chunks in chat format, which of them holds the needle); none does where cuts lie anywhere."""
+        p = self.p
+        if p.max_chunk_tokens is not None:
+            ids = context_ids(self.encoder_tokenizer, haystack.text)
+            n = count_chunks(
+                len(ids),
+                p.max_chunk_tokens,
+                min_length=p.min_chunk_tokens,
+                probabilities=p.chunk_probabilities,
+                rng=rng,
+            )
+            chunks = split_into_chunks(ids, n, self.prefix, self.suffix)
+            return chunks, [False] * len(chunks)
+        pieces = random_chunks(rng, haystack.text, length, p)
+        ids = self.encoder_tokenizer(pieces, add_special_tokens=False)["input_ids"]
+        has_needle = [haystack.needle_span is not None and needles.NEEDLE[:20] in piece for piece in pieces]
+        return [self.prefix + piece + self.suffix for piece in ids], has_needle
+
+
+def exceeds(p: TrainingPreset, chunks: list[list[int]], rows: list[list[int]]) -> bool:
+    """Whether chunks, or questions with their answers, are more tokens than a batch may have."""
+    limits = ((p.context_tokens, chunks), (p.input_tokens, rows))
+    return any(limit is not None and sum(map(len, ids)) > limit for limit, ids in limits)
 
 
 def random_chunks(rng: random.Random, text: str, length_tokens: int, p: NeedlePreset) -> list[str]:
@@ -209,8 +265,39 @@ def _logits_at(base_model, hidden: Tensor, answers: AnswerTokens) -> tuple[Tenso
     logits = base_model.get_output_embeddings()(hidden)
     if cap := getattr(base_model.config.get_text_config(), "final_logit_softcapping", None):  # Gemma-2
         logits = cap * torch.tanh(logits / cap)
-    row = torch.arange(len(answers), device=hidden.device)
-    return logits[:, None], answers, replace(answers, row=row, position=torch.zeros_like(answers.position))
+    return logits[:, None], answers, places_among_answers(answers)
+
+
+def places_among_answers(answers: AnswerTokens) -> AnswerTokens:
+    """The answer tokens as places in logits [n, 1, vocabulary] that hold nothing else."""
+    row = torch.arange(len(answers), device=answers.row.device)
+    return replace(answers, row=row, position=torch.zeros_like(answers.position))
+
+
+def n_real_tokens(labels: Tensor) -> int:
+    """Tokens of questions and answers without padding; an answer ends its row."""
+    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    return int(((labels != IGNORED) * places).amax(1).sum())
+
+
+@contextmanager
+def noisy_embeddings(model, strength: float, n_tokens: int) -> Iterator[None]:
+    """Inside the `with` block embeddings of `model` have noise from -m to m on them, m = strength / sqrt(n_tokens * d).
+
+    NEFTune (Jain et al. 2023) as published for this method: n_tokens counts all questions of the batch, as they would
+    lie in one packed row. Nothing happens at strength 0.
+    """
+
+    def add_noise(_, given, output: Tensor) -> Tensor:
+        most = strength / math.sqrt(n_tokens * output.shape[-1])
+        return output + torch.empty_like(output).uniform_(-most, most)
+
+    hook = model.get_input_embeddings().register_forward_hook(add_noise) if strength else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 class Internalization(nn.Module):
@@ -221,6 +308,10 @@ class Internalization(nn.Module):
     layer is written, which spares the pass through the base model (see `last_layer_logits`; one target module). Only
     the hypernetwork is a parameter of this module; the frozen base model, and the `encoder_model` that reads the chunks
     if that is another one, stay outside its state.
+
+    `by_context`: losses are divided by the contexts of the whole step (num_items_in_batch of forward), not by those of
+    the batch. `neftune`: see `noisy_embeddings`. `recompute`: hypernetwork and base model keep no activations, but
+    compute them again in the backward pass, RECOMPUTED_TOKENS at a time; the numbers are the same.
     """
 
     def __init__(
@@ -231,17 +322,22 @@ class Internalization(nn.Module):
         distil: bool = True,
         last_layer: bool = False,
         encoder_model=None,
+        *,
+        by_context: bool = False,
+        neftune: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
         self.hypernetwork, self.l1, self.distil = hypernetwork, l1, distil
         self.layer = hypernetwork.config.n_layers - 1 if last_layer else None
+        self.accepts_loss_kwargs, self.neftune, self.recompute = by_context, neftune, recompute
         encoder_model = base_model if encoder_model is None else encoder_model
         self._frozen = (base_model, ContextEncoder.from_config(encoder_model, hypernetwork.config))
         self._losses, self._right, self._asked = [], 0, 0
 
     def forward(
         self, chunk_ids, chunk_mask, order, n_chunks, input_ids, labels, repeats=None, l1_share=1.0,
-        n_questions=None, teacher_log_probs=None, teacher_indices=None, chunk_images=None,
+        n_questions=None, teacher_log_probs=None, teacher_indices=None, chunk_images=None, num_items_in_batch=None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """See `NeedleBatches` and `distillation.DistillationBatches`; without n_questions each context has one.
 
@@ -253,8 +349,9 @@ class Internalization(nn.Module):
         encoder.model.to(input_ids.device)
         chunk_images = [{}] * len(chunk_ids) if chunk_images is None else chunk_images
         groups = [
-            self.hypernetwork(encoder.encode(ids, attention_mask=mask, **images), attention_mask=mask, layer=self.layer)
+            blocks
             for ids, mask, images in zip(chunk_ids, chunk_mask, chunk_images, strict=True)
+            for blocks in self._write(encoder.encode(ids, attention_mask=mask, **images), mask)
         ]
         blocks = {
             m: tuple(torch.cat(parts)[order] for parts in zip(*(g[m] for g in groups), strict=True)) for m in groups[0]
@@ -266,8 +363,7 @@ class Internalization(nn.Module):
         n_questions = torch.ones_like(n_chunks) if n_questions is None else n_questions
         rows = torch.arange(len(n_chunks), device=n_chunks.device).repeat_interleave(n_questions)
         if self.layer is None:
-            with apply_lora(base_model, loras, config.scale, rows=rows):
-                logits, answers, here = answer_logits(base_model, input_ids, labels)
+            logits, answers, here = self._answer(base_model, loras, rows, input_ids, labels)
         else:
             (module,) = config.modules
             logits, answers, here = last_layer_logits(base_model, module, loras, config.scale, rows, input_ids, labels)
@@ -282,6 +378,8 @@ class Internalization(nn.Module):
             written = combine(blocks, bias, n_chunks)
             size = l1_penalty(written, n_chunks, config.rank, has_bias=bias is not None)
             total = loss + self.l1 * l1_share * size / len(n_chunks)
+        if num_items_in_batch is not None:
+            total = total * (len(n_chunks) / num_items_in_batch)
         wrong = torch.bincount(
             answers.row, weights=(logits[:, 0].argmax(-1) != answers.label).float(), minlength=len(labels)
         )
@@ -289,6 +387,35 @@ class Internalization(nn.Module):
         self._asked += len(labels)
         self._losses.append(loss.item())
         return {"loss": total}
+
+    def _write(self, features: Tensor, mask: Tensor) -> Iterator[Loras]:
+        """The blocks of a group of chunks: in one piece, or in several whose activations are not kept."""
+        if not self.recompute:
+            yield self.hypernetwork(features, attention_mask=mask, layer=self.layer)
+            return
+        rows = max(1, RECOMPUTED_TOKENS // mask.shape[1])
+        for features_piece, mask_piece in zip(features.split(rows), mask.split(rows), strict=True):
+            options = {"attention_mask": mask_piece, "layer": self.layer}
+            yield checkpoint(self.hypernetwork, features_piece, use_reentrant=False, **options)
+
+    def _answer(self, base_model, loras: Loras, rows: Tensor, input_ids: Tensor, labels: Tensor):
+        """`answer_logits` of the base model with these adapters, at once or in pieces."""
+
+        strength = self.neftune if self.training else 0.0
+        n_tokens = n_real_tokens(labels) if strength else 1
+
+        def answer(rows: Tensor, input_ids: Tensor, labels: Tensor):
+            adapted = apply_lora(base_model, loras, self.hypernetwork.config.scale, rows=rows)
+            with noisy_embeddings(base_model, strength, n_tokens), adapted:
+                return answer_logits(base_model, input_ids, labels)
+
+        if not self.recompute:
+            return answer(rows, input_ids, labels)
+        size = max(1, RECOMPUTED_TOKENS // input_ids.shape[1])
+        pieces = zip(rows.split(size), input_ids.split(size), labels.split(size), strict=True)
+        logits = [checkpoint(lambda *piece: answer(*piece)[0], *piece, use_reentrant=False) for piece in pieces]
+        answers = find_answer_tokens(labels)
+        return torch.cat(logits), answers, places_among_answers(answers)
 
     def report(self) -> dict[str, float]:
         """Of the batches since the last report: nats per answer token, and exact match (every answer token right)."""
@@ -330,6 +457,7 @@ def hypernetwork_config(
         per_layer_processing=True,
         base_model=base_name,
         encoder_model=encoder_name,
+        encoder_4bit=getattr(p, "encoder_bits", None) == 4,
     )
 
 
@@ -354,7 +482,8 @@ def train_needle(
         start_linear(hypernetwork, base_model, tokenizer, seed)
         sentences = ReadoutBatches(tokenizer, p.readout, seed, needle_sentences)
         torch.manual_seed(seed)
-        train_readout(p.readout, Readout(base_model, hypernetwork), sentences, run / "readout", seed, **options)
+        warm_up = without_step_options(options)
+        train_readout(p.readout, Readout(base_model, hypernetwork), sentences, run / "readout", seed, **warm_up)
     batches = NeedleBatches(tokenizer, p, seed)
     fit_hypernetwork(p, base_model, hypernetwork, batches, run, seed, stop_at=stop_at, **options)
     if p.polish_steps and stop_at is None:
@@ -362,6 +491,12 @@ def train_needle(
         batches = NeedleBatches(tokenizer, p, seed, polish=True)
         fit_hypernetwork(polish, base_model, hypernetwork, batches, run / "polish", seed, **options)
     return hypernetwork
+
+
+def without_step_options(options: dict) -> dict:
+    """Of the options of `fit_hypernetwork` those that `fit` knows."""
+    names = ("encoder_model", "recompute", "compiled", "save_every", "report_every")
+    return {name: value for name, value in options.items() if name not in names}
 
 
 def train_hypernetwork(
@@ -386,15 +521,135 @@ def train_hypernetwork(
 
 
 def fit_hypernetwork(
-    p, base_model, hypernetwork: Hypernetwork, batches: Dataset, run: Path, seed: int, encoder_model=None, **options
+    p,
+    base_model,
+    hypernetwork: Hypernetwork,
+    batches: Dataset,
+    run: Path,
+    seed: int,
+    encoder_model=None,
+    *,
+    recompute: bool = False,
+    compiled: bool = False,
+    save_every: int | None = None,
+    report_every: int | None = None,
+    **options,
 ) -> None:
-    """Train `hypernetwork` on `batches` in place, resumable in `run`; steps, rates and loss are those of `p`."""
-    distil, last_layer = getattr(p, "distil", True), getattr(p, "last_layer", False)
-    step = Internalization(base_model, hypernetwork, p.l1, distil, last_layer, encoder_model)
+    """Train `hypernetwork` on `batches` in place, resumable in `run`; steps, rates and loss are those of `p`.
+
+    What the hypernetwork is goes to `run`/hypernetwork.json, so that checkpoints can be read while the run goes on (see
+    `watch`); ValueError where the run already has checkpoints of another one. encoder_model, recompute: see
+    Internalization. `compiled`: torch.compile for the Perceiver; needs a compiler. save_every, report_every: in
+    optimizer steps of `p`, in place of the save_steps and report_steps of `fit`, to which other `options` go.
+    """
+    for name, every in (("save_steps", save_every), ("report_steps", report_every)):
+        if every is not None:
+            options[name] = every * p.batches_per_step
+    if compiled:
+        hypernetwork.aggregator.perceiver.compile(dynamic=True)
+    step = Internalization(
+        base_model,
+        hypernetwork,
+        p.l1,
+        getattr(p, "distil", True),
+        getattr(p, "last_layer", False),
+        encoder_model,
+        by_context=getattr(p, "context_tokens", None) is not None or getattr(p, "input_tokens", None) is not None,
+        neftune=getattr(p, "neftune", 0.0),
+        recompute=recompute,
+    )
+    if is_first_process():
+        _write_down(hypernetwork, run, getattr(p, "chunk_tokens", None))
     fit_step(step, p, batches, run, seed, **options)
 
 
+def _write_down(hypernetwork: Hypernetwork, run: Path, chunk_tokens: int | None) -> None:
+    """`run`/hypernetwork.json; ValueError where one of another hypernetwork is there, with checkpoints."""
+    facts = {"hypernetwork": hypernetwork.config.to_dict(), "chunk_tokens": chunk_tokens}
+    path = run / HYPERNETWORK
+    if checkpoints(run) and path.exists() and read_json(path) != facts:
+        raise ValueError(f"{run} has checkpoints of a hypernetwork of other sizes: choose another folder for this run")
+    write_json(path, facts)
+
+
 # -------------------------------------------------------------------------------------------------------- the command
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that trainings of one's own have in common."""
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints of runs in progress")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where the bundled models and their logs go")
+    own = parser.add_argument_group("runs of your own (they end in RUNS/PRESET/.../final, and leave --data alone)")
+    own.add_argument("--base", help="base model: bundled name, folder or hub id (default: the preset's)")
+    own.add_argument("--steps", type=int, help="optimizer steps of each stage, in place of the preset's")
+    own.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of the preset")
+    own.add_argument("--save-steps", type=int, default=250, help="optimizer steps from one checkpoint to the next")
+    own.add_argument("--report-steps", type=int, default=50, help="optimizer steps from one log line to the next")
+    own.add_argument("--keep", type=int, default=2, help="keep so many checkpoints; 0 keeps all")
+    own.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="bfloat16 autocast around float32 parameters, as published (default: on a GPU)",
+    )
+    own.add_argument("--recompute", action="store_true", help="less memory for more time: keep no activations")
+    own.add_argument("--compile", action="store_true", help="torch.compile for the Perceiver")
+
+
+def is_own_run(a: argparse.Namespace, p: Preset) -> bool:
+    """Whether these options ask for something else than a bundled model."""
+    return isinstance(p.base, str) or a.base is not None or a.steps is not None or bool(a.set)
+
+
+def fit_options(a: argparse.Namespace) -> dict:
+    """The options of `add_run_arguments` as `fit_hypernetwork` takes them."""
+    return {
+        "save_every": a.save_steps,
+        "report_every": a.report_steps,
+        "keep": a.keep or None,
+        "bf16": a.bf16,
+        "recompute": a.recompute,
+        "compiled": a.compile,
+    }
+
+
+def base_source(a: argparse.Namespace, p: Preset) -> str:
+    """What the base model is found by, now and when the checkpoint is loaded: a folder in full."""
+    source = a.base or p.base_source
+    is_folder = Path(source).is_dir() and not (bundled_path(source) / "base_model").is_dir()
+    return str(Path(source).resolve()) if is_folder else source
+
+
+def settle_encoder(p):
+    """`p` with the encoder that this machine can run: without a GPU, which one printed line says, none in 4 bits.
+
+    ValueError where there is a GPU but not the package bitsandbytes.
+    """
+    if p.encoder_bits is None:
+        return p
+    if p.encoder_bits != 4:
+        raise ValueError(f"encoder_bits is {p.encoder_bits}: 4, or None for the base model itself")
+    if not torch.cuda.is_available():
+        if is_first_process():
+            print("no GPU: documents are read by the base model itself, not by a copy in 4-bit weights", flush=True)
+        return replace(p, encoder_bits=None)
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "a 4-bit context encoder needs the package bitsandbytes: install it, or --set encoder_bits=None"
+        )
+    return p
+
+
+def load_encoder(p: TrainingPreset, source: str):
+    """The copy of the base model in 4-bit weights that reads documents for `p`, or None: the base model reads them."""
+    return None if p.encoder_bits is None else load_base_model(source, device=own_device(), four_bit=True)[0]
+
+
+def say_what_is_trained(p: TrainingPreset, base_name: str, run: Path) -> None:
+    """One line, from the first process."""
+    if is_first_process():
+        steps = f"{p.steps // p.batches_per_step} steps of {p.batches_per_step} batches"
+        print(f"{run}: a hypernetwork for {base_name}, {steps}", flush=True)
+
+
 def remake_base(p: Preset, runs: Path, data: Path, fast: bool) -> None:
     """Train the base model and put it and its training log into `data`."""
     run = runs / p.name / "base"
@@ -421,29 +676,34 @@ def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) ->
     """Train a needle hypernetwork on the bundled base model; logs go to `data`, and the bundled one's weights too."""
     settings = replace(p.needle, **NEEDLE_VARIANTS[variant])
     name = f"needle_{variant}_seed{seed}"
-    base_model, tokenizer = load_base_model(p.name)
-    hypernetwork = train_needle(settings, base_model, tokenizer, runs / p.name / name, seed, p.name)
+    run = runs / p.name / name
+    bundled = (seed, variant) == (p.needle.seed, "ours")
+    final = data / p.name / "hypernetwork" if bundled else run / "final"
+    make_needle(settings, p.name, run, seed, final, {"preset": p.name, "variant": variant})
     if not is_first_process():
         return
-    meta = {
-        "preset": p.name,
-        "variant": variant,
-        "seed": seed,
-        "chunk_tokens": settings.chunk_tokens,
-        "base_model": p.name,
-    }
-    bundled = (seed, variant) == (p.needle.seed, "ours")
-    save_checkpoint(data / p.name / "hypernetwork" if bundled else runs / p.name / name / "final", hypernetwork, meta)
-    run = runs / p.name / name
     facts = {"seed": seed, "variant": variant, "threads": torch.get_num_threads()}
     log = [facts | line for line in whole_log(run / "readout", run, run / "polish")]
     write_jsonl(data / "full_runs" / f"{name}_training.jsonl", log)
 
 
-def main() -> None:
-    """Remake what is bundled: the base model, then the needle hypernetwork. Interrupted runs go on where they were."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--preset", default="tiny")
+def make_needle(p: NeedlePreset, source: str, run: Path, seed: int, final: Path, meta: dict, **options) -> None:
+    """Train a needle hypernetwork on the base model `source`, resumable in `run`, and save it as `final`."""
+    base_model, tokenizer = load_base_model(source, device=own_device())
+    if (encoder := load_encoder(p, source)) is not None:
+        options["encoder_model"] = encoder
+    hypernetwork = train_needle(p, base_model, tokenizer, run, seed, source, **options)
+    if is_first_process():
+        meta = meta | {"seed": seed, "chunk_tokens": p.chunk_tokens, "base_model": source}
+        save_checkpoint(final, hypernetwork, meta)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Remake what is bundled (the base model, then the needle hypernetwork), or train a needle hypernetwork for a base
+    model of your own. Interrupted runs go on where they were.
+    """
+    parser = argparse.ArgumentParser(prog="python -m d2l_lib.training", description=main.__doc__)
+    parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
     parser.add_argument("--stage", choices=("all", "base", "needle"), default="all")
     parser.add_argument(
         "--seed", type=int, help="of the needle hypernetwork; the preset's own seed makes the bundled one"
@@ -454,14 +714,26 @@ def main() -> None:
         action="store_true",
         help="bfloat16 and compiled code for the base model: needs a C++ compiler; twice as fast on a CPU with AMX",
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints of runs in progress")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where finished models and logs go")
-    a = parser.parse_args()
+    add_run_arguments(parser)
+    a = parser.parse_args(arguments)
     p = preset(a.preset)
-    if a.stage != "needle":
-        remake_base(p, a.runs, a.data, a.fast)
-    if a.stage != "base":
-        remake_needle(p, a.runs, a.data, p.needle.seed if a.seed is None else a.seed, a.variant)
+    seed = p.needle.seed if a.seed is None else a.seed
+    if not is_own_run(a, p):
+        if a.stage != "needle":
+            remake_base(p, a.runs, a.data, a.fast)
+        if a.stage != "base":
+            remake_needle(p, a.runs, a.data, seed, a.variant)
+        return
+    if a.stage == "base" or a.fast or a.variant != "ours":
+        parser.error("runs of your own have neither a base stage nor variants: give --stage needle, and --set")
+    try:
+        settings = settle_encoder(shortened(changed(p.needle, a.set), a.steps))
+        run = a.runs / p.name / f"needle_own_seed{seed}"
+        source, meta = base_source(a, p), {"preset": p.name}
+        say_what_is_trained(settings, source, run)
+        make_needle(settings, source, run, seed, run / "final", meta, **fit_options(a))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"training: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""The sbatch script: bash accepts it, the training accepts its options, and on stand-ins for Slurm it starts them."""
+
+import shlex
+import subprocess
+
+import pytest
+
+from d2l_lib import slurm
+
+
+def torchrun_command(script: str) -> list[str]:
+    """The words that srun starts."""
+    joined = script.replace("\\\n", " ")
+    (line,) = [line for line in joined.splitlines() if line.startswith("srun")]
+    return shlex.split(line.removesuffix("&"))[1:]
+
+
+@pytest.mark.parametrize("preset", ["paper-gemma", "paper-mistral", "paper-qwen", "tiny"])
+@pytest.mark.parametrize("stage", ["needle", "qa"])
+def test_bash_parses_it(preset, stage):
+    script = slurm.sbatch_script(preset, stage, nodes=2, gpus=8, shards=["/data/it's here"])
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert script.startswith("#!/bin/bash\n#SBATCH") and "#SBATCH --nodes=2\n" in script
+    command = torchrun_command(script)
+    assert "--nnodes=2" in command and "--nproc_per_node=8" in command and command[-1] != "&"
+    assert ("/data/it's here" in command) == (stage == "qa")
+
+
+def test_it_starts_one_torchrun_per_node_on_the_first_node(tmp_path):
+    """Run by bash with stand-ins for srun, scontrol and torchrun."""
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    for path, text in {
+        binaries / "srun": 'exec "$@"',
+        binaries / "scontrol": "printf 'node07\\nnode08\\n'",
+        binaries / "torchrun": 'printf "%s\\n" "$@" > arguments',
+    }.items():
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    script = slurm.sbatch_script("paper-gemma", "needle", nodes=2, gpus=8, extra=["--set", "seed=3"])
+    environment = {"PATH": f"{binaries}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42"}
+    subprocess.run(
+        ["bash"], input=script, text=True, check=True, env=environment | {"SLURM_JOB_NODELIST": "node[07-08]"}
+    )
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert arguments[:5] == [
+        "--nnodes=2", "--nproc_per_node=8", "--rdzv_id=42", "--rdzv_backend=c10d", "--rdzv_endpoint=node07:29500",
+    ]  # fmt: skip
+    assert arguments[5:] == [
+        "-m", "d2l_lib.training", "--preset", "paper-gemma", "--runs", "runs", "--stage", "needle", "--set", "seed=3",
+    ]  # fmt: skip
+
+
+def test_what_cannot_work_is_refused(capsys):
+    with pytest.raises(ValueError, match="6 processes cannot share out 16 batches evenly"):
+        slurm.sbatch_script("paper-gemma", "needle", nodes=2, gpus=3)
+    with pytest.raises(ValueError, match="give its folders as shards"):
+        slurm.sbatch_script("paper-gemma", "qa")
+    with pytest.raises(ValueError, match="at least one of everything"):
+        slurm.sbatch_script("paper-gemma", "needle", nodes=0)
+    with pytest.raises(SystemExit, match="slurm: 48 processes"):
+        slurm.main(["--nodes", "6", "--shards", "x"])
+    slurm.main(["--preset", "paper-qwen", "--shards", "a", "b", "--partition", "gpu", "--", "--recompute"])
+    printed = capsys.readouterr().out
+    assert "#SBATCH --partition=gpu\n" in printed and "--shards a b --recompute &" in printed
