@@ -82,9 +82,8 @@ def load_base_model(
             "already in the local cache or can be downloaded from this machine."
         ) from error
     except (SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"base model {str(source)!r} is damaged or of an unknown kind: {str(error).splitlines()[0]}"
-        ) from error
+        problem = "is damaged or of an unknown kind" + (", or device_map does not fit it" if device_map else "")
+        raise ValueError(f"base model {str(source)!r} {problem}: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.to(device) if device_map is None and not four_bit else model

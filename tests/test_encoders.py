@@ -1,6 +1,8 @@
 """Context encoders that are not the base model: other tokenizers, widths and families, and models that see images."""
 
+import copy
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,13 +28,14 @@ import d2l_lib as d2l
 from d2l_lib import documents
 from d2l_lib.base_model import ContextEncoder, final_norm
 from d2l_lib.checkpoints import save_checkpoint
+from d2l_lib.exports import merge
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.images import image_inputs
 from d2l_lib.model import DocToLoRA
 from d2l_lib.packing import IGNORED
 from d2l_lib.presets import HypernetworkPreset, preset
 from d2l_lib.trainer import chunk_batch
-from d2l_lib.training import Internalization, NeedleBatches, hypernetwork_config
+from d2l_lib.training import Internalization, NeedleBatches, hypernetwork_config, train_hypernetwork
 
 TEXT = "Ada keeps 3 cats. The oldest is Tom. Tom is 19."
 OTHER_TEXT = "Bob has a boat. It is called Wave."
@@ -302,6 +305,8 @@ def test_images_that_cannot_be_read():
 @each_vision_family
 def test_a_vision_language_model_answers_and_reads(family, tmp_path):
     """It is base model and context encoder in one: blocks go to its language part; saved and loaded with both."""
+    from peft import PeftModel
+
     network, processor = build_vision_model(family)
     model = DocToLoRA(network, processor.tokenizer, random_hypernetwork(network))
     model.encoder.processor = processor
@@ -309,6 +314,11 @@ def test_a_vision_language_model_answers_and_reads(family, tmp_path):
     assert "language_model" in adapter.paths["down_proj"]
     answer = model.answer("What is it?", max_new_tokens=6)
     assert (logits_of(model, adapter) - logits_of(model, None)).abs().max() > 0.1
+    peft = PeftModel.from_pretrained(copy.deepcopy(network), adapter.export_peft(tmp_path / "peft"))
+    ids = torch.tensor([model.tokenizer("Who is it?")["input_ids"]])
+    with torch.no_grad():
+        for other in (merge(model, adapter), peft):
+            torch.testing.assert_close(other(input_ids=ids).logits, logits_of(model, adapter), rtol=1e-4, atol=1e-4)
     again = d2l.load(model.save(tmp_path / "whole"), device="cpu")
     assert type(again.base_model) is type(network) and again.encoder.model is again.base_model
     assert again.internalize({"photo": picture(0), "note": TEXT}) == adapter
@@ -390,10 +400,22 @@ def test_training_through_another_encoder():
     chunks = documents.context_ids(model.encoder_tokenizer, [TEXT, OTHER_TEXT])
     batch = chunk_batch(chunks, [1, 1], 0) | question_batch(model, "AB")
     losses = train(model, batch, 50)
-    print("loss", losses[0], losses[24], losses[-1])
     assert losses[-1] < 0.1 * losses[0]
     adapters = model.internalize_each([TEXT, OTHER_TEXT])
     assert model.answer(["Which?", "Which?"], adapters, max_new_tokens=3) == ["A", "B"]
+
+
+def test_the_whole_training_takes_an_encoder(tmp_path):
+    """`train_hypernetwork`, as the command runs it: sizes, batches, resumable steps."""
+    settings = {"steps": 2, "contexts": 2, "warmup_steps": 1, "readout": None, "encoder_layer": 1}
+    settings |= {"shortest": 64, "longest": 120}
+    p = replace(preset("tiny").needle, **SIZES, rank=2, **settings)
+    model = with_encoder()
+    batches = NeedleBatches(model.tokenizer, p, 0, encoder_tokenizer=model.encoder_tokenizer)
+    parts = {"encoder_model": model.encoder.model, "encoder_name": "some/encoder"}
+    trained = train_hypernetwork(p, model.base_model, batches, tmp_path, 0, "some/base", **parts)
+    assert (trained.config.encoder_model, trained.config.feature_size) == ("some/encoder", 48)
+    assert trained.scaler_B["down_proj"].abs().max() > 0
 
 
 @each_vision_family
@@ -407,7 +429,6 @@ def test_training_on_images(family):
     others = [name for name in read[0] if name not in ("input_ids", "attention_mask")]
     batch["chunk_images"] = [{name: torch.cat([one[name] for one in read]) for name in others}]
     losses = train(model, batch, 50)
-    print("loss", losses[0], losses[24], losses[-1])
     assert losses[-1] < 0.1 * losses[0]
     adapters = model.internalize_each(pictures)
     assert model.answer(["Which?", "Which?"], adapters, max_new_tokens=3) == ["A", "B"]

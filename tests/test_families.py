@@ -305,6 +305,8 @@ def test_device_map_of_one_device(saved):
         assert torch.equal(logits_of(model, adapter), logits_of(reference, adapter))
     with pytest.raises(ValueError, match="device .* or device_map"):
         load_base_model(saved["llama"] / "base_model", device="cpu", device_map="auto")
+    with pytest.raises(ValueError, match="device_map does not fit it"):
+        load_base_model(saved["llama"] / "base_model", device_map="everywhere")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
