@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from d2l_lib.evaluation import wilson
 
@@ -1129,7 +1130,7 @@ def plot_cost_by_length(
     names, methods = list(costs["panel"].unique()), list(costs["method"].unique())
     drawn = [method for method in methods if not costs.loc[costs["method"] == method, "floor"].any()]
     with style():
-        figure = NotebookFigure(figsize=(7.2 if len(names) == 1 else 9.6, 4.6), layout="constrained")
+        figure = NotebookFigure(figsize=(4.6 + 2.9 * len(names), 4.2), layout="constrained")
         panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for axes, name in zip(panels, names, strict=True):
             rows = costs[costs["panel"] == name]
@@ -1160,14 +1161,14 @@ def plot_cost_by_length(
             axes.set_title(_plain(name), fontsize=10)
             _token_axis(axes, rows["length_tokens"].unique(), "document length (tokens)")
         if value == "seconds":
-            panels[0].set_yscale("log")
+            _log_axis(panels[0])
         else:
             panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel(COST_LABELS[value])
         labelled = {
             label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=2)
+        figure.legend(labelled.values(), labelled.keys(), loc="outside right center")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         note = "median, band: quartiles" if quartiles else "the most in any of them"
         if costs[value].isna().any():
@@ -1254,12 +1255,13 @@ def plot_adapter_file_by_length(files: pd.DataFrame, *, title: str = "An adapter
     with style():
         figure = NotebookFigure(figsize=(9.2, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
+        lines = {"save": "-", "load": "--"}
         for i, model in enumerate(files["model"].unique()):
             color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
             rows = files[files["model"] == model].sort_values("length_tokens")
             size = rows.groupby("length_tokens")["file_mib"].first()
             left.plot(size.index, size, color=color, marker=marker, label=_plain(model))
-            for what, line in (("save", "-"), ("load", "--")):
+            for what, line in lines.items():
                 some = rows[rows["what"] == what]
                 right.fill_between(
                     some["length_tokens"], some["seconds_low"], some["seconds_high"], color=color, alpha=0.18,
@@ -1270,10 +1272,12 @@ def plot_adapter_file_by_length(files: pd.DataFrame, *, title: str = "An adapter
                     label=f"{_plain(model)}: {what}",
                 )  # fmt: skip
         for axes, label in ((left, "size of the file (MiB)"), (right, "time (seconds)")):
-            axes.set_yscale("log")
+            _log_axis(axes)
             axes.set_ylabel(label)
             _token_axis(axes, files["length_tokens"].unique(), "document length (tokens)")
-            axes.legend()
+        left.legend(loc="upper left")
+        kinds = [Line2D([], [], color=REFERENCE, linestyle=line, label=what) for what, line in lines.items()]
+        right.legend(handles=kinds, loc="upper left")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         figure.supxlabel(
             f"{_runs(files)} per point, seed {_seeds(files)}: median, band: quartiles", fontsize=8, color=REFERENCE
@@ -1281,10 +1285,19 @@ def plot_adapter_file_by_length(files: pd.DataFrame, *, title: str = "An adapter
     return figure
 
 
+def _log_axis(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+
+
 def _runs(table: pd.DataFrame) -> str:
     """'n = 3 to 5 runs'."""
     n = table["n"].dropna().astype(int)
-    return f"n = {n.min()} runs" if n.min() == n.max() else f"n = {n.min()} to {n.max()} runs"
+    counted = f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
+    return f"n = {counted} run{'' if n.max() == 1 else 's'}"
 
 
 def _seconds(seconds: float) -> str:

@@ -172,7 +172,7 @@ def test_repeats_stop_when_the_time_is_over_but_not_before_the_least(model, monk
     assert counts == [5, 3]
 
 
-def test_a_missing_floor_of_memory_is_recorded_not_raised(model, monkeypatch):
+def test_too_little_memory_is_recorded_not_raised(model, monkeypatch):
     def no_room(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -180,6 +180,7 @@ def test_a_missing_floor_of_memory_is_recorded_not_raised(model, monkeypatch):
     row = speed.measure(Measurement("floor", "mine", 100), model)
     assert row["status"] == "out of memory" and "seconds" not in row and row["base_model"]["num_hidden_layers"] == 4
     assert speed.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert speed.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert not speed.is_out_of_memory(RuntimeError("shapes do not match"))
     monkeypatch.setitem(speed._PREPARE, "floor", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
