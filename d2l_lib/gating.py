@@ -202,12 +202,15 @@ def _loss(before: float, after: float) -> float:
     return (before - after) / before if before else 0.0
 
 
-def best_threshold(curve: pd.DataFrame, condition: str) -> float:
-    """The threshold whose larger one of the two losses is least; the middle one of several."""
-    rows = curve[curve["condition"] == condition]
-    worst = rows[["unrelated_loss", "answerable_loss"]].max(axis=1)
-    best = rows["least"][worst <= worst.min() + 1e-9].tolist()
-    return best[len(best) // 2]
+def best_threshold(curve: pd.DataFrame, condition: str, allowed: float = 0.01) -> float:
+    """The threshold with the least unrelated loss, among those that cost answerable questions at most `allowed`; the
+    lowest one of several.
+    """
+    rows = curve[curve["condition"] == condition].sort_values("least")
+    harmless = rows[rows["answerable_loss"] <= allowed]
+    if harmless.empty:
+        raise ValueError(f"every threshold costs {condition} more than {allowed:.0%} of its answers: try lower ones")
+    return float(harmless.loc[harmless["unrelated_loss"].idxmin(), "least"])
 
 
 # ------------------------------------------------------------------------------------------------ what routing ranks by

@@ -104,6 +104,9 @@ def test_the_gate_curve_takes_the_base_models_answer_below_the_threshold():
     assert list(curve["unrelated_loss"]) == [0.5, 0.25, 0.0]
     assert list(curve["answerable_loss"]) == [0.0, 0.0, 0.5]
     assert best_threshold(curve.reset_index(), "routed") == 0.2
+    assert best_threshold(curve.reset_index(), "routed", allowed=0.5) == 4.0
+    with pytest.raises(ValueError, match="try lower ones"):
+        best_threshold(curve.reset_index(), "routed", allowed=-0.1)
 
 
 def test_the_chosen_threshold_is_kept_in_the_models_folder(tmp_path, project_folder):
