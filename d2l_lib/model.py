@@ -81,8 +81,8 @@ class DocToLoRA:
     Chunks of like length are encoded together, at most `chunk_batch` of them and `batch_tokens` tokens. A batch has one
     shape for each length: what is missing is filled up, so that on the CPU a block's numbers do not depend, even in
     their last bit, on which other chunks were internalized along with it.
-    `least_relevance` (no limit unless the checkpoint names one): where a number of `blocks` is to answer, one that is less
-    relevant than this many nats stays out (see `routing`).
+    `least_relevance` (no limit unless the checkpoint names one): where a number of `blocks` is to answer, one that is
+    less relevant than this many nats stays out (see `routing`).
     `iterative` (False) writes blocks one base layer after another: less memory, the same numbers.
     """
 
@@ -693,7 +693,7 @@ def _can_quantize(device: torch.device) -> bool:
     missing = "bitsandbytes is not installed" if device.type == "cuda" else f"this is {device.type}, not CUDA"
     warnings.warn(
         "the context encoder of this checkpoint was trained in 4-bit precision; here it runs in full precision "
-        f"({missing}), so its adapters differ a little",
+        f"({missing}), so the adapters are not quite those of the 4-bit one",
         stacklevel=4,
     )
     return False
