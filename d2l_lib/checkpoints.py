@@ -125,8 +125,9 @@ def _skeleton(config: HypernetworkConfig) -> Hypernetwork:
             raise ValueError(f"{n_layers} Perceiver and head layers, {MOST_LAYERS} at most are supported")
         with torch.device("meta"):
             return Hypernetwork(config)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the settings describe no hypernetwork: {str(error).splitlines()[0]}") from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:LONGEST_NAME]
+        raise CheckpointError(f"the settings describe no hypernetwork: {reason}") from error
 
 
 def _once(skeleton: Hypernetwork, state: dict[str, Tensor]) -> dict[str, Tensor]:

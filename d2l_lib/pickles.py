@@ -84,8 +84,8 @@ _DTYPES = {
 }
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _DICT = "collections.OrderedDict"
-_SETS = ("__builtin__.set", "builtins.set")  # as Python 2 and 3 call it
-KNOWN = frozenset([*_STAND_INS, *_DTYPES, _TENSOR, _DICT, *_SETS])
+_SET = "builtins.set"
+KNOWN = frozenset([*_STAND_INS, *_DTYPES, _TENSOR, _DICT, _SET])
 
 
 def stand_in(name: str) -> type:
@@ -292,9 +292,9 @@ def _names(stream: BinaryIO) -> Iterator[str]:
     last: object = None
     for code, argument, _ in pickletools.genops(stream):
         if code.name in ("GLOBAL", "INST"):
-            yield argument.replace(" ", ".", 1)
+            yield _dotted(argument)
         elif code.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:])
+            yield _dotted(" ".join(strings))
         elif code.name in ("EXT1", "EXT2", "EXT4"):
             yield f"extension {argument}"
         elif code.name == "MEMOIZE":
@@ -308,6 +308,11 @@ def _names(stream: BinaryIO) -> Iterator[str]:
         last = argument
         if isinstance(argument, str) and code.name not in ("GLOBAL", "INST"):
             strings = [strings[-1], argument]
+
+
+def _dotted(argument: str) -> str:
+    """ "module name" as "module.name"; protocol 2 calls the builtins as Python 2 did."""
+    return re.sub("^__builtin__ ", "builtins ", argument).replace(" ", ".", 1)
 
 
 def _check_program(program: bytes, name: str) -> None:
@@ -375,7 +380,7 @@ def _run(program: bytes) -> Any:
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "GLOBAL":
-                stack.append(_Global(argument.replace(" ", ".", 1)))
+                stack.append(_Global(_dotted(argument)))
             case "REDUCE":
                 arguments = stack.pop()
                 stack.append(_call(_expect(stack.pop(), _Global).name, _expect(arguments, tuple)))
@@ -405,7 +410,7 @@ def _call(name: str, arguments: tuple) -> Any:
     """The value of one of the five things that a checkpoint calls."""
     if name == _DICT and not arguments:
         return OrderedDict()
-    if name in _SETS and len(arguments) == 1:
+    if name == _SET and len(arguments) == 1:
         return {_expect(item, str) for item in _expect(arguments[0], list)}
     if name in _NAMES and len(arguments) == 1:
         return _STAND_INS[name](_expect(arguments[0], str))

@@ -178,6 +178,15 @@ def test_settings_of_impossible_size_are_refused_before_memory_is_taken(model, s
         build_hypernetwork(config, hypernetwork.state_dict())
 
 
+@pytest.mark.parametrize("module", ["a.b", "", "keys"])
+def test_modules_that_cannot_be_called_so(model, module):
+    hypernetwork = random_hypernetwork(model)
+    sizes = {"d_in": {module: 4}, "d_out": {module: 4}}
+    config = HypernetworkConfig.from_dict(hypernetwork.config.to_dict() | sizes)
+    with pytest.raises(CheckpointError):
+        build_hypernetwork(config, hypernetwork.state_dict())
+
+
 # ------------------------------------------------------------------------------------------- published format
 
 

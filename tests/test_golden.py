@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2l_lib import losses, metrics, packing
+from d2l_lib import losses, metrics, packing, pickles
 from d2l_lib.base_model import ContextEncoder, load_base_model
-from d2l_lib.checkpoints import build_hypernetwork, read_published
+from d2l_lib.checkpoints import build_hypernetwork, convert, export, load_checkpoint, read_published
 from d2l_lib.hypernetwork import combine, names_without_decay
 from d2l_lib.lora import apply_lora
 
@@ -80,6 +80,33 @@ def test_pickle_and_safetensors_hold_the_same_tensors(name):
     assert {k: list(v.shape) for k, v in build_hypernetwork(config, safe).state_dict().items()} == info[
         "state_dict_shapes"
     ]
+
+
+def plain(record):
+    """A record's attributes, and those of the records in it, as one dictionary."""
+    return {key: plain(value) if isinstance(value, pickles.Record) else value for key, value in vars(record).items()}
+
+
+@each_model
+def test_round_trip_through_our_format_keeps_every_bit_and_every_setting(name, tmp_path):
+    recorded = pickles.read(GOLDEN / name / "pytorch_model.bin")
+    convert(GOLDEN / name, tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "back.bin")
+    export(load_checkpoint(tmp_path / "own")[0], tmp_path / "exported.bin")
+    for path in ("back.bin", "exported.bin"):
+        again = pickles.read(tmp_path / path)
+        assert list(again) == list(recorded)
+        for key, value in recorded.items():
+            if isinstance(value, torch.Tensor):
+                assert (again[key].dtype, again[key].shape) == (value.dtype, value.shape)
+                assert again[key].numpy().tobytes() == value.numpy().tobytes(), key
+            elif isinstance(value, pickles.Record):
+                ours, theirs = plain(again[key]), plain(value)
+                assert list(ours) == list(theirs)
+                indices = [settings.pop("layer_indices", torch.zeros(0)).tolist() for settings in (ours, theirs)]
+                assert ours == theirs and indices[0] == indices[1]
+            else:
+                assert again[key] == value
 
 
 @each_model
