@@ -591,7 +591,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="bfloat16 autocast around float32 parameters, as published (default: on a GPU)",
     )
     own.add_argument("--recompute", action="store_true", help="less memory for more time: keep no activations")
-    own.add_argument("--compile", action="store_true", help="torch.compile for the Perceiver")
+    own.add_argument(
+        "--compile", action="store_true", help="torch.compile for the Perceiver: for GPUs, on a CPU it does not pay"
+    )
 
 
 def is_own_run(a: argparse.Namespace, p: Preset) -> bool:

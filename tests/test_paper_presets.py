@@ -1,12 +1,16 @@
 """The published recipes on small models of the same families: sizes and rates, and runs from command to checkpoint."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import published_data
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from transformers import Gemma2Config
 
 import d2l_lib as d2l
@@ -17,6 +21,7 @@ from d2l_lib.packing import IGNORED
 from d2l_lib.presets import changed, preset, shortened
 from d2l_lib.records import read_json, read_jsonl
 
+ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {"paper-gemma": "gemma2", "paper-mistral": "mistral", "paper-qwen": "qwen3"}
 TEMPLATES = {"gemma2": tiny_models.NO_SYSTEM_TEMPLATE}
 SMALL = "latent_size=16 n_latent_queries=8 n_blocks=2 n_heads=4 n_kv_heads=2 head_dim=8 batches_per_step=2".split()
@@ -222,6 +227,21 @@ def test_two_batches_a_step_are_one_batch_twice_as_large(bases, tmp_path):
     one, other = train(base, replace(large, warmup_steps=0), Merged(batches), tmp_path / "one")
     assert len(curve) == 4 and curve == pytest.approx(other, rel=1e-4)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(two.parameters(), one.parameters(), strict=True))
+
+
+def test_two_processes_share_out_a_step_and_end_where_one_does(bases, tmp_path):
+    """The command under torchrun: a step of two batches with different numbers of contexts, one for each process."""
+    own = ["-m", "d2l_lib.training", "--preset", "paper-gemma", "--stage", "needle", "--base", str(bases["gemma2"])]
+    own += ["--steps", "4", "--report-steps", "1", "--set", *NEEDLE]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, start in (("one", [sys.executable]), ("two", torchrun)):
+        command = [*start, *own, "--runs", str(tmp_path / name)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=400)
+    runs = [tmp_path / name / "paper-gemma" / "needle_own_seed0" for name in ("one", "two")]
+    curves = [[line["total_loss"] for line in read_jsonl(run / "log.jsonl")] for run in runs]
+    assert len(curves[0]) == 4 and curves[0] == pytest.approx(curves[1], rel=1e-4)
+    one, two = (load_file(run / "final" / "hypernetwork.safetensors") for run in runs)
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
 def test_computing_activations_again_changes_no_number(bases, tmp_path, monkeypatch):

@@ -47,7 +47,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     whole = start(tmp_path / "whole", 0)
     killed = start(tmp_path / "killed", 0.25)
-    assert whole.wait(timeout=240) == 0, whole.stdout.read().decode()[-2000:]
     log = tmp_path / "killed" / "log.jsonl"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3):
@@ -56,6 +55,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "final").exists(), "killed too late to prove anything"
+    assert whole.wait(timeout=240) == 0, whole.stdout.read().decode()[-2000:]
     # the newest checkpoint may be half-written: make sure that one is, and that it is not trusted
     (tmp_path / "killed" / "checkpoint-12").mkdir(exist_ok=True)
     (tmp_path / "killed" / "checkpoint-12" / "trainer_state.json").unlink(missing_ok=True)
