@@ -97,7 +97,7 @@ def _check_name(name: str) -> None:
 
 
 def _split(name: str) -> str:
-    return "train" if name in TRAINING_SETS else "test"
+    return "test" if name in LONG_SETS else "train"
 
 
 def _grouped(rows: Iterable[dict]) -> Iterator[dict]:

@@ -176,6 +176,8 @@ def test_the_hub_is_streamed_and_says_its_size_first(monkeypatch):
     assert str(corpora.size("squad")) == (
         "squad: 87,599 rows, 16.0 MiB, at rajpurkar/squad plain_text train (bytes to download, of all splits)"
     )
+    passages = corpora.size("fineweb-edu")
+    assert passages.documents == 87_599 and passages.place == "HuggingFaceFW/fineweb-edu sample-10BT train"
     asked.clear()
     records = [{"id": "1", "context": "A text.", "question": "Q?", "answers": {"text": ["a"], "answer_start": [0]}}]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (asked.append((a, k)), records)[1])
