@@ -36,6 +36,7 @@ QUICK = {
         "N_HAYSTACKS": 1,
     },
     "06_trace_a_fact.ipynb": {"SEED": 2, "N_FACTS": 6, "N": 1},
+    "07_speed_and_memory.ipynb": {"SEED": 1, "LENGTHS": [256, 512], "REPEATS": 1},
 }
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.:/<])/(?:home|root|Users|tmp|work|mnt|opt|var|private)/[\w.]|[A-Z]:\\\\Users""")
 HANGS = re.compile(r"\b(?:Output\(|interact\(|interactive\(|interactive_output\(|interact_manual\()")
