@@ -774,7 +774,7 @@ def plot_flags_by_threshold(
     _need(curve, "condition", "signal", "found", "precision", "false_alarms", "n", "failing", "seed")
     groups = list(curve.groupby(["condition", "signal"], sort=False))
     with style():
-        figure = NotebookFigure(figsize=(9.0, 4.8), layout="constrained")
+        figure = NotebookFigure(figsize=(11.0, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         for i, ((condition, signal), rows) in enumerate(groups):
             color, line = COLORS[i % len(COLORS)], ("-", "-.", ":")[i // len(COLORS) % 3]
@@ -797,7 +797,7 @@ def plot_flags_by_threshold(
             axes.set_xlabel(x)
             _share_axis(axes, y)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         counts = {
             c: f"{c}: {r['failing'].iloc[0]} of {r['n'].iloc[0]} facts fail" for c, r in curve.groupby("condition")
         }
@@ -855,9 +855,10 @@ def plot_override_by_strength(
     bounds = [f"{name}_{side}" for name in shares for side in ("low", "high")]
     _need(curve, "layers", "weight", "gate", "n", "seed", *shares, *bounds)
     with style():
-        figure = NotebookFigure(figsize=(9.0, 4.8), layout="constrained")
+        figure = NotebookFigure(figsize=(11.0, 4.4), layout="constrained")
         gates = sorted(curve["gate"].unique())
-        for axes, gate in zip(np.atleast_1d(figure.subplots(1, len(gates), sharey=True)), gates, strict=True):
+        panels = np.atleast_1d(figure.subplots(1, len(gates), sharey=True))
+        for axes, gate in zip(panels, gates, strict=True):
             rows = curve[(curve["gate"] == gate) & (curve["layers"] == "all layers")].sort_values("weight")
             for i, (name, label) in enumerate(shares.items()):
                 axes.fill_between(
@@ -875,7 +876,8 @@ def plot_override_by_strength(
             axes.set_xlabel("strength (times the blocks as written)")
             _share_axis(axes, "answers (%)")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        named = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(named.values(), named.keys(), loc="outside right center", fontsize=8)
         n = f"n = {curve['n'].min()} documents"
         figure.supxlabel(f"{n}, seed {_seeds(curve)}; band: 95% Wilson interval", fontsize=8, color=REFERENCE)
     return figure
