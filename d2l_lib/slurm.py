@@ -71,7 +71,9 @@ def sbatch_script(
         "# Near the time limit: back into the queue; the training goes on from its last checkpoint.",
         """trap 'scontrol requeue "$SLURM_JOB_ID"' USR1""",
         'cd "$SLURM_SUBMIT_DIR"',
-        'head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        # Not through `head`: under pipefail a scontrol that is still printing would end the script with SIGPIPE.
+        'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        "head_node=${hosts%%$'\\n'*}",
         "export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false",
         "# The nodes of a cluster often reach no hub: models and data are in the cache or in folders.",
         "export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}",

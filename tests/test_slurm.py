@@ -32,7 +32,7 @@ def test_it_starts_one_torchrun_per_node_on_the_first_node(tmp_path):
     binaries.mkdir(parents=True)
     for path, text in {
         binaries / "srun": 'exec "$@"',
-        binaries / "scontrol": "printf 'node07\\nnode08\\n'",
+        binaries / "scontrol": "echo node07; for i in {1..20000}; do echo other-node-$i; done",
         binaries / "torchrun": 'printf "%s\\n" "$@" > arguments',
     }.items():
         path.write_text(f"#!/bin/bash\n{text}\n")
