@@ -14,7 +14,7 @@ import math
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +28,7 @@ from .evaluation import summarise, wilson
 from .model import DocToLoRA, find_checkpoint, load
 from .probes import one_hop_question, strangers, sum_of
 from .records import project_root, read_json, write_json, write_jsonl
-from .routing import most_relevant, relevance
+from .routing import SHARE, Gate, leads_and_divergences, most_relevant, relevance
 
 
 def gated(
@@ -43,10 +43,13 @@ def gated(
     """For each question the adapter to answer it with, for `model.answer`: None, the base model, where no block is
     relevant.
 
-    A block counts as relevant from `least` nats on (`routing.relevance`; None: `model.least_relevance`). Of those the
-    `blocks` most relevant answer, together with the bias; blocks=None: where one is relevant, the whole adapter
-    answers. ValueError where the numbers of questions and adapters differ.
+    A block counts as relevant from `least` nats on (`routing.relevance`). None: from `model.least_relevance` on, and
+    where the model has a `gate` and the base model an answer of its own, from what that asks (which spares what the
+    base model knows, also where a document contradicts it: give `least` for documents that are to override). Of the
+    relevant blocks the `blocks` most relevant answer, together with the bias; blocks=None: where one is relevant, the
+    whole adapter answers. ValueError where the numbers of questions and adapters differ.
     """
+    gate = model.gate if least is None else None
     least = model.least_relevance if least is None else least
     if blocks is not None:
         check_count(blocks, "blocks")
@@ -57,9 +60,17 @@ def gated(
         )
     asked = [place for place, adapter in enumerate(per_question) if adapter is not None]
     scores = relevance(model, [questions[i] for i in asked], [per_question[i] for i in asked], system=system)
+    limits = [least] * len(asked)
+    if gate is not None:
+        stricter = [max(least, gate.least(len(score))) for score in scores]
+        between = [i for i, score in enumerate(scores) if len(score) and least <= score.max() < stricter[i]]
+        said = model.answer([questions[asked[i]] for i in between], None, system=system)
+        for i, answer in zip(between, said, strict=True):
+            if answer != gate.refusal:
+                limits[i] = stricter[i]
     chosen: list[Adapter | None] = [None] * len(questions)
-    for place, score in zip(asked, scores, strict=True):
-        chosen[place] = _gate(per_question[place], score, least, blocks)
+    for place, score, limit in zip(asked, scores, limits, strict=True):
+        chosen[place] = _gate(per_question[place], score, limit, blocks)
     return chosen
 
 
@@ -97,18 +108,20 @@ def scaled_layers(adapter: Adapter, weights: Sequence[float] | Mapping[int, floa
 
 # ------------------------------------------------------------------------------------------------------------ the gate
 THRESHOLDS = tuple(step / 2 for step in range(-8, 33))  # nats
-SORTS = ("the document", "the encyclopedia", "nothing")  # what questions are about
+SORTS = ("the document", "the encyclopedia", "nothing", "a contradiction")  # what questions are about
 
 
 def gate_samples(
     model: DocToLoRA, n: int, seed: int, split: str, facts: tuple[int, int] = (8, 40), per_document: int = 4
 ) -> pd.DataFrame:
     """`n` questions that a document answers, `n` about the encyclopedia and `n` that nothing answers, each asked with a
-    document of `facts` facts of `split` inside: one row per question and condition.
+    document of `facts` facts of `split` inside, and `n` about what a document of as many facts says against the
+    encyclopedia: one row per question and condition.
 
-    Columns: about (one of SORTS), condition ("all blocks" or "routed"), question, answer,
-    relevance (nats, of the most relevant block), base_correct (the base model alone), correct (the adapter, no gate).
-    Whatever the threshold, the gate's answer is one of these two.
+    Columns: about (one of SORTS), condition ("all blocks" or "routed"), question, answer, n_blocks, relevance and
+    divergence (nats, of the block where it is highest), knows (the base model does not say that it does not know),
+    base_correct (the base model alone), correct (the adapter, no gate). Whatever the threshold, the gate's answer is
+    one of these two.
     """
     rng = random.Random(f"gate/{split}/{seed}")
     asked: list[world.Question] = []
@@ -119,8 +132,13 @@ def gate_samples(
         own = [world.question_about(rng, fact) for fact in rng.sample(document.facts, per_document)]
         nothing = [world.ask(rng, document, "unanswerable") for _ in own]
         asked += [*own, *world.encyclopedia_questions(rng, per_document), *nothing]
-        about += [sort for sort in SORTS for _ in own]
+        about += [sort for sort in SORTS[:3] for _ in own]
         adapters += [adapter] * (3 * per_document)
+    for _ in range(n):
+        document, ((placed, _),) = world.conflicting_document(rng, rng.randint(*facts) - 1, 1, split)
+        asked.append(world.question_about(rng, placed))
+        about.append(SORTS[3])
+        adapters += model.internalize_each([document.text])
     return _gate_rows(model, asked, adapters, about=about)
 
 
@@ -154,47 +172,70 @@ def _gate_rows(
     model: DocToLoRA, asked: Sequence[world.Question], adapters: Sequence[Adapter], about: Sequence[str]
 ) -> pd.DataFrame:
     texts = [question.text for question in asked]
-    scores = relevance(model, texts, adapters)
+    both = leads_and_divergences(model, texts, adapters)
+    scores = [lead + SHARE * divergence for lead, divergence in both]
     base = model.answer(texts, None)
     best = [_gate(adapter, score, -math.inf, 1) for adapter, score in zip(adapters, scores, strict=True)]
     rows = []
     for condition, chosen in {"all blocks": list(adapters), "routed": best}.items():
         said = model.answer(texts, chosen)
-        for question, topic, score, alone, answer in zip(asked, about, scores, base, said, strict=True):
+        for i, (question, answer) in enumerate(zip(asked, said, strict=True)):
             rows.append(
-                {"condition": condition, "about": topic, "question": question.text, "answer": question.answer}
-                | {"relevance": float(score.max()), "base_correct": alone == question.answer}
-                | {"correct": answer == question.answer}
+                {"condition": condition, "about": about[i], "question": question.text, "answer": question.answer}
+                | {"n_blocks": len(scores[i]), "relevance": float(scores[i].max())}
+                | {"divergence": float(both[i][1].max()), "knows": base[i] != world.UNKNOWN}
+                | {"base_correct": base[i] == question.answer, "correct": answer == question.answer}
             )
     return pd.DataFrame(rows)
 
 
-def gate_curve(samples: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
+def gate_curve(
+    samples: pd.DataFrame,
+    thresholds: Sequence[float] = THRESHOLDS,
+    score: str = "relevance",
+    least: float | None = None,
+) -> pd.DataFrame:
     """What each threshold costs: one row per condition and threshold.
 
-    Columns: condition, least (nats), unrelated, answerable and unanswerable (exact match on questions about the
-    encyclopedia, the document and nothing; NaN where none were asked), unrelated_loss (relative to the base model),
-    answerable_loss (relative to no gate), n (questions of each sort).
+    score: the column that has to reach it. least: the thresholds are for questions that the base model has an answer
+    of its own to; for the others this one holds.
+
+    Columns: condition, least (nats: the threshold), and those of `gate_scores`.
     """
     rows = []
     for condition, group in samples.groupby("condition", sort=False):
-        answerable, unrelated, nothing = (group[group["about"] == sort] for sort in SORTS)
-        if unrelated.empty or answerable.empty:
+        if not {SORTS[0], SORTS[1]} <= set(group["about"]):
             continue
-        for least in thresholds:
-            kept, lost = (_with_gate(part, least).mean() for part in (answerable, unrelated))
-            rows.append(
-                {"condition": condition, "least": least, "unrelated": lost, "answerable": kept}
-                | {"unanswerable": _with_gate(nothing, least).mean() if len(nothing) else math.nan}
-                | {"unrelated_loss": _loss(unrelated["base_correct"].mean(), lost)}
-                | {"answerable_loss": _loss(answerable["correct"].mean(), kept), "n": len(unrelated)}
-            )
+        for threshold in thresholds:
+            limit = threshold if least is None else _stricter(group, least, threshold)
+            rows.append({"condition": condition, "least": threshold} | gate_scores(group, group[score] >= limit))
     return pd.DataFrame(rows)
 
 
-def _with_gate(samples: pd.DataFrame, least: float) -> pd.Series:
-    """Whether each question is answered right with the gate at this threshold."""
-    return samples["correct"].where(samples["relevance"] >= least, samples["base_correct"]).astype(float)
+def gate_scores(samples: pd.DataFrame, passes: pd.Series) -> dict[str, float]:
+    """What a gate costs that lets the adapter answer where `passes` holds: unrelated, answerable, unanswerable and
+    override (exact match on questions about the encyclopedia, the document, nothing, and a contradiction, where the
+    document's value is right; NaN where none were asked), unrelated_loss (relative to the base model), answerable_loss
+    (relative to no gate), n (questions of each sort).
+    """
+    right = samples["correct"].where(passes, samples["base_correct"]).astype(float)
+    score = {sort: right[samples["about"] == sort].mean() for sort in SORTS}
+    plain = samples.groupby("about")[["base_correct", "correct"]].mean()
+    return {
+        "unrelated": score[SORTS[1]],
+        "answerable": score[SORTS[0]],
+        "unanswerable": score[SORTS[2]],
+        "override": score[SORTS[3]],
+        "unrelated_loss": _loss(plain["base_correct"][SORTS[1]], score[SORTS[1]]),
+        "answerable_loss": _loss(plain["correct"][SORTS[0]], score[SORTS[0]]),
+        "n": int((samples["about"] == SORTS[1]).sum()),
+    }
+
+
+def _stricter(samples: pd.DataFrame, least: float, known: float | pd.Series) -> pd.Series:
+    """The threshold of each question: `known`, if it is higher than `least`, where the base model knows an answer."""
+    limits = pd.Series(least, index=samples.index, dtype=float)
+    return limits.mask(samples["knows"], (limits * 0 + known).clip(lower=least))
 
 
 def _loss(before: float, after: float) -> float:
@@ -243,13 +284,10 @@ def measure_shares(
         for _ in range(16):
             asked.append((f"{many} documents", one_hop_question(rng, rng.choice(together)), adapter))
     texts, adapters = [question.text for _, question, _ in asked], [adapter for _, _, adapter in asked]
-    leads, divergences = (relevance(model, texts, adapters, share=share) for share in (0.0, math.inf))
+    both = leads_and_divergences(model, texts, adapters)
     rows = []
     for share in shares:
-        scores = [
-            divergence if math.isinf(share) else lead + share * divergence
-            for lead, divergence in zip(leads, divergences, strict=True)
-        ]
+        scores = [divergence if math.isinf(share) else lead + share * divergence for lead, divergence in both]
         routed = [most_relevant(adapter, score, 1) for adapter, score in zip(adapters, scores, strict=True)]
         for (condition, question, _), said in zip(asked, model.answer(texts, routed), strict=True):
             name = "divergence alone" if math.isinf(share) else f"{share:g}"
@@ -297,7 +335,9 @@ def dial_samples(
             if layers != "all layers" and weight == 1:
                 continue  # the same as in all layers
             strong = [scaled_layers(adapter, dict.fromkeys(turned, weight)) for adapter in adapters] * 3
-            ways = {False: strong} | ({True: gated(model, prompts, strong)} if layers == "all layers" else {})
+            ways = {False: strong}
+            if layers == "all layers":  # one threshold, for the document is to override what the base model knows
+                ways[True] = gated(model, prompts, strong, least=model.least_relevance)
             for gate, chosen in ways.items():
                 said = model.answer(prompts, chosen)
                 for question, topic, belief, answer in zip(everything, topics, beliefs, said, strict=True):
@@ -349,50 +389,114 @@ def best_strength(curve: pd.DataFrame, gate: bool, allowed: float = 0.01) -> tup
 
 
 # --------------------------------------------------------------------------------------------------------- the command
-def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> pd.DataFrame:
-    """The curve of one document on validation documents, which chooses a threshold for each condition (column
-    `chosen`), then on test documents, and on test documents of which `many` are in one adapter (with a quarter of the
-    questions). single_document: exact match where each question's own document is inside alone, all blocks answering.
+def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[pd.DataFrame, pd.DataFrame, Gate]:
+    """The gate with `n` questions of each sort and one document inside, and with half as many and `many` documents in
+    one adapter, on validation and on test documents: (curves, ideas, the gate that was found).
+
+    Curves: `gate_curve` by split, documents and rule: "one threshold" for all questions, and "by what the base model
+    knows", where the other questions keep the first rule's. `chosen` marks the threshold that is best on validation
+    documents one by one; single_document is exact match where each question's own document is inside alone, all blocks
+    answering. Ideas: what each way to gate comes to on test documents, routed, with what it takes from validation:
+
+    - divergence: one threshold for the divergence alone
+    - relevance: one threshold for `routing.relevance`
+    - relevance, more for more blocks: a + b * log2(n_blocks)
+    - relevance, more where the base model knows: one threshold where it does not, a routing.Gate where it does
+
+    The line through the two sizes gives a and b. Where the base model knows an answer a stricter threshold costs no
+    answerable question (but contradictions), so the lowest that loses at most half a per cent of the encyclopedia on
+    validation is taken.
     """
-    parts = [
-        gate_samples(model, n, seed, "validation").assign(split="validation", documents=1),
-        gate_samples(model, n, seed, "test").assign(split="test", documents=1),
-        many_documents_samples(model, max(1, n // 4), seed, "test", many).assign(split="test", documents=many),
-    ]
+    parts = {
+        (split, documents): draw(model, n_asked, seed, split).assign(split=split, documents=documents)
+        for split in ("validation", "test")
+        for documents, n_asked, draw in (
+            (1, n, gate_samples),
+            (many, max(1, n // 2), lambda *options: many_documents_samples(*options, many)),
+        )
+    }
     curves = []
-    for samples in parts:
-        curve = gate_curve(samples).assign(**samples[["split", "documents"]].iloc[0].to_dict())
-        if not curves:
-            chosen = {condition: best_threshold(curve, condition) for condition in curve["condition"].unique()}
-        own = samples[(samples["about"] == "the document") & (samples["condition"] == "all blocks")]
-        single = own["single_document" if "single_document" in own else "correct"].mean()
+    chosen: dict[str, float] = {}
+    for (split, documents), samples in parts.items():
+        own = samples[(samples["about"] == SORTS[0]) & (samples["condition"] == "all blocks")]
+        facts = {
+            "split": split,
+            "documents": documents,
+            "single_document": float(own["single_document" if "single_document" in own else "correct"].mean()),
+        }
+        curve = gate_curve(samples)
+        chosen = chosen or {condition: best_threshold(curve, condition) for condition in curve["condition"].unique()}
         marks = curve["least"] == curve["condition"].map(chosen)
-        curves.append(curve.assign(single_document=float(single), chosen=marks))
-    return pd.concat(curves, ignore_index=True)
+        curves.append(curve.assign(rule="one threshold", chosen=marks, **facts))
+        for condition, least in chosen.items():
+            curve = gate_curve(samples[samples["condition"] == condition], least=least)
+            curves.append(curve.assign(rule="by what the base model knows", chosen=False, **facts))
+    routed = {place: samples[samples["condition"] == "routed"] for place, samples in parts.items()}
+    gate, ideas = _ideas(routed, many, chosen["routed"])
+    return pd.concat(curves, ignore_index=True), ideas, gate
 
 
-def keep_least_relevance(folder: Path, least: float) -> None:
-    """Write the threshold into a model's folder, whose `model.least_relevance` it is from then on.
+def _ideas(parts: Mapping[tuple[str, int], pd.DataFrame], many: int, least: float) -> tuple[Gate, pd.DataFrame]:
+    """See `measure_gate`: the gate and the table of ideas, from routed samples by (split, documents)."""
+    sizes = {documents: _log_blocks(parts["validation", documents]).mean() for documents in (1, many)}
+
+    def line(thresholds: Mapping[int, float]) -> tuple[float, float]:
+        growth = (thresholds[many] - thresholds[1]) / (sizes[many] - sizes[1])
+        return thresholds[1] - growth * sizes[1], growth
+
+    curves = {documents: gate_curve(parts["validation", documents]) for documents in sizes}
+    known = {}
+    for documents in sizes:
+        curve = gate_curve(parts["validation", documents], least=least)
+        spared = curve[curve["unrelated_loss"] <= 0.005]
+        known[documents] = float((spared if len(spared) else curve.tail(1))["least"].min())
+    grown = line({documents: best_threshold(curve, "routed") for documents, curve in curves.items()})
+    gate = Gate(*line(known), world.UNKNOWN)
+    divergence = best_threshold(gate_curve(parts["validation", 1], score="divergence"), "routed")
+    rows = []
+    for documents in sizes:
+        samples = parts["test", documents]
+        log_blocks = _log_blocks(samples)
+        ways = {
+            "divergence": samples["divergence"] >= divergence,
+            "relevance": samples["relevance"] >= least,
+            "relevance, more for more blocks": samples["relevance"] >= grown[0] + grown[1] * log_blocks,
+            "relevance, more where the base model knows": samples["relevance"]
+            >= _stricter(samples, least, gate.known + gate.growth * log_blocks),
+        }
+        taken = (f"{divergence:g}", f"{least:g}", *(f"{a:.2f} + {b:.2f} log2(n)" for a, b in (grown, line(known))))
+        for (idea, passes), threshold in zip(ways.items(), taken, strict=True):
+            rows.append({"idea": idea, "threshold": threshold, "documents": documents} | gate_scores(samples, passes))
+    return gate, pd.DataFrame(rows)
+
+
+def _log_blocks(samples: pd.DataFrame) -> pd.Series:
+    return samples["n_blocks"].map(math.log2)
+
+
+def keep_thresholds(folder: Path, least: float, gate: Gate | None = None) -> None:
+    """Write the threshold, and the gate, into a model's folder: its `model.least_relevance` and `model.gate` from then
+    on.
 
     ValueError for a published checkpoint file, which has no place for it.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is a published checkpoint and cannot keep a threshold: model.save a folder first")
     settings = read_json(folder / SETTINGS)
-    settings["meta"]["least_relevance"] = least
+    settings["meta"] |= {"least_relevance": least} | ({} if gate is None else {"gate": asdict(gate)})
     write_json(folder / SETTINGS, settings)
 
 
 def main() -> None:
     """Routing, gate and dial of a bundled model, recorded in data/full_runs (routing.jsonl, gate.jsonl,
-    conflict_dial.jsonl) with seed, n and command.
+    gate_ideas.jsonl, conflict_dial.jsonl) with seed, n and command.
     """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("what", nargs="?", choices=("routing", "gate", "dial", "all"), default="all")
     parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
     parser.add_argument("--n", type=int, default=400, help="questions of each sort and split")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", action="store_true", help="write the gate's threshold into the model's folder")
+    parser.add_argument("--keep", action="store_true", help="write the gate's thresholds into the model's folder")
     a = parser.parse_args()
     facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.gating", *sys.argv[1:]])}
     folder = project_root() / "data" / "full_runs"
@@ -402,12 +506,14 @@ def main() -> None:
         write_jsonl(folder / "routing.jsonl", table.to_dict("records"))
         print(table.drop(columns="command").to_string())
     if a.what in ("gate", "all"):
-        table = measure_gate(model, a.n, a.seed).assign(**facts)
-        write_jsonl(folder / "gate.jsonl", table.astype(object).where(table.notna(), None).to_dict("records"))
-        print(table[table["chosen"]].to_string())
+        table, ideas, gate = measure_gate(model, a.n, a.seed)
+        for name, rows in {"gate": table, "gate_ideas": ideas}.items():
+            rows = rows.assign(**facts)
+            write_jsonl(folder / f"{name}.jsonl", rows.astype(object).where(rows.notna(), None).to_dict("records"))
+            print((rows[rows["chosen"]] if "chosen" in rows else rows).drop(columns="command").to_string())
         if a.keep:
             chosen = table[table["chosen"] & (table["condition"] == "routed")]
-            keep_least_relevance(find_checkpoint(a.model), float(chosen["least"].iloc[0]))
+            keep_thresholds(find_checkpoint(a.model), float(chosen["least"].iloc[0]), gate)
             model = load(a.model)
     if a.what in ("dial", "all"):
         curves = []

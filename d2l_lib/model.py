@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -50,7 +51,7 @@ from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras
 from d2l_lib.images import Document, Documents, image_inputs, is_image, name_texts_and_images
 from d2l_lib.lora import apply_lora
 from d2l_lib.records import atomic_folder
-from d2l_lib.routing import route
+from d2l_lib.routing import Gate, route
 
 # Longest chunk that the published models are used with (needle evaluation, section 2).
 LONGEST_CHUNK = 1024
@@ -82,7 +83,8 @@ class DocToLoRA:
     shape for each length: what is missing is filled up, so that on the CPU a block's numbers do not depend, even in
     their last bit, on which other chunks were internalized along with it.
     `least_relevance` (no limit unless the checkpoint names one): where a number of `blocks` is to answer, one that is
-    less relevant than this many nats stays out (see `routing`).
+    less relevant than this many nats stays out (see `routing`). `gate` (a routing.Gate, or None): what `gating.gated`
+    asks of blocks beyond that where the base model has an answer of its own.
     `iterative` (False) writes blocks one base layer after another: less memory, the same numbers.
     """
 
@@ -94,6 +96,7 @@ class DocToLoRA:
         *,
         chunk_tokens: int | None = None,
         least_relevance: float = -math.inf,
+        gate: Gate | None = None,
         base_source: str | None = None,
         encoder: ContextEncoder | None = None,
         encoder_tokenizer=None,
@@ -112,7 +115,7 @@ class DocToLoRA:
         self._check_base_model()
         self.current: Adapter | None = None
         self.iterative = False
-        self.least_relevance = least_relevance
+        self.least_relevance, self.gate = least_relevance, gate
         self._applied: list[tuple[Adapters]] = []
         self._fingerprints: dict[str, tuple[list[tuple[int, int]], str]] = {}
         self.window = _window(base_model)
@@ -565,6 +568,8 @@ class DocToLoRA:
         meta: dict[str, Any] = {"chunk_tokens": self.chunk_tokens}
         if self.least_relevance > -math.inf:
             meta["least_relevance"] = self.least_relevance
+        if self.gate is not None:
+            meta["gate"] = asdict(self.gate)
         included = []
         for name, (_, _, source) in models.items():
             include = source is None if include_base is None else include_base
@@ -667,6 +672,7 @@ def assemble(
         hypernetwork.to(place_of_base).eval().requires_grad_(False),
         chunk_tokens=meta.get("chunk_tokens"),
         least_relevance=meta.get("least_relevance", -math.inf),
+        gate=_gate_of(meta),
         base_source=base_source,
         encoder=encoder,
         encoder_tokenizer=encoder_tokenizer,
@@ -697,6 +703,17 @@ def _can_quantize(device: torch.device) -> bool:
         stacklevel=4,
     )
     return False
+
+
+def _gate_of(meta: dict) -> Gate | None:
+    """The gate that a checkpoint names; ValueError where it is none."""
+    named = meta.get("gate")
+    try:
+        return None if named is None else Gate(float(named["known"]), float(named["growth"]), str(named["refusal"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"this checkpoint's gate is damaged ({named!r}): it needs known, growth and refusal"
+        ) from error
 
 
 def _base_source(folder: Path | None, meta: dict, config: HypernetworkConfig, base_model: str | Path | None) -> str:

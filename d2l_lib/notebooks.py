@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from d2l_lib.records import project_root, read_jsonl, write_atomic
@@ -81,8 +82,15 @@ def _is_progress_bar(output: dict) -> bool:
     return WIDGET_MIME in data and "%|" in "".join(data.get("text/plain", ""))
 
 
-def execute(path: Path, executed_folder: Path, timeout_s: float = NOTEBOOK_TIMEOUT_S) -> Path:
+def execute(
+    path: Path,
+    executed_folder: Path,
+    timeout_s: float = NOTEBOOK_TIMEOUT_S,
+    environment: Mapping[str, str] | None = None,
+) -> Path:
     """The path of an executed copy of the notebook `path` in `executed_folder`; `path` itself is not touched.
+
+    environment: variables that it sees beside (or instead of) those of this process.
 
     Raises NotebookFailed if a cell raises, or if the notebook hangs or its kernel dies twice in a row.
     """
@@ -98,7 +106,7 @@ def execute(path: Path, executed_folder: Path, timeout_s: float = NOTEBOOK_TIMEO
     ]
     said = ""
     for attempt in ("first", "second"):
-        returncode, said = _run_and_wait(command, path.parent, timeout_s)
+        returncode, said = _run_and_wait(command, path.parent, timeout_s, environment)
         if returncode == 0:
             return executed_folder / path.name
         if "CellExecutionError" in said:
@@ -112,11 +120,14 @@ def execute(path: Path, executed_folder: Path, timeout_s: float = NOTEBOOK_TIMEO
     raise NotebookFailed(f"{path.name} did not run to its end:\n{plain[-4000:]}")
 
 
-def _run_and_wait(command: list[str], folder: Path, timeout_s: float) -> tuple[int | None, str]:
+def _run_and_wait(
+    command: list[str], folder: Path, timeout_s: float, environment: Mapping[str, str] | None
+) -> tuple[int | None, str]:
     """(exit status, what was said) of `command`; status None if it ran past `timeout_s` and was ended."""
     process = subprocess.Popen(
         command,
         cwd=folder,
+        env={**os.environ, **(environment or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +26,23 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 2048  # of questions, one copy for each block that is tried
 SHARE = 0.3  # of the divergence in a block's relevance; `gating.measure_shares` says what others find
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How relevant a block must be to questions that the base model answers by itself (see `gating.gated`).
+
+    Of n unrelated blocks the most relevant one is the more so the larger n is, as the largest of n draws is: a block
+    must reach `known` + `growth` * log2(n) nats. `refusal`: what the base model says where it does not know.
+    """
+
+    known: float
+    growth: float
+    refusal: str
+
+    def least(self, n_blocks: int) -> float:
+        """Nats that a block of an adapter of so many blocks must reach."""
+        return self.known + self.growth * math.log2(max(1, n_blocks))
 
 
 def relevance(
@@ -42,10 +59,18 @@ def relevance(
     adapters: one per question; questions of one adapter are best asked in one call. ValueError where their numbers
     differ.
     """
+    both = leads_and_divergences(model, questions, adapters, system=system)
+    return [divergence if math.isinf(share) else lead + share * divergence for lead, divergence in both]
+
+
+def leads_and_divergences(
+    model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter], *, system: str = ""
+) -> list[tuple[Tensor, Tensor]]:
+    """What `relevance` is made of: (lead, divergence) of each block, two tensors [n_blocks] per question."""
     if len(questions) != len(adapters):
         raise ValueError(f"{len(questions)} questions but {len(adapters)} adapters: give one adapter per question")
     prompts = question_ids(model.tokenizer, list(questions), system)
-    found: list[Tensor] = [torch.zeros(0)] * len(questions)
+    found = [(torch.zeros(0), torch.zeros(0))] * len(questions)
     together: dict[int, list[int]] = {}
     for place, adapter in enumerate(adapters):
         together.setdefault(id(adapter), []).append(place)
@@ -53,15 +78,16 @@ def relevance(
         adapter = adapters[places[0]]
         before = _first_token(model, [prompts[place] for place in places], [replace(adapter, blocks=())])
         at_once = max(1, TOKENS_AT_ONCE // max(len(prompts[place]) for place in places))
-        parts: list[list[Tensor]] = [[] for _ in places]
+        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in places]
         for start in range(0, len(adapter.blocks), at_once):
             alone = [replace(adapter, blocks=(block,)) for block in adapter.blocks[start : start + at_once]]
             changed = _first_token(model, [prompts[place] for place in places], alone)
             for part, (none,), each in zip(parts, before, changed, strict=True):
-                divergence = (each.exp() * (each - none)).sum(-1).clamp(min=0.0)
-                part.append(divergence if math.isinf(share) else _lead(none, each) + share * divergence)
+                part.append((_lead(none, each), (each.exp() * (each - none)).sum(-1).clamp(min=0.0)))
         for place, part in zip(places, parts, strict=True):
-            found[place] = torch.cat(part) if part else torch.zeros(0)
+            if part:
+                leads, divergences = zip(*part, strict=True)
+                found[place] = torch.cat(leads), torch.cat(divergences)
     return found
 
 

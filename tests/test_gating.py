@@ -111,14 +111,14 @@ def test_the_gate_curve_takes_the_base_models_answer_below_the_threshold():
 
 def test_the_chosen_threshold_is_kept_in_the_models_folder(tmp_path, project_folder):
     folder = Path(shutil.copytree(project_folder / "data" / "tiny" / "qa", tmp_path / "qa"))
-    gating.keep_least_relevance(folder, 4.5)
+    gating.keep_thresholds(folder, 4.5)
     model = d2l.load(folder)
     assert model.least_relevance == 4.5
     assert d2l.load(model.save(tmp_path / "again")).least_relevance == 4.5
     file = tmp_path / "pytorch_model.bin"
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.save a folder"):
-        gating.keep_least_relevance(file, 4.5)
+        gating.keep_thresholds(file, 4.5)
 
 
 def test_unanswerable_questions_are_scored_on_their_own():
