@@ -107,6 +107,7 @@ def scaled_layers(adapter: Adapter, weights: Sequence[float] | Mapping[int, floa
 
 
 # ------------------------------------------------------------------------------------------------------------ the gate
+RULES = ("one threshold", "by what the base model knows")
 THRESHOLDS = tuple(step / 2 for step in range(-8, 33))  # nats
 SORTS = ("the document", "the encyclopedia", "nothing", "a contradiction")  # what questions are about
 
@@ -216,7 +217,7 @@ def gate_scores(samples: pd.DataFrame, passes: pd.Series) -> dict[str, float]:
     """What a gate costs that lets the adapter answer where `passes` holds: unrelated, answerable, unanswerable and
     override (exact match on questions about the encyclopedia, the document, nothing, and a contradiction, where the
     document's value is right; NaN where none were asked), unrelated_loss (relative to the base model), answerable_loss
-    (relative to no gate), n (questions of each sort).
+    and override_loss (relative to no gate), n (questions of each sort).
     """
     right = samples["correct"].where(passes, samples["base_correct"]).astype(float)
     score = {sort: right[samples["about"] == sort].mean() for sort in SORTS}
@@ -228,6 +229,7 @@ def gate_scores(samples: pd.DataFrame, passes: pd.Series) -> dict[str, float]:
         "override": score[SORTS[3]],
         "unrelated_loss": _loss(plain["base_correct"][SORTS[1]], score[SORTS[1]]),
         "answerable_loss": _loss(plain["correct"][SORTS[0]], score[SORTS[0]]),
+        "override_loss": _loss(plain["correct"].get(SORTS[3], math.nan), score[SORTS[3]]),
         "n": int((samples["about"] == SORTS[1]).sum()),
     }
 
@@ -393,10 +395,11 @@ def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[p
     """The gate with `n` questions of each sort and one document inside, and with half as many and `many` documents in
     one adapter, on validation and on test documents: (curves, ideas, the gate that was found).
 
-    Curves: `gate_curve` by split, documents and rule: "one threshold" for all questions, and "by what the base model
-    knows", where the other questions keep the first rule's. `chosen` marks the threshold that is best on validation
-    documents one by one; single_document is exact match where each question's own document is inside alone, all blocks
-    answering. Ideas: what each way to gate comes to on test documents, routed, with what it takes from validation:
+    Curves: `gate_curve` by split, documents and rule (RULES): one threshold for all questions, and one for those that
+    the base model has an answer to, where the others keep the first rule's. `chosen` marks the threshold that is taken
+    on validation documents; single_document is exact match where each question's own document is inside alone, all
+    blocks answering. Ideas: what each way to gate comes to on test documents, routed, with what it takes from
+    validation, at_one_block + growth * log2(n_blocks) nats:
 
     - divergence: one threshold for the divergence alone
     - relevance: one threshold for `routing.relevance`
@@ -419,55 +422,56 @@ def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[p
     chosen: dict[str, float] = {}
     for (split, documents), samples in parts.items():
         own = samples[(samples["about"] == SORTS[0]) & (samples["condition"] == "all blocks")]
-        facts = {
-            "split": split,
-            "documents": documents,
-            "single_document": float(own["single_document" if "single_document" in own else "correct"].mean()),
-        }
-        curve = gate_curve(samples)
-        chosen = chosen or {condition: best_threshold(curve, condition) for condition in curve["condition"].unique()}
-        marks = curve["least"] == curve["condition"].map(chosen)
-        curves.append(curve.assign(rule="one threshold", chosen=marks, **facts))
-        for condition, least in chosen.items():
-            curve = gate_curve(samples[samples["condition"] == condition], least=least)
-            curves.append(curve.assign(rule="by what the base model knows", chosen=False, **facts))
+        single = float(own["single_document" if "single_document" in own else "correct"].mean())
+        plain = gate_curve(samples)
+        chosen = chosen or {condition: best_threshold(plain, condition) for condition in plain["condition"].unique()}
+        stricter = gate_curve(samples[samples["condition"] == "routed"], least=chosen["routed"])
+        for rule, curve in {RULES[0]: plain, RULES[1]: stricter}.items():
+            facts = {"rule": rule, "split": split, "documents": documents, "single_document": single}
+            curves.append(curve.assign(**facts))
+    table = pd.concat(curves, ignore_index=True)
+    known = {documents: _lowest_that_spares(table, documents) for documents in (1, many)}
+    best = table["condition"].map(chosen).where(table["rule"] == RULES[0], table["documents"].map(known))
     routed = {place: samples[samples["condition"] == "routed"] for place, samples in parts.items()}
-    gate, ideas = _ideas(routed, many, chosen["routed"])
-    return pd.concat(curves, ignore_index=True), ideas, gate
+    sizes = {documents: float(_log_blocks(routed["validation", documents]).mean()) for documents in (1, many)}
+    gate = Gate(*_line(sizes, known), world.UNKNOWN)
+    thresholds = {
+        "divergence": (best_threshold(gate_curve(routed["validation", 1], score="divergence"), "routed"), 0.0),
+        "relevance": (chosen["routed"], 0.0),
+        "relevance, more for more blocks": _line(
+            sizes,
+            {documents: best_threshold(gate_curve(routed["validation", documents]), "routed") for documents in sizes},
+        ),
+        "relevance, more where the base model knows": (gate.known, gate.growth),
+    }
+    ideas = [
+        {"idea": idea, "at_one_block": a, "growth": b, "documents": documents}
+        | gate_scores(routed["test", documents], _passes(idea, routed["test", documents], a, b, chosen["routed"]))
+        for documents in sizes
+        for idea, (a, b) in thresholds.items()
+    ]
+    return table.assign(chosen=table["least"] == best), pd.DataFrame(ideas), gate
 
 
-def _ideas(parts: Mapping[tuple[str, int], pd.DataFrame], many: int, least: float) -> tuple[Gate, pd.DataFrame]:
-    """See `measure_gate`: the gate and the table of ideas, from routed samples by (split, documents)."""
-    sizes = {documents: _log_blocks(parts["validation", documents]).mean() for documents in (1, many)}
+def _passes(idea: str, samples: pd.DataFrame, a: float, b: float, least: float) -> pd.Series:
+    """Which questions of `samples` the adapter may answer, by one of the ideas of `measure_gate`."""
+    limits = a + b * _log_blocks(samples)
+    if idea.endswith("knows"):
+        limits = _stricter(samples, least, limits)
+    return samples["divergence" if idea == "divergence" else "relevance"] >= limits
 
-    def line(thresholds: Mapping[int, float]) -> tuple[float, float]:
-        growth = (thresholds[many] - thresholds[1]) / (sizes[many] - sizes[1])
-        return thresholds[1] - growth * sizes[1], growth
 
-    curves = {documents: gate_curve(parts["validation", documents]) for documents in sizes}
-    known = {}
-    for documents in sizes:
-        curve = gate_curve(parts["validation", documents], least=least)
-        spared = curve[curve["unrelated_loss"] <= 0.005]
-        known[documents] = float((spared if len(spared) else curve.tail(1))["least"].min())
-    grown = line({documents: best_threshold(curve, "routed") for documents, curve in curves.items()})
-    gate = Gate(*line(known), world.UNKNOWN)
-    divergence = best_threshold(gate_curve(parts["validation", 1], score="divergence"), "routed")
-    rows = []
-    for documents in sizes:
-        samples = parts["test", documents]
-        log_blocks = _log_blocks(samples)
-        ways = {
-            "divergence": samples["divergence"] >= divergence,
-            "relevance": samples["relevance"] >= least,
-            "relevance, more for more blocks": samples["relevance"] >= grown[0] + grown[1] * log_blocks,
-            "relevance, more where the base model knows": samples["relevance"]
-            >= _stricter(samples, least, gate.known + gate.growth * log_blocks),
-        }
-        taken = (f"{divergence:g}", f"{least:g}", *(f"{a:.2f} + {b:.2f} log2(n)" for a, b in (grown, line(known))))
-        for (idea, passes), threshold in zip(ways.items(), taken, strict=True):
-            rows.append({"idea": idea, "threshold": threshold, "documents": documents} | gate_scores(samples, passes))
-    return gate, pd.DataFrame(rows)
+def _lowest_that_spares(table: pd.DataFrame, documents: int, allowed: float = 0.005) -> float:
+    """The lowest threshold for what the base model knows that loses at most `allowed` of it on validation documents."""
+    rows = table[(table["rule"] == RULES[1]) & (table["split"] == "validation") & (table["documents"] == documents)]
+    return float(rows[rows["unrelated_loss"] <= allowed]["least"].min())
+
+
+def _line(sizes: Mapping[int, float], thresholds: Mapping[int, float]) -> tuple[float, float]:
+    """(a, b) of a + b * size, from the thresholds found at two sizes."""
+    one, many = sizes
+    growth = (thresholds[many] - thresholds[one]) / (sizes[many] - sizes[one])
+    return thresholds[one] - growth * sizes[one], growth
 
 
 def _log_blocks(samples: pd.DataFrame) -> pd.Series:

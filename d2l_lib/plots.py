@@ -808,25 +808,29 @@ def plot_flags_by_threshold(
 def plot_gate_losses_by_threshold(
     curve: pd.DataFrame, *, title: str = "The gate: what it spares unrelated questions, and what it costs"
 ) -> Figure:
-    """Relative losses against the gate's threshold, one panel per condition and number of documents.
+    """Relative losses against the gate's threshold, one panel per number of documents and rule.
 
-    curve: condition, documents, least (nats), unrelated_loss (against the base model), answerable_loss (against no
-    gate), unanswerable (exact match, drawn as its loss; NaN where none were asked), chosen (bool), n, seed. A vertical
-    line marks the chosen threshold, a dotted one the aim of 1%.
+    curve, of one condition: documents, rule, least (nats), unrelated_loss (against the base model), answerable_loss and
+    override_loss (against no gate), unanswerable (exact match, drawn as its loss; both NaN where none were asked),
+    chosen (bool), n, seed. A vertical line marks the chosen threshold, a dotted one the aim of 1%.
     """
-    _need(curve, "condition", "documents", "least", "unrelated_loss", "answerable_loss", "unanswerable", "chosen", "n")
-    _need(curve, "seed")
-    groups = list(curve.groupby(["documents", "condition"], sort=True))
+    _need(curve, "documents", "rule", "least", "unrelated_loss", "answerable_loss", "override_loss", "unanswerable")
+    _need(curve, "chosen", "n", "seed")
+    groups = list(curve.groupby(["documents", "rule"], sort=False))
     with style():
         figure = NotebookFigure(figsize=(9.0, 2.2 + 2.2 * math.ceil(len(groups) / 2)), layout="constrained")
         panels = figure.subplots(math.ceil(len(groups) / 2), min(2, len(groups)), sharey=True, squeeze=False).ravel()
-        for axes, ((documents, condition), rows) in zip(panels, groups, strict=False):
+        for axes, ((documents, rule), rows) in zip(panels, groups, strict=False):
             rows = rows.sort_values("least")
             axes.plot(rows["least"], rows["unrelated_loss"], marker=MARKERS[0], label="unrelated questions")
             axes.plot(rows["least"], rows["answerable_loss"], marker=MARKERS[1], label="answerable questions")
             if rows["unanswerable"].notna().any():
                 wrong = 1 - rows["unanswerable"]
                 axes.plot(rows["least"], wrong, marker=MARKERS[2], label="unanswerable questions: wrong")
+            if rows["override_loss"].notna().any():
+                axes.plot(
+                    rows["least"], rows["override_loss"], marker=MARKERS[3], label="contradictions: not overridden"
+                )
             axes.axhline(0.01, color=REFERENCE, linestyle=":", linewidth=1.2, label="aim: 1%")
             for least in rows["least"][rows["chosen"]]:
                 axes.axvline(least, color=REFERENCE, linestyle="--", linewidth=1.2, label="chosen on validation")
@@ -835,7 +839,7 @@ def plot_gate_losses_by_threshold(
             axes.set_xlabel("least relevance to answer (nats)")
             axes.set_ylabel("relative loss (%)")
             plural = "" if documents == 1 else "s"
-            axes.set_title(f"{documents} document{plural}, {condition}: n = {rows['n'].iloc[0]} each", fontsize=10)
+            axes.set_title(f"{documents} document{plural}, {rule}: n = {rows['n'].iloc[0]} each", fontsize=10)
         for axes in panels[len(groups) :]:
             axes.set_visible(False)
         figure.suptitle(f"{title} (seed {_seeds(curve)})", x=0.01, ha="left", fontsize=11)
