@@ -1,5 +1,6 @@
 """Gate and dial: the base model answers where no block is relevant, and layers are weighed on their own."""
 
+import json
 import math
 import random
 import shutil
@@ -12,7 +13,7 @@ import torch
 import d2l_lib as d2l
 from d2l_lib import gating, world
 from d2l_lib.gating import best_strength, best_threshold, gate_curve, gated, scaled_layers
-from d2l_lib.routing import relevance
+from d2l_lib.routing import Gate, relevance
 
 DOCUMENT = world.draw_document(random.Random("gating"), "test", 5)
 
@@ -51,6 +52,25 @@ def test_the_threshold_decides(model, adapter):
     assert gated(model, [question], None) == [None]
     with pytest.raises(ValueError, match="1 questions but 2 adapters"):
         gated(model, [question], [adapter, adapter])
+
+
+def test_where_the_base_model_knows_an_answer_blocks_must_be_more_relevant(model, adapter, monkeypatch):
+    own = world.question_about(random.Random(1), DOCUMENT.facts[0]).text
+    known = next(iter(world.encyclopedia_questions(random.Random(0), 1))).text
+    monkeypatch.setattr(model, "least_relevance", -math.inf)
+    monkeypatch.setattr(model, "gate", None)
+    assert None not in gated(model, [own, known], adapter)
+    monkeypatch.setattr(model, "gate", Gate(known=math.inf, growth=0.0, refusal=world.UNKNOWN))
+    kept, spared = gated(model, [own, known], adapter)
+    assert len(kept.blocks) == 1 and spared is None
+    assert None not in gated(model, [own, known], adapter, least=-math.inf), "a threshold that is given is the only one"
+    monkeypatch.setattr(model, "gate", Gate(known=math.inf, growth=0.0, refusal="another phrase"))
+    assert gated(model, [own, known], adapter) == [None, None]
+
+
+def test_more_blocks_ask_for_more():
+    gate = Gate(known=1.0, growth=0.5, refusal="no")
+    assert [gate.least(n) for n in (0, 1, 2, 8)] == [1.0, 1.0, 1.5, 2.5]
 
 
 def test_layers_are_weighed_on_their_own_and_the_operand_stays(adapter):
@@ -97,9 +117,12 @@ def test_the_gate_curve_takes_the_base_models_answer_below_the_threshold():
             "about": ["the encyclopedia"] * 4 + ["the document"] * 4,
             "relevance": [0.1, 0.1, 0.1, 3.0, 5.0, 5.0, 2.0, 0.3],
             "base_correct": [True] * 4 + [False] * 4,
+            "knows": [True] * 4 + [False] * 4,
             "correct": [False, True, True, False] + [True] * 4,
         }
     )
+    apart = gate_curve(samples, (0.0, 4.0), least=1.0).set_index("least")
+    assert list(apart["unrelated_loss"]) == [0.25, 0.0] and list(apart["answerable_loss"]) == [0.25, 0.25]
     curve = gate_curve(samples, (0.0, 0.2, 4.0)).set_index("least")
     assert list(curve["unrelated_loss"]) == [0.5, 0.25, 0.0]
     assert list(curve["answerable_loss"]) == [0.0, 0.0, 0.5]
@@ -115,6 +138,14 @@ def test_the_chosen_threshold_is_kept_in_the_models_folder(tmp_path, project_fol
     model = d2l.load(folder)
     assert model.least_relevance == 4.5
     assert d2l.load(model.save(tmp_path / "again")).least_relevance == 4.5
+    gate = Gate(known=5.25, growth=0.75, refusal="I do not know.")
+    gating.keep_thresholds(folder, 3.5, gate)
+    assert d2l.load(d2l.load(folder).save(tmp_path / "with gate")).gate == gate
+    settings = json.loads((folder / "config.json").read_text())
+    settings["meta"]["gate"] = {"known": "much"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"gate is damaged .*: it needs known, growth and refusal"):
+        d2l.load(folder)
     file = tmp_path / "pytorch_model.bin"
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.save a folder"):
@@ -135,6 +166,34 @@ def test_unanswerable_questions_are_scored_on_their_own():
     assert list(curve["unanswerable"]) == [0.25, 0.75, 1.0]
     assert list(curve["unrelated_loss"]) == [0.0, 0.0, 0.0]
     assert gate_curve(samples[:2], (0.0,))["unanswerable"].isna().all()
+
+
+def test_contradictions_count_as_overridden_where_the_document_is_followed():
+    samples = pd.DataFrame(
+        {
+            "condition": "routed",
+            "about": [*gating.SORTS[:2], *["a contradiction"] * 4],
+            "relevance": [9.0, 0.0, 1.0, 1.0, 3.0, 3.0],
+            "base_correct": [False, True, *[False] * 4],
+            "correct": [True, True, True, True, True, False],
+        }
+    )
+    curve = gate_curve(samples, (0.0, 2.0)).set_index("least")
+    assert list(curve["override"]) == [0.75, 0.25]
+    assert list(curve["override_loss"]) == [0.0, pytest.approx(2 / 3)]
+
+
+def test_the_ideas_are_measured_on_the_same_questions(model):
+    table, ideas, gate = gating.measure_gate(model, 4, 0, many=2)
+    assert set(table["rule"]) == set(gating.RULES) and set(table["documents"]) == {1, 2}
+    assert table.groupby(["rule", "split", "documents", "condition"])["chosen"].sum().max() == 1
+    assert len(ideas) == 8 and (ideas.groupby("documents")["n"].nunique() == 1).all()
+    assert (gate.known, gate.growth) == tuple(ideas.iloc[-1][["at_one_block", "growth"]])
+    at = table[
+        table["chosen"] & (table["split"] == "test") & (table["documents"] == 1) & (table["condition"] == "routed")
+    ]
+    plain = ideas[(ideas["idea"] == "relevance") & (ideas["documents"] == 1)].iloc[0]
+    assert plain["unrelated_loss"] == at[at["rule"] == "one threshold"]["unrelated_loss"].iloc[0]
 
 
 def test_every_share_is_measured_on_the_same_questions(model):

@@ -79,8 +79,8 @@ def tables(needles) -> dict:
          "precision": [1.0, 0.8, 0.3] * 2, "false_alarms": [0.0, 0.1, 1.0] * 2, "n": 100, "failing": 30, "seed": 0}
     )  # fmt: skip
     gate = pd.DataFrame(
-        {"condition": "routed", "documents": [1, 1, 64, 64], "least": [0.0, 1.0] * 2, "n": 50, "seed": 0,
-         "unrelated_loss": [0.1, 0.0] * 2, "answerable_loss": [0.0, 0.05] * 2,
+        {"rule": "one threshold", "documents": [1, 1, 64, 64], "least": [0.0, 1.0] * 2, "n": 50, "seed": 0,
+         "unrelated_loss": [0.1, 0.0] * 2, "answerable_loss": [0.0, 0.05] * 2, "override_loss": [0.0, 0.4, None, None],
          "unanswerable": [0.7, 0.9, None, None], "chosen": [False, True] * 2}
     )  # fmt: skip
     dial = pd.DataFrame(
@@ -390,12 +390,13 @@ def test_flag_panels_show_both_sorts_of_error(tables):
 
 def test_gate_panels_are_one_per_number_of_documents_with_the_choice_marked(tables):
     first, second = plots.plot_gate_losses_by_threshold(tables[plots.plot_gate_losses_by_threshold]).axes
-    assert first.get_title(loc="left").startswith("1 document,")
-    assert second.get_title(loc="left").startswith("64 documents,")
+    assert first.get_title(loc="left").startswith("1 document, one threshold:")
+    assert second.get_title(loc="left").startswith("64 documents, one threshold:")
     marked = [line.get_xdata()[0] for line in first.get_lines() if line.get_label() == "chosen on validation"]
     assert marked == [1.0]
     drawn = [[line.get_label() for line in axes.get_lines()] for axes in (first, second)]
     assert ["unanswerable questions: wrong" in names for names in drawn] == [True, False]
+    assert ["contradictions: not overridden" in names for names in drawn] == [True, False]
 
 
 def test_the_dial_has_a_panel_with_and_one_without_the_gate(tables):
