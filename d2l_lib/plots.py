@@ -760,6 +760,7 @@ def plot_margin_by_sentence(
         axes.set_xlabel("sentence (position in the documents)")
         axes.set_ylabel("margin of the answer (nats)")
         _legend_below(axes)
+        figure.supxlabel(f"n = {len(table)} sentences, those of one adapter", fontsize=8, color=REFERENCE)
     return figure
 
 

@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
 from . import needles, world
-from .base_model import ContextEncoder, check_writes_residual, decoder_body, linear_inputs
+from .base_model import ContextEncoder, check_writes_residual, final_norm, linear_inputs
 from .documents import chunk_document, context_ids, question_ids
 from .hypernetwork import Hypernetwork, PerLayerLinear
 from .packing import IGNORED
@@ -209,7 +209,7 @@ class KeysAndValues(nn.Module):
         self.hypernetwork, self.sharpness, self.key_weight = hypernetwork, sharpness, key_weight
         self.question = nn.Linear(config.latent_size, base_model.get_input_embeddings().num_embeddings)
         embeddings = base_model.get_output_embeddings().weight.detach().float()
-        directions = F.normalize(embeddings * decoder_body(base_model).norm.weight.detach().float(), dim=-1)
+        directions = F.normalize(embeddings * final_norm(base_model).weight.detach().float(), dim=-1)
         self.register_buffer("directions", directions, persistent=False)
         self.register_buffer("whitening", whitening, persistent=False)
         self._frozen = (base_model, ContextEncoder.from_config(base_model, config))
@@ -369,7 +369,7 @@ def let_blocks_act(step: KeysAndValues, batch: dict, size: float = 0.3) -> None:
     batch = _to(batch, next(hypernetwork.parameters()).device)
     config, module = hypernetwork.config, step.module
     norms: list[Tensor] = []
-    hook = decoder_body(base_model).norm.register_forward_pre_hook(
+    hook = final_norm(base_model).register_forward_pre_hook(
         lambda _, given: norms.append(given[0].norm(dim=-1).mean())
     )
     try:

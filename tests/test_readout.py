@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import tiny_models
 import torch
 import train_small
 from torch.nn.utils import parametrize
@@ -287,3 +288,13 @@ def test_whitened_keys_tell_the_facts_of_a_document_apart(bundled):
 @pytest.fixture(scope="module")
 def bundled():
     return load_base_model("tiny")
+
+
+def test_a_family_that_calls_its_last_norm_otherwise_can_be_warmed_up():
+    base_model = tiny_models.build_base_model(tiny_models.build_tokenizer(), family="phi")
+    with torch.no_grad():
+        base_model.model.final_layernorm.weight[0] = 0.0
+    hypernetwork = tiny_models.random_hypernetwork(base_model, ("fc2",))
+    step = KeysAndValues(base_model, hypernetwork, torch.eye(48).expand(4, 48, 48))
+    assert step.directions.shape == (base_model.config.vocab_size, 32)
+    assert (step.directions[:, 0] == 0).all(), "the norm's weight is part of what a value adds to a token"
