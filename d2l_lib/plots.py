@@ -819,7 +819,7 @@ def plot_gate_losses_by_threshold(
     _need(curve, "chosen", "n", "seed")
     groups = list(curve.groupby(["documents", "rule"], sort=False))
     with style():
-        figure = NotebookFigure(figsize=(9.0, 2.2 + 2.2 * math.ceil(len(groups) / 2)), layout="constrained")
+        figure = NotebookFigure(figsize=(11.0, 2.2 + 2.2 * math.ceil(len(groups) / 2)), layout="constrained")
         panels = figure.subplots(math.ceil(len(groups) / 2), min(2, len(groups)), sharey=True, squeeze=False).ravel()
         for axes, ((documents, rule), rows) in zip(panels, groups, strict=False):
             rows = rows.sort_values("least")
@@ -840,7 +840,7 @@ def plot_gate_losses_by_threshold(
             axes.set_xlabel("least relevance to answer (nats)")
             axes.set_ylabel("relative loss (%)")
             plural = "" if documents == 1 else "s"
-            axes.set_title(f"{documents} document{plural}, {rule}: n = {rows['n'].iloc[0]} each", fontsize=10)
+            axes.set_title(f"{documents} document{plural}, {rule}: n = {rows['n'].iloc[0]} each", fontsize=9.5)
         for axes in panels[len(groups) :]:
             axes.set_visible(False)
         figure.suptitle(f"{title} (seed {_seeds(curve)})", x=0.01, ha="left", fontsize=11)
