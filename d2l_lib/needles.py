@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .world import split_of
+from .world import check_split, split_of
 
 FILLER_SENTENCES = (
     "The grass is green.",
@@ -41,7 +41,8 @@ class Haystack:
 
 
 def draw_number(rng: random.Random, split: str) -> str:
-    """Four digits, leading zeros allowed, drawn evenly from those of `split`."""
+    """Four digits, leading zeros allowed, drawn evenly from those of `split`; ValueError for an unknown one."""
+    check_split(split)
     while split_of(number := f"{rng.randrange(10000):04d}") != split:
         pass
     return number

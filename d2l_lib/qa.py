@@ -28,7 +28,7 @@ from .documents import question_ids
 from .evaluation import wilson, world_samples
 from .packing import LENGTH_BINS, length_bin, truncate_middle
 from .records import project_root, read_json, read_jsonl
-from .world import SPLITS
+from .world import check_split
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +176,7 @@ def _dataset(name: str) -> QADataset:
 def _world(split: str, n: int | None, seed: int, source: str | Path | None) -> pd.DataFrame:
     if n is None or source is not None:
         raise ValueError("the world is generated without end: pass n, the number of questions, and no source")
-    if split not in SPLITS:
-        raise ValueError(f"the world has no split {split!r}; choose one of {', '.join(SPLITS)}")
+    check_split(split)
     samples = world_samples(n, seed, split=split)
     answers = [[answer] for answer in samples["answer"]]
     ids = [f"{split}/{seed}/{number}" for number in range(n)]

@@ -369,9 +369,7 @@ def let_blocks_act(step: KeysAndValues, batch: dict, size: float = 0.3) -> None:
     batch = _to(batch, next(hypernetwork.parameters()).device)
     config, module = hypernetwork.config, step.module
     norms: list[Tensor] = []
-    hook = final_norm(base_model).register_forward_pre_hook(
-        lambda _, given: norms.append(given[0].norm(dim=-1).mean())
-    )
+    hook = final_norm(base_model).register_forward_pre_hook(lambda _, given: norms.append(given[0].norm(dim=-1).mean()))
     try:
         _, A, B = step.rows(batch["chunk_ids"], batch["chunk_mask"], batch["order"])
         norms.clear()  # those of the context encoder

@@ -88,7 +88,14 @@ def _compound(first: Sequence[str], second: Sequence[str]) -> Callable[[random.R
     return draw
 
 
+def check_split(split: str) -> None:
+    """ValueError for a name that is not among SPLITS."""
+    if split not in SPLITS:
+        raise ValueError(f"the world has no split {split!r}; choose one of {', '.join(SPLITS)}")
+
+
 def _draw_in_split(draw: Callable[[], str], split: str) -> str:
+    check_split(split)
     while split_of(value := draw()) != split:
         pass
     return value

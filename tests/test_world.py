@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from d2l_lib import world
+from d2l_lib import needles, world
 from d2l_lib.world import RELATION, UNKNOWN
 
 
@@ -134,3 +134,15 @@ def test_conflicts_change_the_value_and_nothing_else():
 def test_unknown_kind_is_named():
     with pytest.raises(ValueError, match="'riddle'.*one_hop"):
         world.ask(random.Random(0), documents(1)[0][1], "riddle")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: world.draw_document(random.Random(0), "valid", 3),
+        lambda: needles.draw_number(random.Random(0), "valid"),
+    ],
+)
+def test_an_unknown_split_is_refused_at_once(draw):
+    with pytest.raises(ValueError, match="no split 'valid'; choose one of train, validation, test, encyclopedia"):
+        draw()
