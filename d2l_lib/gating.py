@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -234,10 +235,9 @@ def gate_scores(samples: pd.DataFrame, passes: pd.Series) -> dict[str, float]:
     }
 
 
-def _stricter(samples: pd.DataFrame, least: float, known: float | pd.Series) -> pd.Series:
+def _stricter(samples: pd.DataFrame, least: float, known: float | pd.Series) -> np.ndarray:
     """The threshold of each question: `known`, if it is higher than `least`, where the base model knows an answer."""
-    limits = pd.Series(least, index=samples.index, dtype=float)
-    return limits.mask(samples["knows"], (limits * 0 + known).clip(lower=least))
+    return np.where(samples["knows"], np.maximum(known, least), least)
 
 
 def _loss(before: float, after: float) -> float:
@@ -403,68 +403,60 @@ def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[p
 
     - divergence: one threshold for the divergence alone
     - relevance: one threshold for `routing.relevance`
-    - relevance, more for more blocks: a + b * log2(n_blocks)
+    - relevance, more for more blocks: one that grows with log2(n_blocks)
     - relevance, more where the base model knows: one threshold where it does not, a routing.Gate where it does
 
-    The line through the two sizes gives a and b. Where the base model knows an answer a stricter threshold costs no
+    Lines go through what the two sizes take. Where the base model knows an answer a stricter threshold costs no
     answerable question (but contradictions), so the lowest that loses at most half a per cent of the encyclopedia on
     validation is taken.
     """
-    parts = {
-        (split, documents): draw(model, n_asked, seed, split).assign(split=split, documents=documents)
-        for split in ("validation", "test")
-        for documents, n_asked, draw in (
-            (1, n, gate_samples),
-            (many, max(1, n // 2), lambda *options: many_documents_samples(*options, many)),
-        )
-    }
+    parts = {}
+    for split in ("validation", "test"):
+        parts[split, 1] = gate_samples(model, n, seed, split)
+        parts[split, many] = many_documents_samples(model, max(1, n // 2), seed, split, many)
+    routed = {place: samples[samples["condition"] == "routed"] for place, samples in parts.items()}
+    plain = {place: gate_curve(samples) for place, samples in parts.items()}
+    one_by_one = plain["validation", 1]
+    chosen = {condition: best_threshold(one_by_one, condition) for condition in one_by_one["condition"].unique()}
+    apart = {place: gate_curve(samples, least=chosen["routed"]) for place, samples in routed.items()}
+    known = {documents: _lowest_that_spares(apart["validation", documents]) for documents in (1, many)}
+    sizes = {documents: float(_log_blocks(routed["validation", documents]).mean()) for documents in known}
+    grown = {documents: best_threshold(plain["validation", documents], "routed") for documents in known}
+    gate = Gate(*_line(sizes, known), world.UNKNOWN)
+
     curves = []
-    chosen: dict[str, float] = {}
     for (split, documents), samples in parts.items():
         own = samples[(samples["about"] == SORTS[0]) & (samples["condition"] == "all blocks")]
         single = float(own["single_document" if "single_document" in own else "correct"].mean())
-        plain = gate_curve(samples)
-        chosen = chosen or {condition: best_threshold(plain, condition) for condition in plain["condition"].unique()}
-        stricter = gate_curve(samples[samples["condition"] == "routed"], least=chosen["routed"])
-        for rule, curve in {RULES[0]: plain, RULES[1]: stricter}.items():
+        for rule, curve in zip(RULES, (plain[split, documents], apart[split, documents]), strict=True):
+            best = curve["condition"].map(chosen) if rule == RULES[0] else known[documents]
             facts = {"rule": rule, "split": split, "documents": documents, "single_document": single}
-            curves.append(curve.assign(**facts))
-    table = pd.concat(curves, ignore_index=True)
-    known = {documents: _lowest_that_spares(table, documents) for documents in (1, many)}
-    best = table["condition"].map(chosen).where(table["rule"] == RULES[0], table["documents"].map(known))
-    routed = {place: samples[samples["condition"] == "routed"] for place, samples in parts.items()}
-    sizes = {documents: float(_log_blocks(routed["validation", documents]).mean()) for documents in (1, many)}
-    gate = Gate(*_line(sizes, known), world.UNKNOWN)
-    thresholds = {
-        "divergence": (best_threshold(gate_curve(routed["validation", 1], score="divergence"), "routed"), 0.0),
-        "relevance": (chosen["routed"], 0.0),
-        "relevance, more for more blocks": _line(
-            sizes,
-            {documents: best_threshold(gate_curve(routed["validation", documents]), "routed") for documents in sizes},
-        ),
-        "relevance, more where the base model knows": (gate.known, gate.growth),
+            curves.append(curve.assign(**facts, chosen=curve["least"] == best))
+
+    divergence = best_threshold(gate_curve(routed["validation", 1], score="divergence"), "routed")
+    ideas = {  # what has to reach the threshold, the threshold's line, the threshold where the base model knows nothing
+        "divergence": ("divergence", (divergence, 0.0), None),
+        "relevance": ("relevance", (chosen["routed"], 0.0), None),
+        "relevance, more for more blocks": ("relevance", _line(sizes, grown), None),
+        "relevance, more where the base model knows": ("relevance", (gate.known, gate.growth), chosen["routed"]),
     }
-    ideas = [
-        {"idea": idea, "at_one_block": a, "growth": b, "documents": documents}
-        | gate_scores(routed["test", documents], _passes(idea, routed["test", documents], a, b, chosen["routed"]))
-        for documents in sizes
-        for idea, (a, b) in thresholds.items()
-    ]
-    return table.assign(chosen=table["least"] == best), pd.DataFrame(ideas), gate
+    rows = []
+    for documents in sizes:
+        samples = routed["test", documents]
+        for idea, (score, (start, growth), least) in ideas.items():
+            limits = start + growth * _log_blocks(samples)
+            limits = limits if least is None else _stricter(samples, least, limits)
+            facts = {"idea": idea, "at_one_block": start, "growth": growth, "documents": documents}
+            rows.append(facts | gate_scores(samples, samples[score] >= limits))
+    return pd.concat(curves, ignore_index=True), pd.DataFrame(rows), gate
 
 
-def _passes(idea: str, samples: pd.DataFrame, a: float, b: float, least: float) -> pd.Series:
-    """Which questions of `samples` the adapter may answer, by one of the ideas of `measure_gate`."""
-    limits = a + b * _log_blocks(samples)
-    if idea.endswith("knows"):
-        limits = _stricter(samples, least, limits)
-    return samples["divergence" if idea == "divergence" else "relevance"] >= limits
-
-
-def _lowest_that_spares(table: pd.DataFrame, documents: int, allowed: float = 0.005) -> float:
-    """The lowest threshold for what the base model knows that loses at most `allowed` of it on validation documents."""
-    rows = table[(table["rule"] == RULES[1]) & (table["split"] == "validation") & (table["documents"] == documents)]
-    return float(rows[rows["unrelated_loss"] <= allowed]["least"].min())
+def _lowest_that_spares(curve: pd.DataFrame, allowed: float = 0.005) -> float:
+    """The lowest threshold that loses at most `allowed` of the questions about the encyclopedia."""
+    sparing = curve[curve["unrelated_loss"] <= allowed]
+    if sparing.empty:
+        raise ValueError(f"every threshold loses more than {allowed:.1%} of the encyclopedia: try higher ones")
+    return float(sparing["least"].min())
 
 
 def _line(sizes: Mapping[int, float], thresholds: Mapping[int, float]) -> tuple[float, float]:

@@ -78,7 +78,7 @@ def build_cache(home: Path, seed: int = 0) -> None:
         eos_token_id=tokenizer.eos_token_id,
     )
     base_model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    folder = _snapshot(home, BASE_MODEL)
+    folder = snapshot_in(home, BASE_MODEL)
     base_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -87,15 +87,15 @@ def build_cache(home: Path, seed: int = 0) -> None:
         for parameter in hypernetwork.parameters():  # those that start at zero too
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     step, _ = hub.PUBLISHED_MODELS[CHECKPOINT]
-    export(hypernetwork, _snapshot(home, hub.REPOSITORY) / CHECKPOINT / f"checkpoint-{step}" / PUBLISHED, BASE_MODEL)
+    export(hypernetwork, snapshot_in(home, hub.REPOSITORY) / CHECKPOINT / f"checkpoint-{step}" / PUBLISHED, BASE_MODEL)
 
-    own = _snapshot(home, BUNDLED)
+    own = snapshot_in(home, BUNDLED)
     own.rmdir()
     load("tiny").save(own, include_base=True)
 
 
-def _snapshot(home: Path, repository: str) -> Path:
-    """An empty snapshot of a repository in the layout of the hub's cache."""
+def snapshot_in(home: Path, repository: str) -> Path:
+    """An empty snapshot of a repository in the layout of the hub's cache, where `home` is HF_HOME."""
     folder = home / "hub" / f"models--{repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(REVISION)

@@ -16,8 +16,8 @@ from tiny_models import build_base_model, build_tokenizer, random_hypernetwork
 import d2l_lib as d2l
 from d2l_lib import hub
 from d2l_lib.checkpoints import export
+from d2l_lib.rehearsal import snapshot_in
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PUBLISHED = {
     "gemma_demo": "google/gemma-2-2b-it",
     "gemma_2b_d2l": "google/gemma-2-2b-it",
@@ -35,15 +35,6 @@ def parts(tmp_path_factory):
     base_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, random_hypernetwork(base_model, n_heads=16, n_kv_heads=4, head_dim=128)
-
-
-def snapshot_in(cache: Path, repository: str) -> Path:
-    """An empty snapshot of a repository in the hub cache's own layout."""
-    folder = cache / "hub" / f"models--{repository.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(COMMIT)
-    (folder / "snapshots" / COMMIT).mkdir(parents=True)
-    return folder / "snapshots" / COMMIT
 
 
 def link_blob(snapshot: Path, name: str, content: bytes) -> None:
