@@ -10,45 +10,38 @@ A viewer also has a plain form without JavaScript or kernel, a static table, whi
 
 import html
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ipywidgets as W
 import numpy as np
 import pandas as pd
 
 from d2l_lib.documents import name_documents
+from d2l_lib.views.page import (  # noqa: F401 - the frame can be had from here too
+    CSS,
+    Pager,
+    Report,
+    Viewer,
+    Work,
+    attempt,
+    listen,
+    render_message,
+    render_view,
+    takes,
+    wrapped,
+)
 
 SAMPLE_COLUMNS = ("document", "question", "answer", "evidence_start", "evidence_end", "kind")
 ALL_KINDS = "all kinds"
 STATIC_ROWS = 5
-CSS = """
-.d2l-view { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.5; }
-.d2l-view table { border-collapse: collapse; width: 100%; }
-.d2l-view table th, .d2l-view table td { text-align: left; vertical-align: top; padding: 4px 10px 4px 0; }
-.d2l-view th, .d2l-view td { border-bottom: 1px solid #8884; }
-.d2l-view mark { background: #ffe08a; color: #000; padding: 1px 2px; border-radius: 2px; }
-.d2l-view .d2l-text { white-space: pre-wrap; overflow-wrap: anywhere; }
-.d2l-view .d2l-document { max-height: 22em; overflow-y: auto; padding: 8px; }
-.d2l-view .d2l-document { border: 1px solid #8886; border-radius: 4px; }
-.d2l-view .d2l-note { color: var(--jp-ui-font-color2, #666); }
-.d2l-view .d2l-error { color: #b3261e; }
-.d2l-view .d2l-columns { display: grid; grid-template-columns: repeat(3, 1fr); gap: 10px; }
-.d2l-view .d2l-pane { border: 1px solid #8886; border-radius: 4px; padding: 6px 10px; }
-.d2l-view h4 { margin: 6px 0 2px; }
-"""
+SEARCHED_AT_ONCE = 2_000  # samples
+NAMED = 8  # documents that a line names
+LONG_TEXT = 20_000  # characters: a longer text shows a bar while a page is being built
 
 
 # --- pure renderers ---------------------------------------------------------------------------------------------------
-
-
-def render_view(view: str, body: str, /, **data: Any) -> str:
-    """A page of the class `d2l-view d2l-<view>` around `body`, which is HTML.
-
-    Each of `data` becomes an escaped data-* attribute.
-    """
-    attributes = "".join(f' data-{name.replace("_", "-")}="{html.escape(str(value))}"' for name, value in data.items())
-    return f'<style>{CSS}</style><div class="d2l-view d2l-{view}"{attributes}>{body}</div>'
 
 
 def evidence_spans(start: Any, end: Any, length: int) -> list[tuple[int, int]]:
@@ -122,14 +115,6 @@ def render_sample_table(samples: pd.DataFrame, n_rows: int = STATIC_ROWS, width:
     )
 
 
-def render_message(message: str, is_error: bool = False) -> str:
-    """One line of status; an error is coloured and announced by screen readers."""
-    role = "alert" if is_error else "status"
-    return render_view(
-        "message", f'<div role="{role}" class="d2l-{"error" if is_error else "note"}">{html.escape(message)}</div>'
-    )
-
-
 def render_inside(documents: Iterable[dict], adapter_strength: float, bias_strength: float) -> str:
     """What is inside the model right now. documents: name, n_blocks, n_characters, weight."""
     rows = [
@@ -147,21 +132,33 @@ def render_inside(documents: Iterable[dict], adapter_strength: float, bias_stren
     return render_view("inside", body, documents=len(rows))
 
 
-Turn = tuple[str, Sequence[tuple[str, str]]]  # a question, and its answers: (where it came from, text)
+class Turn(NamedTuple):
+    """A question, its answers as (where it came from, text), and what was inside then, in words."""
+
+    question: str
+    answers: Sequence[tuple[str, str]]
+    state: str = ""
 
 
-def render_answers(turns: Sequence[Turn]) -> str:
-    """Questions and their answers side by side, the latest first."""
-    body = ""
-    for question, answers in reversed(turns):
+def render_answers(turns: Sequence[tuple]) -> str:
+    """Questions and their answers side by side, the latest first. turns: each a `Turn`, or its first two fields.
+
+    What was inside stands above a turn for which it had changed, and above the first.
+    """
+    parts, before = [], ""
+    for question, answers, state in (Turn(*turn) for turn in turns):
         panes = "".join(
             f'<div class="d2l-pane" data-source="{html.escape(source)}"><h4>{html.escape(source)}</h4>'
             f'<div class="d2l-text">{html.escape(text)}</div></div>'
             for source, text in answers
         )
+        changed = f"{'changed: ' if before else ''}{state}" if state != before else ""
+        line = f'<div class="d2l-note d2l-state">{html.escape(changed)}</div>' if changed else ""
         asked = f'<h4>Question</h4><div class="d2l-text d2l-question">{html.escape(question)}</div>'
-        body += f'<div class="d2l-turn">{asked}<div class="d2l-columns">{panes}</div></div>'
-    return render_view("answers", body, turns=len(turns), answers=len(turns[-1][1]) if turns else 0)
+        parts.append(f'<div class="d2l-turn">{line}{asked}<div class="d2l-columns">{panes}</div></div>')
+        before = state or before
+    answered = len(turns[-1][1]) if turns else 0
+    return render_view("answers", "".join(reversed(parts)), turns=len(turns), answers=answered)
 
 
 def _is_missing(value: Any) -> bool:
@@ -174,33 +171,6 @@ def _as_text(value: Any) -> str:
 
 
 # --- widgets ----------------------------------------------------------------------------------------------------------
-
-
-def attempt(page: W.HTML, action: Callable[[], Any], working: str = "", done: str = "") -> bool:
-    """Runs `action`; what goes wrong is told on `page`: in a callback an exception would be lost. So are `working`,
-    before it, and `done`, after it, where they are given.
-    """
-    if working:
-        page.value = render_message(working)
-    try:
-        action()
-    except Exception as error:  # whatever it is, the person at the page has to see it
-        page.value = render_message(f"{type(error).__name__}: {error}", is_error=True)
-        return False
-    if done:
-        page.value = render_message(done)
-    return True
-
-
-class Viewer(W.VBox):
-    """Widgets in a column that also have a plain HTML form, for pages without a kernel: `static_html`."""
-
-    def __init__(self, children: Sequence[W.Widget], static_html: str):
-        super().__init__(list(children))
-        self.static_html = static_html
-
-    def _repr_mimebundle_(self, **options) -> dict:
-        return super()._repr_mimebundle_(**options) | {"text/html": self.static_html}
 
 
 def sample_frame(samples: pd.DataFrame | Iterable[dict]) -> pd.DataFrame:
@@ -226,15 +196,72 @@ def sample_frame(samples: pd.DataFrame | Iterable[dict]) -> pd.DataFrame:
     return frame
 
 
-def find_samples(samples: pd.DataFrame, text: str = "", kind: str = ALL_KINDS) -> np.ndarray:
-    """Row numbers of the samples (a sample_frame) of this kind with `text` (any case) in one of their texts."""
+def find_samples(
+    samples: pd.DataFrame, text: str = "", kind: str = ALL_KINDS, report: Report | None = None
+) -> np.ndarray:
+    """Row numbers of the samples (a sample_frame) of this kind with `text` (any case) in one of their texts.
+
+    report(done, total) is called now and then.
+    """
     chosen = np.ones(len(samples), dtype=bool) if kind == ALL_KINDS else (samples["kind"] == kind).to_numpy(dtype=bool)
-    if text:
-        found = np.zeros(len(samples), dtype=bool)
+    if not text:
+        return np.flatnonzero(chosen)
+    found = np.zeros(len(samples), dtype=bool)
+    for start in range(0, len(samples), SEARCHED_AT_ONCE):
+        rows = slice(start, start + SEARCHED_AT_ONCE)
         for column in ("document", "question", "answer"):
-            found |= samples[column].str.contains(text, case=False, regex=False).to_numpy(dtype=bool)
-        chosen = chosen & found
-    return np.flatnonzero(chosen)
+            texts = samples[column].iloc[rows]
+            found[rows] |= texts.str.contains(text, case=False, regex=False).to_numpy(dtype=bool)
+        if report is not None:
+            report(min(start + SEARCHED_AT_ONCE, len(samples)), len(samples))
+    return np.flatnonzero(chosen & found)
+
+
+class SampleViewer(Viewer):
+    """The page of `view_samples`."""
+
+    def __init__(self, samples: pd.DataFrame | Iterable[dict], background: bool | None = None):
+        self._frame = frame = sample_frame(samples)
+        super().__init__([], render_sample_table(frame))
+        self._search = W.Text(description="Search", placeholder="text, then Enter", continuous_update=False)
+        self._kind = W.Dropdown(description="Kind", options=[ALL_KINDS, *sorted(frame["kind"].unique())])
+        self._page = W.HTML()
+        self.work = Work(background)
+        self._pager = Pager("sample", len(frame), self._show, self.work)
+        self._matches = np.arange(len(frame))
+        for control in (self._search, self._kind):
+            listen(control, self._select)
+        self._show()
+        controls = wrapped([self._search, self._kind, *self._pager.controls])
+        self.children = [controls, self.work.status, self.work.bar, self._page]
+
+    def _show(self) -> None:
+        with self.work.lock:
+            n = len(self._matches)
+            if n:
+                place = self._pager.place
+                sample = self._frame.iloc[self._matches[place]].to_dict()
+                self._page.value = render_sample(sample, place, n, len(self._frame))
+            else:
+                nothing = render_view("sample", "No sample matches.", position=-1, matches=0, samples=len(self._frame))
+                self._page.value = nothing
+
+    def _select(self, _: Any = None) -> None:
+        text, kind = self._search.value, self._kind.value
+        self.work.start(
+            "searching ...",
+            lambda report: find_samples(self._frame, text, kind, report),
+            self._found,
+            key="search",
+            replaces=True,
+            ready="",
+            unit="samples",
+        )
+
+    def _found(self, matches: np.ndarray) -> None:
+        self._matches = matches
+        self._pager.restart(len(matches))
+        self._show()
 
 
 def view_samples(samples: pd.DataFrame | Iterable[dict]) -> Viewer:
@@ -243,46 +270,7 @@ def view_samples(samples: pd.DataFrame | Iterable[dict]) -> Viewer:
     evidence_start and evidence_end are character positions in the document (see `evidence_spans`). Keys: Tab moves
     between the controls, Enter searches, the arrow keys move the slider, space presses a button.
     """
-    frame = sample_frame(samples)
-    kinds = [ALL_KINDS, *sorted(frame["kind"].unique())]
-    search = W.Text(description="Search", placeholder="text, then Enter", continuous_update=False)
-    kind = W.Dropdown(description="Kind", options=kinds)
-    position = W.IntSlider(description="Sample", min=1, max=max(1, len(frame)), continuous_update=False)
-    previous = W.Button(description="Previous", icon="arrow-left", tooltip="the sample before this one")
-    following = W.Button(description="Next", icon="arrow-right", tooltip="the sample after this one")
-    page = W.HTML()
-    matches = np.arange(len(frame))
-
-    def show(_=None) -> None:
-        previous.disabled = position.value <= 1
-        following.disabled = position.value >= len(matches)
-        if len(matches):
-            sample = frame.iloc[matches[position.value - 1]].to_dict()
-            page.value = render_sample(sample, position.value - 1, len(matches), len(frame))
-        else:
-            page.value = render_view("sample", "No sample matches.", position=-1, matches=0, samples=len(frame))
-
-    def select(_=None) -> None:
-        nonlocal matches
-        matches = find_samples(frame, search.value, kind.value)
-        position.unobserve(show, "value")
-        position.value, position.max = 1, max(1, len(matches))
-        position.observe(show, "value")
-        show()
-
-    def step(change: int) -> Callable:
-        def move(_) -> None:
-            position.value = min(max(1, position.value + change), max(1, len(matches)))
-
-        return move
-
-    previous.on_click(step(-1))
-    following.on_click(step(+1))
-    for control in (search, kind):
-        control.observe(select, "value")
-    select()
-    controls = W.HBox([search, kind, position, previous, following], layout=W.Layout(flex_flow="row wrap"))
-    return Viewer([controls, page], render_sample_table(frame))
+    return SampleViewer(samples)
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------
@@ -294,11 +282,12 @@ IN_PROMPT = "base model, document in its prompt"
 
 
 class Conversation:
-    """What a chat holds: documents with their adapters and weights, two strengths, a system message. No widgets; `chat`
+    """What a chat holds: documents with their adapters and weights, two strengths, a system message. No widgets; `Chat`
     draws it. Every question stands alone: earlier ones are not in the prompt.
 
     model: a DocToLoRA, or anything with its `internalize_each` and `answer`; its own current adapter stays what it
-    was. Every document is internalized once, when it is added; weights and strengths only scale blocks.
+    was. Every document is internalized once, when it is added; weights and strengths only scale blocks. Threads may
+    share a conversation.
     """
 
     def __init__(self, model: Any):
@@ -309,60 +298,116 @@ class Conversation:
         self.bias_strength = 1.0
         self.system = ""
         self._adapters: dict[str, Any] = {}
+        self._lock = threading.RLock()
 
-    def add(self, text: str, name: str = "") -> str:
-        """The name under which `text` is now inside (counted, if none is given). ValueError for one that is taken."""
-        numbers = range(1, len(self.texts) + 2)
-        name = name.strip() or next(free for i in numbers if (free := f"document {i}") not in self.texts)
+    def copy(self) -> "Conversation":
+        """What is held now, for an answer that takes a while."""
+        other = Conversation(self.model)
+        with self._lock:
+            other.texts, other.weights, other._adapters = dict(self.texts), dict(self.weights), dict(self._adapters)
+            other.adapter_strength, other.bias_strength = self.adapter_strength, self.bias_strength
+            other.system = self.system
+        return other
+
+    def free_name(self, taken: Iterable[str] = ()) -> str:
+        """The first of "document 1", "document 2", ... that is neither inside nor `taken`."""
+        names = {*self.texts, *taken}
+        return next(name for i in range(1, len(names) + 2) if (name := f"document {i}") not in names)
+
+    def check_free(self, name: str) -> None:
+        """ValueError where a document of this name is inside."""
         if name in self.texts:
             raise ValueError(f"a document named {name!r} is inside already: remove it first, or choose another name")
-        [self._adapters[name]] = self.model.internalize_each({name: text})
-        self.texts[name], self.weights[name] = text, 1.0
-        return name
 
-    def replace(self, name: str, text: str) -> None:
-        """Another text under the same name, in the same place and at the same weight."""
+    def check_inside(self, name: str) -> None:
+        """ValueError where no document of this name is inside."""
         if name not in self.texts:
             raise ValueError(f"no document named {name!r} is inside")
-        [self._adapters[name]] = self.model.internalize_each({name: text})
-        self.texts[name] = text
+
+    def internalized(self, name: str, text: str, progress: Report | bool | None = None) -> Any:
+        """The adapter of a text, which is not put inside. progress: as of `internalize_each`, if the model takes it."""
+        internalize = self.model.internalize_each
+        options = {"progress": progress} if progress is not None and takes(internalize, "progress") else {}
+        [adapter] = internalize({name: text}, **options)
+        return adapter
+
+    def add(self, text: str, name: str = "", adapter: Any = None) -> str:
+        """The name under which `text` is now inside (counted, if none is given). ValueError for one that is taken.
+
+        adapter: that of the text (see `internalized`), made here if none is given.
+        """
+        name = name.strip() or self.free_name()
+        self.check_free(name)
+        adapter = self.internalized(name, text) if adapter is None else adapter
+        with self._lock:
+            self.check_free(name)
+            self.texts[name], self.weights[name], self._adapters[name] = text, 1.0, adapter
+        return name
+
+    def replace(self, name: str, text: str, adapter: Any = None) -> None:
+        """Another text under the same name, in the same place and at the same weight. adapter: as of `add`."""
+        self.check_inside(name)
+        adapter = self.internalized(name, text) if adapter is None else adapter
+        with self._lock:
+            self.check_inside(name)
+            self.texts[name], self._adapters[name] = text, adapter
 
     def remove(self, name: str) -> None:
         """Afterwards the model is as if the document had never been added."""
-        for holder in (self.texts, self.weights, self._adapters):
-            del holder[name]
+        with self._lock:
+            for holder in (self.texts, self.weights, self._adapters):
+                del holder[name]
 
     def adapter(self) -> Any:
         """The sum of all documents' blocks at their weights and the two strengths; None if nothing is inside."""
-        if not self._adapters:
+        held = self.copy()
+        if not held._adapters:
             return None
-        weighted = (each.scaled(self.weights[name] * self.adapter_strength) for name, each in self._adapters.items())
-        adapter = sum(weighted)
-        return adapter if adapter.bias is None else adapter.scaled_bias(self.bias_strength)
+        adapter = sum(each.scaled(held.weights[name] * held.adapter_strength) for name, each in held._adapters.items())
+        return adapter if adapter.bias is None else adapter.scaled_bias(held.bias_strength)
 
     def inside(self) -> list[dict]:
         """One row per document: name, n_characters, n_blocks, weight (before the adapter strength)."""
+        held = self.copy()
         return [
             {
                 "name": name,
                 "n_characters": len(text),
-                "n_blocks": len(self._adapters[name].blocks),
-                "weight": self.weights[name],
+                "n_blocks": len(held._adapters[name].blocks),
+                "weight": held.weights[name],
             }
-            for name, text in self.texts.items()
+            for name, text in held.texts.items()
         ]
 
-    def answers(self, question: str) -> list[tuple[str, str]]:
+    def state(self) -> str:
+        """In a line: what is inside, at which weights and strengths, and the system message."""
+        held = self.copy()
+        names = [name if (w := held.weights[name]) == 1 else f"{name} (weight {w:.2f})" for name in held.texts]
+        more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+        line = f"inside: {', '.join(names[:NAMED]) or 'nothing'}{more}"
+        if names:
+            line += f"; adapter {held.adapter_strength:.2f}, bias {held.bias_strength:.2f}"
+        return line + (f"; system: {held.system.strip()}" if held.system.strip() else "")
+
+    def answers(self, question: str, report: Report | None = None) -> list[tuple[str, str]]:
         """(where it came from, answer) of the model with the adapter, without it, and with the documents in its prompt;
         where the adapter has several blocks, also of the most relevant one alone (see `routing`).
 
-        What one of them cannot do (documents longer than the window, say) is told in its place.
+        What one of them cannot do (documents longer than the window, say) is told in its place. report(done, total)
+        is called after each of them.
         """
-        adapter, in_prompt = self.adapter(), "\n\n".join([*self.texts.values(), question])
-        answers = [(WITH_ADAPTER, self._answer(question, adapter))]
+        held = self.copy()
+        adapter, in_prompt = held.adapter(), "\n\n".join([*held.texts.values(), question])
+        ways: list[tuple[str, str, Any, dict]] = [(WITH_ADAPTER, question, adapter, {})]
         if adapter is not None and len(adapter.blocks) > 1:
-            answers.append((ROUTED, self._answer(question, adapter, blocks=1)))
-        return [*answers, (WITHOUT, self._answer(question, None)), (IN_PROMPT, self._answer(in_prompt, None))]
+            ways.append((ROUTED, question, adapter, {"blocks": 1}))
+        ways += [(WITHOUT, question, None, {}), (IN_PROMPT, in_prompt, None, {})]
+        answers = []
+        for source, prompt, applied, options in ways:
+            answers.append((source, held._answer(prompt, applied, **options)))
+            if report is not None:
+                report(len(answers), len(ways))
+        return answers
 
     def _answer(self, prompt: str, adapter: Any, **options: Any) -> str:
         if self.system.strip():
@@ -373,137 +418,297 @@ class Conversation:
             return f"(no answer: {error})"
 
 
-def chat(model: Any, documents: str | Sequence[str] | Mapping[str, str] | None = None, question: str = "") -> Viewer:
+class Chat(Viewer):
     """A page to paste documents and ask: the adapter beside the base model without and with the documents.
 
-    model: a DocToLoRA (see `Conversation` for what is used of it). documents (as `internalize` takes them) are
-    internalized at once, and `question` is asked at once, so that the page has something to show.
+    Nothing that a person gives it is lost. A text leaves its box when it was taken to be internalized; what cannot be,
+    or is stopped, comes back into the box, or, if another text is there meanwhile, into a line of its own. Documents
+    wait for one another, and whatever changes an answer asks anew once nothing else runs.
+
+    Attributes: `conversation` (a Conversation), `turns` (list of Turn, the oldest first), `work` (a page.Work).
+    Arguments: see `chat`.
     """
-    given = documents if isinstance(documents, Mapping) else name_documents(documents) if documents else {}
-    conversation = Conversation(model)
-    name = W.Text(description="Name", placeholder="optional")
-    text = W.Textarea(description="Document", placeholder="paste a text here", rows=6, layout=W.Layout(width="98%"))
-    add = W.Button(description="Add document", icon="plus", button_style="primary")
-    listed = W.VBox()
-    adapter_strength = _strength("Adapter strength")
-    bias_strength = _strength("Bias strength")
-    inside, status, answers = W.HTML(), W.HTML(), W.HTML()
-    asked = W.Text(description="Question", value=question, continuous_update=False, layout=W.Layout(width="80%"))
-    ask = W.Button(description="Ask", icon="comment", button_style="primary")
-    system = W.Text(
-        description="System",
-        placeholder="optional system message",
-        continuous_update=False,
-        layout=W.Layout(width="80%"),
-    )
-    clear = W.Button(description="Clear", icon="eraser", tooltip="forget the questions and answers, keep the documents")
-    answered_for, editing = None, None
-    turns: list[Turn] = []
 
-    def refresh(_=None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        documents: str | Sequence[str] | Mapping[str, str] | None = None,
+        question: str = "",
+        background: bool | None = None,
+    ):
+        given = documents if isinstance(documents, Mapping) else name_documents(documents) if documents else {}
+        super().__init__([], "")
+        self.conversation, self.turns, self.work = Conversation(model), [], Work(background)
+        self._editing: str | None = None
+        self._draft = ("", "")  # name and text that were in the box when the edit of a document began
+        self._coming: set[str] = set()  # names of documents that are being internalized, or wait for it
+        self._requested: tuple | None = None  # what the latest answers depend on
+        self._is_shown = False
+        self._make_controls(question)
+        for name, text in given.items():
+            self._bring_in(name, name, text)
+        self._refresh()
+        if self.work.was_interrupted:
+            raise KeyboardInterrupt
+        self._connect()
+        self._is_shown = True
+        self.static_html = self._inside.value + self._answers.value
+
+    def _make_controls(self, question: str) -> None:
+        late, wide = {"continuous_update": False}, {"layout": W.Layout(flex="1 1 300px", width="auto")}
+        self._name = W.Text(description="Name", placeholder="optional", layout=W.Layout(max_width="100%"))
+        self._text = W.Textarea(
+            description="Document", placeholder="paste a text here", rows=6, layout=W.Layout(width="98%")
+        )
+        self._add = W.Button(description="Add document", icon="plus", button_style="primary")
+        self._cancel = W.Button(
+            description="Cancel", icon="times", tooltip="leave the document as it is", layout=W.Layout(display="none")
+        )
+        self._listed, self._kept = W.VBox(), W.VBox()
+        self._adapter_strength, self._bias_strength = _strength("Adapter strength"), _strength("Bias strength")
+        self._inside, self._answers = W.HTML(), W.HTML()
+        self._asked = W.Text(description="Question", value=question, **late, **wide)
+        self._ask = W.Button(description="Ask", icon="comment", button_style="primary")
+        self._clear = W.Button(
+            description="Clear", icon="eraser", tooltip="forget the questions and answers, keep the documents"
+        )
+        self._system = W.Text(description="System", placeholder="optional system message", **late, **wide)
+        self.children = [
+            self._inside,
+            self._listed,
+            self._kept,
+            self._name,
+            self._text,
+            wrapped([self._add, self._cancel]),
+            wrapped([self._adapter_strength, self._bias_strength]),
+            wrapped([self._system]),
+            wrapped([self._asked, self._ask, self._clear]),
+            self.work.status,
+            self.work.bar,
+            self._answers,
+        ]
+
+    def _connect(self) -> None:
+        self._add.on_click(lambda _: self.work.soon(self._take))
+        self._cancel.on_click(lambda _: self._end_edit())
+        self._ask.on_click(self._on_ask)
+        self._clear.on_click(self._on_clear)
+        for control in (self._adapter_strength, self._bias_strength, self._system, self._asked):
+            listen(control, self._refresh)
+
+    # --- questions ------------------------------------------------------------------------------------------------
+
+    def _refresh(self, _: Any = None) -> None:
         """Draws what is inside, and asks the question again if anything that its answer depends on has changed."""
-        nonlocal answered_for
-        conversation.adapter_strength, conversation.bias_strength = adapter_strength.value, bias_strength.value
-        conversation.system = system.value
-        inside.value = render_inside(conversation.inside(), adapter_strength.value, bias_strength.value)
-        wanted = asked.value.strip()
-        settings = (adapter_strength.value, bias_strength.value, system.value)
-        state = (wanted, settings, *conversation.texts.items(), *conversation.weights.items())
-        if not wanted or state == answered_for:
+        with self.work.lock:
+            held = self.conversation
+            held.adapter_strength, held.bias_strength = self._adapter_strength.value, self._bias_strength.value
+            held.system = self._system.value
+            self._inside.value = render_inside(held.inside(), held.adapter_strength, held.bias_strength)
+            question = self._asked.value.strip()
+            settings = (held.adapter_strength, held.bias_strength, held.system)
+            state = (question, settings, *held.texts.items(), *held.weights.items())
+            if question and state != self._requested:
+                self._requested = state
+                self.work.tell("", key="ask")
+                self.work.start(
+                    "answering ...",
+                    lambda report: self._answered(question, report),
+                    self._keep_turn,
+                    self._forget_request,
+                    key=("answer", question),
+                    replaces=True,
+                    unit="answers",
+                )
+
+    def _answered(self, question: str, report: Report) -> Turn:
+        held = self.conversation.copy()
+        return Turn(question, held.answers(question, report), held.state())
+
+    def _keep_turn(self, turn: Turn) -> None:
+        kept = self.turns[:-1] if self.turns and self.turns[-1].question == turn.question else self.turns
+        page = render_answers([*kept, turn])
+        self.turns[:] = [
+            *kept,
+            turn,
+        ]  # the same question again, with something else inside, takes the place of the last
+        self._answers.value = page
+
+    def _forget_request(self, _: str) -> None:
+        self._requested = None
+
+    def _on_ask(self, _: Any) -> None:
+        if self._asked.value.strip():
+            self._refresh()
+        else:
+            self.work.tell("Nothing was asked: type a question first.", key="ask")
+
+    def _on_clear(self, _: Any) -> None:
+        with self.work.lock:
+            self.work.leave_out(lambda key: isinstance(key, tuple) and key[0] == "answer")
+            self.turns.clear()
+            self._requested = None
+            self._answers.value = render_answers(self.turns)
+
+    # --- documents ------------------------------------------------------------------------------------------------
+
+    def _take(self) -> None:
+        """Takes what is in the box now, and frees the box for the next text."""
+        with self.work.lock:
+            title, text, editing = self._name.value, self._text.value, self._editing
+            name = editing or title.strip() or self.conversation.free_name(self._coming)
+            if not text and editing is None:
+                if not self.work.has("add"):  # the second click of two on one text is no mistake to tell
+                    self.work.tell("The box is empty: paste a text, then add it.", key="add")
+                return
+            if name in self._coming:
+                self.work.tell(f"{name!r} is being internalized: wait, or choose another name", True, key="kept")
+                return
+            if editing is None:
+                try:
+                    self.conversation.check_free(name)
+                except ValueError as error:
+                    self.work.tell(f"ValueError: {error}", True, key="add")
+                    return
+            self._end_edit() if editing else self._fill("", "", None)
+            self._bring_in(name, title, text, editing)
+
+    def _bring_in(self, name: str, title: str, text: str, editing: str | None = None) -> None:
+        """Internalizes a text under this name, or in place of the one that is `editing`. title: as a person gave it."""
+        self._coming.add(name)
+
+        def internalize(report: Report) -> Any:
+            if editing is not None:
+                self.conversation.check_inside(editing)
+            # while the page is being built nobody sees its own bar
+            progress = report if self._is_shown else (len(text) > LONG_TEXT or None)
+            return self.conversation.internalized(name, text, progress)
+
+        def put_inside(adapter: Any) -> None:
+            if editing is None:
+                self.conversation.add(text, name, adapter)
+                self._listed.children = [*self._listed.children, self._row(name)]
+            else:
+                self.conversation.replace(editing, text, adapter)
+            self._coming.discard(name)
+            self._refresh()
+
+        def give_back(reason: str) -> None:
+            self._coming.discard(name)
+            self._give_back(title, text, editing, reason)
+
+        self.work.start(f"internalizing {name} ...", internalize, put_inside, give_back, key="add", unit="chunks")
+
+    def _give_back(self, title: str, text: str, editing: str | None, reason: str) -> None:
+        """A text that is not inside goes back where it came from, or into a line of its own if that is taken."""
+        if editing not in self.conversation.texts:
+            editing = None
+        if not (self._text.value or self._name.value or self._editing):
+            self._fill(title, text, editing)
             return
+        note = f"not added: {editing or title.strip() or _short(text)} ({len(text):,} characters): {reason}"
+        put_back = W.Button(description="Put back", icon="undo", tooltip="put this text into the box again")
+        discard = W.Button(description="Discard", icon="trash", tooltip="forget this text")
+        line = wrapped([_line(render_view("kept", html.escape(note))), put_back, discard])
 
-        def answer() -> None:
-            turn = (wanted, conversation.answers(wanted))
-            if turns and turns[-1][0] == wanted:  # the same question again, with something else inside
-                turns.pop()
-            turns.append(turn)
-            answers.value = render_answers(turns)
+        def drop(_: Any = None) -> None:
+            self._kept.children = [child for child in self._kept.children if child is not line]
 
-        if attempt(status, answer, "answering ...", "ready"):
-            answered_for = state
+        def restore(_: Any) -> None:
+            with self.work.lock:
+                if self._text.value or self._name.value or self._editing:
+                    self.work.tell("The box holds another text: add it, or empty it first.", key="kept")
+                else:
+                    self.work.tell("", key="kept")
+                    self._fill(title, text, editing if editing in self.conversation.texts else None)
+                    drop()
 
-    def row(document: str) -> W.HBox:
-        weight = W.FloatSlider(description="Weight", value=1.0, min=-1.0, max=2.0, step=0.05, continuous_update=False)
+        put_back.on_click(restore)
+        discard.on_click(drop)
+        self._kept.children = [*self._kept.children, line]
+
+    def _fill(self, title: str, text: str, editing: str | None) -> None:
+        """Puts a text into the box, to be added, or (editing) to take the place of that document's."""
+        self._editing = editing
+        self._name.value, self._text.value, self._name.disabled = editing or title, text, editing is not None
+        self._add.description = "Replace document" if editing else "Add document"
+        self._cancel.layout.display = None if editing else "none"
+
+    def _begin_edit(self, document: str) -> None:
+        with self.work.lock:
+            if self._editing is None:
+                self._draft = self._name.value, self._text.value
+            elif self._text.value != self.conversation.texts[self._editing]:
+                message = (
+                    f"The text of {self._editing!r} in the box is changed: replace the document, or cancel, first."
+                )
+                self.work.tell(message, key="kept")
+                return
+            self.work.tell("", key="kept")
+            self._fill("", self.conversation.texts[document], document)
+
+    def _end_edit(self) -> None:
+        """The box holds again what it held before the edit."""
+        with self.work.lock:
+            draft, self._draft = self._draft, ("", "")
+            self.work.tell("", key="kept")
+            self._fill(*draft, None)
+
+    def _row(self, document: str) -> W.HBox:
+        """The controls of a document that is inside."""
+        weight = W.FloatSlider(
+            description="Weight",
+            value=1.0,
+            min=-1.0,
+            max=2.0,
+            step=0.05,
+            continuous_update=False,
+            layout=W.Layout(max_width="100%"),
+        )
         edit = W.Button(description="Edit", icon="pencil", tooltip=f"change the text of {document}")
         remove = W.Button(description="Remove", icon="trash", tooltip=f"take {document} out again")
-        title = W.HTML(render_view("name", html.escape(document), document=document), layout=W.Layout(width="240px"))
-        line = W.HBox([title, weight, edit, remove])
+        title = _line(render_view("name", html.escape(document), document=document))
+        line = wrapped([title, weight, edit, remove])
 
         def reweigh(change: dict) -> None:
-            conversation.weights[document] = change["new"]
-            refresh()
+            with self.work.lock:
+                if document in self.conversation.weights:
+                    self.conversation.weights[document] = change["new"]
+                    self._refresh()
 
-        def drop(_) -> None:
-            conversation.remove(document)
-            if editing == document:
-                edit_document(None)
-            listed.children = [child for child in listed.children if child is not line]
-            refresh()
+        def drop(_: Any) -> None:
+            with self.work.lock:
+                if document not in self.conversation.texts:  # the second click of two
+                    return
+                if self._editing == document:
+                    if self._text.value == self.conversation.texts[document]:
+                        self._end_edit()
+                    else:  # a changed text stays, as that of a document to add
+                        self._fill(document, self._text.value, None)
+                self.conversation.remove(document)
+                self._listed.children = [child for child in self._listed.children if child is not line]
+                self._refresh()
 
-        def change(_) -> None:
-            edit_document(document)
-
-        weight.observe(reweigh, "value")
-        edit.on_click(change)
+        listen(weight, reweigh)
+        edit.on_click(lambda _: self._begin_edit(document))
         remove.on_click(drop)
         return line
 
-    def edit_document(document: str | None) -> None:
-        """Puts a document's text where it can be changed, or (None) makes room for a new one."""
-        nonlocal editing
-        editing = document
-        name.value, text.value = document or "", conversation.texts.get(document, "")
-        name.disabled = document is not None
-        add.description = "Replace document" if document else "Add document"
 
-    def insert(body: str, title: str) -> bool:
-        def internalize() -> None:
-            added = conversation.add(body, title)
-            listed.children = [*listed.children, row(added)]
+def chat(
+    model: Any,
+    documents: str | Sequence[str] | Mapping[str, str] | None = None,
+    question: str = "",
+    background: bool | None = None,
+) -> Chat:
+    """A page to paste documents and ask: the adapter beside the base model without and with the documents.
 
-        done = attempt(status, internalize, "internalizing ...", "ready")
-        if done:
-            refresh()
-        return done
-
-    def on_add(_) -> None:
-        if editing is None:
-            done = insert(text.value, name.value)
-        elif done := attempt(status, lambda: conversation.replace(editing, text.value), "internalizing ...", "ready"):
-            refresh()
-        if done:
-            edit_document(None)
-
-    def on_clear(_) -> None:
-        nonlocal answered_for
-        turns.clear()
-        answered_for = None
-        answers.value = render_answers(turns)
-
-    for title, body in given.items():
-        insert(body, title)
-    refresh()
-    add.on_click(on_add)
-    ask.on_click(refresh)
-    clear.on_click(on_clear)
-    for control in (adapter_strength, bias_strength, system, asked):
-        control.observe(refresh, "value")
-    column = W.Layout(width="100%")
-    return Viewer(
-        [
-            inside,
-            listed,
-            name,
-            text,
-            add,
-            W.HBox([adapter_strength, bias_strength], layout=W.Layout(flex_flow="row wrap")),
-            system,
-            W.HBox([asked, ask, clear], layout=column),
-            status,
-            answers,
-        ],
-        static_html=inside.value + answers.value,
-    )
+    model: a DocToLoRA (see `Conversation` for what is used of it).
+    documents (as `internalize` takes them) are internalized at once, and `question` is asked at once, so that the page
+    has something to show.
+    background: whether work runs in a thread beside the page (see `page.Work`); None: what a person starts on the page.
+    """
+    return Chat(model, documents, question, background)
 
 
 def _strength(label: str) -> W.FloatSlider:
@@ -515,5 +720,15 @@ def _strength(label: str) -> W.FloatSlider:
         step=0.05,
         continuous_update=False,
         style={"description_width": "initial"},
-        layout=W.Layout(width="360px"),
+        layout=W.Layout(width="360px", max_width="100%"),
     )
+
+
+def _line(page: str) -> W.HTML:
+    """A text at the beginning of a row of controls."""
+    return W.HTML(page, layout=W.Layout(width="auto", min_width="120px", flex="1 1 160px"))
+
+
+def _short(text: str) -> str:
+    first = " ".join(text.split())
+    return f"“{first[:40]}…”" if len(first) > 40 else f"“{first}”"

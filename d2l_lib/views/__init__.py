@@ -1,0 +1,1 @@
+"""Pages in a notebook: what they have in common is in `page`."""
