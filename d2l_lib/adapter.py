@@ -21,18 +21,27 @@ import torch
 from torch import Tensor, nn
 
 from d2l_lib.documents import check_count
-from d2l_lib.records import atomic_file
+from d2l_lib.records import atomic_file, safetensors_metadata
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 FORMAT = "d2l-adapter"
 FORMAT_VERSION = 1
+_USUAL_ENDINGS = ("", ".safetensors", ".st", ".sft", ".adapter", ".lora", ".d2l")  # of files that `save` may replace
 # Where a target module sits in a decoder layer; used for export when the adapter does not carry its own paths.
 USUAL_PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
 USUAL_PARENTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 
 Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+def _may_replace(path: Path) -> bool:
+    """Whether `save` may replace a file: an adapter, or what is no tensors and not named as another kind of file."""
+    metadata = safetensors_metadata(path)
+    if metadata is not None:
+        return FORMAT in metadata
+    return path.suffix in _USUAL_ENDINGS or path.stat().st_size == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -410,7 +419,11 @@ class Adapter:
     # --- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the labels as JSON in its header; complete or not there at all."""
+        """Write one safetensors file with the labels as JSON in its header; complete or not there at all.
+
+        path: a file of this name is replaced; FileExistsError where it holds the tensors of something else (a model's
+        weights), or has the ending of another kind of file (.pdf, .txt).
+        """
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
@@ -434,7 +447,7 @@ class Adapter:
             bias = {side: keep(f"bias.{side}", factors) for side, factors in pairs.items()}
         plain = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         header = {"format": FORMAT, "version": FORMAT_VERSION, "blocks": rows, "bias": bias, **plain}
-        with atomic_file(path) as temporary:
+        with atomic_file(path, replaces=_may_replace) as temporary:
             save_file(tensors, temporary, metadata={FORMAT: json.dumps(header, ensure_ascii=False)})
         return Path(path)
 

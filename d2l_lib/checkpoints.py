@@ -10,6 +10,7 @@ every tensor bit for bit:
 
 import argparse
 import json
+import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from d2l_lib import pickles
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.pickles import CheckpointError, Record
-from d2l_lib.records import atomic_folder
+from d2l_lib.records import PRETRAINED_FILES, FolderKind, atomic_folder, check_folder, read_json, read_whole
 
 __all__ = ["CheckpointError", "convert", "export", "load_checkpoint", "read_published", "save_checkpoint"]
 
@@ -31,11 +32,46 @@ VERSION = 1
 WEIGHTS = "hypernetwork.safetensors"
 SETTINGS = "config.json"
 PUBLISHED = "pytorch_model.bin"
+PARTS = ("base_model", "encoder_model")  # models that may lie in the folder too
 MOST_LAYERS = 1000  # of a Perceiver and its head, far above any published one
 LONGEST_NAME, LONGEST_PATH = 200, 1000  # characters of a tensor's or module's name, and of a model's
 
 
 # ------------------------------------------------------------------------------------------- this project's format
+
+
+def _written_files(folder: Path) -> list[str]:
+    """The files that a folder of this format was written with; () where it is none.
+
+    A base model or context encoder was written into it where its settings name none; any other was put there.
+    """
+    settings = read_json(folder / SETTINGS)
+    if settings["format"] != FORMAT:
+        return []
+    parts = [part for part in PARTS if settings["meta"].get(part, "") is None]
+    return [SETTINGS, WEIGHTS, *(f"{part}/{name}" for part in parts for name in PRETRAINED_FILES)]
+
+
+MODEL_FOLDER = FolderKind(
+    "model folder",
+    (SETTINGS, WEIGHTS, *(f"{part}/{name}" for part in PARTS for name in PRETRAINED_FILES)),
+    _written_files,
+)
+
+
+def part_in(folder: str | Path, name: str, source: str | None) -> dict[str, Any] | None:
+    """{"meta": what the settings of a model folder are to say} where the model `source` is its own `name`/, else None.
+
+    folder: as `save_checkpoint` takes it; name: one of PARTS. The settings go on naming what they named, so that a
+    model that somebody else put there is never taken for one that this project wrote.
+    """
+    place = Path(folder) / name
+    if source is None or not place.is_dir() or os.path.realpath(source) != os.path.realpath(place):
+        return None
+    try:
+        return {"meta": read_json(Path(folder) / SETTINGS)["meta"][name]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {"meta": source}
 
 
 def save_checkpoint(
@@ -46,25 +82,37 @@ def save_checkpoint(
 ) -> Path:
     """Write the hypernetwork and `meta` (plain JSON values) as a folder; it appears complete or not at all.
 
+    folder: a new or empty one, or an earlier one of this format; FileExistsError for others (see `atomic_folder`).
+
     `dtype`: round to this precision on disk (loading makes float32 of it again); ValueError where a value does not
     fit into it.
     """
+    tensors = _tensors_of(hypernetwork, dtype)
+    with atomic_folder(folder, MODEL_FOLDER) as unfinished:
+        _write_files(unfinished, hypernetwork.config, tensors, meta)
+    return Path(folder)
+
+
+def write_checkpoint(folder: Path, hypernetwork: Hypernetwork, meta: dict[str, Any]) -> None:
+    """Write the files of `save_checkpoint` into an unfinished folder (see `atomic_folder`)."""
+    _write_files(folder, hypernetwork.config, _tensors_of(hypernetwork, None), meta)
+
+
+def _tensors_of(hypernetwork: Hypernetwork, dtype: torch.dtype | None) -> dict[str, Tensor]:
     # named_parameters lists a shared layer once; loading restores the aliases.
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in hypernetwork.named_parameters()}
     if dtype is not None and (unfit := [name for name, value in tensors.items() if not value.isfinite().all()]):
         raise ValueError(f"{unfit[0]} has values that do not fit into {dtype}: save it without dtype")
-    return _write_folder(folder, hypernetwork.config, tensors, meta)
+    return tensors
 
 
-def _write_folder(
-    folder: str | Path, config: HypernetworkConfig, tensors: dict[str, Tensor], meta: dict[str, Any] | None
-) -> Path:
+def _write_files(
+    folder: Path, config: HypernetworkConfig, tensors: dict[str, Tensor], meta: dict[str, Any] | None
+) -> None:
     settings = {"format": FORMAT, "version": VERSION, "hypernetwork": config.to_dict(), "meta": meta or {}}
     text = json.dumps(settings, indent=2)
-    with atomic_folder(folder) as unfinished:
-        save_file(tensors, unfinished / WEIGHTS)
-        (unfinished / SETTINGS).write_text(text + "\n", encoding="utf-8")
-    return Path(folder)
+    save_file(tensors, folder / WEIGHTS)
+    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
 
 def load_checkpoint(folder: str | Path) -> tuple[Hypernetwork, dict[str, Any]]:
@@ -72,7 +120,7 @@ def load_checkpoint(folder: str | Path) -> tuple[Hypernetwork, dict[str, Any]]:
 
     FileNotFoundError names the missing file; CheckpointError says what is wrong with a damaged one.
     """
-    config, tensors, meta = _read_folder(Path(folder))
+    config, tensors, meta = read_whole(folder, _read_folder)
     return build_hypernetwork(config, tensors), meta
 
 
@@ -413,20 +461,25 @@ def convert(source: str | Path, target: str | Path, base_model: str | None = Non
     """Turn a published file into a folder of this project's format, or such a folder into a published file.
 
     source: `pytorch_model.bin`, a folder that holds it, or a folder of this project. target: a new folder, or for the
-    way back a file (or a folder to put `pytorch_model.bin` into). Tensors keep their bits and precision. base_model:
-    stored instead of the name that the source has. What was written is returned.
+    way back a file (or a folder to put `pytorch_model.bin` into). An earlier output is replaced; FileExistsError for
+    any other file and for a folder with other files, the source's own among them. Tensors keep their bits and
+    precision. base_model: stored instead of the name that the source has. What was written is returned.
     """
     source, target = Path(source), Path(target)
     if (source / WEIGHTS).is_file():
-        config, tensors, meta = _read_folder(source)
-        tensors = _once(_skeleton(config), tensors)
         path = target if target.suffix == ".bin" else target / PUBLISHED
+        pickles.check_file(path)
+        config, tensors, meta = read_whole(source, _read_folder)
+        tensors = _once(_skeleton(config), tensors)
         return _write_published(path, config, tensors, base_model or meta.get("base_model"))
     if target.suffix == ".bin":
         raise ValueError(f"{source} is not a folder with {WEIGHTS}; from a published file the way leads to a folder")
+    check_folder(target, MODEL_FOLDER)
     config, tensors, stored = read_published(source)
     tensors = {name: tensor.contiguous() for name, tensor in _once(_skeleton(config), tensors).items()}
-    return _write_folder(target, config, tensors, {"base_model": base_model or stored})
+    with atomic_folder(target, MODEL_FOLDER) as unfinished:
+        _write_files(unfinished, config, tensors, {"base_model": base_model or stored})
+    return target
 
 
 def main(arguments: list[str] | None = None) -> None:

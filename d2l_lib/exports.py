@@ -27,7 +27,15 @@ from torch import Tensor, nn
 from d2l_lib.adapter import Adapter, Block
 from d2l_lib.base_model import decoder_layers, open_adapters, target_linears
 from d2l_lib.documents import check_count
-from d2l_lib.records import atomic_folder, read_json, write_json
+from d2l_lib.records import (
+    FolderKind,
+    atomic_folder,
+    check_folder,
+    read_json,
+    read_whole,
+    safetensors_metadata,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
@@ -55,6 +63,14 @@ _PLAIN = frozenset(
 # Ways to begin a training that also change the base model's weights.
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
+
+def _written_files(folder: Path) -> tuple[str, ...]:
+    """The files of an earlier export; () for any other folder."""
+    is_ours = read_json(folder / CONFIG)["peft_type"] == "LORA" and RECORD in safetensors_metadata(folder / WEIGHTS)
+    return (CONFIG, WEIGHTS) if is_ours else ()
+
+
+EXPORT_FOLDER = FolderKind("export of an adapter", (CONFIG, WEIGHTS), _written_files)
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -69,6 +85,8 @@ def export_peft(
 ) -> Path:
     """Write a PEFT LoRA folder: adapter_model.safetensors and adapter_config.json; complete or not there at all.
 
+    folder: a new or empty one, or an earlier export, which is replaced; FileExistsError names the files of any other.
+
     The sum of all blocks with the bias is one LoRA in every target linear: loaded with PeftModel.from_pretrained it
     gives this adapter's logits. Writing it does not need peft.
     rank: at most so many rows (`Adapter.compressed`; None: all of them, nothing is lost). dtype: float32, bfloat16 or
@@ -81,6 +99,7 @@ def export_peft(
 
     if adapter.rank == 0:
         raise ValueError("this adapter is empty: there is nothing to export")
+    check_folder(folder, EXPORT_FOLDER)
     if rank is not None:
         check_count(rank, "rank")
     if dtype is not None and dtype not in PRECISIONS:
@@ -124,7 +143,7 @@ def export_peft(
         "error": _share(torch.cat([*norms.values()]).norm(dim=0)),
         "errors": {module: [_share(pair) for pair in pairs] for module, pairs in norms.items()},
     }
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, EXPORT_FOLDER) as temporary:
         metadata = {"format": "pt", RECORD: json.dumps(record, ensure_ascii=False, allow_nan=False)}
         save_file(tensors, temporary / WEIGHTS, metadata=metadata)
         write_json(temporary / CONFIG, config)
@@ -183,7 +202,7 @@ def export_errors(folder: str | Path) -> pd.DataFrame:
     Columns: module, layer (0 = first), error (0 where neither rank= nor dtype= changed anything). The error over all of
     them is in `attrs["error"]`. ValueError for a folder that `export_peft` did not write.
     """
-    record = _read_folder(folder)[2]
+    record = read_whole(folder, _read_folder)[2]
     if not record:
         raise ValueError(f"{folder} does not say what it lost: it was not written by export_peft")
     rows = [
@@ -325,7 +344,7 @@ def check_export(folder: str | Path, loader: str = "peft", base_model: nn.Module
       model's configuration for the conversion.
     """
     _check_loader(loader)
-    config, tensors, record = _read_folder(folder)
+    config, tensors, record = read_whole(folder, _read_folder)
     pairs, others = _pairs(tensors)
     extras = _not_plain(config)
     problems = [] if pairs else ["there is no pair of lora_A and lora_B tensors"]
@@ -410,7 +429,7 @@ def import_peft(
     Only safetensors files are read. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases,
     modules_to_save, ...) or lies outside the decoder layers: merge such an adapter into the base model with peft.
     """
-    config, tensors, record = _read_folder(folder)
+    config, tensors, record = read_whole(folder, _read_folder)
     pairs, others = _pairs(tensors)
     if extras := _not_plain(config):
         raise ValueError(

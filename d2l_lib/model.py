@@ -37,7 +37,15 @@ from d2l_lib.base_model import (
     target_linears,
     without_lora,
 )
-from d2l_lib.checkpoints import WEIGHTS, build_hypernetwork, load_checkpoint, read_published, save_checkpoint
+from d2l_lib.checkpoints import (
+    MODEL_FOLDER,
+    WEIGHTS,
+    build_hypernetwork,
+    load_checkpoint,
+    part_in,
+    read_published,
+    write_checkpoint,
+)
 from d2l_lib.documents import (
     chat_affixes,
     check_count,
@@ -50,7 +58,7 @@ from d2l_lib.hub import BASE_MODEL_FILES, checkpoint_in, from_hub
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras
 from d2l_lib.images import Document, Documents, image_inputs, is_image, name_texts_and_images
 from d2l_lib.lora import apply_lora
-from d2l_lib.records import atomic_folder
+from d2l_lib.records import atomic_folder, read_whole
 from d2l_lib.routing import Gate, route
 
 # Longest chunk that the published models are used with (needle evaluation, section 2).
@@ -558,8 +566,10 @@ class DocToLoRA:
         """Write a folder that `d2l.load` reads: the hypernetwork, its configuration, and where the base model is.
 
         include_base: write the base model and tokenizer (and a context encoder that is another model) into it too.
-        None does so only with a model that was not loaded by a name or path, for then it could not be found again. The
-        folder is complete or not there at all.
+        None does so only with a model that was not loaded by a name or path, for then it could not be found again.
+
+        The folder is complete or not there at all. It is a new or empty one, or an earlier one of `save`, which is
+        replaced; a base model that lies in it and is this model's stays. FileExistsError names the files of any other.
         """
         models = {"base_model": (self.base_model, self.tokenizer, self.base_source)}
         same_source = self.encoder.source is not None and self.encoder.source == self.base_source  # in 4-bit precision
@@ -570,7 +580,7 @@ class DocToLoRA:
             meta["least_relevance"] = self.least_relevance
         if self.gate is not None:
             meta["gate"] = asdict(self.gate)
-        included = []
+        included, kept = [], []
         for name, (_, _, source) in models.items():
             include = source is None if include_base is None else include_base
             if not include and source is None:
@@ -580,8 +590,11 @@ class DocToLoRA:
                 )
             meta[name] = None if include else source
             included += [name] if include else []
-        with atomic_folder(folder) as temporary:
-            save_checkpoint(temporary, self.hypernetwork, meta)
+            if not include and (stays := part_in(folder, name, source)) is not None:
+                meta[name] = stays["meta"]
+                kept.append(name)
+        with atomic_folder(folder, MODEL_FOLDER, kept) as temporary:
+            write_checkpoint(temporary, self.hypernetwork, meta)
             for name in included:
                 network, tokenizer, _ = models[name]
                 network.save_pretrained(temporary / name)
@@ -619,21 +632,18 @@ def load(
     for another base model. No code out of a checkpoint is ever run.
     """
     place = find_checkpoint(source)
+    options = {
+        "device": device,
+        "dtype": dtype,
+        "base_model": base_model,
+        "encoder_model": encoder_model,
+        "device_map": device_map,
+    }
     if place.is_file():
         config, tensors, stored = read_published(place)
-        hypernetwork, meta = build_hypernetwork(config, tensors), {"base_model": stored}
-    else:
-        hypernetwork, meta = load_checkpoint(place)
-    return assemble(
-        hypernetwork,
-        meta,
-        folder=place.parent if place.is_file() else place,
-        device=device,
-        dtype=dtype,
-        base_model=base_model,
-        encoder_model=encoder_model,
-        device_map=device_map,
-    )
+        meta = {"base_model": stored}
+        return assemble(build_hypernetwork(config, tensors), meta, folder=place.parent, **options)
+    return read_whole(place, lambda folder: assemble(*load_checkpoint(folder), folder=folder, **options))
 
 
 def assemble(

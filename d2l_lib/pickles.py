@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 import pickletools
 import re
@@ -27,8 +28,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from d2l_lib.records import atomic_file
+from d2l_lib.records import atomic_file, check_replaceable
 
+COMMENT = b"doc-to-lora export"  # at the end of the zip files that `write` makes; torch.load passes it over
 LONGEST_PICKLE = 2 << 20  # bytes; the published ones have some tens of thousands
 REQUIRED = ("base_model_name_or_path", "hypernet_config")
 
@@ -192,6 +194,10 @@ class _Archive:
         size = file.seek(0, io.SEEK_END)
         try:
             self.zip = zipfile.ZipFile(file)
+            comment = self.zip.comment
+            file.seek(-2 - len(comment), io.SEEK_END)
+            if int.from_bytes(file.read(2), "little") != len(comment):  # zipfile reads a comment that is cut off
+                raise zipfile.BadZipFile("the comment is shorter than it says")
         except zipfile.BadZipFile as error:
             raise CheckpointError(f"{name} is cut off or damaged (its end is missing): copy it again") from error
         entries = self.zip.infolist()
@@ -466,9 +472,29 @@ class _Pickler(pickle._Pickler):
             super().save_global(obj, name)
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether `write` made this file."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(COMMENT)))
+        return file.read() == COMMENT
+
+
+def check_file(path: str | Path) -> None:
+    """FileExistsError where there is a file that `write` did not make; such a file is never replaced."""
+    check_replaceable(path, _is_ours)
+
+
 def write(path: str | Path, content: OrderedDict[str, Any]) -> Path:
-    """Write tensors and records as `torch.save` writes them where the published classes can be imported."""
+    """Write tensors and records as `torch.save` writes them where the published classes can be imported.
+
+    FileExistsError where there is a file that this function did not write.
+    """
     module = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file, pickle_module=module, pickle_protocol=2)
+    with atomic_file(path, replaces=_is_ours) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(content, file, pickle_module=module, pickle_protocol=2)
+        with open(temporary, "r+b") as file:  # a zip file ends with the length of its comment, 0 here
+            file.seek(-2, os.SEEK_END)
+            file.write(len(COMMENT).to_bytes(2, "little") + COMMENT)
     return Path(path)
