@@ -460,7 +460,9 @@ class Chat(Viewer):
         self._text = W.Textarea(
             description="Document", placeholder="paste a text here", rows=6, layout=W.Layout(width="98%")
         )
-        self._add = W.Button(description="Add document", icon="plus", button_style="primary")
+        self._add = W.Button(
+            description="Add document", icon="plus", button_style="primary", layout=W.Layout(width="180px")
+        )
         self._cancel = W.Button(
             description="Cancel", icon="times", tooltip="leave the document as it is", layout=W.Layout(display="none")
         )

@@ -91,7 +91,7 @@ class Viewer(W.VBox):
 
 def wrapped(children: Sequence[W.Widget]) -> W.HBox:
     """Controls in a row that breaks where the page is narrow."""
-    return W.HBox(list(children), layout=W.Layout(flex_flow="row wrap", width="100%"))
+    return W.HBox(list(children), layout=W.Layout(flex_flow="row wrap", align_items="center", width="100%"))
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
