@@ -25,7 +25,7 @@ from .distillation import train_qa
 from .evaluation import summarise, world_samples
 from .model import DocToLoRA
 from .presets import QA_VARIANTS, HypernetworkPreset, QAPreset, qa_variant
-from .records import project_root, read_jsonl, write_jsonl
+from .records import project_root, read_rows, write_jsonl
 
 FACTS = (8, 20)  # facts of a document, where one-hop questions are asked
 SHARDS = selfgen.Settings(documents=1000, questions=8)  # the self-generated data of the variants that learn from it
@@ -64,7 +64,7 @@ def run_variant(
     hypernetwork = train_qa(p, base_model, tokenizer, run, seed, base_name, shards, **options)
     chunk_tokens = next(iter(p.stages.values())).chunk_tokens
     model = DocToLoRA(base_model, tokenizer, hypernetwork.eval().requires_grad_(False), chunk_tokens=chunk_tokens)
-    logs = [read_jsonl(path) for path in sorted(run.glob("*/log.jsonl"))]
+    logs = [read_rows(path) for path in sorted(run.glob("*/log.jsonl"))]
     seconds = sum(log[-1]["seconds"] for log in logs if log)
     return summarise(score_briefly(model, n, seed=0), ["task", "facts"]).assign(seconds=round(seconds))
 
@@ -78,7 +78,7 @@ def record_path(variant: str, seed: int) -> Path:
 def read_records() -> pd.DataFrame:
     """All rows that are recorded: variant, seed, task, facts, n, exact_match, low, high, seconds, command."""
     paths = [record_path(variant, seed) for variant in QA_VARIANTS for seed in range(10)]
-    return pd.DataFrame([row for path in paths if path.exists() for row in read_jsonl(path)])
+    return pd.DataFrame([row for path in paths if path.exists() for row in read_rows(path)])
 
 
 def share_warm_up(variant: str, run: Path, ours: Path) -> None:

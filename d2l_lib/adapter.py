@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from d2l_lib.documents import check_count
-from d2l_lib.records import atomic_file, safetensors_metadata
+from d2l_lib.records import atomic_file, parse_json, safetensors_metadata
 
 if TYPE_CHECKING:
+    from d2l_lib.formats.schemas import AdapterHeader
     from d2l_lib.model import DocToLoRA
 
 FORMAT = "d2l-adapter"
@@ -455,54 +456,61 @@ class Adapter:
     def load(cls, path: str | Path) -> Adapter:
         """The adapter that `save` wrote, on the CPU, bit for bit.
 
-        FileNotFoundError where there is no such file; ValueError for one that is cut off, corrupted, or no adapter.
+        FileNotFoundError where there is no such file, or a folder; ValueError for one that is cut off, corrupted, or no
+        adapter: labels of another kind (see `formats.schemas.AdapterHeader`), tensors that are missing, left over, of
+        other shapes, or no finite floating numbers.
         """
-        from safetensors import SafetensorError, safe_open
+        from d2l_lib.formats.schemas import AdapterHeader, check
+        from d2l_lib.formats.tensors import read_tensors
 
         path = Path(path)
         if not path.is_file():
             hint = "it is a folder" if path.is_dir() else "no such file"
             raise FileNotFoundError(f"no adapter at {path} ({hint}): give the file that adapter.save wrote")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a complete safetensors file ({error}): was it cut off?") from error
+        tensors, metadata = read_tensors(path)
         if FORMAT not in metadata:
             raise ValueError(f"{path} holds tensors but no adapter: give a file that adapter.save wrote")
-        try:
-            header = json.loads(metadata[FORMAT])
-            version = header["version"]
-            adapter = cls._from_header(header, tensors) if version == FORMAT_VERSION else None
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} has a damaged header ({type(error).__name__}: {error}): save it again") from error
-        if adapter is None:
+        where, advice = f"{path} has a damaged header", "save it again"
+        header = parse_json(metadata[FORMAT], f"{where}: its text", advice)
+        version = header.get("version") if isinstance(header, dict) else None
+        if type(version) is int and version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
-        return adapter
+        header = check(AdapterHeader, header, where, advice)
+        try:
+            return cls._from_header(header, tensors)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}: {advice}") from error
 
     @classmethod
-    def _from_header(cls, header: dict, tensors: dict[str, Tensor]) -> Adapter:
+    def _from_header(cls, header: AdapterHeader, tensors: dict[str, Tensor]) -> Adapter:
+        """The adapter of these labels; ValueError where tensors are missing, left over or of other shapes."""
+        sides = [*header.blocks, *([] if header.bias is None else [header.bias])]
+        named = {name for side in sides for names in (side.A, side.B) for name in names.values()}
+        if missing := sorted(named - tensors.keys()):
+            raise ValueError(f"the tensors {missing[:3]} are missing")
+        if others := sorted(tensors.keys() - named):
+            raise ValueError(f"the tensors {others[:3]} belong to no block")
+
         def pick(names: dict[str, str]) -> dict[str, Tensor]:
             return {module: tensors[name] for module, name in names.items()}
 
         blocks = [
-            Block(
-                document=row["document"],
-                chunk=row["chunk"],
-                span=None if row["span"] is None else tuple(row["span"]),
-                weight=row["weight"],
-                A=pick(row["A"]),
-                B=pick(row["B"]),
-            )
-            for row in header["blocks"]
+            Block(row.document, row.chunk, row.span, row.weight, pick(row.A), pick(row.B)) for row in header.blocks
         ]
+        for index, (block, row) in enumerate(zip(blocks, header.blocks, strict=True)):
+            if row.A.keys() != header.sizes.keys() or row.B.keys() != header.sizes.keys():
+                raise ValueError(f"blocks.{index} has other modules than sizes")
+            if any(tensor.dim() != 3 for tensor in (*block.A.values(), *block.B.values())):
+                raise ValueError(f"blocks.{index} has tensors that are not [layers, rank, size]")
         bias = None
-        if header["bias"] is not None:
-            A, B = pick(header["bias"]["A"]), pick(header["bias"]["B"])
+        if header.bias is not None:
+            A, B = pick(header.bias.A), pick(header.bias.B)
+            if A.keys() != header.sizes.keys() or B.keys() != header.sizes.keys():
+                raise ValueError("the bias has other modules than sizes")
             bias = {module: (A[module], B[module]) for module in A}
-        plain = {name: header[name] for name in _PLAIN_FIELDS}
-        plain["sizes"] = {module: tuple(sizes) for module, sizes in plain["sizes"].items()}
+        if not header.sizes:
+            raise ValueError("sizes names no module")
+        plain = {name: getattr(header, name) for name in _PLAIN_FIELDS}
         return cls(blocks=tuple(blocks), bias=bias, **plain)
 
     def export_peft(

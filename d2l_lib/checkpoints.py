@@ -11,13 +11,13 @@ every tensor bit for bit:
 import argparse
 import json
 import os
+import types
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from d2l_lib import pickles
@@ -34,7 +34,7 @@ SETTINGS = "config.json"
 PUBLISHED = "pytorch_model.bin"
 PARTS = ("base_model", "encoder_model")  # models that may lie in the folder too
 MOST_LAYERS = 1000  # of a Perceiver and its head, far above any published one
-LONGEST_NAME, LONGEST_PATH = 200, 1000  # characters of a tensor's or module's name, and of a model's
+LONGEST_NAME = 200  # characters of a tensor's name
 
 
 # ------------------------------------------------------------------------------------------- this project's format
@@ -128,28 +128,39 @@ def _read_folder(folder: Path) -> tuple[HypernetworkConfig, dict[str, Tensor], d
     for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: give a folder that save_checkpoint wrote")
+    path = folder / SETTINGS
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json(path)
     except ValueError as error:
-        raise CheckpointError(f"{folder / SETTINGS} is not valid JSON ({error}): copy the folder again") from error
+        raise CheckpointError(str(error)) from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / SETTINGS} does not describe a {FORMAT}")
-    if settings.get("version") != VERSION:
-        raise CheckpointError(f"{folder} has format version {settings.get('version')}, this code reads {VERSION}")
+        raise CheckpointError(f"{path} does not describe a {FORMAT}")
+    version = settings.get("version")
+    if type(version) is int and version != VERSION:
+        raise CheckpointError(f"{folder} has format version {version}, this code reads {VERSION}")
+    from d2l_lib.formats.schemas import CheckpointSettings, check
+
+    check(CheckpointSettings, settings, path, "copy the folder again", CheckpointError)
+    config = config_of_settings(settings["hypernetwork"], path)
+    return config, read_safetensors(folder / WEIGHTS), dict(settings.get("meta", {}))
+
+
+def config_of_settings(settings: Any, file: str | Path) -> HypernetworkConfig:
+    """The config that `to_dict` wrote, read from `file`; CheckpointError names the setting that is wrong."""
+    from d2l_lib.formats.schemas import HypernetworkSettings, check
+
+    check(HypernetworkSettings, settings, file, "copy the file again", CheckpointError)
     try:
-        config = HypernetworkConfig.from_dict(settings["hypernetwork"])
-        meta = dict(settings.get("meta", {}))
+        return HypernetworkConfig.from_dict(settings)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / SETTINGS}: {error}") from error
-    return config, read_safetensors(folder / WEIGHTS), meta
+        raise CheckpointError(f"{file}: hypernetwork: {error}") from error
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; CheckpointError for a damaged one."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}): copy it again") from error
+    """The tensors of a safetensors file, finite floating numbers; CheckpointError for a damaged one."""
+    from d2l_lib.formats.tensors import read_tensors
+
+    return read_tensors(path, CheckpointError)[0]
 
 
 def build_hypernetwork(config: HypernetworkConfig, state: dict[str, Tensor]) -> Hypernetwork:
@@ -184,17 +195,18 @@ def _once(skeleton: Hypernetwork, state: dict[str, Tensor]) -> dict[str, Tensor]
     CheckpointError for names and shapes that do not belong to the skeleton, and for names of one layer that hold
     different values.
     """
+    from d2l_lib.formats.tensors import check_tensors
+
     own = skeleton.state_dict(keep_vars=True)
     first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
     unknown = sorted(set(state) - set(own))
     missing = sorted(set(first.values()) - set(state))
     if unknown or missing:
         raise CheckpointError(f"tensors do not fit the settings: missing {missing[:5]}, not expected {unknown[:5]}")
+    check_tensors(state, "the checkpoint", CheckpointError)
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise CheckpointError(f"{name} has shape {list(tensor.shape)}, the settings need {list(own[name].shape)}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{name} holds {tensor.dtype}, not numbers with a fraction")
         shared = first[id(own[name])]
         if shared != name and not torch.equal(tensor, state[shared]):
             raise CheckpointError(f"{name} and {shared} are one shared layer, but hold different values")
@@ -245,71 +257,48 @@ def parse_published(content: dict[str, Any]) -> tuple[HypernetworkConfig, dict[s
 
 def _config_of(content: dict[str, Any]) -> HypernetworkConfig:
     """Our config from the published records; fields that older files lack get the value they had then."""
-    hypernet, encoder = content["hypernet_config"], content.get("ctx_encoder_args")
+    from d2l_lib.formats.schemas import PublishedCheckpoint, PublishedEncoder, check
+
+    fields = ("base_model_name_or_path", "hypernet_config", "ctx_encoder_args")
+    values = types.SimpleNamespace(**{name: content[name] for name in fields if name in content})
+    told = check(PublishedCheckpoint, values, "its configuration", "copy it again", CheckpointError)
+    hypernet, encoder = told.hypernet_config, told.ctx_encoder_args or PublishedEncoder()
     aggregator, lora = hypernet.aggregator_config, hypernet.lora_config
-    kind = _setting(aggregator, "aggregator_type", str)
-    if kind != "perceiver":
-        raise CheckpointError(f"aggregator {kind[:40]!r} is not supported, only 'perceiver'")
-    if not _setting(hypernet, "per_rank_gen", bool):
+    if aggregator.aggregator_type != "perceiver":
+        raise CheckpointError(f"aggregator {aggregator.aggregator_type[:40]!r} is not supported, only 'perceiver'")
+    if not hypernet.per_rank_gen:
         raise CheckpointError("per_rank_gen is off: the published code cannot run such a hypernetwork, nor can this")
-    if extra := _setting(hypernet, "extra_modules", list, None):
-        raise CheckpointError(f"extra_modules are not supported, this checkpoint has {len(extra)}")
-    n_layers = _setting(aggregator, "num_layers", int)
-    indices = getattr(hypernet, "layer_indices", torch.arange(0)).tolist()
-    if indices and (len(indices) != n_layers or indices != list(range(n_layers))):
+    if hypernet.extra_modules:
+        raise CheckpointError(f"extra_modules are not supported, this checkpoint has {len(hypernet.extra_modules)}")
+    n_layers = aggregator.num_layers
+    indices = getattr(content["hypernet_config"], "layer_indices", torch.arange(0))
+    if not isinstance(indices, Tensor) or (indices.numel() and indices.tolist() != list(range(n_layers))):
         raise CheckpointError(f"layer_indices are not all of the {n_layers} layers, which is not supported")
-    encoder_type = _setting(encoder, "ctx_encoder_type", str, "early_exit")
-    layer_field = "ctx_encoder_last_layer" if encoder_type == "per_layer_activations" else "layer_idx"
-    d_in, d_out = _setting(hypernet, "feature_sizes", tuple)
+    encoder_type = encoder.ctx_encoder_type or "early_exit"
+    per_layer = encoder_type == "per_layer_activations"
+    d_in, d_out = hypernet.feature_sizes
     return HypernetworkConfig(
         n_layers=n_layers,
-        d_in=_sizes(d_in),
-        d_out=_sizes(d_out),
-        feature_size=_setting(aggregator, "feature_size", int),
-        latent_size=_setting(hypernet, "latent_size", int),
-        rank=_setting(lora, "r", int),
-        scale=float(_setting(lora, "lora_alpha", (int, float))),
+        d_in=dict(d_in),
+        d_out=dict(d_out),
+        feature_size=aggregator.feature_size,
+        latent_size=hypernet.latent_size,
+        rank=lora.r,
+        scale=lora.lora_alpha,
         encoder_type=encoder_type,
-        encoder_layer=_setting(encoder, layer_field, int, None),
-        n_latent_queries=_setting(aggregator, "n_latent_queries", int),
-        n_blocks=_setting(aggregator, "num_blocks", int),
-        n_self_attention_per_block=_setting(aggregator, "num_self_attn_per_block", int),
-        shared_weights=_setting(aggregator, "shared_weights", bool),
-        per_layer_processing=_setting(hypernet, "per_layer_processing", bool),
-        n_pre_head_layers=_setting(hypernet, "num_pre_head_layers", int, 4),
-        use_bias=_setting(hypernet, "use_bias", bool, True),
-        dropout=float(_setting(hypernet, "dropout_rate", (int, float), 0.0)),
-        base_model=_text(content["base_model_name_or_path"], "base_model_name_or_path"),
-        encoder_model=_setting(encoder, "ctx_encoder_model_name_or_path", str, None),
-        encoder_4bit=_setting(encoder, "quantize_ctx_encoder", bool, False),
+        encoder_layer=encoder.ctx_encoder_last_layer if per_layer else encoder.layer_idx,
+        n_latent_queries=aggregator.n_latent_queries,
+        n_blocks=aggregator.num_blocks,
+        n_self_attention_per_block=aggregator.num_self_attn_per_block,
+        shared_weights=aggregator.shared_weights,
+        per_layer_processing=hypernet.per_layer_processing,
+        n_pre_head_layers=4 if hypernet.num_pre_head_layers is None else hypernet.num_pre_head_layers,
+        use_bias=hypernet.use_bias is not False,
+        dropout=hypernet.dropout_rate or 0.0,
+        base_model=told.base_model_name_or_path,
+        encoder_model=encoder.ctx_encoder_model_name_or_path,
+        encoder_4bit=bool(encoder.quantize_ctx_encoder),
     )
-
-
-_NEEDED = object()
-
-
-def _setting(record: Any, name: str, kind: type | tuple[type, ...], default: Any = _NEEDED) -> Any:
-    """An attribute of a record; where the record lacks it, or has None, the default. TypeError for another kind."""
-    value = getattr(record, name, None)
-    if value is None:
-        if default is _NEEDED:
-            raise TypeError(f"{name} is missing")
-        return default
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} is a {type(value).__name__}")
-    return _text(value, name) if kind is str else value
-
-
-def _text(value: Any, name: str, longest: int = LONGEST_PATH) -> str:
-    if not isinstance(value, str) or len(value) > longest or not value.isprintable():
-        raise TypeError(f"{name} is no name")
-    return str(value)
-
-
-def _sizes(sizes: Any) -> dict[str, int]:
-    if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
-        raise TypeError("feature_sizes are no numbers")
-    return {_text(name, "a target module", LONGEST_NAME): size for name, size in sizes.items()}
 
 
 # What LoraConfig held in peft 0.17 beside the settings that a hypernetwork has: its defaults, and no effect here.

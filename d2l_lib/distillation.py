@@ -48,7 +48,7 @@ from .readout import (
     start_linear,
     train_readout,
 )
-from .records import read_jsonl, write_jsonl
+from .records import read_rows, write_jsonl
 from .selfgen import TOP_K, find_shards, read_shards
 from .trainer import chunk_batch, is_first_process, own_device, pad_right
 from .training import (
@@ -313,7 +313,7 @@ def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
     save_checkpoint(folder, hypernetwork, meta, torch.float16)
     for stage in ("readout", *p.qa.stages):
         if (run / stage / "log.jsonl").exists():
-            log = [{"seed": seed, **line} for line in read_jsonl(run / stage / "log.jsonl")]
+            log = [{"seed": seed, **line} for line in read_rows(run / stage / "log.jsonl")]
             write_jsonl(data / "full_runs" / f"qa_seed{seed}_{stage}_training.jsonl", log)
 
 
@@ -326,7 +326,9 @@ def train_own(
         raise ValueError(f"the stages {', '.join(needs_shards)} learn from self-generated data: give --shards")
     stages = list(p.stages.values())
     base_model, tokenizer = load_base_model(source, device=own_device())
-    data = [read_shards(files, cache) for files in find_shards(shards).values()] if shards else None
+    known = base_model.get_input_embeddings().num_embeddings
+    files_of = find_shards(shards).values() if shards else []
+    data = [read_shards(files, cache, vocabulary=known) for files in files_of] or None
     encoder = load_encoder(stages[0], source)
     hypernetwork = train_qa(p, base_model, tokenizer, run, seed, source, data, encoder_model=encoder, **options)
     if is_first_process():

@@ -31,6 +31,7 @@ from d2l_lib.records import (
     FolderKind,
     atomic_folder,
     check_folder,
+    parse_json,
     read_json,
     read_whole,
     safetensors_metadata,
@@ -50,9 +51,10 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 SERVED_MODULES = frozenset(
     "q_proj k_proj v_proj o_proj qkv_proj dense gate_proj up_proj gate_up_proj down_proj fc1 fc2".split()
 )
-_RECORD_FIELDS = {"bias", "n_layers", "base_key", "hypernetwork_key", "rank", "error", "errors"}
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
-_IN_LAYER = re.compile(r"(?P<before>.*?)\.(?P<layer>\d+)\.(?P<after>.+)")
+_KEY = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.]{1,1000})\.lora_(?P<side>[AB])\.weight")
+_IN_LAYER = re.compile(r"(?P<before>.*?)\.(?P<layer>[0-9]{1,3})\.(?P<after>.+)")  # at most MOST_LAYERS of them
+MOST_EMPTY = 100  # layers without a LoRA for each one with, before a base model is asked for
+_PATIENCE = 0.5  # seconds for one pattern of a configuration on one path
 # What a plain LoRA may set in adapter_config.json; anything else that is set changes what the adapter computes.
 _PLAIN = frozenset(
     "auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules "
@@ -117,7 +119,7 @@ def export_peft(
         A, B = (_rounded(factor, precision, module) for factor in (A, B))
         norms[module] = torch.zeros(adapter.n_layers, 2) if exact else _norms(adapter, module, A, B)
         for layer in range(adapter.n_layers):
-            path = f"base_model.model.{adapter.path_of(module).format(layer=layer)}"
+            path = f"base_model.model.{adapter.path_of(module).replace('{layer}', str(layer))}"
             tensors[f"{path}.lora_A.weight"] = A[layer].detach().cpu().contiguous().clone()  # [r, d_in]
             tensors[f"{path}.lora_B.weight"] = B[layer].detach().cpu().mT.contiguous()  # [d_out, r]
     config = {
@@ -219,9 +221,11 @@ def export_errors(folder: str | Path) -> pd.DataFrame:
 def _read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
     """(configuration, tensors, our own record of the export or {}) of a PEFT folder.
 
-    FileNotFoundError where it or one of its files is missing; ValueError for damaged files and for pickles (.bin).
+    FileNotFoundError where it or one of its files is missing; ValueError for damaged files, for tensors that are no
+    finite floating numbers, and for pickles (.bin). What the configuration says is checked by `_check_config`.
     """
-    from safetensors import SafetensorError, safe_open
+    from d2l_lib.formats.schemas import ExportRecord, check
+    from d2l_lib.formats.tensors import read_tensors
 
     folder = Path(folder)
     config_path, path = folder / CONFIG, folder / WEIGHTS
@@ -237,15 +241,19 @@ def _read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise ValueError(f"{config_path} holds no settings but {type(config).__name__}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        record = json.loads(metadata.get(RECORD, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}): was it cut off?") from error
-    known = isinstance(record, dict) and record.get("version") == RECORD_VERSION and record.keys() >= _RECORD_FIELDS
-    return config, tensors, record if known else {}
+    tensors, metadata = read_tensors(path)
+    record = parse_json(metadata.get(RECORD, "{}"), f"{path} has a damaged header", "export it again")
+    if not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
+        return config, tensors, {}  # not ours, or of a later version, which the LoRA itself does not need
+    check(ExportRecord, record, f"{path}, its record of the export", "export it again")
+    return config, tensors, record
+
+
+def _check_config(folder: str | Path, config: dict) -> None:
+    """ValueError for settings that are of another kind than those of a PEFT LoRA (`formats.schemas.PeftConfig`)."""
+    from d2l_lib.formats.schemas import PeftConfig, check
+
+    check(PeftConfig, config, Path(folder) / CONFIG, "is it the configuration of a PEFT LoRA?")
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> tuple[Pairs, list[str]]:
@@ -276,11 +284,17 @@ def _of_pattern(patterns: Mapping[str, float] | None, path: str, default: float)
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Whether a pattern from a configuration is the whole path; ValueError for one that cannot be read."""
+    """Whether a pattern of a configuration is the whole path; ValueError for one that is wrong or takes too long."""
+    import regex  # as `re`, with a limit of time
+
+    from d2l_lib.formats.schemas import shown
+
     try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as error:
-        raise ValueError(f"{CONFIG} holds a pattern that cannot be read ({error}): {pattern!r}") from error
+        return regex.fullmatch(pattern, path, timeout=_PATIENCE) is not None
+    except TimeoutError as error:
+        raise ValueError(f"{CONFIG} holds a pattern that takes too long to match: {shown(pattern)}") from error
+    except (regex.error, OverflowError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{CONFIG} holds a pattern that cannot be read ({error}): {shown(pattern)}") from error
 
 
 def _rank_and_scale(config: Mapping, path: str) -> tuple[int, float]:
@@ -345,6 +359,10 @@ def check_export(folder: str | Path, loader: str = "peft", base_model: nn.Module
     """
     _check_loader(loader)
     config, tensors, record = read_whole(folder, _read_folder)
+    try:
+        _check_config(folder, config)
+    except ValueError as error:
+        return Verdict(loader, (str(error),), ())
     pairs, others = _pairs(tensors)
     extras = _not_plain(config)
     problems = [] if pairs else ["there is no pair of lora_A and lora_B tensors"]
@@ -430,6 +448,7 @@ def import_peft(
     modules_to_save, ...) or lies outside the decoder layers: merge such an adapter into the base model with peft.
     """
     config, tensors, record = read_whole(folder, _read_folder)
+    _check_config(folder, config)
     pairs, others = _pairs(tensors)
     if extras := _not_plain(config):
         raise ValueError(
@@ -441,6 +460,10 @@ def import_peft(
         raise ValueError(f"{folder} should hold lora_A and lora_B for each linear, but holds {what}")
     places = _places(folder, pairs)
     n_layers = max(record.get("n_layers", 0), *(1 + layer for layer, _ in places))
+    if base_model is None and n_layers > MOST_EMPTY * len({layer for layer, _ in places}):
+        raise ValueError(
+            f"{folder} adapts {len(places)} linears of a model with {n_layers} layers: pass base_model= if that is so"
+        )
     base_key = record.get("base_key", "")
     if base_model is not None:
         network = _network(base_model)

@@ -30,7 +30,7 @@ from .attribution import METHODS, Trials, attribute, ranks
 from .documents import split_sentences
 from .evaluation import wilson
 from .model import DocToLoRA, load
-from .records import project_root, read_jsonl, write_jsonl
+from .records import project_root, read_rows, write_jsonl
 from .routing import route
 
 if TYPE_CHECKING:
@@ -462,7 +462,7 @@ def study(
         some = [next(source) for _ in range(batch)]
         path = None if folder is None else folder / f"{'+'.join(kinds)}_{seed}_{model.hypernetwork_key}_{number}.jsonl"
         if path is not None and path.is_file():
-            found = read_jsonl(path)
+            found = read_rows(path)
         else:
             found = study_one(model, some, number, seed)
             if path is not None:

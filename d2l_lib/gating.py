@@ -476,10 +476,14 @@ def keep_thresholds(folder: Path, least: float, gate: Gate | None = None) -> Non
 
     ValueError for a published checkpoint file, which has no place for it.
     """
+    from .formats.schemas import CheckpointSettings, check
+
     if not folder.is_dir():
         raise ValueError(f"{folder} is a published checkpoint and cannot keep a threshold: model.save a folder first")
     settings = read_json(folder / SETTINGS)
-    settings["meta"] |= {"least_relevance": least} | ({} if gate is None else {"gate": asdict(gate)})
+    check(CheckpointSettings, settings, folder / SETTINGS, "model.save the folder again")
+    chosen = {"least_relevance": least} | ({} if gate is None else {"gate": asdict(gate)})
+    settings["meta"] = settings.get("meta", {}) | chosen
     write_json(folder / SETTINGS, settings)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from d2l_lib.records import project_root, read_jsonl, write_atomic
+from d2l_lib.records import project_root, read_rows, write_atomic
 
 CELL_TIMEOUT_S = 300
 NOTEBOOK_TIMEOUT_S = 420
@@ -150,7 +150,7 @@ def headline_rows(results_folder: Path) -> list[dict]:
     """Every record of `results_folder`/*.jsonl that states a claim: a row with the keys `claim`, `figure` and `aim`."""
     rows = []
     for path in sorted(results_folder.glob("*.jsonl")):
-        rows += [record for record in read_jsonl(path) if "claim" in record]
+        rows += [record for record in read_rows(path) if "claim" in record]
     return rows
 
 

@@ -9,7 +9,6 @@ same reader serves both.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
@@ -27,7 +26,7 @@ from . import metrics
 from .documents import question_ids
 from .evaluation import wilson, world_samples
 from .packing import LENGTH_BINS, length_bin, truncate_middle
-from .records import project_root, read_json, read_jsonl
+from .records import iter_jsonl, project_root, read_json, read_jsonl
 from .world import check_split
 
 logger = logging.getLogger(__name__)
@@ -319,13 +318,7 @@ def _read_objects(path: Path) -> list:
 
 def read_lines(path: Path) -> Iterator:
     """The values of a JSON-lines file one after another; ValueError names the line that is not JSON."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is not JSON ({error}): was the file cut off?") from error
+    yield from iter_jsonl(path)
 
 
 _READ: dict[str, Callable[[Path], Iterable]] = {

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -580,11 +581,44 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """The value of a JSON file. ValueError with the file's name and line when it is not JSON."""
+def _not_a_number(text: str) -> float:
+    raise ValueError(f"a number must be a finite number, not {text.lower()}")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_a_number(text[:40])
+
+
+def _parse(content: str | bytes) -> Any:
+    """The value of a strict JSON text; ValueError with the reason for anything else, however it is damaged."""
+    text = content.decode("utf-8") if isinstance(content, bytes) else content
+    if text.startswith("\ufeff"):
+        raise ValueError("it begins with a byte order mark: save it as UTF-8 without one")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(text, parse_constant=_not_a_number, parse_float=_finite_float)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def parse_json(content: str | bytes, what: str, advice: str = "write it again") -> Any:
+    """The value of a JSON text or of its UTF-8 bytes.
+
+    what: names the text in the error. advice: what the error says to do.
+    ValueError for what is no JSON: also for NaN and infinity, for numbers with too many digits, for values that are
+    nested too deeply, for other encodings, and after a byte order mark. Of a repeated key the last value counts.
+    """
+    try:
+        return _parse(content)
+    except ValueError as error:
+        raise ValueError(f"{what} is not JSON ({error}): {advice}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file. ValueError with the file's name, and the line, for what is no JSON (see parse_json)."""
+    try:
+        return _parse(Path(path).read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not a complete JSON file ({error}): write it again") from error
 
 
@@ -597,17 +631,29 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
-    """The values of a JSON-lines file; blank lines are skipped. ValueError names the line that is not JSON."""
-    rows = []
+    """The values of a JSON-lines file; blank lines are skipped. ValueError names the line that is no JSON."""
+    return list(iter_jsonl(path))
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; ValueError names a line that is no JSON or no object."""
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, value {number} is {type(row).__name__}, not an object: take that line out")
+    return rows
+
+
+def iter_jsonl(path: str | Path) -> Iterator[Any]:
+    """The values of a JSON-lines file one after another, as `read_jsonl` gives them."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line.decode("utf-8")))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}): was the file cut off?") from error
-    return rows
+            if line.strip():
+                try:
+                    yield _parse(line)
+                except ValueError as error:
+                    reason = f"{path}, line {number} is not JSON ({error})"
+                    raise ValueError(f"{reason}: was the file cut off?") from error
 
 
 def save_figure(figure, name: str) -> Path:

@@ -53,6 +53,8 @@ from .trainer import own_device
 FORMAT, VERSION = "doc-to-lora self-generated data", 1
 MANIFEST = "manifest.json"
 TOP_K = 16
+# Log-probabilities are at most 0; software that sums in another order may be above it by rounding.
+HIGHEST = 1e-3
 NEIGHBOURS = 4  # so many groups back a prompt finds others that begin alike
 
 _IDS = pa.list_(pa.int32())
@@ -671,11 +673,14 @@ def _write_shard(path: Path, run: str, table: pa.Table, counts: dict[str, int]) 
 
 def _record_of(path: Path) -> dict[str, Any] | None:
     """What was written beside a shard, or None where that is missing, damaged or not ours."""
+    from .formats.schemas import ShardRecord, check
+
     try:
         record = read_json(path.with_suffix(".json"))
+        check(ShardRecord, record, path.with_suffix(".json"), "make the shard again")
     except (FileNotFoundError, ValueError):
         return None
-    return record if isinstance(record, dict) and {"file", "run", "sha256", "counts"} <= record.keys() else None
+    return record if record["counts"].keys() >= set(COUNTS) else None
 
 
 def _problem(path: Path, run: str) -> str | None:
@@ -809,7 +814,9 @@ def _finish(folder: Path, identity: dict[str, Any], run: str, n_shards: int) -> 
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-def read_shards(source: str | Path | Sequence[str | Path], cache: str | Path | None = None):
+def read_shards(
+    source: str | Path | Sequence[str | Path], cache: str | Path | None = None, *, vocabulary: int | None = None
+):
     """A `datasets.Dataset` of all rows, of a folder, a parquet file or several, with checked contents.
 
     Rows are in memory. With `cache`, a folder, they are written there once as one Arrow file, one parquet file after
@@ -818,9 +825,11 @@ def read_shards(source: str | Path | Sequence[str | Path], cache: str | Path | N
 
     Files need the published columns only; others are kept where all files have them, of one type. FileNotFoundError
     where there is no file. ValueError, with the file's name and the column's, for: an unfinished folder, a file that is
-    damaged or differs from its checksum, a missing column or one of another type, empty values, log-probabilities that
-    are not numbers, and counts that do not agree (questions in every column, answer tokens between response_start_end
-    and the log-probabilities, k everywhere).
+    damaged, differs from its checksum, or unpacks to far more than its size, a missing column or one of another type,
+    empty values, log-probabilities that are not numbers or above 0 (by more than HIGHEST, for rounding), minus infinity
+    for the first token of a list (the others may have it: their probability is 0), token ids below 0, or from
+    `vocabulary` on where that is given (the number of token ids that the model knows), and counts that do not agree
+    (questions in every column, answer tokens between response_start_end and the log-probabilities, k everywhere).
     """
     from datasets import Dataset
 
@@ -832,9 +841,9 @@ def read_shards(source: str | Path | Sequence[str | Path], cache: str | Path | N
     fingerprint = identity.hexdigest()[:16]
     if cache is not None:
         path = Path(cache) / f"{fingerprint}.arrow"
-        _fill_cache(path, checksums)
+        _fill_cache(path, checksums, vocabulary)
         return Dataset.from_file(str(path))
-    tables, ks = zip(*(_read_table(*pair) for pair in checksums.items()), strict=True)
+    tables, ks = zip(*(_read_table(*pair, vocabulary) for pair in checksums.items()), strict=True)
     _check_one_k(ks)
     names = _common_columns([table.schema for table in tables])
     whole = pa.concat_tables([table.select(names) for table in tables])
@@ -852,7 +861,7 @@ def _common_columns(schemas: Sequence[pa.Schema]) -> list[str]:
     return [field.name for field in schemas[0] if field.name in PUBLISHED or (field.name, field.type) in same]
 
 
-def _fill_cache(path: Path, checksums: dict[Path, str | None]) -> None:
+def _fill_cache(path: Path, checksums: dict[Path, str | None], vocabulary: int | None = None) -> None:
     """Write the rows of these files to one Arrow file, unless it is there."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         while not path.exists():
@@ -866,7 +875,7 @@ def _fill_cache(path: Path, checksums: dict[Path, str | None]) -> None:
     ks, writer = set(), None
     with atomic_file(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
         for pair in checksums.items():
-            table, k = _read_table(*pair)
+            table, k = _read_table(*pair, vocabulary)
             table = table.select(names)
             ks.add(k)
             _check_one_k(list(ks))
@@ -879,7 +888,7 @@ def _schema_of(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path).remove_metadata()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path} is not a readable parquet file ({_reason(error)})") from error
 
 
 _LEVEL = re.compile(r"_level_(\d+)_")  # in the names of published files
@@ -920,28 +929,66 @@ def _files_of(path: Path) -> dict[Path, str | None]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     checksums = {file: (_record_of(file) or {}).get("sha256") for file in files}
     if (path / MANIFEST).exists():
-        manifest = read_json(path / MANIFEST)
-        if not manifest.get("complete"):
+        from .formats.schemas import Manifest, check
+
+        advice = "run the command that made the data again, or name the files that you want"
+        manifest = check(Manifest, read_json(path / MANIFEST), path / MANIFEST, advice)
+        if not manifest.complete:
             raise ValueError(
-                f"{path} is unfinished: {len(files)} of {manifest.get('n_shards')} shards are there; run the same "
+                f"{path} is unfinished: {len(files)} of {manifest.n_shards} shards are there; run the same "
                 "command again to make the others, or name the files that you want"
             )
-        checksums = {path / shard["file"]: shard["sha256"] for shard in manifest["shards"]}
+        checksums = {path / shard.file: shard.sha256 for shard in manifest.shards}
     if not checksums:
         raise FileNotFoundError(f"{path} holds no .parquet files")
     return checksums
 
 
-def _read_table(path: Path, checksum: str | None) -> tuple[pa.Table, int | None]:
+# A reader believes a file that, unpacked, is at most so much: most are 2 to 10 times as large as on disk.
+_MOST_UNPACKED, _UNPACKED_PER_BYTE = 1 << 28, 200
+
+
+def _rows_of(path: Path) -> pa.Table:
+    """All rows of a parquet file; ValueError for a damaged one, and before much memory is taken for one that unpacks
+    to far more than its size on disk.
+    """
+    most = max(_MOST_UNPACKED, _UNPACKED_PER_BYTE * path.stat().st_size)
+    unpacked = f"{path} would unpack to more than {most >> 20} MiB, as no shard does: is it damaged?"
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+            if sum(max(chunk.total_uncompressed_size, chunk.num_values) for chunk in chunks) > most:
+                raise ValueError(unpacked)
+            # a text that is stored once may stand in every row: few rows at a time where it may be long
+            largest = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
+            at_once, held, batches = min(4096, max(1, most // max(largest, 1))), 0, []
+            for batch in file.iter_batches(at_once):
+                held += batch.nbytes
+                if held > most:
+                    raise ValueError(unpacked)
+                batches.append(batch)
+            return pa.Table.from_batches(batches, file.schema_arrow).replace_schema_metadata(None)
+    except ValueError as error:
+        if isinstance(error, pa.ArrowException):
+            raise ValueError(f"{path} is not a readable parquet file ({_reason(error)})") from error
+        raise
+    except (pa.ArrowException, OSError, MemoryError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, short and printable."""
+    return ascii((str(error).splitlines() or [type(error).__name__])[0])[1:-1][:200]
+
+
+def _read_table(path: Path, checksum: str | None, vocabulary: int | None = None) -> tuple[pa.Table, int | None]:
     """(table, k) of one file, with the published columns in their types; raises as read_shards says."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the command that made it again")
     if checksum is not None and _sha256(path) != checksum:
         raise ValueError(f"{path} is damaged (its checksum is wrong): run the command that made it again")
-    try:
-        table = pq.read_table(path).replace_schema_metadata(None)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from error
+    table = _rows_of(path)
     if missing := [name for name in PUBLISHED if name not in table.column_names]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
     levels: dict[str, list[pa.Array]] = {}
@@ -956,10 +1003,10 @@ def _read_table(path: Path, checksum: str | None) -> tuple[pa.Table, int | None]
             levels[name].append(levels[name][-1].flatten())
         if any(level.null_count for level in levels[name]):
             raise ValueError(f"{path}, column {name} has empty (null) values")
-    return table, _check_shapes(path, levels)
+    return table, _check_shapes(path, levels, vocabulary)
 
 
-def _check_shapes(path: Path, levels: dict[str, list[pa.Array]]) -> int | None:
+def _check_shapes(path: Path, levels: dict[str, list[pa.Array]], vocabulary: int | None = None) -> int | None:
     """k, if all counts agree. levels: per column its rows, then what they hold, and so on down to the numbers."""
 
     def expect(column: str, right: np.ndarray, rows: np.ndarray, what: str) -> None:
@@ -986,9 +1033,32 @@ def _check_shapes(path: Path, levels: dict[str, list[pa.Array]]) -> int | None:
     k = lengths[TEACHER_COLUMNS[0]][2]
     for name in TEACHER_COLUMNS:
         expect(name, lengths[name][2] == k[:1], rows, "lists of different lengths")
-    numbers = ~np.isnan(levels["logprobs_vals"][-1].to_numpy(zero_copy_only=False))
-    expect("logprobs_vals", numbers, np.repeat(rows, k), "a value is not a number")
+    values = levels["logprobs_vals"][-1].to_numpy(zero_copy_only=False)
+    expect("logprobs_vals", ~np.isnan(values), np.repeat(rows, k), "a value is not a number")
+    expect("logprobs_vals", values <= HIGHEST, np.repeat(rows, k), "a log-probability is above 0")
+    if len(k) and k[0]:
+        likeliest = values.reshape(-1, k[0])[:, 0]
+        expect("logprobs_vals", np.isfinite(likeliest), rows, "the likeliest token has the probability 0")
+    for name in ("ctx_ids", "input_ids", "logprobs_indices"):
+        _check_ids(path, name, levels[name], vocabulary)
     return int(k[0]) if len(k) else None
+
+
+def _check_ids(path: Path, column: str, levels: list[pa.Array], vocabulary: int | None) -> None:
+    """ValueError names the first row with a token id that is negative or outside the vocabulary."""
+    ids = levels[-1].to_numpy(zero_copy_only=False)
+    right = ids >= 0
+    if vocabulary is not None:
+        right &= ids < vocabulary
+    if right.all():
+        return
+    place = int(np.argmin(right))
+    for level in reversed(levels[:-1]):  # up to the row that holds it
+        ends = np.cumsum(level.value_lengths().to_numpy(zero_copy_only=False))
+        place = int(np.searchsorted(ends, place, side="right"))
+    allowed = "" if vocabulary is None else f" to {vocabulary - 1}: is it of another model's tokenizer?"
+    wrong = ids[int(np.argmin(right))]
+    raise ValueError(f"{path}, column {column}, row {place}: {wrong} is no token id, they go from 0{allowed}")
 
 
 def read_texts(source: str | Path) -> list[str]:
@@ -996,6 +1066,8 @@ def read_texts(source: str | Path) -> list[str]:
 
     FileNotFoundError and ValueError name the file or line that is missing, blank, no text or not UTF-8.
     """
+    from .formats.schemas import TextLine, check
+
     path = Path(source)
     if path.is_dir():
         try:
@@ -1003,16 +1075,14 @@ def read_texts(source: str | Path) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"a .txt file in {path} is not UTF-8 ({error}): convert it first") from error
     elif path.suffix == ".jsonl" and path.is_file():
-        rows = read_jsonl(path)
-        texts = [row.get("text") if isinstance(row, dict) else None for row in rows]
-        named = {f"{path}, line {number}": text for number, text in enumerate(texts, 1)}
+        rows = {f"{path}, line {number}": row for number, row in enumerate(read_jsonl(path), 1)}
+        advice = 'every line needs a "text", as {"text": "..."}'
+        named = {where: check(TextLine, row, where, advice).text for where, row in rows.items()}
     else:
         raise FileNotFoundError(f"no source {str(source)!r}: give 'world', a folder of .txt files or a .jsonl file")
     if not named:
         raise ValueError(f"{path} holds no documents")
     for name, text in named.items():
-        if not isinstance(text, str):
-            raise ValueError(f'{name} has no "text"')
         check_text(text, name)
     return list(named.values())
 

@@ -42,7 +42,7 @@ from .documents import check_count, chunk_document, question_ids
 from .evaluation import peak_memory_mib, reset_peak_memory
 from .hypernetwork import Hypernetwork, HypernetworkConfig
 from .model import DocToLoRA, load
-from .records import project_root, read_jsonl, write_jsonl
+from .records import project_root, read_rows, write_jsonl
 from .routing import route
 
 # The published sizes of google/gemma-2-2b-it.
@@ -592,7 +592,7 @@ def record(
     go to `measure_alone`.
     """
     wanted = [m.here() for m in measurements]
-    rows = read_jsonl(path) if path.is_file() else []
+    rows = read_rows(path) if path.is_file() else []
     if again:
         replaced = {(m.model, m.layers, m.device) for m in wanted}
         rows = [row for row in rows if (row["model"], row["layers"], row["device"]) not in replaced]
@@ -623,7 +623,7 @@ def read_records(name: str) -> pd.DataFrame:
     path = record_path(name)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: python -m d2l_lib.speed {name} records it")
-    return pd.DataFrame(read_jsonl(path))
+    return pd.DataFrame(read_rows(path))
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables

@@ -19,15 +19,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .base_model import load_base_model
+from .checkpoints import config_of_settings, read_safetensors
 from .distillation import DistillationBatches, WorldDocuments
 from .hypernetwork import HypernetworkConfig, Loras, as_padded_batch
 from .model import DocToLoRA
 from .presets import DistillationPreset, preset
-from .records import atomic_folder, read_json, read_jsonl, write_jsonl
+from .records import atomic_folder, read_json, read_rows, write_jsonl
 from .trainer import is_first_process
 from .training import fit_hypernetwork, hypernetwork_config
 
@@ -97,9 +98,14 @@ def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no text-to-LoRA model in {folder}: train one with python -m d2l_lib.text_to_lora")
-    config = HypernetworkConfig.from_dict(read_json(folder / "config.json"))
+    config = config_of_settings(read_json(folder / "config.json"), folder / "config.json")
     network = TextToLoRA(config)
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    tensors = read_safetensors(folder / "model.safetensors")
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error)[:200]
+        raise ValueError(f"{folder}: the tensors do not fit config.json ({reason}): train it again") from error
     base_model, tokenizer = load_base_model(base_name or config.base_model)
     network = network.to(base_model.device).eval().requires_grad_(False)
     return DocToLoRA(base_model, tokenizer, network, base_source=base_name or config.base_model)
@@ -119,7 +125,7 @@ def main() -> None:
     network = train_text_to_lora(p.qa.world, base_model, tokenizer, run, a.seed, p.name)
     if is_first_process():
         save_text_to_lora(run / "final", network)
-        log = [{"seed": a.seed, **line} for line in read_jsonl(run / "log.jsonl")]
+        log = [{"seed": a.seed, **line} for line in read_rows(run / "log.jsonl")]
         write_jsonl(a.data / "full_runs" / f"text_to_lora_seed{a.seed}_training.jsonl", log)
 
 

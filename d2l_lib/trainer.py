@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .hypernetwork import names_without_decay
-from .records import read_json, read_jsonl, write_jsonl
+from .records import read_json, read_rows, write_jsonl
 
 
 class Report(TrainerCallback):
@@ -36,9 +36,7 @@ class Report(TrainerCallback):
         self.path, self.model, self.stop_at = path, model, stop_at
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = (
-            [line for line in read_jsonl(self.path) if line["step"] <= state.global_step] if self.path.exists() else []
-        )
+        kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.start = time.monotonic()
         self.board = None
@@ -287,6 +285,16 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def read_log(path: Path) -> list[dict]:
+    """The lines of a training's log, none where there is no file; ValueError names one without step and seconds."""
+    from .formats.schemas import LogLine, check
+
+    lines = read_rows(path) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        check(LogLine, line, f"{path}, line {number}", "take that line out")
+    return lines
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders in `run`, whole or not, the oldest first."""
     folders = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
@@ -299,10 +307,18 @@ def is_whole(checkpoint: Path) -> bool:
     The Trainer writes trainer_state.json last: a folder without it, or with a part of it, is not whole.
     """
     try:
-        read_json(checkpoint / "trainer_state.json")
+        step_of(checkpoint)
     except (FileNotFoundError, ValueError):
         return False
     return True
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step at which a checkpoint was written; ValueError where its trainer_state.json does not say."""
+    from .formats.schemas import TrainerState, check
+
+    path = checkpoint / "trainer_state.json"
+    return check(TrainerState, read_json(path), path, "delete this checkpoint, it is damaged").global_step
 
 
 def last_whole_checkpoint(run: Path) -> str | None:

@@ -64,8 +64,8 @@ from .readout import (
     start_linear,
     train_readout,
 )
-from .records import atomic_folder, read_json, read_jsonl, write_json, write_jsonl
-from .trainer import checkpoints, chunk_batch, fit, fit_step, is_first_process, own_device, pad_right
+from .records import atomic_folder, read_json, write_json, write_jsonl
+from .trainer import checkpoints, chunk_batch, fit, fit_step, is_first_process, own_device, pad_right, read_log
 
 HYPERNETWORK = "hypernetwork.json"
 RECOMPUTED_TOKENS = 4096  # at a time, where activations are computed again in the backward pass
@@ -669,7 +669,7 @@ def whole_log(*stages: Path) -> list[dict]:
     lines: list[dict] = []
     for stage in stages:
         before = {name: lines[-1][name] if lines else 0 for name in ("step", "seconds")}
-        later = read_jsonl(stage / "log.jsonl") if (stage / "log.jsonl").exists() else []
+        later = read_log(stage / "log.jsonl")
         lines += [{**line, **{name: round(line[name] + start, 1) for name, start in before.items()}} for line in later]
     return lines
 

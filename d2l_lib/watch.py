@@ -19,12 +19,12 @@ from pathlib import Path
 
 from . import qa
 from .base_model import load_base_model
-from .checkpoints import build_hypernetwork, read_safetensors
+from .checkpoints import build_hypernetwork, config_of_settings, read_safetensors
 from .evaluation import needle_samples
 from .hypernetwork import HypernetworkConfig
 from .model import DocToLoRA
-from .records import read_json, write_atomic
-from .trainer import checkpoints, is_whole
+from .records import parse_json, read_json, write_atomic
+from .trainer import checkpoints, is_whole, step_of
 from .training import HYPERNETWORK
 
 PREFIX = "hypernetwork."  # of its tensors within a training step
@@ -37,12 +37,21 @@ def load_training_checkpoint(checkpoint: Path, base_model, tokenizer) -> DocToLo
     FileNotFoundError where the run did not write down its hypernetwork or the checkpoint is gone; CheckpointError for
     one that does not fit.
     """
-    facts = read_json(checkpoint.parent / HYPERNETWORK)
+    config, chunk_tokens = read_facts(checkpoint.parent / HYPERNETWORK)
     tensors = read_safetensors(checkpoint / "model.safetensors")
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
-    hypernetwork = build_hypernetwork(HypernetworkConfig.from_dict(facts["hypernetwork"]), state)
+    hypernetwork = build_hypernetwork(config, state)
     hypernetwork = hypernetwork.to(base_model.device).requires_grad_(False)
-    return DocToLoRA(base_model, tokenizer, hypernetwork, chunk_tokens=facts["chunk_tokens"])
+    return DocToLoRA(base_model, tokenizer, hypernetwork, chunk_tokens=chunk_tokens)
+
+
+def read_facts(path: Path) -> tuple[HypernetworkConfig, int | None]:
+    """(sizes of the hypernetwork, tokens of its chunks) that a training wrote down; ValueError for a damaged file."""
+    from .formats.schemas import TrainingFacts, check
+
+    facts = read_json(path)
+    check(TrainingFacts, facts, path, "start the training again, it writes this file")
+    return config_of_settings(facts["hypernetwork"], path), facts["chunk_tokens"]
 
 
 def stages(run: Path) -> list[Path]:
@@ -52,14 +61,23 @@ def stages(run: Path) -> list[Path]:
 
 
 def read_scores(path: Path) -> list[dict]:
-    """The scores so far; a last line that was cut off (the watcher was killed) is taken away, also from the file."""
+    """The scores so far; a last line that was cut off (the watcher was killed) is taken away, also from the file.
+
+    ValueError names a line that is no JSON or names no checkpoint.
+    """
     if not path.exists():
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         write_atomic(path, whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    from .formats.schemas import ScoreLine, check
+
+    lines = {f"{path}, line {n}": line for n, line in enumerate(whole.splitlines(), 1) if line.strip()}
+    rows = {where: parse_json(line, where, "take that line out") for where, line in lines.items()}
+    for where, row in rows.items():
+        check(ScoreLine, row, where, "take that line out")
+    return list(rows.values())
 
 
 def score_new(run: Path, score: Score, base_model, tokenizer, scores: Path) -> int:
@@ -76,7 +94,7 @@ def score_new(run: Path, score: Score, base_model, tokenizer, scores: Path) -> i
                 continue
             began = time.monotonic()
             try:
-                step = read_json(checkpoint / "trainer_state.json")["global_step"]
+                step = step_of(checkpoint)
                 model = load_training_checkpoint(checkpoint, base_model, tokenizer)
             except FileNotFoundError:
                 print(f"{checkpoint} is gone: not scored", flush=True)
@@ -152,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(f"watch: {a.run} has no {HYPERNETWORK}: is it the folder of a training?")
         time.sleep(a.every)
     try:
-        base = a.base or read_json(found[0] / HYPERNETWORK)["hypernetwork"]["base_model"]
+        base = a.base or read_facts(found[0] / HYPERNETWORK)[0].base_model
         base_model, tokenizer = load_base_model(base)
         if a.task == "needle":
             score = needle_score(a.lengths, a.n, a.seed)

@@ -28,7 +28,7 @@ from d2l_lib.base_model import target_linears
 from d2l_lib.documents import check_count
 from d2l_lib.evaluation import summarise
 from d2l_lib.model import DocToLoRA, load
-from d2l_lib.records import project_root, read_jsonl, write_jsonl
+from d2l_lib.records import project_root, read_rows, write_jsonl
 from d2l_lib.world import Question
 
 Decomposition = tuple[Tensor, Tensor, Tensor]
@@ -424,7 +424,7 @@ def main() -> None:
     a = parser.parse_args()
     model = load(a.model)
     path = project_root() / "data" / "full_runs" / "recompression.jsonl"
-    rows = read_jsonl(path) if path.is_file() else []
+    rows = read_rows(path) if path.is_file() else []
     key = model.hypernetwork_key
     if any(row["hypernetwork"] != key for row in rows):
         raise ValueError(f"{path} holds rows of another hypernetwork: move it away first")

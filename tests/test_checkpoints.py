@@ -113,13 +113,27 @@ def test_damaged_folders_say_what_is_wrong(model, tmp_path):
     for change, message in (
         ({"format": "something else"}, "does not describe"),
         ({"version": 99}, "version 99"),
-        ({"hypernetwork": changed["hypernetwork"] | {"ranks": 4}}, "unknown hypernetwork settings"),
+        (
+            {"hypernetwork": changed["hypernetwork"] | {"ranks": 4}},
+            "hypernetwork.ranks: no such name is expected, not 4",
+        ),
         ({"hypernetwork": changed["hypernetwork"] | {"rank": 4}}, "shape"),
         ({"hypernetwork": changed["hypernetwork"] | {"n_blocks": 3}}, "missing"),
         ({"hypernetwork": changed["hypernetwork"] | {"rank": "two"}}, "config.json"),
-        ({"hypernetwork": changed["hypernetwork"] | {"rank": 2.5}}, "rank is 2.5; it must be a whole number"),
-        ({"hypernetwork": 3}, "config.json"),
-        ({"meta": 3}, "config.json"),
+        (
+            {"hypernetwork": changed["hypernetwork"] | {"rank": 2.5}},
+            "hypernetwork.rank: a whole number is expected, not 2.5",
+        ),
+        ({"hypernetwork": changed["hypernetwork"] | {"shared_weights": "no"}}, "true or false is expected, not 'no'"),
+        ({"hypernetwork": changed["hypernetwork"] | {"base_model": ["tiny"]}}, "hypernetwork.base_model: a text"),
+        ({"hypernetwork": changed["hypernetwork"] | {"n_layers": 10**12}}, "a number of at most 1000 is expected"),
+        ({"hypernetwork": changed["hypernetwork"] | {"d_in": {"down_proj": True}}}, r"hypernetwork.d_in.down_proj: a"),
+        ({"hypernetwork": 3}, "config.json: hypernetwork: an object of named values is expected, not 3"),
+        ({"meta": 3}, "config.json: meta: an object of named values is expected, not 3"),
+        ({"meta": {"chunk_tokens": "20"}}, "config.json: meta.chunk_tokens: a whole number is expected, not '20'"),
+        ({"meta": {"least_relevance": None}}, "meta.least_relevance: a finite number is expected, not None"),
+        ({"meta": {"gate": {"known": 1, "growth": 2}}}, "meta.gate.refusal: a value is expected, and it is missing"),
+        ({"version": True}, "config.json: version: a whole number is expected, not True"),
     ):
         settings.write_text(json.dumps(changed | change))
         with pytest.raises(CheckpointError, match=message):
@@ -303,15 +317,18 @@ def test_compiled_names_and_fields_that_old_files_lack(model, tmp_path, monkeypa
         ({"aggregator_type": "pooler"}, "pooler"),
         ({"per_rank_gen": False}, "per_rank_gen"),
         ({"extra_modules": ["x"]}, "extra_modules"),
-        ({"latent_size": "many"}, "misstates"),
+        ({"latent_size": "many"}, "hypernet_config.latent_size: a whole number is expected, not 'many'"),
         ({"ctx_encoder_type": "unheard"}, "encoder_type"),
-        ({"r": 2.5}, "r is a float"),
-        ({"num_blocks": True}, "num_blocks is a bool"),
-        ({"shared_weights": 1}, "shared_weights is a int"),
+        ({"r": 2.5}, "hypernet_config.lora_config.r: a whole number is expected, not 2.5"),
+        ({"num_blocks": True}, "aggregator_config.num_blocks: a whole number is expected, not True"),
+        ({"shared_weights": 1}, "aggregator_config.shared_weights: true or false is expected, not 1"),
         ({"layer_indices": torch.tensor([0, 2])}, "layer_indices"),
         ({"layer_indices": torch.zeros(N_LAYERS, 2)}, "layer_indices"),
         ({"feature_sizes": ({"down_proj": "4"}, {"down_proj": 4})}, "feature_sizes"),
-        ({"ctx_encoder_model_name_or_path": "a\x1b[31m"}, "ctx_encoder_model_name_or_path is no name"),
+        (
+            {"ctx_encoder_model_name_or_path": "a\x1b[31m"},
+            "name_or_path: a name of printable characters",
+        ),
     ],
 )
 def test_settings_that_do_not_exist_here(model, tmp_path, monkeypatch, changes, message):

@@ -179,7 +179,7 @@ def test_training_lowers_the_loss_and_resumes_to_the_same_weights(base, shards, 
     train_distillation(p, model, tokenizer, [shards], tmp_path / "twice", 0, "random", **options)
     whole, twice = (load_file(tmp_path / run / "checkpoint-24" / "model.safetensors") for run in ("whole", "twice"))
     assert all(torch.equal(whole[name], twice[name]) for name in whole)
-    log = training.read_jsonl(tmp_path / "whole" / "log.jsonl")
+    log = training.read_log(tmp_path / "whole" / "log.jsonl")
     assert log[-1]["loss"] < log[0]["loss"]
 
 

@@ -106,7 +106,7 @@ def test_the_warm_up_learns_to_read_and_goes_on_where_it_was(base, tmp_path, kin
     train_readout(p, warm_up(base, two, kind), batches, tmp_path / "two", 0, **options)
     for (name, a), b in zip(whole.named_parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b), name
-    log = training.read_jsonl(tmp_path / "whole" / "log.jsonl")
+    log = training.read_log(tmp_path / "whole" / "log.jsonl")
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["question_loss"] < log[0]["question_loss"]
 
 

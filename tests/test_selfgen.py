@@ -707,8 +707,15 @@ def test_flags_that_do_nothing_are_refused(tmp_path, capsys):
     ("content", "message"),
     [
         ('{"text": "Ada."}\n{"text": " "}\n', "line 2 holds no text"),
-        ('{"text": "Ada."}\n{"words": "x"}\n', 'line 2 has no "text"'),
-        ('{"text": "Ada."}\n{"text": 3}\n', 'line 2 has no "text"'),
+        (
+            '{"text": "Ada."}\n{"words": "x"}\n',
+            'line 2: text: a value is expected, and it is missing: every line needs a "text"',
+        ),
+        ('{"text": "Ada."}\n{"text": 3}\n', 'line 2: text: a text is expected, not 3: every line needs a "text"'),
+        ('{"text": "Ada."}\n["text"]\n', "line 2: an object of named values is expected"),
+        ('{"text": "Ada."}\n' + "[" * 100_000, "line 2 is not JSON .it is nested too deeply"),
+        ('{"text": "Ada."}\n{"text": "\\ud800"}\n', "line 2: text: a text of valid Unicode"),
+        ('{"text": "Ada."}\n{"text": "x", "n": NaN}\n', "line 2 is not JSON .a number must be a finite number"),
         ('{"text": "Ada."}\n{"te', "line 2 is not JSON"),
         ("", "holds no documents"),
     ],

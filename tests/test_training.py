@@ -88,7 +88,7 @@ def test_tensorboard_shows_what_the_log_says_also_after_a_resumed_start(base, tm
         training.train_needle(p, base_model, tokenizer, tmp_path, 0, "small", stop_at, report_steps=2, save_steps=4)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    log = training.read_jsonl(tmp_path / "log.jsonl")
+    log = training.read_log(tmp_path / "log.jsonl")
     shown = [(event.step, round(event.value, 4)) for event in events.Scalars("loss")]
     assert shown == [(line["step"], pytest.approx(line["loss"], abs=1e-3)) for line in log]
 

@@ -1,0 +1,419 @@
+"""What a file must say before it is believed: one schema for each kind of file, and one kind of error.
+
+    <file>: <place in it>: <what is expected> is expected, not <what is there>: <what to do>
+
+Schemas are strict: a number is no text, true is no number, NaN and infinity are no numbers. Keys that a schema does not
+know are refused, except where other programs or later versions may add some.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+MOST_LAYERS = 1000  # of any base model
+LARGEST = 1 << 24  # of any size or count in a model
+LONGEST_NAME, LONGEST_PATH = 200, 1000  # characters of a module's or tensor's name, and of a model's
+LONGEST_SHOWN = 80  # characters of a wrong value in an error
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+# --------------------------------------------------------------------------------------------------------- the error
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a finite number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "string_unicode": "a text of valid Unicode (without unpaired surrogates)",
+    "string_too_short": "a text that is not empty",
+    "string_too_long": "a text of at most {max_length} characters",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than_equal": "a number of at most {le}",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "an object of named values",
+    "model_type": "an object of named values",
+    "model_attributes_type": "an object of named values",
+    "too_short": "at least {min_length} values",
+    "too_long": "at most {max_length} values",
+    "literal_error": "{expected}",
+    "missing": "a value",
+    "missing_argument": "a value",
+    "extra_forbidden": "no such name",
+}
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring, _repr.maxother, _repr.maxlong = 3, LONGEST_SHOWN, LONGEST_SHOWN, LONGEST_SHOWN
+
+
+def shown(value: Any) -> str:
+    """A value of a file in an error: one line of printable ASCII, cut to LONGEST_SHOWN characters."""
+    text = ascii(_repr.repr(value))[1:-1].replace("\\'", "'").replace("\\\\", "\\")
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+
+
+def expected(file: object, place: str, what: str, value: str, advice: str) -> str:
+    """The one form of an error about the contents of a file. value: as `shown` gives it, or "missing"."""
+    found = "and it is missing" if value == "missing" else f"not {value}"
+    return f"{file}: {f'{place}: ' if place else ''}{what} is expected, {found}: {advice}"
+
+
+def check(schema: type[Model], value: Any, file: object, advice: str, error: type[ValueError] = ValueError) -> Model:
+    """`value`, as it was read from `file`, as an object of the schema.
+
+    value: JSON values, or an object with attributes. file: what the error names. advice: what the error says to do.
+    Raises `error`, which names the first wrong place.
+    """
+    try:
+        return schema.model_validate(value)
+    except ValidationError as problem:
+        wrong = problem.errors(include_url=False)[0]
+        raise error(_message(wrong, file, advice)) from problem
+
+
+def _message(wrong: dict[str, Any], file: object, advice: str) -> str:
+    kind, context = wrong["type"], wrong.get("ctx", {})
+    place = ".".join(shown(part).strip("'") for part in wrong["loc"])
+    if kind == "value_error":
+        what = str(context["error"])
+    elif kind in _EXPECTED:
+        what = _EXPECTED[kind].format(**context)
+    else:
+        what = wrong["msg"].removeprefix("Input should be ")
+    return expected(file, place, what, "missing" if kind == "missing" else shown(wrong["input"]), advice)
+
+
+# --------------------------------------------------------------------------------------------------------- the values
+def _unicode(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(_EXPECTED["string_unicode"]) from error
+    return text
+
+
+def _template(text: str) -> str:
+    plain = text.replace("{layer}", "", 1)
+    if len(plain) + len("{layer}") != len(text) or not _is_path(plain):
+        raise ValueError("a path with one {layer} and else only letters, digits, _ and .")
+    return text
+
+
+def _is_path(text: str) -> bool:
+    return text.isascii() and text.replace("_", "").replace(".", "").isalnum()
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("a name of printable characters")
+    return text
+
+
+def _file_name(text: str) -> str:
+    if text in (".", "..") or "/" in text or "\\" in text or "\0" in text:
+        raise ValueError("the name of a file in this folder")
+    return text
+
+
+def _digest(text: str) -> str:
+    if len(text) != 64 or text.strip("0123456789abcdef"):
+        raise ValueError("64 hexadecimal digits")
+    return text
+
+
+def _patterns(value: Any) -> Any:
+    if isinstance(value, str) or value is None:
+        return value
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return value
+    raise ValueError("a pattern or a list of names")
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_unicode)]
+ModelName = Annotated[str, Field(max_length=LONGEST_PATH), AfterValidator(_printable)]
+ModuleName = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_printable)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(allow_inf_nan=False, ge=0)]
+Whole = Annotated[int, Field(ge=0, le=1 << 48)]  # a position or a number of things
+Count = Annotated[int, Field(ge=1, le=LARGEST)]  # a size
+Some = Annotated[int, Field(ge=0, le=LARGEST)]  # a size that may be zero
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+FirstVersion = Annotated[int, Field(ge=1, le=1)]
+Template = Annotated[str, Field(max_length=LONGEST_PATH), AfterValidator(_template)]
+
+
+def _in_order(span: tuple[int, int]) -> tuple[int, int]:
+    if span[0] > span[1]:
+        raise ValueError("a span [start, end] with start <= end")
+    return span
+
+
+# JSON has lists only: the outer value may be one, the numbers in it stay strict.
+Span = Annotated[tuple[Whole, Whole], Strict(False), AfterValidator(_in_order)]
+Sizes = Annotated[tuple[Count, Count], Strict(False)]
+
+
+class _Closed(BaseModel):
+    """Nothing but the fields."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Open(BaseModel):
+    """Other keys may be there and are left alone."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+class _Record(BaseModel):
+    """An object with attributes, of which some are read."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="ignore", allow_inf_nan=False, from_attributes=True, protected_namespaces=()
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+class AdapterSides(_Closed):
+    """{module: name of a tensor}, for A and for B."""
+
+    A: dict[ModuleName, Name]
+    B: dict[ModuleName, Name]
+
+
+class AdapterBlock(AdapterSides):
+    """One block of an adapter file."""
+
+    document: Name
+    chunk: Whole
+    span: Span | None
+    weight: Finite
+
+
+class AdapterHeader(_Closed):
+    """The labels in the header of an adapter file."""
+
+    format: Literal["d2l-adapter"]
+    version: FirstVersion
+    blocks: list[AdapterBlock]
+    bias: AdapterSides | None
+    scale: Finite
+    bias_weight: Finite
+    n_layers: Layers
+    sizes: dict[ModuleName, Sizes]
+    base_model: Text
+    base_key: Text
+    hypernetwork_key: Text
+    paths: dict[ModuleName, Template]
+    bias_inside: bool
+
+
+class PeftConfig(_Open):
+    """adapter_config.json of a PEFT folder, as far as it is read."""
+
+    peft_type: Text | None = None
+    base_model_name_or_path: Text | None = None
+    r: Count | None = None
+    lora_alpha: Finite | None = None
+    rank_pattern: dict[Text, Count] | None = None
+    alpha_pattern: dict[Text, Finite] | None = None
+    use_rslora: bool | None = None
+    target_modules: Annotated[Any, AfterValidator(_patterns)] = None
+
+    @model_validator(mode="after")
+    def _a_lora_has_both(self) -> PeftConfig:
+        if self.peft_type == "LORA" and (self.r is None or self.lora_alpha is None):
+            raise ValueError("a LoRA with r and lora_alpha")
+        return self
+
+
+class ExportRecord(_Open):
+    """What an export says about itself in the header of its weights."""
+
+    version: FirstVersion
+    documents: list[Text] = []
+    bias: bool
+    n_layers: Layers
+    base_key: Text
+    hypernetwork_key: Text
+    rank: Count
+    error: Share
+    errors: dict[Text, list[Share]]
+
+
+# ------------------------------------------------------------------------------------------------------ hypernetworks
+class HypernetworkSettings(_Closed):
+    """The fields of a HypernetworkConfig."""
+
+    n_layers: Layers
+    d_in: Annotated[dict[ModuleName, Count], Field(min_length=1)]
+    d_out: Annotated[dict[ModuleName, Count], Field(min_length=1)]
+    feature_size: Count
+    latent_size: Count = 512
+    rank: Count = 8
+    scale: Finite | None = None
+    encoder_type: Literal["early_exit", "per_layer_activations", "embed_only"] = "early_exit"
+    encoder_layer: Some | None = None
+    n_latent_queries: Count = 208
+    n_blocks: Layers = 8
+    n_self_attention_per_block: Some = 0
+    shared_weights: bool = False
+    per_layer_processing: bool = False
+    n_pre_head_layers: Some = 1
+    use_bias: bool = True
+    dropout: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    n_heads: Count = 16
+    n_kv_heads: Count = 4
+    head_dim: Count = 128
+    base_model: ModelName = ""
+    encoder_model: ModelName | None = None
+    encoder_4bit: bool = False
+
+
+class GateSettings(_Closed):
+    """The gate in a checkpoint: two numbers of nats and a sentence."""
+
+    known: Finite
+    growth: Finite
+    refusal: Name
+
+
+class CheckpointMeta(_Open):
+    """What a checkpoint says beside its sizes; whoever saves one may add to it."""
+
+    chunk_tokens: Count | None = None
+    base_model: ModelName | None = None
+    encoder_model: ModelName | None = None
+    least_relevance: Finite = 0.0
+    gate: GateSettings | None = None
+
+
+class CheckpointSettings(_Closed):
+    """config.json of a checkpoint folder."""
+
+    format: Literal["doc-to-lora hypernetwork"]
+    version: FirstVersion
+    hypernetwork: HypernetworkSettings
+    meta: CheckpointMeta = CheckpointMeta()
+
+
+class TrainingFacts(_Closed):
+    """hypernetwork.json of a training."""
+
+    hypernetwork: HypernetworkSettings
+    chunk_tokens: Count | None
+
+
+class PublishedAggregator(_Record):
+    """AggregatorConfig of a published checkpoint, as far as it is read."""
+
+    aggregator_type: ModelName
+    num_layers: Layers
+    feature_size: Count
+    n_latent_queries: Count
+    num_blocks: Count
+    num_self_attn_per_block: Some
+    shared_weights: bool
+
+
+class PublishedLora(_Record):
+    """LoraConfig of a published checkpoint, as far as it is read."""
+
+    r: Count
+    lora_alpha: Finite
+
+
+class PublishedHypernet(_Record):
+    """HypernetConfig of a published checkpoint, as far as it is read; older files lack the fields that may be None."""
+
+    latent_size: Count
+    per_rank_gen: bool
+    per_layer_processing: bool
+    num_pre_head_layers: Some | None = None
+    use_bias: bool | None = None
+    dropout_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    extra_modules: list[Any] | None = None
+    feature_sizes: tuple[dict[ModuleName, Count], dict[ModuleName, Count]]
+    aggregator_config: PublishedAggregator
+    lora_config: PublishedLora
+
+
+class PublishedEncoder(_Record):
+    """CtxEncoderArguments of a published checkpoint, as far as it is read."""
+
+    ctx_encoder_model_name_or_path: ModelName | None = None
+    ctx_encoder_type: Literal["early_exit", "per_layer_activations", "embed_only"] | None = None
+    layer_idx: Some | None = None
+    ctx_encoder_last_layer: Some | None = None
+    quantize_ctx_encoder: bool | None = None
+
+
+class PublishedCheckpoint(_Record):
+    """What a published checkpoint says beside its tensors."""
+
+    base_model_name_or_path: ModelName
+    hypernet_config: PublishedHypernet
+    ctx_encoder_args: PublishedEncoder | None = None
+
+
+# ------------------------------------------------------------------------------------------------- trainings and data
+class TrainerState(_Open):
+    """trainer_state.json of a training checkpoint, as far as it is read."""
+
+    global_step: Whole
+
+
+class LogLine(_Open):
+    """One line of a training's log.jsonl."""
+
+    step: Whole
+    seconds: Finite
+
+
+class ScoreLine(_Open):
+    """One line of a run's scores.jsonl."""
+
+    checkpoint: Name
+
+
+class TextLine(_Open):
+    """One line of a file of texts."""
+
+    text: Text
+
+
+class ShardRecord(_Open):
+    """The .json file beside a shard."""
+
+    file: Annotated[Name, AfterValidator(_file_name)]
+    run: Annotated[str, AfterValidator(_digest)]
+    sha256: Annotated[str, AfterValidator(_digest)]
+    counts: dict[Text, Whole]
+
+
+class ManifestShard(_Open):
+    """One shard in a manifest."""
+
+    file: Annotated[Name, AfterValidator(_file_name)]
+    sha256: Annotated[str, AfterValidator(_digest)]
+    counts: dict[Text, Whole] = {}
+
+
+class Manifest(_Open):
+    """manifest.json of self-generated data, as far as it is read back."""
+
+    complete: bool
+    n_shards: Some
+    shards: list[ManifestShard] = []
+
+    @model_validator(mode="after")
+    def _complete_means_all(self) -> Manifest:
+        if self.complete and len({shard.file for shard in self.shards}) != self.n_shards:
+            raise ValueError(f"the {self.n_shards} different shards of n_shards in a complete manifest")
+        return self

@@ -1,0 +1,66 @@
+"""Safetensors files, read so that what comes out is numbers: floating, finite and of the size that the file has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LONGEST_HEADER = 100_000_000  # bytes; the format allows no more
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def read_tensors(path: str | Path, error: type[ValueError] = ValueError) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors on the CPU, metadata) of a safetensors file; nothing is read before the header fits the file's size.
+
+    FileNotFoundError where there is no such file. `error` for a file that is cut off or damaged, and for tensors that
+    are no floating numbers, empty, or hold NaN or infinity; its message names the file and the tensor.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    incomplete = f"{path} is not a complete safetensors file, it is damaged ({{}}): was it cut off? Copy it again"
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if size < 8 or header > min(size - 8, LONGEST_HEADER):
+            raise error(incomplete.format(f"its header would have {header} bytes, the file has {size}"))
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise
+    except error:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as problem:
+        raise error(incomplete.format(_line(problem))) from problem
+    check_tensors(tensors, path, error)
+    return tensors, metadata
+
+
+def _line(problem: Exception) -> str:
+    """The first line of an error, short and printable."""
+    return ascii((str(problem).splitlines() or [type(problem).__name__])[0])[1:-1][:200]
+
+
+def check_tensors(tensors: Mapping[str, Tensor], file: object, error: type[ValueError] = ValueError) -> None:
+    """`error` for the first tensor that is not of finite floating numbers. Each is read once, nothing is copied."""
+    from d2l_lib.formats.schemas import expected, shown
+
+    for name, tensor in tensors.items():
+        advice = "the file is damaged, copy or write it again"
+        if tensor.dtype not in FLOATING:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            what = "a tensor of numbers with a fraction (float32, bfloat16, float16)"
+            raise error(expected(file, shown(name).strip("'"), what, kind, advice))
+        if tensor.numel() == 0:
+            raise error(expected(file, shown(name).strip("'"), "a tensor that is not empty", "one without", advice))
+        if not all(math.isfinite(value) for value in torch.stack(tensor.detach().aminmax()).tolist()):
+            place = shown(name).strip("'")
+            raise error(f"{file}: {place}: finite numbers are expected, it holds NaN or infinity: {advice}")
