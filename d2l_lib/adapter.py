@@ -7,7 +7,6 @@ Adapters are values: no operation changes its operand, and blocks are shared bet
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from d2l_lib import markup
 from d2l_lib.documents import check_count
 from d2l_lib.records import atomic_file, parse_json, safetensors_metadata
 
@@ -579,10 +579,11 @@ class Adapter:
     def _repr_html_(self) -> str:
         header = "".join(f"<th>{name}</th>" for name in ("document", "chunks", "rank", "weight"))
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
+            "<tr>" + "".join(f"<td>{markup.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
         )
         return (
-            f"<div><b>Adapter</b>: {html.escape(self._summary())}"
+            f'<div class="{markup.NO_FORMULAS}" style="overflow-wrap: anywhere">'
+            f"<b>Adapter</b>: {markup.escape(self._summary())}"
             f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
         )
 

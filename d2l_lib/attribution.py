@@ -31,6 +31,7 @@ from d2l_lib.documents import (
     context_ids,
     name_documents,
     question_ids,
+    sentence_number,
     split_sentences,
 )
 from d2l_lib.lora import add_deltas
@@ -213,7 +214,7 @@ def sentence_units(adapter: Adapter, documents: str | Mapping[str, str]) -> pd.D
             if start < end and text[start:end].strip():
                 end = start + len(text[start:end].rstrip())
                 units.append(
-                    {"unit": f"{block.document}, sentence {len(units)}", "document": block.document}
+                    {"unit": f"{block.document}, sentence {sentence_number(len(units))}", "document": block.document}
                     | {"chunk": block.chunk, "start": start, "end": end, "text": text[start:end], "block": number}
                 )
     return _unit_table(units)

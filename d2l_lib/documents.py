@@ -246,6 +246,14 @@ def _cut(start: int, end: int, ends: list[int]) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
+def sentence_number(place: int) -> int:
+    """The number of a sentence in texts, tables and figures: they count from 1, on through all documents.
+
+    place: its position among them, from 0.
+    """
+    return place + 1
+
+
 def split_sentences(text: str) -> list[tuple[int, int]]:
     """Character spans (start, end) of the sentences; together they are the whole text, white space goes to the left.
 

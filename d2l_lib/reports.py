@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import html
 import io
 import math
 import random
@@ -26,10 +25,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import presets, world
+from . import markup, presets, world
 from .adapter import Adapter
 from .baselines import open_turn
-from .documents import name_documents, question_ids, split_sentences
+from .documents import name_documents, question_ids, sentence_number, split_sentences
 from .model import DocToLoRA, load, pad_id_of, pad_rows
 from .probes import sum_of
 from .records import project_root, write_atomic, write_jsonl
@@ -195,8 +194,8 @@ def _with_answers(model: DocToLoRA, probed: pd.DataFrame, adapter: Adapter, bloc
 class Report:
     """What was stored and what was lost. Print it, or show it in a notebook; `save_html` writes it as one page.
 
-    table: one row per sentence: document, sentence (its number), start and end (characters), text, chunk, asked
-    (questions about it), kept (0 to 1, averaged over the questions as often as they came up), margin, over_zero,
+    table: one row per sentence: document, sentence (its number, from 1 on through all documents), start and end
+    (characters), text, chunk, asked (questions about it), kept (0 to 1, averaged over the questions as often as they came up), margin, over_zero,
     over_wrong (nats, of the question that came up most often; see `probe_questions`), status ("stored", "lost", "not
     asked"; then the numbers are NaN), believed (what the base model alone says with confidence instead, or "").
     questions: one row per question. capacity: `capacity_table`. unrelated: one row per question: question, alone, said,
@@ -298,10 +297,9 @@ def report(
 
 def _sentence_table(questions, spans, sentences, adapter, flag_below, belief) -> pd.DataFrame:
     by_sentence = dict(list(questions.groupby("sentence")))
-    rows, number = [], 0
+    rows = []
     for place, ((name, start, end), text) in enumerate(zip(spans, sentences, strict=True)):
-        number = number + 1 if place and spans[place - 1][0] == name else 0
-        row = {"document": name, "sentence": number, "start": start, "end": end, "text": text}
+        row = {"document": name, "sentence": sentence_number(place), "start": start, "end": end, "text": text}
         row["chunk"] = _chunk_of(adapter, name, start)
         asked = by_sentence.get(place)
         row["asked"] = 0 if asked is None else len(asked)
@@ -381,7 +379,7 @@ def _number(value: float) -> str:
 
 
 def _cells(values: Sequence[object], tag: str = "td") -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values) + "</tr>"
+    return "<tr>" + "".join(f"<{tag}>{markup.escape(str(value))}</{tag}>" for value in values) + "</tr>"
 
 
 def _table(frame: pd.DataFrame) -> str:
@@ -407,17 +405,17 @@ def render_report(made: Report) -> str:
     )
     body = f"<h4>What was stored and what was lost</h4><p>{legend} (sentences; lost: less than "
     body += f"{made.flag_below:g} kept)</p>"
-    body += "".join(f'<p class="d2l-error">Warning: {html.escape(warning)}</p>' for warning in made.warnings)
+    body += "".join(f'<p class="d2l-error">Warning: {markup.escape(warning)}</p>' for warning in made.warnings)
     numbers = pd.DataFrame({"what": list(made.facts), "value": [_number(value) for value in made.facts.values()]})
     body += _table(numbers)
     for name, text in made.texts.items():
-        body += f'<h4>{html.escape(name)}</h4><div class="d2l-text d2l-document">'
+        body += f'<h4>{markup.escape(name)}</h4><div class="d2l-text d2l-document">'
         for row in table[table["document"] == name].itertuples():
             words = (
                 "no question found" if math.isnan(row.kept) else f"kept {row.kept:.2f}, margin {row.margin:.2f} nats"
             )
             shade = f"background:{SHADES[row.status]}" + (";color:#000" if row.status != STATUSES[2] else "")
-            shown = html.escape(text[row.start : row.end])
+            shown = markup.inline(text[row.start : row.end])
             body += f'<span data-status="{row.status}" title="{words}" style="{shade}">{shown}</span>'
         body += "</div>"
     columns = ["document", "text", "status", "asked", "kept", "margin", "over_zero", "over_wrong", "believed"]

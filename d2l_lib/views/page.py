@@ -5,7 +5,6 @@ after another: the page takes text and clicks meanwhile, shows a bar, and can be
 program (a cell, a test, the building of the page) runs at once and has ended when the call returns.
 """
 
-import html
 import inspect
 import sys
 import threading
@@ -19,12 +18,14 @@ from typing import Any
 
 import ipywidgets as W
 
+from d2l_lib import markup
+
 CSS = """
 .d2l-view { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.5; }
 .d2l-view { color: var(--jp-ui-font-color1, inherit); }
 .d2l-view table { border-collapse: collapse; width: 100%; }
 .d2l-view table th, .d2l-view table td { text-align: left; vertical-align: top; padding: 4px 10px 4px 0; }
-.d2l-view th, .d2l-view td { border-bottom: 1px solid #8884; }
+.d2l-view th, .d2l-view td { border-bottom: 1px solid #8884; overflow-wrap: anywhere; min-width: 3.5em; }
 .d2l-view mark { background: #ffe08a; color: #000; padding: 1px 2px; border-radius: 2px; }
 .d2l-view .d2l-text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .d2l-view .d2l-document { max-height: 22em; overflow-y: auto; padding: 8px; }
@@ -58,8 +59,8 @@ def render_view(view: str, body: str, /, **data: Any) -> str:
 
     Each of `data` becomes an escaped data-* attribute. No dollar sign within becomes a formula.
     """
-    attributes = "".join(f' data-{name.replace("_", "-")}="{html.escape(str(value))}"' for name, value in data.items())
-    classes = f"d2l-view d2l-{view} tex2jax_ignore mathjax_ignore"
+    attributes = "".join(f' data-{name.replace("_", "-")}="{markup.escape(value)}"' for name, value in data.items())
+    classes = f"d2l-view d2l-{view} {markup.NO_FORMULAS}"
     return f'<style>{CSS}</style><div class="{classes}"{attributes}>{body}</div>'
 
 
@@ -72,7 +73,7 @@ def render_messages(messages: Sequence[tuple[str, bool]]) -> str:
     """Lines of status, each (text, whether it is an error)."""
     lines = [
         f'<div role="{"alert" if is_error else "status"}" class="d2l-{"error" if is_error else "note"}">'
-        f"{html.escape(text)}</div>"
+        f"{markup.escape(text)}</div>"
         for text, is_error in messages
     ]
     return render_view("message", "".join(lines))
