@@ -25,7 +25,7 @@ from .distillation import train_qa
 from .evaluation import summarise, world_samples
 from .model import DocToLoRA
 from .presets import QA_VARIANTS, HypernetworkPreset, QAPreset, qa_variant
-from .records import project_root, read_rows, write_jsonl
+from .records import one_line_errors, project_root, read_rows, write_jsonl
 
 FACTS = (8, 20)  # facts of a document, where one-hop questions are asked
 SHARDS = selfgen.Settings(documents=1000, questions=8)  # the self-generated data of the variants that learn from it
@@ -91,6 +91,7 @@ def share_warm_up(variant: str, run: Path, ours: Path) -> None:
         shutil.copytree(ours / "readout", run / "readout")
 
 
+@one_line_errors("ablations")
 def main() -> None:
     """Train and score variants of the question-answering recipe on the bundled base model, one after another."""
     parser = argparse.ArgumentParser(description=main.__doc__)

@@ -458,6 +458,7 @@ def all_methods(
     ]
 
 
+@records.one_line_errors("baselines")
 def main() -> None:
     """Comparisons on the generated world, recorded in data/full_runs with seed, n and command.
 

@@ -23,7 +23,15 @@ from torch import Tensor
 from d2l_lib import pickles
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.pickles import CheckpointError, Record
-from d2l_lib.records import PRETRAINED_FILES, FolderKind, atomic_folder, check_folder, read_json, read_whole
+from d2l_lib.records import (
+    PRETRAINED_FILES,
+    FolderKind,
+    atomic_folder,
+    check_folder,
+    one_line_errors,
+    read_json,
+    read_whole,
+)
 
 __all__ = ["CheckpointError", "convert", "export", "load_checkpoint", "read_published", "save_checkpoint"]
 
@@ -471,6 +479,7 @@ def convert(source: str | Path, target: str | Path, base_model: str | None = Non
     return target
 
 
+@one_line_errors("checkpoints")
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m d2l_lib.checkpoints", description=__doc__.partition("\n")[0])
@@ -480,10 +489,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("target", help="the folder, or the *.bin, to write")
     command.add_argument("--base-model", help="store this name or path instead of the source's")
     given = parser.parse_args(arguments)
-    try:
-        print(convert(given.source, given.target, given.base_model))
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+    print(convert(given.source, given.target, given.base_model))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from . import qa, selfgen
-from .records import write_jsonl
+from .records import one_line_errors, write_jsonl
 
 PASSAGE_TOKENS = 2000  # the longest passage, as published
 OPEN_DOCUMENTS = 1000  # whose questions are waited for at a time
@@ -314,6 +314,7 @@ def download(folder: str | Path, model: str) -> Path:
     return Path(folder)
 
 
+@one_line_errors("corpora")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tell how large data sets are, write their documents for selfgen, or download self-generated data."""
     parser = argparse.ArgumentParser(prog="python -m d2l_lib.corpora", description=main.__doc__)
@@ -329,16 +330,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{a.what} needs a name and --out")
     if (a.what == "download") != (a.name == SHARDS) and a.what != "size":
         parser.error(f"{SHARDS} is for download, all others for write")
-    try:
-        for name in [a.name] if a.name else CORPORA:
-            print(size(name, a.source, split=a.split, model=a.model), flush=True)
-        if a.what == "write":
-            documents = stream(a.name, a.source, split=a.split)
-            print(f"{a.out}: {write_texts(a.out, documents, a.documents):,} documents")
-        elif a.what == "download":
-            print(f"{download(a.out, a.model)}: complete")
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"corpora: {error}") from error
+    for name in [a.name] if a.name else CORPORA:
+        print(size(name, a.source, split=a.split, model=a.model), flush=True)
+    if a.what == "write":
+        documents = stream(a.name, a.source, split=a.split)
+        print(f"{a.out}: {write_texts(a.out, documents, a.documents):,} documents")
+    elif a.what == "download":
+        print(f"{download(a.out, a.model)}: complete")
 
 
 if __name__ == "__main__":

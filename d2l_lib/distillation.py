@@ -48,7 +48,7 @@ from .readout import (
     start_linear,
     train_readout,
 )
-from .records import read_rows, write_jsonl
+from .records import one_line_errors, read_rows, write_jsonl
 from .selfgen import TOP_K, find_shards, read_shards
 from .trainer import chunk_batch, is_first_process, own_device, pad_right
 from .training import (
@@ -336,6 +336,7 @@ def train_own(
         save_checkpoint(run / "final", hypernetwork, meta)
 
 
+@one_line_errors("distillation")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Remake the bundled question-answering hypernetwork, or train one for a base model of your own. An interrupted
     run goes on where it was.
@@ -354,17 +355,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not is_own_run(a, p) and not a.shards:
         remake_qa(p, a.runs, a.data, seed)
         return
-    try:
-        stages = {name: settle_encoder(changed(stage, a.set)) for name, stage in p.qa.stages.items()}
-        settings = {name: shortened(stage, a.steps) for name, stage in stages.items()}
-        source, run = base_source(a, p), a.runs / p.name / f"qa_own_seed{seed}"
-        for name, stage in settings.items():
-            say_what_is_trained(stage, source, run / name)
-        cache = a.cache or a.runs / "shards"
-        meta = {"preset": p.name}
-        train_own(replace(p.qa, **settings), source, run, seed, meta, a.shards, cache, **fit_options(a))
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"distillation: {error}") from error
+    stages = {name: settle_encoder(changed(stage, a.set)) for name, stage in p.qa.stages.items()}
+    settings = {name: shortened(stage, a.steps) for name, stage in stages.items()}
+    source, run = base_source(a, p), a.runs / p.name / f"qa_own_seed{seed}"
+    for name, stage in settings.items():
+        say_what_is_trained(stage, source, run / name)
+    cache = a.cache or a.runs / "shards"
+    meta = {"preset": p.name}
+    train_own(replace(p.qa, **settings), source, run, seed, meta, a.shards, cache, **fit_options(a))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from . import needles, world
 from .base_model import load_base_model
 from .documents import question_ids, stop_ids
 from .model import load
-from .records import project_root, write_jsonl
+from .records import one_line_errors, project_root, write_jsonl
 
 OTHER_KINDS = ("paraphrase", "two_hop", "yes_no", "which_of", "list")
 
@@ -350,6 +350,7 @@ def record(path: Path, samples: pd.DataFrame, by: Sequence[str], **facts) -> pd.
     return table
 
 
+@one_line_errors("evaluation")
 def main() -> None:
     """Full evaluations, recorded in data/full_runs with seed, n and command; `cost` prints one measurement."""
     parser = argparse.ArgumentParser(description=main.__doc__)

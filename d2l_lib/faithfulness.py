@@ -30,7 +30,7 @@ from .attribution import METHODS, Trials, attribute, ranks
 from .documents import split_sentences
 from .evaluation import wilson
 from .model import DocToLoRA, load
-from .records import project_root, read_rows, write_jsonl
+from .records import one_line_errors, project_root, read_rows, write_jsonl
 from .routing import route
 
 if TYPE_CHECKING:
@@ -520,6 +520,7 @@ def exactness(model: DocToLoRA, n: int, seed: int) -> dict:
     return {"n": n, "largest_difference_nats": worst}
 
 
+@one_line_errors("faithfulness")
 def main() -> None:
     """The study of a bundled model: one-hop and two-hop questions on documents of 8 to 40 sentences, recorded in
     data/full_runs/attribution.jsonl with seed, n and command. It goes on where it was interrupted.

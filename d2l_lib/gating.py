@@ -28,7 +28,7 @@ from .documents import check_count
 from .evaluation import summarise, wilson
 from .model import DocToLoRA, find_checkpoint, load
 from .probes import one_hop_question, strangers, sum_of
-from .records import project_root, read_json, write_json, write_jsonl
+from .records import one_line_errors, project_root, read_json, write_json, write_jsonl
 from .routing import SHARE, Gate, leads_and_divergences, most_relevant, relevance
 
 
@@ -487,6 +487,7 @@ def keep_thresholds(folder: Path, least: float, gate: Gate | None = None) -> Non
     write_json(folder / SETTINGS, settings)
 
 
+@one_line_errors("gating")
 def main() -> None:
     """Routing, gate and dial of a bundled model, recorded in data/full_runs (routing.jsonl, gate.jsonl,
     gate_ideas.jsonl, conflict_dial.jsonl) with seed, n and command.

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from d2l_lib.records import project_root, read_rows, write_atomic
+from d2l_lib.records import one_line_errors, project_root, read_rows, write_atomic
 
 CELL_TIMEOUT_S = 300
 NOTEBOOK_TIMEOUT_S = 420
@@ -164,6 +164,7 @@ def format_table(rows: list[dict], columns: tuple[str, ...] = ("claim", "figure"
     )
 
 
+@one_line_errors("notebooks")
 def main() -> int:
     """Execute all notebooks in place, then print minutes and the headline table; the exit status is 1 if one failed."""
     root = project_root()

@@ -18,7 +18,7 @@ import pandas as pd
 from . import world
 from .evaluation import record
 from .model import DocToLoRA, load
-from .records import project_root
+from .records import one_line_errors, project_root
 
 INSTRUCTION = "You are a useful assistant."
 FACTS = 5  # of a document, where nothing else is said
@@ -278,6 +278,7 @@ def all_probes(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
     )
 
 
+@one_line_errors("probes")
 def main() -> None:
     """All probes of a bundled model, recorded in data/full_runs/qa_probes.jsonl with seed, n and command."""
     parser = argparse.ArgumentParser(description=main.__doc__)

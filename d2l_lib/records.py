@@ -126,15 +126,18 @@ def name_failed_writes(path: str | Path) -> Iterator[None]:
         failure = write_failure(error)
         if failure is None or failure.errno not in _FULL or (isinstance(error, OSError) and error.filename):
             raise
-        raise OSError(failure.errno, failure.strerror or str(failure), str(path)) from error
+        is_torch = not isinstance(error, OSError) and failure.errno == errno.EIO
+        reason = failure.strerror if is_torch else os.strerror(failure.errno)
+        raise OSError(failure.errno, reason, str(path)) from error
 
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Decorate the `main` of a command: bad input, a failed write and Ctrl-C end it with one line and a status.
 
-    OSError, ValueError, ImportError and failed writes of other libraries: status 1, "command: reason" on stderr.
-    KeyboardInterrupt: status 130. Any other error is a fault of the program and keeps its traceback.
+    OSError, ValueError, ImportError, FloatingPointError and failed writes of other libraries: status 1, and
+    "command: reason" on stderr. KeyboardInterrupt: status 130. Any other error is a fault of the program and keeps its
+    traceback.
     """
     try:
         yield
@@ -145,7 +148,7 @@ def one_line_errors(command: str) -> Iterator[None]:
         failure = write_failure(error)
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
             line = f"{error.filename}: {error.strerror}"
-        elif isinstance(error, (OSError, ValueError, ImportError)):
+        elif isinstance(error, (OSError, ValueError, ImportError, FloatingPointError)):
             line = str(error) or type(error).__name__
         elif failure is not None and failure.errno in _FULL:
             line = f"{failure.strerror}: {failure.filename}" if failure.filename else f"{failure.strerror} ({error})"
@@ -654,6 +657,49 @@ def iter_jsonl(path: str | Path) -> Iterator[Any]:
                 except ValueError as error:
                     reason = f"{path}, line {number} is not JSON ({error})"
                     raise ValueError(f"{reason}: was the file cut off?") from error
+
+
+def read_appended(path: str | Path) -> list[Any]:
+    """The values of a JSON-lines file that `append_jsonl` writes; a last line that was cut off (by a kill) is left out.
+
+    No file: no values. Blank lines are skipped. ValueError names any other line that is not JSON.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    named = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [parse_json(line, name, "take that line out") for name, line in named]
+
+
+def append_jsonl(path: str | Path, row: Any) -> None:
+    """Add one JSON value as a line, and wait until it is on the disk; where that fails the file is what it was."""
+    line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    with name_failed_writes(path), open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += file.write(line[written:])
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
+def remove_output(folder: Path, kind: FolderKind) -> list[str]:
+    """Delete those files of a folder that belong to the kind, the first of `kind.files` first, and then the folder.
+
+    Names of other files, for which the folder stays, are returned.
+    """
+    for pattern in kind.files:
+        for name, facts in _entries(folder) if folder.is_dir() else []:
+            if _fits(name, [pattern]) and stat.S_ISREG(facts.st_mode):
+                (folder / name).unlink(missing_ok=True)
+    for inner, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):
+            os.rmdir(inner)
+    return [name for name, _ in _entries(folder)] if folder.is_dir() else []
 
 
 def save_figure(figure, name: str) -> Path:

@@ -27,7 +27,7 @@ from d2l_lib.checkpoints import PUBLISHED, export
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.model import load
 from d2l_lib.presets import preset
-from d2l_lib.records import project_root, write_jsonl
+from d2l_lib.records import one_line_errors, project_root, write_jsonl
 
 REVISION = "0" * 40
 BASE_MODEL = "google/gemma-2-2b-it"
@@ -138,6 +138,7 @@ def _printed(cell: Mapping) -> str:
     return "".join(texts).rstrip()
 
 
+@one_line_errors("rehearsal")
 def main() -> None:
     """Run all of RUNS and record what they printed."""
     argparse.ArgumentParser(prog="python -m d2l_lib.rehearsal", description=main.__doc__).parse_args()

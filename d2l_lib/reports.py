@@ -31,7 +31,7 @@ from .baselines import open_turn
 from .documents import name_documents, question_ids, sentence_number, split_sentences
 from .model import DocToLoRA, load, pad_id_of, pad_rows
 from .probes import sum_of
-from .records import project_root, write_atomic, write_jsonl
+from .records import one_line_errors, project_root, write_atomic, write_jsonl
 from .routing import route
 from .selfgen import Reply, TransformersEngine
 from .weights import norms
@@ -514,6 +514,7 @@ def best_flags(curve: pd.DataFrame) -> pd.DataFrame:
 
 
 # --------------------------------------------------------------------------------------------------------- the command
+@one_line_errors("reports")
 def main() -> None:
     """How well the report of a bundled model flags what its adapters fail to answer, on generated documents, recorded
     in data/full_runs/report.jsonl with seed, n and command.

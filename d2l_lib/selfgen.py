@@ -47,7 +47,7 @@ from . import world
 from .base_model import bundled_path, load_base_model, without_lora
 from .documents import check_count, check_text, context_ids, question_ids, stop_ids
 from .packing import TEACHER_COLUMNS
-from .records import atomic_file, read_json, read_jsonl, write_json
+from .records import atomic_file, one_line_errors, read_json, read_jsonl, write_json
 from .trainer import own_device
 
 FORMAT, VERSION = "doc-to-lora self-generated data", 1
@@ -661,8 +661,6 @@ def _sha256(path: Path) -> str:
 
 
 def _write_shard(path: Path, run: str, table: pa.Table, counts: dict[str, int]) -> None:
-    for stale in [*path.parent.glob(f".{path.name}.*.tmp"), *path.parent.glob(f".{path.stem}.json.*.tmp")]:
-        stale.unlink(missing_ok=True)  # of a killed run
     with atomic_file(path) as temporary:
         with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as file:
             if table.num_rows:  # `datasets` cannot read an empty row group
@@ -776,11 +774,18 @@ def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         if any(folder.glob("*.parquet")):
             raise ValueError(f"{folder} holds parquet files but no {MANIFEST}: choose an empty folder")
+        if others := sorted(file.name for file in folder.glob("shard-*.json")):
+            raise ValueError(f"{folder} holds {others[0]} but no {MANIFEST}: choose an empty folder")
         write_json(path, identity | {"complete": False})
         return
     try:
         found = read_json(path)
     except ValueError as error:
+        begin = json.dumps(identity, indent=2, ensure_ascii=False).encode()[:40]
+        if path.read_bytes()[:40] != begin[: path.stat().st_size] and not any(
+            _record_of(file) for file in folder.glob("shard-*.parquet")
+        ):
+            raise ValueError(f"{path} is not of this program: choose another folder") from error
         print(f"{error}; it is made again", flush=True)
         return
     different = _differences(identity, found if isinstance(found, dict) else {})
@@ -1094,6 +1099,7 @@ def _load_engine(kind: str, name: str, batch_tokens: int, gpu_share: float = 0.9
     return TransformersEngine(name, *load_base_model(name, device=own_device()), batch_tokens)
 
 
+@one_line_errors("selfgen")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Questions on documents, answered by the base model with the document in its prompt, as parquet shards."""
     parser = argparse.ArgumentParser(prog="python -m d2l_lib.selfgen", description=main.__doc__)
@@ -1115,16 +1121,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if wrong := sorted(flags_given & (of_texts if a.source == "world" else of_world)):
         flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
         parser.error(f"{flags} has no meaning with --source {a.source}")
-    try:
-        texts = None if a.source == "world" else read_texts(a.source)
-        settings = Settings(**({} if texts is None else {"documents": len(texts)}) | given)
-        two_models = a.writer is not None and a.writer != a.model
-        share = 0.45 if two_models else 0.9
-        teacher = _load_engine(a.engine, a.model, settings.batch_tokens, share)
-        writer = _load_engine(a.engine, a.writer, settings.batch_tokens, share) if two_models else None
-        manifest = generate(settings, a.out, teacher, texts, writer, worker=a.worker, workers=a.workers)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        raise SystemExit(f"selfgen: {error}") from error
+    texts = None if a.source == "world" else read_texts(a.source)
+    settings = Settings(**({} if texts is None else {"documents": len(texts)}) | given)
+    two_models = a.writer is not None and a.writer != a.model
+    share = 0.45 if two_models else 0.9
+    teacher = _load_engine(a.engine, a.model, settings.batch_tokens, share)
+    writer = _load_engine(a.engine, a.writer, settings.batch_tokens, share) if two_models else None
+    manifest = generate(settings, a.out, teacher, texts, writer, worker=a.worker, workers=a.workers)
     if manifest is not None:
         totals = "  ".join(f"{name} {n}" for name, n in manifest["totals"].items() if n)
         print(f"{a.out}: {manifest['n_shards']} shards are complete: {totals}")

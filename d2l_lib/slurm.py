@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Sequence
 
 from .presets import PRESETS, SHARD_STAGES, preset
+from .records import one_line_errors
 from .trainer import accumulation
 
 MODULES = {"needle": "d2l_lib.training", "qa": "d2l_lib.distillation"}
@@ -88,6 +89,7 @@ def sbatch_script(
     return "\n".join(lines) + "\n"
 
 
+@one_line_errors("slurm")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the script. What follows "--" goes to the training's own command."""
     parser = argparse.ArgumentParser(prog="python -m d2l_lib.slurm", description=main.__doc__)
@@ -102,10 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", default="runs", help="a folder on a disk that all nodes share")
     parser.add_argument("extra", nargs="*", help="further options of the training, behind --")
     a = vars(parser.parse_args(arguments))
-    try:
-        print(sbatch_script(a.pop("preset"), a.pop("stage"), **a), end="")
-    except ValueError as error:
-        raise SystemExit(f"slurm: {error}") from error
+    print(sbatch_script(a.pop("preset"), a.pop("stage"), **a), end="")
 
 
 if __name__ == "__main__":

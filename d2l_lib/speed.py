@@ -42,7 +42,7 @@ from .documents import check_count, chunk_document, question_ids
 from .evaluation import peak_memory_mib, reset_peak_memory
 from .hypernetwork import Hypernetwork, HypernetworkConfig
 from .model import DocToLoRA, load
-from .records import project_root, read_rows, write_jsonl
+from .records import one_line_errors, project_root, read_rows, write_jsonl
 from .routing import route
 
 # The published sizes of google/gemma-2-2b-it.
@@ -780,6 +780,7 @@ def gemma_measurements(
     return [replace(m, seed=seed, **options) for m in found]
 
 
+@one_line_errors("speed")
 def main() -> None:
     """Record seconds and peak memory in data/full_runs/speed_tiny.jsonl and speed_gemma.jsonl, one process for each
     measurement. Goes on where it was interrupted. Times mean something only where nothing else uses the cores.

@@ -28,7 +28,7 @@ from .distillation import DistillationBatches, WorldDocuments
 from .hypernetwork import HypernetworkConfig, Loras, as_padded_batch
 from .model import DocToLoRA
 from .presets import DistillationPreset, preset
-from .records import atomic_folder, read_json, read_rows, write_jsonl
+from .records import FolderKind, atomic_folder, one_line_errors, read_json, read_rows, read_whole, write_jsonl
 from .trainer import is_first_process
 from .training import fit_hypernetwork, hypernetwork_config
 
@@ -86,9 +86,18 @@ def train_text_to_lora(
     return network
 
 
+_FILES = ("config.json", "model.safetensors")
+
+
+def _written_files(folder: Path) -> tuple[str, ...]:
+    """The files of an earlier model; its settings are those of a hypernetwork."""
+    HypernetworkConfig.from_dict(read_json(folder / "config.json"))
+    return _FILES
+
+
 def save_text_to_lora(folder: Path, network: TextToLoRA) -> None:
     """Write weights and sizes into `folder`, complete or not at all."""
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, FolderKind("text-to-LoRA model", _FILES, _written_files)) as temporary:
         save_file({name: t.contiguous() for name, t in network.state_dict().items()}, temporary / "model.safetensors")
         (temporary / "config.json").write_text(json.dumps(network.config.to_dict(), indent=1))
 
@@ -98,9 +107,11 @@ def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no text-to-LoRA model in {folder}: train one with python -m d2l_lib.text_to_lora")
-    config = config_of_settings(read_json(folder / "config.json"), folder / "config.json")
+    settings, tensors = read_whole(
+        folder, lambda place: (read_json(place / "config.json"), read_safetensors(place / "model.safetensors"))
+    )
+    config = config_of_settings(settings, folder / "config.json")
     network = TextToLoRA(config)
-    tensors = read_safetensors(folder / "model.safetensors")
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
@@ -111,6 +122,7 @@ def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
     return DocToLoRA(base_model, tokenizer, network, base_source=base_name or config.base_model)
 
 
+@one_line_errors("text_to_lora")
 def main() -> None:
     """Train the hypernetwork to compare with; its log goes to data/full_runs."""
     parser = argparse.ArgumentParser(description=main.__doc__)

@@ -8,11 +8,10 @@ batches, on several nodes too (`slurm` writes the script for that).
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +21,28 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .hypernetwork import names_without_decay
-from .records import read_json, read_rows, write_jsonl
+from .records import (
+    FolderKind,
+    append_jsonl,
+    name_failed_writes,
+    read_appended,
+    read_json,
+    remove_output,
+    write_jsonl,
+)
+
+LOG = "log.jsonl"
+_STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole
+# What the Trainer writes into a checkpoint.
+TRAINING_CHECKPOINT = FolderKind(
+    "checkpoint of a training",
+    (
+        _STATE,
+        *"model.safetensors model-*-of-*.safetensors model.safetensors.index.json optimizer.pt scheduler.pt".split(),
+        *"scaler.pt rng_state.pth rng_state_*.pth training_args.bin config.json generation_config.json".split(),
+    ),
+    lambda folder: (),
+)
 
 
 class Report(TrainerCallback):
@@ -58,8 +78,7 @@ class Report(TrainerCallback):
             "learning_rate": logs["learning_rate"],
             **self.model.report(),
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_jsonl(self.path, line)
         if self.board is not None:
             for name, value in line.items():
                 if name != "step":
@@ -113,11 +132,14 @@ class Together(torch.optim.Optimizer):
 class InOrderTrainer(Trainer):
     """A Trainer that takes the batches of a curriculum in their order, and spares `without_decay` from weight decay.
 
+    Of its checkpoints the last `keep` stay (None: all); only files that a Trainer writes are deleted.
+
     With `muon_rate` the matrices among the other parameters follow Muon (Jordan et al. 2024) at that rate, all else
     AdamW.
     """
 
     without_decay: frozenset[str] = frozenset()
+    keep: int | None = None
     muon_rate: float | None = None
 
     def create_optimizer(self, model=None):
@@ -156,6 +178,14 @@ class InOrderTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError("the loss is not a number: lower the learning rate; earlier checkpoints are kept")
         return loss
+
+    def _save_checkpoint(self, model, trial):
+        with name_failed_writes(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save and self.keep is not None:
+            whole = [folder for folder in checkpoints(Path(self.args.output_dir)) if is_whole(folder)]
+            for folder in whole[: -self.keep]:
+                _delete(folder)
 
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if name not in self.without_decay]
@@ -198,8 +228,11 @@ def fit(
     A model with `accepts_loss_kwargs` is given num_items_in_batch, the number of contexts in a step, and has to divide
     its sums by it; so batches of any number of contexts can be accumulated. FloatingPointError when the loss is not a
     number; the checkpoints written before it are kept. RuntimeError where one process sees several GPUs.
+    FileExistsError where `run` holds checkpoints or a log of another program. OSError names the checkpoint that cannot
+    be written.
     """
     run.mkdir(parents=True, exist_ok=True)
+    check_run(run)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if batches_per_step > 1:
         options["gradient_accumulation_steps"] = accumulation(batches_per_step, processes)
@@ -219,7 +252,6 @@ def fit(
         logging_steps=report_steps,
         logging_nan_inf_filter=False,
         save_steps=save_steps,
-        save_total_limit=keep,
         seed=seed,
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),  # else the Trainer refuses bfloat16 there
@@ -238,9 +270,9 @@ def fit(
         args=arguments,
         train_dataset=batches,
         data_collator=first,
-        callbacks=[Report(run / "log.jsonl", model, stop_at)],
+        callbacks=[Report(run / LOG, model, stop_at)],
     )
-    trainer.without_decay, trainer.muon_rate = frozenset(without_decay), muon_rate
+    trainer.without_decay, trainer.muon_rate, trainer.keep = frozenset(without_decay), muon_rate, keep
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(run))
 
@@ -286,10 +318,13 @@ def is_first_process() -> bool:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a training's log, none where there is no file; ValueError names one without step and seconds."""
+    """The lines of a training's log, none where there is no file; ValueError names one without step and seconds.
+
+    A last line that was cut off is left out: the process was killed as it wrote it.
+    """
     from .formats.schemas import LogLine, check
 
-    lines = read_rows(path) if path.exists() else []
+    lines = read_appended(path)
     for number, line in enumerate(lines, 1):
         check(LogLine, line, f"{path}, line {number}", "take that line out")
     return lines
@@ -308,25 +343,46 @@ def is_whole(checkpoint: Path) -> bool:
     """
     try:
         step_of(checkpoint)
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False
     return True
+
+
+def check_run(run: Path) -> None:
+    """FileExistsError where a folder holds checkpoints or a log that no training of this project wrote."""
+    log = run / LOG
+    try:
+        read_log(log)
+    except (OSError, ValueError) as error:
+        raise FileExistsError(f"{log} is no log of a training ({error}): choose another folder for this run") from error
+    if not log.exists() and (found := checkpoints(run)):
+        raise FileExistsError(
+            f"{run} holds {found[0].name} but no {LOG}: these are checkpoints of another program, choose another "
+            "folder for this run"
+        )
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, trainer_state.json first, so that a part of one is never taken for a whole."""
+    if left := remove_output(checkpoint, TRAINING_CHECKPOINT):
+        print(f"{checkpoint} stays, for it holds {', '.join(left[:5])}", flush=True)
 
 
 def step_of(checkpoint: Path) -> int:
     """The optimizer step at which a checkpoint was written; ValueError where its trainer_state.json does not say."""
     from .formats.schemas import TrainerState, check
 
-    path = checkpoint / "trainer_state.json"
+    path = checkpoint / _STATE
     return check(TrainerState, read_json(path), path, "delete this checkpoint, it is damaged").global_step
 
 
 def last_whole_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint folder in `run` that is whole; half-written ones (a killed run) are deleted."""
+    """The newest checkpoint folder in `run` that is whole; newer half-written ones (a killed run) are deleted."""
     for folder in reversed(checkpoints(run)):
         if is_whole(folder):
             return str(folder)
-        shutil.rmtree(folder, ignore_errors=True)  # another process of the run may be deleting it too
+        with suppress(FileNotFoundError):  # another process of the run may be deleting it too
+            _delete(folder)
     return None
 
 

@@ -64,7 +64,15 @@ from .readout import (
     start_linear,
     train_readout,
 )
-from .records import atomic_folder, read_json, write_json, write_jsonl
+from .records import (
+    PRETRAINED_FILES,
+    FolderKind,
+    atomic_folder,
+    one_line_errors,
+    read_json,
+    write_json,
+    write_jsonl,
+)
 from .trainer import checkpoints, chunk_batch, fit, fit_step, is_first_process, own_device, pad_right, read_log
 
 HYPERNETWORK = "hypernetwork.json"
@@ -116,8 +124,20 @@ def train_base(p: Preset, run: Path, fast: bool = False, **options) -> None:
             bf16=fast,
             **options,
         )
-    model.save_pretrained(run / "final")
-    tokenizer.save_pretrained(run / "final")
+    with atomic_folder(run / "final", _base_folder(model.config.to_dict())) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _base_folder(config: dict) -> FolderKind:
+    """An earlier base model of these sizes, which a new one may replace."""
+    sizes = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "head_dim")
+
+    def recognise(folder: Path) -> list[str]:
+        before = read_json(folder / "config.json")
+        return PRETRAINED_FILES if all(before.get(name) == config.get(name) for name in sizes) else []
+
+    return FolderKind("base model of these sizes", tuple(PRETRAINED_FILES), recognise)
 
 
 # ------------------------------------------------------------------------------------------------------------ needles
@@ -658,7 +678,8 @@ def remake_base(p: Preset, runs: Path, data: Path, fast: bool) -> None:
     train_base(p, run, fast)
     if not is_first_process():
         return
-    with atomic_folder(data / p.name / "base_model") as folder:
+    kind = _base_folder(read_json(run / "final" / "config.json"))
+    with atomic_folder(data / p.name / "base_model", kind) as folder:
         shutil.copytree(run / "final", folder, dirs_exist_ok=True)
     log = [{"seed": p.base.seed, **line} for line in whole_log(run / "first", run / "polish")]
     write_jsonl(data / "full_runs" / "base_model_training.jsonl", log)
@@ -700,6 +721,7 @@ def make_needle(p: NeedlePreset, source: str, run: Path, seed: int, final: Path,
         save_checkpoint(final, hypernetwork, meta)
 
 
+@one_line_errors("training")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Remake what is bundled (the base model, then the needle hypernetwork), or train a needle hypernetwork for a base
     model of your own. Interrupted runs go on where they were.
@@ -728,14 +750,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if a.stage == "base" or a.fast or a.variant != "ours":
         parser.error("runs of your own have neither a base stage nor variants: give --stage needle, and --set")
-    try:
-        settings = settle_encoder(shortened(changed(p.needle, a.set), a.steps))
-        run = a.runs / p.name / f"needle_own_seed{seed}"
-        source, meta = base_source(a, p), {"preset": p.name}
-        say_what_is_trained(settings, source, run)
-        make_needle(settings, source, run, seed, run / "final", meta, **fit_options(a))
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"training: {error}") from error
+    settings = settle_encoder(shortened(changed(p.needle, a.set), a.steps))
+    run = a.runs / p.name / f"needle_own_seed{seed}"
+    source, meta = base_source(a, p), {"preset": p.name}
+    say_what_is_trained(settings, source, run)
+    make_needle(settings, source, run, seed, run / "final", meta, **fit_options(a))
 
 
 if __name__ == "__main__":

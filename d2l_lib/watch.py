@@ -11,8 +11,6 @@ being written, and ends when the run has ended (RUN/final) and all is scored.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from .checkpoints import build_hypernetwork, config_of_settings, read_safetensor
 from .evaluation import needle_samples
 from .hypernetwork import HypernetworkConfig
 from .model import DocToLoRA
-from .records import parse_json, read_json, write_atomic
+from .records import append_jsonl, one_line_errors, read_appended, read_json, write_atomic
 from .trainer import checkpoints, is_whole, step_of
 from .training import HYPERNETWORK
 
@@ -63,21 +61,18 @@ def stages(run: Path) -> list[Path]:
 def read_scores(path: Path) -> list[dict]:
     """The scores so far; a last line that was cut off (the watcher was killed) is taken away, also from the file.
 
-    ValueError names a line that is no JSON or names no checkpoint.
+    ValueError names a line that is no JSON or names no checkpoint; a file of something else stays as it is.
     """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_atomic(path, whole)
     from .formats.schemas import ScoreLine, check
 
-    lines = {f"{path}, line {n}": line for n, line in enumerate(whole.splitlines(), 1) if line.strip()}
-    rows = {where: parse_json(line, where, "take that line out") for where, line in lines.items()}
-    for where, row in rows.items():
-        check(ScoreLine, row, where, "take that line out")
-    return list(rows.values())
+    rows = read_appended(path)
+    for number, row in enumerate(rows, 1):
+        check(ScoreLine, row, f"{path}, line {number}", "take that line out")
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        if not rows and not content.startswith(b'{"checkpoint"'[: len(content)]):
+            raise ValueError(f"{path} holds no scores of checkpoints: name another file")
+        write_atomic(path, content[: content.rfind(b"\n") + 1])
+    return rows
 
 
 def score_new(run: Path, score: Score, base_model, tokenizer, scores: Path) -> int:
@@ -101,10 +96,7 @@ def score_new(run: Path, score: Score, base_model, tokenizer, scores: Path) -> i
                 continue
             line = {"checkpoint": name, "step": step, **score(model)}
             line["seconds"] = round(time.monotonic() - began, 1)
-            with scores.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_jsonl(scores, line)
             print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
             count += 1
     return count
@@ -149,6 +141,7 @@ def question_score(name: str, source: Path | None, n: int, seed: int) -> Score:
     return score
 
 
+@one_line_errors("watch")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score the checkpoints of a training as they appear."""
     parser = argparse.ArgumentParser(prog="python -m d2l_lib.watch", description=main.__doc__)
@@ -169,17 +162,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if a.once or (a.run / "final").exists():
             raise SystemExit(f"watch: {a.run} has no {HYPERNETWORK}: is it the folder of a training?")
         time.sleep(a.every)
-    try:
-        base = a.base or read_facts(found[0] / HYPERNETWORK)[0].base_model
-        base_model, tokenizer = load_base_model(base)
-        if a.task == "needle":
-            score = needle_score(a.lengths, a.n, a.seed)
-        else:
-            score = question_score(a.task, a.source, a.n, a.seed)
-        scores = a.scores or a.run / "scores.jsonl"
-        watch(a.run, score, base_model, tokenizer, scores, a.every, a.once)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"watch: {error}") from error
+    base = a.base or read_facts(found[0] / HYPERNETWORK)[0].base_model
+    base_model, tokenizer = load_base_model(base)
+    if a.task == "needle":
+        score = needle_score(a.lengths, a.n, a.seed)
+    else:
+        score = question_score(a.task, a.source, a.n, a.seed)
+    scores = a.scores or a.run / "scores.jsonl"
+    watch(a.run, score, base_model, tokenizer, scores, a.every, a.once)
 
 
 if __name__ == "__main__":

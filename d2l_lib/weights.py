@@ -28,7 +28,7 @@ from d2l_lib.base_model import target_linears
 from d2l_lib.documents import check_count
 from d2l_lib.evaluation import summarise
 from d2l_lib.model import DocToLoRA, load
-from d2l_lib.records import project_root, read_rows, write_jsonl
+from d2l_lib.records import one_line_errors, project_root, read_rows, write_jsonl
 from d2l_lib.world import Question
 
 Decomposition = tuple[Tensor, Tensor, Tensor]
@@ -409,6 +409,7 @@ def recompressed_needles(
         ]
 
 
+@one_line_errors("weights")
 def main() -> None:
     """Needles found by recompressed adapters of long haystacks, recorded in data/full_runs/recompression.jsonl.
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from tiny_models import build_base_model, build_tokenizer
 
-from d2l_lib import losses, packing, selfgen
+from d2l_lib import losses, packing, records, selfgen
 from d2l_lib.documents import chat_affixes, context_ids, question_ids
 from d2l_lib.selfgen import PUBLISHED, Settings, TransformersEngine, generate, make_shard, parse_questions, read_shards
 
@@ -457,9 +457,16 @@ def test_a_run_that_fails_between_shard_and_checksum_leaves_nothing_that_is_trus
     with pytest.raises(OSError, match="no space"):
         generate(SMALL, tmp_path, engine)
     monkeypatch.undo()
-    (tmp_path / ".shard-00004.parquet.77.abcdef01.tmp").write_bytes(b"left by a killed run")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    name = records._temporary_name(tmp_path / "shard-00004.parquet").name
+    of_killed = tmp_path / name.replace(f".{os.getpid()}.", f".{ended.pid}.")
+    of_killed.write_bytes(b"left by a killed run")
+    (tmp_path / name).write_bytes(b"of a process that still writes")
     generate(SMALL, tmp_path, engine)
-    assert contents(tmp_path) == contents(whole) and not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [name], "only what no living process writes is taken away"
+    (tmp_path / name).unlink()
+    assert contents(tmp_path) == contents(whole)
 
 
 def test_a_folder_of_another_run_is_left_alone(engine, whole, tmp_path):
