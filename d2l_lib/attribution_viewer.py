@@ -9,7 +9,6 @@ page holds the same without kernel and without scripts: its choices are radio bu
 
 from __future__ import annotations
 
-import html
 import math
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -20,17 +19,20 @@ from typing import Any
 import ipywidgets as W
 import pandas as pd
 
-from d2l_lib import attribution
+from d2l_lib import attribution, markup
 from d2l_lib.attribution import METHODS, document_texts, sentence_units
+from d2l_lib.documents import sentence_number
 from d2l_lib.records import write_atomic
-from d2l_lib.viewers import CSS as VIEW_CSS
-from d2l_lib.viewers import Viewer, attempt, render_view
+from d2l_lib.views.page import CSS as VIEW_CSS
+from d2l_lib.views.page import Viewer, Work, listen, quietly, render_message, render_view, wrapped
 
 Evidence = Iterable[tuple[int, int]] | Mapping[str, Iterable[tuple[int, int]]]
 
 SUPPORTS, OPPOSES = (67, 147, 195), (224, 120, 86)  # colours of the largest contribution of either sign
 LEAST_LIMIT = 0.1  # nats: where all contributions are smaller, colours stay pale
 SHOWN_UNITS = 8
+COLUMNS_AT_ONCE = 8  # of answer tokens; the others are scrolled to
+LONGEST_TOKEN = 24  # characters
 SENTENCES_AT_ONCE = 200  # more are shown in parts
 TRACED_SENTENCES = 100  # with more of them a viewer begins with chunks, which cost no hypernetwork pass
 SAVED_VIEWS = (
@@ -48,25 +50,43 @@ MEASURE = "nats of log-probability of {what}"
 CSS = """
 .d2l-view .d2l-cells { width: auto; font-variant-numeric: tabular-nums; }
 .d2l-view table.d2l-cells th, .d2l-view table.d2l-cells td { padding: 2px 8px; text-align: right; }
+.d2l-view table.d2l-cells th, .d2l-view table.d2l-cells td { min-width: 3em; }
 .d2l-view table.d2l-cells .d2l-left { text-align: left; max-width: 34em; overflow-wrap: anywhere; }
+.d2l-view .d2l-scroll { overflow-x: auto; max-width: 100%; padding-bottom: 4px; }
+.d2l-view table.d2l-units { border-collapse: separate; border-spacing: 0; }
+.d2l-view table.d2l-units th { vertical-align: bottom; }
+.d2l-view table.d2l-units .d2l-left { min-width: 20em; max-width: 20em; position: sticky; left: 0; z-index: 1; }
+.d2l-view table.d2l-units .d2l-left { background: var(--jp-layout-color1, #fff); border-right: 1px solid #8886; }
+.d2l-view table.d2l-units .d2l-left { color: var(--jp-ui-font-color1, #111); }
+.d2l-view table.d2l-units .d2l-token-column { box-sizing: border-box; min-width: 5.8em; max-width: 5.8em; }
 .d2l-view .d2l-shade { color: #000; border: 1px solid #e4e4e4; }
 .d2l-view .d2l-legend { display: inline-block; width: 3.8em; text-align: center; color: #000; font-size: 11px; }
 .d2l-view .d2l-side { display: flex; flex-wrap: wrap; gap: 4px 36px; align-items: flex-start; }
+.d2l-view .d2l-side > * { max-width: 100%; min-width: 0; }
 .d2l-view .d2l-changed { background: #ffe08a; color: #000; padding: 1px 4px; border-radius: 2px; }
 .d2l-view .d2l-said { font-size: 15px; }
 .d2l-sample { outline: 2px dashed #333; outline-offset: -1px; padding: 0 6px; color: #000; background: #fff; }
 .d2l-sentences { max-height: 24em; overflow-y: auto; border: 1px solid #8886; border-radius: 4px; padding: 10px 12px; }
+.d2l-sentences { max-width: 100%; box-sizing: border-box; }
 .d2l-sentences { background: #fff; color: #111; line-height: 2; font-size: 14px; margin: 4px 2px; }
 .d2l-sentences.widget-box { display: block; }
 .d2l-sentences .d2l-name { font-weight: 600; line-height: 1.5; color: #111; }
 .d2l-sentences .widget-html, .d2l-sentences .widget-html-content { height: auto; line-height: 1.5; margin: 0; }
+.d2l-sentences .widget-checkbox { counter-increment: d2l-sentence; }
 .d2l-sentences .widget-checkbox { display: inline; width: auto; height: auto; margin: 0; line-height: inherit; }
 .d2l-sentences label { display: inline; cursor: pointer; position: relative; line-height: inherit; }
 .d2l-sentences input { position: absolute; opacity: 0; width: 1px; height: 1px; margin: 0; }
 .d2l-sentences label > span { white-space: pre-wrap; overflow-wrap: anywhere; padding: 2px 0; color: #111; }
+.d2l-sentences label > span, .d2l-sentences .d2l-sentence { unicode-bidi: isolate; }
+.d2l-sentences label > span::before { content: counter(d2l-sentence); }
+.d2l-sentences [data-sentence]::before { content: attr(data-sentence) !important; }
+.d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { padding: 0 3px 0 1px; color: #555; }
+.d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { font-size: 10px; }
+.d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { vertical-align: super; line-height: 1; }
+.d2l-sentences .d2l-marked-up label > span { pointer-events: none; }
 .d2l-sentences label > span { -webkit-box-decoration-break: clone; box-decoration-break: clone; }
 .d2l-sentences sup { font-size: 10px; line-height: 1; padding: 0 4px 0 2px; }
-.d2l-sentences label > span:hover { text-decoration: underline dotted; }
+.d2l-sentences label:hover > span { text-decoration: underline dotted; }
 .d2l-sentences label > span::after { font-size: 10px; vertical-align: super; color: #111; padding: 0 5px 0 2px; }
 .d2l-sentences .d2l-true > label > span, .d2l-sentences label.d2l-true > span { outline: 2px dashed #333; }
 .d2l-sentences input:focus-visible + span { box-shadow: 0 0 0 3px #0b57d0; border-radius: 2px; }
@@ -245,14 +265,15 @@ def measure(table: pd.DataFrame, token: int | None = None) -> str:
 
 
 def _visible(text: str) -> str:
-    """A token's text in quotes, line ends and tabs as signs."""
-    return "“" + text.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥") + "”"
+    """A token's text in quotes, line ends and tabs as signs; the beginning of a long one."""
+    return "“" + _short(text.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥"), LONGEST_TOKEN) + "”"
 
 
-def _cell(value: float, limit: float, title: str = "") -> str:
+def _cell(value: float, limit: float, title: str = "", css: str = "") -> str:
     """A table cell of a contribution."""
-    note = f' title="{html.escape(title)}"' if title else ""
-    return f'<td class="d2l-shade" style="background: {shade(value, limit)}"{note}>{signed(value)}</td>'
+    note = f' title="{markup.escape(title)}"' if title else ""
+    classes = f"d2l-shade {css}".strip()
+    return f'<td class="{classes}" style="background: {shade(value, limit)}"{note}>{signed(value)}</td>'
 
 
 def render_legend(limit: float, unit: str, evidence: bool = False) -> str:
@@ -263,7 +284,7 @@ def render_legend(limit: float, unit: str, evidence: bool = False) -> str:
     )
     outline = ' · <span class="d2l-sample">dashed outline</span> true evidence' if evidence else ""
     return (
-        f'<div>opposes {cells} supports{outline}</div><div class="d2l-note">contribution in {html.escape(unit)}</div>'
+        f'<div>opposes {cells} supports{outline}</div><div class="d2l-note">contribution in {markup.escape(unit)}</div>'
     )
 
 
@@ -316,14 +337,15 @@ def render_sentences(
     rows = zip(units["document"], pieces(units, texts), values, show, strict=True)
     for number, (document, (sentence, between), value, shown) in enumerate(rows):
         if several and document != before:
-            parts.append(f'<div class="d2l-name">{html.escape(document)}</div>')
+            parts.append(f'<div class="d2l-name">{markup.escape(document)}</div>')
         before = document
         note = f"<sup>{signed(value)}</sup>" if shown and _counts(value) else ""
         outline = "outline: 2px dashed #333; " if number in true else ""
         kind = "d2l-sentence d2l-true" if number in true else "d2l-sentence"
         parts.append(
-            f'<span class="{kind}" data-sentence="{number}" style="{outline}background: {shade(value, limit)}">'
-            f"{html.escape(sentence)}{note}</span>{html.escape(between)}"
+            f'<span class="{kind}" data-sentence="{sentence_number(number)}" '
+            f'style="{outline}background: {shade(value, limit)}">'
+            f"{markup.escape(sentence)}{note}</span>{markup.escape(between)}"
         )
     return f'<div class="d2l-sentences d2l-text" tabindex="0">{"".join(parts)}</div>'
 
@@ -344,7 +366,7 @@ def render_heat_map(table: pd.DataFrame, token: int | None = None) -> str:
     tables = []
     for module, cells in maps.items():
         layers, columns = sorted({layer for layer, _ in cells}), sorted({column for _, column in cells})
-        head = "".join(f"<th>{html.escape(str(column))}</th>" for column in columns)
+        head = "".join(f"<th>{markup.escape(str(column))}</th>" for column in columns)
         body = ""
         for layer in layers:
             line = "".join(
@@ -354,12 +376,13 @@ def render_heat_map(table: pd.DataFrame, token: int | None = None) -> str:
                 for column in columns
             )
             body += f"<tr><th>{layer}</th>{line}</tr>"
-        across = f"rank direction of {html.escape(module)}, strongest first" if by_rank else "module"
+        across = f"rank direction of {markup.escape(module)}, strongest first" if by_rank else "module"
         tables.append(
-            f'<table class="d2l-cells d2l-heat"><tr><th>layer</th><th class="d2l-left" colspan="{len(columns)}">'
-            f"{across}</th></tr><tr><th></th>{head}</tr>{body}</table>"
+            '<div class="d2l-scroll"><table class="d2l-cells d2l-heat">'
+            f'<tr><th>layer</th><th class="d2l-left" colspan="{len(columns)}">'
+            f"{across}</th></tr><tr><th></th>{head}</tr>{body}</table></div>"
         )
-    unit = html.escape(measure(table, token))
+    unit = markup.escape(measure(table, token))
     note = f'<div class="d2l-note">contribution in {unit}</div>'
     return f"<h4>Layer by {'rank' if by_rank else 'module'}</h4>{note}<div class='d2l-side'>{''.join(tables)}</div>"
 
@@ -367,7 +390,11 @@ def render_heat_map(table: pd.DataFrame, token: int | None = None) -> str:
 def render_units(
     table: pd.DataFrame, texts: Mapping[str, str], token: int | None = None, n_shown: int = SHOWN_UNITS
 ) -> str:
-    """The units that contribute most: to the answer (or to one of its tokens), and to each token beside it."""
+    """The units that contribute most: to the answer (or to one of its tokens), and to each token beside it.
+
+    COLUMNS_AT_ONCE tokens are seen at once beside the units' texts, which stay where they are; the others are scrolled
+    to.
+    """
     values = contributions(table, token)
     order = sorted(range(len(values)), key=lambda place: -values[place] if math.isfinite(values[place]) else math.inf)
     tokens = list(table.attrs["tokens"]) if has_tokens(table) else []
@@ -381,20 +408,29 @@ def render_units(
         document, start, end = spans[row]
         if not pd.isna(start) and document in texts:
             text += ": " + _short(" ".join(texts[document][start:end].split()))
-        line = "".join(_cell(float(by_token[row][column]), token_limit) for column in range(len(tokens)))
+        line = "".join(
+            _cell(float(by_token[row][column]), token_limit, css="d2l-token-column") for column in range(len(tokens))
+        )
         rows += (
-            f'<tr><td>{place}</td><td class="d2l-left d2l-text">{html.escape(text)}</td>{_cell(values[row], limit)}'
+            f'<tr><td class="d2l-left d2l-text">{place}. {markup.inline(text)}</td>{_cell(values[row], limit)}'
             f"<td>{signed(float(table['margin_contribution'].iloc[row]))}</td>{line}</tr>"
         )
     what = "answer" if token is None else f"token {token + 1}"
-    first = f'<th></th><th class="d2l-left">{table.attrs["level"]}</th><th>{what}</th><th>margin (logits)</th>'
-    head = "".join(f"<th>{html.escape(_visible(text))}</th>" for text in tokens)
+    first = f'<th class="d2l-left">{table.attrs["level"]}</th><th>{what}</th><th>margin (logits)</th>'
+    head = "".join(
+        f'<th class="d2l-token-column">{number} {markup.inline(_visible(text))}</th>'
+        for number, text in enumerate(tokens, 1)
+    )
     note = f"The {min(n_shown, len(order))} of {len(order)} that support it most"
-    more = ", and their contribution to each answer token" if tokens else "; this method does not tell tokens apart"
+    more = "; this method does not tell tokens apart"
+    if tokens:
+        aside = ": scroll the table sideways to see them all" if len(tokens) > COLUMNS_AT_ONCE else ""
+        more = f", and their contribution to each of the {len(tokens)} answer tokens{aside}"
     return (
         f"<h4>{note}</h4>"
-        f'<div class="d2l-note">in {html.escape(measure(table, token))}{more}</div>'
-        f'<table class="d2l-cells d2l-units"><tr>{first}{head}</tr>{rows}</table>'
+        f'<div class="d2l-note">in {markup.escape(measure(table, token))}{more}</div>'
+        f'<div class="d2l-scroll" tabindex="0" style="max-width: min(100%, {20 + 5.8 * COLUMNS_AT_ONCE + 2:g}em)">'
+        f'<table class="d2l-cells d2l-units"><tr>{first}{head}</tr>{rows}</table></div>'
     )
 
 
@@ -442,12 +478,12 @@ def render_answer(question: str, answer: str, said: str, now: str, n_removed: in
         label = f"Answer now, without {count} ({'changed' if changed else 'the same'})"
     else:
         label = "Answer now, nothing removed"
-    text = html.escape(now) or '<span class="d2l-note">(empty)</span>'
-    explained = "" if answer == said else f"<h4>Answer that is explained</h4>{html.escape(answer)}"
+    text = markup.escape(now) or '<span class="d2l-note">(empty)</span>'
+    explained = "" if answer == said else f"<h4>Answer that is explained</h4>{markup.escape(answer)}"
     body = (
-        f'<h4>Question</h4><div class="d2l-text d2l-question">{html.escape(question)}</div>'
+        f'<h4>Question</h4><div class="d2l-text d2l-question">{markup.escape(question)}</div>'
         f'<div class="d2l-side"><div><h4>Answer with the whole document inside</h4>'
-        f'<div class="d2l-text d2l-whole d2l-said">{html.escape(said)}</div></div>'
+        f'<div class="d2l-text d2l-whole d2l-said">{markup.escape(said)}</div></div>'
         f'<div aria-live="polite"><h4>{label}</h4>'
         f'<div class="d2l-text d2l-now d2l-said"><span class="{"d2l-changed" if changed else ""}">{text}</span></div>'
         f'</div><div class="d2l-text d2l-explained">{explained}</div></div>'
@@ -477,13 +513,248 @@ def render_trace(trace: Trace, level: str, method: str, token: int | None = None
     )
     shown = last_of_unit(trace.units, level)
     text = render_sentences(trace.units, trace.texts, values, trace.true, shown)
-    heading = f"<h4>Documents, shaded by {html.escape(level)} ({html.escape(method.replace('_', ' '))})</h4>"
+    heading = f"<h4>Documents, shaded by {markup.escape(level)} ({markup.escape(method.replace('_', ' '))})</h4>"
     page = render_view("trace-text", heading + legend + text, level=level, method=method)
     answer = render_answer(trace.question, trace.answer, trace.said, trace.said, 0)
     return f"<style>{CSS}</style>{answer}{page}{render_parts(table, trace.texts, token)}"
 
 
 # --- the viewer -----------------------------------------------------------------------------------------------------
+
+
+class AttributionViewer(Viewer):
+    """The page of `view_attribution`. Whatever a person changes while something is computed counts: it is done next,
+    and what it makes superfluous is left out.
+    """
+
+    def __init__(self, question: str, answer: str | None, make_trace: Callable[..., Trace], background: bool | None):
+        """make_trace(question, answer or None, whether the question is the first one) -> Trace."""
+        super().__init__([], "")
+        self.work = Work(background)
+        self._question, self._make_trace = question, make_trace
+        self._scope = f"d2l-trace-{uuid.uuid4().hex[:8]}"
+        self._trace: Trace | None = None
+        self._table: pd.DataFrame | None = None  # what is drawn now
+        self._removed: set[int] = set()
+        self._make_controls(question, answer)
+        self._ask()
+        if self.work.was_interrupted:
+            raise KeyboardInterrupt
+        self._connect()
+        drawn = self._trace is not None and self._parts.value
+        self.static_html = (
+            render_trace(self._trace, self._level.value, self._method.value) if drawn else self.work.status.value
+        )
+
+    def _make_controls(self, question: str, answer: str | None) -> None:
+        late, wide = {"continuous_update": False}, W.Layout(flex="1 1 300px", width="auto", max_width="100%")
+        self._asked = W.Text(description="Question", value=str(question), layout=wide, **late)
+        self._explained = W.Text(description="Answer", placeholder="the model's own answer", layout=wide, **late)
+        self._explained.value = "" if answer is None else str(answer)
+        self._level, self._method, self._part = (
+            W.Dropdown(description=name, layout=W.Layout(max_width="100%")) for name in ("Level", "Method", "Sentences")
+        )
+        self._level.options = list(METHODS)
+        self._tokens = W.ToggleButtons(description="Explain", style=W.ToggleButtonsStyle(button_width="auto"))
+        self._restore = W.Button(description="Restore all", icon="undo", tooltip="put all sentences back")
+        self._answers, self._legend, self._parts = W.HTML(), W.HTML(), W.HTML()
+        self._sentences = W.Box()
+        for css in ("d2l-sentences", self._scope):
+            self._sentences.add_class(css)
+        self.children = [
+            wrapped([self._asked, self._explained]),
+            self._answers,
+            wrapped([self._level, self._method, self._part, self._restore]),
+            self._tokens,
+            self.work.status,
+            self.work.bar,
+            self._legend,
+            self._sentences,
+            self._parts,
+        ]
+
+    def _connect(self) -> None:
+        listen(self._asked, self._ask_anew)
+        listen(self._explained, self._ask)
+        listen(self._level, self._select_level)
+        listen(self._method, self._compute)
+        listen(self._part, self._fill)
+        listen(self._tokens, self._draw)
+        self._restore.on_click(self._put_back)
+
+    # --- question and answer --------------------------------------------------------------------------------------
+
+    def _ask_anew(self, _: Any) -> None:
+        """Another question: the answer to the one before is not explained any more, but the model's own."""
+        with self.work.lock:
+            with quietly():
+                self._explained.value = ""
+            self._ask()
+
+    def _ask(self, _: Any = None) -> None:
+        """Another question or answer: everything anew, all sentences inside."""
+        with self.work.lock:
+            self._trace = self._table = None
+            self._removed.clear()
+            self._answers.value = self._legend.value = self._parts.value = ""
+            self._sentences.children = ()
+            self.work.leave_out(lambda key: True)
+            for key in ("answer", "table"):
+                self.work.tell("", key=key)
+            is_first, answer = self._asked.value == str(self._question), self._explained.value.strip() or None
+            question = self._question if is_first else self._asked.value
+            self.work.start(
+                "answering ...", lambda _: self._make_trace(question, answer, is_first), self._traced, key="ask"
+            )
+
+    def _traced(self, trace: Trace) -> None:
+        self._trace = trace
+        starts = range(0, max(1, len(trace.units)), SENTENCES_AT_ONCE)
+        ends = [min(start + SENTENCES_AT_ONCE, len(trace.units)) for start in starts]
+        choices = [(f"{sentence_number(start)} to {end}", start) for start, end in zip(starts, ends, strict=True)]
+        with quietly():
+            self._part.options, self._part.value = choices, 0
+            if self._method.value is None:  # the first question
+                few = len(trace.units) <= TRACED_SENTENCES
+                self._level.value = "sentence" if few else "chunk"
+        self._part.layout.display = "none" if len(choices) == 1 else None
+        self._fill()
+        self._show_answer(trace.said)
+        self._select_level()
+
+    def _show_answer(self, now: str) -> None:
+        trace = self._trace
+        self._answers.value = render_answer(trace.question, trace.answer, trace.said, now, len(self._removed))
+
+    # --- contributions --------------------------------------------------------------------------------------------
+
+    def _select_level(self, _: Any = None) -> None:
+        """The methods of this level; the one that is chosen stays if it has it."""
+        with self.work.lock:
+            names = METHODS[self._level.value]
+            chosen = self._method.value if self._method.value in names else names[0]
+            with quietly():
+                self._method.options = [(name.replace("_", " "), name) for name in names]
+                self._method.value = chosen
+            self._compute()
+
+    def _compute(self, _: Any = None) -> None:
+        """The table of this level and method, then the page of it."""
+        with self.work.lock:
+            if self._trace is None:  # it is computed when there is an answer
+                return
+            trace, level, method = self._trace, self._level.value, self._method.value
+
+            def show(table: pd.DataFrame) -> None:
+                self._table = table
+                self._draw()
+
+            self.work.start(
+                "computing contributions ...",
+                lambda _: trace.table(level, method),
+                show,
+                self._blank,
+                key="table",
+                replaces=True,
+            )
+
+    def _blank(self, _: str) -> None:
+        self._table = None
+        self._legend.value = self._parts.value = ""
+
+    def _draw(self, _: Any = None) -> None:
+        """Shades the sentences and draws what is below them, for the token that is chosen."""
+        with self.work.lock:
+            trace, table = self._trace, self._table
+            if table is None:
+                return
+            level, method = table.attrs["level"], table.attrs["method"]
+            texts = [_visible(text) for text in table.attrs["tokens"]] if has_tokens(table) else []
+            choices = [("whole answer", -1), *((f"{i} {text}", i - 1) for i, text in enumerate(texts, 1))]
+            if [*self._tokens.options] != choices:
+                chosen = self._tokens.value
+                with quietly():
+                    self._tokens.options = choices
+                    self._tokens.value = chosen if chosen is not None and chosen < len(texts) else -1
+            token = None if self._tokens.value < 0 else self._tokens.value
+            values = sentence_values(trace.units, table, token)
+            style = sentence_style(f".{self._scope}", values, last_of_unit(trace.units, level))
+            shaded = any(map(math.isfinite, values))
+            limit = color_limit(values if shaded else contributions(table, token))
+            scale = render_legend(limit, measure(table, token), bool(trace.true))
+            note = "" if shaded else f" The level {level} has no place in the text: see the map below."
+            hint = f'<div class="d2l-note">Click a sentence to take it out, and again to put it back.{note}</div>'
+            page = render_view("trace-legend", scale + hint, level=level, method=method)
+            first = f".{self._scope} {{ counter-reset: d2l-sentence {self._part.value}; }}"
+            self._legend.value = f"<style>{CSS}{first}{style}</style>{page}"
+            self._parts.value = render_parts(table, trace.texts, token)
+
+    # --- sentences ------------------------------------------------------------------------------------------------
+
+    def _fill(self, change: Any = None) -> None:
+        """A checkbox for each sentence of the part that is shown."""
+        with self.work.lock:
+            trace, children, before = self._trace, [], None
+            if trace is None:
+                return
+            several = len(set(trace.units["document"])) > 1
+            texts = pieces(trace.units, trace.texts)
+            for number in range(self._part.value, min(self._part.value + SENTENCES_AT_ONCE, len(texts))):
+                name = trace.units["document"].iloc[number]
+                if several and name != before:
+                    children.append(W.HTML(f'<div class="d2l-name">{markup.inline(name)}</div>'))
+                before = name
+                children.append(self._sentence(number, "".join(texts[number])))
+            self._sentences.children = children
+            if change is not None:
+                self._draw()
+
+    def _sentence(self, number: int, text: str) -> W.Checkbox:
+        """The checkbox of a sentence. Labels are typeset, so one with signs of formulas is given as HTML."""
+        has_signs = "$" in text or "\\" in text
+        label = markup.without_formulas(text) if has_signs else text.replace("\0", "\u2400")
+        box = W.Checkbox(
+            value=number not in self._removed, description=label, description_allow_html=has_signs, indent=False
+        )
+        kinds = {"d2l-true": number in self._trace.true, "d2l-marked-up": has_signs}
+        for css in (f"d2l-unit-{number}", *(name for name, is_so in kinds.items() if is_so)):
+            box.add_class(css)
+
+        def change(event: Any) -> None:
+            with self.work.lock:
+                (self._removed.discard if event["new"] else self._removed.add)(number)
+                self._answer()
+
+        listen(box, change)
+        return box
+
+    def _answer(self) -> None:
+        """The answer without the sentences that are out now."""
+        trace, removed = self._trace, frozenset(self._removed)
+
+        def drop(reason: str) -> None:  # never an answer that does not belong to the sentences shown
+            self._answers.value = render_message(f"no answer without these sentences: {reason}", is_error=True)
+
+        self.work.start(
+            "answering ...",
+            lambda _: trace.answer_without(removed),
+            self._show_answer,
+            drop,
+            key="answer",
+            replaces=True,
+        )
+
+    def _put_back(self, _: Any = None) -> None:
+        with self.work.lock:
+            if self._trace is None:
+                if not self.work.has("ask"):  # it was stopped, or failed
+                    self._ask()
+                return
+            self._removed.clear()
+            self._fill()
+            self._answer()
+            if self._table is None and not self.work.has("table"):
+                self._compute()
 
 
 def view_attribution(
@@ -496,160 +767,24 @@ def view_attribution(
     *,
     wrong: Any = None,
     attribute: Callable[..., pd.DataFrame] | None = None,
+    background: bool | None = None,
 ) -> Viewer:
     """A viewer of where an answer came from (arguments as of `Trace`), by chunk, sentence, layer or rank direction.
 
-    A click on a sentence takes it out of the adapter and asks again; another puts it back. What cannot be done is told
-    on the page. Keys: Tab moves between controls and sentences, space presses a button or takes a sentence out and
-    puts it back, the arrow keys change a list, Enter in a field applies it.
+    A click on a sentence takes it out of the adapter and asks again; another puts it back. Another question is asked
+    anew: `answer` is explained for the first question only. What cannot be done is told on the page. Keys: Tab moves
+    between controls and sentences, space presses a button or takes a sentence out and puts it back, the arrow keys
+    change a list, Enter in a field applies it.
+
+    background: whether work runs in a thread beside the page (see `page.Work`); None: what a person starts on the page.
     """
-    scope, late = f"d2l-trace-{uuid.uuid4().hex[:8]}", {"continuous_update": False}
-    wide = W.Layout(width="46%", min_width="320px")
-    asked = W.Text(description="Question", value=str(question), layout=wide, **late)
-    explained = W.Text(description="Answer", placeholder="the model's own answer", layout=wide, **late)
-    explained.value = "" if answer is None else str(answer)
-    level, method, part = (W.Dropdown(description=name) for name in ("Level", "Method", "Sentences"))
-    level.options = list(METHODS)
-    tokens = W.ToggleButtons(description="Explain", style=W.ToggleButtonsStyle(button_width="auto"))
-    restore = W.Button(description="Restore all", icon="undo", tooltip="put all sentences back")
-    answers, legend, parts, status = W.HTML(), W.HTML(), W.HTML(), W.HTML()
-    sentences = W.Box()
-    sentences.add_class("d2l-sentences")
-    sentences.add_class(scope)
-    trace: Trace | None = None
-    boxes: dict[int, W.Checkbox] = {}
-    removed: set[int] = set()
+    known = evidence if isinstance(evidence, Mapping) or not isinstance(evidence, Iterable) else [*evidence]
 
-    def quietly(widget: W.Widget, observer: Callable, **traits) -> None:
-        """Sets a control without what follows when a person does."""
-        widget.unobserve(observer, "value")
-        for trait, value in traits.items():
-            setattr(widget, trait, value)
-        widget.observe(observer, "value")
+    def make(asked: str, explained: str | None, is_first: bool) -> Trace:
+        its_evidence = known if is_first else ()
+        return Trace(model, adapter, documents, asked, explained, its_evidence, wrong=wrong, attribute=attribute)
 
-    def show_answer() -> None:
-        now = trace.answer_without(removed)
-        answers.value = render_answer(trace.question, trace.answer, trace.said, now, len(removed))
-
-    def draw(_=None) -> None:
-        """Shades the sentences and draws what is below them, for this level, method and token."""
-
-        def show() -> None:
-            table = trace.table(level.value, method.value)
-            texts = [_visible(text) for text in table.attrs["tokens"]] if has_tokens(table) else []
-            choices = [("whole answer", -1), *((f"{i} {text}", i - 1) for i, text in enumerate(texts, 1))]
-            if [*tokens.options] != choices:
-                chosen = tokens.value if tokens.value is not None and tokens.value < len(texts) else -1
-                quietly(tokens, draw, options=choices, value=chosen)
-            token = None if tokens.value < 0 else tokens.value
-            values = sentence_values(trace.units, table, token)
-            style = sentence_style(f".{scope}", values, last_of_unit(trace.units, level.value))
-            shaded = any(map(math.isfinite, values))
-            limit = color_limit(values if shaded else contributions(table, token))
-            scale = render_legend(limit, measure(table, token), bool(trace.true))
-            note = "" if shaded else f" The level {level.value} has no place in the text: see the map below."
-            hint = f'<div class="d2l-note">Click a sentence to take it out, and again to put it back.{note}</div>'
-            page = render_view("trace-legend", scale + hint, level=level.value, method=method.value)
-            legend.value = f"<style>{CSS}{style}</style>{page}"
-            parts.value = render_parts(table, trace.texts, token)
-
-        if trace is not None and not attempt(status, show, "computing contributions ...", "ready"):
-            legend.value = parts.value = ""
-
-    def select_level(_=None) -> None:
-        """The methods of this level; the one that is chosen stays if it has it."""
-        names = METHODS[level.value]
-        chosen = method.value if method.value in names else names[0]
-        quietly(method, draw, options=[(name.replace("_", " "), name) for name in names], value=chosen)
-        draw()
-
-    def toggle(number: int) -> Callable:
-        def change(event: dict) -> None:
-            (removed.discard if event["new"] else removed.add)(number)
-            if not attempt(status, show_answer, "answering ...", "ready"):
-                answers.value = status.value  # never an answer that does not belong to the sentences shown
-
-        return change
-
-    def fill(_=None) -> None:
-        """A checkbox for each sentence of the part that is shown."""
-        boxes.clear()
-        children, before = [], None
-        if trace is not None and part.value is not None:
-            several = len(set(trace.units["document"])) > 1
-            texts = pieces(trace.units, trace.texts)
-            for number in range(part.value, min(part.value + SENTENCES_AT_ONCE, len(texts))):
-                name = trace.units["document"].iloc[number]
-                if several and name != before:
-                    children.append(W.HTML(f'<div class="d2l-name">{html.escape(name)}</div>'))
-                before = name
-                # labels are typeset: between two dollar signs would be mathematics, so the wide sign stands for it
-                label = "".join(texts[number]).replace("$", "\uff04")
-                box = W.Checkbox(value=number not in removed, description=label, indent=False)
-                for css in (f"d2l-unit-{number}", *(["d2l-true"] if number in trace.true else [])):
-                    box.add_class(css)
-                box.observe(toggle(number), "value")
-                boxes[number] = box
-                children.append(box)
-        sentences.children = children
-
-    def put_back(_=None) -> None:
-        removed.clear()
-        if trace is not None:
-            fill()
-            attempt(status, show_answer, done="ready")
-
-    def ask(_=None) -> None:
-        """Another question or answer: everything anew, all sentences inside."""
-        nonlocal trace
-        trace = None
-        removed.clear()
-        answers.value = legend.value = parts.value = ""
-
-        def read() -> None:
-            nonlocal trace, evidence
-            evidence = evidence if isinstance(evidence, Mapping) else [*evidence]  # an iterator lasts for once
-            given = (asked.value if asked.value != str(question) else question, explained.value.strip() or None)
-            known = evidence if asked.value == str(question) else ()
-            trace = Trace(model, adapter, documents, *given, known, wrong=wrong, attribute=attribute)
-
-        if attempt(status, read, "answering ...", "ready"):
-            starts = range(0, max(1, len(trace.units)), SENTENCES_AT_ONCE)
-            ends = [min(start + SENTENCES_AT_ONCE, len(trace.units)) for start in starts]
-            choices = [(f"{start + 1} to {end}", start) for start, end in zip(starts, ends, strict=True)]
-            quietly(part, fill, options=choices, value=0)
-            part.layout.display = "none" if len(choices) == 1 else None
-            fill()
-            attempt(status, show_answer, done="ready")
-            if method.value is None:  # the first question
-                few = len(trace.units) <= TRACED_SENTENCES
-                quietly(level, select_level, value="sentence" if few else "chunk")
-            select_level()
-        else:
-            sentences.children = ()
-
-    observers = {asked: ask, explained: ask, level: select_level, method: draw, part: fill, tokens: draw}
-    for control, observer in observers.items():
-        control.observe(observer, "value")
-    restore.on_click(put_back)
-    ask()
-    static = status.value
-    if trace is not None and parts.value:
-        static = render_trace(trace, level.value, method.value)
-    row = W.Layout(flex_flow="row wrap", width="100%")
-    return Viewer(
-        [
-            W.HBox([asked, explained], layout=row),
-            answers,
-            W.HBox([level, method, part, restore], layout=row),
-            tokens,
-            status,
-            legend,
-            sentences,
-            parts,
-        ],
-        static,
-    )
+    return AttributionViewer(question, answer, make, background)
 
 
 # --- the saved page ---------------------------------------------------------------------------------------------------
@@ -657,8 +792,9 @@ def view_attribution(
 PAGE_CSS = """
 body { margin: 0 auto; max-width: 1100px; padding: 16px; background: #fff; color: #111; font-family: sans-serif; }
 h1 { font-size: 20px; margin: 4px 0; }
+fieldset { min-width: 0; }
 fieldset { border: 1px solid #8886; border-radius: 4px; margin: 8px 0; padding: 4px 10px; font-size: 13px; }
-fieldset label { margin-right: 14px; white-space: nowrap; }
+fieldset label { margin-right: 14px; display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 .d2l-choice { display: none; }
 .d2l-saved .d2l-sentences input:checked + span { text-decoration: line-through; opacity: 0.5; }
 .d2l-saved .d2l-sentences { white-space: pre-wrap; overflow-wrap: anywhere; max-height: none; }
@@ -716,7 +852,8 @@ def render_page(trace: Trace, tables: Sequence[pd.DataFrame], without: Mapping[i
             body = render_heat_map(table, token) + render_units(table, trace.texts, token) + render_controls(table)
             panels.append(f'<div class="d2l-choice d2l-choice-{view}-{choice}">{body}</div>')
     names = [f"{table.attrs['level']}, {table.attrs['method'].replace('_', ' ')}" for table in tables]
-    tokens = ["whole answer", *map(_visible, tables[0].attrs["tokens"])]
+    texts = [f"{number} {_visible(text)}" for number, text in enumerate(tables[0].attrs["tokens"], 1)]
+    tokens = ["whole answer", *texts]
     answers = [_saved_answer(trace, None, trace.said), *(_saved_answer(trace, *pair) for pair in without.items())]
     rules += [f".d2l-saved:has(#removed-{n}:checked) .d2l-now-{n} {{ display: block; }}" for n in ("none", *without)]
     keep = (
@@ -728,11 +865,12 @@ def render_page(trace: Trace, tables: Sequence[pd.DataFrame], without: Mapping[i
     rows = zip(trace.units["document"], pieces(trace.units, trace.texts), strict=True)
     for number, (document, (text, between)) in enumerate(rows):
         if several and document != before:
-            sentences += f'<div class="d2l-name">{html.escape(document)}</div>'
+            sentences += f'<div class="d2l-name">{markup.escape(document)}</div>'
         before = document
         kind = f"d2l-unit-{number}" + (" d2l-true" if number in trace.true else "")
         radio = f'<input type="radio" name="removed" id="removed-{number}">' if number in without else ""
-        sentences += f'<label class="{kind}">{radio}<span>{html.escape(text)}</span></label>{html.escape(between)}'
+        sentences += f'<label class="{kind}">{radio}<span data-sentence="{sentence_number(number)}">'
+        sentences += f"{markup.escape(text)}</span></label>{markup.escape(between)}"
     body = (
         f"<h1>Where the answer came from</h1>{''.join(answers)}"
         f"{_radios('Level and method', 'view', names)}{_radios('Explain', 'token', tokens)}"
@@ -745,7 +883,7 @@ def render_page(trace: Trace, tables: Sequence[pd.DataFrame], without: Mapping[i
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>Where the answer came from</title><style>{style}</style></head>"
-        f'<body><main class="d2l-view d2l-saved">{body}</main></body></html>\n'
+        f'<body><main class="d2l-view d2l-saved {markup.NO_FORMULAS}">{body}</main></body></html>\n'
     )
 
 
@@ -758,5 +896,5 @@ def _radios(legend: str, name: str, labels: Sequence[str]) -> str:
     choices = ""
     for i, text in enumerate(labels):
         button = f'<input type="radio" name="{name}" id="{name}-{i}"{"" if i else " checked"}>'
-        choices += f"<label>{button} {html.escape(text)}</label> "
+        choices += f"<label>{button} {markup.inline(text)}</label> "
     return f"<fieldset><legend>{legend}</legend>{choices}</fieldset>"

@@ -195,9 +195,10 @@ class Report:
     """What was stored and what was lost. Print it, or show it in a notebook; `save_html` writes it as one page.
 
     table: one row per sentence: document, sentence (its number, from 1 on through all documents), start and end
-    (characters), text, chunk, asked (questions about it), kept (0 to 1, averaged over the questions as often as they came up), margin, over_zero,
-    over_wrong (nats, of the question that came up most often; see `probe_questions`), status ("stored", "lost", "not
-    asked"; then the numbers are NaN), believed (what the base model alone says with confidence instead, or "").
+    (characters), text, chunk, asked (questions about it), kept (0 to 1, averaged over the questions as often as they
+    came up), margin, over_zero, over_wrong (nats, of the question that came up most often; see `probe_questions`),
+    status ("stored", "lost", "not asked"; then the numbers are NaN), believed (what the base model alone says with
+    confidence instead, or "").
     questions: one row per question. capacity: `capacity_table`. unrelated: one row per question: question, alone, said,
     changed. facts: single numbers by name. warnings: sentences to read.
     """

@@ -458,7 +458,7 @@ def test_a_saved_page_is_whole_or_not_there(tmp_path, monkeypatch):
     assert text.startswith("<!doctype html>") and text.endswith("</html>\n")
     assert re.findall(r"https?:|<script|<link|<img|url\(|@import", text) == []
     assert Tags(text).names() <= set(
-        "html head meta title style body main h1 h4 div span b fieldset legend label input table tr th td".split()
+        "html head meta title style body main h1 h4 div span b bdi fieldset legend label input table tr th td".split()
     )
     with pytest.raises(RuntimeError, match="no "):
         save_toy(tmp_path / "other.html", views=[("chunk", "surrogate")])
