@@ -8,7 +8,6 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,6 +21,7 @@ from transformers import (
 
 from d2l_lib.hypernetwork import HypernetworkConfig
 
+MOST_LAYERS = 1000  # of any model
 # transformers has no correct fused attention with soft-capped scores for these.
 EAGER_ATTENTION = ("gemma2",)
 # What the families call the norm after the last layer, and the linear with which a layer's MLP ends (Phi: fc2).
@@ -73,21 +73,40 @@ def load_base_model(
         place = {} if device_map is None else {"device_map": device_map}
         if four_bit:
             place = {"device_map": device_map or {"": device}, "quantization_config": _four_bit_config()}
-        model = kind.from_pretrained(location, config=config, dtype=dtype, **options, **place)
+        _check_layers(config)
+        options |= {"output_loading_info": True}
+        model, told = kind.from_pretrained(location, config=config, dtype=dtype, **options, **place)
+        if absent := [*told["missing_keys"], *told["mismatched_keys"]]:  # transformers would make them up
+            raise ValueError(f"its weights lack {', '.join(sorted(map(str, absent))[:3])}, which its config.json names")
         tokenizer = AutoTokenizer.from_pretrained(location)
     except OSError as error:
         raise FileNotFoundError(
-            f"base model {str(source)!r} could not be read: {str(error).splitlines()[0]}. Give a bundled name (tiny), "
+            f"base model {str(source)!r} could not be read: {_first_line(error)}. Give a bundled name (tiny), "
             "a folder with config.json, model.safetensors and tokenizer.json, or the id of a hub model that is "
             "already in the local cache or can be downloaded from this machine."
         ) from error
-    except (SafetensorError, ValueError) as error:
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of damaged files transformers and tokenizers raise anything
         problem = "is damaged or of an unknown kind" + (", or device_map does not fit it" if device_map else "")
-        raise ValueError(f"base model {str(source)!r} {problem}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"base model {str(source)!r} {problem}: {_first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.to(device) if device_map is None and not four_bit else model
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:500] or type(error).__name__
+
+
+def _check_layers(config) -> None:
+    """ValueError for a number of layers that no model has: building one would take ages."""
+    inner = config.get_text_config()
+    n_layers = getattr(inner, "num_hidden_layers", 1)
+    if isinstance(n_layers, bool) or not isinstance(n_layers, int) or not 1 <= n_layers <= MOST_LAYERS:
+        named = repr(n_layers)[:80]
+        raise ValueError(f"num_hidden_layers in its config.json must be from 1 to {MOST_LAYERS}, not {named}")
 
 
 def _four_bit_config() -> BitsAndBytesConfig:

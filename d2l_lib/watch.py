@@ -25,6 +25,7 @@ from .records import append_jsonl, one_line_errors, read_appended, read_json, wr
 from .trainer import checkpoints, is_whole, step_of
 from .training import HYPERNETWORK
 
+_BEGINS = b'{"checkpoint"'  # every line of scores
 PREFIX = "hypernetwork."  # of its tensors within a training step
 Score = Callable[[DocToLoRA], dict]
 
@@ -69,9 +70,10 @@ def read_scores(path: Path) -> list[dict]:
     for number, row in enumerate(rows, 1):
         check(ScoreLine, row, f"{path}, line {number}", "take that line out")
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        if not rows and not content.startswith(b'{"checkpoint"'[: len(content)]):
-            raise ValueError(f"{path} holds no scores of checkpoints: name another file")
-        write_atomic(path, content[: content.rfind(b"\n") + 1])
+        last = content[content.rfind(b"\n") + 1 :]
+        if not last.startswith(_BEGINS[: len(last)]):  # no line of ours
+            raise ValueError(f"{path}, line {len(rows) + 1}: no scores of checkpoints are in it: name another file")
+        write_atomic(path, content[: -len(last)])
     return rows
 
 

@@ -2,8 +2,8 @@
 
     python tests/fuzz_files.py 10000 [kind ...] [--seed N]
 
-prints for each kind of file how many were read and refused by each kind of mutation, the slowest one and what the
-process grew by. Any other exception, more than TIME_LIMIT seconds, a child process, a connection or a written file ends
+prints for each kind of file how many were read and refused by each kind of mutation, the slowest one (processor time) and
+what the process grew by. Any other exception, more than TIME_LIMIT seconds, a child process, a connection or a written file ends
 it with the seed and the number of the file; it stays in the folder that is named then.
 """
 
@@ -29,21 +29,32 @@ import pyarrow.parquet as pq
 import torch
 from fuzz_checkpoints import Mutator as ProgramMutator
 from fuzz_checkpoints import small_checkpoint, watched
+from tiny_models import N_LAYERS, build_model
 
 import d2l_lib as d2l
 from d2l_lib import selfgen, trainer, watch
-from d2l_lib.checkpoints import build_hypernetwork, load_checkpoint, read_published
+from d2l_lib.checkpoints import build_hypernetwork, load_checkpoint, read_published, save_checkpoint
 from d2l_lib.exports import check_export
 from d2l_lib.records import read_json, read_rows
 
-TIME_LIMIT = 10  # seconds for one file
+TIME_LIMIT, PATIENCE = 10, 120  # seconds for one file: of the processor, and by the clock
 MEMORY_LIMIT = 4 << 30  # bytes of address space beyond what the process has when it begins
-HARMFUL = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.remove", "os.rename", "os.rmdir", "socket.connect")
+HARMFUL = (
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "socket.connect",
+)
 # What stands in place of a value; texts between @ become what JSON writers do not write.
 VALUES = (
-    None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 10**12, -(10**18), 0.5, -0.0, 1e308, -1e308, "", "x", "x" * 5000, [],
-    {}, [[]], [1], [1, 2, 3], [9, -3], ["x"], {"x": 1}, {"": None}, "\ud800", "\x1b[31m", "../../x", "/etc/passwd",
-    "{layer}", "{layer}{0.__class__}", "{layer!r:>99999999}", "(a*)*b", "((((", "@nan@", "@inf@", "@deep@", "@huge@", "@far@",
+    None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 10**12, -(10**18), 0.5, -0.0, 1e308, -1e308, "", "x", "x" * 5000,
+    [], {}, [[]], [1], [1, 2, 3], [9, -3], ["x"], {"x": 1}, {"": None}, "\ud800", "\x1b[31m", "../../x", "/etc/passwd",
+    "{layer}", "{layer}{0.__class__}", "{layer!r:>99999999}", "(a*)*b", "((((", "@nan@", "@inf@", "@deep@", "@huge@",
+    "@far@",
 )  # fmt: skip
 ODD = {
     '"@nan@"': "NaN",
@@ -239,15 +250,18 @@ def read_published_file(folder: Path) -> None:
 
 
 def read_model(folder: Path) -> None:
-    model = d2l.load(folder, device="cpu")
-    assert all(value.isfinite().all() for value in model.base_model.parameters())
+    assert d2l.load(folder, device="cpu").base_model.config.num_hidden_layers == N_LAYERS
 
 
 def read_data(folder: Path) -> None:
     rows = selfgen.read_shards(folder)[:]
     assert all(token >= 0 for ids in rows["ctx_ids"] for token in ids)
     assert all(
-        value <= selfgen.HIGHEST for row in rows["logprobs_vals"] for answer in row for token in answer for value in token
+        value <= selfgen.HIGHEST
+        for row in rows["logprobs_vals"]
+        for answer in row
+        for token in answer
+        for value in token
     )
 
 
@@ -271,16 +285,9 @@ def read_records(folder: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- the examples
-def small_model():
-    """A random model with two modules and its base model, small enough to be loaded thousands of times."""
-    from tiny_models import build_model
-
-    return build_model(("down_proj", "q_proj"))
-
-
 def make_examples(root: Path) -> dict[str, tuple[Path, Callable[[Path], None]]]:
     """{kind: (folder of whole files, reader)}."""
-    model = small_model()
+    model = build_model(("down_proj", "q_proj"))
     texts = {"first": "The code of the door is 4217. It is red.", "second": "Ada has a boat."}
     adapter = model.internalize(texts, chunk_tokens=24)
     for name in ("adapter", "published", "records"):
@@ -288,13 +295,8 @@ def make_examples(root: Path) -> dict[str, tuple[Path, Callable[[Path], None]]]:
     adapter.save(root / "adapter" / "a.adapter")
     adapter.export_peft(root / "peft", rank=3)
     model.save(root / "model", include_base=True)
-    d2l_checkpoint = root / "checkpoint"
-    model.save(d2l_checkpoint, include_base=False) if model.base_source else None
-    if not d2l_checkpoint.exists():
-        from d2l_lib.checkpoints import save_checkpoint
-
-        meta = {"chunk_tokens": 20, "least_relevance": 3.5, "gate": {"known": 6.3, "growth": 0.2, "refusal": "No."}}
-        save_checkpoint(d2l_checkpoint, model.hypernetwork, meta | {"base_model": "tiny"})
+    meta = {"chunk_tokens": 20, "least_relevance": 3.5, "gate": {"known": 6.3, "growth": 0.2, "refusal": "No."}}
+    save_checkpoint(root / "checkpoint", model.hypernetwork, meta | {"base_model": "tiny"})
     small_checkpoint(root / "published" / "pytorch_model.bin")
     write_data(root / "shards")
     write_records(root / "records", model.hypernetwork.config.to_dict())
@@ -360,18 +362,21 @@ def files_of(kind: str, folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------------------------------------- fuzz
 @contextmanager
 def limited():
-    """Raises TooSlow inside the `with` block after TIME_LIMIT seconds."""
+    """Raises TooSlow inside the `with` block after TIME_LIMIT seconds of work, or PATIENCE seconds of waiting."""
 
     def stop(*_):
         raise TooSlow(f"more than {TIME_LIMIT} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, TIME_LIMIT), signal.SIGALRM: (signal.ITIMER_REAL, PATIENCE)}
+    before = {number: signal.signal(number, stop) for number in timers}
+    for timer, seconds in timers.values():
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 def attempt(read: Callable[[Path], None], folder: Path) -> str:
@@ -385,6 +390,7 @@ def attempt(read: Callable[[Path], None], folder: Path) -> str:
         str(error).encode()  # may be printed anywhere
         outcome = "refused"
     wrote = [what for what in seen if what.startswith(HARMFUL) or (what.startswith("open") and str(folder) in what)]
+    wrote = [what for what in wrote if "scores.jsonl" not in what]  # its reader takes away a line that was cut off
     assert not wrote, f"reading did {wrote[:3]}"
     return outcome
 
@@ -401,6 +407,7 @@ def fuzz(
             path.unlink()
     files = files_of(kind, folder)
     mutator, counts, slowest = FileMutator(files, other, seed), Counter(), 0.0
+    read(folder)  # imports what it needs, which takes its time
     assert attempt(read, folder) == "read", "the whole files are not read"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(n):
@@ -408,13 +415,13 @@ def fuzz(
         changed = mutator.make(mutation)
         for name, content in changed.items():
             (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             outcome = attempt(read, folder)
         except BaseException as error:
             error.add_note(f"{kind}: seed {seed}, file {number}, {mutation} of {', '.join(changed)}, in {folder}")
             raise
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
         counts[mutation, outcome] += 1
         for name in changed:
             (folder / name).write_bytes(files[name])
