@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import reduce
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, reduce
+from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from d2l_lib import markup
-from d2l_lib.documents import check_count
+from d2l_lib.documents import MOST_SHOWN, check_count, check_name, shorten, some_of
 from d2l_lib.records import atomic_file, parse_json, safetensors_metadata
 
 if TYPE_CHECKING:
@@ -60,10 +61,20 @@ class Block:
     A: dict[str, Tensor]
     B: dict[str, Tensor]
 
+    def __post_init__(self):
+        check_name(self.document)
+
     @property
     def rank(self) -> int:
         """Rows of A and B in each layer and module."""
         return next(iter(self.A.values())).shape[1]
+
+    def weighted(self, weight: float) -> Block:
+        """This block counting `weight` times as much; ValueError where that is no finite number."""
+        product = self.weight * weight
+        if not math.isfinite(product):
+            _finite(product, f"the weight of {self!r}")
+        return replace(self, weight=product)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Block):
@@ -78,7 +89,7 @@ class Block:
     def __repr__(self) -> str:
         where = "" if self.span is None else f", characters {self.span[0]}-{self.span[1]}"
         weight = "" if self.weight == 1 else f", weight {self.weight:g}"
-        return f"Block({self.document!r}, chunk {self.chunk}{where}, rank {self.rank}{weight})"
+        return f"Block({shorten(self.document)!r}, chunk {self.chunk}{where}, rank {self.rank}{weight})"
 
 
 def _equal(first: Factors | None, second: Factors | None) -> bool:
@@ -97,6 +108,38 @@ def _finite(weight: float, what: str) -> float:
     if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
         raise ValueError(f"{what} must be a finite number, not {weight!r}")
     return float(weight)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What an adapter's documents are called: their chunks' numbers, in order of first appearance.
+
+    `taken`: for the names of which copies were added, the highest n such that "name (2)" to "name (n)" are all there.
+    """
+
+    chunks: dict[str, frozenset[int]]
+    taken: dict[str, int]
+
+    @classmethod
+    def of(cls, blocks: Iterable[Block]) -> _Names:
+        chunks: dict[str, list[int]] = {}
+        for block in blocks:
+            chunks.setdefault(block.document, []).append(block.chunk)
+        return cls({document: frozenset(numbers) for document, numbers in chunks.items()}, {})
+
+    def added(self, other: _Names) -> tuple[_Names, dict[str, str]]:
+        """(the names of both, {document of `other`: what it is called beside these})."""
+        chunks, taken, new_names = dict(self.chunks), dict(self.taken), {}
+        for document, numbers in other.chunks.items():
+            name = document
+            if not self.chunks.get(document, frozenset()).isdisjoint(numbers):
+                number = taken.get(document, 1) + 1
+                while f"{document} ({number})" in chunks or f"{document} ({number})" in other.chunks:
+                    number += 1
+                name, taken[document] = f"{document} ({number})", number
+            chunks[name] = chunks.get(name, frozenset()) | numbers
+            new_names[document] = name
+        return _Names(chunks, taken), new_names
 
 
 def _as_set(choice: object, kind: type, what: str) -> set:
@@ -134,31 +177,44 @@ class Adapter:
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        for block in self.blocks:
+            if not isinstance(block, Block):
+                raise TypeError(f"blocks must be Blocks, not {type(block).__name__}")
         for value, what in ((self.scale, "scale"), (self.bias_weight, "bias_weight")):
             _finite(value, what)
         for block in self.blocks:
-            _finite(block.weight, f"the weight of {block!r}")
-        parts = [(f"block {block!r}", {m: (block.A[m], block.B[m]) for m in block.A}) for block in self.blocks]
-        parts += [] if self.bias is None else [("the bias", self.bias)]
+            if type(block.weight) is not float or not math.isfinite(block.weight):
+                _finite(block.weight, f"the weight of {block!r}")
+        first = None if not self.blocks else {m: (self.blocks[0].A[m], self.blocks[0].B[m]) for m in self.blocks[0].A}
+        first = self.bias if first is None else first
         if not self.sizes:
-            if not parts:
+            if first is None:
                 raise ValueError("an adapter without blocks and bias needs n_layers and sizes={module: (d_in, d_out)}")
-            sizes = {module: (A.shape[-1], B.shape[-1]) for module, (A, B) in parts[0][1].items()}
+            sizes = {module: (A.shape[-1], B.shape[-1]) for module, (A, B) in first.items()}
             object.__setattr__(self, "sizes", sizes)
-            object.__setattr__(self, "n_layers", next(iter(parts[0][1].values()))[0].shape[0])
-        for label, factors in parts:
-            self._check_shapes(label, factors)
+            object.__setattr__(self, "n_layers", next(iter(first.values()))[0].shape[0])
+        for block in self.blocks:
+            self._check_shapes(block, {m: (block.A[m], block.B[m]) for m in block.A})
+        if self.bias is not None:
+            self._check_shapes("the bias", self.bias)
 
-    def _check_shapes(self, label: str, factors: Factors) -> None:
+    def _with(self, **changes: object) -> Adapter:
+        """This adapter with other blocks or bias weight that need no check: the operations' own results."""
+        new = object.__new__(type(self))
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        new.__dict__.update(values | changes)
+        return new
+
+    def _check_shapes(self, part: Block | str, factors: Factors) -> None:
         """ValueError where a block's or the bias's tensors do not have this adapter's modules, layers and sizes."""
         if factors.keys() != self.sizes.keys():
-            raise ValueError(f"{label} has modules {sorted(factors)}, the adapter has {self.modules}")
+            raise ValueError(f"{_label(part)} has modules {sorted(factors)}, the adapter has {self.modules}")
         for module, (A, B) in factors.items():
             d_in, d_out = self.sizes[module]
             r = A.shape[1] if A.dim() == 3 else -1
-            if tuple(A.shape) != (self.n_layers, r, d_in) or tuple(B.shape) != (self.n_layers, r, d_out):
+            if A.shape != (self.n_layers, r, d_in) or B.shape != (self.n_layers, r, d_out):
                 raise ValueError(
-                    f"{label}, {module}: A is {tuple(A.shape)} and B {tuple(B.shape)}; expected "
+                    f"{_label(part)}, {module}: A is {tuple(A.shape)} and B {tuple(B.shape)}; expected "
                     f"({self.n_layers}, rank, {d_in}) and ({self.n_layers}, rank, {d_out})"
                 )
 
@@ -172,7 +228,11 @@ class Adapter:
     @property
     def documents(self) -> list[str]:
         """Names of the documents, in order of first appearance."""
-        return list(dict.fromkeys(block.document for block in self.blocks))
+        return list(self._names.chunks)
+
+    @cached_property
+    def _names(self) -> _Names:
+        return _Names.of(self.blocks)
 
     @property
     def rank(self) -> int:
@@ -228,20 +288,12 @@ class Adapter:
             self, other = _made_alike(self, other)
         else:
             self._check_summable(other)
-        taken = {(block.document, block.chunk) for block in self.blocks}
-        used, names = set(self.documents), {}
-        for document in other.documents:
-            chunks = [block.chunk for block in other.blocks if block.document == document]
-            name = document
-            if any((document, chunk) in taken for chunk in chunks):
-                number = 2
-                while f"{document} ({number})" in used | set(other.documents):
-                    number += 1
-                name = f"{document} ({number})"
-            used.add(name)
-            names[document] = name
-        added = (replace(block, document=names[block.document]) for block in other.blocks)
-        return replace(self, blocks=(*self.blocks, *added))
+        names, new_names = self._names.added(other._names)
+        added = (
+            block if new_names[block.document] == block.document else replace(block, document=new_names[block.document])
+            for block in other.blocks
+        )
+        return self._with(blocks=(*self.blocks, *added), _names=names)
 
     def __radd__(self, other: object) -> Adapter:
         """Lets `sum(adapters)` start from 0."""
@@ -268,7 +320,7 @@ class Adapter:
             raise ValueError(
                 "a compressed or exported adapter holds the bias inside its block: add first, compress the sum"
             )
-        precisions = [next(adapter._tensors()).dtype for adapter in (self, other) if adapter.rank]
+        precisions = [t.dtype for one in (self, other) if (t := next(one._tensors(), None)) is not None]
         if self.hypernetwork_key == other.hypernetwork_key and len(set(precisions)) > 1:
             raise ValueError(
                 f"adapters of different precision ({', '.join(map(str, precisions))}) cannot be added: "
@@ -290,7 +342,7 @@ class Adapter:
         Both given: blocks that match both. The bias stays. ValueError for a name or number that is not inside.
         """
         chosen = self._chosen(document, chunk)
-        return replace(self, blocks=tuple(b for b, inside in zip(self.blocks, chosen, strict=True) if inside))
+        return self._with(blocks=tuple(b for b, inside in zip(self.blocks, chosen, strict=True) if inside))
 
     def without(self, document: str | Iterable[str] | None = None, chunk: int | Iterable[int] | None = None) -> Adapter:
         """The adapter without the blocks of these documents and chunks: exactly as if they had never been added.
@@ -298,7 +350,7 @@ class Adapter:
         Both given: only blocks that match both are dropped. ValueError for a name or number that is not inside.
         """
         chosen = self._chosen(document, chunk)
-        return replace(self, blocks=tuple(b for b, inside in zip(self.blocks, chosen, strict=True) if not inside))
+        return self._with(blocks=tuple(b for b, inside in zip(self.blocks, chosen, strict=True) if not inside))
 
     def _chosen(self, document: str | Iterable[str] | None, chunk: int | Iterable[int] | None) -> list[bool]:
         """For each block whether it matches. ValueError lists what is inside when a choice matches nothing."""
@@ -306,13 +358,13 @@ class Adapter:
             raise ValueError(f"name a document or a chunk; {self._contents()}")
         documents = None if document is None else _as_set(document, str, "a document's name")
         chunks = None if chunk is None else _as_set(chunk, Integral, "a chunk's number")
-        if unknown := sorted(repr(name) for name in (documents or set()) - set(self.documents)):
-            raise ValueError(f"no document {', '.join(unknown)} in this adapter; {self._contents()}")
+        if unknown := (documents or set()) - self._names.chunks.keys():
+            raise ValueError(f"no document {some_of(sorted(unknown), quoted=True)} in this adapter; {self._contents()}")
         inside = [documents is None or block.document in documents for block in self.blocks]
         if chunks is not None:
             present = {block.chunk for block, match in zip(self.blocks, inside, strict=True) if match}
-            if unknown := sorted(repr(number) for number in chunks - present):
-                raise ValueError(f"no chunk {', '.join(unknown)} there; {self._contents()}")
+            if unknown := sorted(chunks - present):
+                raise ValueError(f"no chunk {some_of(unknown)} there; {self._contents()}")
             inside = [match and b.chunk in chunks for b, match in zip(self.blocks, inside, strict=True)]
         return inside
 
@@ -320,12 +372,13 @@ class Adapter:
         """One line for error messages."""
         if not self.blocks:
             return "the adapter holds no documents"
-        counts = [f"{name!r} ({_plural(len(self._of(name)), 'chunk')})" for name in self.documents]
-        shown = counts if len(counts) <= 20 else [*counts[:20], f"... and {len(counts) - 20} more"]
-        return "it holds " + ", ".join(shown)
-
-    def _of(self, document: str) -> list[Block]:
-        return [block for block in self.blocks if block.document == document]
+        chunks = dict.fromkeys(islice(self._names.chunks, MOST_SHOWN), 0)
+        for block in self.blocks:
+            if block.document in chunks:
+                chunks[block.document] += 1
+        counts = [f"{shorten(name)!r} ({_plural(count, 'chunk')})" for name, count in chunks.items()]
+        rest = len(self._names.chunks) - len(counts)
+        return "it holds " + ", ".join([*counts, *([f"... and {rest:,} more"] if rest else [])])
 
     def scaled(self, weight: float, document: str | Iterable[str] | None = None) -> Adapter:
         """The adapter with its blocks (or those of `document`) counting `weight` times; the bias stays.
@@ -334,12 +387,10 @@ class Adapter:
         """
         weight = _finite(weight, "weight")
         chosen = [True] * len(self.blocks) if document is None else self._chosen(document, None)
-        return replace(
-            self,
+        return self._with(
             blocks=tuple(
-                replace(block, weight=block.weight * weight) if inside else block
-                for block, inside in zip(self.blocks, chosen, strict=True)
-            ),
+                block.weighted(weight) if inside else block for block, inside in zip(self.blocks, chosen, strict=True)
+            )
         )
 
     def scaled_bias(self, weight: float) -> Adapter:
@@ -383,7 +434,7 @@ class Adapter:
             root = S[:, :rank].sqrt().unsqueeze(-1)  # [L, rank, 1]
             new_A[module] = self._padded(root * V[:, :, :rank].mT, rank, A.dtype)
             new_B[module] = self._padded(root * U[:, :, :rank].mT, rank, B.dtype)
-        name = "compressed: " + (", ".join(self.documents) or "bias")
+        name = "compressed: " + (some_of(self._names.chunks) or "bias")
         block = Block(name, 0, None, 1.0, new_A, new_B)
         inside = self.bias is not None or self.bias_inside
         return replace(self, blocks=(block,), bias=None, bias_weight=1.0, bias_inside=inside)
@@ -478,7 +529,7 @@ class Adapter:
         header = check(AdapterHeader, header, where, advice)
         try:
             return cls._from_header(header, tensors)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}: {advice}") from error
 
     @classmethod
@@ -549,38 +600,49 @@ class Adapter:
 
     # --- display ----------------------------------------------------------------------------------------------------
 
-    def _rows(self) -> list[tuple[str, str, str, str]]:
-        """(document, chunks, rank, weight) of each document and of the bias."""
+    def _rows(self) -> tuple[list[tuple[str, str, str, str]], int]:
+        """((document, chunks, rank, weight) of the first documents and of the bias, how many documents are left out).
+
+        One document more than MOST_SHOWN is shown, too: its row takes no more room than a line about it.
+        """
+        names = self._names.chunks
+        shown = list(names if len(names) <= MOST_SHOWN + 1 else islice(names, MOST_SHOWN))
+        blocks: dict[str, list[Block]] = {name: [] for name in shown}
+        for block in self.blocks:
+            if block.document in blocks:
+                blocks[block.document].append(block)
         rows = []
-        for name in self.documents:
-            blocks = self._of(name)
-            weights = sorted({block.weight for block in blocks})
-            weight = f"{weights[0]:g}" if len(weights) == 1 else f"{weights[0]:g} to {weights[-1]:g}"
-            rows.append((name, str(len(blocks)), str(sum(block.rank for block in blocks)), weight))
+        for name, of_document in blocks.items():
+            least, most = (pick(block.weight for block in of_document) for pick in (min, max))
+            weight = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+            rank = sum(block.rank for block in of_document)
+            rows.append((shorten(name), str(len(of_document)), str(rank), weight))
         if self.bias is not None:
             rows.append(("(bias)", "", str(self._bias_rank), f"{self.bias_weight:g}"))
-        return rows
+        return rows, len(names) - len(shown)
 
     def _summary(self) -> str:
-        contents = f"{_plural(len(self.documents), 'document')}, {_plural(len(self.blocks), 'chunk')}"
+        contents = f"{_plural(len(self._names.chunks), 'document')}, {_plural(len(self.blocks), 'chunk')}"
         place = f"{_plural(self.n_layers, 'layer')} x {', '.join(self.modules)}"
         return f"{contents}; rank {self.rank}, {place}; scale {self.scale:g}; {_size(self.nbytes)}"
 
     def __repr__(self) -> str:
+        rows, left_out = self._rows()
         lines = [f"Adapter({self._summary()})"]
-        rows = self._rows()
-        for name, chunks, rank, weight in rows if len(rows) <= 12 else [*rows[:10], rows[-1]]:
+        for name, chunks, rank, weight in rows:
             chunk_text = f"{_plural(int(chunks), 'chunk')}, " if chunks else ""
             lines.append(f"  {name}: {chunk_text}rank {rank}, weight {weight}")
-        if len(rows) > 12:
-            lines.insert(-1, f"  ... {len(rows) - 11} more")
+        if left_out:
+            lines.insert(1 + MOST_SHOWN, f"  ... {left_out} more")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        rows, left_out = self._rows()
         header = "".join(f"<th>{name}</th>" for name in ("document", "chunks", "rank", "weight"))
-        body = "".join(
-            "<tr>" + "".join(f"<td>{markup.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
-        )
+        cells = ["".join(f"<td>{markup.escape(cell)}</td>" for cell in row) for row in rows]
+        if left_out:
+            cells.insert(MOST_SHOWN, f'<td colspan="4">... {left_out} more</td>')
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
         return (
             f'<div class="{markup.NO_FORMULAS}" style="overflow-wrap: anywhere">'
             f"<b>Adapter</b>: {markup.escape(self._summary())}"
@@ -599,6 +661,10 @@ _PLAIN_FIELDS = (
     "paths",
     "bias_inside",
 )
+
+
+def _label(part: Block | str) -> str:
+    return part if isinstance(part, str) else f"block {part!r}"
 
 
 def _plural(count: int, word: str) -> str:

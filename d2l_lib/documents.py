@@ -11,11 +11,18 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
+from pathlib import Path, PurePath
 
-SENTINEL = "d2lcontentgoeshere"
+from d2l_lib.formats.text_files import read_document
+
+SENTINEL, _SYSTEM_SENTINEL = "d2lcontentgoeshere", "d2lsystemgoeshere"
+LONGEST_SHOWN, MOST_SHOWN = 60, 10  # characters of a name, and names, that a display or an error shows
+LONGEST_PATH = 500  # characters of a text that may be meant as the name of a file
+_NOT_IN_NAMES = {"Cs": "an unpaired surrogate", "Cc": "a control character", "Zl": "a line end", "Zp": "a line end"}
 
 # Sentence ends: Latin marks need white space after them; CJK marks do not; a blank line always ends a sentence.
 # (The look-behind and the possessive `++` keep the search linear on long runs of marks.)
@@ -70,27 +77,133 @@ def check_count(value: object, name: str) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
-def name_documents(documents: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def shorten(text: str, longest: int = LONGEST_SHOWN) -> str:
+    """The text itself, or its beginning with an ellipsis where it has more than `longest` characters."""
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+
+
+def some_of(names: Collection[object], most: int = MOST_SHOWN, quoted: bool = False) -> str:
+    """Names in one line: the first `most` of them, each shortened (and `quoted`), and how many more there are."""
+    short = (shorten(str(name)) for name in islice(names, most))
+    shown = ", ".join(repr(name) if quoted else name for name in short)
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+
+
+def check_name(name: object, what: str = "document name") -> str:
+    """`name` itself, if it can be the name of a document.
+
+    TypeError for anything but str, and for a blank one. ValueError for a name with an unpaired surrogate (which no file
+    can hold), control characters or line ends (which no list of names can show).
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{what} {shorten(repr(name))} must be a text that is not blank, not {type(name).__name__}")
+    if name and name.isprintable() and not name.isspace():  # the usual case, at once
+        return name
+    kinds = [unicodedata.category(character) for character in name]
+    if all(kind in ("Zs", "Zl", "Zp", "Cc", "Cf") for kind in kinds):
+        raise TypeError(f"{what} {shorten(repr(name))} must be a text that is not blank")
+    for kind, character in zip(kinds, name, strict=True):
+        if kind in _NOT_IN_NAMES:
+            raise ValueError(
+                f"{what} {shorten(repr(name))} has {_NOT_IN_NAMES[kind]} ({ascii(character)[1:-1]}): give another name"
+            )
+    return name
+
+
+def check_texts(texts: object, what: str) -> list[str]:
+    """Several texts as a list.
+
+    what: what they are, in the plural, for the error. TypeError for one text alone, for bytes and mappings, for what is
+    no list, and for a list with anything but texts in it.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"{what} must be a list of texts, not one text: put it into a list, [{shorten(texts)!r}]")
+    if isinstance(texts, (bytes, bytearray, memoryview, Mapping, Set)) or not isinstance(texts, Iterable):
+        raise TypeError(f"{what} must be a list of texts, not {type(texts).__name__}")
+    several = list(texts)
+    for number, text in enumerate(several, 1):
+        if not isinstance(text, str):
+            raise TypeError(f"{what} must be texts; number {number} is {type(text).__name__}")
+    return several
+
+
+def name_documents(documents: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str]:
     """Every input of `internalize` as {name: text}, checked.
 
-    A text is called "document", a list's texts "document 1", "document 2", ...; a mapping brings its names.
-    TypeError for other values, ValueError for none at all and for texts without content (see check_text).
+    A text is called "document", a list's texts "document 1", "document 2", ...; a mapping brings its names. A Path is
+    read (see `read_document`); alone or in a list it is called by the file's name.
+    TypeError for other values, ValueError for none at all, for texts without content (see check_text), for names that
+    cannot be kept (see check_name), and for a text, given without a name, that names a file.
+    """
+    texts_have_names = isinstance(documents, Mapping)
+    return {name: checked_text(one, name, texts_have_names) for name, one in name_each(documents).items()}
+
+
+def checked_text(document: object, name: str, has_name: bool) -> str:
+    """The text of one named document, read if it is a Path; has_name: the caller has named it. See `name_documents`."""
+    check_name(name)
+    if isinstance(document, PurePath):
+        document = read_document(document)
+    elif isinstance(document, str) and not has_name:
+        _check_no_file(document)
+    return check_text(document, f"document {shorten(name)!r}" if name != "document" else "the document")
+
+
+def name_each(documents: object) -> dict[str, object]:
+    """One document, a list of them or {name: document} as {name: document}; the documents themselves are not looked at.
+
+    Paths are called by the file's name; in a list, a name that is taken gets a number: "name (2)". TypeError for what
+    is none of these, ValueError for none at all.
     """
     if isinstance(documents, str):
         named = {"document": documents}
+    elif isinstance(documents, PurePath):
+        named = {documents.name: documents}
     elif isinstance(documents, Mapping):
         named = dict(documents)
-    elif isinstance(documents, Sequence) and not isinstance(documents, (bytes, bytearray)):
-        named = {f"document {number}": text for number, text in enumerate(documents, 1)}
+    elif isinstance(documents, Sequence) and not isinstance(documents, (bytes, bytearray, memoryview)):
+        names = [one.name if isinstance(one, PurePath) else f"document {i}" for i, one in enumerate(documents, 1)]
+        named = dict(zip(_all_different(names), documents, strict=True))
     else:
-        raise TypeError(f"documents must be a text, a list of texts or {{name: text}}, not {type(documents).__name__}")
+        raise TypeError(
+            f"documents must be a text, a Path, a list of these or {{name: text}}, not {type(documents).__name__}"
+        )
     if not named:
-        raise ValueError("no documents given: pass a text, a list of texts or {name: text}")
-    for name, text in named.items():
-        if not isinstance(name, str) or not name.strip():
-            raise TypeError(f"document name {name!r} must be a text that is not blank")
-        check_text(text, f"document {name!r}" if name != "document" else "the document")
+        raise ValueError("no documents given: pass a text, a Path, a list of these or {name: text}")
     return named
+
+
+def _all_different(names: Sequence[str]) -> list[str]:
+    """The names, where the second, third, ... of one name are called "name (2)", "name (3)", ..."""
+    used, last, different = set(names), {}, []
+    for name in names:
+        one = name
+        if name in last:
+            number = last[name] + 1
+            while f"{name} ({number})" in used:
+                number += 1
+            one, last[name] = f"{name} ({number})", number
+        else:
+            last[name] = 1
+        used.add(one)
+        different.append(one)
+    return different
+
+
+def _check_no_file(text: str) -> None:
+    """ValueError for a text that is the name of a file: the letters of a name are hardly ever what is to be read."""
+    name = text.strip()
+    if not name or len(name) > LONGEST_PATH or not name.isprintable():
+        return
+    try:
+        there = Path(name).is_file()
+    except (OSError, ValueError):
+        return
+    if there:
+        raise ValueError(
+            f"{name!r} is the name of a file: pass Path({name!r}) to read the file, or {{'a name': {name!r}}} to read "
+            f"these {len(name)} letters as they stand"
+        )
 
 
 # --- wrapping -----------------------------------------------------------------------------------------------------
@@ -201,11 +314,16 @@ def question_ids(tokenizer, questions: str | Sequence[str], system: str = "") ->
     """Token ids of a question (or of each of several): user turn and generation prompt, no system turn.
 
     A `system` message stands before them in the template's own way; where the template refuses one (Gemma-2's), at the
-    head of the user's turn. Raises as check_text does.
+    head of the user's turn. ValueError where the template leaves it out without a word. Raises as check_text does.
     """
     several = [questions] if isinstance(questions, str) else questions
+    if isinstance(several, (bytes, bytearray, Mapping, Set)) or not isinstance(several, Iterable):
+        raise TypeError(f"questions must be a text or a list of texts, not {type(several).__name__}")
+    several = list(several)
     for number, question in enumerate(several, 1):
         check_text(question, "the question" if isinstance(questions, str) else f"question {number}")
+    if not isinstance(system, str):
+        raise TypeError(f"the system message must be a text, not {type(system).__name__}")
     before, after = _question_wrapping(tokenizer, system.strip())
     ids = _wrap(tokenizer, before, several, after)
     return ids[0] if isinstance(questions, str) else ids
@@ -217,13 +335,22 @@ def _question_wrapping(tokenizer, system: str) -> tuple[str, str]:
     user = {"role": "user", "content": SENTINEL}
     if not system:
         return _around_sentinel(_render(tokenizer, [user]))
+    check_text(system, "the system message")
     if any(name in system for name in special_texts(tokenizer)):
         raise ValueError("the system message holds the name of a special token of the chat template: leave it out")
     try:
-        return _around_sentinel(_render(tokenizer, [{"role": "system", "content": system}, user]))
+        rendered = _render(tokenizer, [{"role": "system", "content": system}, user])
+        # A short message may also be a word of the template, so another one tells whether there is a place for any.
+        probe = _render(tokenizer, [{"role": "system", "content": _SYSTEM_SENTINEL}, user])
     except TemplateError:
         before, after = _around_sentinel(_render(tokenizer, [user]))
         return f"{before}{system}\n\n", after
+    if _SYSTEM_SENTINEL not in probe:
+        raise ValueError(
+            "this chat template leaves system messages out, so the model would not see it: put it into the question, "
+            'f"{system}\\n\\n{question}", or set a tokenizer.chat_template with a system turn'
+        )
+    return _around_sentinel(rendered)
 
 
 def stop_ids(tokenizer) -> list[int]:

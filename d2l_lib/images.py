@@ -9,13 +9,14 @@ user's turn, the opening of the model's turn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from d2l_lib.documents import name_documents
+from d2l_lib.documents import check_name, checked_text, name_each
 
-Document = str | Image.Image
+Document = str | Path | Image.Image
 Documents = Document | Sequence[Document] | Mapping[str, Document]
 
 
@@ -32,19 +33,11 @@ def name_texts_and_images(documents: Documents) -> dict[str, Document]:
     """
     if is_image(documents):
         documents = {"image": documents}
-    if isinstance(documents, Mapping):
-        given = list(documents.values())
-        named = name_documents({name: _stand_in(one) for name, one in documents.items()})
-    elif isinstance(documents, Sequence) and not isinstance(documents, (str, bytes, bytearray)):
-        given = list(documents)
-        named = name_documents([_stand_in(one) for one in given])
-    else:
-        return name_documents(documents)
-    return {name: _rgb(one, name) if is_image(one) else one for name, one in zip(named, given, strict=True)}
-
-
-def _stand_in(document: object) -> object:
-    return "image" if is_image(document) else document
+    has_names = isinstance(documents, Mapping)
+    return {
+        name: _rgb(one, check_name(name)) if is_image(one) else checked_text(one, name, has_names)
+        for name, one in name_each(documents).items()
+    }
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

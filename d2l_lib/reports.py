@@ -26,9 +26,16 @@ import pandas as pd
 import torch
 
 from . import markup, presets, world
-from .adapter import Adapter
+from .adapter import Adapter, Block
 from .baselines import open_turn
-from .documents import name_documents, question_ids, sentence_number, split_sentences
+from .documents import (
+    check_count,
+    check_texts,
+    name_documents,
+    question_ids,
+    sentence_number,
+    split_sentences,
+)
 from .model import DocToLoRA, load, pad_id_of, pad_rows
 from .probes import sum_of
 from .records import one_line_errors, project_root, write_atomic, write_jsonl
@@ -51,7 +58,7 @@ def ask_about(
 
     For base models that saw questions behind documents in training, as the bundled one did; others need another `ask`.
     """
-    tokenizer = model.tokenizer
+    tokenizer, sentences = model.tokenizer, check_texts(sentences, "sentences")
     prompts = [open_turn(tokenizer, f"{sentence}\n\n") for sentence in sentences for _ in range(n)]
     replies = TransformersEngine("base", model.base_model, tokenizer).reply(prompts, TOKENS, temperature, seed)
     found = []
@@ -87,7 +94,7 @@ def score_answers(
     The margin is the least over the answer's tokens of log p(token) - log p(best other token), each given the tokens
     before it. It is above 0 exactly where the greedy answer is this one.
     """
-    prompts = question_ids(model.tokenizer, list(questions))
+    prompts = question_ids(model.tokenizer, check_texts(questions, "questions"))
     scores: list[tuple[float, float]] = []
     for start in range(0, len(prompts), model.answer_batch):
         batch = slice(start, start + model.answer_batch)
@@ -115,6 +122,7 @@ def find_questions(
     Columns: sentence (its place), question, times (how often it came up), told (the base model's answer with the
     sentence in the prompt), told_ids (its tokens, end of turn included).
     """
+    sentences = check_texts(sentences, "sentences")
     asked = [
         (place, text, times)
         for place, texts in enumerate(ask(model, sentences, n, seed))
@@ -245,7 +253,7 @@ STATUSES = ("stored", "lost", "not asked")
 
 def report(
     model: DocToLoRA,
-    documents: str | Sequence[str] | Mapping[str, str],
+    documents: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     *,
     adapter: Adapter | None = None,
     blocks: int | None = None,
@@ -267,6 +275,8 @@ def report(
     is a belief. Raises as `model.internalize` does.
     """
     named = name_documents(documents)
+    unrelated = None if unrelated is None else check_texts(unrelated, "unrelated questions")
+    check_count(n, "n")
     rng = random.Random(f"report/{seed}")
     if adapter is None:
         adapter = sum_of(model.internalize_each(named))
@@ -280,7 +290,7 @@ def report(
     table = _sentence_table(questions, spans, sentences, adapter, flag_below, belief)
     if unrelated is None:
         unrelated = [question.text for question in world.encyclopedia_questions(rng, 50)]
-    disturbed = _disturbed(model, list(unrelated), adapter, blocks)
+    disturbed = _disturbed(model, unrelated, adapter, blocks)
     capacity = capacity_table(adapter)
     facts = {
         "documents": len(named),
@@ -298,10 +308,11 @@ def report(
 
 def _sentence_table(questions, spans, sentences, adapter, flag_below, belief) -> pd.DataFrame:
     by_sentence = dict(list(questions.groupby("sentence")))
+    blocks = _blocks_by_document(adapter)
     rows = []
     for place, ((name, start, end), text) in enumerate(zip(spans, sentences, strict=True)):
         row = {"document": name, "sentence": sentence_number(place), "start": start, "end": end, "text": text}
-        row["chunk"] = _chunk_of(adapter, name, start)
+        row["chunk"] = _chunk_of(blocks.get(name, []), start)
         asked = by_sentence.get(place)
         row["asked"] = 0 if asked is None else len(asked)
         row["kept"] = math.nan if asked is None else kept(asked)
@@ -313,10 +324,17 @@ def _sentence_table(questions, spans, sentences, adapter, flag_below, belief) ->
     return pd.DataFrame(rows)
 
 
-def _chunk_of(adapter: Adapter, document: str, start: int) -> int:
-    """The chunk in which a sentence begins; -1 where the adapter does not say."""
+def _blocks_by_document(adapter: Adapter) -> dict[str, list[Block]]:
+    blocks: dict[str, list[Block]] = {}
     for block in adapter.blocks:
-        if block.document == document and block.span is not None and block.span[0] <= start < block.span[1]:
+        blocks.setdefault(block.document, []).append(block)
+    return blocks
+
+
+def _chunk_of(blocks: Sequence[Block], start: int) -> int:
+    """The chunk, of these of one document, in which a sentence begins; -1 where the adapter does not say."""
+    for block in blocks:
+        if block.span is not None and block.span[0] <= start < block.span[1]:
             return block.chunk
     return -1
 
@@ -331,7 +349,7 @@ def _belief(asked: pd.DataFrame, belief: float) -> str:
 def _disturbed(model: DocToLoRA, unrelated: list[str], adapter: Adapter, blocks: int | None) -> pd.DataFrame:
     """What the base model answers to each question alone and with the adapter, and whether that differs."""
     alone, said = (model.answer(unrelated, one, blocks=blocks) if unrelated else [] for one in (None, adapter))
-    changed = [a != b for a, b in zip(alone, said, strict=True)]
+    changed = pd.Series([a != b for a, b in zip(alone, said, strict=True)], dtype=bool)  # bool also where empty
     return pd.DataFrame({"question": unrelated, "alone": alone, "said": said, "changed": changed})
 
 
@@ -363,8 +381,9 @@ def beyond_training(model: DocToLoRA, documents: Mapping[str, str], adapter: Ada
     found = []
     if len(adapter.blocks) > most:
         found.append(f"the adapter has {len(adapter.blocks)} blocks; in training there were at most about {most}")
+    blocks = _blocks_by_document(adapter)
     for name, text in documents.items():
-        chunks = [text[slice(*b.span)] for b in adapter.blocks if b.document == name and b.span is not None]
+        chunks = [text[slice(*block.span)] for block in blocks.get(name, []) if block.span is not None]
         sizes = [len(model.tokenizer(chunk, add_special_tokens=False)["input_ids"]) for chunk in chunks]
         if sizes and max(sizes) > longest:
             found.append(f"{name}: a chunk has {max(sizes)} tokens; in training there were at most {longest}")
@@ -409,9 +428,10 @@ def render_report(made: Report) -> str:
     body += "".join(f'<p class="d2l-error">Warning: {markup.escape(warning)}</p>' for warning in made.warnings)
     numbers = pd.DataFrame({"what": list(made.facts), "value": [_number(value) for value in made.facts.values()]})
     body += _table(numbers)
+    by_document = dict(list(table.groupby("document")))
     for name, text in made.texts.items():
         body += f'<h4>{markup.escape(name)}</h4><div class="d2l-text d2l-document">'
-        for row in table[table["document"] == name].itertuples():
+        for row in by_document[name].itertuples() if name in by_document else ():
             words = (
                 "no question found" if math.isnan(row.kept) else f"kept {row.kept:.2f}, margin {row.margin:.2f} nats"
             )

@@ -1,6 +1,8 @@
 """An adapter is a sum of labelled blocks, and a value."""
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -375,3 +377,161 @@ def test_stack_of_different_scales():
     A, B = loras["down_proj"]
     for index, adapter in enumerate((a, b)):
         assert torch.allclose(scale * B[index].mT @ A[index], update(adapter, "down_proj").float(), atol=1e-5)
+
+
+# --- many documents, and names of all kinds ---------------------------------------------------------------------------
+
+MANY = 10_000
+
+
+@pytest.fixture(scope="module")
+def many():
+    adapter = build_adapter(("a",), n_chunks=1)
+    block = adapter.blocks[0]
+    return replace(adapter, blocks=tuple(replace(block, document=f"doc {i}") for i in range(MANY)))
+
+
+def count_steps(action) -> int:
+    """How many lines of Python an action runs: a measure of its work that does not depend on the machine."""
+    steps = 0
+
+    def trace(frame, event, argument):
+        nonlocal steps
+        steps += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return steps
+
+
+def other_names(adapter):
+    return replace(adapter, blocks=tuple(replace(block, document=f"x{block.document}") for block in adapter.blocks))
+
+
+def refused(action):
+    with pytest.raises(ValueError):
+        action()
+
+
+OPERATIONS = {
+    "repr": lambda a, tmp: repr(a),
+    "HTML": lambda a, tmp: a._repr_html_(),
+    "a + b": lambda a, tmp: a + other_names(a),
+    "a + a": lambda a, tmp: a + a,
+    "sum": lambda a, tmp: sum(replace(a, blocks=(block,)) for block in a.blocks[: len(a) // 10]),
+    "sum of one name": lambda a, tmp: sum([replace(a, blocks=a.blocks[:1])] * (len(a) // 10)),
+    "only": lambda a, tmp: a.only(a.documents[::2]),
+    "without": lambda a, tmp: a.without(a.documents[::2]),
+    "scaled": lambda a, tmp: a.scaled(0.5, a.documents[::2]),
+    "documents": lambda a, tmp: replace(a).documents,
+    "unknown documents": lambda a, tmp: refused(lambda: a.only([f"y{name}" for name in a.documents])),
+    "unknown chunks": lambda a, tmp: refused(lambda: a.only(chunk=range(1, len(a)))),
+    "==": lambda a, tmp: replace(a) == replace(a),
+    "to": lambda a, tmp: a.to("cpu"),
+    "factors": lambda a, tmp: a.factors("q_proj"),
+    "save and load": lambda a, tmp: Adapter.load(a.save(tmp / "a")),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_work_grows_with_the_number_of_documents_and_no_faster(many, tmp_path, name):
+    small, large = (replace(many, blocks=many.blocks[:n]) for n in (200, 800))
+    OPERATIONS[name](small, tmp_path)  # what is done once in a process
+    steps = [count_steps(lambda a=a: OPERATIONS[name](a, tmp_path)) for a in (replace(small), replace(large))]
+    assert steps[1] < 6 * steps[0] + 1000  # four times the documents; squared it would be sixteen
+
+
+def test_displays_and_errors_of_many_documents_are_short(many):
+    page = many._repr_html_()
+    assert page.count("<tr>") == 1 + 10 + 1 + 1  # heading, documents, "more", bias
+    assert "9990 more" in page
+    assert len(page) < 3000
+    for wrong in ({"document": "nope"}, {"document": [f"y {i}" for i in range(MANY)]}, {"chunk": range(1, MANY)}):
+        with pytest.raises(ValueError, match="9,990 more") as error:
+            many.only(**wrong)
+        assert len(str(error.value)) < 600
+
+
+def test_long_names_are_cut_where_they_are_shown_and_nowhere_else():
+    name = "n" * MANY
+    adapter = build_adapter((name, "b"))
+    assert adapter.documents == [name, "b"]
+    assert len(adapter.only(name)) == 2
+    for text in (repr(adapter), adapter._repr_html_(), repr(adapter.blocks[0])):
+        assert len(text) < 1000
+        assert "n…" in text
+    with pytest.raises(ValueError, match="nnn…") as error:
+        adapter.only("nope")
+    assert len(str(error.value)) < 300
+
+
+def test_the_name_of_a_compressed_block_is_short(many):
+    few = replace(many, blocks=many.blocks[:12])
+    (name,) = few.compressed(2).documents
+    assert name == "compressed: " + ", ".join(f"doc {i}" for i in range(10)) + " and 2 more"
+    (name,) = build_adapter(("n" * MANY, "b")).compressed(2).documents
+    assert len(name) < 100
+
+
+def test_copies_are_numbered_in_order_also_where_a_number_is_taken():
+    one = build_adapter(("a",), n_chunks=1)
+    taken = build_adapter(("a (3)",), n_chunks=1)
+    assert (one + one + taken + one + one).documents == ["a", "a (2)", "a (3)", "a (4)", "a (5)"]
+    assert (one + build_adapter(("a", "a (2)"), n_chunks=1)).documents == ["a", "a (3)", "a (2)"]
+    three = one + one + one
+    assert (three.without("a (2)") + one).documents == ["a", "a (3)", "a (2)"]
+    assert sum([one] * 5) == ((one + one) + one) + one + one
+    assert replace(three).documents == three.documents
+
+
+def test_a_sum_of_chunks_of_one_document_stays_one_document():
+    whole = build_adapter(("a",), n_chunks=3)
+    parts = [whole.only(chunk=chunk) for chunk in (0, 1, 2)]
+    assert sum(parts) == whole
+    assert (sum(parts) + parts[1]).documents == ["a", "a (2)"]
+
+
+ODD_NAMES = {
+    "emoji": "🧪👩\u200d🔬",
+    "right to left": "\u200fمستند",
+    "long": "x" * MANY,
+    "quotes": '"it\'s" `a`',
+    "slashes": "../a/b\\c",
+    "markup": "<b>&amp;$x$",
+    "no-break space": "a\u00a0b",
+    "combining": "e\u0301",
+}
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
+def test_odd_but_valid_names_come_back_from_a_file(name, tmp_path):
+    adapter = build_adapter((name, "b"))
+    loaded = Adapter.load(adapter.save(tmp_path / "a"))
+    assert loaded.documents == [name, "b"]
+    assert loaded == adapter
+    assert len(loaded.without(name)) == 2
+
+
+BAD_NAMES = {"surrogate": "r\udce9sum\udce9", "line end": "a\nb", "tab": "a\tb", "nul": "a\0b", "separator": "a\u2028b"}
+
+
+@pytest.mark.parametrize("name", BAD_NAMES.values(), ids=BAD_NAMES)
+def test_names_that_cannot_be_kept_are_refused_at_once(name):
+    with pytest.raises(ValueError, match="document name .* give another name"):
+        build_adapter((name,))
+
+
+@pytest.mark.parametrize("name", ["", " ", "\u200b", None, 3, b"a"])
+def test_a_block_needs_a_name(name):
+    with pytest.raises(TypeError, match="document name"):
+        build_adapter((name,))
+
+
+def test_a_weight_beyond_all_numbers_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        build_adapter().scaled(1e300).scaled(1e300)

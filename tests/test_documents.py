@@ -231,3 +231,35 @@ def test_random_mixtures_are_covered_within_the_limit(tokenizer):
         assert all(chunk.text.strip() for chunk in chunks)
         lengths = [len(ids) for ids in documents.context_ids(tokenizer, [chunk.text for chunk in chunks])]
         assert max(lengths) <= limit + len(prefix) + len(suffix)
+
+
+IGNORES_SYSTEM = (
+    "{% for m in messages if m['role'] != 'system' %}<start>{{ m['role'] }}\n{{ m['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("system", ["Answer in French.", "user", "a"])
+def test_a_template_that_leaves_system_messages_out_is_refused(system):
+    ignoring = build_tokenizer(IGNORES_SYSTEM)
+    with pytest.raises(ValueError, match="leaves system messages out.*put it into the question"):
+        documents.question_ids(ignoring, "Who?", system=system)
+    with pytest.raises(ValueError, match="leaves system messages out"):
+        documents.question_ids(ignoring, ["Who?", "Where?"], system=system)
+    assert documents.question_ids(ignoring, "Who?", system=" ") == documents.question_ids(ignoring, "Who?")
+
+
+def test_a_system_message_is_a_text(tokenizer):
+    for wrong in (None, 3, ["Be brief."]):
+        with pytest.raises(TypeError, match="the system message must be a text"):
+            documents.question_ids(tokenizer, "Who?", system=wrong)
+    with pytest.raises(ValueError, match="the system message has an unpaired surrogate"):
+        documents.question_ids(tokenizer, "Who?", system="a\udce9")
+
+
+def test_short_forms_of_names():
+    assert documents.shorten("x" * 60) == "x" * 60
+    assert documents.shorten("x" * 61) == "x" * 59 + "…"
+    assert documents.some_of(["a", "b"]) == "a, b"
+    assert documents.some_of([str(i) for i in range(1012)]).endswith("8, 9 and 1,002 more")
+    assert documents.some_of(["a"], quoted=True) == "'a'"

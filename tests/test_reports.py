@@ -160,3 +160,29 @@ def test_what_is_flagged_is_counted():
 def test_blank_documents_are_refused(model):
     with pytest.raises(ValueError, match="no text"):
         d2l.report(model, " ")
+
+
+@pytest.mark.parametrize("unrelated", [[], ()])
+def test_a_report_without_unrelated_questions_is_shown_like_any_other(model, adapter, unrelated, tmp_path):
+    made = d2l.report(model, {"notes": DOCUMENT.text}, adapter=adapter, unrelated=unrelated, n=2)
+    assert "answers to unrelated questions changed: 0" in str(made)
+    assert "(0 of 0)" in made._repr_html_()
+    assert "(0 of 0)" in made.save_html(tmp_path / "report.html").read_text()
+
+
+def test_a_report_without_any_question_is_shown_like_any_other(model, adapter, tmp_path):
+    nothing = lambda model, sentences, n, seed: [{} for _ in sentences]  # noqa: E731
+    made = d2l.report(model, {"notes": DOCUMENT.text}, adapter=adapter, unrelated=["Who is it?"], ask=nothing)
+    assert set(made.table["status"]) == {"not asked"}
+    assert "0 sentences stored" in str(made)
+    assert "no question found" in made._repr_html_()
+    assert made.save_html(tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_a_report_asks_for_lists_and_counts(model, adapter):
+    with pytest.raises(TypeError, match="unrelated questions must be a list of texts"):
+        d2l.report(model, {"notes": DOCUMENT.text}, adapter=adapter, unrelated="Who is it?")
+    with pytest.raises(ValueError, match="n must be a whole number of at least 1"):
+        d2l.report(model, {"notes": DOCUMENT.text}, adapter=adapter, n=0)
+    with pytest.raises(ValueError, match="no documents given"):
+        d2l.report(model, [])
