@@ -14,7 +14,7 @@ One row is one document. The published columns (paper, main stage), and which ax
     logprobs_indices     [questions][end - start][16] the token ids that they belong to
 
 An answer ends with its stop token, which is learned like any other. Our shards have text columns besides (document,
-questions, answers, references, kinds, closed); a reader of the published ones does not need them.
+questions, answers, references, kinds, closed, evidence); a reader of the published ones does not need them.
 
 A shard is a function of the settings, the models and its index: workers make shards independently, and a killed run
 continues to the same bytes (on one kind of machine, with the same library versions and number of threads; vLLM does
@@ -67,7 +67,7 @@ PUBLISHED = {
 }
 SCHEMA = pa.schema(
     PUBLISHED
-    | {"document": pa.string(), "closed": pa.list_(pa.bool_())}
+    | {"document": pa.string(), "closed": pa.list_(pa.bool_()), "evidence": pa.list_(pa.list_(_IDS))}
     | {name: pa.list_(pa.string()) for name in ("questions", "answers", "references", "kinds")}
 )
 
@@ -394,7 +394,8 @@ class Asked:
     """A question as student and teacher read it; `reference`: the right answer, where known.
 
     `with_document`: whether the teacher sees the document. It does not for unrelated questions: there the student
-    is to do what the base model does alone.
+    is to do what the base model does alone. `evidence`: the characters of the document that the answer rests on, where
+    the source knows them.
     """
 
     text: str
@@ -402,6 +403,7 @@ class Asked:
     reference: str | None = None
     closed: bool = False
     with_document: bool = True
+    evidence: Sequence[tuple[int, int]] | None = None
 
 
 def world_documents(rng: random.Random, settings: Settings, n: int) -> list[tuple[str, list[Asked]]]:
@@ -421,8 +423,11 @@ def world_documents(rng: random.Random, settings: Settings, n: int) -> list[tupl
                     question = world.ask(rng, document, "unanswerable" if sort == "unanswerable" else rng.choice(kinds))
                 if question is not None and question.text not in asked:
                     kind = "encyclopedia" if sort == "unrelated" else question.kind
+                    about = sort != "unrelated"  # an encyclopedia's evidence is not in this document
                     asked[question.text] = Asked(
-                        question.text, kind, question.answer, with_document=sort != "unrelated"
+                        *(question.text, kind, question.answer),
+                        with_document=about,
+                        evidence=question.evidence if about else (),
                     )
                     break
         drawn.append((document.text, list(asked.values())))
@@ -644,6 +649,7 @@ def make_shard(
             row["references"].append(question.reference)
             row["kinds"].append(question.kind)
             row["closed"].append(question.closed)
+            row["evidence"].append(None if question.evidence is None else [[*span] for span in question.evidence])
         if row["input_ids"]:
             rows.append(row)
     counts["documents"], counts["documents_dropped"] = len(rows), len(documents) - len(rows)

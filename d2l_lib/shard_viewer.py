@@ -149,6 +149,24 @@ class Rows:
         known = column in self._batch.schema.names
         return self._each(column).to_pylist() if known else [None] * len(self._row_of)
 
+    def evidence(self) -> list[list[list[int]] | None]:
+        """Character spans of each answer's evidence in its document [questions]; None where the file does not say."""
+        rows = np.arange(len(self.n_questions))
+        if "evidence" not in self._batch.schema.names:
+            return [None] * len(self._row_of)
+        lists = self._batch["evidence"]
+        n = _lengths(lists)
+        self._check("evidence", (n == self.n_questions) | (n == 0), rows, "not one value for each question")
+        known = [of_row or [None] * n for of_row, n in zip(lists.to_pylist(), self.n_questions, strict=True)]
+        spans = [of_question for of_row in known for of_question in of_row]
+        lengths = [len(text) for text in self.documents()]
+        right = [
+            all(len(span or ()) == 2 and 0 <= span[0] < span[1] <= lengths[row] for span in of_question or ())
+            for of_question, row in zip(spans, self._row_of, strict=True)
+        ]
+        self._check("evidence", np.array(right, dtype=bool), self._row_of, "a span is outside the document")
+        return spans
+
     def agreements(self) -> np.ndarray:
         """One of AGREEMENTS [questions]."""
         return np.array([*map(agreement, self.stored("answers"), self.stored("references"))], dtype=object)
@@ -252,11 +270,15 @@ class Sample(NamedTuple):
     reference: str | None
     finished: bool  # the answer ends with a stop token
     tokens: tuple[AnswerToken, ...]
+    spans: Sequence[Sequence[int]] | None = None  # of the evidence in the document, where the file says
 
     def evidence(self) -> tuple[list[tuple[int, int]], str]:
         """(character spans to mark in the document, what they are in words)."""
         if self.kind in UNRELATED:
             return [], "nothing is marked: the question is not about the document, and the teacher did not see it"
+        if self.spans is not None:
+            n = f"{len(self.spans)} sentence{'' if len(self.spans) == 1 else 's'}" if self.spans else "nothing"
+            return [(start, end) for start, end in self.spans], f"marked: the evidence that is stored ({n})"
         whose, text = ("reference", self.reference) if self.reference is not None else ("teacher's", self.answer)
         spans = matching_sentences(self.document, text)
         n = f"{len(spans)} sentence{'' if len(spans) == 1 else 's'}" if spans else "nothing"
@@ -402,6 +424,7 @@ class ShardFile:
             reference=rows.stored("references")[question],
             finished=chosen[-1] in self._decoder.stops,
             tokens=tuple(map(AnswerToken, pieces(chosen.tolist()), p, ranks, others)),
+            spans=rows.evidence()[question],
         )
 
 
@@ -485,7 +508,7 @@ def _marked(document: str, spans: Sequence[tuple[int, int]]) -> str:
 
 def render_shard_table(samples: Sequence[Sample | str], n_samples: int, file: str, width: int = 240) -> str:
     """The first samples of a file as a plain table. A text in place of a sample says why it cannot be shown."""
-    names = ("kind", "question", "teacher's answer", "lowest probability", "reference", "document (text match marked)")
+    names = ("kind", "question", "teacher's answer", "lowest probability", "reference", "document (evidence marked)")
     rows = []
     for sample in samples:
         if isinstance(sample, str):

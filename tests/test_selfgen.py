@@ -138,6 +138,19 @@ def test_sampling_follows_its_seed_and_stores_the_untempered_distribution(engine
     np.testing.assert_allclose(first[0].values, logits.log_softmax(-1).topk(16).values, rtol=1e-3, atol=1e-3)
 
 
+def test_a_shard_keeps_where_the_world_put_the_evidence(engine):
+    table, _ = make_shard(SMALL, 1, engine)
+    drawn = selfgen.world_documents(random.Random(f"self-generated/{SMALL.seed}/1"), SMALL, SMALL.shard_size)
+    truth = {(text, q.text): [[*span] for span in q.evidence] for text, asked in drawn for q in asked}
+    kept = [
+        (row["document"], question, spans)
+        for row in table.to_pylist()
+        for question, spans in zip(row["questions"], row["evidence"], strict=True)
+    ]
+    assert kept and any(spans for *_, spans in kept)
+    assert all(truth[text, question] == spans for text, question, spans in kept)
+
+
 def test_a_shard_is_a_function_of_seed_and_index(engine):
     table, counts = make_shard(SMALL, 1, engine)
     assert make_shard(SMALL, 1, engine)[0].equals(table)

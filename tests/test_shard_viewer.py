@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import math
+import random
+import re
 import shutil
 from pathlib import Path
 
@@ -15,10 +17,19 @@ import pytest
 import tiny_models
 from test_viewers import HOSTILE, Tags, controls, page
 
-from d2l_lib import selfgen, shard_viewer
+from d2l_lib import markup, selfgen, shard_viewer
 from d2l_lib.documents import context_ids, question_ids, stop_ids
 from d2l_lib.selfgen import MANIFEST, PUBLISHED, SCHEMA
-from d2l_lib.shard_viewer import AGREEMENTS, Decoder, ShardFile, agreement, matching_sentences, view_shards
+from d2l_lib.shard_viewer import (
+    AGREEMENTS,
+    Decoder,
+    ShardFile,
+    agreement,
+    matching_sentences,
+    render_shard_sample,
+    view_shards,
+)
+from d2l_lib.viewers import evidence_spans
 
 TOKENIZER = tiny_models.build_tokenizer()
 K = 16
@@ -591,3 +602,30 @@ def test_shard_viewer_in_a_browser(tmp_path):
         assert view.locator("img, script").count() == 0
         assert lab.evaluate("() => window.owned") is None
         assert browser.errors_shown(lab) == []
+
+
+def test_the_worlds_own_evidence_is_marked(tmp_path, decoder):
+    """A question's evidence is where the world put it, also where its answer stands in other sentences too."""
+    documents = selfgen.world_documents(random.Random(1), selfgen.Settings(unrelated_share=0.1), 25)
+    rows, truth = [], []
+    for text, asked in documents:
+        rows.append(row(text, *((q.text, q.reference or "?", q.reference, q.kind, 0.9) for q in asked)))
+        rows[-1]["evidence"] = [q.evidence for q in asked]
+        truth += [(text, q) for q in asked]
+    file = ShardFile(write(tmp_path / "world.parquet", rows), decoder)
+    assert len(truth) >= 190 and file.n_samples == len(truth)
+    by_words = 0
+    for number, (text, question) in enumerate(truth):
+        spans, words = file.sample(number).evidence()
+        assert spans == [tuple(span) for span in question.evidence], (question, words)
+        marks = re.findall(r"<mark>(.*?)</mark>", render_shard_sample(file.sample(number), 0, 1, 1, "f", ""), re.S)
+        joined = evidence_spans([start for start, _ in spans], [end for _, end in spans], len(text))
+        assert marks == [markup.escape(text[start:end]) for start, end in joined]
+        by_words += question.with_document and matching_sentences(text, question.reference) == spans
+    assert by_words < 0.9 * len(truth), "a search for words would not do"
+
+
+def test_stored_evidence_outside_its_document_names_the_row(tmp_path, decoder):
+    wrong = row(LAMPS, ("What?", "lamps", "lamps", "one_hop", 0.9)) | {"evidence": [[[0, 999]]]}
+    with pytest.raises(ValueError, match="column evidence, row 0: a span is outside the document"):
+        ShardFile(write(tmp_path / "wrong.parquet", [wrong]), decoder).sample(0)
