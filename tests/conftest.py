@@ -19,11 +19,22 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session")
 def golden_root() -> Path:
-    """The recorded reference values: $D2L_GOLDEN, else ../shared/golden; skips the test where neither exists."""
-    folder = Path(os.environ.get("D2L_GOLDEN", ROOT.parent / "shared" / "golden"))
-    if not (folder / "A" / "golden.json").is_file():
-        pytest.skip(f"no reference values at {folder}; set D2L_GOLDEN to their folder")
-    return folder
+    """The folder of the recorded reference values."""
+    from recordings import GOLDEN
+
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def recording_of(golden_root):
+    """The folder of one recording, by name; skips the test where it is not there: one of them is bundled."""
+
+    def find(name: str) -> Path:
+        if not (golden_root / name / "golden.json").is_file():
+            pytest.skip(f"no recording {name} in {golden_root}: set D2L_GOLDEN to a folder of all")
+        return golden_root / name
+
+    return find
 
 
 @pytest.fixture(scope="session")

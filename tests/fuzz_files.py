@@ -2,9 +2,9 @@
 
     python tests/fuzz_files.py 10000 [kind ...] [--seed N]
 
-prints for each kind of file how many were read and refused by each kind of mutation, the slowest one (processor time) and
-what the process grew by. Any other exception, more than TIME_LIMIT seconds, a child process, a connection or a written file ends
-it with the seed and the number of the file; it stays in the folder that is named then.
+prints for each kind of file how many were read and refused by each kind of mutation, the slowest one (processor time)
+and what the process grew by. Any other exception, more than TIME_LIMIT seconds, a child process, a connection or a
+written file ends it with the seed and the number of the file; it stays in the folder that is named then.
 """
 
 import argparse

@@ -175,9 +175,10 @@ def test_documents_are_named():
 
 
 @pytest.mark.parametrize("folder", ["A", "B", "B_mistral"])
-def test_reference_wrapping(golden_root, folder):
-    recorded = json.loads((golden_root / folder / "golden.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(golden_root / folder / "tokenizer")
+def test_reference_wrapping(recording_of, folder):
+    place = recording_of(folder)
+    recorded = json.loads((place / "golden.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer")
     prefix, suffix = documents.chat_affixes(tokenizer)
     assert {"prefix": prefix, "suffix": suffix} == recorded["ctx_affixes"]
     question = documents.question_ids(tokenizer, recorded["texts"]["question"])

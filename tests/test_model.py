@@ -439,8 +439,8 @@ def close(ours, reference, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("folder", ["A", "B", "B_mistral"])
-def test_published_format_gives_the_reference_values(golden_root, folder):
-    place = golden_root / folder
+def test_published_format_gives_the_reference_values(recording_of, folder):
+    place = recording_of(folder)
     model = d2l.load(place / "pytorch_model.bin", device="cpu", base_model=place / "base_model")
     golden = load_file(place / "golden.safetensors")
     for case in ("case1", "case3"):

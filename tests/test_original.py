@@ -19,16 +19,17 @@ from d2l_lib.original import ModulatedPretrainedModel, get_tokenizer, torch
 
 @pytest.mark.parametrize("name", ["A", "B", "B_mistral"])
 @pytest.mark.parametrize("moved", [False, True], ids=["in place", "moved"])
-def test_the_example_gives_the_recorded_ids(golden_root, tmp_path, monkeypatch, name, moved):
+def test_the_example_gives_the_recorded_ids(recording_of, tmp_path, monkeypatch, name, moved):
+    place = recording_of(name)
     if moved:  # where neither the stored base path nor the working directory leads to the base model
-        shutil.copytree(golden_root / name / "base_model", tmp_path / "base_model")
-        shutil.copy(golden_root / name / "pytorch_model.bin", tmp_path)
+        shutil.copytree(place / "base_model", tmp_path / "base_model")
+        shutil.copy(place / "pytorch_model.bin", tmp_path)
     monkeypatch.chdir(tmp_path)
-    recorded = load_file(golden_root / name / "golden.safetensors")
-    texts = json.loads((golden_root / name / "golden.json").read_text())["texts"]
+    recorded = load_file(place / "golden.safetensors")
+    texts = json.loads((place / "golden.json").read_text())["texts"]
     (tmp_path / "document.txt").write_text(texts["case5"])
 
-    checkpoint_path = str((tmp_path if moved else golden_root / name) / "pytorch_model.bin")
+    checkpoint_path = str((tmp_path if moved else place) / "pytorch_model.bin")
     state_dict = torch.load(checkpoint_path, weights_only=False)
     model = ModulatedPretrainedModel.from_state_dict(state_dict, train=False, use_sequence_packing=False)
     model.reset()
