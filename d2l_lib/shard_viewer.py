@@ -26,7 +26,8 @@ from d2l_lib.documents import context_ids, question_ids, split_sentences, stop_i
 from d2l_lib.metrics import normalize_answer
 from d2l_lib.records import read_json
 from d2l_lib.selfgen import DROPPED, MANIFEST, PUBLISHED, SCHEMA, tokenizer_fingerprint
-from d2l_lib.viewers import ALL_KINDS, STATIC_ROWS, Viewer, attempt, render_document, render_message, render_view
+from d2l_lib.viewers import ALL_KINDS, STATIC_ROWS, render_document
+from d2l_lib.views.page import Pager, Report, Viewer, Work, listen, quietly, render_message, render_view, wrapped
 
 UNRELATED = ("encyclopedia", "unrelated")  # kinds that the teacher answered without the document
 AGREEMENTS = ("agrees", "contains the reference", "differs", "no reference")
@@ -346,13 +347,18 @@ class ShardFile:
         chunks = (group.column(number) for group in groups for number in range(group.num_columns))
         return sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] in needed)
 
-    def _values(self, quantity: str, argument: str, group: int) -> np.ndarray:
-        """One value for each sample of a row group, kept from then on."""
+    def _values(
+        self, quantity: str, argument: str, group: int, report: Callable[[int], None] = lambda n_rows: None
+    ) -> np.ndarray:
+        """One value for each sample of a row group, kept from then on. report(n_rows): called after so many more."""
         key = (quantity, argument, group)
         if key not in self._known:
             ours, published, compute = QUANTITIES[quantity]
-            read = self._read(group, ours if self.has_texts else published)
-            self._known[key] = np.concatenate([compute(rows, argument) for rows in read] or [[]])
+            values = []
+            for rows in self._read(group, ours if self.has_texts else published):
+                values.append(compute(rows, argument))
+                report(len(rows.n_questions))
+            self._known[key] = np.concatenate(values or [[]])
         return self._known[key]
 
     def find(
@@ -363,12 +369,13 @@ class ShardFile:
         document_tokens: tuple[float, float] = (0, math.inf),
         probability: tuple[float, float] = (0, 1),
         tell: Callable[[str, int], None] | None = None,
+        report: Report | None = None,
     ) -> np.ndarray:
         """Numbers of the samples that pass all filters [matches], in order; the defaults leave all samples.
 
         document_tokens, probability (the lowest of an answer's tokens): least and most. A row group is read for a
-        filter once, and only if cheaper ones leave a sample of it; before, `tell(quantity, row group)` is called.
-        ValueError names what is damaged or ragged.
+        filter once, and only if cheaper ones leave a sample of it; before, `tell(quantity, row group)` is called, and
+        meanwhile `report(done, total)`, which counts rows. ValueError names what is damaged or ragged.
         """
         tests = {
             "kind": (kind != ALL_KINDS, lambda values: values == kind),
@@ -381,6 +388,14 @@ class ShardFile:
             "probability": (probability != (0, 1), lambda p: (p >= probability[0]) & (p <= probability[1])),
         }
         chosen = [np.zeros(0, dtype=np.int64)]
+        done, total = 0, self.n_documents * max(1, sum(is_wanted for is_wanted, _ in tests.values()))
+
+        def count(n_rows: int) -> None:
+            nonlocal done
+            done += n_rows
+            if report:
+                report(min(done, total), total)
+
         for group in range(self.n_groups):
             first, last = self._first_sample[self._first_row[group : group + 2]]
             kept = np.ones(last - first, dtype=bool)
@@ -389,7 +404,7 @@ class ShardFile:
                     argument = text if quantity == "text" else ""
                     if tell and (quantity, argument, group) not in self._known:
                         tell(quantity, group)
-                    kept &= passes(self._values(quantity, argument, group))
+                    kept &= passes(self._values(quantity, argument, group, count))
             chosen.append(first + np.flatnonzero(kept))
         return np.concatenate(chosen)
 
@@ -561,6 +576,202 @@ def _read_dict(path: Path) -> dict[str, Any]:
 # --- the viewer -------------------------------------------------------------------------------------------------------
 
 
+class ShardViewer(Viewer):
+    """The page of `view_shards`. Files are read by one job after another (see `page.Work`)."""
+
+    def __init__(self, folder: str | Path, tokenizer, background: bool | None = None):
+        self._decoder = Decoder(tokenizer)
+        super().__init__([], "")
+        self._file: ShardFile | None = None
+        self._manifest: dict[str, Any] = {}
+        self._matches = np.zeros(0, dtype=np.int64)
+        self.work = Work(background)
+        self._make_controls(str(folder))
+        self._open()
+        table = ""
+        if self._file:
+            table = render_shard_table(list(self._first_samples()), self._file.n_samples, self._file.path.name)
+        self.static_html = self._about.value + table + (self._page.value or self.work.status.value)
+
+    def _make_controls(self, folder: str) -> None:
+        late, narrow = {"continuous_update": False}, {"layout": W.Layout(width="190px"), "placeholder": "any"}
+        wide = W.Layout(width="600px", max_width="100%")
+        self._where = W.Text(description="Folder", value=folder, layout=wide, **late)
+        self._name = W.Dropdown(description="File")
+        self._search = W.Text(description="Search", placeholder="text, then Enter", **late)
+        self._kind = W.Dropdown(description="Kind", options=[ALL_KINDS])
+        self._agrees = W.Dropdown(description="Teacher", options=[ANY_AGREEMENT, *AGREEMENTS])
+        self._shortest, self._longest = (
+            W.Text(description=f"Tokens {end}", **late, **narrow) for end in ("from", "to")
+        )
+        self._lowest = W.IntRangeSlider(description="Lowest p, %", value=(0, 100), min=0, max=100, **late)
+        clear = W.Button(description="Clear filters", icon="times", tooltip="all samples again")
+        self._about, self._page = W.HTML(), W.HTML()
+        self._pager = Pager("sample", 0, self._show, self.work)
+        filters = (self._search, self._kind, self._agrees, self._shortest, self._longest, self._lowest)
+        for control in filters:
+            listen(control, self._select)
+        listen(self._where, lambda _: self._open())
+        listen(self._name, lambda change: self._open(change["new"]))
+        clear.on_click(self._reset)
+        self.children = [
+            wrapped([self._where, self._name]),
+            self._about,
+            wrapped(filters),
+            wrapped([clear, *self._pager.controls]),
+            self.work.status,
+            self.work.bar,
+            self._page,
+        ]
+
+    # --- opening --------------------------------------------------------------------------------------------------
+
+    def _open(self, name: str | None = None) -> None:
+        """Opens a file of the folder; None: the first one that can be read."""
+        folder = Path(self._where.value)
+        with self.work.lock:
+            self._close()
+            if name is None:
+                with quietly():
+                    self._name.options = ()
+            self.work.leave_out(lambda key: key in ("scan", "show"))
+            self.work.start(
+                "opening ...",
+                lambda report: self._read(folder, name, report),
+                lambda found: self._opened(folder, *found),
+                lambda reason: self._close(),
+                key="open",
+                replaces=True,
+                ready="",
+                unit="files",
+            )
+
+    def _read(self, folder: Path, name: str | None, report: Report) -> tuple:
+        """(manifest, names of the files, the name of the one that was opened, it, what could not be opened)."""
+        manifest, names, unreadable = _read_dict(folder / MANIFEST), [*self._name.options], []
+        if name is not None:
+            return manifest, names, name, ShardFile(folder / name, self._decoder), unreadable
+        names = sorted(found.name for found in folder.glob("*.parquet"))
+        if not names:
+            reason = "is a file: give its folder" if folder.is_file() else "holds no .parquet files"
+            raise ValueError(f"{folder} {reason if folder.exists() else 'does not exist'}")
+        for number, candidate in enumerate(names):
+            report(number, len(names))
+            try:
+                return manifest, names, candidate, ShardFile(folder / candidate, self._decoder), unreadable
+            except ValueError as error:
+                unreadable.append(f"{type(error).__name__}: {error}")
+        return manifest, names, names[-1], None, unreadable
+
+    def _opened(
+        self, folder: Path, manifest: dict, names: list[str], name: str, file: ShardFile | None, unreadable: list[str]
+    ) -> None:
+        self._manifest, self._file = manifest, file
+        with quietly():
+            self._name.options = names
+            self._name.value = name
+            self._kind.options = [ALL_KINDS, *(file.kinds if file else [])]
+        self._about.value = "".join(render_message(message, is_error=True) for message in unreadable)
+        if file is None:
+            self._close(keep_about=True)
+            return
+        self._kind.disabled = self._agrees.disabled = not file.has_texts
+        self._about.value += _describe(file, manifest, self._decoder.tokenizer)
+        self._reset()
+
+    def _close(self, keep_about: bool = False) -> None:
+        self._file = None
+        self._no_matches()
+        self.work.tell("", key="scan")
+        if not keep_about:
+            self._about.value = ""
+
+    # --- filters and samples --------------------------------------------------------------------------------------
+
+    def _no_matches(self) -> None:
+        self._matches, self._page.value = np.zeros(0, dtype=np.int64), ""
+        self._pager.restart(0)
+
+    def _reset(self, _: Any = None) -> None:
+        with quietly():
+            self._search.value = self._shortest.value = self._longest.value = ""
+            self._kind.value, self._agrees.value, self._lowest.value = ALL_KINDS, ANY_AGREEMENT, (0, 100)
+        self._select()
+
+    def _select(self, _: Any = None) -> None:
+        with self.work.lock:
+            file = self._file
+            if file is None:
+                return
+            self._no_matches()
+            self.work.leave_out(lambda key: key == "show")
+            self.work.start(
+                "filtering ...",
+                lambda report: self._scan(file, report),
+                self._found,
+                lambda reason: self._no_matches(),
+                key="scan",
+                replaces=True,
+                ready="",
+                unit="rows",
+            )
+
+    def _scan(self, file: ShardFile, report: Report) -> tuple[np.ndarray, str]:
+        """(the samples that pass the filters as they are now, what was found and read, in words)."""
+        scanned: list[str] = []
+        matches = file.find(
+            text=self._search.value,
+            kind=self._kind.value,
+            agreement=self._agrees.value,
+            document_tokens=(_whole(self._shortest, 0), _whole(self._longest, math.inf)),
+            probability=(self._lowest.value[0] / 100, self._lowest.value[1] / 100),
+            tell=lambda quantity, group: scanned.append(quantity),
+            report=report,
+        )
+        times = [f"{what} in {n} of {file.n_groups} row groups" for what, n in Counter(scanned).items()]
+        read = f" (scanned once for this: {', '.join(times)})" if times else ""
+        return matches, f"{len(matches):,} of {file.n_samples:,} samples match{read}"
+
+    def _found(self, found: tuple[np.ndarray, str]) -> None:
+        self._matches, text = found
+        self.work.tell(text, key="scan")
+        self._pager.restart(len(self._matches))
+        self._show()
+
+    def _show(self) -> None:
+        with self.work.lock:
+            file, place, matches = self._file, self._pager.place, self._matches
+            if file is None:
+                return
+            if not len(matches):
+                nothing = {"position": -1, "matches": 0, "samples": file.n_samples}
+                self._page.value = render_view("shard", "No sample matches.", **nothing)
+                return
+            self.work.start(
+                "",
+                lambda report: self._render(file, place, matches),
+                self._turn_to,
+                lambda reason: self._turn_to(""),
+                key="show",
+                replaces=True,
+                ready="",
+            )
+
+    def _render(self, file: ShardFile, place: int, matches: np.ndarray) -> str:
+        sample, dropped = file.sample(int(matches[place])), describe_dropped(file.path, self._manifest)
+        return render_shard_sample(sample, place, len(matches), file.n_samples, file.path.name, dropped)
+
+    def _turn_to(self, page: str) -> None:
+        self._page.value = page
+
+    def _first_samples(self) -> Iterator[Sample | str]:
+        for number in range(min(STATIC_ROWS, self._file.n_samples)):
+            try:
+                yield self._file.sample(number)
+            except ValueError as error:
+                yield str(error)
+
+
 def view_shards(folder: str | Path, tokenizer) -> Viewer:
     """A viewer for the self-generated data in `folder`, of ours or with the published columns only.
 
@@ -568,142 +779,7 @@ def view_shards(folder: str | Path, tokenizer) -> Viewer:
     sample that cannot be used is told on the page, and everything else stays usable. Keys: Tab moves between controls
     and answer tokens, Enter in a field applies it, the arrow keys move sliders, space presses a button.
     """
-    decoder = Decoder(tokenizer)
-    late, narrow = {"continuous_update": False}, {"layout": W.Layout(width="190px"), "placeholder": "any"}
-    where = W.Text(description="Folder", value=str(folder), layout=W.Layout(width="600px"), **late)
-    name = W.Dropdown(description="File")
-    search = W.Text(description="Search", placeholder="text, then Enter", **late)
-    kind = W.Dropdown(description="Kind", options=[ALL_KINDS])
-    agrees = W.Dropdown(description="Teacher", options=[ANY_AGREEMENT, *AGREEMENTS])
-    shortest, longest = (W.Text(description=f"Tokens {end}", **late, **narrow) for end in ("from", "to"))
-    lowest = W.IntRangeSlider(description="Lowest p, %", value=(0, 100), min=0, max=100, **late)
-    clear = W.Button(description="Clear filters", icon="times", tooltip="all samples again")
-    position = W.IntSlider(description="Sample", min=1, max=1, **late)
-    previous = W.Button(description="Previous", icon="arrow-left", tooltip="the sample before this one")
-    following = W.Button(description="Next", icon="arrow-right", tooltip="the sample after this one")
-    about, status, page = W.HTML(), W.HTML(), W.HTML()
-    file: ShardFile | None = None
-    manifest: dict[str, Any] = {}
-    matches = np.zeros(0, dtype=np.int64)
-
-    def quietly(widget: W.Widget, **traits) -> None:
-        """Sets a control without what follows when a person does."""
-        widget.unobserve(observers[widget], "value")
-        for trait, value in traits.items():
-            setattr(widget, trait, value)
-        widget.observe(observers[widget], "value")
-
-    def show(_=None) -> None:
-        previous.disabled, following.disabled = position.value <= 1, position.value >= len(matches)
-        place, n_samples = position.value - 1, file.n_samples if file else 0
-
-        def draw() -> None:
-            sample, dropped = file.sample(int(matches[place])), describe_dropped(file.path, manifest)
-            page.value = render_shard_sample(sample, place, len(matches), n_samples, file.path.name, dropped)
-
-        if len(matches):
-            attempt(page, draw)
-        elif file:
-            page.value = render_view("shard", "No sample matches.", position=-1, matches=0, samples=n_samples)
-
-    def select(_=None) -> None:
-        nonlocal matches
-        matches, scanned = np.zeros(0, dtype=np.int64), []
-
-        def tell(quantity: str, group: int) -> None:
-            scanned.append(quantity)
-            status.value = render_message(f"scanning {quantity}: row group {group + 1} of {file.n_groups} ...")
-
-        def scan() -> None:
-            nonlocal matches
-            matches = file.find(
-                text=search.value,
-                kind=kind.value,
-                agreement=agrees.value,
-                document_tokens=(_whole(shortest, 0), _whole(longest, math.inf)),
-                probability=(lowest.value[0] / 100, lowest.value[1] / 100),
-                tell=tell,
-            )
-
-        status.value = ""
-        done = file is not None and attempt(page, scan)
-        if done:
-            times = [f"{what} in {n} of {file.n_groups} row groups" for what, n in Counter(scanned).items()]
-            read = f" (scanned once for this: {', '.join(times)})" if times else ""
-            status.value = render_message(f"{len(matches):,} of {file.n_samples:,} samples match{read}")
-        quietly(position, value=1, max=max(1, len(matches)))
-        if done:
-            show()
-        else:
-            previous.disabled = following.disabled = True
-
-    def reset(_=None) -> None:
-        blank = {search: "", kind: ALL_KINDS, agrees: ANY_AGREEMENT, shortest: "", longest: "", lowest: (0, 100)}
-        for control, value in blank.items():
-            quietly(control, value=value)
-        select()
-
-    def open_file(_=None) -> None:
-        nonlocal file
-        file, about.value = None, ""
-
-        def read() -> None:
-            nonlocal file
-            file = ShardFile(Path(where.value) / name.value, decoder)
-            quietly(kind, options=[ALL_KINDS, *file.kinds])
-            kind.disabled = agrees.disabled = not file.has_texts
-            about.value = _describe(file, manifest, tokenizer)
-
-        attempt(page, read)
-        reset()
-
-    def open_folder(_=None) -> None:
-        nonlocal file, manifest
-        path, unreadable = Path(where.value), ""
-        file, about.value = None, ""
-        quietly(name, options=())
-
-        def read() -> None:
-            quietly(name, options=sorted(found.name for found in path.glob("*.parquet")))
-            if not name.options:
-                reason = "is a file: give its folder" if path.is_file() else "holds no .parquet files"
-                raise ValueError(f"{path} {reason if path.exists() else 'does not exist'}")
-
-        manifest = _read_dict(path / MANIFEST)
-        if not attempt(page, read):
-            reset()
-        for candidate in name.options:  # the first that can be read
-            quietly(name, value=candidate)
-            open_file()
-            if file:
-                break
-            unreadable += page.value
-        about.value = unreadable + about.value
-
-    def step(change: int) -> Callable:
-        def move(_) -> None:
-            position.value = min(max(1, position.value + change), max(1, len(matches)))
-
-        return move
-
-    def first_samples() -> Iterator[Sample | str]:
-        for number in range(min(STATIC_ROWS, file.n_samples)):
-            try:
-                yield file.sample(number)
-            except ValueError as error:
-                yield str(error)
-
-    filters = (search, kind, agrees, shortest, longest, lowest)
-    observers = dict.fromkeys(filters, select) | {where: open_folder, name: open_file, position: show}
-    for control, observer in observers.items():
-        control.observe(observer, "value")
-    for button, action in ((clear, reset), (previous, step(-1)), (following, step(+1))):
-        button.on_click(action)
-    open_folder()
-    table = render_shard_table(list(first_samples()), file.n_samples, file.path.name) if file else ""
-    lines = ((where, name), filters, (clear, position, previous, following))
-    folder_line, *others = (W.HBox(line, layout=W.Layout(flex_flow="row wrap")) for line in lines)
-    return Viewer([folder_line, about, *others, status, page], about.value + table + page.value)
+    return ShardViewer(folder, tokenizer)
 
 
 def _whole(control: W.Text, default: float) -> float:

@@ -76,18 +76,57 @@ def open_notebook(notebook: Path, home: Path) -> Iterator["Page"]:
             page = browser.new_page(viewport={"width": 1300, "height": 1000})
             page.set_default_timeout(PATIENCE_MS)
             expect.set_options(timeout=20_000)
-            page.goto(f"{address}/lab/tree/{notebook.name}?reset")
-            page.wait_for_selector("#jupyterlab-splash", state="detached")
-            page.wait_for_selector(".jp-Notebook .jp-Cell")
-            # the toolbar already says idle while the kernel is still connecting; a run sent then is lost
-            page.wait_for_function(KERNEL_IS_READY)
-            page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
-            page.wait_for_function(ALL_CELLS_HAVE_RUN)
-            assert errors_shown(page) == []
+            run_notebook(page, address, notebook.name)
             yield page
         finally:
             with contextlib.suppress(BrowserError):
                 browser.close()
+
+
+def run_notebook(page: "Page", address: str, name: str) -> None:
+    """The page now shows this notebook of the server at `address`, all of whose cells have been run without an error."""
+    page.goto(f"{address}/lab/tree/{name}?reset")
+    page.wait_for_selector("#jupyterlab-splash", state="detached")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    # the toolbar already says idle while the kernel is still connecting; a run sent then is lost
+    page.wait_for_function(KERNEL_IS_READY)
+    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_function(ALL_CELLS_HAVE_RUN)
+    assert errors_shown(page) == []
+
+
+def sticking_out(page: "Page", output: str) -> list[str]:
+    """The classes of all elements within the last `output` (a CSS selector) that end to the right of it."""
+    return page.evaluate(
+        """selector => {
+            const root = [...document.querySelectorAll(selector)].at(-1);
+            const right = root.getBoundingClientRect().right + 1;
+            const wide = [...root.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > right);
+            return wide.map(e => e.className).concat(root.scrollWidth > root.clientWidth ? ['scrolls'] : []);
+        }""",
+        output,
+    )
+
+
+def contrast(page: "Page", text: str) -> float:
+    """The contrast of the last element `text` (a CSS selector) with what is behind it: 1 (none) to 21."""
+    return page.evaluate(
+        """selector => {
+            const parse = color => { const [r, g, b, a] = color.match(/[\\d.]+/g).map(Number); return [r, g, b, a ?? 1] };
+            const element = [...document.querySelectorAll(selector)].at(-1);
+            let behind = element;
+            while (parse(getComputedStyle(behind).backgroundColor)[3] < 1) behind = behind.parentElement;
+            const back = parse(getComputedStyle(behind).backgroundColor), ink = parse(getComputedStyle(element).color);
+            const shown = [0, 1, 2].map(i => ink[3] * ink[i] + (1 - ink[3]) * back[i]);
+            const light = color => [0, 1, 2].reduce((sum, i) => {
+                const c = color[i] / 255, linear = c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+                return sum + linear * [0.2126, 0.7152, 0.0722][i];
+            }, 0.05);
+            const [a, b] = [light(shown), light(back)];
+            return Math.max(a, b) / Math.min(a, b);
+        }""",
+        text,
+    )
 
 
 def errors_shown(page: "Page") -> list[str]:

@@ -442,6 +442,11 @@ def lab_page(tmp_path_factory):
         "viewers.view_samples(SAMPLES)",
         "viewers.chat(ToyModel(), {'lamps': 'Ada paints lamps.'}, 'What?')",
     ]
+    slow = [
+        "from slow_models import SlowModel",
+        "viewers.chat(SlowModel(0.05), {'lamps': 'Ada paints lamps.'}, 'What?')",
+    ]
+    browser.write_notebook(folder / "slow.ipynb", [cells[0], *slow])
     notebook = browser.write_notebook(folder / "viewers.ipynb", cells)
     with browser.open_notebook(notebook, folder / "home") as page:
         yield page
@@ -542,4 +547,73 @@ def test_chat_in_a_browser(lab_page):
     cell.locator("textarea").fill("   ")
     cell.get_by_role("button", name="Add document").click()
     expect(cell.locator(".d2l-message")).to_contain_text("ValueError: document is empty")
+    assert browser.errors_shown(lab_page) == []
+
+
+@pytest.mark.browser
+def test_chat_at_a_persons_pace_in_a_browser(lab_page):
+    """Texts, clicks and sliders while it works; Stop, the kernel's interrupt; a narrow page; the dark theme."""
+    expect = browser.expect
+    browser.run_notebook(lab_page, lab_page.url.split("/lab/")[0], "slow.ipynb")
+    answers, inside = lab_page.locator(".d2l-answers"), lab_page.locator(".d2l-inside")
+    cell = lab_page.locator(".jp-CodeCell", has=answers)
+    text, status = cell.locator("textarea"), cell.locator(".d2l-message")
+    add, stop = (cell.get_by_role("button", name=name) for name in ("Add document", "Stop"))
+
+    text.fill("The first text. " * 500)
+    cell.get_by_label("Name").fill("first")
+    add.click()
+    expect(text).to_have_value("")
+    expect(status).to_contain_text("internalizing first ...")
+    expect(stop).to_be_visible()
+    text.fill("The second text. " * 50)
+    add.click()
+    expect(text).to_have_value("")
+    expect(status).to_contain_text("then: internalizing document 1")
+    text.fill("The third text")
+    text.press("End")
+    text.press_sequentially(", typed meanwhile.")
+    cell.locator(".widget-slider", has_text="Adapter strength").locator(".noUi-handle").focus()
+    lab_page.keyboard.press("ArrowLeft")
+    expect(inside).to_have_attribute("data-documents", "1")
+    expect(inside).to_contain_text("adapter strength 0.95")
+    expect(inside).to_have_attribute("data-documents", "3")
+    expect(text).to_have_value("The third text, typed meanwhile.")
+    expect(answers.locator(".d2l-state")).to_have_text("inside: lamps, first, document 1; adapter 0.95, bias 1.00")
+    expect(status).to_have_text("ready")
+    expect(stop).to_be_hidden()
+
+    long = "A long document. " * 7_648  # 130 kB
+    text.fill(long)
+    add.click()
+    expect(cell.locator(".widget-label", has_text="of 261 chunks")).to_be_visible()
+    expect(text).to_have_value("")
+    stop.click()
+    expect(status).to_contain_text("stopped: internalizing document 2")
+    expect(text).to_have_value(long)
+    add.click()
+    expect(stop).to_be_visible()
+    lab_page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.interrupt()")
+    expect(status).to_contain_text("stopped: internalizing document 2")
+    expect(text).to_have_value(long)
+    expect(inside).to_have_attribute("data-documents", "3")
+
+    add.click()
+    expect(stop).to_be_visible()
+    lab_page.set_viewport_size({"width": 760, "height": 1000})
+    assert browser.sticking_out(lab_page, ".jp-OutputArea-output") == []
+    stop.click()
+    expect(text).to_have_value(long)
+    lab_page.set_viewport_size({"width": 1300, "height": 1000})
+    text.fill("   ")
+    add.click()
+    expect(status.locator(".d2l-error")).to_contain_text("ValueError: document is empty")
+    themes = {name: [] for name in ("JupyterLab Light", "JupyterLab Dark")}
+    for theme in themes:
+        command = f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})"
+        lab_page.evaluate(command)
+        lab_page.wait_for_function(f"() => document.body.dataset.jpThemeName === '{theme}'")
+        for shown in (".d2l-inside", ".d2l-state", ".d2l-error", ".d2l-pane .d2l-text"):
+            themes[theme].append(round(browser.contrast(lab_page, shown), 1))
+    assert min(map(min, themes.values())) >= 4, themes
     assert browser.errors_shown(lab_page) == []

@@ -139,6 +139,10 @@ def attempt(page: W.HTML, action: Callable[[], Any], working: str = "", done: st
     return True
 
 
+def _plain(label: str) -> str:
+    return label.removesuffix(" ...")
+
+
 def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
@@ -230,7 +234,7 @@ class Work:
     ) -> None:
         """Puts a job behind those that wait.
 
-        label: what the status says meanwhile.
+        label: what the status says meanwhile, as in "reading ..."; "" for what is soon done.
         work: called as work(report) without the lock. It may call report(done, total) as often as it likes: that moves
             the bar, and raises Stopped once Stop was pressed.
         done: called with what `work` returned.
@@ -372,7 +376,7 @@ class Work:
 
     def _drop(self, job: _Job, reason: str, is_error: bool = False) -> None:
         with self.lock:
-            text = reason if is_error else f"{reason}: {job.label.removesuffix(' ...')}"
+            text = f"{reason}: {_plain(job.label)}" if job.label and not is_error else reason
             self._messages.pop(job.key, None)
             self._messages[job.key], self._ready = (text, is_error), ""
             if job.dropped is not None:
@@ -412,11 +416,12 @@ class Work:
         if self._running is not None:
             ending = self._running.stop.is_set() and not self._running.is_outdated
             label = self._running.label
-            lines.append((f"stopping after this step: {label.removesuffix(' ...')}" if ending else label, False))
-            if self._waiting:
-                lines.append(("then: " + "; ".join(job.label.removesuffix(" ...") for job in self._waiting), False))
+            lines.append((f"stopping after this step: {_plain(label)}" if ending else label, False))
+            if coming := [_plain(job.label) for job in self._waiting if job.label]:
+                lines.append((f"then: {'; '.join(coming)}", False))
         elif self._ready:
             lines.append((self._ready, False))
+        lines = [line for line in lines if line[0]]
         self.status.value = render_messages(lines) if lines else ""
 
 
