@@ -84,7 +84,7 @@ def open_notebook(notebook: Path, home: Path) -> Iterator["Page"]:
 
 
 def run_notebook(page: "Page", address: str, name: str) -> None:
-    """The page now shows this notebook of the server at `address`, all of whose cells have been run without an error."""
+    """The page shows this notebook of the server at `address`; all of its cells have been run without an error."""
     page.goto(f"{address}/lab/tree/{name}?reset")
     page.wait_for_selector("#jupyterlab-splash", state="detached")
     page.wait_for_selector(".jp-Notebook .jp-Cell")
@@ -112,7 +112,7 @@ def contrast(page: "Page", text: str) -> float:
     """The contrast of the last element `text` (a CSS selector) with what is behind it: 1 (none) to 21."""
     return page.evaluate(
         """selector => {
-            const parse = color => { const [r, g, b, a] = color.match(/[\\d.]+/g).map(Number); return [r, g, b, a ?? 1] };
+            const parse = color => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
             const element = [...document.querySelectorAll(selector)].at(-1);
             let behind = element;
             while (parse(getComputedStyle(behind).backgroundColor)[3] < 1) behind = behind.parentElement;

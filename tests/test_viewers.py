@@ -443,8 +443,11 @@ def lab_page(tmp_path_factory):
         "viewers.chat(ToyModel(), {'lamps': 'Ada paints lamps.'}, 'What?')",
     ]
     slow = [
-        "from slow_models import SlowModel",
-        "viewers.chat(SlowModel(0.05), {'lamps': 'Ada paints lamps.'}, 'What?')",
+        "import ipywidgets as W\nfrom slow_models import SlowModel",
+        "model = SlowModel(runs=True)\nmodel.go.set()\ngo = W.ToggleButton(description='Go on')\n"
+        "go.observe(lambda change: model.go.set() if change['new'] else model.go.clear(), 'value')\ngo",
+        "viewers.chat(model, {'lamps': 'Ada paints lamps.'}, 'What?')",
+        "model.go.clear()",
     ]
     browser.write_notebook(folder / "slow.ipynb", [cells[0], *slow])
     notebook = browser.write_notebook(folder / "viewers.ipynb", cells)
@@ -559,6 +562,7 @@ def test_chat_at_a_persons_pace_in_a_browser(lab_page):
     cell = lab_page.locator(".jp-CodeCell", has=answers)
     text, status = cell.locator("textarea"), cell.locator(".d2l-message")
     add, stop = (cell.get_by_role("button", name=name) for name in ("Add document", "Stop"))
+    go = lab_page.get_by_role("button", name="Go on")
 
     text.fill("The first text. " * 500)
     cell.get_by_label("Name").fill("first")
@@ -575,18 +579,21 @@ def test_chat_at_a_persons_pace_in_a_browser(lab_page):
     text.press_sequentially(", typed meanwhile.")
     cell.locator(".widget-slider", has_text="Adapter strength").locator(".noUi-handle").focus()
     lab_page.keyboard.press("ArrowLeft")
-    expect(inside).to_have_attribute("data-documents", "1")
     expect(inside).to_contain_text("adapter strength 0.95")
+    expect(inside).to_have_attribute("data-documents", "1")
+    expect(status).to_contain_text("internalizing first ...")
+    go.click()
     expect(inside).to_have_attribute("data-documents", "3")
     expect(text).to_have_value("The third text, typed meanwhile.")
     expect(answers.locator(".d2l-state")).to_have_text("inside: lamps, first, document 1; adapter 0.95, bias 1.00")
     expect(status).to_have_text("ready")
     expect(stop).to_be_hidden()
 
+    go.click()
     long = "A long document. " * 7_648  # 130 kB
     text.fill(long)
     add.click()
-    expect(cell.locator(".widget-label", has_text="of 261 chunks")).to_be_visible()
+    expect(cell.locator(".widget-label", has_text="260 of 261 chunks")).to_be_visible()
     expect(text).to_have_value("")
     stop.click()
     expect(status).to_contain_text("stopped: internalizing document 2")
