@@ -1,8 +1,8 @@
 """The chat at a person's pace: texts, clicks and sliders that come while it works; stops, interrupts and errors."""
 
 import pytest
-from slow_models import SlowModel
-from test_viewers import ToyModel, controls, page, panes
+from test_viewers import controls, page, panes
+from toy_models import SlowModel, ToyModel
 
 from d2l_lib import viewers
 

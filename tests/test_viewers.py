@@ -5,7 +5,6 @@ The last tests do it in a real browser.
 
 import json
 import re
-from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 
 import browser
@@ -13,27 +12,9 @@ import ipywidgets as W
 import pandas as pd
 import pytest
 import tiny_models
+from toy_models import HOSTILE, SAMPLES, ToyModel, sample
 
 from d2l_lib import viewers
-
-HOSTILE = '<script>window.owned = 1</script><img src=x onerror="window.owned = 1">" \'&amp;'
-
-
-def sample(**changes) -> dict:
-    document = "Ada lives in Velm. She paints lamps. The lake is cold."
-    start = document.index("She")
-    given = {"document": document, "question": "What does Ada paint?", "answer": "lamps", "kind": "one_hop"}
-    return given | {"evidence_start": start, "evidence_end": start + len("She paints lamps.")} | changes
-
-
-SAMPLES = [
-    sample(),
-    sample(question="Where does Ada live?", answer="Velm", evidence_start=0, evidence_end=18),
-    sample(
-        question="How old is Ada?", answer="I do not know.", kind="unanswerable", evidence_start=None, evidence_end=None
-    ),
-    sample(document=HOSTILE, question=HOSTILE, answer=HOSTILE, kind=HOSTILE, evidence_start=0, evidence_end=8),
-]
 
 
 class Tags(HTMLParser):
@@ -233,59 +214,6 @@ def test_a_page_without_kernel_keeps_the_static_table():
 # --- chat -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ToyBlock:
-    document: str
-    text: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class ToyAdapter:
-    """Blocks that remember their text, with the algebra that the chat uses."""
-
-    blocks: tuple
-    bias: object = "bias"
-    bias_weight: float = 1.0
-
-    def __add__(self, other):
-        return replace(self, blocks=self.blocks + other.blocks)
-
-    def __radd__(self, other):
-        assert other == 0
-        return self
-
-    def scaled(self, weight):
-        return replace(self, blocks=tuple(replace(block, weight=block.weight * weight) for block in self.blocks))
-
-    def scaled_bias(self, weight):
-        return replace(self, bias_weight=self.bias_weight * weight)
-
-
-@dataclass
-class ToyModel:
-    """Answers with what it can see, so that a test can tell what reached it."""
-
-    window: int = 400
-    internalized: list = field(default_factory=list)
-
-    def internalize_each(self, documents):
-        if not all(text.strip() for text in documents.values()):
-            raise ValueError("document is empty")
-        self.internalized += documents
-        return [ToyAdapter((ToyBlock(name, text),)) for name, text in documents.items()]
-
-    def answer(self, question, adapter, system="", blocks=None):
-        question = f"[{system}] {question}" if system else question
-        if len(question) > self.window:
-            raise ValueError(f"the prompt has {len(question)} characters, the window {self.window}")
-        if adapter is None:
-            return f"prompt={question}"
-        inside = "; ".join(f"{block.text}*{block.weight:g}" for block in adapter.blocks)
-        routed = "" if blocks is None else f"; blocks={blocks}"
-        return f"inside={inside}; bias={adapter.bias_weight:g}; prompt={question}{routed}"
-
-
 def panes(viewer: viewers.Viewer) -> dict[str, str]:
     """{where it came from: answer} as shown now."""
     html_of = next(
@@ -438,12 +366,12 @@ def lab_page(tmp_path_factory):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("lab")
     cells = [
-        "from test_viewers import SAMPLES, ToyModel\nfrom d2l_lib import viewers",
+        "from toy_models import SAMPLES, ToyModel\nfrom d2l_lib import viewers",
         "viewers.view_samples(SAMPLES)",
         "viewers.chat(ToyModel(), {'lamps': 'Ada paints lamps.'}, 'What?')",
     ]
     slow = [
-        "import ipywidgets as W\nfrom slow_models import SlowModel",
+        "import ipywidgets as W\nfrom toy_models import SlowModel",
         "model = SlowModel(runs=True)\nmodel.go.set()\ngo = W.ToggleButton(description='Go on')\n"
         "go.observe(lambda change: model.go.set() if change['new'] else model.go.clear(), 'value')\ngo",
         "viewers.chat(model, {'lamps': 'Ada paints lamps.'}, 'What?')",
