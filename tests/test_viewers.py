@@ -540,6 +540,7 @@ def test_chat_at_a_persons_pace_in_a_browser(lab_page):
     stop.click()
     expect(text).to_have_value(long)
     lab_page.set_viewport_size({"width": 1300, "height": 1000})
+    go.click()
     text.fill("   ")
     add.click()
     expect(status.locator(".d2l-error")).to_contain_text("ValueError: document is empty")
