@@ -299,6 +299,22 @@ class Adapter:
         """Lets `sum(adapters)` start from 0."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
+    def as_lora(self) -> Adapter:
+        """The same update as an ordinary LoRA that no hypernetwork answers for: its bias becomes a block named "bias".
+
+        So an adapter of another hypernetwork for the same base model can be applied, and added to others, knowingly.
+        """
+        if self._is_foreign:
+            return self
+        blocks = self.blocks
+        if self.bias is not None:
+            name, number = "bias", 2
+            while name in self.documents:
+                name, number = f"bias ({number})", number + 1
+            A, B = ({module: pair[side] for module, pair in self.bias.items()} for side in (0, 1))
+            blocks = (*blocks, Block(name, 0, None, self.bias_weight, A, B))
+        return replace(self, blocks=blocks, bias=None, bias_weight=1.0, bias_inside=False, hypernetwork_key="")
+
     @property
     def _is_foreign(self) -> bool:
         """Whether no hypernetwork made it: there is no bias that both would have to share."""
@@ -311,7 +327,7 @@ class Adapter:
                 f"{self.n_layers} layers with {_shapes(self.sizes)}, "
                 f"{other.n_layers} layers with {_shapes(other.sizes)}"
             )
-        if self.base_key != other.base_key:
+        if not same_base(self.base_key, other.base_key) or bool(self.base_key) != bool(other.base_key):
             raise ValueError(
                 "adapters for different base models cannot be added: "
                 f"{self.base_model or 'unnamed'} and {other.base_model or 'unnamed'} have different weights"
@@ -327,7 +343,10 @@ class Adapter:
                 "use .to(dtype=...) to make them equal first"
             )
         if self.hypernetwork_key != other.hypernetwork_key or not _equal(self.bias, other.bias):
-            raise ValueError("adapters of different hypernetworks cannot be added: internalize both with one model")
+            raise ValueError(
+                "adapters of different hypernetworks cannot be added: internalize both with one model, or use "
+                "other.as_lora() to add it as an ordinary LoRA all the same"
+            )
         if self.scale != other.scale:
             raise ValueError(f"adapters of different scales ({self.scale:g}, {other.scale:g}) cannot be added")
         if self.bias_weight != other.bias_weight:
@@ -696,7 +715,7 @@ def _made_alike(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
             f"{first.n_layers} layers with {_shapes(first.sizes)}, "
             f"{second.n_layers} layers with {_shapes(second.sizes)}"
         )
-    if first.base_key and second.base_key and first.base_key != second.base_key:
+    if not same_base(first.base_key, second.base_key):
         raise ValueError(
             "adapters for different base models cannot be added: "
             f"{first.base_model or 'unnamed'} and {second.base_model or 'unnamed'} have different weights"
@@ -709,7 +728,7 @@ def _made_alike(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
         "sizes": sizes,
         "bias": host.bias and _widened(host.bias, sizes, zeros),
         "base_model": host.base_model or first.base_model or second.base_model,
-        "base_key": first.base_key or second.base_key,
+        "base_key": max(first.base_key, second.base_key, key=len),
         "paths": {**first.paths, **second.paths, **host.paths},
     }
 
@@ -752,6 +771,11 @@ def singular_vectors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Q_B, R_B = torch.linalg.qr(B.double().mT)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
     return Q_B @ U, S, Q_A @ Vh.mT
+
+
+def same_base(first: str, second: str) -> bool:
+    """Whether two fingerprints (`base_key`) can be of one base model: the halves that both have are equal."""
+    return all(a == b for a, b in zip(first.split("-"), second.split("-"), strict=False) if a and b)
 
 
 def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float]:

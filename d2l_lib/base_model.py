@@ -1,11 +1,10 @@
-"""The frozen language model: loading it, finding its layers and linears, and reading hidden states out of it."""
+"""The frozen language model: loading it, and finding its layers and linears."""
 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,10 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
 )
 
-from d2l_lib.hypernetwork import HypernetworkConfig
+from d2l_lib.documents import stop_ids
 
 MOST_LAYERS = 1000  # of any model
 # transformers has no correct fused attention with soft-capped scores for these.
@@ -27,8 +27,6 @@ EAGER_ATTENTION = ("gemma2",)
 # What the families call the norm after the last layer, and the linear with which a layer's MLP ends (Phi: fc2).
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 MLP_OUTPUTS = ("down_proj", "fc2", "dense_4h_to_h")
-# Per model, the adapters that are applied now (see lora.apply_lora); only the innermost, the last, acts.
-open_adapters: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
 _DATA = Path(__file__).resolve().parent.parent / "data"
 
 
@@ -60,32 +58,29 @@ def load_base_model(
     numbers (needs bitsandbytes). A model that also reads images is loaded whole. Raises FileNotFoundError that says
     what is missing and where to put it, ValueError for damaged files. Code that comes with a model is never run.
     """
-    if device is not None and device_map is not None:
-        raise ValueError("give device (everything in one place) or device_map (spread over several), not both")
-    device = default_device() if device is None else torch.device(device)
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = check_place(device, dtype, device_map)
     location = _locate(source)
     try:
-        config = AutoConfig.from_pretrained(location)
+        config = without_code(AutoConfig, location)
+        _refuse_hub_kernels(config, location)
         options = {"attn_implementation": "eager"} if config.model_type in EAGER_ATTENTION else {}
         kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
         place = {} if device_map is None else {"device_map": device_map}
         if four_bit:
             place = {"device_map": device_map or {"": device}, "quantization_config": _four_bit_config()}
         _check_layers(config)
-        options |= {"output_loading_info": True}
-        model, told = kind.from_pretrained(location, config=config, dtype=dtype, **options, **place)
+        options |= {"config": config, "dtype": dtype, "weights_only": True, "output_loading_info": True}
+        model, told = without_code(kind, location, **options, **place)
         if absent := [*told["missing_keys"], *told["mismatched_keys"]]:  # transformers would make them up
             raise ValueError(f"its weights lack {', '.join(sorted(map(str, absent))[:3])}, which its config.json names")
-        tokenizer = AutoTokenizer.from_pretrained(location)
+        tokenizer = load_tokenizer(location)
     except OSError as error:
         raise FileNotFoundError(
             f"base model {str(source)!r} could not be read: {_first_line(error)}. Give a bundled name (tiny), "
             "a folder with config.json, model.safetensors and tokenizer.json, or the id of a hub model that is "
             "already in the local cache or can be downloaded from this machine."
         ) from error
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
+    except (ImportError, MemoryError, torch.OutOfMemoryError, NeedsCode):
         raise
     except Exception as error:  # of damaged files transformers and tokenizers raise anything
         problem = "is damaged or of an unknown kind" + (", or device_map does not fit it" if device_map else "")
@@ -107,6 +102,121 @@ def _check_layers(config) -> None:
     if isinstance(n_layers, bool) or not isinstance(n_layers, int) or not 1 <= n_layers <= MOST_LAYERS:
         named = repr(n_layers)[:80]
         raise ValueError(f"num_hidden_layers in its config.json must be from 1 to {MOST_LAYERS}, not {named}")
+
+
+class NeedsCode(ValueError):
+    """The files of a model ask for code that comes with them (or from the hub), which is never run."""
+
+
+def without_code(kind: Any, source: str, **options: Any) -> Any:
+    """`kind.from_pretrained(source)` for one of transformers' Auto classes; code of the source is neither run nor asked
+    about. NeedsCode, a ValueError, where the source cannot be read without it; otherwise raises as transformers does.
+    """
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise NeedsCode(
+            f"{source!r} needs Python code of its own (auto_map in its configuration), which is not run here: give a "
+            "model of an architecture that transformers has built in"
+        ) from error
+
+
+def load_tokenizer(source: str, **options: Any):
+    """The tokenizer at a folder or hub id. NeedsCode, a ValueError, for one that is written in code of its own."""
+    return without_code(AutoTokenizer, source, **options)
+
+
+def _refuse_hub_kernels(config, source: str) -> None:
+    """NeedsCode where a configuration names an attention that would be loaded from the hub ("owner/name")."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {})]
+    for part in parts:
+        named = getattr(part, "_attn_implementation_internal", None)
+        for one in named.values() if isinstance(named, dict) else [named]:
+            if isinstance(one, str) and ("/" in one or ":" in one):
+                raise NeedsCode(
+                    f"{source!r} asks for the attention {one!r}, code from the hub that is not run here: take "
+                    "attn_implementation out of its config.json"
+                )
+
+
+def check_place(
+    device: str | torch.device | None, dtype: torch.dtype | None, device_map: object = None
+) -> tuple[torch.device, torch.dtype]:
+    """(device, dtype) with the defaults filled in. ValueError for what is not here or unknown, TypeError for what is
+    neither; both say what may be given.
+    """
+    if device is not None and device_map is not None:
+        raise ValueError("give device (everything in one place) or device_map (spread over several), not both")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16 (or None), not {dtype!r}")
+    if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"a model cannot run in {dtype}: give torch.float32, torch.bfloat16 or torch.float16")
+    if device_map is not None and not isinstance(device_map, (str, Mapping)):
+        raise TypeError(f"device_map must be 'auto' or {{module: device}}, not {device_map!r}")
+    device = default_device() if device is None else _device(device)
+    return device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def _device(named: object) -> torch.device:
+    """The device of that name. TypeError for what is no name, ValueError for one that is unknown or not here."""
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    advice = f"devices here: {', '.join(here)} (None takes the fastest)"
+    if not isinstance(named, (str, torch.device)):
+        raise TypeError(f"device must be a name such as 'cpu' or 'cuda', not {named!r}; {advice}")
+    try:
+        device = torch.device(named)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {named!r}; {advice}") from error
+    known = {torch.device(one) for one in here} | {torch.device("cpu", 0), torch.device("mps", 0)}
+    known -= set() if "mps" in here else {torch.device("mps", 0)}
+    if device in known or (device == torch.device("cuda") and torch.cuda.device_count()):
+        return device
+    if device.type in ("cpu", "cuda", "mps", "meta"):
+        raise ValueError(f"device {str(device)!r} is not here; {advice}")
+    try:  # a back end of its own, such as xpu: it is here if a tensor can lie on it
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here; {advice}") from error
+    return device
+
+
+@torch.no_grad()
+def generate(model: nn.Module, tokenizer, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any):
+    """transformers' `generate` from a fresh configuration: greedy, one answer a row, ending at the tokenizer's stops.
+
+    Nothing of the model's own generation settings counts, and none is changed; `options` are the caller's, as in
+    transformers (generation_config= included: its unset fields stay fresh). Nothing is compiled, as compiled code would
+    miss an adapter. ValueError for a custom_generate by name, which would run code from the hub.
+    """
+    if isinstance(options.get("custom_generate"), str) or options.pop("trust_remote_code", None):
+        raise ValueError("a custom_generate from the hub is code of others, which is not run here: pass a function")
+    stops = stop_ids(tokenizer)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=stops or None,
+        pad_token_id=pad_id_of(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        disable_compile=True,
+    )
+    chosen = options.pop("generation_config", None)
+    if chosen is not None:
+        fields = vars(GenerationConfig())
+        config.update(**{k: v for k, v in chosen.to_dict().items() if k in fields and v is not None})
+    others = config.update(**options)
+    # transformers fills up unset fields from `model.generation_config` and leaves marks on the model: both on a copy of
+    # the outer object, whose modules are the model's own.
+    alone = copy.copy(model)
+    alone.generation_config = GenerationConfig()
+    return alone.generate(input_ids, attention_mask=attention_mask, generation_config=config, **others)
+
+
+def pad_id_of(tokenizer) -> int:
+    """An id to pad with; it is always masked, so any will do."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _four_bit_config() -> BitsAndBytesConfig:
@@ -145,7 +255,9 @@ def load_processor(source: str | Path):
     Raises FileNotFoundError where the model comes without one, ImportError where it needs a package that is not here.
     """
     try:
-        processor = AutoProcessor.from_pretrained(_locate(source))
+        processor = without_code(AutoProcessor, _locate(source))
+    except NeedsCode:
+        raise
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{str(source)!r} has no processor to read images with ({str(error).splitlines()[0]}): add the model's "
@@ -194,14 +306,15 @@ def decoder_body(model: nn.Module) -> nn.Module:
     return body
 
 
-def _final_norm_name(model: nn.Module) -> str:
+def final_norm_name(model: nn.Module) -> str:
+    """What this model's family calls the norm after its last layer."""
     body = decoder_body(model)
     return next(name for name in FINAL_NORMS if hasattr(body, name))
 
 
 def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last layer and the language-model head."""
-    return getattr(decoder_body(model), _final_norm_name(model))
+    return getattr(decoder_body(model), final_norm_name(model))
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -251,179 +364,3 @@ def module_sizes(model: nn.Module, modules: list[str]) -> tuple[dict[str, int], 
             raise ValueError(f"{module} has different sizes in different layers: {sorted(shapes)}")
         d_in[module], d_out[module] = shapes.pop()
     return d_in, d_out
-
-
-@contextmanager
-def without_lora(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` block the model is the plain base model, even within `lora.apply_lora`."""
-    nobody = object()
-    stack = open_adapters.setdefault(model, [])
-    stack.append(nobody)
-    try:
-        yield
-    finally:
-        stack.remove(nobody)
-
-
-class ContextEncoder:
-    """Reads the features of chunks out of the base model (or of another model), without a second copy of its weights.
-
-    - early_exit: the first `encoder_layer` layers and the final norm -> [n, T, F]
-    - per_layer_activations: hidden states 0 .. L-1 -> [n, L, T, F]; state 0 is the embeddings, the last one has passed
-      the final norm, as in the authors' code
-    - embed_only: the embeddings -> [n, T, F]
-
-    Values at padded positions mean nothing. An adapter applied to the model at the time is ignored. Of a
-    vision-language model these are the states of its language part, an image's features in their places.
-
-    `source` is the name or path that the model was loaded by, if any.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        encoder_type: str = "early_exit",
-        encoder_layer: int | None = None,
-        source: str | None = None,
-    ):
-        self.model = model
-        self.encoder_type = encoder_type
-        self.source = source
-        n_layers = len(decoder_layers(model))
-        if encoder_type == "early_exit":
-            self.n_layers_run = max(1, n_layers // 4) if encoder_layer is None else encoder_layer
-        elif encoder_type == "per_layer_activations":
-            self.n_layers_run = (n_layers if encoder_layer is None else encoder_layer) - 1
-        elif encoder_type == "embed_only":
-            self.n_layers_run = 0
-        else:
-            raise ValueError(f"unknown encoder_type {encoder_type!r}")
-        if not 0 <= self.n_layers_run <= n_layers:
-            raise ValueError(f"encoder_layer {encoder_layer} does not fit a model of {n_layers} layers")
-
-    @classmethod
-    def from_config(cls, model: nn.Module, config: HypernetworkConfig, source: str | None = None) -> "ContextEncoder":
-        """The encoder that a hypernetwork was made for, reading from `model`."""
-        return cls(model, config.encoder_type, config.encoder_layer, source)
-
-    @property
-    def feature_size(self) -> int:
-        """Length F of one feature vector."""
-        return decoder_body(self.model).config.hidden_size
-
-    @property
-    def n_states(self) -> int:
-        """How many hidden states of each token are read."""
-        return self.n_layers_run + 1 if self.encoder_type == "per_layer_activations" else 1
-
-    @cached_property
-    def processor(self):
-        """The vision-language model's processor, loaded from `source` when it is first needed (or set by hand).
-
-        ValueError where the model reads text only; raises as load_processor does.
-        """
-        if not reads_images(self.model):
-            raise ValueError(
-                f"the context encoder ({type(self.model).__name__}) reads text only: images need a hypernetwork that "
-                "was trained on a vision-language encoder"
-            )
-        if self.source is None:
-            raise ValueError("this encoder was not loaded by a name: set encoder.processor to the model's processor")
-        return load_processor(self.source)
-
-    @torch.no_grad()
-    def encode(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **images: Tensor,
-    ) -> Tensor:
-        """Features of chunk token ids [n, T], padded (`attention_mask`) or packed [1, total] (`position_ids`).
-
-        Packed chunks do not see each other: transformers separates them when there is neither mask nor cache.
-        `images`: what else a vision-language model's processor made of a chat with images (pixel_values, ...).
-        """
-        if position_ids is not None and attention_mask is not None:
-            raise ValueError("packed chunks are told apart by position_ids alone: leave attention_mask out")
-        body = self._shortened_body()
-        whole = self._around(body) if images else body
-        states: list[Tensor] = []
-        handles = []
-        try:
-            if self.encoder_type == "per_layer_activations":
-                for layer in body.layers:
-                    handles.append(layer.register_forward_pre_hook(lambda _, args: states.append(args[0])))
-            with without_lora(self.model):
-                last = whole(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    use_cache=False,
-                    **images,
-                ).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
-        if self.encoder_type != "per_layer_activations":
-            return last
-        return torch.stack([*(state.to(last.device) for state in states), last], dim=1)
-
-    def _shortened_body(self) -> nn.Module:
-        """The body with its first layers only; the modules, and so the weights, are the model's own."""
-        body = _with_own_parts(decoder_body(self.model))
-        body._modules["layers"] = nn.ModuleList(list(body.layers)[: self.n_layers_run])
-        if self.encoder_type == "embed_only":
-            body._modules[_final_norm_name(self.model)] = nn.Identity()
-        return body
-
-    def _around(self, body: nn.Module) -> nn.Module:
-        """The vision-language model below its head, with `body` for its language part."""
-        original, whole = decoder_body(self.model), _with_own_parts(self.model.base_model)
-        path = next(name for name, module in whole.named_modules() if module is original)
-        *above, name = path.split(".")
-        inner = whole
-        for step in above:
-            inner._modules[step] = _with_own_parts(inner._modules[step])
-            inner = inner._modules[step]
-        inner._modules[name] = body
-        return whole
-
-
-def _with_own_parts(module: nn.Module) -> nn.Module:
-    """A copy whose parts, the same modules, can be exchanged without changing the original."""
-    module = copy.copy(module)
-    module._modules = dict(module._modules)
-    if "_old_forward" in vars(module):  # a device_map's `forward` runs the original, with all of its layers
-        del module.forward
-    return module
-
-
-def check_writes_residual(base_model, module: str) -> None:
-    """ValueError where what `module` puts out is not simply added to the residual stream."""
-    _, d_out = module_sizes(base_model, [module])
-    if d_out[module] != base_model.config.get_text_config().hidden_size:
-        usual = " or ".join(default_modules(base_model))
-        raise ValueError(f"{module} does not write into the residual stream: use {usual}")
-    if hasattr(decoder_layers(base_model)[0], "post_feedforward_layernorm"):
-        raise ValueError(
-            "this model norms what its layers write (as Gemma does): a block's values are not what it adds"
-        )
-
-
-@torch.no_grad()
-def linear_inputs(base_model, module: str, input_ids: Tensor) -> Tensor:
-    """x of the target linears in the base model without an adapter: [L, n, length, d_in]."""
-    base_model.to(input_ids.device)
-    seen: list[Tensor] = []
-    hooks = [
-        linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        for linear in target_linears(base_model, [module])[module]
-    ]
-    try:
-        with without_lora(base_model):
-            decoder_body(base_model)(input_ids=input_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(seen)

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from . import evaluation, qa, records, world
 from .adapter import Adapter, Block
-from .base_model import module_sizes, without_lora
+from .base_model import module_sizes
 from .documents import question_ids
-from .lora import apply_lora
+from .lora import apply_lora, without_lora
 from .losses import context_average, distillation
 from .model import DocToLoRA, load
 from .packing import IGNORED

@@ -24,9 +24,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from d2l_lib.adapter import Adapter, Block
-from d2l_lib.base_model import decoder_layers, open_adapters, target_linears
+from d2l_lib.adapter import Adapter, Block, same_base
+from d2l_lib.base_model import decoder_layers, target_linears
 from d2l_lib.documents import check_count
+from d2l_lib.lora import is_applied
 from d2l_lib.records import (
     FolderKind,
     atomic_folder,
@@ -471,12 +472,12 @@ def import_peft(
             raise ValueError(f"{folder}: {'; '.join(problems)}")
         n_layers = len(decoder_layers(network))
         own_key = getattr(base_model, "base_key", "")
-        if base_key and own_key and base_key != own_key:
+        if not same_base(base_key, own_key):
             raise ValueError(
                 f"{folder} was made for another base model, this one has other weights "
                 "(float16 and float32 count as different): export it again with this one"
             )
-        base_key = base_key or own_key
+        base_key = max(base_key, own_key, key=len)
     A, B, paths = {}, {}, {}
     rank = max(A.shape[0] for A, _ in pairs.values())
     for (layer, module), path in places.items():
@@ -541,7 +542,7 @@ def merge(base_model: nn.Module | DocToLoRA, adapter: Adapter, *, in_place: bool
     network = _network(base_model)
     if network is not base_model:
         base_model._check_adapter(adapter)
-    if open_adapters.get(network):
+    if is_applied(network):
         raise ValueError("an adapter is applied to this model: leave the `with` block first")
     _check_mergeable(network, adapter)
     if not in_place:

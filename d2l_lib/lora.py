@@ -2,20 +2,123 @@
 
 The adapter acts through forward hooks inside a `with` block. No weight is touched, and the hooks are gone on exit, so
 the model after the block equals the model before it, bit for bit.
+
+Threads: which adapter acts is a matter of the calling thread (or asyncio task) alone. A forward pass sees the innermost
+block that its own thread has opened; what other threads have opened at the same time does not reach it.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2l_lib.base_model import open_adapters, target_linears
+from d2l_lib.base_model import target_linears
 from d2l_lib.hypernetwork import Loras
 
-_eager_blocks: list = []  # what ends the eager stance, then one entry for each open block
+
+class OpenBlock:
+    """One open `with` block of this module: for which model, and what surrounds it in its thread.
+
+    owner, adapter: what `DocToLoRA.applied` notes for calls that leave out `adapter=`. shared: a thread that is started
+    inside the block, and opens none itself, sees the block too.
+    """
+
+    def __init__(self, model: nn.Module, owner: Any = None, adapter: Any = None, shared: bool = True):
+        self.model, self.owner, self.adapter, self.shared = model, owner, adapter, shared
+        self.around = _opened_here.get()
+        self.is_open = True
+        # threads that were there before; those of torch's own (backward passes) have no entry that could be relied on
+        self.elders = {one for one in threading.enumerate() if not isinstance(one, threading._DummyThread)}
+
+
+# Blocks that the calling thread or task has opened, outermost first.
+_opened_here: ContextVar[tuple[OpenBlock, ...]] = ContextVar("d2l_opened_here", default=())
+_opened: list[OpenBlock] = []  # those of all threads, in the order in which they were opened
+_lock = threading.Lock()  # of the list, of hooks on shared modules, and of the stance below
+_stance: list = []  # what ends the eager stance of torch.compile, then one entry for each open block
+
+
+def innermost(model: nn.Module) -> OpenBlock | None:
+    """The block that a forward pass of `model` in the calling thread sees.
+
+    It is the last one that this thread opened. A thread that has opened none, and was started while a block was open (a
+    streamer's thread, torch's thread of a backward pass), sees that block; RuntimeError where it could be one of
+    several threads' blocks.
+    """
+    for block in reversed(_opened_here.get()):
+        if block.model is model and block.is_open:
+            return block
+    if not _opened:  # spares the lock
+        return None
+    me = threading.current_thread()
+    with _lock:
+        seen = [block for block in _opened if block.model is model and block.shared and me not in block.elders]
+    if not seen:
+        return None
+    if any(block not in seen[-1].around for block in seen[:-1]):
+        raise RuntimeError(
+            "several threads have adapters applied and this one has opened none: which is meant? Open one here "
+            "(`with model.applied(adapter):`, or None for the base model)"
+        )
+    return seen[-1]
+
+
+def noted_adapter(model: nn.Module, owner: Any) -> OpenBlock | None:
+    """The innermost block of the calling thread that `owner` opened for `model`; never one of another thread."""
+    blocks = [b for b in _opened_here.get() if b.owner is owner and b.model is model and b.is_open]
+    return blocks[-1] if blocks else None
+
+
+def is_applied(model: nn.Module) -> bool:
+    """Whether any thread has a block open for this model."""
+    with _lock:
+        return any(block.model is model for block in _opened)
+
+
+@contextmanager
+def _opened_block(block: OpenBlock) -> Iterator[None]:
+    """Inside the `with` block the calling thread sees `block`. Blocks need not be left in the order of entering."""
+    with _lock:
+        _opened.append(block)
+    _opened_here.set((*block.around, block))
+    try:
+        yield
+    finally:
+        block.is_open = False  # also for tasks that began inside the block and go on after it
+        _opened_here.set(tuple(one for one in _opened_here.get() if one is not block and one.is_open))
+        with _lock:
+            _opened.remove(block)
+
+
+@contextmanager
+def without_lora(model: nn.Module, **notes: Any) -> Iterator[None]:
+    """Inside the `with` block the model is the plain base model, even within `apply_lora`; notes: see OpenBlock."""
+    with _opened_block(OpenBlock(model, **({"shared": False} | notes))):
+        yield
+
+
+def in_this_thread(hook: Callable) -> Callable:
+    """A hook that acts in the thread that made it and ignores the forward passes of others."""
+    mine = threading.get_ident()
+    return lambda *arguments: hook(*arguments) if threading.get_ident() == mine else None
+
+
+@contextmanager
+def hooked(register: Callable[[Callable], Any], hook: Callable) -> Iterator[None]:
+    """Inside the `with` block `hook` is on a module for this thread alone; register: its register_..._hook method."""
+    with _lock:
+        handle = register(in_this_thread(hook))
+    try:
+        yield
+    finally:
+        with _lock:
+            handle.remove()
 
 
 @contextmanager
@@ -26,6 +129,7 @@ def apply_lora(
     *,
     rows: Tensor | None = None,
     lengths: Sequence[int] | None = None,
+    **notes: Any,
 ) -> Iterator[None]:
     """Inside the `with` block every target linear returns y + scale * B^T (A x).
 
@@ -36,7 +140,9 @@ def apply_lora(
 
     Arithmetic runs in A's dtype; the sum is returned in the base output's. Gradients reach A and B: call backward
     inside the block when activations are recomputed (gradient checkpointing). Blocks nest: the innermost adapter
-    replaces the outer ones until it is left. ValueError where A and B fit neither the model nor the batch.
+    replaces the outer ones until it is left. Other threads do not see the block, except one that is started inside it
+    and opens none itself (see `innermost`). notes: see OpenBlock. ValueError where A and B fit neither the model nor
+    the batch.
     """
     if rows is not None and lengths is not None:
         raise ValueError("give rows (one context per batch row) or lengths (packed batch), not both")
@@ -50,30 +156,35 @@ def apply_lora(
             place = A.device if linear.weight.is_meta else linear.weight.device
             factors = {"A": A[:, layer].to(place), "B": B[:, layer].to(place)}
             deltas.append((linear, partial(_delta, **factors, rows=rows, lengths=lengths)))
-    with add_deltas(model, deltas, scale):
+    with add_deltas(model, deltas, scale, **notes):
         yield
 
 
 @contextmanager
 def add_deltas(
-    model: nn.Module, deltas: Sequence[tuple[nn.Linear, Callable[[Tensor], Tensor]]], scale: float
+    model: nn.Module, deltas: Sequence[tuple[nn.Linear, Callable[[Tensor], Tensor]]], scale: float, **notes: Any
 ) -> Iterator[None]:
-    """Inside the `with` block each of these linears of `model` returns y + scale * delta(x).
+    """Inside the `with` block each of these linears of `model` returns y + scale * delta(x), in this thread.
 
-    Blocks nest: the innermost one counts. The model on exit is the model on entry.
+    Blocks nest: the innermost one counts. The model on exit is the model on entry. notes: see OpenBlock.
     """
-    token, handles = object(), []
-    stack = open_adapters.setdefault(model, [])
-    try:
-        for linear, delta in deltas:
-            hook = partial(_add_delta, delta=delta, scale=scale, stack=stack, token=token)
-            handles.append(linear.register_forward_hook(hook))
-        stack.append(token)
-        with _uncompiled():
-            yield
-    finally:
-        if token in stack:
-            stack.remove(token)
+    block = OpenBlock(model, **notes)
+    with ExitStack() as stack:
+        handles: list = []
+        stack.callback(_remove, handles)
+        # One lock for all: torch numbers hooks by a counter of its own, which two threads could read at once. A forward
+        # pass of another thread reads a module's hooks in one step of the interpreter, so it needs no lock.
+        with _lock:
+            for linear, delta in deltas:
+                hook = partial(_add_delta, delta=delta, scale=scale, block=block)
+                handles.append(linear.register_forward_hook(hook))
+        stack.enter_context(_uncompiled())
+        stack.enter_context(_opened_block(block))
+        yield
+
+
+def _remove(handles: Sequence) -> None:
+    with _lock:
         for handle in handles:
             handle.remove()
 
@@ -81,25 +192,28 @@ def add_deltas(
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     """Inside the `with` block models that torch.compile made run as they are: compiled code does not see hooks that
-    came later, and would answer without the adapter.
+    came later, and would answer without the adapter. The stance is one for all threads: it holds while any block is
+    open.
     """
     if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
         yield
         return
-    if not _eager_blocks:
-        _eager_blocks.append(torch.compiler.set_stance("force_eager"))
-    _eager_blocks.append(None)
+    with _lock:
+        if not _stance:
+            _stance.append(torch.compiler.set_stance("force_eager"))
+        _stance.append(None)
     try:
         yield
     finally:
-        _eager_blocks.pop()
-        if len(_eager_blocks) == 1:
-            _eager_blocks.pop().__exit__(None, None, None)
+        with _lock:
+            _stance.pop()
+            if len(_stance) == 1:
+                _stance.pop().__exit__(None, None, None)
 
 
-def _add_delta(linear, inputs, output, *, delta, scale, stack, token):
-    """Forward hook of one linear; acts only for the innermost application."""
-    if stack[-1] is not token:
+def _add_delta(linear, inputs, output, *, delta, scale, block):
+    """Forward hook of one linear; acts only where its block is the innermost of the calling thread."""
+    if innermost(block.model) is not block:
         return None
     return (output + scale * delta(inputs[0].to(output.device))).to(output.dtype)
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -23,19 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2l_lib.adapter import Adapter, Block, stack_factors
+from d2l_lib.adapter import Adapter, Block, same_base, stack_factors
 from d2l_lib.base_model import (
-    ContextEncoder,
     bundled_path,
+    check_place,
+    decoder_body,
     decoder_layers,
     final_norm,
+    generate,
     input_device,
     load_base_model,
     module_sizes,
+    pad_id_of,
     present,
     reads_images,
     target_linears,
-    without_lora,
 )
 from d2l_lib.checkpoints import (
     MODEL_FOLDER,
@@ -54,10 +57,11 @@ from d2l_lib.documents import (
     question_ids,
     stop_ids,
 )
+from d2l_lib.encoder import ContextEncoder
 from d2l_lib.hub import BASE_MODEL_FILES, checkpoint_in, from_hub
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras
 from d2l_lib.images import Document, Documents, image_inputs, is_image, name_texts_and_images
-from d2l_lib.lora import apply_lora
+from d2l_lib.lora import apply_lora, noted_adapter, without_lora
 from d2l_lib.records import atomic_folder, read_whole
 from d2l_lib.routing import Gate, route
 
@@ -124,8 +128,9 @@ class DocToLoRA:
         self.current: Adapter | None = None
         self.iterative = False
         self.least_relevance, self.gate = least_relevance, gate
-        self._applied: list[tuple[Adapters]] = []
-        self._fingerprints: dict[str, tuple[list[tuple[int, int]], str]] = {}
+        self._evaluating = 0  # how many threads internalize now
+        self._lock = threading.Lock()
+        self._waiting: dict[int, tuple[Tensor, Tensor]] = {}  # of weights that are kept on the disk: (weight, sample)
         self.window = _window(base_model)
         on_cpu = self.device.type == "cpu"
         self.chunk_batch, self.batch_tokens = (12, 288) if on_cpu else (8, 8192)
@@ -244,7 +249,8 @@ class DocToLoRA:
         labels = [(chunk.document, chunk.index, chunk.span) for chunk in chunks] + [(name, 0, None) for name in images]
         for label, (A, B) in zip(labels, encoded, strict=True):
             blocks[label[0]].append(Block(*label, 1.0, A, B))
-        return [self.adapter_of(of_document) for of_document in blocks.values()]
+        empty = self.adapter_of([])  # the bias and the fingerprints are those of all
+        return [replace(empty, blocks=tuple(of_document)) for of_document in blocks.values()]
 
     def _image_inputs(self, image: Document, name: str) -> dict[str, Tensor]:
         """What the context encoder reads for an image; ValueError where it reads text only or too few tokens."""
@@ -279,20 +285,32 @@ class DocToLoRA:
         images = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if isinstance(chunk, dict)}
         distinct = list(dict.fromkeys(key for key in keys if key not in images))
         done: dict[int | tuple[int, ...], BlockFactors] = {}
-        was_training = self.hypernetwork.training
-        self.hypernetwork.eval()
-        try:
-            with _reporter(progress, len(distinct) + len(images)) as report:
-                for batch, width in self._batches(distinct):
-                    loras = self._encode_batch(batch, width)
-                    done |= {ids: _on_cpu(loras, index) for index, ids in enumerate(batch)}
-                    report(len(done))
-                for key, inputs in images.items():
-                    done[key] = _on_cpu(self._write_blocks(inputs), 0)
-                    report(len(done))
-        finally:
-            self.hypernetwork.train(was_training)
+        with self._in_eval_mode(), _reporter(progress, len(distinct) + len(images)) as report:
+            for batch, width in self._batches(distinct):
+                loras = self._encode_batch(batch, width)
+                done |= {ids: _on_cpu(loras, index) for index, ids in enumerate(batch)}
+                report(len(done))
+            for key, inputs in images.items():
+                done[key] = _on_cpu(self._write_blocks(inputs), 0)
+                report(len(done))
         return [done[key] for key in keys]
+
+    @contextmanager
+    def _in_eval_mode(self) -> Iterator[None]:
+        """Inside the `with` block the hypernetwork is in evaluation mode; of several threads the last one restores."""
+        with self._lock:
+            if not self._evaluating:
+                self._was_training = self.hypernetwork.training
+                if self._was_training:
+                    self.hypernetwork.eval()
+            self._evaluating += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._evaluating -= 1
+                if not self._evaluating and self._was_training:
+                    self.hypernetwork.train()
 
     def _batches(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
         """(different chunks, the length they are padded to), one batch after another.
@@ -359,27 +377,45 @@ class DocToLoRA:
 
     @property
     def base_key(self) -> str:
-        """Fingerprint of the base model: a hash of some embeddings and the final norm.
+        """Fingerprint of the base model: a hash of some embeddings and the final norm, "-", and a hash of some values
+        of every layer and the head.
 
-        It is the same in float32 and bfloat16; in float16 rounding can make it another one.
+        It is the same in float32 and bfloat16; in float16 rounding can make it another one. Keys that are compared by
+        `adapter.same_base`: of a quantised model, and in older files, there is the first half only. Values are read
+        anew each time, so that no way of writing to the weights goes unseen; only of weights that a device_map keeps
+        away they are read once.
         """
-        parts = (self.base_model.get_input_embeddings(), final_norm(self.base_model))
-        with present(parts[0]), present(parts[1]):
-            tensors = [tensor for part in parts for tensor in part.parameters()]
-            return self._fingerprint_once("base", tensors, torch.bfloat16)
+        embeddings, norm = self.base_model.get_input_embeddings(), final_norm(self.base_model)
+        ends = [*embeddings.parameters(), *norm.parameters()]
+        key = _fingerprint(
+            [(list(one.shape), self._sample(one, part)) for part in (embeddings, norm) for one in part.parameters()],
+            torch.bfloat16,
+        )
+        inner, known = [], {id(one) for one in ends}
+        for part in _leaves(decoder_body(self.base_model), self.base_model.get_output_embeddings()):
+            for one in _lasting_tensors(part):
+                if id(one) not in known:
+                    if not one.dtype.is_floating_point or one.dtype.itemsize < 2:
+                        return key
+                    inner.append((list(one.shape), self._sample(one, part)))
+                    known.add(id(one))
+        return f"{key}-{_fingerprint(inner, torch.bfloat16)}"
 
     @property
     def hypernetwork_key(self) -> str:
-        """Fingerprint of the hypernetwork: a hash of some values of each of its parameters."""
-        return self._fingerprint_once("hypernetwork", self.hypernetwork.parameters(), torch.float32)
+        """Fingerprint of the hypernetwork: a hash of some values of each of its parameters, read anew each time."""
+        tensors = [(list(one.shape), _spread_values(one)) for one in self.hypernetwork.parameters()]
+        return _fingerprint(tensors, torch.float32)
 
-    def _fingerprint_once(self, name: str, tensors: Iterable[Tensor], precision: torch.dtype) -> str:
-        """The fingerprint of these tensors, computed anew only where one of them was exchanged or written to."""
-        tensors = list(tensors)
-        state = [(id(tensor), tensor._version) for tensor in tensors]
-        if name not in self._fingerprints or self._fingerprints[name][0] != state:
-            self._fingerprints[name] = state, _fingerprint(tensors, precision)
-        return self._fingerprints[name][1]
+    def _sample(self, tensor: Tensor, part: nn.Module) -> Tensor:
+        """Some values of a weight of `part`; of one that a device_map keeps away those of the first time."""
+        if not tensor.is_meta:
+            return _spread_values(tensor)
+        if id(tensor) not in self._waiting:
+            name = next(name for name, one in part.named_parameters() if one is tensor)
+            with present(part):
+                self._waiting[id(tensor)] = tensor, _spread_values(part.get_parameter(name)).clone()
+        return self._waiting[id(tensor)][1]
 
     def _module_paths(self) -> dict[str, str]:
         """{module: "model.layers.{layer}.mlp.down_proj"}: where the target linears sit, for export."""
@@ -404,27 +440,44 @@ class DocToLoRA:
         Left out, it is the current one. A list gives one adapter (or None) per batch row; None is the plain base
         model. Blocks nest, the innermost counts, also for calls without `adapter=`. On exit, also after an
         exception, weights and hooks are what they were, bit for bit.
-        """
-        adapter = self._chosen(adapter)
-        contexts, rows = _distinct(adapter) if isinstance(adapter, (list, tuple)) else ([adapter], None)
-        for one in contexts:
-            self._check_adapter(one)
-        entry = (adapter,)
-        self._applied.append(entry)
-        try:
-            if all(one is None for one in contexts):
-                with without_lora(self.base_model):
-                    yield self.base_model
-            else:
-                loras, scale = stack_factors(contexts)
-                with apply_lora(self.base_model, loras, scale, rows=rows):
-                    yield self.base_model
-        finally:
-            # by identity: blocks need not be left in the order in which they were entered
-            self._applied = [one for one in self._applied if one is not entry]
 
-    def _check_adapter(self, adapter: object) -> None:
-        """TypeError for what is no adapter, ValueError for an adapter that was made for another base model."""
+        The block belongs to the thread (or asyncio task) that opens it. Calls of this model in other threads do not
+        see it: without `adapter=` they use their own block, else `model.current`. A thread that is started inside the
+        block and opens none (as for a streamer) sees it when it calls the plain transformers object; RuntimeError
+        where blocks of several threads could be meant.
+        """
+        with self._with_applied(self._chosen(adapter), shared=True):
+            yield self.base_model
+
+    @contextmanager
+    def _with_applied(self, adapter: Adapters, shared: bool) -> Iterator[None]:
+        """Inside the `with` block this thread's passes have the adapter; shared: see lora.OpenBlock."""
+        contexts, rows = _distinct(adapter) if isinstance(adapter, (list, tuple)) else ([adapter], None)
+        self._check_adapters(contexts)
+        notes = {"owner": self, "adapter": adapter, "shared": shared}
+        if all(one is None for one in contexts):
+            with without_lora(self.base_model, **notes):
+                yield
+        else:
+            loras, scale = stack_factors(contexts)
+            with apply_lora(self.base_model, loras, scale, rows=rows, **notes):
+                yield
+
+    def _check_adapters(self, adapters: Sequence[object]) -> None:
+        """`_check_adapter` of several; the model's fingerprints are taken once."""
+        wanted = [one for one in adapters if isinstance(one, Adapter)]
+        keys = (
+            self.base_key if any(one.base_key for one in wanted) else "",
+            self.hypernetwork_key if any(one.hypernetwork_key for one in wanted) else "",
+        )
+        for one in adapters:
+            self._check_adapter(one, keys)
+
+    def _check_adapter(self, adapter: object, keys: tuple[str, str] | None = None) -> None:
+        """TypeError for what is no adapter, ValueError for an adapter of another base model or hypernetwork.
+
+        keys: this model's base_key and hypernetwork_key, if they are at hand.
+        """
         if adapter is None:
             return
         if not isinstance(adapter, Adapter):
@@ -439,17 +492,25 @@ class DocToLoRA:
         sizes = {module: (d_in[module], d_out[module]) for module in adapter.modules}
         if adapter.sizes != sizes:
             raise ValueError(f"adapter writes {adapter.sizes}, this model has {sizes}: was it made for another model?")
-        if adapter.base_key and adapter.base_key != self.base_key:
+        base_key, hypernetwork_key = (self.base_key, self.hypernetwork_key) if keys is None else keys
+        if not same_base(adapter.base_key, base_key):
             raise ValueError(
                 f"adapter was made for base model {adapter.base_model or '(unnamed)'}, this one "
                 f"({self.base_source or self.config.base_model or 'unnamed'}) has other weights "
-                "(float16 and float32 count as different): internalize the documents again here"
+                "(a fine-tune, or one with an adapter merged in, is another model; float16 and float32 count as "
+                "different): internalize the documents again here"
+            )
+        if adapter.hypernetwork_key and adapter.hypernetwork_key != hypernetwork_key:
+            raise ValueError(
+                "adapter was made by another hypernetwork (or by this one before it was changed): internalize the "
+                "documents again here, or use adapter.as_lora() to apply it as an ordinary LoRA all the same"
             )
 
     def _chosen(self, adapter: Adapters | _Current) -> Adapters:
         """The adapter that a call means: the one given, else the one applied around it, else the current one."""
         if adapter is CURRENT:
-            adapter = self._applied[-1][0] if self._applied else self.current
+            block = noted_adapter(self.base_model, self)
+            adapter = self.current if block is None else block.adapter
         if adapter is None or isinstance(adapter, (Adapter, list, tuple)):
             return adapter
         raise TypeError(f"expected an Adapter, a list of them or None, not {type(adapter).__name__}")
@@ -472,8 +533,10 @@ class DocToLoRA:
         `routing`), which keeps out the noise of the others at the price of a forward pass per block. Each question is
         wrapped in the chat template, with a turn for the `system` message if there is one, and the answer
         ends at the template's end of turn, after `max_new_tokens`, or at the window's end. Questions are batched with
-        left padding, the answers are those of one-by-one calls. ValueError for a blank question and for one that the
-        window cannot hold.
+        left padding, the answers are those of one-by-one calls. The base model's own generation settings (sampling,
+        penalties, ...) do not count. Several threads may answer at once, each with its own adapters, also while another
+        one internalizes; `model.current` is one for all of them, so name the adapter there. ValueError for a blank
+        question and for one that the window cannot hold.
         """
         single = isinstance(question, str)
         if not single and (isinstance(question, (bytes, Mapping, set)) or not isinstance(question, Iterable)):
@@ -510,9 +573,6 @@ class DocToLoRA:
             attention_mask=mask,
             max_new_tokens=max(allowed),
             adapter=adapters if any(one is not adapters[0] for one in adapters) else adapters[0],
-            eos_token_id=stops or None,
-            do_sample=False,
-            num_beams=1,
         )[:, ids.shape[1] :]
         answers = []
         for row, count in zip(generated.tolist(), allowed, strict=True):
@@ -532,10 +592,12 @@ class DocToLoRA:
     ) -> Tensor:
         """transformers' `generate` with an adapter applied: token ids [batch, length] in, prompt and new ids out.
 
-        adapter: left out, the current one; None, the base model alone; a list, one (or None) per row. Greedy unless
-        `options` (passed on to transformers) say otherwise. attention_mask: None means no padding; ValueError for
-        padding on the right, where the new tokens go. They may run over the window's end; `answer` stops there.
-        Nothing is compiled (as transformers does with a static cache), for compiled code would miss the adapter.
+        adapter: left out, the current one; None, the base model alone; a list, one (or None) per row. It starts from
+        fresh settings, not from the base model's own: greedy, to the end of the model's turn, unless `options` (passed
+        on to transformers) say otherwise. attention_mask: None means no padding; ValueError for padding on the right,
+        where the new tokens go. They may run over the window's end; `answer` stops there. Nothing is compiled (as
+        transformers does with a static cache), for compiled code would miss the adapter. With `streamer=` it may run
+        in a thread of its own: name the adapter in the call, as the thread does not see the caller's `applied`.
         """
         check_count(max_new_tokens, "max_new_tokens")
         input_ids, attention_mask = _checked_ids(input_ids, attention_mask, self.base_model)
@@ -544,14 +606,9 @@ class DocToLoRA:
             raise ValueError(f"row {row} ends in padding (its attention_mask is 0 there): pad on the left")
         length = int(attention_mask.sum(1).max())
         self._check_window(length, f"input_ids holds {length} tokens")
-        options = {"do_sample": False, "pad_token_id": pad_id_of(self.tokenizer), "disable_compile": True} | options
-        with self.applied(self._chosen(adapter)):
-            return self.base_model.generate(
-                input_ids=input_ids.to(self.device),
-                attention_mask=attention_mask.to(self.device),
-                max_new_tokens=max_new_tokens,
-                **options,
-            )
+        ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
+        with self._with_applied(self._chosen(adapter), shared=False):
+            return generate(self.base_model, self.tokenizer, ids, mask, max_new_tokens=max_new_tokens, **options)
 
     def _check_window(self, length: int, what: str) -> None:
         if length >= self.window:
@@ -628,9 +685,11 @@ def load(
     precision. device_map, instead of device, spreads the base model over several devices (see load_base_model), and a
     context encoder of its own too if it is a word ("auto").
 
-    FileNotFoundError says what is missing and where to put it; ValueError for a damaged checkpoint or one that was made
-    for another base model. No code out of a checkpoint is ever run.
+    FileNotFoundError says what is missing and where to put it; ValueError for a damaged checkpoint, one that was made
+    for another base model, and a device that is not here. No code out of a checkpoint or base model is ever run:
+    ValueError where a base model needs code of its own.
     """
+    check_place(device, dtype, device_map)
     place = find_checkpoint(source)
     options = {
         "device": device,
@@ -801,11 +860,6 @@ def _window(network: nn.Module) -> int:
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
-def pad_id_of(tokenizer) -> int:
-    """An id to pad with; it is always masked, so any will do."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str, width: int | None = None) -> tuple[Tensor, Tensor]:
     """(ids [n, T], mask [n, T]) of rows of token ids, filled up on the left or right to `width` (None: to the longest);
     mask 0 there.
@@ -850,15 +904,44 @@ def _distinct(adapters: Sequence[Adapter | None]) -> tuple[list[Adapter | None],
     return distinct, torch.tensor([places[id(one)] for one in adapters])
 
 
-def _fingerprint(tensors: Iterable[Tensor], precision: torch.dtype) -> str:
-    """A hash of the sizes of the tensors and of up to 64 values spread over each, rounded to `precision`."""
-    digest, samples = hashlib.sha256(), []
-    for tensor in tensors:
-        digest.update(str(list(tensor.shape)).encode())
-        flat = tensor.detach().flatten()
-        samples.append(flat[:: max(1, len(flat) // 64)][:64].to(precision).float())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+def _spread_values(tensor: Tensor) -> Tensor:
+    """Up to 64 values spread over a tensor: a view of it where it is contiguous."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 64)][:64]
+
+
+def _fingerprint(sampled: Sequence[tuple[list[int], Tensor]], precision: torch.dtype) -> str:
+    """A hash of sizes and values (shape of a tensor, some of its values), rounded to `precision`.
+
+    Values come to the main memory once for each device and dtype.
+    """
+    digest, together = hashlib.sha256(), {}
+    for place, (shape, values) in enumerate(sampled):
+        digest.update(str(shape).encode())
+        together.setdefault((values.device, values.dtype), []).append(place)
+    at: list[Tensor] = [torch.zeros(0)] * len(sampled)
+    for places in together.values():
+        joined = torch.cat([sampled[place][1] for place in places]).to(precision).float().cpu()
+        for place, part in zip(places, joined.split([len(sampled[p][1]) for p in places]), strict=True):
+            at[place] = part
+    digest.update(torch.cat(at).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _leaves(*modules: nn.Module | None) -> Iterator[nn.Module]:
+    """The parts of these modules that hold tensors themselves, in order."""
+    for module in modules:
+        for part in [] if module is None else module.modules():
+            if part._parameters or part._buffers:
+                yield part
+
+
+def _lasting_tensors(part: nn.Module) -> Iterator[Tensor]:
+    """What a module itself holds and a file of weights would: parameters and persistent buffers."""
+    yield from (one for one in part._parameters.values() if one is not None)
+    for name, one in part._buffers.items():
+        if one is not None and name not in part._non_persistent_buffers_set:
+            yield one
 
 
 @contextmanager

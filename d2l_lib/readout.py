@@ -27,9 +27,11 @@ from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
 from . import needles, world
-from .base_model import ContextEncoder, check_writes_residual, final_norm, linear_inputs
+from .base_model import final_norm
 from .documents import chunk_document, context_ids, question_ids
+from .encoder import ContextEncoder, check_writes_residual, linear_inputs
 from .hypernetwork import Hypernetwork, PerLayerLinear
+from .lora import hooked
 from .packing import IGNORED
 from .presets import ReadoutPreset
 from .trainer import chunk_batch, fit_step, pad_right
@@ -369,15 +371,13 @@ def let_blocks_act(step: KeysAndValues, batch: dict, size: float = 0.3) -> None:
     batch = _to(batch, next(hypernetwork.parameters()).device)
     config, module = hypernetwork.config, step.module
     norms: list[Tensor] = []
-    hook = final_norm(base_model).register_forward_pre_hook(lambda _, given: norms.append(given[0].norm(dim=-1).mean()))
-    try:
+    note_norm = lambda _, given: norms.append(given[0].norm(dim=-1).mean())  # noqa: E731
+    with hooked(final_norm(base_model).register_forward_pre_hook, note_norm):
         _, A, B = step.rows(batch["chunk_ids"], batch["chunk_mask"], batch["order"])
         norms.clear()  # those of the context encoder
         scored = batch["answer_ids"][:, : A.shape[2]] != IGNORED
         n_slots = scored.shape[1]
         inputs = step.whitened_inputs(batch["input_ids"], batch["starts"], n_slots)[:, scored]
-    finally:
-        hook.remove()
     matches = (A[:, :, :n_slots].transpose(0, 1)[:, scored] * inputs).sum(-1).mean(1)  # [L]
     if (matches <= 0).any():
         raise ValueError("keys do not match their own questions yet: give the warm-up more steps")

@@ -44,8 +44,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from . import world
-from .base_model import bundled_path, load_base_model, without_lora
+from .base_model import bundled_path, load_base_model
 from .documents import check_count, check_text, context_ids, question_ids, stop_ids
+from .lora import without_lora
 from .packing import TEACHER_COLUMNS
 from .records import atomic_file, one_line_errors, read_json, read_jsonl, write_json
 from .trainer import own_device

@@ -37,8 +37,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import needles, world
 from .adapter import Adapter
-from .base_model import ContextEncoder, decoder_body, default_device, load_base_model, module_sizes
+from .base_model import decoder_body, default_device, load_base_model, module_sizes
 from .documents import check_count, chunk_document, question_ids
+from .encoder import ContextEncoder
 from .evaluation import peak_memory_mib, reset_peak_memory
 from .hypernetwork import Hypernetwork, HypernetworkConfig
 from .model import DocToLoRA, load

@@ -16,7 +16,7 @@ import math
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,21 +28,12 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import needles, pretraining
-from .base_model import (
-    ContextEncoder,
-    bundled_path,
-    check_writes_residual,
-    decoder_body,
-    default_modules,
-    final_norm,
-    linear_inputs,
-    load_base_model,
-    module_sizes,
-)
+from .base_model import bundled_path, decoder_body, default_modules, final_norm, load_base_model, module_sizes
 from .checkpoints import save_checkpoint
 from .documents import chat_affixes, context_ids, question_ids, split_sentences, stop_ids
+from .encoder import ContextEncoder, check_writes_residual, linear_inputs
 from .hypernetwork import Hypernetwork, HypernetworkConfig, Loras, combine
-from .lora import apply_lora
+from .lora import apply_lora, hooked
 from .losses import AnswerTokens, context_average, cross_entropy, distillation, find_answer_tokens, l1_penalty
 from .packing import IGNORED, count_chunks, split_into_chunks
 from .presets import (
@@ -268,11 +259,8 @@ def last_layer_logits(
     check_writes_residual(base_model, module)
     answers = find_answer_tokens(labels)
     streams: list[Tensor] = []
-    hook = final_norm(base_model).register_forward_pre_hook(lambda _, given: streams.append(given[0]))
-    try:
+    with hooked(final_norm(base_model).register_forward_pre_hook, lambda _, given: streams.append(given[0])):
         x = linear_inputs(base_model, module, input_ids)[-1]
-    finally:
-        hook.remove()
     x, stream = (of_batch[answers.row, answers.position] for of_batch in (x, streams[-1]))
     A, B = loras[module]
     counts = torch.bincount(context[answers.row], minlength=len(A)).tolist()
@@ -312,12 +300,8 @@ def noisy_embeddings(model, strength: float, n_tokens: int) -> Iterator[None]:
         most = strength / math.sqrt(n_tokens * output.shape[-1])
         return output + torch.empty_like(output).uniform_(-most, most)
 
-    hook = model.get_input_embeddings().register_forward_hook(add_noise) if strength else None
-    try:
+    with hooked(model.get_input_embeddings().register_forward_hook, add_noise) if strength else nullcontext():
         yield
-    finally:
-        if hook is not None:
-            hook.remove()
 
 
 class Internalization(nn.Module):

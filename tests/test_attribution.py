@@ -23,8 +23,8 @@ from d2l_lib.attribution import (
     ranks,
     rows_of,
 )
-from d2l_lib.base_model import open_adapters
 from d2l_lib.documents import context_ids
+from d2l_lib.lora import is_applied
 
 TEXT = "Ada is here. Bob ran. It rained. Cleo sat down. The end."
 QUESTION, ANSWER = "Who?", "Bob"
@@ -303,7 +303,7 @@ def test_the_model_is_what_it_was(small):
     for method in METHODS["chunk"]:
         attribute(model, adapter, QUESTION, ANSWER, method=method, samples=8)
     assert torch.equal(before, model.base_model(torch.tensor([[5, 6, 7]])).logits)
-    assert not open_adapters.get(model.base_model)
+    assert not is_applied(model.base_model)
     assert model.current is None
 
 

@@ -18,14 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from d2l_lib import base_model
-from d2l_lib.base_model import (
-    ContextEncoder,
-    decoder_layers,
-    default_modules,
-    load_base_model,
-    module_sizes,
-    target_linears,
-)
+from d2l_lib.base_model import decoder_layers, default_modules, load_base_model, module_sizes, target_linears
+from d2l_lib.encoder import ContextEncoder
 from d2l_lib.lora import apply_lora
 
 each_family = pytest.mark.parametrize("family", FAMILIES)

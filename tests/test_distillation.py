@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from tiny_models import build_base_model, build_tokenizer
 
 from d2l_lib import selfgen, training, world
-from d2l_lib.base_model import ContextEncoder
 from d2l_lib.distillation import DistillationBatches, WorldDocuments, train_distillation
 from d2l_lib.documents import context_ids
+from d2l_lib.encoder import ContextEncoder
 from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
 from d2l_lib.packing import IGNORED

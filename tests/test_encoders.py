@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerFast
 
 import d2l_lib as d2l
 from d2l_lib import documents
-from d2l_lib.base_model import ContextEncoder, final_norm
+from d2l_lib.base_model import final_norm
 from d2l_lib.checkpoints import save_checkpoint
+from d2l_lib.encoder import ContextEncoder
 from d2l_lib.exports import merge
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.images import image_inputs

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 import d2l_lib as d2l
 from d2l_lib import documents
-from d2l_lib.base_model import ContextEncoder, default_modules, load_base_model
+from d2l_lib.base_model import default_modules, load_base_model
+from d2l_lib.encoder import ContextEncoder
 from d2l_lib.exports import merge
 from d2l_lib.lora import apply_lora
 from d2l_lib.model import DocToLoRA, pad_rows

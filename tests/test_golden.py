@@ -15,8 +15,9 @@ from recordings import GOLDEN
 from safetensors.torch import load_file
 
 from d2l_lib import losses, metrics, packing, pickles
-from d2l_lib.base_model import ContextEncoder, load_base_model
+from d2l_lib.base_model import load_base_model
 from d2l_lib.checkpoints import build_hypernetwork, convert, export, load_checkpoint, read_published
+from d2l_lib.encoder import ContextEncoder
 from d2l_lib.hypernetwork import combine, names_without_decay
 from d2l_lib.lora import apply_lora
 

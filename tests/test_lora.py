@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import build_base_model, random_hypernetwork, random_ids, random_loras
 
-from d2l_lib.base_model import target_linears, without_lora
-from d2l_lib.lora import apply_lora
+from d2l_lib.base_model import target_linears
+from d2l_lib.lora import apply_lora, without_lora
 
 SCALE = 1.5
 

@@ -12,7 +12,7 @@ from tiny_models import build_base_model, build_model, build_tokenizer, logits_o
 
 import d2l_lib as d2l
 from d2l_lib import documents
-from d2l_lib.base_model import ContextEncoder
+from d2l_lib.encoder import ContextEncoder
 from d2l_lib.model import DocToLoRA
 
 FIRST = "Ada keeps 3 cats. The oldest is Tom. Tom is 19."

@@ -9,8 +9,9 @@ import train_small
 from torch.nn.utils import parametrize
 
 from d2l_lib import training
-from d2l_lib.base_model import ContextEncoder, linear_inputs, load_base_model
+from d2l_lib.base_model import load_base_model
 from d2l_lib.documents import context_ids
+from d2l_lib.encoder import ContextEncoder, linear_inputs
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.packing import IGNORED
 from d2l_lib.presets import ReadoutPreset

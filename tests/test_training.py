@@ -16,7 +16,7 @@ import train_small
 from safetensors.torch import load_file
 
 from d2l_lib import needles, trainer, training
-from d2l_lib.base_model import ContextEncoder
+from d2l_lib.encoder import ContextEncoder
 from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
 from d2l_lib.records import read_jsonl

@@ -1,0 +1,188 @@
+"""Reading hidden states out of the base model, or of another model: what the hypernetwork reads of a document."""
+
+import copy
+from collections import OrderedDict
+from contextlib import ExitStack
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from d2l_lib.base_model import (
+    decoder_body,
+    decoder_layers,
+    default_modules,
+    final_norm_name,
+    load_processor,
+    module_sizes,
+    reads_images,
+    target_linears,
+)
+from d2l_lib.hypernetwork import HypernetworkConfig
+from d2l_lib.lora import hooked, without_lora
+
+
+class ContextEncoder:
+    """Reads the features of chunks out of the base model (or of another model), without a second copy of its weights.
+
+    - early_exit: the first `encoder_layer` layers and the final norm -> [n, T, F]
+    - per_layer_activations: hidden states 0 .. L-1 -> [n, L, T, F]; state 0 is the embeddings, the last one has passed
+      the final norm, as in the authors' code
+    - embed_only: the embeddings -> [n, T, F]
+
+    Values at padded positions mean nothing. An adapter applied to the model at the time is ignored. Of a
+    vision-language model these are the states of its language part, an image's features in their places.
+
+    `source` is the name or path that the model was loaded by, if any.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder_type: str = "early_exit",
+        encoder_layer: int | None = None,
+        source: str | None = None,
+    ):
+        self.model = model
+        self.encoder_type = encoder_type
+        self.source = source
+        n_layers = len(decoder_layers(model))
+        if encoder_type == "early_exit":
+            self.n_layers_run = max(1, n_layers // 4) if encoder_layer is None else encoder_layer
+        elif encoder_type == "per_layer_activations":
+            self.n_layers_run = (n_layers if encoder_layer is None else encoder_layer) - 1
+        elif encoder_type == "embed_only":
+            self.n_layers_run = 0
+        else:
+            raise ValueError(f"unknown encoder_type {encoder_type!r}")
+        if not 0 <= self.n_layers_run <= n_layers:
+            raise ValueError(f"encoder_layer {encoder_layer} does not fit a model of {n_layers} layers")
+
+    @classmethod
+    def from_config(cls, model: nn.Module, config: HypernetworkConfig, source: str | None = None) -> "ContextEncoder":
+        """The encoder that a hypernetwork was made for, reading from `model`."""
+        return cls(model, config.encoder_type, config.encoder_layer, source)
+
+    @property
+    def feature_size(self) -> int:
+        """Length F of one feature vector."""
+        return decoder_body(self.model).config.hidden_size
+
+    @property
+    def n_states(self) -> int:
+        """How many hidden states of each token are read."""
+        return self.n_layers_run + 1 if self.encoder_type == "per_layer_activations" else 1
+
+    @cached_property
+    def processor(self):
+        """The vision-language model's processor, loaded from `source` when it is first needed (or set by hand).
+
+        ValueError where the model reads text only; raises as load_processor does.
+        """
+        if not reads_images(self.model):
+            raise ValueError(
+                f"the context encoder ({type(self.model).__name__}) reads text only: images need a hypernetwork that "
+                "was trained on a vision-language encoder"
+            )
+        if self.source is None:
+            raise ValueError("this encoder was not loaded by a name: set encoder.processor to the model's processor")
+        return load_processor(self.source)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **images: Tensor,
+    ) -> Tensor:
+        """Features of chunk token ids [n, T], padded (`attention_mask`) or packed [1, total] (`position_ids`).
+
+        Packed chunks do not see each other: transformers separates them when there is neither mask nor cache.
+        `images`: what else a vision-language model's processor made of a chat with images (pixel_values, ...).
+        """
+        if position_ids is not None and attention_mask is not None:
+            raise ValueError("packed chunks are told apart by position_ids alone: leave attention_mask out")
+        states: list[Tensor] = []
+        body = self._shortened_body(states)
+        whole = self._around(body) if images else body
+        with without_lora(self.model):
+            last = whole(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                **images,
+            ).last_hidden_state
+        if self.encoder_type != "per_layer_activations":
+            return last
+        return torch.stack([*(state.to(last.device) for state in states), last], dim=1)
+
+    def _shortened_body(self, states: list[Tensor]) -> nn.Module:
+        """The body with its first layers only; the modules, and so the weights, are the model's own. With
+        "per_layer_activations" a forward pass leaves what goes into each layer in `states`.
+        """
+        layers = list(decoder_body(self.model).layers)[: self.n_layers_run]
+        if self.encoder_type == "per_layer_activations":
+            layers = [_watched(layer, states) for layer in layers]
+        body = _with_own_parts(decoder_body(self.model))
+        body._modules["layers"] = nn.ModuleList(layers)
+        if self.encoder_type == "embed_only":
+            body._modules[final_norm_name(self.model)] = nn.Identity()
+        return body
+
+    def _around(self, body: nn.Module) -> nn.Module:
+        """The vision-language model below its head, with `body` for its language part."""
+        original, whole = decoder_body(self.model), _with_own_parts(self.model.base_model)
+        path = next(name for name, module in whole.named_modules() if module is original)
+        *above, name = path.split(".")
+        inner = whole
+        for step in above:
+            inner._modules[step] = _with_own_parts(inner._modules[step])
+            inner = inner._modules[step]
+        inner._modules[name] = body
+        return whole
+
+
+def _with_own_parts(module: nn.Module) -> nn.Module:
+    """A copy whose parts, the same modules, can be exchanged without changing the original."""
+    module = copy.copy(module)
+    module._modules = dict(module._modules)
+    if "_old_forward" in vars(module):  # a device_map's `forward` runs the original, with all of its layers
+        del module.forward
+    return module
+
+
+def _watched(layer: nn.Module, states: list[Tensor]) -> nn.Module:
+    """A copy of the layer, its parts the same modules, that leaves its input in `states`. The original gets no hook, so
+    forward passes of other threads leave nothing there.
+    """
+    layer = copy.copy(layer)
+    layer._forward_pre_hooks = OrderedDict(layer._forward_pre_hooks)
+    layer.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    return layer
+
+
+def check_writes_residual(base_model, module: str) -> None:
+    """ValueError where what `module` puts out is not simply added to the residual stream."""
+    _, d_out = module_sizes(base_model, [module])
+    if d_out[module] != base_model.config.get_text_config().hidden_size:
+        usual = " or ".join(default_modules(base_model))
+        raise ValueError(f"{module} does not write into the residual stream: use {usual}")
+    if hasattr(decoder_layers(base_model)[0], "post_feedforward_layernorm"):
+        raise ValueError(
+            "this model norms what its layers write (as Gemma does): a block's values are not what it adds"
+        )
+
+
+@torch.no_grad()
+def linear_inputs(base_model, module: str, input_ids: Tensor) -> Tensor:
+    """x of the target linears in the base model without an adapter: [L, n, length, d_in]."""
+    base_model.to(input_ids.device)
+    seen: list[Tensor] = []
+    with ExitStack() as stack:
+        for linear in target_linears(base_model, [module])[module]:
+            stack.enter_context(hooked(linear.register_forward_pre_hook, lambda _, given: seen.append(given[0])))
+        stack.enter_context(without_lora(base_model))
+        decoder_body(base_model)(input_ids=input_ids, use_cache=False)
+    return torch.stack(seen)
