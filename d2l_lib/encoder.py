@@ -118,12 +118,12 @@ class ContextEncoder:
             return last
         return torch.stack([*(state.to(last.device) for state in states), last], dim=1)
 
-    def _shortened_body(self, states: list[Tensor]) -> nn.Module:
+    def _shortened_body(self, states: list[Tensor] | None = None) -> nn.Module:
         """The body with its first layers only; the modules, and so the weights, are the model's own. With
         "per_layer_activations" a forward pass leaves what goes into each layer in `states`.
         """
         layers = list(decoder_body(self.model).layers)[: self.n_layers_run]
-        if self.encoder_type == "per_layer_activations":
+        if self.encoder_type == "per_layer_activations" and states is not None:
             layers = [_watched(layer, states) for layer in layers]
         body = _with_own_parts(decoder_body(self.model))
         body._modules["layers"] = nn.ModuleList(layers)

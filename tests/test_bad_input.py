@@ -236,9 +236,34 @@ def test_adapter_for_another_model(adapter):
 
 def test_adapter_of_another_hypernetwork(adapter):
     other = build_model(seed=7)
-    assert isinstance(other.answer("Who?", adapter, max_new_tokens=2), str)
-    with pytest.raises(ValueError, match="different hypernetworks"):
-        adapter + other.internalize(DOCUMENT)
+    own = other.internalize(DOCUMENT)
+    for refused in ([adapter], [own, adapter], [adapter.compressed(2)]):
+        with pytest.raises(ValueError, match=r"another hypernetwork.*as_lora\(\)"):
+            other.answer(["Who?"] * len(refused), refused, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"different hypernetworks.*as_lora\(\)"):
+        adapter + own
+
+
+def test_adapter_of_another_hypernetwork_as_a_plain_lora(adapter):
+    """Knowingly: the same update, the bias as a block, and it can be added."""
+    other, ids = build_model(seed=7), torch.tensor([[5, 6, 7, 8]])
+    own, plain = other.internalize(DOCUMENT), adapter.as_lora()
+    assert plain.documents == [*adapter.documents, "bias"] and plain.bias is None and not plain.hypernetwork_key
+    assert plain.as_lora() is plain
+    assert adapter.compressed(2).as_lora().documents == adapter.compressed(2).documents
+    for module in adapter.modules:
+        for one, same in zip(
+            adapter.scaled_bias(0.5).factors(module), adapter.scaled_bias(0.5).as_lora().factors(module), strict=True
+        ):
+            assert torch.equal(one, same)
+    with torch.no_grad(), other.applied(plain) as network:
+        logits = network(ids).logits
+    with torch.no_grad(), build_model().applied(adapter) as network:
+        torch.testing.assert_close(logits, network(ids).logits, rtol=0, atol=1e-5)
+    both = own + plain
+    assert both.hypernetwork_key == own.hypernetwork_key
+    assert both.documents == [*own.documents, *(f"{name} (2)" for name in adapter.documents), "bias"]
+    assert isinstance(other.answer("Who?", both, max_new_tokens=2), str)
 
 
 def test_retrained_hypernetwork_is_another_one():

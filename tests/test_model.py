@@ -257,7 +257,7 @@ def test_blocks_left_out_of_order(model):
 def test_rows_of_adapters_that_differ_in_modules_and_precision(halved):
     """A row gets what it gets alone, whatever stands beside it."""
     model, other = build_model(("down_proj", "q_proj")), build_model(("down_proj", "v_proj"), seed=3)
-    adapters = [model.internalize(FIRST), other.internalize(SECOND)]
+    adapters = [model.internalize(FIRST), other.internalize(SECOND).as_lora()]
     adapters[halved] = adapters[halved].to(dtype=torch.bfloat16)
     ids = torch.tensor([model.tokenizer("Who is it?")["input_ids"]] * 2)
     with torch.no_grad(), model.applied(adapters) as network:
