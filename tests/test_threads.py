@@ -22,7 +22,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def adapters(model):
-    return model.internalize_each(["Ada keeps 3 cats.", "Bob has a boat."])
+    return [one.scaled(30) for one in model.internalize_each(["Ada keeps 3 cats.", "Bob has a boat."])]
 
 
 @torch.no_grad()
