@@ -154,7 +154,10 @@ def one_line_errors(command: str) -> Iterator[None]:
             line = f"{failure.strerror}: {failure.filename}" if failure.filename else f"{failure.strerror} ({error})"
         else:
             raise
-        raise SystemExit(f"{command}: {' '.join(line.split())}") from error
+        stop = SystemExit(f"{command}: {' '.join(line.split())}")
+        print(stop, file=sys.stderr)
+        stop.code = 1
+        raise stop from error
 
 
 # ---------------------------------------------------------------------------------------------------- single files

@@ -1,6 +1,7 @@
 """Real processes that write are killed with SIGKILL at random moments, and several write one name at once.
 
-    python tests/kill_writers.py 200        # so many kills of each kind of output, and 240 concurrent writes of each
+    python tests/kill_writers.py 200               # so many kills of each kind of output, and 240 concurrent writes
+    python tests/kill_writers.py 200 240 training  # only of the kinds with this word in their names
 
 After every kill the output is a complete old or a complete new version, and the files of others beside it and the
 user's own hidden files are untouched. Concurrent writers end without an error, and a reader never sees a mixture. The
@@ -33,6 +34,7 @@ from d2l_lib.records import read_whole
 
 HEADS = {"n_heads": 16, "n_kv_heads": 4, "head_dim": 128}  # of the published code
 N_VERSIONS = 4
+RUN = hashlib.sha256(b"run").hexdigest()  # of the shards
 FOREIGN = {"thesis.txt": b"three years of work", ".out.notes.tmp": b"hidden", "out2/config.json": b"{}"}
 
 
@@ -175,24 +177,22 @@ def kill_shards(folder: Path, n: int, rng: random.Random) -> Counter:
     counts = dict.fromkeys(selfgen.COUNTS, 1)
     path = selfgen.shard_path(folder, 0)
     begun = time.monotonic()
-    selfgen._write_shard(path, "run", table, counts)
+    selfgen._write_shard(path, RUN, table, counts)
     whole, duration = path.read_bytes(), time.monotonic() - begun
     found: Counter = Counter()
     while sum(found.values()) < n:
         if sum(found.values()) % 2:
             path.unlink(missing_ok=True)
             path.with_suffix(".json").unlink(missing_ok=True)
-        killed, _ = killed_after(
-            lambda: selfgen._write_shard(path, "run", table, counts), rng.uniform(0, duration * 1.5)
-        )
+        killed, _ = killed_after(lambda: selfgen._write_shard(path, RUN, table, counts), rng.uniform(0, duration * 1.5))
         assert not path.exists() or path.read_bytes() == whole, "half a shard"
-        problem = selfgen._problem(path, "run")
+        problem = selfgen._problem(path, RUN)
         assert problem in (None, "", "it has no checksum (was the run interrupted?)"), problem
         check_foreign(folder)
         if killed:
             found["whole" if problem is None else "made again"] += 1
-    selfgen._write_shard(path, "run", table, counts)
-    assert selfgen._problem(path, "run") is None and not leftovers(folder)
+    selfgen._write_shard(path, RUN, table, counts)
+    assert selfgen._problem(path, RUN) is None and not leftovers(folder)
     return found
 
 
@@ -292,24 +292,27 @@ def concurrent(output: Output, folder: Path, n: int, n_writers: int = 4) -> Coun
     return seen
 
 
-def main(n: int, n_writes: int = 240) -> None:
-    """All kinds; AssertionError names the first that fails."""
+def main(n: int, n_writes: int = 240, only: str = "") -> None:
+    """All kinds whose name contains `only`; AssertionError names the first that fails."""
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="kill_writers_"))
     rng = random.Random(0)
     try:
         for output in outputs(work):
+            if only not in output.name:
+                continue
             folder = work / output.name.replace(" ", "_")
             print(f"{output.name}: {n} kills: {dict(kill_output(output, folder / 'kills', n, rng))}", flush=True)
             seen = concurrent(output, folder / "together", n_writes)
             print(
                 f"{output.name}: {n_writes} writes by 4 processes, {sum(seen.values())} reads, no mixture", flush=True
             )
-        print(f"shards: {n} kills: {dict(kill_shards(work / 'shards', n, rng))}", flush=True)
-        print(f"training checkpoints: {n} kills: {dict(kill_training(work / 'training', n, rng))}", flush=True)
+        for name, kill in (("shards", kill_shards), ("training checkpoints", kill_training)):
+            if only in name:
+                print(f"{name}: {n} kills: {dict(kill(work / name, n, rng))}", flush=True)
     finally:
         shutil.rmtree(work)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, int(sys.argv[2]) if len(sys.argv) > 2 else 240)
+    main(*map(int, sys.argv[1:3] or ["3"]), *sys.argv[3:])
