@@ -293,7 +293,7 @@ def concurrent(output: Output, folder: Path, n: int, n_writers: int = 4) -> Coun
 
 
 def main(n: int, n_writes: int = 240, only: str = "") -> None:
-    """All kinds whose name contains a word of `only` (with commas between); AssertionError names the first that fails."""
+    """All kinds whose name contains a word of `only` (commas between them); AssertionError names what fails."""
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="kill_writers_"))
     rng = random.Random(0)
