@@ -9,7 +9,6 @@ any order, and an interrupted one goes on where it was. Variants are `presets.QA
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 from dataclasses import fields
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+
+from d2l_lib import arguments as options
 
 from . import selfgen, world
 from .base_model import load_base_model
@@ -94,10 +95,10 @@ def share_warm_up(variant: str, run: Path, ours: Path) -> None:
 @one_line_errors("ablations")
 def main() -> None:
     """Train and score variants of the question-answering recipe on the bundled base model, one after another."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = options.Parser(description=main.__doc__)
     parser.add_argument("--variant", choices=list(QA_VARIANTS), help="one variant (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--n", type=int, default=100, help="questions per task and number of facts")
+    parser.add_argument("--seeds", type=options.seed, nargs="+", default=[0])
+    parser.add_argument("--n", type=options.count, default=100, help="questions per task and number of facts")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     a = parser.parse_args()
     base_model, tokenizer = load_base_model("tiny")

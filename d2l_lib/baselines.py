@@ -10,7 +10,6 @@ memory.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import random
@@ -23,6 +22,8 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 from torch import Tensor, nn
+
+from d2l_lib import arguments as options
 
 from . import evaluation, qa, records, world
 from .adapter import Adapter, Block
@@ -465,14 +466,16 @@ def main() -> None:
     kinds: every kind of question by number of facts and length. methods: all methods on the same documents, with their
     costs.
     """
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = options.Parser(description=main.__doc__)
     parser.add_argument("what", choices=("kinds", "methods"))
     parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
-    parser.add_argument("--n", type=int, default=1000, help="one-hop questions (kinds)")
-    parser.add_argument("--documents", type=int, default=10, help="of 20 facts, eight questions each (methods)")
-    parser.add_argument("--distillation-steps", type=int, default=300)
+    parser.add_argument("--n", type=options.count, default=1000, help="one-hop questions (kinds)")
+    parser.add_argument(
+        "--documents", type=options.count, default=10, help="of 20 facts, eight questions each (methods)"
+    )
+    parser.add_argument("--distillation-steps", type=options.count, default=300)
     parser.add_argument("--text-to-lora", help="folder of a model that d2l_lib.text_to_lora trained (methods)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=options.seed, default=0)
     a = parser.parse_args()
     facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.baselines", *sys.argv[1:]])}
     facts["threads"] = torch.get_num_threads()

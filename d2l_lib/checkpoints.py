@@ -8,7 +8,6 @@ every tensor bit for bit:
     python -m d2l_lib.checkpoints convert folder pytorch_model.bin
 """
 
-import argparse
 import json
 import os
 import types
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from d2l_lib import arguments as options
 from d2l_lib import pickles
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.pickles import CheckpointError, Record
@@ -482,7 +482,7 @@ def convert(source: str | Path, target: str | Path, base_model: str | None = Non
 @one_line_errors("checkpoints")
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m d2l_lib.checkpoints", description=__doc__.partition("\n")[0])
+    parser = options.Parser(prog="python -m d2l_lib.checkpoints", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="convert")
     command = commands.add_parser("convert", help="published file to folder, or folder to published file")
     command.add_argument("source", help="a pytorch_model.bin, or a folder with hypernetwork.safetensors")

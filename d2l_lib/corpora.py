@@ -18,7 +18,6 @@ fetched. Where the hub is not reached (or must not be: HF_HUB_OFFLINE=1), the er
 
 from __future__ import annotations
 
-import argparse
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from itertools import islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
+
+from d2l_lib import arguments as options
 
 from . import qa, selfgen
 from .records import one_line_errors, write_jsonl
@@ -317,13 +318,13 @@ def download(folder: str | Path, model: str) -> Path:
 @one_line_errors("corpora")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tell how large data sets are, write their documents for selfgen, or download self-generated data."""
-    parser = argparse.ArgumentParser(prog="python -m d2l_lib.corpora", description=main.__doc__)
+    parser = options.Parser(prog="python -m d2l_lib.corpora", description=main.__doc__)
     parser.add_argument("what", choices=("size", "write", "download"))
     parser.add_argument("name", nargs="?", choices=CORPORA, help="default for size: all of them")
     parser.add_argument("--source", type=Path, help="file or folder in the data set's format (default: the hub)")
     parser.add_argument("--split", help="default: what is trained on; of LongBench-E: test")
     parser.add_argument("--model", default="google/gemma-2-2b-it", help="base model of self-generated data")
-    parser.add_argument("--documents", type=int, help="write so many (default: all)")
+    parser.add_argument("--documents", type=options.count, help="write so many (default: all)")
     parser.add_argument("--out", type=Path, help="file to write (.jsonl), or folder for a download")
     a = parser.parse_args(arguments)
     if a.what != "size" and (a.name is None or a.out is None):

@@ -17,7 +17,6 @@ with the right answers. Batch i is a function of (seed, i), as everywhere.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 from collections.abc import Sequence
@@ -29,6 +28,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from d2l_lib import arguments as options
 
 from . import world
 from .base_model import load_base_model
@@ -341,9 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Remake the bundled question-answering hypernetwork, or train one for a base model of your own. An interrupted
     run goes on where it was.
     """
-    parser = argparse.ArgumentParser(prog="python -m d2l_lib.distillation", description=main.__doc__)
+    parser = options.Parser(prog="python -m d2l_lib.distillation", description=main.__doc__)
     parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
-    parser.add_argument("--seed", type=int, help="the preset's own seed makes the bundled one")
+    parser.add_argument("--seed", type=options.seed, help="the preset's own seed makes the bundled one")
     add_run_arguments(parser)
     parser.add_argument(
         "--shards", type=Path, nargs="+", default=[], help="self-generated data: folders (searched) or parquet files"
@@ -362,7 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say_what_is_trained(stage, source, run / name)
     cache = a.cache or a.runs / "shards"
     meta = {"preset": p.name}
-    train_own(replace(p.qa, **settings), source, run, seed, meta, a.shards, cache, **fit_options(a))
+    stages_of_run = replace(p.qa, readout=shortened(p.qa.readout, a.steps), **settings)
+    train_own(stages_of_run, source, run, seed, meta, a.shards, cache, **fit_options(a))
 
 
 if __name__ == "__main__":

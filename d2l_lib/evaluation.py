@@ -6,7 +6,6 @@ into shares with 95% Wilson intervals.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+
+from d2l_lib import arguments as options
 
 from . import needles, world
 from .base_model import load_base_model
@@ -353,14 +354,14 @@ def record(path: Path, samples: pd.DataFrame, by: Sequence[str], **facts) -> pd.
 @one_line_errors("evaluation")
 def main() -> None:
     """Full evaluations, recorded in data/full_runs with seed, n and command; `cost` prints one measurement."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = options.Parser(description=main.__doc__)
     parser.add_argument("what", choices=("base", "needle", "cost"))
-    parser.add_argument("length", type=int, nargs="?", help="of the document, in tokens (for cost)")
+    parser.add_argument("length", type=options.count, nargs="?", help="of the document, in tokens (for cost)")
     parser.add_argument("--model", default="tiny", help="bundled name, or a folder")
     parser.add_argument("--variant", default="ours", help="what the hypernetwork's training is called in the record")
-    parser.add_argument("--training-seed", type=int, default=0, help="its seed, for the record")
-    parser.add_argument("--n", type=int, default=500, help="samples per task, or haystacks per length")
-    parser.add_argument("--seed", type=int, default=0, help="of the evaluation")
+    parser.add_argument("--training-seed", type=options.seed, default=0, help="its seed, for the record")
+    parser.add_argument("--n", type=options.count, default=500, help="samples per task, or haystacks per length")
+    parser.add_argument("--seed", type=options.seed, default=0, help="of the evaluation")
     a = parser.parse_args()
     command = " ".join(["python -m d2l_lib.evaluation", *sys.argv[1:]])
     folder = project_root() / "data" / "full_runs"

@@ -9,7 +9,6 @@ and the answer is watched.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import random
@@ -24,6 +23,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+
+from d2l_lib import arguments as options
 
 from . import world
 from .attribution import METHODS, Trials, attribute, ranks
@@ -525,11 +526,13 @@ def main() -> None:
     """The study of a bundled model: one-hop and two-hop questions on documents of 8 to 40 sentences, recorded in
     data/full_runs/attribution.jsonl with seed, n and command. It goes on where it was interrupted.
     """
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = options.Parser(description=main.__doc__)
     parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
-    parser.add_argument("--n", type=int, default=500, help="one-hop questions that all blocks answer rightly")
-    parser.add_argument("--n-two-hop", type=int, default=150, help="two-hop questions that all blocks answer rightly")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=options.count, default=500, help="one-hop questions that all blocks answer rightly")
+    parser.add_argument(
+        "--n-two-hop", type=options.count, default=150, help="two-hop questions that all blocks answer rightly"
+    )
+    parser.add_argument("--seed", type=options.seed, default=0)
     a = parser.parse_args()
     model = load(a.model)
     folder = project_root() / "runs" / "attribution"

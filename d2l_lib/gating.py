@@ -9,7 +9,6 @@ what it spoils: the gate against questions that a document answers, the dial aga
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from torch import Tensor
+
+from d2l_lib import arguments as options
 
 from . import world
 from .adapter import Adapter
@@ -492,11 +493,11 @@ def main() -> None:
     """Routing, gate and dial of a bundled model, recorded in data/full_runs (routing.jsonl, gate.jsonl,
     gate_ideas.jsonl, conflict_dial.jsonl) with seed, n and command.
     """
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = options.Parser(description=main.__doc__)
     parser.add_argument("what", nargs="?", choices=("routing", "gate", "dial", "all"), default="all")
     parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
-    parser.add_argument("--n", type=int, default=400, help="questions of each sort and split")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=options.count, default=400, help="questions of each sort and split")
+    parser.add_argument("--seed", type=options.seed, default=0)
     parser.add_argument("--keep", action="store_true", help="write the gate's thresholds into the model's folder")
     a = parser.parse_args()
     facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.gating", *sys.argv[1:]])}

@@ -7,9 +7,11 @@ Sizes are in tokens, batches or units of the model; rates are AdamW learning rat
 
 from __future__ import annotations
 
+import math
 from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 
 
 @dataclass(frozen=True)
@@ -460,20 +462,32 @@ def changed(settings, changes: Sequence[str]):
             kinds.append("int")
         if type(value).__name__.replace("NoneType", "None") not in (kind.partition("[")[0] for kind in kinds):
             raise ValueError(f"{change!r}: {name} must be {known[name].type}")
+        least = 1 if name == "steps" else 0
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise ValueError(f"{change!r}: {name} must be a finite number of at least {least}")
         values[name] = value
     return replace(settings, **values)
 
 
-def shortened(settings: TrainingPreset, steps: int | None):
-    """`settings` with `steps` optimizer steps in place of their own (None: unchanged); the warm-up takes a tenth of
-    them at most.
+def shortened(settings: TrainingPreset | ReadoutPreset | QAPreset | None, steps: int | None):
+    """`settings` with `steps` optimizer steps in each of their stages, in place of their own (None: unchanged).
+
+    settings: of one training, with its warm-up and its polish where it has them; of the warm-up alone; or of all stages
+    of question answering. The rate rises over a tenth of the steps at most. ValueError for less than one step.
     """
-    if steps is None:
+    if steps is None or settings is None:
         return settings
-    if steps < 1:
-        raise ValueError(f"steps is {steps}: at least one")
-    batches = steps * settings.batches_per_step
-    return replace(settings, steps=batches, warmup_steps=min(settings.warmup_steps, batches // 10))
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"steps is {steps!r}: at least one")
+    if isinstance(settings, QAPreset):
+        stages = {field.name: shortened(getattr(settings, field.name), steps) for field in fields(settings)}
+        return replace(settings, **stages)
+    batches = steps * getattr(settings, "batches_per_step", 1)
+    changes = {"steps": batches, "warmup_steps": min(settings.warmup_steps, batches // 10)}
+    if isinstance(settings, NeedlePreset):
+        changes["readout"] = shortened(settings.readout, steps)
+        changes["polish_steps"] = batches if settings.polish_steps else 0
+    return replace(settings, **changes)
 
 
 def preset(name: str) -> Preset:

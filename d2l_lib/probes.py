@@ -7,13 +7,14 @@ columns of its own. `evaluation.summarise(rows, ["probe", "condition"])` makes t
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pandas as pd
+
+from d2l_lib import arguments as options
 
 from . import world
 from .evaluation import record
@@ -281,10 +282,10 @@ def all_probes(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
 @one_line_errors("probes")
 def main() -> None:
     """All probes of a bundled model, recorded in data/full_runs/qa_probes.jsonl with seed, n and command."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = options.Parser(description=main.__doc__)
     parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
-    parser.add_argument("--n", type=int, default=500, help="questions per probe and condition")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=options.count, default=500, help="questions per probe and condition")
+    parser.add_argument("--seed", type=options.seed, default=0)
     a = parser.parse_args()
     rows = all_probes(load(a.model), a.n, a.seed)
     rows = rows.assign(about=rows["about"].fillna(""))

@@ -10,7 +10,6 @@ from its folder. What the pages printed is recorded in data/full_runs/rehearsal.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from d2l_lib import arguments as options
 from d2l_lib import hub, notebooks, training
 from d2l_lib.base_model import bundled_path
 from d2l_lib.checkpoints import PUBLISHED, export
@@ -141,7 +141,7 @@ def _printed(cell: Mapping) -> str:
 @one_line_errors("rehearsal")
 def main() -> None:
     """Run all of RUNS and record what they printed."""
-    argparse.ArgumentParser(prog="python -m d2l_lib.rehearsal", description=main.__doc__).parse_args()
+    options.Parser(prog="python -m d2l_lib.rehearsal", description=main.__doc__).parse_args()
     root = project_root()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:

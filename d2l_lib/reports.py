@@ -10,7 +10,6 @@ without its documents (its bias alone) and with another document in their place.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import math
@@ -24,6 +23,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+
+from d2l_lib import arguments as options
 
 from . import markup, presets, world
 from .adapter import Adapter, Block
@@ -542,10 +543,10 @@ def main() -> None:
 
     Thresholds are chosen on validation documents (column `chosen`) and measured, with all others, on test documents.
     """
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = options.Parser(description=main.__doc__)
     parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
-    parser.add_argument("--documents", type=int, default=25, help="of each split, of 8 to 40 facts")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--documents", type=options.count, default=25, help="of each split, of 8 to 40 facts")
+    parser.add_argument("--seed", type=options.seed, default=0)
     a = parser.parse_args()
     facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.reports", *sys.argv[1:]])}
     model = load(a.model)

@@ -23,7 +23,6 @@ not promise that much).
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -42,6 +41,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from transformers import AutoConfig, AutoTokenizer
+
+from d2l_lib import arguments as options
 
 from . import world
 from .base_model import bundled_path, load_base_model
@@ -1109,16 +1110,21 @@ def _load_engine(kind: str, name: str, batch_tokens: int, gpu_share: float = 0.9
 @one_line_errors("selfgen")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Questions on documents, answered by the base model with the document in its prompt, as parquet shards."""
-    parser = argparse.ArgumentParser(prog="python -m d2l_lib.selfgen", description=main.__doc__)
+    parser = options.Parser(prog="python -m d2l_lib.selfgen", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards; a run that was killed continues")
     parser.add_argument("--model", default="tiny", help="base model: bundled name, folder or hub id")
     parser.add_argument("--source", default="world", help="world, a folder of .txt files, or a .jsonl file with texts")
     parser.add_argument("--writer", help="model that writes the questions on texts (default: the base model)")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--worker", type=int, default=int(os.environ.get("RANK", 0)), help="of this process, from 0")
-    parser.add_argument("--workers", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="how many there are")
+    parser.add_argument(
+        "--worker", type=options.count_or_none, default=int(os.environ.get("RANK", 0)), help="of this process, from 0"
+    )
+    parser.add_argument(
+        "--workers", type=options.count, default=int(os.environ.get("WORLD_SIZE", 1)), help="how many there are"
+    )
     for setting in fields(Settings):
         flag, kind = "--" + setting.name.replace("_", "-"), type(setting.default)
+        kind = options.seed if setting.name == "seed" else kind
         whatever = " (default: all, or 1000 of the world)" if setting.name == "documents" else f" ({setting.default})"
         parser.add_argument(flag, type=kind, default=None, help=setting.metadata["help"] + whatever)
     a = parser.parse_args(arguments)

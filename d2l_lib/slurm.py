@@ -10,9 +10,10 @@ goes on from the last checkpoint, which is why RUNS must lie on a disk that all 
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Sequence
+
+from d2l_lib import arguments as options
 
 from .presets import PRESETS, SHARD_STAGES, preset
 from .records import one_line_errors
@@ -92,13 +93,13 @@ def sbatch_script(
 @one_line_errors("slurm")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the script. What follows "--" goes to the training's own command."""
-    parser = argparse.ArgumentParser(prog="python -m d2l_lib.slurm", description=main.__doc__)
+    parser = options.Parser(prog="python -m d2l_lib.slurm", description=main.__doc__)
     parser.add_argument("--preset", default="paper-gemma", choices=sorted(PRESETS))
     parser.add_argument("--stage", choices=sorted(MODULES), default="qa")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=8, help="of a node")
-    parser.add_argument("--cpus", type=int, default=8, help="for each GPU")
-    parser.add_argument("--hours", type=int, default=48)
+    parser.add_argument("--nodes", type=options.count, default=1)
+    parser.add_argument("--gpus", type=options.count, default=8, help="of a node")
+    parser.add_argument("--cpus", type=options.count, default=8, help="for each GPU")
+    parser.add_argument("--hours", type=options.count, default=48)
     parser.add_argument("--partition")
     parser.add_argument("--shards", nargs="+", default=[], help="folders of self-generated data")
     parser.add_argument("--runs", default="runs", help="a folder on a disk that all nodes share")

@@ -13,7 +13,6 @@ depend on what the numbers are.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import platform
 import random
@@ -34,6 +33,8 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from d2l_lib import arguments as options
 
 from . import needles, world
 from .adapter import Adapter
@@ -786,16 +787,24 @@ def main() -> None:
     """Record seconds and peak memory in data/full_runs/speed_tiny.jsonl and speed_gemma.jsonl, one process for each
     measurement. Goes on where it was interrupted. Times mean something only where nothing else uses the cores.
     """
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = options.Parser(description=main.__doc__)
     parser.add_argument("what", choices=("tiny", "gemma", "all"))
-    parser.add_argument("--lengths", type=int, nargs="+", help="of documents, in tokens")
-    parser.add_argument("--layers", type=int, help="base layers of Gemma-2-2B's sizes (26 on a GPU, 2 on a CPU)")
-    parser.add_argument("--vocabulary", type=int, help="of Gemma-2-2B's sizes (256000 on a GPU, 4096 on a CPU)")
+    parser.add_argument("--lengths", type=options.count, nargs="+", help="of documents, in tokens")
+    parser.add_argument(
+        "--layers", type=options.count, help="base layers of Gemma-2-2B's sizes (26 on a GPU, 2 on a CPU)"
+    )
+    parser.add_argument(
+        "--vocabulary", type=options.count, help="of Gemma-2-2B's sizes (256000 on a GPU, 4096 on a CPU)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of Gemma-2-2B's sizes")
-    parser.add_argument("--seed", type=int, default=0, help="of documents and random weights")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each measurement, at most")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a measurement is ended")
-    parser.add_argument("--memory-limit", type=int, help="MiB that a measurement may allocate on the CPU (Linux)")
+    parser.add_argument("--seed", type=options.seed, default=0, help="of documents and random weights")
+    parser.add_argument("--repeats", type=options.count, default=REPEATS, help="of each measurement, at most")
+    parser.add_argument(
+        "--limit", type=options.positive, default=600.0, help="seconds after which a measurement is ended"
+    )
+    parser.add_argument(
+        "--memory-limit", type=options.count, help="MiB that a measurement may allocate on the CPU (Linux)"
+    )
     parser.add_argument(
         "--again", action="store_true", help="drop first what is recorded of the same models, depth and device"
     )
@@ -809,9 +818,9 @@ def main() -> None:
     of_gemma = gemma_measurements(a.lengths, a.layers, a.vocabulary, a.dtype, a.seed)
     plan = {"tiny": tiny_measurements(a.seed, a.lengths), "gemma": of_gemma}
     for name in ("tiny", "gemma") if a.what == "all" else (a.what,):
-        options = {"repeats": a.repeats, "least": min(LEAST_REPEATS, a.repeats), "limit_s": a.limit}
+        limits = {"repeats": a.repeats, "least": min(LEAST_REPEATS, a.repeats), "limit_s": a.limit}
         options["memory_limit_mib"] = a.memory_limit
-        record(plan[name], record_path(name), command, again=a.again, report=report, **options)
+        record(plan[name], record_path(name), command, again=a.again, report=report, **limits)
 
 
 if __name__ == "__main__":

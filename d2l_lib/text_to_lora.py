@@ -11,7 +11,6 @@ trained on the same documents with the same loss (`training.Internalization`), e
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import replace
@@ -21,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from d2l_lib import arguments as options
 
 from .base_model import load_base_model
 from .checkpoints import config_of_settings, read_safetensors
@@ -125,9 +126,9 @@ def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
 @one_line_errors("text_to_lora")
 def main() -> None:
     """Train the hypernetwork to compare with; its log goes to data/full_runs."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = options.Parser(description=main.__doc__)
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=options.seed, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--data", type=Path, default=Path("data"))
     a = parser.parse_args()

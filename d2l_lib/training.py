@@ -27,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from d2l_lib import arguments as options
+
 from . import needles, pretraining
 from .base_model import bundled_path, decoder_body, default_modules, final_norm, load_base_model, module_sizes
 from .checkpoints import save_checkpoint
@@ -583,11 +585,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the bundled models and their logs go")
     own = parser.add_argument_group("runs of your own (they end in RUNS/PRESET/.../final, and leave --data alone)")
     own.add_argument("--base", help="base model: bundled name, folder or hub id (default: the preset's)")
-    own.add_argument("--steps", type=int, help="optimizer steps of each stage, in place of the preset's")
+    own.add_argument("--steps", type=options.count, help="optimizer steps of each stage, in place of the preset's")
     own.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of the preset")
-    own.add_argument("--save-steps", type=int, default=250, help="optimizer steps from one checkpoint to the next")
-    own.add_argument("--report-steps", type=int, default=50, help="optimizer steps from one log line to the next")
-    own.add_argument("--keep", type=int, default=2, help="keep so many checkpoints; 0 keeps all")
+    own.add_argument(
+        "--save-steps", type=options.count, default=250, help="optimizer steps from one checkpoint to the next"
+    )
+    own.add_argument(
+        "--report-steps", type=options.count, default=50, help="optimizer steps from one log line to the next"
+    )
+    own.add_argument("--keep", type=options.count_or_none, default=2, help="keep so many checkpoints; 0 keeps all")
     own.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
@@ -710,11 +716,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Remake what is bundled (the base model, then the needle hypernetwork), or train a needle hypernetwork for a base
     model of your own. Interrupted runs go on where they were.
     """
-    parser = argparse.ArgumentParser(prog="python -m d2l_lib.training", description=main.__doc__)
+    parser = options.Parser(prog="python -m d2l_lib.training", description=main.__doc__)
     parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
     parser.add_argument("--stage", choices=("all", "base", "needle"), default="all")
     parser.add_argument(
-        "--seed", type=int, help="of the needle hypernetwork; the preset's own seed makes the bundled one"
+        "--seed", type=options.seed, help="of the needle hypernetwork; the preset's own seed makes the bundled one"
     )
     parser.add_argument("--variant", choices=sorted(NEEDLE_VARIANTS), default="ours", help="of the needle training")
     parser.add_argument(

@@ -10,10 +10,11 @@ being written, and ends when the run has ended (RUN/final) and all is scored.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from d2l_lib import arguments as options
 
 from . import qa
 from .base_model import load_base_model
@@ -146,16 +147,18 @@ def question_score(name: str, source: Path | None, n: int, seed: int) -> Score:
 @one_line_errors("watch")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score the checkpoints of a training as they appear."""
-    parser = argparse.ArgumentParser(prog="python -m d2l_lib.watch", description=main.__doc__)
+    parser = options.Parser(prog="python -m d2l_lib.watch", description=main.__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run; its stages lie in it")
     parser.add_argument("--task", default="needle", choices=("needle", *qa.DATASETS))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024], help="of haystacks, in tokens")
+    parser.add_argument(
+        "--lengths", type=options.count, nargs="+", default=[64, 256, 1024], help="of haystacks, in tokens"
+    )
     parser.add_argument("--source", type=Path, help="file or folder of the data set (default: data/qa, or the hub)")
-    parser.add_argument("--n", type=int, default=50, help="haystacks per length, or questions")
-    parser.add_argument("--seed", type=int, default=0, help="of the evaluation")
+    parser.add_argument("--n", type=options.count, default=50, help="haystacks per length, or questions")
+    parser.add_argument("--seed", type=options.seed, default=0, help="of the evaluation")
     parser.add_argument("--base", help="base model, where the run's own is not found by its name")
     parser.add_argument("--scores", type=Path, help="default: RUN/scores.jsonl")
-    parser.add_argument("--every", type=float, default=60, help="seconds between two looks")
+    parser.add_argument("--every", type=options.positive, default=60, help="seconds between two looks")
     parser.add_argument("--once", action="store_true", help="score what is there, and end")
     a = parser.parse_args(arguments)
     if not a.run.is_dir():

@@ -10,7 +10,6 @@ is told by leaving it out (`Adapter.without`, `singular_part`, `only_layers`) an
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -22,6 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from d2l_lib import arguments as options
 from d2l_lib import needles
 from d2l_lib.adapter import Adapter, Block, singular_vectors
 from d2l_lib.base_model import target_linears
@@ -416,12 +416,12 @@ def main() -> None:
     One row per haystack and rank, written as soon as a haystack is done: started again, the command goes on there. Rows
     of other lengths and seeds stay.
     """
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = options.Parser(description=main.__doc__)
     parser.add_argument("what", choices=("recompression",))
     parser.add_argument("--model", default="tiny", help="bundled name, or a folder")
-    parser.add_argument("--length", type=int, default=131072, help="of the haystacks, in tokens")
-    parser.add_argument("--n", type=int, default=100, help="haystacks")
-    parser.add_argument("--seed", type=int, default=0, help="of the evaluation")
+    parser.add_argument("--length", type=options.count, default=131072, help="of the haystacks, in tokens")
+    parser.add_argument("--n", type=options.count, default=100, help="haystacks")
+    parser.add_argument("--seed", type=options.seed, default=0, help="of the evaluation")
     a = parser.parse_args()
     model = load(a.model)
     path = project_root() / "data" / "full_runs" / "recompression.jsonl"
