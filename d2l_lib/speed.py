@@ -819,7 +819,7 @@ def main() -> None:
     plan = {"tiny": tiny_measurements(a.seed, a.lengths), "gemma": of_gemma}
     for name in ("tiny", "gemma") if a.what == "all" else (a.what,):
         limits = {"repeats": a.repeats, "least": min(LEAST_REPEATS, a.repeats), "limit_s": a.limit}
-        options["memory_limit_mib"] = a.memory_limit
+        limits["memory_limit_mib"] = a.memory_limit
         record(plan[name], record_path(name), command, again=a.again, report=report, **limits)
 
 

@@ -20,7 +20,7 @@ WRONG = {
     "reports": [["--documents", "0"], ["--seed", "-1"]],
     "selfgen": [["--out", "x", "--workers", "0"], ["--out", "x", "--worker", "-1"], ["--out", "x", "--seed", "-1"]],
     "slurm": [["--nodes", "0"], ["--gpus", "-8"], ["--hours", "0"]],
-    "speed": [["tiny", "--lengths", "64", "0"], ["tiny", "--repeats", "0"], ["tiny", "--limit", "nan"], ["gemma", "--layers", "-1"]],  # noqa: E501
+    "speed": [["tiny", "--lengths", "64", "0"], ["tiny", "--repeats", "0"], ["tiny", "--limit", "nan"]],
     "text_to_lora": [["--seed", "-1"]],
     "training": [["--seed", "-1"], ["--steps", "0"], ["--report-steps", "-5"], ["--steps", "9" * 5000]],
     "watch": [[".", "--every", "0"], [".", "--every", "inf"], [".", "--n", "0"], [".", "--lengths", "-64"]],
