@@ -22,8 +22,8 @@ import torch
 from d2l_lib import arguments as options
 
 from . import needles, world
-from .base_model import load_base_model
-from .documents import question_ids, stop_ids
+from .base_model import generate, load_base_model
+from .documents import question_ids
 from .model import load
 from .records import one_line_errors, project_root, write_jsonl
 
@@ -40,7 +40,6 @@ def greedy_answers(
     Prompts longer than the model's window are answered too: that is what the comparison beyond the window is about.
     """
     ids = question_ids(tokenizer, list(prompts))
-    stops = stop_ids(tokenizer)
     answers = [""] * len(ids)
     waiting = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     while waiting:
@@ -53,14 +52,8 @@ def greedy_answers(
         for row, i in enumerate(batch):
             padded[row, longest - len(ids[i]) :] = torch.tensor(ids[i])
             mask[row, longest - len(ids[i]) :] = 1
-        generated = model.generate(
-            input_ids=padded.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        ids_here, mask_here = padded.to(model.device), mask.to(model.device)
+        generated = generate(model, tokenizer, ids_here, mask_here, max_new_tokens=max_new_tokens)
         for row, i in enumerate(batch):
             answers[i] = tokenizer.decode(generated[row, longest:], skip_special_tokens=True).strip()
     return answers

@@ -16,10 +16,9 @@ from typing import Any, BinaryIO
 
 import torch as _torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from d2l_lib import pickles
-from d2l_lib.base_model import _locate
+from d2l_lib.base_model import _locate, load_tokenizer
 from d2l_lib.checkpoints import build_hypernetwork, parse_published
 from d2l_lib.model import DocToLoRA, assemble
 
@@ -48,7 +47,7 @@ torch = _Torch()
 
 def get_tokenizer(name: str | Path, **options: Any):
     """The tokenizer of a base model, padding on the left; its chat template gives token ids as in transformers 4."""
-    tokenizer = AutoTokenizer.from_pretrained(_locate(name), padding_side="left", truncation_side="left", **options)
+    tokenizer = load_tokenizer(_locate(name), padding_side="left", truncation_side="left", **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, return_dict=False)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2l_lib import arguments as options
 from d2l_lib import hub, notebooks, training
-from d2l_lib.base_model import bundled_path
+from d2l_lib.base_model import bundled_path, load_tokenizer
 from d2l_lib.checkpoints import PUBLISHED, export
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.model import load
@@ -58,7 +58,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 def build_cache(home: Path, seed: int = 0) -> None:
     """Fill an empty HF_HOME: the stand-ins of BASE_MODEL and of CHECKPOINT, and the bundled model as BUNDLED."""
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(bundled_path("tiny") / "base_model")
+    tokenizer = load_tokenizer(str(bundled_path("tiny") / "base_model"))
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.add_special_tokens({"eos_token": "<end_of_turn>", "extra_special_tokens": ["<start_of_turn>"]})
     config = AutoConfig.for_model(

@@ -40,12 +40,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from d2l_lib import arguments as options
 
 from . import world
-from .base_model import bundled_path, load_base_model
+from .base_model import bundled_path, load_base_model, load_tokenizer, without_code
 from .documents import check_count, check_text, context_ids, question_ids, stop_ids
 from .lora import without_lora
 from .packing import TEACHER_COLUMNS
@@ -343,8 +343,8 @@ class VllmEngine:
         bundled = bundled_path(name) / "base_model"
         location = str(bundled) if bundled.is_dir() else name
         self.name, self._vllm = name, vllm
-        self.config = AutoConfig.from_pretrained(location).get_text_config()
-        self.tokenizer = AutoTokenizer.from_pretrained(location)
+        self.config = without_code(AutoConfig, location).get_text_config()
+        self.tokenizer = load_tokenizer(location)
         self.stops, self.window = stop_ids(self.tokenizer), self.config.max_position_embeddings
         options = {"max_model_len": self.window, "max_logprobs": TOP_K, "gpu_memory_utilization": gpu_share}
         self._llm = vllm.LLM(model=location, **options)

@@ -38,7 +38,7 @@ from d2l_lib import arguments as options
 
 from . import needles, world
 from .adapter import Adapter
-from .base_model import decoder_body, default_device, load_base_model, module_sizes
+from .base_model import decoder_body, default_device, generate, load_base_model, module_sizes
 from .documents import check_count, chunk_document, question_ids
 from .encoder import ContextEncoder
 from .evaluation import peak_memory_mib, reset_peak_memory
@@ -368,14 +368,8 @@ def _in_context(model: DocToLoRA, m: Measurement) -> tuple[Callable[[], Stopwatc
 def _generate(network, model: DocToLoRA, prompt: list[int]) -> None:
     """NEW_TOKENS tokens after the prompt, whatever they are."""
     ids = torch.tensor([prompt], device=model.device)
-    network.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=model.tokenizer.pad_token_id,
-    )
+    count = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+    generate(network, model.tokenizer, ids, torch.ones_like(ids), **count)
 
 
 def _together(model: DocToLoRA, m: Measurement) -> tuple[Callable[[], Stopwatch], dict]:
