@@ -549,7 +549,7 @@ class Adapter:
         try:
             return cls._from_header(header, tensors)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}: {advice}") from error
+            raise ValueError(f"{where}: {ascii(str(error))[1:-1][:500]}: {advice}") from error
 
     @classmethod
     def _from_header(cls, header: AdapterHeader, tensors: dict[str, Tensor]) -> Adapter:

@@ -197,6 +197,10 @@ def _skeleton(config: HypernetworkConfig) -> Hypernetwork:
         raise CheckpointError(f"the settings describe no hypernetwork: {reason}") from error
 
 
+def _few(names: list[str]) -> list[str]:
+    return [name[:LONGEST_NAME] for name in names[:5]]
+
+
 def _once(skeleton: Hypernetwork, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `state` with each shared layer once, under its first name.
 
@@ -210,7 +214,7 @@ def _once(skeleton: Hypernetwork, state: dict[str, Tensor]) -> dict[str, Tensor]
     unknown = sorted(set(state) - set(own))
     missing = sorted(set(first.values()) - set(state))
     if unknown or missing:
-        raise CheckpointError(f"tensors do not fit the settings: missing {missing[:5]}, not expected {unknown[:5]}")
+        raise CheckpointError(f"tensors do not fit the settings: missing {_few(missing)}, not expected {_few(unknown)}")
     check_tensors(state, "the checkpoint", CheckpointError)
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:

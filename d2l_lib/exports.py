@@ -315,12 +315,13 @@ def _not_plain(config: Mapping) -> list[str]:
         found.append(f"bias {config['bias']!r}")
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
         found.append(f"init_lora_weights {config['init_lora_weights']!r}, which changes the base model")
-    return found + [f"{name} {value!r}" for name, value in sorted(config.items()) if value and name not in _PLAIN]
+    others = [(name, value) for name, value in sorted(config.items()) if value and name not in _PLAIN]
+    return found + [f"{name[:80]} {repr(value)[:80]}" for name, value in others[:10]]
 
 
 def _some(names: Sequence[str]) -> str:
     """Up to three of the names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(name[:200] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # ------------------------------------------------------------------------------------------------------ who can load it

@@ -139,6 +139,7 @@ Name = Annotated[str, Field(min_length=1), AfterValidator(_unicode)]
 ModelName = Annotated[str, Field(max_length=LONGEST_PATH), AfterValidator(_printable)]
 ModuleName = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_printable)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Factor = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]  # of tensors: no product overflows
 Share = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 Whole = Annotated[int, Field(ge=0, le=1 << 48)]  # a position or a number of things
 Count = Annotated[int, Field(ge=1, le=LARGEST)]  # a size
@@ -193,7 +194,7 @@ class AdapterBlock(AdapterSides):
     document: Name
     chunk: Whole
     span: Span | None
-    weight: Finite
+    weight: Factor
 
 
 class AdapterHeader(_Closed):
@@ -203,8 +204,8 @@ class AdapterHeader(_Closed):
     version: FirstVersion
     blocks: list[AdapterBlock]
     bias: AdapterSides | None
-    scale: Finite
-    bias_weight: Finite
+    scale: Factor
+    bias_weight: Factor
     n_layers: Layers
     sizes: dict[ModuleName, Sizes]
     base_model: Text
