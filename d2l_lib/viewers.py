@@ -12,13 +12,14 @@ import html
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import ipywidgets as W
 import numpy as np
 import pandas as pd
 
-from d2l_lib.documents import name_documents
+from d2l_lib.documents import name_documents, read_document
 from d2l_lib.views.page import (  # noqa: F401 - the frame can be had from here too
     CSS,
     Pager,
@@ -437,6 +438,7 @@ class Chat(Viewer):
         background: bool | None = None,
     ):
         given = documents if isinstance(documents, Mapping) else name_documents(documents) if documents else {}
+        given = {name: read_document(one) if isinstance(one, PurePath) else one for name, one in given.items()}
         super().__init__([], "")
         self.conversation, self.turns, self.work = Conversation(model), [], Work(background)
         self._editing: str | None = None

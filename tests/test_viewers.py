@@ -321,12 +321,15 @@ def test_chat_says_what_went_wrong_and_goes_on():
     assert "ready" in page(viewer, "message").text
 
 
-def test_chat_takes_documents_as_internalize_does():
+def test_chat_takes_documents_as_internalize_does(tmp_path):
+    (tmp_path / "lamps.txt").write_text("Ada paints lamps.")
+    for documents in (tmp_path / "lamps.txt", {"lamps.txt": tmp_path / "lamps.txt"}):
+        assert viewers.chat(ToyModel(), documents).conversation.texts == {"lamps.txt": "Ada paints lamps."}
     for documents, names in (("A.", ["document"]), (["A.", "B."], ["document 1", "document 2"]), ({"x": "A."}, ["x"])):
         model = ToyModel()
         viewers.chat(model, documents)
         assert model.internalized == names
-    with pytest.raises(TypeError, match="a list of texts"):
+    with pytest.raises(TypeError, match="a text, a Path, a list of these"):
         viewers.chat(ToyModel(), 3)
 
 
