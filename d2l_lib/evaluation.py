@@ -23,7 +23,7 @@ from d2l_lib import arguments as options
 
 from . import needles, world
 from .base_model import generate, load_base_model
-from .documents import question_ids
+from .documents import check_texts, question_ids
 from .model import load
 from .records import one_line_errors, project_root, write_jsonl
 
@@ -39,7 +39,7 @@ def greedy_answers(
 
     Prompts longer than the model's window are answered too: that is what the comparison beyond the window is about.
     """
-    ids = question_ids(tokenizer, list(prompts))
+    ids = question_ids(tokenizer, check_texts(prompts, "prompts"))
     answers = [""] * len(ids)
     waiting = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     while waiting:

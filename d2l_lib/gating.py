@@ -25,7 +25,7 @@ from d2l_lib import arguments as options
 from . import world
 from .adapter import Adapter
 from .checkpoints import SETTINGS
-from .documents import check_count
+from .documents import check_count, check_texts
 from .evaluation import summarise, wilson
 from .model import DocToLoRA, find_checkpoint, load
 from .probes import one_hop_question, strangers, sum_of
@@ -51,6 +51,7 @@ def gated(
     relevant blocks the `blocks` most relevant answer, together with the bias; blocks=None: where one is relevant, the
     whole adapter answers. ValueError where the numbers of questions and adapters differ.
     """
+    questions = check_texts(questions, "questions")
     gate = model.gate if least is None else None
     least = model.least_relevance if least is None else least
     if blocks is not None:

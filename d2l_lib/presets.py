@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 
+from d2l_lib.documents import check_texts
+
 
 @dataclass(frozen=True)
 class BaseModelPreset:
@@ -449,7 +451,7 @@ def changed(settings, changes: Sequence[str]):
     """
     known = {field.name: field for field in fields(settings)}
     values = {}
-    for change in changes:
+    for change in check_texts(changes, "changes"):
         name, given, text = change.partition("=")
         if not given or name not in known:
             raise ValueError(f"{change!r}: give name=value, where the name is one of {', '.join(known)}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from d2l_lib.adapter import Adapter
-from d2l_lib.documents import check_count, question_ids
+from d2l_lib.documents import check_count, check_texts, question_ids
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
@@ -67,6 +67,7 @@ def leads_and_divergences(
     model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter], *, system: str = ""
 ) -> list[tuple[Tensor, Tensor]]:
     """What `relevance` is made of: (lead, divergence) of each block, two tensors [n_blocks] per question."""
+    questions = check_texts(questions, "questions")
     if len(questions) != len(adapters):
         raise ValueError(f"{len(questions)} questions but {len(adapters)} adapters: give one adapter per question")
     prompts = question_ids(model.tokenizer, list(questions), system)
@@ -127,6 +128,7 @@ def route(
     come back as they are; so does None.
     """
     check_count(blocks, "blocks")
+    questions = check_texts(questions, "questions")
     least = model.least_relevance if least is None else least
     many = [
         place
