@@ -50,8 +50,10 @@ MEASURE = "nats of log-probability of {what}"
 CSS = """
 .d2l-view .d2l-cells { width: auto; font-variant-numeric: tabular-nums; }
 .d2l-view table.d2l-cells th, .d2l-view table.d2l-cells td { padding: 2px 8px; text-align: right; }
-.d2l-view table.d2l-cells th, .d2l-view table.d2l-cells td { min-width: 3em; }
+.d2l-view table.d2l-cells th, .d2l-view table.d2l-cells td { min-width: 3em; overflow-wrap: normal; }
+.d2l-view table.d2l-cells td { white-space: nowrap; }
 .d2l-view table.d2l-cells .d2l-left { text-align: left; max-width: 34em; overflow-wrap: anywhere; }
+.d2l-view table.d2l-cells td.d2l-left { white-space: pre-wrap; }
 .d2l-view .d2l-scroll { overflow-x: auto; max-width: 100%; padding-bottom: 4px; }
 .d2l-view table.d2l-units { border-collapse: separate; border-spacing: 0; }
 .d2l-view table.d2l-units th { vertical-align: bottom; }
@@ -59,6 +61,7 @@ CSS = """
 .d2l-view table.d2l-units .d2l-left { background: var(--jp-layout-color1, #fff); border-right: 1px solid #8886; }
 .d2l-view table.d2l-units .d2l-left { color: var(--jp-ui-font-color1, #111); }
 .d2l-view table.d2l-units .d2l-token-column { box-sizing: border-box; min-width: 5.8em; max-width: 5.8em; }
+.d2l-view table.d2l-units .d2l-token-column { padding: 2px 4px; overflow-wrap: anywhere; font-weight: normal; }
 .d2l-view .d2l-shade { color: #000; border: 1px solid #e4e4e4; }
 .d2l-view .d2l-legend { display: inline-block; width: 3.8em; text-align: center; color: #000; font-size: 11px; }
 .d2l-view .d2l-side { display: flex; flex-wrap: wrap; gap: 4px 36px; align-items: flex-start; }
@@ -80,7 +83,7 @@ CSS = """
 .d2l-sentences label > span, .d2l-sentences .d2l-sentence { unicode-bidi: isolate; }
 .d2l-sentences label > span::before { content: counter(d2l-sentence); }
 .d2l-sentences [data-sentence]::before { content: attr(data-sentence) !important; }
-.d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { padding: 0 3px 0 1px; color: #555; }
+.d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { padding: 0 3px 0 1px; color: #111; }
 .d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { font-size: 10px; }
 .d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { vertical-align: super; line-height: 1; }
 .d2l-sentences .d2l-marked-up label > span { pointer-events: none; }
@@ -418,7 +421,7 @@ def render_units(
     what = "answer" if token is None else f"token {token + 1}"
     first = f'<th class="d2l-left">{table.attrs["level"]}</th><th>{what}</th><th>margin (logits)</th>'
     head = "".join(
-        f'<th class="d2l-token-column">{number} {markup.inline(_visible(text))}</th>'
+        f'<th class="d2l-token-column">{number}<br>{markup.inline(_visible(text))}</th>'
         for number, text in enumerate(tokens, 1)
     )
     note = f"The {min(n_shown, len(order))} of {len(order)} that support it most"
