@@ -5,31 +5,34 @@
     adapter = model.internalize("The special magic number is 0042.")
     model.answer("What is the special magic number?", adapter)
 
-Names and submodules are imported when they are first used, so importing the package costs nothing.
+Names are imported when they are first used, so importing the package costs nothing.
 """
 
 from importlib import import_module
-from pathlib import Path
 
+# Name of the package -> (module, name in it), or a module by itself.
 _EXPORTS = {
-    "load": "model",
-    "DocToLoRA": "model",
-    "Adapter": "adapter",
-    "Block": "adapter",
-    "report": "reports",
+    "load": ("model", "load"),
+    "DocToLoRA": ("model", "DocToLoRA"),
+    "Adapter": ("adapter", "Adapter"),
+    "Block": ("adapter", "Block"),
+    "report": ("analysis.report", "report"),
+    "weights": ("analysis.weights", None),
+    "attribution": ("analysis.attribution", None),
+    "plots": ("views.plots", None),
+    "viewers": ("views.viewers", None),
 }
-_SUBMODULES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
 
 __all__ = ["Adapter", "Block", "DocToLoRA", "load", "report"]
 
 
 def __getattr__(name: str):
-    if name in _SUBMODULES:
-        return import_module(f"{__name__}.{name}")
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, inside = _EXPORTS[name]
+    found = import_module(f"{__name__}.{module}")
+    return found if inside is None else getattr(found, inside)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS, *_SUBMODULES})
+    return sorted({*globals(), *_EXPORTS})

@@ -591,23 +591,23 @@ class Adapter:
         dtype: torch.dtype | None = None,
         loader: str | None = None,
     ) -> Path:
-        """Write a PEFT LoRA folder of the whole sum, bias included; see `exports.export_peft`.
+        """Write a PEFT LoRA folder of the whole sum, bias included; see `peft.export_peft`.
 
-        rank and dtype make it smaller, `exports.export_errors(folder)` then tells what was lost. loader: "peft", "vllm"
+        rank and dtype make it smaller, `peft.export_errors(folder)` then tells what was lost. loader: "peft", "vllm"
         or "llama.cpp" must be able to load it. Documents cannot be removed from it: change the adapter, export again.
         """
-        from d2l_lib import exports
+        from d2l_lib.formats import peft
 
-        return exports.export_peft(self, folder, rank=rank, dtype=dtype, loader=loader)
+        return peft.export_peft(self, folder, rank=rank, dtype=dtype, loader=loader)
 
     @classmethod
     def from_peft(
         cls, folder: str | Path, base_model: nn.Module | DocToLoRA | None = None, *, name: str | None = None
     ) -> Adapter:
-        """A PEFT LoRA folder as an adapter of one block, to be added to others; see `exports.import_peft`."""
-        from d2l_lib import exports
+        """A PEFT LoRA folder as an adapter of one block, to be added to others; see `peft.import_peft`."""
+        from d2l_lib.formats import peft
 
-        return exports.import_peft(folder, base_model, name=name)
+        return peft.import_peft(folder, base_model, name=name)
 
     def path_of(self, module: str) -> str:
         """Where the module sits in the base model, with {layer} for the layer's number."""
@@ -808,3 +808,85 @@ def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float]:
                 B[context, :, : adapter.rank] = rows_B
         stacked[module] = (A, B)
     return stacked, first.scale if one_scale else 1.0
+
+
+Decomposition = tuple[Tensor, Tensor, Tensor]
+
+
+def decompose(adapter: Adapter, module: str) -> Decomposition:
+    """(U [L, d_out, k], S [L, k], V [L, d_in, k]) of the update of every layer, the scale included, float64 (see
+    `adapter.singular_vectors`).
+
+    ValueError for an adapter of rank 0 and for numbers that are not finite.
+    """
+    if adapter.rank == 0:
+        raise ValueError("this adapter is empty: it has no singular values")
+    A, B = adapter.factors(module)
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise ValueError(f"{module} of this adapter holds NaN or infinity: it was written by a damaged model")
+    U, S, V = singular_vectors(A, B)
+    return U, abs(adapter.scale) * S, V * math.copysign(1, adapter.scale)
+
+
+def singular_part(adapter: Adapter, start: int = 0, stop: int | None = None) -> Adapter:
+    """The adapter with only the singular directions `start` to `stop` (0 = largest; stop left out) of every layer.
+
+    `singular_part(a, 0, r)` is `a.compressed(r)`, `singular_part(a, r)` is what that leaves out: their sum is `a`.
+    One block, the bias inside. ValueError where no direction is left.
+    """
+    A, B = {}, {}
+    for module in adapter.modules:
+        U, S, V = decompose(adapter, module)
+        chosen = slice(start, stop)
+        if start < 0 or not S[:, chosen].shape[1]:
+            raise ValueError(f"no directions {start} to {stop}: this adapter has {S.shape[1]} in {module}")
+        root = (S[:, chosen] / abs(adapter.scale) if adapter.scale else S[:, chosen]).sqrt().unsqueeze(-1)
+        dtype = adapter.factors(module)[0].dtype
+        sign = math.copysign(1, adapter.scale)
+        A[module] = (sign * root * V[:, :, chosen].mT).to(dtype)
+        B[module] = (root * U[:, :, chosen].mT).to(dtype)
+    ranks = {module: rows.shape[1] for module, rows in A.items()}
+    for module, rank in ranks.items():  # modules of fewer directions are filled up with zero rows
+        missing = (0, 0, 0, max(ranks.values()) - rank)
+        A[module], B[module] = (nn.functional.pad(rows[module], missing) for rows in (A, B))
+    name = f"directions {start} to {'the last' if stop is None else stop}"
+    inside = adapter.bias is not None or adapter.bias_inside
+    block = Block(name, 0, None, 1.0, A, B)
+    return replace(adapter, blocks=(block,), bias=None, bias_weight=1.0, bias_inside=inside)
+
+
+def only_layers(adapter: Adapter, layers: Sequence[int]) -> Adapter:
+    """The adapter with its update, bias included, in these layers only (0 = first) and nothing in the others.
+
+    ValueError for a layer that it does not have.
+    """
+    if unknown := sorted(set(layers) - set(range(adapter.n_layers))):
+        raise ValueError(f"no layer {unknown} in this adapter: it has 0 to {adapter.n_layers - 1}")
+    inside = torch.tensor([float(layer in set(layers)) for layer in range(adapter.n_layers)]).view(-1, 1, 1)
+    blocks = [replace(block, B={m: B * inside.to(B) for m, B in block.B.items()}) for block in adapter.blocks]
+    bias = adapter.bias and {module: (A, B * inside.to(B)) for module, (A, B) in adapter.bias.items()}
+    return replace(adapter, blocks=tuple(blocks), bias=bias)
+
+
+def scaled_layers(adapter: Adapter, weights: Sequence[float] | Mapping[int, float]) -> Adapter:
+    """The adapter with its blocks counting weights[layer] times in each layer; the bias stays.
+
+    The update of W in layer l becomes scale * (weights[l] * sum over blocks of weight * B_l^T A_l + bias). weights: one
+    per layer, or {layer: weight} with 1 for the others. Linear, and equal weights are `adapter.scaled(weight)`.
+    ValueError for a layer that there is not, for too few or too many weights, and for one that is no finite number.
+    """
+    if isinstance(weights, Mapping):
+        if unknown := sorted(layer for layer in weights if layer not in range(adapter.n_layers)):
+            raise ValueError(f"no layer {unknown[0]} in this adapter: its layers are 0 to {adapter.n_layers - 1}")
+        weights = [weights.get(layer, 1.0) for layer in range(adapter.n_layers)]
+    weights = [float(weight) for weight in weights]
+    if len(weights) != adapter.n_layers:
+        raise ValueError(f"{len(weights)} weights for {adapter.n_layers} layers: give one per layer")
+    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+        raise ValueError(f"a layer's weight must be a finite number, not {wrong[0]}")
+
+    def scale(A):
+        return A * A.new_tensor(weights).view(-1, 1, 1)  # [n_layers, r, d_in]
+
+    blocks = (replace(block, A={module: scale(A) for module, A in block.A.items()}) for block in adapter.blocks)
+    return replace(adapter, blocks=tuple(blocks))

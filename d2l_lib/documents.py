@@ -525,3 +525,10 @@ def _join_blank(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]
         else:
             joined.append((start, end))
     return joined
+
+
+def open_turn(tokenizer, text: str) -> list[int]:
+    """Token ids of a chat in which the user has begun to say `text` and may go on."""
+    whole, empty = question_ids(tokenizer, [f"{text}x", f"{text}y"])
+    n = next(i for i, (a, b) in enumerate(zip(whole, empty, strict=False)) if a != b)
+    return whole[:n]

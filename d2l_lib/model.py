@@ -12,11 +12,9 @@ import hashlib
 import math
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -26,43 +24,29 @@ from torch import Tensor, nn
 
 from d2l_lib.adapter import Adapter, Block, same_base, stack_factors
 from d2l_lib.base_model import (
-    bundled_path,
-    check_place,
     decoder_body,
     decoder_layers,
     final_norm,
     generate,
     input_device,
-    load_base_model,
     module_sizes,
     pad_id_of,
     present,
     reads_images,
     target_linears,
 )
-from d2l_lib.checkpoints import (
+from d2l_lib.documents import chat_affixes, check_count, chunk_document, context_ids, question_ids, stop_ids
+from d2l_lib.encoder import ContextEncoder
+from d2l_lib.engine import pad_rows
+from d2l_lib.formats.checkpoints import (
     MODEL_FOLDER,
-    WEIGHTS,
-    build_hypernetwork,
-    load_checkpoint,
     part_in,
-    read_published,
     write_checkpoint,
 )
-from d2l_lib.documents import (
-    chat_affixes,
-    check_count,
-    chunk_document,
-    context_ids,
-    question_ids,
-    stop_ids,
-)
-from d2l_lib.encoder import ContextEncoder
-from d2l_lib.hub import BASE_MODEL_FILES, checkpoint_in, from_hub
-from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras
+from d2l_lib.hypernetwork import Hypernetwork, Loras
 from d2l_lib.images import Document, Documents, image_inputs, is_image, name_texts_and_images
 from d2l_lib.lora import apply_lora, noted_adapter, without_lora
-from d2l_lib.records import atomic_folder, read_whole
+from d2l_lib.records import atomic_folder
 from d2l_lib.routing import Gate, route
 
 # Longest chunk that the published models are used with (needle evaluation, section 2).
@@ -659,193 +643,6 @@ class DocToLoRA:
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
-def load(
-    source: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    base_model: str | Path | None = None,
-    encoder_model: str | Path | None = None,
-    device_map: str | Mapping[str, int | str] | None = None,
-) -> DocToLoRA:
-    """The model at `source`, ready to internalize and answer.
-
-    source: a bundled name ("tiny", or "tiny/<name>" for another hypernetwork of it), a folder that `model.save` wrote,
-    a published checkpoint (`*.bin`, or a folder that holds one: of several steps the latest, with a warning), or a hub
-    id ("owner/name", or "owner/name/folder/in/it"; the published ones are SakanaAI/doc-to-lora/gemma_demo,
-    .../gemma_2b_d2l, .../mistral_7b_d2l and .../qwen_4b_d2l). device: None picks CUDA, MPS or CPU. dtype is the base
-    model's (None: bfloat16 on CUDA, else float32). base_model, encoder_model: names or paths that replace those which
-    the checkpoint names; a folder base_model/ or encoder_model/ beside the checkpoint replaces them too. An encoder
-    that was trained in 4-bit precision runs so on CUDA with bitsandbytes, and elsewhere, with a warning, in full
-    precision. device_map, instead of device, spreads the base model over several devices (see load_base_model), and a
-    context encoder of its own too if it is a word ("auto").
-
-    FileNotFoundError says what is missing and where to put it; ValueError for a damaged checkpoint, one that was made
-    for another base model, and a device that is not here. No code out of a checkpoint or base model is ever run:
-    ValueError where a base model needs code of its own.
-    """
-    check_place(device, dtype, device_map)
-    place = find_checkpoint(source)
-    options = {
-        "device": device,
-        "dtype": dtype,
-        "base_model": base_model,
-        "encoder_model": encoder_model,
-        "device_map": device_map,
-    }
-    if place.is_file():
-        config, tensors, stored = read_published(place)
-        meta = {"base_model": stored}
-        return assemble(build_hypernetwork(config, tensors), meta, folder=place.parent, **options)
-    return read_whole(place, lambda folder: assemble(*load_checkpoint(folder), folder=folder, **options))
-
-
-def assemble(
-    hypernetwork: Hypernetwork,
-    meta: dict[str, Any],
-    *,
-    kind: type[DocToLoRA] = DocToLoRA,
-    folder: Path | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    base_model: str | Path | None = None,
-    encoder_model: str | Path | None = None,
-    device_map: str | Mapping[str, int | str] | None = None,
-) -> DocToLoRA:
-    """A model of this `kind`: the hypernetwork with the base model and context encoder that it was made for.
-
-    meta: what its checkpoint says beside the config. folder: where base_model/ and encoder_model/ may lie. The others,
-    and what is raised, as in `load`.
-    """
-    config = hypernetwork.config
-    base_source = _base_source(folder, meta, config, base_model)
-    encoder_source = _encoder_source(folder, meta, config, encoder_model)
-    network, tokenizer = _load_for(base_source, device=device, dtype=dtype, device_map=device_map)
-    place_of_base = input_device(network)
-    four_bit = config.encoder_4bit and _can_quantize(place_of_base)
-    if four_bit and encoder_source is None:
-        encoder_source = base_source
-    encoder, encoder_tokenizer = None, None
-    if encoder_source is not None:
-        where = {"device_map": device_map} if isinstance(device_map, str) else {"device": place_of_base}
-        encoder_network, encoder_tokenizer = _load_for(encoder_source, dtype=dtype, four_bit=four_bit, **where)
-        encoder = ContextEncoder.from_config(encoder_network, config, source=encoder_source)
-    return kind(
-        network,
-        tokenizer,
-        hypernetwork.to(place_of_base).eval().requires_grad_(False),
-        chunk_tokens=meta.get("chunk_tokens"),
-        least_relevance=meta.get("least_relevance", -math.inf),
-        gate=_gate_of(meta),
-        base_source=base_source,
-        encoder=encoder,
-        encoder_tokenizer=encoder_tokenizer,
-    )
-
-
-def _load_for(source: str, **options: Any):
-    """`load_base_model`; where the model is missing, the error also says where to put it."""
-    try:
-        return load_base_model(source, **options)
-    except FileNotFoundError as error:
-        if source.count("/") != 1 or source.startswith(("/", ".", "~")):
-            raise  # not the id of a hub model
-        raise FileNotFoundError(
-            f"{error} Where the hub is not reached, put {BASE_MODEL_FILES} of {source} into {Path.cwd() / source}, or "
-            "anywhere and pass base_model="
-        ) from error
-
-
-def _can_quantize(device: torch.device) -> bool:
-    """Whether a context encoder can run in 4-bit precision here; warns where it cannot."""
-    if device.type == "cuda" and find_spec("bitsandbytes") is not None:
-        return True
-    missing = "bitsandbytes is not installed" if device.type == "cuda" else f"this is {device.type}, not CUDA"
-    warnings.warn(
-        "the context encoder of this checkpoint was trained in 4-bit precision; here it runs in full precision "
-        f"({missing}), so the adapters are not quite those of the 4-bit one",
-        stacklevel=4,
-    )
-    return False
-
-
-def _gate_of(meta: dict) -> Gate | None:
-    """The gate that a checkpoint names; ValueError where it is none."""
-    named = meta.get("gate")
-    try:
-        return None if named is None else Gate(float(named["known"]), float(named["growth"]), str(named["refusal"]))
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"this checkpoint's gate is damaged ({named!r}): it needs known, growth and refusal"
-        ) from error
-
-
-def _base_source(folder: Path | None, meta: dict, config: HypernetworkConfig, base_model: str | Path | None) -> str:
-    """Which base model to load: the caller's, else the one in the folder, else the one that the checkpoint names."""
-    if base_model is not None:
-        chosen = str(base_model)
-    elif folder is not None and (folder / "base_model").is_dir():
-        chosen = str(folder / "base_model")
-    else:
-        chosen = meta.get("base_model") or config.base_model
-    if not chosen:
-        raise ValueError(f"{folder or 'the checkpoint'} does not name its base model: pass base_model=")
-    return _lasting(chosen)
-
-
-def _encoder_source(
-    folder: Path | None, meta: dict, config: HypernetworkConfig, encoder_model: str | Path | None
-) -> str | None:
-    """Which model to load as context encoder, chosen as _base_source does; None where it is the base model."""
-    if encoder_model is not None:
-        return _lasting(str(encoder_model))
-    if folder is not None and (folder / "encoder_model").is_dir():
-        return _lasting(str(folder / "encoder_model"))
-    named = meta.get("encoder_model") or config.encoder_model
-    return None if not named or named == config.base_model else _lasting(named)
-
-
-def _lasting(chosen: str) -> str:
-    """A model's name as it is, a folder by a path that holds wherever the program is started."""
-    is_bundled = (bundled_path(chosen) / "base_model").is_dir()  # also where a folder of that name is at hand
-    return chosen if is_bundled or not Path(chosen).is_dir() else str(Path(chosen).resolve())
-
-
-def find_checkpoint(source: str | Path) -> Path:
-    """The checkpoint file or folder that `source` means."""
-    if not isinstance(source, (str, Path)) or not str(source).strip():
-        raise TypeError(f"source must be a name or path, not {source!r}")
-    bundle, _, name = str(source).partition("/")
-    bundled = bundled_path(bundle)
-    if bundled.is_dir() and bundle not in ("", ".", ".."):
-        folder = bundled / (name or "hypernetwork")
-        if _is_checkpoint(folder):
-            return folder
-        if not Path(source).exists():
-            names = sorted(path.name for path in bundled.iterdir() if _is_checkpoint(path))
-            raise FileNotFoundError(
-                f"no hypernetwork at {folder}; bundled with {bundle!r}: {', '.join(names) or 'none yet'} "
-                f"(load them as '{bundle}/<name>')"
-            )
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return checkpoint_in(path)
-    may_be_hub_id = "/" in str(source) and not str(source).startswith(("/", ".", "~"))
-    if may_be_hub_id and not isinstance(source, Path):
-        return from_hub(str(source))
-    known = ", ".join(sorted(folder.parent.name for folder in bundled_path("").glob("*/base_model"))) or "none here"
-    raise FileNotFoundError(
-        f"nothing at {str(source)!r}: give a bundled name ({known}), a folder that model.save wrote, "
-        "a published checkpoint (*.bin), or a hub id owner/name"
-    )
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file()
-
-
 # --- small helpers --------------------------------------------------------------------------------------------------
 
 
@@ -853,19 +650,6 @@ def _window(network: nn.Module) -> int:
     """Tokens that a base model reads at most (no limit where its configuration names none)."""
     config = network.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
-
-
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """(ids [n, T], mask [n, T]) of rows of token ids, filled up on the left or right to `width` (None: to the longest);
-    mask 0 there.
-    """
-    width = max(map(len, rows)) if width is None else width
-    ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[index, place] = torch.tensor(row)
-        mask[index, place] = 1
-    return ids, mask
 
 
 def _on_cpu(loras: Loras, index: int) -> BlockFactors:

@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 import torch as _torch
 from torch import Tensor
 
-from d2l_lib import pickles
 from d2l_lib.base_model import _locate, load_tokenizer
-from d2l_lib.checkpoints import build_hypernetwork, parse_published
-from d2l_lib.model import DocToLoRA, assemble
+from d2l_lib.formats import pickles
+from d2l_lib.formats.checkpoints import build_hypernetwork, parse_published
+from d2l_lib.loading import assemble
+from d2l_lib.model import DocToLoRA
 
 
 class _Torch:
@@ -72,10 +73,10 @@ class ModulatedPretrainedModel(DocToLoRA):
         """The model of what `torch.load` gave, which stays as it is; base_model, device, dtype: as in `d2l_lib.load`.
 
         Packing and flash attention change no answer and are not needed. ValueError for train=True: training is
-        `d2l_lib.training`.
+        `d2l_lib.training.step`.
         """
         if train:
-            raise ValueError("this model only answers: pass train=False, and train with d2l_lib.training")
+            raise ValueError("this model only answers: pass train=False, and train with d2l_lib.training.step")
         config, tensors, stored = parse_published(state_dict)
         hypernetwork = build_hypernetwork(config, tensors)
         return assemble(

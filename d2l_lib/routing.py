@@ -147,3 +147,55 @@ def most_relevant(adapter: Adapter, scores: Tensor, blocks: int, least: float = 
     best = scores.argsort(descending=True, stable=True)[:blocks].tolist()
     kept = sorted(block for block in best if scores[block] >= least)
     return replace(adapter, blocks=tuple(adapter.blocks[block] for block in kept))
+
+
+def gated(
+    model: DocToLoRA,
+    questions: Sequence[str],
+    adapters: Adapter | None | Sequence[Adapter | None],
+    *,
+    least: float | None = None,
+    blocks: int | None = 1,
+    system: str = "",
+) -> list[Adapter | None]:
+    """For each question the adapter to answer it with, for `model.answer`: None, the base model, where no block is
+    relevant.
+
+    A block counts as relevant from `least` nats on (`routing.relevance`). None: from `model.least_relevance` on, and
+    where the model has a `gate` and the base model an answer of its own, from what that asks (which spares what the
+    base model knows, also where a document contradicts it: give `least` for documents that are to override). Of the
+    relevant blocks the `blocks` most relevant answer, together with the bias; blocks=None: where one is relevant, the
+    whole adapter answers. ValueError where the numbers of questions and adapters differ.
+    """
+    questions = check_texts(questions, "questions")
+    gate = model.gate if least is None else None
+    least = model.least_relevance if least is None else least
+    if blocks is not None:
+        check_count(blocks, "blocks")
+    per_question = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters] * len(questions)
+    if len(per_question) != len(questions):
+        raise ValueError(
+            f"{len(questions)} questions but {len(per_question)} adapters: give one for all or one per question"
+        )
+    asked = [place for place, adapter in enumerate(per_question) if adapter is not None]
+    scores = relevance(model, [questions[i] for i in asked], [per_question[i] for i in asked], system=system)
+    limits = [least] * len(asked)
+    if gate is not None:
+        stricter = [max(least, gate.least(len(score))) for score in scores]
+        between = [i for i, score in enumerate(scores) if len(score) and least <= score.max() < stricter[i]]
+        said = model.answer([questions[asked[i]] for i in between], None, system=system)
+        for i, answer in zip(between, said, strict=True):
+            if answer != gate.refusal:
+                limits[i] = stricter[i]
+    chosen: list[Adapter | None] = [None] * len(questions)
+    for place, score, limit in zip(asked, scores, limits, strict=True):
+        chosen[place] = _gate(per_question[place], score, limit, blocks)
+    return chosen
+
+
+def _gate(adapter: Adapter, scores: Tensor, least: float, blocks: int | None) -> Adapter | None:
+    """What answers where the adapter's blocks have these relevances."""
+    relevant = most_relevant(adapter, scores, len(scores) if blocks is None else blocks, least)
+    if not relevant.blocks:
+        return None
+    return adapter if blocks is None else relevant

@@ -17,8 +17,8 @@ import zipfile
 from collections import Counter
 from contextlib import contextmanager
 
-from d2l_lib import pickles
-from d2l_lib.checkpoints import CheckpointError, build_hypernetwork, parse_published
+from d2l_lib.formats import pickles
+from d2l_lib.formats.checkpoints import CheckpointError, build_hypernetwork, parse_published
 
 PROGRAM = "archive/data.pkl"
 # Pieces of programs that call, import, build, or ask for much.
@@ -208,7 +208,7 @@ def small_checkpoint(path) -> bytes:
     """The smallest checkpoint in the published format that still has two modules, two blocks and a shared layer."""
     import torch
 
-    from d2l_lib.checkpoints import export
+    from d2l_lib.formats.checkpoints import export
     from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 
     config = HypernetworkConfig(

@@ -32,10 +32,12 @@ from fuzz_checkpoints import small_checkpoint, watched
 from tiny_models import N_LAYERS, build_model
 
 import d2l_lib as d2l
-from d2l_lib import selfgen, trainer, watch
-from d2l_lib.checkpoints import build_hypernetwork, load_checkpoint, read_published, save_checkpoint
-from d2l_lib.exports import check_export
+from d2l_lib.formats.checkpoints import build_hypernetwork, load_checkpoint, read_published, save_checkpoint
+from d2l_lib.formats.peft import check_export
+from d2l_lib.formats.shards import COUNTS, HIGHEST, MANIFEST, SCHEMA, _sha256, _write_shard, read_shards, shard_path
 from d2l_lib.records import read_json, read_rows
+from d2l_lib.studies import watch
+from d2l_lib.training import loop, selfgen
 
 TIME_LIMIT, PATIENCE = 10, 120  # seconds for one file: of the processor, and by the clock
 MEMORY_LIMIT = 4 << 30  # bytes of address space beyond what the process has when it begins
@@ -254,14 +256,10 @@ def read_model(folder: Path) -> None:
 
 
 def read_data(folder: Path) -> None:
-    rows = selfgen.read_shards(folder)[:]
+    rows = read_shards(folder)[:]
     assert all(token >= 0 for ids in rows["ctx_ids"] for token in ids)
     assert all(
-        value <= selfgen.HIGHEST
-        for row in rows["logprobs_vals"]
-        for answer in row
-        for token in answer
-        for value in token
+        value <= HIGHEST for row in rows["logprobs_vals"] for answer in row for token in answer for value in token
     )
 
 
@@ -269,10 +267,10 @@ def read_records(folder: Path) -> None:
     for read in (
         lambda: selfgen.read_texts(folder / "texts.jsonl"),
         lambda: read_rows(folder / "texts.jsonl"),
-        lambda: trainer.read_log(folder / "log.jsonl"),
+        lambda: loop.read_log(folder / "log.jsonl"),
         lambda: watch.read_scores(folder / "scores.jsonl"),
         lambda: watch.read_facts(folder / "hypernetwork.json"),
-        lambda: trainer.step_of(folder),
+        lambda: loop.step_of(folder),
         lambda: read_json(folder / "hypernetwork.json"),
     ):
         try:
@@ -317,7 +315,7 @@ def write_data(folder: Path) -> None:
     """Two shards with their records and a manifest, as `selfgen` writes them."""
     folder.mkdir()
     rng, shards = random.Random(0), []
-    counts = dict.fromkeys(selfgen.COUNTS, 1)
+    counts = dict.fromkeys(COUNTS, 1)
     for number in range(2):
         row = {
             "ctx_ids": [5, 6, 7],
@@ -328,12 +326,12 @@ def write_data(folder: Path) -> None:
             "document": "Ada has a boat.",
             "closed": [False, True],
         } | {name: ["a", "b"] for name in ("questions", "answers", "references", "kinds")}
-        path = selfgen.shard_path(folder, number)
-        selfgen._write_shard(path, "0" * 64, pa.Table.from_pylist([row] * 2, schema=selfgen.SCHEMA), counts)
-        shards.append({"file": path.name, "sha256": selfgen._sha256(path), "counts": counts})
+        path = shard_path(folder, number)
+        _write_shard(path, "0" * 64, pa.Table.from_pylist([row] * 2, schema=SCHEMA), counts)
+        shards.append({"file": path.name, "sha256": _sha256(path), "counts": counts})
     identity = {"format": selfgen.FORMAT, "version": selfgen.VERSION, "n_shards": 2, "settings": {"seed": 0}}
     manifest = identity | {"complete": True, "totals": counts, "shards": shards}
-    (folder / selfgen.MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def write_records(folder: Path, config: dict) -> None:

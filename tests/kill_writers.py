@@ -28,9 +28,10 @@ import pyarrow as pa
 import torch
 from tiny_models import build_model, random_hypernetwork
 
-from d2l_lib import selfgen, trainer
-from d2l_lib.checkpoints import convert, export, save_checkpoint
+from d2l_lib.formats.checkpoints import convert, export, save_checkpoint
+from d2l_lib.formats.shards import COUNTS, SCHEMA, _problem, _write_shard, shard_path
 from d2l_lib.records import read_whole
+from d2l_lib.training import loop
 
 HEADS = {"n_heads": 16, "n_kv_heads": 4, "head_dim": 128}  # of the published code
 N_VERSIONS = 4
@@ -166,33 +167,33 @@ def kill_shards(folder: Path, n: int, rng: random.Random) -> Counter:
     table = pa.Table.from_pylist(
         [
             {
-                **{name: [] for name in selfgen.SCHEMA.names},
+                **{name: [] for name in SCHEMA.names},
                 "document": "d" * 500,
                 "ctx_ids": [rng.randrange(1000) for _ in range(20_000)],
             }
             for _ in range(20)
         ],
-        schema=selfgen.SCHEMA,
+        schema=SCHEMA,
     )
-    counts = dict.fromkeys(selfgen.COUNTS, 1)
-    path = selfgen.shard_path(folder, 0)
+    counts = dict.fromkeys(COUNTS, 1)
+    path = shard_path(folder, 0)
     begun = time.monotonic()
-    selfgen._write_shard(path, RUN, table, counts)
+    _write_shard(path, RUN, table, counts)
     whole, duration = path.read_bytes(), time.monotonic() - begun
     found: Counter = Counter()
     while sum(found.values()) < n:
         if sum(found.values()) % 2:
             path.unlink(missing_ok=True)
             path.with_suffix(".json").unlink(missing_ok=True)
-        killed, _ = killed_after(lambda: selfgen._write_shard(path, RUN, table, counts), rng.uniform(0, duration * 1.5))
+        killed, _ = killed_after(lambda: _write_shard(path, RUN, table, counts), rng.uniform(0, duration * 1.5))
         assert not path.exists() or path.read_bytes() == whole, "half a shard"
-        problem = selfgen._problem(path, RUN)
+        problem = _problem(path, RUN)
         assert problem in (None, "", "it has no checksum (was the run interrupted?)"), problem
         check_foreign(folder)
         if killed:
             found["whole" if problem is None else "made again"] += 1
-    selfgen._write_shard(path, RUN, table, counts)
-    assert selfgen._problem(path, RUN) is None and not leftovers(folder)
+    _write_shard(path, RUN, table, counts)
+    assert _problem(path, RUN) is None and not leftovers(folder)
     return found
 
 
@@ -225,11 +226,11 @@ def kill_training(folder: Path, n: int, rng: random.Random) -> Counter:
     def train() -> None:
         options = {"steps": 10_000, "learning_rate": 1e-3, "warmup_steps": 1, "seed": 0, "keep": 2}
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            trainer.fit(_Small(), _Batches(), run, save_steps=1, report_steps=1, **options)
+            loop.fit(_Small(), _Batches(), run, save_steps=1, report_steps=1, **options)
 
     found, last, noted = Counter(), 0, None
     while sum(found.values()) < n:
-        before = len(trainer.checkpoints(run)) and last
+        before = len(loop.checkpoints(run)) and last
         child, pipe = fork(train)
         os.read(pipe, 1)
         os.close(pipe)
@@ -239,14 +240,14 @@ def kill_training(folder: Path, n: int, rng: random.Random) -> Counter:
         time.sleep(rng.uniform(0, 0.3))
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the training ended by itself"
-        whole = [folder for folder in trainer.checkpoints(run) if trainer.is_whole(folder)]
+        whole = [folder for folder in loop.checkpoints(run) if loop.is_whole(folder)]
         assert whole, "no whole checkpoint"
         newest = whole[-1]
         state = torch.load(newest / "optimizer.pt", weights_only=True)
         step = int(newest.name.rpartition("-")[2])
         moments = state["state"][0]["step"] if state["state"] else torch.tensor(0)
         assert int(moments) == step >= last, f"{newest.name} holds the optimizer of step {int(moments)}"
-        found["half-written beside it" if trainer.checkpoints(run)[-1] != newest else "whole"] += 1
+        found["half-written beside it" if loop.checkpoints(run)[-1] != newest else "whole"] += 1
         last = step
         check_foreign(folder)
         if noted is None:
@@ -257,7 +258,7 @@ def kill_training(folder: Path, n: int, rng: random.Random) -> Counter:
 
 
 def _newest(run: Path) -> int:
-    return max((int(folder.name.rpartition("-")[2]) for folder in trainer.checkpoints(run)), default=0)
+    return max((int(folder.name.rpartition("-")[2]) for folder in loop.checkpoints(run)), default=0)
 
 
 def concurrent(output: Output, folder: Path, n: int, n_writers: int = 4) -> Counter:

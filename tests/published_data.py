@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2l_lib import world
 from d2l_lib.documents import context_ids, question_ids, stop_ids
+from d2l_lib.tasks import world
 
 GEMMA = "google/gemma-2-2b-it_temp_0.0_closed_qa_prob_1.0"  # the folder of a base model in the published data
 

@@ -8,7 +8,8 @@ import threading
 import time
 
 import d2l_lib as d2l
-from d2l_lib import lora, needles
+from d2l_lib import lora
+from d2l_lib.tasks import needles
 
 
 def run(threads: int, answers: int, *, length: int = 128, internalize: bool = True) -> dict[str, int]:

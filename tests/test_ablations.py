@@ -5,8 +5,9 @@ from dataclasses import asdict, replace
 import pytest
 import train_small
 
-from d2l_lib import ablations, presets
+from d2l_lib import presets
 from d2l_lib.presets import QA_VARIANTS, SHORT_QA, qa_variant
+from d2l_lib.studies import ablations
 
 
 def differences(first, second) -> dict:

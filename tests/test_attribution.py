@@ -12,19 +12,12 @@ import torch
 from tiny_models import build_model
 
 import d2l_lib as d2l
-from d2l_lib import faithfulness, world
-from d2l_lib.attribution import (
-    METHODS,
-    Trials,
-    answer_target,
-    attribute,
-    by_token,
-    lasso,
-    ranks,
-    rows_of,
-)
+from d2l_lib.analysis import trust
+from d2l_lib.analysis.attribution import METHODS, Trials, answer_target, attribute, by_token, lasso, ranks, rows_of
 from d2l_lib.documents import context_ids
 from d2l_lib.lora import is_applied
+from d2l_lib.studies import faithfulness
+from d2l_lib.tasks import world
 
 TEXT = "Ada is here. Bob ran. It rained. Cleo sat down. The end."
 QUESTION, ANSWER = "Who?", "Bob"
@@ -247,13 +240,13 @@ def test_the_evidence_is_ranked_first(qa, method):
     model, document, adapter, question = qa
     table = attribute(model, adapter, question.text, method=method, controls=False)
     assert table.attrs["answer"] == question.answer
-    truth = faithfulness.evidence_units(table, question.evidence)
-    assert faithfulness.worst_rank(table["contribution"], truth) == 1
+    truth = trust.evidence_units(table, question.evidence)
+    assert trust.worst_rank(table["contribution"], truth) == 1
 
 
 def test_a_shuffled_hypernetwork_holds_nothing_of_the_answer(qa):
     model, document, _, question = qa
-    other = faithfulness.randomised(model)
+    other = trust.randomised(model)
     assert other.hypernetwork_key != model.hypernetwork_key
     for name, parameter in model.hypernetwork.named_parameters():
         shuffled = other.hypernetwork.get_parameter(name)
@@ -310,7 +303,7 @@ def test_the_model_is_what_it_was(small):
 def test_trials_in_parts_are_trials_at_once(small, monkeypatch):
     model, adapter = small
     whole = attribute(model, adapter, QUESTION, ANSWER)["contribution"]
-    monkeypatch.setattr("d2l_lib.attribution.TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr("d2l_lib.analysis.attribution.TOKENS_AT_ONCE", 1)
     np.testing.assert_allclose(attribute(model, adapter, QUESTION, ANSWER)["contribution"], whole, atol=1e-4)
 
 
@@ -352,9 +345,9 @@ def test_lasso_finds_the_few_that_count():
 
 def test_ranks_and_correlations():
     assert ranks([0.1, 5.0, -1.0, 5.0]) == [3, 1, 4, 2]
-    assert faithfulness.rank_correlation([1, 2, 3, 4], [10, 20, 25, 90]) == pytest.approx(1.0)
-    assert faithfulness.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
-    assert faithfulness.rank_correlation([1, 1, 1], [1, 2, 3]) == 0.0
+    assert trust.rank_correlation([1, 2, 3, 4], [10, 20, 25, 90]) == pytest.approx(1.0)
+    assert trust.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert trust.rank_correlation([1, 1, 1], [1, 2, 3]) == 0.0
 
 
 def test_areas_and_a_perfect_order(qa):
@@ -363,8 +356,8 @@ def test_areas_and_a_perfect_order(qa):
     trials = Trials(model, adapter, question.text, question.answer)
     lost = attribute(model, adapter, question.text, question.answer)["contribution"]
     best = sorted(range(len(lost)), key=ranks(lost).__getitem__)
-    found = faithfulness.curves(trials, {"best": best, "worst": best[::-1]})
-    areas = {key: faithfulness.area(rows) for key, rows in found.groupby(["method", "curve"])}
+    found = trust.curves(trials, {"best": best, "worst": best[::-1]})
+    areas = {key: trust.area(rows) for key, rows in found.groupby(["method", "curve"])}
     assert areas["best", "deletion"] < areas["worst", "deletion"] / 3
     assert areas["best", "insertion"] > areas["worst", "insertion"]
     ends = found[found["share"].isin([0.0, 1.0])]
@@ -373,13 +366,13 @@ def test_areas_and_a_perfect_order(qa):
         at = ends[(ends["curve"] == curve) & (ends["share"] == share)]["probability"]
         assert list(at) == pytest.approx([whole, whole], rel=1e-3)
     straight = pd.DataFrame({"units": [0, 1, 2], "share": [0, 0.5, 1], "probability": [1.0, 0.5, 0.0]})
-    assert faithfulness.area(straight) == pytest.approx(0.5)
+    assert trust.area(straight) == pytest.approx(0.5)
 
 
 def test_subset_effects_are_those_of_the_adapters_without_them(small):
     model, adapter = small
     trials = Trials(model, adapter, QUESTION, ANSWER)
-    masks, effects = faithfulness.subset_effects(trials, 4, torch.Generator().manual_seed(0))
+    masks, effects = trust.subset_effects(trials, 4, torch.Generator().manual_seed(0))
     full = log_probs(model, adapter).sum()
     for mask, effect in zip(masks, effects, strict=True):
         assert int(mask.sum()) == len(adapter.blocks) // 2
@@ -391,19 +384,19 @@ def test_subset_effects_are_those_of_the_adapters_without_them(small):
 
 def test_sign_flips_tell_a_difference_from_none():
     rng = np.random.default_rng(0)
-    assert faithfulness.sign_flip(rng.normal(1.0, 1.0, 60)) < 0.001
-    assert faithfulness.sign_flip(np.tile([1.0, -1.0], 30)) > 0.9
-    assert faithfulness.sign_flip([1.0] * 4) == pytest.approx(2 / 16, abs=0.02)  # exact: all signs alike
-    assert faithfulness.sign_flip([]) == 1.0
+    assert trust.sign_flip(rng.normal(1.0, 1.0, 60)) < 0.001
+    assert trust.sign_flip(np.tile([1.0, -1.0], 30)) > 0.9
+    assert trust.sign_flip([1.0] * 4) == pytest.approx(2 / 16, abs=0.02)  # exact: all signs alike
+    assert trust.sign_flip([]) == 1.0
 
 
 def test_evidence_and_chance():
     units = pd.DataFrame({"start": [0, 10, 20], "end": [10, 20, 30]})
-    assert faithfulness.evidence_units(units, [(12, 18), (8, 12)]) == [[1], [0, 1]]
-    assert faithfulness.worst_rank([1.0, 3.0, 2.0], [[1], [0, 2]]) == 2
+    assert trust.evidence_units(units, [(12, 18), (8, 12)]) == [[1], [0, 1]]
+    assert trust.worst_rank([1.0, 3.0, 2.0], [[1], [0, 2]]) == 2
     assert faithfulness._chance([[1]], 4) == 0.25
     assert faithfulness._chance([[0], [1]], 4) == 0.5  # both of two in three of four: 3 choose 1 ... 2 of 4 sets
-    assert faithfulness.without_sentence("One. Two. Three.", 5, 9) == "One. Three."
+    assert trust.without_sentence("One. Two. Three.", 5, 9) == "One. Three."
 
 
 def test_the_study_keeps_what_it_has_done(qa, tmp_path, monkeypatch):
@@ -424,6 +417,6 @@ def test_the_study_keeps_what_it_has_done(qa, tmp_path, monkeypatch):
 
 
 def test_questions_are_drawn_alike_and_sizes_are_grouped():
-    first = [next(faithfulness.drawn(0, ("one_hop",), 8, 12)) for _ in range(2)]
+    first = [next(trust.drawn(0, ("one_hop",), 8, 12)) for _ in range(2)]
     assert first[0] == first[1]
     assert [faithfulness.size_group(n) for n in (8, 16, 17, 40)] == ["8-16", "8-16", "17-24", "33-40"]

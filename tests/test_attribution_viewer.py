@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 from test_viewers import HOSTILE, Tags, controls, page
 
-from d2l_lib import attribution
-from d2l_lib import attribution_viewer as viewer_module
-from d2l_lib.attribution_viewer import (
+from d2l_lib.analysis import attribution
+from d2l_lib.views import trace as viewer_module
+from d2l_lib.views.trace import (
     LEAST_LIMIT,
     Trace,
     color_limit,
@@ -656,7 +656,7 @@ def test_attribution_viewer_in_a_browser(tmp_path):
         pytest.skip(reason)
     cells = [
         "from test_attribution_viewer import HOSTILE, LAMPS, bundled, toy_view\n"
-        "from d2l_lib.attribution_viewer import view_attribution",
+        "from d2l_lib.views.trace import view_attribution",
         "view_attribution(*bundled())",
         "toy_view(LAMPS + HOSTILE, HOSTILE, HOSTILE)",
     ]

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 import d2l_lib as d2l
-from d2l_lib import baselines, qa, world
+from d2l_lib.studies import baselines
+from d2l_lib.tasks import qa, world
 
 
 @pytest.fixture(scope="module")

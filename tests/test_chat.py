@@ -4,7 +4,7 @@ import pytest
 from test_viewers import controls, page, panes
 from toy_models import SlowModel, ToyModel
 
-from d2l_lib import viewers
+from d2l_lib.views import viewers
 
 
 def begin(model, *arguments) -> tuple[viewers.Chat, dict]:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, N_LAYERS, build_base_model, random_hypernetwork
 
-from d2l_lib import checkpoints, pickles
-from d2l_lib.checkpoints import (
+from d2l_lib.formats import checkpoints, pickles
+from d2l_lib.formats.checkpoints import (
     CheckpointError,
     build_hypernetwork,
     convert,

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_models
 
-from d2l_lib import corpora, qa, selfgen
+from d2l_lib.formats.shards import find_shards, read_shards
 from d2l_lib.records import read_jsonl
+from d2l_lib.tasks import qa
+from d2l_lib.training import corpora, selfgen
 
 
 @pytest.fixture(autouse=True)
@@ -120,26 +122,26 @@ def test_published_self_generated_data_in_both_writers_types(tmp_path):
         }
         assert row["logprobs_vals"][0][0] == pytest.approx(right["logprobs_vals"][0][0], abs=1e-2)
     assert corpora.size("self-generated", root).documents == 9
-    sets = selfgen.find_shards([root])
+    sets = find_shards([root])
     assert [len(files) for files in sets.values()] == [2, 1]
     with pytest.raises(FileNotFoundError, match="no .parquet files of training data"):
         (tmp_path / "empty").mkdir()
-        selfgen.find_shards([tmp_path / "empty"])
+        find_shards([tmp_path / "empty"])
 
 
 def test_shards_from_a_cache_on_disk_are_those_in_memory(tmp_path):
     tokenizer = tiny_models.build_tokenizer()
     root = published_data.write_published(tmp_path / "data", tokenizer, n=2)
-    files = [file for own in selfgen.find_shards([root]).values() for file in own]
-    mapped, held = selfgen.read_shards(files, cache=tmp_path / "cache"), selfgen.read_shards(files)
+    files = [file for own in find_shards([root]).values() for file in own]
+    mapped, held = read_shards(files, cache=tmp_path / "cache"), read_shards(files)
     assert mapped.to_list() == held.to_list() and mapped.features == held.features
     (written,) = (tmp_path / "cache").iterdir()
     assert mapped.cache_files == [{"filename": str(written)}] and held.cache_files == []
     before = written.stat().st_mtime_ns
-    assert len(selfgen.read_shards(files, cache=tmp_path / "cache")) == 6 and written.stat().st_mtime_ns == before
+    assert len(read_shards(files, cache=tmp_path / "cache")) == 6 and written.stat().st_mtime_ns == before
     files[0].write_bytes(files[0].read_bytes()[:-9])
     with pytest.raises(ValueError, match="not a readable parquet file"):
-        selfgen.read_shards(files, cache=tmp_path / "cache")
+        read_shards(files, cache=tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [written.name], "no half file is left"
 
 

@@ -9,14 +9,17 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_models import build_base_model, build_tokenizer
 
-from d2l_lib import selfgen, training, world
-from d2l_lib.distillation import DistillationBatches, WorldDocuments, train_distillation
 from d2l_lib.documents import context_ids
 from d2l_lib.encoder import ContextEncoder
+from d2l_lib.engine import TransformersEngine
+from d2l_lib.formats.shards import PUBLISHED, read_shards
 from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
-from d2l_lib.packing import IGNORED
 from d2l_lib.presets import DistillationPreset
+from d2l_lib.tasks import world
+from d2l_lib.training import selfgen, step
+from d2l_lib.training.batches import IGNORED
+from d2l_lib.training.recipes import DistillationBatches, WorldDocuments, train_distillation
 
 SMALL = DistillationPreset(
     latent_size=16, n_latent_queries=4, n_blocks=1, n_heads=2, n_kv_heads=1, head_dim=8, rank=2, encoder_layer=1,
@@ -39,8 +42,8 @@ def base():
 def shards(base, tmp_path_factory):
     settings = selfgen.Settings(documents=12, shard_size=6, questions=5, shortest=1, longest=6, max_new_tokens=24)
     folder = tmp_path_factory.mktemp("shards")
-    selfgen.generate(settings, folder, selfgen.TransformersEngine("random", *base))
-    return selfgen.read_shards(folder)
+    selfgen.generate(settings, folder, TransformersEngine("random", *base))
+    return read_shards(folder)
 
 
 def row_of(shards, question: list[int]) -> tuple[dict, int]:
@@ -103,7 +106,7 @@ def test_later_chunks_end_at_sentence_ends_and_keep_to_their_size(base, shards):
 
 
 def test_published_files_without_text_are_cut_anywhere(base, shards):
-    published = shards.select_columns(list(selfgen.PUBLISHED))
+    published = shards.select_columns(list(PUBLISHED))
     batch = DistillationBatches(base[1], SMALL, [published], 0)[5]
     assert batch["n_chunks"].max() > 1
     assert max(map(len, chunks_of(batch))) <= SMALL.longest_chunk + len(context_ids(base[1], "x")) - 1
@@ -133,12 +136,12 @@ def test_loss_is_the_plain_formula(base, shards, distil):
     """One context and question after another, without padding: the same number."""
     model, tokenizer = base
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(training.hypernetwork_config(SMALL, model, "random"))
+    hypernetwork = Hypernetwork(step.hypernetwork_config(SMALL, model, "random"))
     with torch.no_grad():
         for parameter in hypernetwork.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     batch = DistillationBatches(tokenizer, SMALL, [shards], 0)[5]
-    loss = training.Internalization(model, hypernetwork, l1=0.0, distil=distil)(**batch)["loss"]
+    loss = step.Internalization(model, hypernetwork, l1=0.0, distil=distil)(**batch)["loss"]
 
     encoder = ContextEncoder.from_config(model, hypernetwork.config)
     chunks, row, at, of_contexts = chunks_of(batch), 0, 0, []
@@ -179,12 +182,12 @@ def test_training_lowers_the_loss_and_resumes_to_the_same_weights(base, shards, 
     train_distillation(p, model, tokenizer, [shards], tmp_path / "twice", 0, "random", **options)
     whole, twice = (load_file(tmp_path / run / "checkpoint-24" / "model.safetensors") for run in ("whole", "twice"))
     assert all(torch.equal(whole[name], twice[name]) for name in whole)
-    log = training.read_log(tmp_path / "whole" / "log.jsonl")
+    log = step.read_log(tmp_path / "whole" / "log.jsonl")
     assert log[-1]["loss"] < log[0]["loss"]
 
 
 def test_an_empty_mixture_is_refused(base):
-    empty = Dataset.from_dict({name: [] for name in selfgen.PUBLISHED})
+    empty = Dataset.from_dict({name: [] for name in PUBLISHED})
     with pytest.raises(ValueError, match="at least one must be positive"):
         DistillationBatches(base[1], SMALL, [empty], 0)
 
@@ -272,15 +275,15 @@ def test_world_and_shards_are_mixed_by_weight_and_world_needs_one(base, shards):
 
 def loss_of(model, batch: dict, distil: bool) -> float:
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(training.hypernetwork_config(SMALL, model, "x"))
-    return training.Internalization(model, hypernetwork, 0.0, distil)(**batch)["loss"].item()
+    hypernetwork = Hypernetwork(step.hypernetwork_config(SMALL, model, "x"))
+    return step.Internalization(model, hypernetwork, 0.0, distil)(**batch)["loss"].item()
 
 
 def test_the_last_layer_alone_gives_the_logits_and_gradients_of_the_whole_model(base):
     """Where the other layers have no blocks, nothing but the last layer's own output changes."""
     model, tokenizer = base
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(training.hypernetwork_config(SMALL, model, "x"))
+    hypernetwork = Hypernetwork(step.hypernetwork_config(SMALL, model, "x"))
     with torch.no_grad():
         hypernetwork.scaler_B["down_proj"][:, -1] = 3.0
         hypernetwork.bias_B["down_proj"][-1].normal_()
@@ -290,15 +293,15 @@ def test_the_last_layer_alone_gives_the_logits_and_gradients_of_the_whole_model(
     losses, gradients = [], []
     for last_layer in (False, True):
         hypernetwork.zero_grad()
-        loss = training.Internalization(model, hypernetwork, 0.0, last_layer=last_layer)(**batch)["loss"]
+        loss = step.Internalization(model, hypernetwork, 0.0, last_layer=last_layer)(**batch)["loss"]
         loss.backward()
         losses.append(loss.item())
         gradients.append(hypernetwork.head.weight.grad[-1].clone())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
     hypernetwork.scaler_B["down_proj"].data[:, 0] = 3.0  # now the other layers would count, and are left out
-    assert training.Internalization(model, hypernetwork, 0.0)(**batch)["loss"].item() != pytest.approx(losses[1])
-    alone = training.Internalization(model, hypernetwork, 0.0, last_layer=True)(**batch)["loss"].item()
+    assert step.Internalization(model, hypernetwork, 0.0)(**batch)["loss"].item() != pytest.approx(losses[1])
+    alone = step.Internalization(model, hypernetwork, 0.0, last_layer=True)(**batch)["loss"].item()
     assert alone == pytest.approx(losses[1])
 
 

@@ -27,16 +27,16 @@ from transformers import PreTrainedTokenizerFast
 import d2l_lib as d2l
 from d2l_lib import documents
 from d2l_lib.base_model import final_norm
-from d2l_lib.checkpoints import save_checkpoint
 from d2l_lib.encoder import ContextEncoder
-from d2l_lib.exports import merge
+from d2l_lib.formats.checkpoints import save_checkpoint
+from d2l_lib.formats.peft import merge
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.images import image_inputs
 from d2l_lib.model import DocToLoRA
-from d2l_lib.packing import IGNORED
 from d2l_lib.presets import HypernetworkPreset, preset
-from d2l_lib.trainer import chunk_batch
-from d2l_lib.training import Internalization, NeedleBatches, hypernetwork_config, train_hypernetwork
+from d2l_lib.training.batches import IGNORED
+from d2l_lib.training.loop import chunk_batch
+from d2l_lib.training.step import Internalization, NeedleBatches, hypernetwork_config, train_hypernetwork
 
 TEXT = "Ada keeps 3 cats. The oldest is Tom. Tom is 19."
 OTHER_TEXT = "Bob has a boat. It is called Wave."

@@ -7,8 +7,10 @@ import pytest
 import tiny_models
 import torch
 
-from d2l_lib import evaluation, needles, world
 from d2l_lib.documents import question_ids
+from d2l_lib.studies import evaluation
+from d2l_lib.tasks import needles, scores, world
+from d2l_lib.tasks.questions import world_samples
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +20,14 @@ def model():
 
 def test_wilson_interval_known_values():
     # Newcombe 1998, table I: 81 of 263 and 0 of 20 at 95%
-    assert evaluation.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert evaluation.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert evaluation.wilson(0, 0) == (0.0, 1.0)
+    assert scores.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert scores.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert scores.wilson(0, 0) == (0.0, 1.0)
 
 
 def test_summarise_counts_each_group():
     samples = pd.DataFrame({"task": ["a", "a", "a", "b"], "correct": [True, False, True, False]})
-    table = evaluation.summarise(samples, ["task"]).set_index("task")
+    table = scores.summarise(samples, ["task"]).set_index("task")
     assert table.loc["a", "n"] == 3 and table.loc["a", "exact_match"] == pytest.approx(2 / 3)
     assert table.loc["b", "exact_match"] == 0 and table.loc["b", "low"] == 0 < table.loc["b", "high"] < 1
 
@@ -39,13 +41,13 @@ def test_greedy_answers_in_batches_equal_one_by_one(model):
 
 
 def test_world_samples_mark_their_evidence_and_use_held_out_names():
-    samples = evaluation.world_samples(45, 0, kinds=world.ONE_HOP_KINDS)
+    samples = world_samples(45, 0, kinds=world.ONE_HOP_KINDS)
     assert list(samples["kind"][:3]) == list(world.ONE_HOP_KINDS)
     for row in samples.to_dict("records"):
         (start,), (end,) = row["evidence_start"], row["evidence_end"]
         assert row["answer"].lower() in row["document"][start:end].lower()
-    assert samples.equals(evaluation.world_samples(45, 0, kinds=world.ONE_HOP_KINDS))
-    assert not samples["document"].equals(evaluation.world_samples(45, 1, kinds=world.ONE_HOP_KINDS)["document"])
+    assert samples.equals(world_samples(45, 0, kinds=world.ONE_HOP_KINDS))
+    assert not samples["document"].equals(world_samples(45, 1, kinds=world.ONE_HOP_KINDS)["document"])
 
 
 def test_needle_samples_internalize_the_haystack_and_ask_the_question_alone(model, monkeypatch):

@@ -20,10 +20,10 @@ from tiny_models import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from d2l_lib import attribution, weights
-from d2l_lib.adapter import Adapter, Block
+from d2l_lib.adapter import Adapter, Block, only_layers
+from d2l_lib.analysis import attribution, weights
 from d2l_lib.base_model import decoder_layers
-from d2l_lib.exports import check_export, export_errors, merge
+from d2l_lib.formats.peft import check_export, export_errors, merge
 from d2l_lib.model import DocToLoRA
 
 peft = pytest.importorskip("peft")
@@ -155,7 +155,7 @@ def test_half_precision_adapters_tell_what_rounding_the_scale_costs(tmp_path, ad
 
 
 def test_layers_without_an_update_lose_nothing(tmp_path, adapter):
-    table = export_errors(weights.only_layers(adapter, [1]).export_peft(tmp_path / "peft", rank=1))
+    table = export_errors(only_layers(adapter, [1]).export_peft(tmp_path / "peft", rank=1))
     assert table.groupby("layer")["error"].max().gt(0).tolist() == [False, True, False, False]
 
 

@@ -14,9 +14,10 @@ import d2l_lib as d2l
 from d2l_lib import documents
 from d2l_lib.base_model import default_modules, load_base_model
 from d2l_lib.encoder import ContextEncoder
-from d2l_lib.exports import merge
+from d2l_lib.engine import pad_rows
+from d2l_lib.formats.peft import merge
 from d2l_lib.lora import apply_lora
-from d2l_lib.model import DocToLoRA, pad_rows
+from d2l_lib.model import DocToLoRA
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 # Windows shorter than a question, where a family has them, in some of the layers or all.

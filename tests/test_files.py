@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 
 import d2l_lib as d2l
-from d2l_lib import records, selfgen, watch
-from d2l_lib.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from d2l_lib.exports import check_export
+from d2l_lib import records
 from d2l_lib.formats import schemas
+from d2l_lib.formats.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from d2l_lib.formats.peft import check_export
+from d2l_lib.formats.shards import PUBLISHED, _sha256, read_shards
 from d2l_lib.formats.tensors import read_tensors
+from d2l_lib.studies import watch
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +294,7 @@ def shard(path, *, value=-0.5, other=-1.0, index=7, token=3, document=1, rows=2)
         }
         for n in [*[plain] * (rows - 1), last]
     ]
-    pq.write_table(pa.Table.from_pylist(table, schema=pa.schema(selfgen.PUBLISHED)), path)
+    pq.write_table(pa.Table.from_pylist(table, schema=pa.schema(PUBLISHED)), path)
     return path
 
 
@@ -311,27 +313,27 @@ def shard(path, *, value=-0.5, other=-1.0, index=7, token=3, document=1, rows=2)
 )
 def test_impossible_numbers_in_shards_are_refused_by_row(tmp_path, numbers, message):
     with pytest.raises(ValueError, match=rf"s\.parquet, {message}"):
-        selfgen.read_shards(shard(tmp_path / "s.parquet", **numbers))
+        read_shards(shard(tmp_path / "s.parquet", **numbers))
 
 
 def test_rounding_impossible_alternatives_and_the_vocabulary(tmp_path):
     path = shard(tmp_path / "s.parquet", value=1e-4, other=-np.inf)
-    assert len(selfgen.read_shards(path, vocabulary=9)) == 2
+    assert len(read_shards(path, vocabulary=9)) == 2
     with pytest.raises(
         ValueError, match=r"column logprobs_indices, row 0: 8 is no token id, they go from 0 to 7: is it of"
     ):
-        selfgen.read_shards(path, vocabulary=8)
+        read_shards(path, vocabulary=8)
 
 
 def test_a_shard_that_unpacks_to_far_more_than_its_size(tmp_path, monkeypatch):
     text = "x" * 100_000
-    rows = [{"ctx_ids": [1], **{name: [] for name in selfgen.PUBLISHED if name != "ctx_ids"}, "document": text}] * 3000
-    schema = pa.schema(selfgen.PUBLISHED | {"document": pa.string()})
+    rows = [{"ctx_ids": [1], **{name: [] for name in PUBLISHED if name != "ctx_ids"}, "document": text}] * 3000
+    schema = pa.schema(PUBLISHED | {"document": pa.string()})
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "s.parquet", compression="zstd")
     assert (tmp_path / "s.parquet").stat().st_size < 100_000
     before = pa.total_allocated_bytes()
     with pytest.raises(ValueError, match="s.parquet would unpack to more than 256 MiB"):
-        selfgen.read_shards(tmp_path / "s.parquet")
+        read_shards(tmp_path / "s.parquet")
     assert pa.total_allocated_bytes() - before < 1 << 20
 
 
@@ -348,13 +350,13 @@ def test_a_shard_that_unpacks_to_far_more_than_its_size(tmp_path, monkeypatch):
 )
 def test_manifests_of_another_kind_are_refused(tmp_path, change, what):
     path = shard(tmp_path / "s.parquet")
-    manifest = {"complete": True, "n_shards": 1, "shards": [{"file": path.name, "sha256": selfgen._sha256(path)}]}
+    manifest = {"complete": True, "n_shards": 1, "shards": [{"file": path.name, "sha256": _sha256(path)}]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert len(selfgen.read_shards(tmp_path)) == 2
+    assert len(read_shards(tmp_path)) == 2
     change(manifest)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=f"manifest.json: {what}"):
-        selfgen.read_shards(tmp_path)
+        read_shards(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------- base models

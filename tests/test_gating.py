@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import d2l_lib as d2l
-from d2l_lib import gating, world
-from d2l_lib.gating import best_strength, best_threshold, gate_curve, gated, scaled_layers
-from d2l_lib.routing import Gate, relevance
+from d2l_lib.adapter import scaled_layers
+from d2l_lib.routing import Gate, gated, relevance
+from d2l_lib.studies import gating
+from d2l_lib.studies.gating import best_strength, best_threshold, gate_curve
+from d2l_lib.tasks import world
 
 DOCUMENT = world.draw_document(random.Random("gating"), "test", 5)
 

@@ -14,12 +14,14 @@ import torch
 from recordings import GOLDEN
 from safetensors.torch import load_file
 
-from d2l_lib import losses, metrics, packing, pickles
 from d2l_lib.base_model import load_base_model
-from d2l_lib.checkpoints import build_hypernetwork, convert, export, load_checkpoint, read_published
 from d2l_lib.encoder import ContextEncoder
+from d2l_lib.formats import pickles
+from d2l_lib.formats.checkpoints import build_hypernetwork, convert, export, load_checkpoint, read_published
 from d2l_lib.hypernetwork import combine, names_without_decay
 from d2l_lib.lora import apply_lora
+from d2l_lib.tasks import qa, scores
+from d2l_lib.training import batches, losses
 
 MODELS = [path.parent.name for path in sorted(GOLDEN.glob("*/golden.json"))]
 CASES = ["case1", "case2", "case3", "case4"]
@@ -209,8 +211,8 @@ def test_left_padded_batch(name):
 @each_model
 def test_training_batch_is_packed_as_recorded(name):
     samples = json.loads((GOLDEN / name / "train_samples.json").read_text())
-    packed = packing.pack_batch(samples, max_length=10_000, max_ctx_length=10_000)
-    batch = packing.collate([{column: rows[0] for column, rows in packed.items()}])
+    packed = batches.pack_batch(samples, max_length=10_000, max_ctx_length=10_000)
+    batch = batches.collate([{column: rows[0] for column, rows in packed.items()}])
     recorded = recording(name).case("train")
     for column, values in batch.items():
         assert torch.equal(values, recorded[column]), column
@@ -222,7 +224,7 @@ def train_step(r: Recording):
     features = r.encoder.encode(x["ctx_ids"], position_ids=x["ctx_position_ids"])
     loras = r.hypernetwork(features, position_ids=x["ctx_position_ids"])
     combined = combine(loras, r.hypernetwork.bias(), x["n_ctx_chunks"])
-    lengths = packing.tokens_per_context(x["position_ids"], x["n_queries"])
+    lengths = batches.tokens_per_context(x["position_ids"], x["n_queries"])
     with apply_lora(r.model, combined, r.config.scale, lengths=lengths):
         logits = r.model(input_ids=x["input_ids"], position_ids=x["position_ids"], use_cache=False).logits
     return x, combined, logits, losses.find_answer_tokens(x["labels"], x["position_ids"])
@@ -307,11 +309,11 @@ def test_pack_by_length():
         arguments = [entry[k] for k in ("lens", "ctx_lens", "max_packed_inp_len", "max_packed_ctx_len", "max_size")]
         if "error" in entry:
             with pytest.raises(ValueError, match="lengths"):
-                packing.pack_by_length(*arguments)
+                batches.pack_by_length(*arguments)
         elif entry["name"] == "single_fits":  # recorded as [0], which the original then fails to unpack
-            assert packing.pack_by_length(*arguments) == [(0, 1)]
+            assert batches.pack_by_length(*arguments) == [(0, 1)]
         else:
-            assert packing.pack_by_length(*arguments) == [tuple(pair) for pair in entry["result"]], entry["name"]
+            assert batches.pack_by_length(*arguments) == [tuple(pair) for pair in entry["result"]], entry["name"]
 
 
 def test_pack_batch_and_collate():
@@ -319,9 +321,9 @@ def test_pack_batch_and_collate():
         limits = [entry[k] for k in ("max_packed_inp_len", "max_packed_ctx_len", "max_packed_size")]
         if entry["name"] == "flat_input_ids":
             with pytest.raises(ValueError, match="nested"):
-                packing.pack_batch(entry["batch"], *limits)
+                batches.pack_batch(entry["batch"], *limits)
             continue
-        packed = packing.pack_batch(entry["batch"], *limits)
+        packed = batches.pack_batch(entry["batch"], *limits)
         if entry["name"] == "one_sample_only":  # a crash in the original
             assert packed["input_ids"] == entry["batch"]["input_ids"][0]
             assert packed["n_queries"] == [[1]]
@@ -330,8 +332,8 @@ def test_pack_batch_and_collate():
         else:
             assert packed == entry["result"], entry["name"]
     with_teacher = next(e for e in recorded_packing("pack_batch") if e["name"] == "with_logprobs")
-    packed = packing.pack_batch(with_teacher["batch"], 100, 100)
-    batch = packing.collate([{name: rows[0] for name, rows in packed.items()}])
+    packed = batches.pack_batch(with_teacher["batch"], 100, 100)
+    batch = batches.collate([{name: rows[0] for name, rows in packed.items()}])
     assert {name: value.tolist() for name, value in batch.items()} == recorded_packing("collator_train")["result"]
 
 
@@ -342,8 +344,8 @@ def test_collated_evaluation_batch():
         "labels": [[[-100, 2, 3]], [[-100, 5]]],
         "ctx_ids": [[[7, 8], [9]], [[6]]],
     }
-    packed = packing.pack_batch(samples, 100, 100)
-    batch = packing.collate([{name: rows[0] for name, rows in packed.items()}])
+    packed = batches.pack_batch(samples, 100, 100)
+    batch = batches.collate([{name: rows[0] for name, rows in packed.items()}])
     assert {name: value.tolist() for name, value in batch.items()} == recorded_packing("collator_eval")["result"]
 
 
@@ -353,7 +355,7 @@ def test_split_contexts():
         first, last = (int(number) for number in entry["ctx_ids"].removeprefix("range(").removesuffix(")").split(","))
         ids = list(range(first, last))
         probabilities = entry["num_chunk_probs"] and {int(n): p for n, p in entry["num_chunk_probs"].items()}
-        n_chunks = packing.count_chunks(
+        n_chunks = batches.count_chunks(
             len(ids),
             entry["max_chunk_len"],
             min_length=entry["min_chunk_len"],
@@ -361,7 +363,7 @@ def test_split_contexts():
             rng=random.Random(entry["random_seed"]),
         )
         affix = affixes.get(entry["model"], {"prefix": [1, 2, 3], "suffix": [4, 5]})
-        chunks = packing.split_into_chunks(ids, n_chunks, affix["prefix"], affix["suffix"])
+        chunks = batches.split_into_chunks(ids, n_chunks, affix["prefix"], affix["suffix"])
         if "error" not in entry:
             assert chunks == entry["result"]["ctx_ids"], entry
             assert len(chunks) == entry["result"]["n_ctx_chunks"]
@@ -377,14 +379,14 @@ def test_split_contexts():
 
 def test_split_questions():
     for entry in recorded_packing("split_too_long_qas"):
-        split = packing.split_questions(entry["samples"], entry["max_qas_len"], entry["max_qas_per_sample"])
+        split = batches.split_questions(entry["samples"], entry["max_qas_len"], entry["max_qas_per_sample"])
         assert split == entry["result"], entry["name"]
 
 
 def test_labels_from_input_ids():
     for entry in recorded_packing("get_labels_from_input_ids"):
         sample = entry["sample"]
-        labels = packing.labels_from_input_ids(sample["input_ids"], sample["response_start_end"])
+        labels = batches.labels_from_input_ids(sample["input_ids"], sample["response_start_end"])
         if sample["response_start_end"] == [[2, 4]]:  # recorded: six labels for five tokens, the end ignored
             assert labels == [[-100, -100, 3, 4, -100]]
         else:
@@ -396,23 +398,23 @@ def test_truncate_middle():
         ids, limit, new = list(range(entry["len"])), entry["max_length"], entry["max_new_tokens"]
         if new >= limit:  # recorded: 80 tokens out of 50
             with pytest.raises(ValueError, match="no room"):
-                packing.truncate_middle(ids, limit, new)
+                qa.truncate_middle(ids, limit, new)
         elif limit - new < len(ids) <= limit:  # recorded: unchanged, which leaves no room to generate
-            assert packing.truncate_middle(ids, limit, new) == ids[:8] + ids[-8:]
+            assert qa.truncate_middle(ids, limit, new) == ids[:8] + ids[-8:]
         else:
-            assert packing.truncate_middle(ids, limit, new) == entry["result"]
+            assert qa.truncate_middle(ids, limit, new) == entry["result"]
 
 
 def test_dataset_probabilities():
     for entry in recorded_packing("get_ds_prob"):
-        assert packing.dataset_probabilities(entry["lens"]) == pytest.approx(entry["result"], abs=1e-12)
+        assert batches.dataset_probabilities(entry["lens"]) == pytest.approx(entry["result"], abs=1e-12)
 
 
 def test_length_bins():
     recorded = {tuple(float(edge) for edge in pair) for pair in recorded_packing("length_bins")}
-    assert {(float(a), float(b)) for a, b in packing.LENGTH_BINS} == recorded - {(0.0, 511.0), (0.0, 8191.0)}
+    assert {(float(a), float(b)) for a, b in qa.LENGTH_BINS} == recorded - {(0.0, 511.0), (0.0, 8191.0)}
     for length, pair in recorded_packing("get_length_bin").items():
-        first, last = packing.length_bin(int(length))
+        first, last = qa.length_bin(int(length))
         assert first <= int(length) <= last
         # Recorded: the last length of a bin falls into a wider bin or none.
         if (int(length) + 1) & int(length) or int(length) < 127:
@@ -431,25 +433,25 @@ def test_metrics():
     assert len(pairs) == 58
     for pair in pairs:
         prediction, answers = pair["prediction"], pair["answers"]
-        assert metrics.normalize_answer(prediction) == pair["normalized_prediction"]
-        assert metrics.normalize_answer(prediction).split() == pair["prediction_words"]
-        assert [metrics.normalize_answer(answer) for answer in answers] == pair["normalized_answers"]
-        assert metrics.rouge_l(prediction, answers[:1]) == pytest.approx(pair["rougeL_f1_vs_first"], abs=1e-12)
-        scores = metrics.token_scores(prediction, answers)
+        assert scores.normalize_answer(prediction) == pair["normalized_prediction"]
+        assert scores.normalize_answer(prediction).split() == pair["prediction_words"]
+        assert [scores.normalize_answer(answer) for answer in answers] == pair["normalized_answers"]
+        assert scores.rouge_l(prediction, answers[:1]) == pytest.approx(pair["rougeL_f1_vs_first"], abs=1e-12)
+        found = scores.token_scores(prediction, answers)
         if pair["normalized_prediction"] == "" and "" in pair["normalized_answers"]:
-            assert scores == (1, 1, 1)  # recorded as 0, a defect: both sides normalise to nothing, so they agree
+            assert found == (1, 1, 1)  # recorded as 0, a defect: both sides normalise to nothing, so they agree
         else:
-            assert scores == pytest.approx((pair["f1"], pair["precision"], pair["recall"]), abs=1e-12)
+            assert found == pytest.approx((pair["f1"], pair["precision"], pair["recall"]), abs=1e-12)
 
 
 def test_mean_scores():
     pairs = recorded_metrics("pairs")
     both_empty = [not p["normalized_prediction"] and "" in p["normalized_answers"] for p in pairs]
-    scores = [metrics.token_f1(p["prediction"], p["answers"]) for p in pairs]
+    scores = [scores.token_f1(p["prediction"], p["answers"]) for p in pairs]
     scores = [0.0 if empty else score for score, empty in zip(scores, both_empty, strict=True)]  # as recorded
-    assert metrics.mean_score(scores) == pytest.approx(recorded_metrics("mean")["qa_f1_score"])
-    rouge = [metrics.rouge_l(p["prediction"], p["answers"][0]) for p in pairs]
-    assert metrics.mean_score(rouge) == pytest.approx(recorded_metrics("mean")["rougeL.f1"])
-    assert metrics.token_scores("anything", []) == (0, 0, 0)
+    assert scores.mean_score(scores) == pytest.approx(recorded_metrics("mean")["qa_f1_score"])
+    rouge = [scores.rouge_l(p["prediction"], p["answers"][0]) for p in pairs]
+    assert scores.mean_score(rouge) == pytest.approx(recorded_metrics("mean")["rougeL.f1"])
+    assert scores.token_scores("anything", []) == (0, 0, 0)
     with pytest.raises(ValueError, match="no samples"):  # recorded as nan
-        metrics.mean_score([])
+        scores.mean_score([])

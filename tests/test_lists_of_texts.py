@@ -4,19 +4,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from d2l_lib import evaluation, gating, reports, routing
+from d2l_lib import routing
+from d2l_lib.analysis import report
 from d2l_lib.documents import check_texts
 from d2l_lib.presets import changed, preset
+from d2l_lib.routing import gated
+from d2l_lib.studies import evaluation
 
 MODEL = SimpleNamespace(gate=None, least_relevance=0.0, tokenizer=None)
 CALLS = {
     "routing.route": lambda texts: routing.route(MODEL, texts, [None]),
     "routing.relevance": lambda texts: routing.relevance(MODEL, texts, [None] * 5),
     "routing.leads_and_divergences": lambda texts: routing.leads_and_divergences(MODEL, texts, [None] * 5),
-    "gating.gated": lambda texts: gating.gated(MODEL, texts, None),
-    "reports.find_questions": lambda texts: reports.find_questions(MODEL, texts),
-    "reports.ask_about": lambda texts: reports.ask_about(MODEL, texts, 1, 0),
-    "reports.score_answers": lambda texts: reports.score_answers(MODEL, texts, [[1]], [None]),
+    "gated": lambda texts: gated(MODEL, texts, None),
+    "reports.find_questions": lambda texts: report.find_questions(MODEL, texts),
+    "reports.ask_about": lambda texts: report.ask_about(MODEL, texts, 1, 0),
+    "reports.score_answers": lambda texts: report.score_answers(MODEL, texts, [[1]], [None]),
     "evaluation.greedy_answers": lambda texts: evaluation.greedy_answers(MODEL, None, texts),
     "presets.changed": lambda texts: changed(preset("tiny").needle, texts),
     "check_texts": lambda texts: check_texts(texts, "texts"),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import build_base_model, random_hypernetwork, random_loras
 
-from d2l_lib import losses
+from d2l_lib.training import losses
 
 VOCABULARY, TOP = 11, 4
 # Four questions of three contexts; -100 where no answer is.

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from d2l_lib import needles, world
-from d2l_lib.pretraining import build_tokenizer
+from d2l_lib.tasks import needles, world
+from d2l_lib.training.pretraining import build_tokenizer
 
 
 @pytest.fixture(scope="module")

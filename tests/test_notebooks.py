@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from d2l_lib import notebooks
+from d2l_lib.studies import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = notebooks.list_notebooks(ROOT / "notebooks")

@@ -11,9 +11,9 @@ import torch as real_torch
 from safetensors.torch import load_file
 from tiny_models import build_base_model, build_tokenizer, random_hypernetwork
 
-from d2l_lib import pickles
-from d2l_lib.checkpoints import export
 from d2l_lib.documents import question_ids
+from d2l_lib.formats import pickles
+from d2l_lib.formats.checkpoints import export
 from d2l_lib.original import ModulatedPretrainedModel, get_tokenizer, torch
 
 
@@ -148,7 +148,7 @@ def test_an_encoder_of_4_bits(golden_root, monkeypatch, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     import d2l_lib as d2l
 
-    monkeypatch.setattr("d2l_lib.model._can_quantize", lambda device: True)
+    monkeypatch.setattr("d2l_lib.loading._can_quantize", lambda device: True)
     plain = d2l.load(golden_root / "A" / "pytorch_model.bin", device="cpu")
     plain.hypernetwork.config = type(plain.config).from_dict(plain.config.to_dict() | {"encoder_4bit": True})
     path = export(plain.hypernetwork, tmp_path / "pytorch_model.bin", str(golden_root / "A" / "base_model"))

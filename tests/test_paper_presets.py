@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from transformers import Gemma2Config
 
 import d2l_lib as d2l
-from d2l_lib import distillation, presets, trainer, training
+from d2l_lib import presets
 from d2l_lib.documents import stop_ids
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
-from d2l_lib.packing import IGNORED
 from d2l_lib.presets import changed, preset, shortened
 from d2l_lib.records import read_json, read_jsonl
+from d2l_lib.training import loop, recipes, step
+from d2l_lib.training.batches import IGNORED
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {"paper-gemma": "gemma2", "paper-mistral": "mistral", "paper-qwen": "qwen3"}
@@ -42,7 +43,7 @@ def bases(tmp_path_factory):
 
 
 def load(folder):
-    return training.load_base_model(folder)
+    return step.load_base_model(folder)
 
 
 def falls(log) -> bool:
@@ -54,7 +55,7 @@ def falls(log) -> bool:
 def test_needles_from_the_command_to_a_model_that_loads(bases, tmp_path, name):
     base = bases[FAMILIES[name]]
     command = ["--preset", name, "--stage", "needle", "--base", str(base), "--runs", str(tmp_path), "--set", *NEEDLE]
-    training.main([*command, "--steps", "12", "--report-steps", "3", "--save-steps", "6", "--keep", "0"])
+    step.main([*command, "--steps", "12", "--report-steps", "3", "--save-steps", "6", "--keep", "0"])
     run = tmp_path / name / "needle_own_seed0"
     assert falls(run / "log.jsonl")
     assert [line["step"] for line in read_jsonl(run / "log.jsonl")] == [3, 6, 9, 12]
@@ -71,7 +72,7 @@ def test_both_main_stages_from_the_command_to_a_model_that_loads(bases, tmp_path
     base = bases[FAMILIES[name]]
     published_data.write_published(tmp_path / "data", load(base)[1], n=6)
     command = ["--preset", name, "--base", str(base), "--runs", str(tmp_path), "--shards", str(tmp_path / "data")]
-    distillation.main([*command, "--steps", "12", "--report-steps", "3", "--set", *MAIN])
+    recipes.main([*command, "--steps", "12", "--report-steps", "3", "--set", *MAIN])
     run = tmp_path / name / "qa_own_seed0"
     assert falls(run / "self_generated" / "log.jsonl")
     first, second = (read_jsonl(run / stage / "log.jsonl") for stage in ("self_generated", "chunked"))
@@ -125,7 +126,7 @@ def small_needle(**changes):
 
 def test_needle_batches_keep_to_their_limits_and_end_turns_as_the_template_does(bases):
     _, tokenizer = load(bases["gemma2"])
-    batches = training.NeedleBatches(tokenizer, small_needle(), 0)
+    batches = step.NeedleBatches(tokenizer, small_needle(), 0)
     counts, chunk_lengths = set(), []
     for i in range(8):
         batch = batches[i]
@@ -137,19 +138,19 @@ def test_needle_batches_keep_to_their_limits_and_end_turns_as_the_template_does(
         assert (batch["labels"].gather(1, ends[:, None]) == stop_ids(tokenizer)[-1]).all()
         assert stop_ids(tokenizer)[-1] != tokenizer.eos_token_id
     assert len(counts) > 1 and max(counts) > 1, "as many contexts as fit"
-    wrapping = sum(map(len, training.chat_affixes(tokenizer)))
+    wrapping = sum(map(len, step.chat_affixes(tokenizer)))
     assert min(chunk_lengths) >= 20 and max(chunk_lengths) <= 256 + 2 * wrapping
     with pytest.raises(ValueError, match="set max_repeats to 1"):
-        training.NeedleBatches(tokenizer, small_needle(max_repeats=4), 0)
+        step.NeedleBatches(tokenizer, small_needle(max_repeats=4), 0)
 
 
 def test_distillation_batches_keep_to_their_limits(bases, tmp_path):
     _, tokenizer = load(bases["gemma2"])
     path = published_data.write_shards(tmp_path / "a.parquet", published_data.shard_rows(tokenizer, 20, facts=6))
-    shards = distillation.read_shards(path)
+    shards = recipes.read_shards(path)
     qa = preset("paper-gemma").qa
     p = replace(changed(qa.chunked, MAIN), shortest_chunk=25, longest_chunk=200, context_tokens=2500, input_tokens=300)
-    batches = distillation.DistillationBatches(tokenizer, p, [shards], 0)
+    batches = recipes.DistillationBatches(tokenizer, p, [shards], 0)
     n_chunks = []
     for i in range(6):
         batch = batches[i]
@@ -159,18 +160,18 @@ def test_distillation_batches_keep_to_their_limits(bases, tmp_path):
         n_chunks += batch["n_chunks"].tolist()
     assert len(set(n_chunks)) > 2 and max(n_chunks) <= 8
     with pytest.raises(ValueError, match="of 1000 documents none fits into a batch of 30 tokens"):
-        distillation.DistillationBatches(tokenizer, replace(p, context_tokens=30), [shards], 0)[0]
+        recipes.DistillationBatches(tokenizer, replace(p, context_tokens=30), [shards], 0)[0]
     short = replace(changed(qa.self_generated, MAIN), context_tokens=30)
     with pytest.raises(ValueError, match="no document has at most"):
-        distillation.DistillationBatches(tokenizer, short, [shards], 0)
+        recipes.DistillationBatches(tokenizer, short, [shards], 0)
 
 
 def test_lengths_without_reading_are_the_lengths(bases, tmp_path):
     _, tokenizer = load(bases["gemma2"])
     rows = published_data.shard_rows(tokenizer, 5)
-    shards = distillation.read_shards(published_data.write_shards(tmp_path / "a.parquet", rows))
+    shards = recipes.read_shards(published_data.write_shards(tmp_path / "a.parquet", rows))
     for data in (shards, shards.select([3, 1])):
-        assert distillation.context_lengths(data).tolist() == [len(ids) for ids in data["ctx_ids"]]
+        assert recipes.context_lengths(data).tolist() == [len(ids) for ids in data["ctx_ids"]]
 
 
 # ------------------------------------------------------------------------------------------------ steps of many batches
@@ -193,7 +194,7 @@ class Merged(torch.utils.data.Dataset):
             for b in pair
         ]
         return {
-            **trainer.chunk_batch(chunks, n_chunks, 0),
+            **loop.chunk_batch(chunks, n_chunks, 0),
             **{name: torch.cat([one[name] for one in wide]) for name in PADS},
             "repeats": torch.cat([b["repeats"] for b in pair]),
             "l1_share": pair[0]["l1_share"],
@@ -211,8 +212,8 @@ def rows_in_order(batch):
 
 def train(base, p, batches, run, **options):
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(training.hypernetwork_config(p, base, "x"))
-    training.fit_hypernetwork(p, base, hypernetwork, batches, run, 0, report_every=1, **options)
+    hypernetwork = Hypernetwork(step.hypernetwork_config(p, base, "x"))
+    step.fit_hypernetwork(p, base, hypernetwork, batches, run, 0, report_every=1, **options)
     return hypernetwork, [line["total_loss"] for line in read_jsonl(run / "log.jsonl")]
 
 
@@ -220,7 +221,7 @@ def test_two_batches_a_step_are_one_batch_twice_as_large(bases, tmp_path):
     """Also where they have different numbers of contexts: every context counts alike."""
     base, tokenizer = load(bases["gemma2"])
     p = small_needle()
-    batches = training.NeedleBatches(tokenizer, p, 0)
+    batches = step.NeedleBatches(tokenizer, p, 0)
     assert any(len(batches[2 * i]["n_chunks"]) != len(batches[2 * i + 1]["n_chunks"]) for i in range(4))
     two, curve = train(base, p, batches, tmp_path / "two")
     large = replace(p, steps=4, warmup_steps=1, batches_per_step=1)
@@ -231,7 +232,16 @@ def test_two_batches_a_step_are_one_batch_twice_as_large(bases, tmp_path):
 
 def test_two_processes_share_out_a_step_and_end_where_one_does(bases, tmp_path):
     """The command under torchrun: a step of two batches with different numbers of contexts, one for each process."""
-    own = ["-m", "d2l_lib.training", "--preset", "paper-gemma", "--stage", "needle", "--base", str(bases["gemma2"])]
+    own = [
+        "-m",
+        "d2l_lib.training.step",
+        "--preset",
+        "paper-gemma",
+        "--stage",
+        "needle",
+        "--base",
+        str(bases["gemma2"]),
+    ]
     own += ["--steps", "4", "--report-steps", "1", "--set", *NEEDLE]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, start in (("one", [sys.executable]), ("two", torchrun)):
@@ -245,10 +255,10 @@ def test_two_processes_share_out_a_step_and_end_where_one_does(bases, tmp_path):
 
 
 def test_computing_activations_again_changes_no_number(bases, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "RECOMPUTED_TOKENS", 300)
+    monkeypatch.setattr(step, "RECOMPUTED_TOKENS", 300)
     base, tokenizer = load(bases["gemma2"])
     p = small_needle(neftune=0.0)
-    batches = training.NeedleBatches(tokenizer, p, 0)
+    batches = step.NeedleBatches(tokenizer, p, 0)
     kept, curve = train(base, p, batches, tmp_path / "kept")
     again, other = train(base, p, batches, tmp_path / "again", recompute=True)
     assert curve == pytest.approx(other, rel=1e-5)
@@ -259,10 +269,10 @@ def test_noise_is_on_answering_alone_and_only_in_training(bases):
     base, tokenizer = load(bases["gemma2"])
     p = small_needle()
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(training.hypernetwork_config(p, base, "x"))
-    batch = training.NeedleBatches(tokenizer, p, 0)[0]
-    plain = training.Internalization(base, hypernetwork, 0.0)
-    noisy = training.Internalization(base, hypernetwork, 0.0, neftune=5.0)
+    hypernetwork = Hypernetwork(step.hypernetwork_config(p, base, "x"))
+    batch = step.NeedleBatches(tokenizer, p, 0)[0]
+    plain = step.Internalization(base, hypernetwork, 0.0)
+    noisy = step.Internalization(base, hypernetwork, 0.0, neftune=5.0)
     without = plain(**batch)["loss"].item()
     with torch.no_grad():
         drawn = {noisy(**batch)["loss"].item() for _ in range(2)}
@@ -271,18 +281,18 @@ def test_noise_is_on_answering_alone_and_only_in_training(bases):
         assert noisy.eval()(**batch)["loss"].item() == without, "and the hook is gone"
     ids = torch.tensor([[5, 6, 7]])
     before = base.get_input_embeddings()(ids)
-    with training.noisy_embeddings(base, 5.0, n_tokens=100):
+    with step.noisy_embeddings(base, 5.0, n_tokens=100):
         noise = base.get_input_embeddings()(ids) - before
     most = 5.0 / (100 * before.shape[-1]) ** 0.5
     assert 0.5 * most < noise.abs().max() <= most * 1.001
     assert torch.equal(base.get_input_embeddings()(ids), before)
-    assert training.n_real_tokens(torch.tensor([[IGNORED, 3, 4, IGNORED], [IGNORED, 3, IGNORED, IGNORED]])) == 5
+    assert step.n_real_tokens(torch.tensor([[IGNORED, 3, 4, IGNORED], [IGNORED, 3, IGNORED, IGNORED]])) == 5
 
 
 def test_the_rate_ends_where_the_preset_says(bases, tmp_path):
     base, tokenizer = load(bases["gemma2"])
     p = small_needle(min_learning_rate=1e-7)
-    train(base, p, training.NeedleBatches(tokenizer, p, 0), tmp_path)
+    train(base, p, step.NeedleBatches(tokenizer, p, 0), tmp_path)
     # the last of four steps is two thirds down the cosine: a quarter is left of the way to the end
     rate = read_jsonl(tmp_path / "log.jsonl")[-1]["learning_rate"]
     assert rate == pytest.approx(0.25 * p.learning_rate + 0.75 * 1e-7, rel=1e-9)
@@ -313,47 +323,47 @@ def test_settings_are_changed_by_name_and_wrong_ones_are_named():
 
 
 def test_batches_are_shared_out_evenly_or_not_at_all():
-    assert trainer.accumulation(64, 16) == 4 and trainer.accumulation(16, 1) == 16
+    assert loop.accumulation(64, 16) == 4 and loop.accumulation(16, 1) == 16
     with pytest.raises(ValueError, match="3 processes cannot share out 16 batches"):
-        trainer.accumulation(16, 3)
+        loop.accumulation(16, 3)
 
 
 def test_wrong_commands_say_what_to_do(bases, tmp_path, capsys):
     with pytest.raises(SystemExit, match="give --shards"):
-        distillation.main(["--preset", "paper-gemma", "--base", str(bases["gemma2"]), "--runs", str(tmp_path)])
+        recipes.main(["--preset", "paper-gemma", "--base", str(bases["gemma2"]), "--runs", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"training: base model 'google/gemma-2-2b-it' could not be read"):
-        training.main(["--preset", "paper-gemma", "--stage", "needle", "--runs", str(tmp_path)])
+        step.main(["--preset", "paper-gemma", "--stage", "needle", "--runs", str(tmp_path)])
     with pytest.raises(SystemExit):
-        training.main(["--preset", "paper-gemma", "--stage", "base"])
+        step.main(["--preset", "paper-gemma", "--stage", "base"])
     assert "neither a base stage nor variants" in capsys.readouterr().err
 
 
 def test_a_run_of_other_sizes_is_not_continued(bases, tmp_path):
     base, tokenizer = load(bases["gemma2"])
     p = small_needle()
-    train(base, p, training.NeedleBatches(tokenizer, p, 0), tmp_path, save_every=2)
+    train(base, p, step.NeedleBatches(tokenizer, p, 0), tmp_path, save_every=2)
     with pytest.raises(ValueError, match="has checkpoints of a hypernetwork of other sizes"):
-        train(base, replace(p, rank=4), training.NeedleBatches(tokenizer, p, 0), tmp_path)
+        train(base, replace(p, rank=4), step.NeedleBatches(tokenizer, p, 0), tmp_path)
 
 
 def test_4_bit_needs_a_gpu_and_says_so(monkeypatch, capsys):
     p = preset("paper-gemma").qa.self_generated
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    settled = training.settle_encoder(p)
+    settled = step.settle_encoder(p)
     assert settled == replace(p, encoder_bits=None) and "no GPU" in capsys.readouterr().out
-    assert training.settle_encoder(settled) is settled and training.load_encoder(settled, "x") is None
+    assert step.settle_encoder(settled) is settled and step.load_encoder(settled, "x") is None
     with pytest.raises(ValueError, match="4, or None"):
-        training.settle_encoder(replace(p, encoder_bits=8))
+        step.settle_encoder(replace(p, encoder_bits=8))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    monkeypatch.setattr(step, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package bitsandbytes"):
-        training.settle_encoder(p)
-    monkeypatch.setattr(training, "find_spec", lambda name: object())
-    assert training.settle_encoder(p) is p
+        step.settle_encoder(p)
+    monkeypatch.setattr(step, "find_spec", lambda name: object())
+    assert step.settle_encoder(p) is p
 
 
 def test_presets_are_complete():
     assert set(presets.PRESETS) == {"tiny", *FAMILIES}
     assert preset("tiny").base_source == "tiny"
     a = SimpleNamespace(base=None, steps=None, set=[])
-    assert not training.is_own_run(a, preset("tiny")) and training.is_own_run(a, preset("paper-gemma"))
+    assert not step.is_own_run(a, preset("tiny")) and step.is_own_run(a, preset("paper-gemma"))

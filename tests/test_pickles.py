@@ -15,8 +15,8 @@ import torch
 from fuzz_checkpoints import PROGRAM, fuzz, packed, records_of, small_checkpoint, watched
 from safetensors.torch import save
 
-from d2l_lib import pickles
-from d2l_lib.pickles import CheckpointError, Record
+from d2l_lib.formats import pickles
+from d2l_lib.formats.pickles import CheckpointError, Record
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_values_that_take_for_ever_to_hash_or_to_print(records, tmp_path):
     ):  # fmt: skip
         file = io.BytesIO(with_program(records, program))
         with pytest.raises((CheckpointError, TypeError, AttributeError)):
-            from d2l_lib.checkpoints import parse_published
+            from d2l_lib.formats.checkpoints import parse_published
 
             parse_published(pickles.read(file))
     assert time.perf_counter() - start < 10

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from d2l_lib import plots
+from d2l_lib.tasks import scores
+from d2l_lib.views import plots
 
 LENGTHS = [64, 256, 1024, 4096]
 
@@ -193,13 +194,13 @@ def labels(axes) -> tuple[str, str]:
 def test_pooled_rows_have_known_wilson_intervals(successes, n, low, high):
     # in two parts, as two depths of one length would be
     table = pd.DataFrame({"length_tokens": 64, "n": [n // 2, n - n // 2], "exact_match": successes / n, "seed": 0})
-    pooled = plots.pool(table, ["length_tokens"])
+    pooled = scores.pool(table, ["length_tokens"])
     assert (pooled["low"].item(), pooled["high"].item()) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_pooling_weighs_by_n():
     table = pd.DataFrame({"length_tokens": [64, 64], "n": [1, 99], "exact_match": [0.0, 1.0]})
-    pooled = plots.pool(table, ["length_tokens"])
+    pooled = scores.pool(table, ["length_tokens"])
     assert pooled["exact_match"].item() == pytest.approx(0.99)
     assert pooled["n"].item() == 100
     assert pooled["low"].item() == pytest.approx(0.9455, abs=5e-5)

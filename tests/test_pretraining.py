@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
-from d2l_lib import pretraining, world
-from d2l_lib.packing import IGNORED
-from d2l_lib.pretraining import Curriculum, build_tokenizer, conversation
+from d2l_lib.tasks import world
+from d2l_lib.training import pretraining
+from d2l_lib.training.batches import IGNORED
+from d2l_lib.training.pretraining import Curriculum, build_tokenizer, conversation
 
 
 @pytest.fixture(scope="module")

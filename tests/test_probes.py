@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from d2l_lib import probes, world
+from d2l_lib.studies import probes
+from d2l_lib.tasks import world
+from d2l_lib.tasks.questions import disjoint_documents
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ def test_two_hops_are_put_where_they_should_be(reader):
 
 
 def test_strangers_share_no_names():
-    documents = list(probes.strangers(random.Random(0), 16, 5))
+    documents = list(disjoint_documents(random.Random(0), 16, 5))
     names = [name for document in documents for _, name in document.entities]
     assert len(documents) == 16 and len(set(names)) == len(names)
     with pytest.raises(ValueError, match="too few names"):
-        list(probes.strangers(random.Random(0), 50, 60))
+        list(disjoint_documents(random.Random(0), 50, 60))

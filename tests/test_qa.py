@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_models
 
-from d2l_lib import evaluation, qa
 from d2l_lib.documents import question_ids
+from d2l_lib.tasks import qa, scores
+from d2l_lib.tasks.questions import world_samples
 
 SQUAD = [  # (id, context, question, answers)
     ("q1", "Mill Town has 311 people.", "How many people?", ["311", "311 people", "311"]),
@@ -242,7 +243,7 @@ def test_the_instruction_goes_around_the_question(tmp_path):
 
 def test_world_samples_in_the_same_form():
     frame = qa.load_qa("world", n=9, seed=3, split="validation")
-    samples = evaluation.world_samples(9, 3, split="validation")
+    samples = world_samples(9, 3, split="validation")
     assert tuple(frame.columns) == qa.COLUMNS and frame["id"].is_unique
     assert frame["document"].equals(samples["document"]) and frame["kind"].equals(samples["kind"])
     assert [answers[0] for answers in frame["answers"]] == list(samples["answer"])
@@ -420,7 +421,7 @@ def test_summary_by_method_data_set_and_length():
     assert list(table["length_bin"][:3]) == ["0-127", "128-255", "32768+"]
     cell = table.set_index(["method", "dataset", "length_bin"]).loc
     known = cell["in context", "world", "0-127"]
-    assert known["metric"] == "exact_match" and (known["low"], known["high"]) == evaluation.wilson(2, 2)
+    assert known["metric"] == "exact_match" and (known["low"], known["high"]) == scores.wilson(2, 2)
     b_alone = cell["Doc-to-LoRA", "squad", "0-127"]  # "a" is an article: both "a b" and "b" are "b"
     assert b_alone["metric"] == "token_f1" and b_alone["n"] == 4 and b_alone["score"] == pytest.approx(0.5)
     assert 0 <= b_alone["low"] < 0.5 < b_alone["high"] <= 1
@@ -432,7 +433,7 @@ def test_summary_of_one_metric_and_its_refusals():
         qa.summarise_scores(scores, by=["method"])
     table = qa.summarise_scores(scores, by=["method"], metric="exact_match_squad")
     assert table["n"].tolist() == [12, 12] and table["score"].tolist() == pytest.approx([2 / 3, 2 / 3])
-    assert (table["low"][0], table["high"][0]) == evaluation.wilson(8, 12)
+    assert (table["low"][0], table["high"][0]) == scores.wilson(8, 12)
     with pytest.raises(ValueError, match="no column length_tokens"):
         qa.summarise_scores(scores.drop(columns="length_tokens"))
     with pytest.raises(ValueError, match="row 0, column 'method' is empty"):

@@ -4,7 +4,7 @@ import contextlib
 import io
 import re
 
-from d2l_lib import notebooks
+from d2l_lib.studies import notebooks
 
 
 def blocks(text: str) -> list[tuple[str, str]]:

@@ -8,14 +8,14 @@ import torch
 import train_small
 from torch.nn.utils import parametrize
 
-from d2l_lib import training
 from d2l_lib.base_model import load_base_model
 from d2l_lib.documents import context_ids
 from d2l_lib.encoder import ContextEncoder, linear_inputs
 from d2l_lib.hypernetwork import Hypernetwork
-from d2l_lib.packing import IGNORED
 from d2l_lib.presets import ReadoutPreset
-from d2l_lib.readout import (
+from d2l_lib.training import step
+from d2l_lib.training.batches import IGNORED
+from d2l_lib.training.warm_up import (
     KeysAndValues,
     Readout,
     ReadoutBatches,
@@ -42,7 +42,7 @@ def base():
 def fresh(base_model, rank=2) -> Hypernetwork:
     torch.manual_seed(0)
     p = replace(train_small.SMALL, rank=rank, latent_size=32)
-    return Hypernetwork(training.hypernetwork_config(p, base_model, "small"))
+    return Hypernetwork(step.hypernetwork_config(p, base_model, "small"))
 
 
 def warm_up(base, hypernetwork, kind=Readout):
@@ -107,7 +107,7 @@ def test_the_warm_up_learns_to_read_and_goes_on_where_it_was(base, tmp_path, kin
     train_readout(p, warm_up(base, two, kind), batches, tmp_path / "two", 0, **options)
     for (name, a), b in zip(whole.named_parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b), name
-    log = training.read_log(tmp_path / "whole" / "log.jsonl")
+    log = step.read_log(tmp_path / "whole" / "log.jsonl")
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["question_loss"] < log[0]["question_loss"]
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from d2l_lib import hub, rehearsal
 from d2l_lib.base_model import load_base_model
 from d2l_lib.documents import chat_affixes
+from d2l_lib.formats import hub
 from d2l_lib.records import read_jsonl
+from d2l_lib.studies import rehearsal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,7 +68,7 @@ def test_the_stand_in_wraps_as_the_real_base_model_does(home):
 
 @pytest.mark.parametrize("name", rehearsal.RUNS)
 def test_what_is_recorded_is_the_pages_code(recorded, name):
-    """A page that changed after the record was made fails here: python -m d2l_lib.rehearsal makes it anew."""
+    """A page that changed after the record was made fails here: python -m d2l_lib.studies.rehearsal makes it anew."""
     stem, parameters = rehearsal.RUNS[name]
     rows = [row for row in recorded if row["run"] == name]
     cells = [cell for cell in page_cells(stem) if "".join(cell["source"])]

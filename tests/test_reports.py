@@ -8,9 +8,11 @@ import pandas as pd
 import pytest
 
 import d2l_lib as d2l
-from d2l_lib import reports, world
+from d2l_lib.analysis import report
+from d2l_lib.analysis.report import beyond_training, is_about, score_answers, trained_on
 from d2l_lib.documents import stop_ids
-from d2l_lib.reports import beyond_training, flag_curve, is_about, score_answers, trained_on
+from d2l_lib.studies.flags import SIGNALS, flag_curve
+from d2l_lib.tasks import world
 
 DOCUMENT = world.draw_document(random.Random("reports"), "test", 4, distractors=0.0)
 
@@ -98,9 +100,9 @@ def test_a_belief_against_the_document_is_named(model):
 def test_unrelated_answers_that_change_are_counted(model, adapter):
     rng = random.Random(1)
     texts = [world.question_about(rng, fact).text for fact in DOCUMENT.facts]  # related: the adapter changes them
-    found = reports._disturbed(model, texts, adapter, None)
+    found = report._disturbed(model, texts, adapter, None)
     assert found["changed"].mean() > 0.5
-    assert not reports._disturbed(model, texts, replace(adapter, blocks=(), bias=None), None)["changed"].any()
+    assert not report._disturbed(model, texts, replace(adapter, blocks=(), bias=None), None)["changed"].any()
 
 
 @pytest.mark.parametrize(
@@ -148,10 +150,10 @@ def test_the_page_escapes_every_text_and_needs_no_network(made, tmp_path):
 
 def test_what_is_flagged_is_counted():
     rows = pd.DataFrame(
-        {"condition": "all blocks", "failed": [True, True, False, False], **dict.fromkeys(reports.SIGNALS, 0.0)}
+        {"condition": "all blocks", "failed": [True, True, False, False], **dict.fromkeys(SIGNALS, 0.0)}
     )
     rows["kept"] = [-1.0, float("nan"), 0.5, 2.0]
-    curve = flag_curve(rows, {signal: [0.0, 1.0] for signal in reports.SIGNALS})
+    curve = flag_curve(rows, {signal: [0.0, 1.0] for signal in SIGNALS})
     found = curve[curve["signal"] == "kept"].set_index("threshold")
     assert list(found.loc[0.0, ["found", "precision", "false_alarms"]]) == [0.5, 1.0, 0.0]
     assert list(found.loc[1.0, ["found", "precision", "false_alarms"]]) == [0.5, 0.5, 0.5]  # no question: never flagged

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import d2l_lib as d2l
-from d2l_lib import world
 from d2l_lib.documents import question_ids
 from d2l_lib.routing import _lead, relevance, route
+from d2l_lib.tasks import world
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,12 @@ import pytest
 import torch
 from tiny_models import build_base_model, build_tokenizer
 
-from d2l_lib import losses, packing, records, selfgen
+from d2l_lib import records
 from d2l_lib.documents import chat_affixes, context_ids, question_ids
-from d2l_lib.selfgen import PUBLISHED, Settings, TransformersEngine, generate, make_shard, parse_questions, read_shards
+from d2l_lib.engine import Reply, TransformersEngine
+from d2l_lib.formats.shards import PUBLISHED, SCHEMA, TEACHER_COLUMNS, read_shards
+from d2l_lib.training import batches, losses, selfgen
+from d2l_lib.training.selfgen import Settings, generate, make_shard, parse_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Settings(
@@ -176,7 +179,7 @@ def test_unfinished_answers_are_dropped_and_counted(engine):
     assert len(answers(short)) == counts["kept"] and sum(map(len, answers(short).values())) == counts["answer_tokens"]
     none, counts = make_shard(replace(settings, max_new_tokens=1, temperature=0.0), 0, Never(engine))
     assert none.num_rows == counts["kept"] == 0 and counts["documents_dropped"] == 6
-    assert none.schema.equals(selfgen.SCHEMA)
+    assert none.schema.equals(SCHEMA)
 
 
 class Never(TransformersEngine):
@@ -272,8 +275,7 @@ class Author:
         self.prompts.append([self.tokenizer.decode(ids) for ids in prompts])
         written = [next(self.lists) for _ in prompts]
         return [
-            None if text is None else selfgen.Reply(self.tokenizer(text)["input_ids"], True, None, None)
-            for text in written
+            None if text is None else Reply(self.tokenizer(text)["input_ids"], True, None, None) for text in written
         ]
 
 
@@ -524,7 +526,7 @@ def test_our_shards_and_published_ones_load(whole, tmp_path):
     from datasets import Dataset, Features, List, Value, load_dataset
 
     ours = read_shards(whole)
-    assert set(ours.column_names) == set(selfgen.SCHEMA.names) and len(ours) > 6
+    assert set(ours.column_names) == set(SCHEMA.names) and len(ours) > 6
     published = {
         "ctx_ids": List(Value("int32")),
         "input_ids": List(List(Value("int32"))),
@@ -626,14 +628,14 @@ def test_other_files_are_refused(whole, tmp_path):
 
 def test_rows_feed_packing_and_the_distillation_loss(engine, whole):
     data = read_shards(whole)[:]
-    batch = {name: data[name] for name in ("input_ids", *packing.TEACHER_COLUMNS)}
+    batch = {name: data[name] for name in ("input_ids", *TEACHER_COLUMNS)}
     spans = zip(data["input_ids"], data["response_start_end"], strict=True)
-    batch["labels"] = [packing.labels_from_input_ids(ids, span) for ids, span in spans]
+    batch["labels"] = [batches.labels_from_input_ids(ids, span) for ids, span in spans]
     affixes = chat_affixes(engine.tokenizer)
-    batch["ctx_ids"] = [packing.split_into_chunks(ids, 2, *affixes) for ids in data["ctx_ids"]]
+    batch["ctx_ids"] = [batches.split_into_chunks(ids, 2, *affixes) for ids in data["ctx_ids"]]
     assert all(chunk[: len(affixes[0])] == affixes[0] for chunks in batch["ctx_ids"] for chunk in chunks)
-    packed = packing.pack_batch(batch, 10**6, 10**6)
-    tensors = packing.collate([{name: values[0] for name, values in packed.items()}])
+    packed = batches.pack_batch(batch, 10**6, 10**6)
+    tensors = batches.collate([{name: values[0] for name, values in packed.items()}])
     answers = losses.find_answer_tokens(tensors["labels"], tensors["position_ids"])
     with torch.no_grad():
         logits = engine.model(

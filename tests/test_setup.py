@@ -76,8 +76,8 @@ def test_every_import_is_declared(project_folder, project):
     core = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
     # come with jupyterlab and nbconvert by definition
     core |= {"ipython", "nbformat", "nbclient"}
-    for path in sorted([*project_folder.glob("d2l_lib/*.py"), *project_folder.glob("tests/*.py")]):
-        allowed = core if path.parent.name == "d2l_lib" else core | names
+    for path in sorted([*project_folder.glob("d2l_lib/**/*.py"), *project_folder.glob("tests/**/*.py")]):
+        allowed = core if path.is_relative_to(project_folder / "d2l_lib") else core | names
         for name in imported_packages(path) - OPTIONAL:
             package = canonicalize_name(PACKAGE_OF.get(name, name))
             assert package in allowed, f"{path.name} imports {name}, which pyproject.toml does not name"

@@ -17,10 +17,13 @@ import pytest
 import tiny_models
 from test_viewers import HOSTILE, Tags, controls, page
 
-from d2l_lib import markup, selfgen, shard_viewer
+from d2l_lib import markup
 from d2l_lib.documents import context_ids, question_ids, stop_ids
-from d2l_lib.selfgen import MANIFEST, PUBLISHED, SCHEMA
-from d2l_lib.shard_viewer import (
+from d2l_lib.engine import TransformersEngine
+from d2l_lib.formats.shards import MANIFEST, PUBLISHED, SCHEMA
+from d2l_lib.training import selfgen
+from d2l_lib.views import shards
+from d2l_lib.views.shards import (
     AGREEMENTS,
     Decoder,
     ShardFile,
@@ -29,7 +32,7 @@ from d2l_lib.shard_viewer import (
     render_shard_sample,
     view_shards,
 )
-from d2l_lib.viewers import evidence_spans
+from d2l_lib.views.viewers import evidence_spans
 
 TOKENIZER = tiny_models.build_tokenizer()
 K = 16
@@ -125,11 +128,11 @@ def test_parts_of_a_character_show_as_such(shard):
 
 def test_a_token_that_is_not_listed_is_bounded_by_the_last_alternative():
     values = np.log([[0.5, 0.3, 0.1], [0.6, 0.2, 0.1]])
-    p, rank = shard_viewer.probabilities(np.array([8, 5]), values, np.array([[7, 8, 9], [7, 8, 9]]))
+    p, rank = shards.probabilities(np.array([8, 5]), values, np.array([[7, 8, 9], [7, 8, 9]]))
     np.testing.assert_allclose(p, [0.3, 0.1])
     assert rank.tolist() == [2, 0]
-    token = shard_viewer.AnswerToken("x", 0.1, 0, (("y", 0.6), ("z", 0.2)))
-    assert "≤10" in Tags(shard_viewer.render_token(token, 1)).text
+    token = shards.AnswerToken("x", 0.1, 0, (("y", 0.6), ("z", 0.2)))
+    assert "≤10" in Tags(shards.render_token(token, 1)).text
 
 
 def test_filters_find_what_looking_at_every_sample_would(shard):
@@ -244,7 +247,7 @@ def large(tmp_path_factory) -> Path:
 
 def test_only_what_is_looked_at_is_read(large, decoder, monkeypatch):
     metadata, recorder, real = pq.read_metadata(large), Recorder(large), pq.ParquetFile
-    monkeypatch.setattr(shard_viewer.pq, "ParquetFile", lambda path, **options: real(recorder, **options))
+    monkeypatch.setattr(shards.pq, "ParquetFile", lambda path, **options: real(recorder, **options))
     shard = ShardFile(large, decoder)
     assert shard.n_samples == 100_000
     light = {(group, name) for group in range(5) for name in ("response_start_end", "kinds")}
@@ -380,7 +383,7 @@ def test_hostile_text_stays_text(tmp_path):
 
 def test_what_selfgen_makes_is_shown_with_what_it_left_out(tmp_path):
     model = tiny_models.build_base_model(TOKENIZER, window=2048)
-    engine = selfgen.TransformersEngine("random", model, TOKENIZER)
+    engine = TransformersEngine("random", model, TOKENIZER)
     model.get_output_embeddings().weight.data[engine.stops] *= 3
     settings = selfgen.Settings(documents=4, shard_size=4, questions=3, longest=3, max_new_tokens=16)
     totals = selfgen.generate(settings, tmp_path, engine)["totals"]
@@ -565,7 +568,7 @@ def test_shard_viewer_in_a_browser(tmp_path):
     hostile = row(HOSTILE, (HOSTILE, HOSTILE, HOSTILE, HOSTILE, 0.4))
     write(tmp_path / "shards" / "a.parquet", [*ROWS, hostile])
     cells = [
-        "from test_shard_viewer import TOKENIZER\nfrom d2l_lib.shard_viewer import view_shards",
+        "from test_shard_viewer import TOKENIZER\nfrom d2l_lib.views.shards import view_shards",
         f"view_shards({str(tmp_path / 'shards')!r}, TOKENIZER)",
     ]
     notebook = browser.write_notebook(tmp_path / "shards.ipynb", cells)

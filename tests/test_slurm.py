@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from d2l_lib import slurm
+from d2l_lib.training import slurm
 
 
 def torchrun_command(script: str) -> list[str]:
@@ -47,7 +47,7 @@ def test_it_starts_one_torchrun_per_node_on_the_first_node(tmp_path):
         "--nnodes=2", "--nproc_per_node=8", "--rdzv_id=42", "--rdzv_backend=c10d", "--rdzv_endpoint=node07:29500",
     ]  # fmt: skip
     assert arguments[5:] == [
-        "-m", "d2l_lib.training", "--preset", "paper-gemma", "--runs", "runs", "--stage", "needle", "--set", "seed=3",
+        "-m", "d2l_lib.training.step", "--preset", "paper-gemma", "--runs", "runs", "--stage", "needle", "--set", "seed=3",
     ]  # fmt: skip
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from tiny_models import build_model
 
-from d2l_lib import speed
 from d2l_lib.adapter import Adapter
 from d2l_lib.documents import chunk_document
-from d2l_lib.evaluation import peak_memory_mib
 from d2l_lib.records import read_jsonl, write_jsonl
-from d2l_lib.speed import Measurement
+from d2l_lib.studies import speed
+from d2l_lib.studies.evaluation import peak_memory_mib
+from d2l_lib.studies.speed import Measurement
 
 SETTINGS = {"early_exit": {}, "per_layer_activations": {"encoder_type": "per_layer_activations"}}
 
@@ -360,12 +360,12 @@ def test_the_command_records_what_is_missing(tmp_path, counted, monkeypatch, cap
     assert {path.name for path in tmp_path.iterdir()} == {"speed_tiny.jsonl", "speed_gemma.jsonl"}
     assert len(capsys.readouterr().out.splitlines()) == len(counted)
     rows = read_jsonl(tmp_path / "speed_gemma.jsonl")
-    assert {row["command"] for row in rows} == {"python -m d2l_lib.speed all --lengths 64 --repeats 1"}
+    assert {row["command"] for row in rows} == {"python -m d2l_lib.studies.speed all --lengths 64 --repeats 1"}
     before = len(counted)
     speed.main()
     assert len(counted) == before
     monkeypatch.setattr(speed, "record_path", lambda name: tmp_path / "missing.jsonl")
-    with pytest.raises(FileNotFoundError, match="python -m d2l_lib.speed gemma records it"):
+    with pytest.raises(FileNotFoundError, match="python -m d2l_lib.studies.speed gemma records it"):
         speed.read_records("gemma")
 
 

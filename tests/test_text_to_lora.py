@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny_models import build_base_model, build_tokenizer
 
-from d2l_lib import baselines, text_to_lora, training
 from d2l_lib.presets import DistillationPreset
 from d2l_lib.records import read_jsonl
-from d2l_lib.text_to_lora import TextToLoRA, load_text_to_lora, save_text_to_lora, train_text_to_lora
+from d2l_lib.studies import baselines, text_to_lora
+from d2l_lib.studies.text_to_lora import TextToLoRA, load_text_to_lora, save_text_to_lora, train_text_to_lora
+from d2l_lib.training import step
 
 SMALL = DistillationPreset(
     latent_size=16, n_latent_queries=4, n_blocks=1, n_heads=2, n_kv_heads=1, head_dim=8, rank=2, encoder_layer=1,
@@ -26,7 +27,7 @@ def base():
 
 def network_for(base_model) -> TextToLoRA:
     torch.manual_seed(0)
-    return TextToLoRA(training.hypernetwork_config(SMALL, base_model, "x"))
+    return TextToLoRA(step.hypernetwork_config(SMALL, base_model, "x"))
 
 
 def test_it_reads_the_mean_of_the_real_tokens_and_nothing_else(base):
@@ -74,6 +75,6 @@ def test_it_learns_is_saved_and_answers_as_a_method(base, tmp_path):
 def test_bad_places_are_named(base, tmp_path):
     with pytest.raises(FileNotFoundError, match="train one with"):
         load_text_to_lora(tmp_path)
-    config = training.hypernetwork_config(replace(SMALL, encoder_layer=None), base[0], "x")
+    config = step.hypernetwork_config(replace(SMALL, encoder_layer=None), base[0], "x")
     with pytest.raises(ValueError, match="one hidden state"):
         text_to_lora.TextToLoRA(replace(config, encoder_type="per_layer_activations"))

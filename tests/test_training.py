@@ -15,11 +15,12 @@ import torch
 import train_small
 from safetensors.torch import load_file
 
-from d2l_lib import needles, trainer, training
 from d2l_lib.encoder import ContextEncoder
 from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
 from d2l_lib.records import read_jsonl
+from d2l_lib.tasks import needles
+from d2l_lib.training import loop, step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +32,7 @@ def base():
 
 @pytest.fixture
 def batches(base):
-    return training.NeedleBatches(base[1], train_small.SMALL, 0)
+    return step.NeedleBatches(base[1], train_small.SMALL, 0)
 
 
 def start(run: Path, seconds_per_batch: float) -> subprocess.Popen:
@@ -74,9 +75,9 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
 
 def test_stopping_early_and_going_on_changes_nothing(base, tmp_path):
     model, tokenizer = base
-    whole = training.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "whole", 0, "small")
-    training.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "two", 0, "small", stop_at=5)
-    two = training.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "two", 0, "small")
+    whole = step.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "whole", 0, "small")
+    step.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "two", 0, "small", stop_at=5)
+    two = step.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "two", 0, "small")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), two.parameters(), strict=True))
 
 
@@ -85,17 +86,17 @@ def test_tensorboard_shows_what_the_log_says_also_after_a_resumed_start(base, tm
     base_model, tokenizer = base
     p = replace(train_small.SMALL, readout=None, polish_steps=0)
     for stop_at in (6, None):
-        training.train_needle(p, base_model, tokenizer, tmp_path, 0, "small", stop_at, report_steps=2, save_steps=4)
+        step.train_needle(p, base_model, tokenizer, tmp_path, 0, "small", stop_at, report_steps=2, save_steps=4)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    log = training.read_log(tmp_path / "log.jsonl")
+    log = step.read_log(tmp_path / "log.jsonl")
     shown = [(event.step, round(event.value, 4)) for event in events.Scalars("loss")]
     assert shown == [(line["step"], pytest.approx(line["loss"], abs=1e-3)) for line in log]
 
 
 def test_batches_are_functions_of_seed_and_step(base, batches):
-    again = training.NeedleBatches(base[1], train_small.SMALL, 0)[7]
-    other = training.NeedleBatches(base[1], train_small.SMALL, 1)[7]
+    again = step.NeedleBatches(base[1], train_small.SMALL, 0)[7]
+    other = step.NeedleBatches(base[1], train_small.SMALL, 1)[7]
     batch = batches[7]
     assert all(torch.equal(a, b) for a, b in zip(batch["chunk_ids"], again["chunk_ids"], strict=True))
     assert torch.equal(batch["labels"], again["labels"]) and not torch.equal(batch["labels"], other["labels"])
@@ -106,7 +107,7 @@ def test_chunks_are_whole_sentences_and_together_the_haystack(base):
     p = replace(train_small.SMALL, longest=256)
     for _ in range(100):
         haystack = needles.build_haystack(base[1], rng.randint(40, 256), rng.random(), "4217")
-        pieces = training.random_chunks(rng, haystack.text, haystack.length_tokens, p)
+        pieces = step.random_chunks(rng, haystack.text, haystack.length_tokens, p)
         assert " ".join(pieces).split() == haystack.text.split()
         assert all(piece.endswith(".") for piece in pieces)
         assert sum("The special magic number is 4217." in piece for piece in pieces) == 1, "the needle is never cut"
@@ -114,7 +115,7 @@ def test_chunks_are_whole_sentences_and_together_the_haystack(base):
 
 def test_only_needle_free_chunks_are_repeated_and_only_late(base):
     p = replace(train_small.SMALL, longest=256, steps=100, contexts=8, empty_share=0.0)
-    batches = training.NeedleBatches(base[1], p, 0)
+    batches = step.NeedleBatches(base[1], p, 0)
     early, late = batches[10], batches[95]
     assert (early["repeats"] == 1).all() and late["repeats"].max() > 8
     # in every context at least one chunk, the needle's, counts once
@@ -129,7 +130,7 @@ def test_a_repeated_block_is_that_many_equal_blocks(base):
     1e-5).
     """
     model, tokenizer = base
-    hypernetwork = Hypernetwork(training.hypernetwork_config(train_small.SMALL, model, "small"))
+    hypernetwork = Hypernetwork(step.hypernetwork_config(train_small.SMALL, model, "small"))
     torch.nn.init.normal_(hypernetwork.scaler_B["down_proj"], std=0.3)
     encoder = ContextEncoder.from_config(model, hypernetwork.config)
     ids = torch.tensor([tokenizer(needles.FILLER_LINE)["input_ids"]])
@@ -147,7 +148,7 @@ def test_a_repeated_block_is_that_many_equal_blocks(base):
 
 def test_group_by_length_puts_every_chunk_back():
     chunks = [[1] * n for n in (5, 200, 7, 30, 6, 190, 31)]
-    groups, order = trainer.group_by_length(chunks)
+    groups, order = loop.group_by_length(chunks)
     flat = [c for group in groups for c in group]
     assert [flat[i] for i in order] == chunks
     assert all(len(group[-1]) >= 0.6 * len(group[0]) for group in groups) and len(groups) == 3
@@ -155,20 +156,20 @@ def test_group_by_length_puts_every_chunk_back():
 
 def test_loss_that_is_not_a_number_stops_the_run_and_says_so(base, tmp_path):
     model, tokenizer = base
-    training.train_needle(train_small.SMALL, model, tokenizer, tmp_path, 0, "small", stop_at=4)
+    step.train_needle(train_small.SMALL, model, tokenizer, tmp_path, 0, "small", stop_at=4)
     kept = sorted(tmp_path.glob("checkpoint-*"))
     with pytest.raises(FloatingPointError, match="not a number: lower the learning rate"):
-        training.train_needle(replace(train_small.SMALL, l1=float("nan")), model, tokenizer, tmp_path, 0, "small")
+        step.train_needle(replace(train_small.SMALL, l1=float("nan")), model, tokenizer, tmp_path, 0, "small")
     assert kept and sorted(tmp_path.glob("checkpoint-*")) == kept
 
 
 def test_gradients_reach_every_parameter_and_never_the_base(base, batches):
     model, _ = base
-    hypernetwork = Hypernetwork(training.hypernetwork_config(train_small.SMALL, model, "small"))
+    hypernetwork = Hypernetwork(step.hypernetwork_config(train_small.SMALL, model, "small"))
     torch.nn.init.normal_(hypernetwork.scaler_B["down_proj"], std=0.3)
     torch.nn.init.normal_(hypernetwork.bias_B["down_proj"], std=0.3)
     before = [parameter.clone() for parameter in model.parameters()]
-    training.Internalization(model, hypernetwork, l1=0.1)(**batches[3])["loss"].backward()
+    step.Internalization(model, hypernetwork, l1=0.1)(**batches[3])["loss"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in hypernetwork.parameters())
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -177,13 +178,13 @@ def test_gradients_reach_every_parameter_and_never_the_base(base, batches):
 def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp_path, monkeypatch):
     model, tokenizer = base
     seen = {}
-    original = trainer.InOrderTrainer.get_decay_parameter_names
+    original = loop.InOrderTrainer.get_decay_parameter_names
     monkeypatch.setattr(
-        trainer.InOrderTrainer,
+        loop.InOrderTrainer,
         "get_decay_parameter_names",
         lambda self, m: seen.setdefault("names", original(self, m)),
     )
-    training.train_needle(train_small.SMALL, model, tokenizer, tmp_path, 0, "small", stop_at=1)
+    step.train_needle(train_small.SMALL, model, tokenizer, tmp_path, 0, "small", stop_at=1)
     assert seen["names"] and not any(
         part in n for n in seen["names"] for part in ("scaler", "bias", "norm", "latents_q")
     )
@@ -199,7 +200,7 @@ def test_two_processes_train_to_the_curve_of_one(tmp_path):
     for command in (alone, shared):
         subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
     one, two = (load_file(tmp_path / name / "final" / "hypernetwork.safetensors") for name in ("one", "two"))
-    start = Hypernetwork(training.hypernetwork_config(train_small.SMALL, train_small.small_base()[0], "x")).state_dict()
+    start = Hypernetwork(step.hypernetwork_config(train_small.SMALL, train_small.small_base()[0], "x")).state_dict()
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     assert any((one[name] - start[name]).abs().max() > 1e-2 for name in one)
     logs = [read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two")]

@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 from toy_models import HOSTILE, SAMPLES, ToyModel, sample
 
-from d2l_lib import viewers
+from d2l_lib.views import viewers
 
 
 class Tags(HTMLParser):

@@ -9,8 +9,9 @@ import torch
 import train_small
 from safetensors.torch import load_file
 
-from d2l_lib import training, watch
 from d2l_lib.records import read_jsonl
+from d2l_lib.studies import watch
+from d2l_lib.training import step
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def run(tmp_path_factory):
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     p = replace(train_small.SMALL, readout=None, polish_steps=0, steps=4, warmup_steps=1, learning_rate=1e-2)
-    hypernetwork = training.train_needle(p, model, tokenizer, folder / "run", 0, str(base), save_steps=2, keep=None)
+    hypernetwork = step.train_needle(p, model, tokenizer, folder / "run", 0, str(base), save_steps=2, keep=None)
     return folder / "run", model, tokenizer, hypernetwork
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from tiny_models import build_base_model, build_model, logits_of
 
-from d2l_lib import records, weights
-from d2l_lib.adapter import Adapter, Block
-from d2l_lib.world import Question
+from d2l_lib import records
+from d2l_lib.adapter import Adapter, Block, decompose, only_layers, singular_part
+from d2l_lib.analysis import weights
+from d2l_lib.studies import recompression
+from d2l_lib.tasks.world import Question
 
 LAYERS, D_IN, D_OUT = 3, 12, 10
 SIZES = {"down_proj": (D_IN, D_OUT), "up_proj": (D_OUT, D_IN)}
@@ -52,7 +54,7 @@ def one_direction(d_in: int, d_out: int, size: float = 1.0, layers: int = 1) -> 
 def test_decomposition_is_that_of_the_formed_update(chunks, scale):
     adapter = random_adapter(chunks=chunks, scale=scale)
     for module in adapter.modules:
-        U, S, V = weights.decompose(adapter, module)
+        U, S, V = decompose(adapter, module)
         assert S.shape == (LAYERS, min(adapter.rank, D_IN, D_OUT))
         torch.testing.assert_close(U * S.unsqueeze(1) @ V.mT, dense(adapter, module))
         eye = torch.eye(S.shape[1], dtype=torch.float64).expand(LAYERS, -1, -1)
@@ -240,34 +242,34 @@ def test_intruders_are_the_directions_that_the_base_weight_lacks():
 
 def test_singular_parts_add_up_and_the_first_is_the_compressed_adapter():
     adapter = random_adapter()
-    first, rest = weights.singular_part(adapter, 0, 3), weights.singular_part(adapter, 3)
+    first, rest = singular_part(adapter, 0, 3), singular_part(adapter, 3)
     for module in adapter.modules:
         torch.testing.assert_close(dense(first, module), dense(adapter.compressed(3), module), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
             dense(first, module) + dense(rest, module), dense(adapter, module), rtol=1e-4, atol=1e-5
         )
     with pytest.raises(ValueError, match="no directions 8 to None"):
-        weights.singular_part(adapter, 8)
+        singular_part(adapter, 8)
 
 
 def test_a_model_says_the_same_with_all_directions_and_something_else_without_the_first():
     model = build_model()
     adapter = model.internalize("Ada was born in Oldfield.")
     whole = logits_of(model, adapter)
-    torch.testing.assert_close(logits_of(model, weights.singular_part(adapter)), whole, rtol=1e-3, atol=1e-3)
-    assert (logits_of(model, weights.singular_part(adapter, 1)) - whole).abs().max() > 0.01
+    torch.testing.assert_close(logits_of(model, singular_part(adapter)), whole, rtol=1e-3, atol=1e-3)
+    assert (logits_of(model, singular_part(adapter, 1)) - whole).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_other_layers_write_nothing_and_these_the_same(bias):
     adapter = random_adapter(bias=bias)
-    part = weights.only_layers(adapter, [0, 2])
+    part = only_layers(adapter, [0, 2])
     for module in adapter.modules:
         torch.testing.assert_close(dense(part, module)[[0, 2]], dense(adapter, module)[[0, 2]])
         assert not dense(part, module)[1].any()
     assert weights.norms(part)["effective_rank"].iloc[1] == 0
     with pytest.raises(ValueError, match=r"no layer \[3\]"):
-        weights.only_layers(adapter, [0, 3])
+        only_layers(adapter, [0, 3])
 
 
 def test_error_of_a_smaller_rank_is_that_of_the_formed_update():
@@ -306,7 +308,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     model = build_model(window=1024)
     monkeypatch.setattr(weights, "load", lambda name: model)
     monkeypatch.setattr(weights, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(weights, "RANKS", (1, 2))
+    monkeypatch.setattr(recompression, "RANKS", (1, 2))
     command = ["weights", "recompression", "--length", "400", "--seed", "3", "--n"]
     path = tmp_path / "data" / "full_runs" / "recompression.jsonl"
     internalized = []
@@ -314,7 +316,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "internalize_each", lambda texts: internalized.append(texts) or once(texts))
 
     monkeypatch.setattr(sys, "argv", [*command, "3"])
-    weights.main()
+    recompression.main()
     at_once = [
         {k: v for k, v in row.items() if k not in ("seconds", "n", "command")} for row in records.read_jsonl(path)
     ]
@@ -322,7 +324,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     path.unlink()
     for n in ("1", "3"):
         monkeypatch.setattr(sys, "argv", [*command, n])
-        weights.main()
+        recompression.main()
     assert len(internalized) == 6, "the second call does not begin again"
     in_parts = records.read_jsonl(path)
     assert [{k: v for k, v in row.items() if k not in ("seconds", "n", "command")} for row in in_parts] == at_once
@@ -335,4 +337,4 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     other = build_model(seed=5, window=1024)
     monkeypatch.setattr(weights, "load", lambda name: other)
     with pytest.raises(SystemExit, match="^weights: .*recompression.jsonl holds rows of another hypernetwork"):
-        weights.main()
+        recompression.main()

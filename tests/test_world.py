@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from d2l_lib import needles, world
-from d2l_lib.world import RELATION, UNKNOWN
+from d2l_lib.tasks import needles, world
+from d2l_lib.tasks.world import RELATION, UNKNOWN
 
 
 def documents(n: int, split: str = "test", n_facts: int = 8):

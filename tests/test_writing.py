@@ -15,10 +15,13 @@ import torch
 from tiny_models import build_base_model, build_model, build_tokenizer, random_hypernetwork
 
 import d2l_lib as d2l
-from d2l_lib import pickles, records, selfgen, text_to_lora, trainer, training, watch
+from d2l_lib import records
 from d2l_lib.adapter import Adapter
-from d2l_lib.checkpoints import convert, export, load_checkpoint, read_published, save_checkpoint
+from d2l_lib.formats import pickles
+from d2l_lib.formats.checkpoints import convert, export, load_checkpoint, read_published, save_checkpoint
 from d2l_lib.records import FolderKind, atomic_folder, read_whole
+from d2l_lib.studies import text_to_lora, watch
+from d2l_lib.training import loop, selfgen, step
 
 HEADS = {"n_heads": 16, "n_kv_heads": 4, "head_dim": 128}  # of the published code
 KIND = FolderKind("sample", ("mark", "part/*.bin"), lambda folder: ("mark", "part/*.bin"))
@@ -491,7 +494,7 @@ class Ones(torch.utils.data.Dataset):
 
 def train(run: Path, stop_at: int, keep: int = 2) -> None:
     options = {"learning_rate": 1e-3, "warmup_steps": 1, "seed": 0, "report_steps": 1, "save_steps": 1}
-    trainer.fit(Small(), Ones(), run, steps=100, stop_at=stop_at, keep=keep, **options)
+    loop.fit(Small(), Ones(), run, steps=100, stop_at=stop_at, keep=keep, **options)
 
 
 def test_a_training_deletes_only_what_a_training_wrote(tmp_path, capsys):
@@ -501,13 +504,13 @@ def test_a_training_deletes_only_what_a_training_wrote(tmp_path, capsys):
     (tmp_path / "checkpoint-9" / "thesis.txt").write_text(THESIS)
     (tmp_path / "checkpoint-9" / "optimizer.pt").write_text("half")
     train(tmp_path, 4)
-    assert [folder.name for folder in trainer.checkpoints(tmp_path) if trainer.is_whole(folder)] == [
+    assert [folder.name for folder in loop.checkpoints(tmp_path) if loop.is_whole(folder)] == [
         "checkpoint-3",
         "checkpoint-4",
     ]
-    for step in (1, 9):
-        assert contents(tmp_path / f"checkpoint-{step}") == {"thesis.txt": THESIS.encode()}
-        assert f"checkpoint-{step} stays, for it holds thesis.txt" in capsys.readouterr().out or step == 9
+    for number in (1, 9):
+        assert contents(tmp_path / f"checkpoint-{number}") == {"thesis.txt": THESIS.encode()}
+        assert f"checkpoint-{number} stays, for it holds thesis.txt" in capsys.readouterr().out or number == 9
 
 
 def test_a_training_leaves_runs_of_other_programs_alone(tmp_path):
@@ -527,9 +530,9 @@ def test_a_base_model_of_other_sizes_is_not_replaced(tmp_path):
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     config = model.config.to_dict()
-    records.check_folder(tmp_path / "base", training._base_folder(config))
+    records.check_folder(tmp_path / "base", step._base_folder(config))
     with pytest.raises(FileExistsError, match="config.json"):
-        records.check_folder(tmp_path / "base", training._base_folder(config | {"hidden_size": 64}))
+        records.check_folder(tmp_path / "base", step._base_folder(config | {"hidden_size": 64}))
 
 
 def test_a_log_that_was_cut_off_goes_on(tmp_path):
@@ -605,7 +608,7 @@ def test_a_training_on_a_full_disk_names_the_checkpoint(tmp_path):
     with full_disk(1000), pytest.raises(OSError, match="File too large|disk full") as failed:
         train(tmp_path, 3)
     assert "checkpoint-2" in failed.value.filename
-    assert Path(trainer.last_whole_checkpoint(tmp_path)).name == "checkpoint-1"
+    assert Path(loop.last_whole_checkpoint(tmp_path)).name == "checkpoint-1"
 
 
 COMMANDS = (

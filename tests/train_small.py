@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from d2l_lib import trainer, training
-from d2l_lib.checkpoints import save_checkpoint
+from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.presets import ReadoutPreset, preset
-from d2l_lib.pretraining import build_tokenizer
+from d2l_lib.training import loop, step
+from d2l_lib.training.pretraining import build_tokenizer
 
 STEPS = 16
 SMALL = replace(
@@ -25,7 +25,7 @@ SMALL = replace(
 )  # fmt: skip
 
 
-class SlowBatches(training.NeedleBatches):
+class SlowBatches(step.NeedleBatches):
     """Batches that take their time, so that a test can kill the run between two of them."""
 
     seconds = 0.0
@@ -49,13 +49,13 @@ def small_base():
 def main() -> None:
     run = Path(sys.argv[1])
     SlowBatches.seconds = float(sys.argv[2])
-    training.NeedleBatches = SlowBatches
+    step.NeedleBatches = SlowBatches
     base_model, tokenizer = small_base()
     options = {"save_steps": 4, "report_steps": 2}
     if len(sys.argv) > 3:
         options["gradient_accumulation_steps"] = int(sys.argv[3])
-    hypernetwork = training.train_needle(SMALL, base_model, tokenizer, run, 0, "small", **options)
-    if trainer.is_first_process():
+    hypernetwork = step.train_needle(SMALL, base_model, tokenizer, run, 0, "small", **options)
+    if loop.is_first_process():
         save_checkpoint(run / "final", hypernetwork, {})
 
 

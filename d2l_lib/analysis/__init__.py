@@ -1,0 +1,1 @@
+"""What an adapter or an answer holds: numbers, never training."""

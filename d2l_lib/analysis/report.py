@@ -1,0 +1,454 @@
+"""What an adapter stored of its documents and what it lost, sentence by sentence, for any text.
+
+    sentence -> questions about it, which the base model asks -> answers with the sentence in the prompt
+             -> does the adapter give the same answers, without the sentence, and by how much?
+
+No question has to be known beforehand. The margin of an answer is how much more likely its tokens are than the best
+other ones, at the weakest token: above 0 the adapter says exactly this answer. The controls are the adapter
+without its documents (its bias alone) and with another document in their place.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from d2l_lib import markup, presets
+from d2l_lib.adapter import Adapter, Block
+from d2l_lib.analysis.weights import norms
+from d2l_lib.documents import (
+    check_count,
+    check_texts,
+    name_documents,
+    open_turn,
+    question_ids,
+    sentence_number,
+    split_sentences,
+)
+from d2l_lib.engine import Reply, TransformersEngine, pad_rows
+from d2l_lib.model import DocToLoRA, pad_id_of
+from d2l_lib.records import write_atomic
+from d2l_lib.routing import route
+from d2l_lib.tasks import world
+
+FLAG_BELOW = 0.5  # of `kept`: below it a sentence counts as lost; `flag_curve` says what each threshold finds
+UNSURE = ("i do not know", "i don't know", "i am not sure", "i'm not sure", "not stated", "unknown")
+TOKENS = 48  # of a question, and of an answer
+PUBLISHED_CHUNKS, PUBLISHED_CHUNK_TOKENS = 8, 512  # what the published recipe trains on
+Ask = Callable[[DocToLoRA, Sequence[str], int, int], list[dict[str, int]]]
+
+
+# ------------------------------------------------------------------------------------------------------------ questions
+def ask_about(
+    model: DocToLoRA, sentences: Sequence[str], n: int, seed: int, temperature: float = 0.7
+) -> list[dict[str, int]]:
+    """{question: how often} of `n` that the base model asks after each sentence: samples of how the user's turn ends.
+
+    For base models that saw questions behind documents in training, as the bundled one did; others need another `ask`.
+    """
+    tokenizer, sentences = model.tokenizer, check_texts(sentences, "sentences")
+    prompts = [open_turn(tokenizer, f"{sentence}\n\n") for sentence in sentences for _ in range(n)]
+    replies = TransformersEngine("base", model.base_model, tokenizer).reply(prompts, TOKENS, temperature, seed)
+    found = []
+    for start in range(0, len(prompts), n):
+        finished = [reply for reply in replies[start : start + n] if reply is not None and reply.finished]
+        texts = (tokenizer.decode(reply.ids, skip_special_tokens=True).strip() for reply in finished)
+        found.append(dict(Counter(text for text in texts if text.endswith("?"))))
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+def is_about(sentence: str, question: str, answer: str) -> bool:
+    """Whether the sentence, and it alone, makes the question and its answer.
+
+    Every name and number in the question (after its first word) stands in the sentence, or it was invented; and so do
+    most of the answer's words that the question does not hold.
+    """
+    inside = {word.lower() for word in _words(sentence)}
+    names = {word.lower() for word in _words(question)[1:] if word[0].isupper() or word[0].isdigit()}
+    new = {word.lower() for word in _words(answer)} - {word.lower() for word in _words(question)}
+    return names <= inside and len(new & inside) > len(new) / 2
+
+
+@torch.no_grad()
+def score_answers(
+    model: DocToLoRA, questions: Sequence[str], answers: Sequence[Sequence[int]], adapters: Sequence[Adapter | None]
+) -> list[tuple[float, float]]:
+    """(log-probability, margin) of each answer (token ids, end of turn included), in nats, with its adapter.
+
+    The margin is the least over the answer's tokens of log p(token) - log p(best other token), each given the tokens
+    before it. It is above 0 exactly where the greedy answer is this one.
+    """
+    prompts = question_ids(model.tokenizer, check_texts(questions, "questions"))
+    scores: list[tuple[float, float]] = []
+    for start in range(0, len(prompts), model.answer_batch):
+        batch = slice(start, start + model.answer_batch)
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompts[batch], answers[batch], strict=True)]
+        ids, mask = pad_rows(rows, pad_id_of(model.tokenizer), side="right")
+        chosen = list(adapters[batch])
+        with model.applied(chosen if any(one is not chosen[0] for one in chosen) else chosen[0]):
+            logits = model.base_model(
+                ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+            ).logits
+        for row, prompt, answer in zip(logits, prompts[batch], answers[batch], strict=True):
+            log_probs = row[len(prompt) - 1 : len(prompt) + len(answer) - 1].float().log_softmax(-1).cpu()
+            own = torch.tensor(list(answer)).unsqueeze(1)
+            of_answer = log_probs.gather(1, own).squeeze(1)
+            others = log_probs.scatter(1, own, -torch.inf).amax(1)
+            scores.append((float(of_answer.sum()), float((of_answer - others).min())))
+    return scores
+
+
+def find_questions(
+    model: DocToLoRA, sentences: Sequence[str], *, n: int = 12, seed: int = 0, ask: Ask = ask_about
+) -> pd.DataFrame:
+    """The questions that these sentences make (`is_about`), of `n` sampled for each: one row per question.
+
+    Columns: sentence (its place), question, times (how often it came up), told (the base model's answer with the
+    sentence in the prompt), told_ids (its tokens, end of turn included).
+    """
+    sentences = check_texts(sentences, "sentences")
+    asked = [
+        (place, text, times)
+        for place, texts in enumerate(ask(model, sentences, n, seed))
+        for text, times in texts.items()
+    ]
+    replies = _base_replies(model, [f"{sentences[place]}\n\n{text}" for place, text, _ in asked])
+    rows = []
+    for (place, text, times), reply in zip(asked, replies, strict=True):
+        if reply is None or not reply.finished:
+            continue
+        told = model.tokenizer.decode(reply.ids, skip_special_tokens=True).strip()
+        if is_about(sentences[place], text, told):
+            rows.append({"sentence": place, "question": text, "times": times, "told": told, "told_ids": reply.ids})
+    return pd.DataFrame(rows, columns=["sentence", "question", "times", "told", "told_ids"])
+
+
+def _base_replies(model: DocToLoRA, prompts: list[str]) -> list[Reply | None]:
+    """The base model's greedy answers, with their log-probabilities."""
+    engine = TransformersEngine("base", model.base_model, model.tokenizer)
+    return engine.reply(question_ids(model.tokenizer, prompts), TOKENS, 0.0, 0) if prompts else []
+
+
+def probe_questions(
+    model: DocToLoRA, found: pd.DataFrame, adapter: Adapter, wrong: Adapter, blocks: int | None = None
+) -> pd.DataFrame:
+    """What the adapter makes of these questions (`find_questions`): their rows with more columns.
+
+    margin and log_prob of the answer that the sentence gives (nats), kept (the logistic function of the margin: near 1
+    where the adapter is sure of this answer, 0.5 where it hesitates, near 0 where it says another), over_zero and
+    over_wrong (how much log_prob exceeds the one with the bias alone, and the one with the adapter `wrong` of another
+    document). blocks: how many blocks answer, the most relevant (None: all).
+    """
+    questions, ids = found["question"].tolist(), found["told_ids"].tolist()
+    inside, others = ([one] * len(found) for one in (adapter, wrong))
+    if blocks is not None:
+        inside, others = (route(model, questions, both, blocks) for both in (inside, others))
+    zero = [replace(adapter, blocks=())] * len(found)
+    scores, zeros, wrongs = (score_answers(model, questions, ids, one) for one in (inside, zero, others))
+    log_probs = [log_prob for log_prob, _ in scores]
+    margins = [margin for _, margin in scores]
+    return found.assign(
+        margin=margins,
+        kept=[1 / (1 + math.exp(-max(margin, -500.0))) for margin in margins],
+        log_prob=log_probs,
+        over_zero=[log_prob - control for log_prob, (control, _) in zip(log_probs, zeros, strict=True)],
+        over_wrong=[log_prob - control for log_prob, (control, _) in zip(log_probs, wrongs, strict=True)],
+    )
+
+
+def kept(asked: pd.DataFrame) -> float:
+    """The average of `kept` over the questions about a sentence, each as often as it came up."""
+    return float((asked["kept"] * asked["times"]).sum() / asked["times"].sum())
+
+
+def most_frequent(asked: pd.DataFrame) -> pd.Series:
+    """The question about a sentence that came up most often (the first of several)."""
+    return asked.loc[asked["times"].idxmax()]
+
+
+def _with_answers(model: DocToLoRA, probed: pd.DataFrame, adapter: Adapter, blocks: int | None) -> pd.DataFrame:
+    """The rows with what the adapter says (said), and what the base model says without the sentence (alone) with its
+    probability (confidence).
+    """
+    said = probed["told"].copy()
+    lost = probed["margin"] <= 0  # the greedy answer is another one
+    if lost.any():
+        said[lost] = model.answer(probed["question"][lost].tolist(), adapter, max_new_tokens=TOKENS, blocks=blocks)
+    alone, confidence = [], []
+    for reply in _base_replies(model, probed["question"].tolist()):
+        alone.append("" if reply is None else model.tokenizer.decode(reply.ids, skip_special_tokens=True).strip())
+        confidence.append(0.0 if reply is None else math.exp(reply.values[:, 0].astype(float).sum()))
+    return probed.assign(said=said, alone=alone, confidence=confidence)
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+@dataclass(frozen=True)
+class Report:
+    """What was stored and what was lost. Print it, or show it in a notebook; `save_html` writes it as one page.
+
+    table: one row per sentence: document, sentence (its number, from 1 on through all documents), start and end
+    (characters), text, chunk, asked (questions about it), kept (0 to 1, averaged over the questions as often as they
+    came up), margin, over_zero, over_wrong (nats, of the question that came up most often; see `probe_questions`),
+    status ("stored", "lost", "not asked"; then the numbers are NaN), believed (what the base model alone says with
+    confidence instead, or "").
+    questions: one row per question. capacity: `capacity_table`. unrelated: one row per question: question, alone, said,
+    changed. facts: single numbers by name. warnings: sentences to read.
+    """
+
+    table: pd.DataFrame
+    questions: pd.DataFrame
+    capacity: pd.DataFrame
+    unrelated: pd.DataFrame
+    facts: dict[str, float]
+    warnings: tuple[str, ...]
+    texts: dict[str, str]
+    flag_below: float
+
+    def __str__(self) -> str:
+        counts = self.table["status"].value_counts()
+        lines = [f"{counts.get(status, 0)} sentences {status}" for status in STATUSES]
+        lines += [f"{name}: {_number(value)}" for name, value in self.facts.items()]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+    def figure(self):
+        """Every sentence's margin, in document order."""
+        from d2l_lib.views.plots import plot_margin_by_sentence
+
+        return plot_margin_by_sentence(self.table)
+
+    def _repr_html_(self) -> str:
+        return render_report(self)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write the report with its figure as one page that needs no network; complete or not there at all."""
+        buffer = io.BytesIO()
+        self.figure().savefig(buffer, format="png", metadata={"Software": None})
+        picture = base64.b64encode(buffer.getvalue()).decode()
+        page = (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Internalization report</title></head>'
+            f'<body>{render_report(self)}<p><img alt="Margin of each sentence" src="data:image/png;base64,{picture}">'
+            "</p></body></html>"
+        )
+        return write_atomic(path, page)
+
+
+STATUSES = ("stored", "lost", "not asked")
+
+
+def report(
+    model: DocToLoRA,
+    documents: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    adapter: Adapter | None = None,
+    blocks: int | None = None,
+    wrong: str | None = None,
+    unrelated: Sequence[str] | None = None,
+    n: int = 12,
+    flag_below: float = FLAG_BELOW,
+    belief: float = 0.5,
+    ask: Ask = ask_about,
+    seed: int = 0,
+) -> Report:
+    """What an adapter of these documents stored of them and what it lost.
+
+    documents: as for `model.internalize`. adapter: the one to examine, which holds these documents and perhaps others
+    (None: it is made here). blocks: how many blocks answer a question (None: all). wrong: another text, internalized as
+    a control (None: a generated document). unrelated: questions that the documents have nothing to do with (None: some
+    about the encyclopedia that the bundled base model knows). n: questions sampled for each sentence. A sentence of
+    which less than `flag_below` is kept is lost. belief: the probability from which on what the base model says alone
+    is a belief. Raises as `model.internalize` does.
+    """
+    named = name_documents(documents)
+    unrelated = None if unrelated is None else check_texts(unrelated, "unrelated questions")
+    check_count(n, "n")
+    rng = random.Random(f"report/{seed}")
+    if adapter is None:
+        adapter = sum(model.internalize_each(named))
+    spans = [(name, *span) for name, text in named.items() for span in split_sentences(text)]
+    sentences = [named[name][start:end].strip() for name, start, end in spans]
+    if wrong is None:
+        wrong = world.draw_document(rng, "train", max(1, min(len(sentences), 40))).text
+    (other,) = model.internalize_each([wrong])
+    questions = find_questions(model, sentences, n=n, seed=seed, ask=ask)
+    questions = _with_answers(model, probe_questions(model, questions, adapter, other, blocks), adapter, blocks)
+    table = _sentence_table(questions, spans, sentences, adapter, flag_below, belief)
+    if unrelated is None:
+        unrelated = [question.text for question in world.encyclopedia_questions(rng, 50)]
+    disturbed = _disturbed(model, unrelated, adapter, blocks)
+    capacity = capacity_table(adapter)
+    facts = {
+        "documents": len(named),
+        "blocks": len(adapter.blocks),
+        "rank": adapter.rank,
+        "bytes": adapter.nbytes,
+        "effective rank, largest": float(capacity["effective_rank"].max()),
+        "answers to unrelated questions changed": float(disturbed["changed"].mean()) if len(disturbed) else 0.0,
+        "sentences that contradict the base model": int((table["believed"] != "").sum()),
+    }
+    warnings = beyond_training(model, named, adapter)
+    questions = questions.assign(document=[spans[place][0] for place in questions["sentence"]])
+    return Report(table, questions, capacity, disturbed, facts, warnings, named, flag_below)
+
+
+def _sentence_table(questions, spans, sentences, adapter, flag_below, belief) -> pd.DataFrame:
+    by_sentence = dict(list(questions.groupby("sentence")))
+    blocks = _blocks_by_document(adapter)
+    rows = []
+    for place, ((name, start, end), text) in enumerate(zip(spans, sentences, strict=True)):
+        row = {"document": name, "sentence": sentence_number(place), "start": start, "end": end, "text": text}
+        row["chunk"] = _chunk_of(blocks.get(name, []), start)
+        asked = by_sentence.get(place)
+        row["asked"] = 0 if asked is None else len(asked)
+        row["kept"] = math.nan if asked is None else kept(asked)
+        for column in ("margin", "over_zero", "over_wrong"):
+            row[column] = math.nan if asked is None else float(most_frequent(asked)[column])
+        row["status"] = STATUSES[2] if asked is None else STATUSES[int(row["kept"] < flag_below)]
+        row["believed"] = "" if asked is None else _belief(asked, belief)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _blocks_by_document(adapter: Adapter) -> dict[str, list[Block]]:
+    blocks: dict[str, list[Block]] = {}
+    for block in adapter.blocks:
+        blocks.setdefault(block.document, []).append(block)
+    return blocks
+
+
+def _chunk_of(blocks: Sequence[Block], start: int) -> int:
+    """The chunk, of these of one document, in which a sentence begins; -1 where the adapter does not say."""
+    for block in blocks:
+        if block.span is not None and block.span[0] <= start < block.span[1]:
+            return block.chunk
+    return -1
+
+
+def _belief(asked: pd.DataFrame, belief: float) -> str:
+    """What the base model alone says, with confidence, against the sentence; the most confident answer, or ""."""
+    sure = asked[(asked["confidence"] >= belief) & (asked["alone"] != asked["told"])]
+    sure = sure[[not answer.lower().startswith(UNSURE) for answer in sure["alone"]]]
+    return "" if sure.empty else str(sure.loc[sure["confidence"].idxmax(), "alone"])
+
+
+def _disturbed(model: DocToLoRA, unrelated: list[str], adapter: Adapter, blocks: int | None) -> pd.DataFrame:
+    """What the base model answers to each question alone and with the adapter, and whether that differs."""
+    alone, said = (model.answer(unrelated, one, blocks=blocks) if unrelated else [] for one in (None, adapter))
+    changed = pd.Series([a != b for a, b in zip(alone, said, strict=True)], dtype=bool)  # bool also where empty
+    return pd.DataFrame({"question": unrelated, "alone": alone, "said": said, "changed": changed})
+
+
+def capacity_table(adapter: Adapter) -> pd.DataFrame:
+    """How much of an adapter's room its documents take: the rows of `weights.norms` without the bias, and the rank."""
+    documents = replace(adapter, bias=None)
+    return norms(documents).assign(rank=documents.rank)
+
+
+def trained_on(model: DocToLoRA) -> tuple[int, int]:
+    """(chunks of a document, tokens of a chunk) that training covered: the bundled hypernetworks' presets know theirs,
+    others count as trained by the published recipe.
+    """
+    config = model.config
+    for name, preset in presets.PRESETS.items():
+        if config.base_model != name:
+            continue
+        if model.chunk_tokens == preset.needle.chunk_tokens:
+            return max(preset.needle.chunk_probabilities), preset.needle.longest
+        stages = [stage for stage in preset.qa.stages.values() if model.chunk_tokens <= stage.longest_chunk]
+        if stages:
+            return max(stage.most_facts for stage in stages), max(stage.longest_chunk for stage in stages)
+    return PUBLISHED_CHUNKS, PUBLISHED_CHUNK_TOKENS
+
+
+def beyond_training(model: DocToLoRA, documents: Mapping[str, str], adapter: Adapter) -> tuple[str, ...]:
+    """A sentence for each way in which these documents go beyond what training covered (see `trained_on`)."""
+    most, longest = trained_on(model)
+    found = []
+    if len(adapter.blocks) > most:
+        found.append(f"the adapter has {len(adapter.blocks)} blocks; in training there were at most about {most}")
+    blocks = _blocks_by_document(adapter)
+    for name, text in documents.items():
+        chunks = [text[slice(*block.span)] for block in blocks.get(name, []) if block.span is not None]
+        sizes = [len(model.tokenizer(chunk, add_special_tokens=False)["input_ids"]) for chunk in chunks]
+        if sizes and max(sizes) > longest:
+            found.append(f"{name}: a chunk has {max(sizes)} tokens; in training there were at most {longest}")
+    return tuple(found)
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+SHADES = {"stored": "#d3f0df", "lost": "#f7c9ae", "not asked": "transparent"}
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _cells(values: Sequence[object], tag: str = "td") -> str:
+    return "<tr>" + "".join(f"<{tag}>{markup.escape(str(value))}</{tag}>" for value in values) + "</tr>"
+
+
+def _table(frame: pd.DataFrame) -> str:
+    """A data frame as an HTML table, all of it escaped."""
+    rows = "".join(
+        _cells(["" if pd.isna(v) else f"{v:.2f}" if isinstance(v, float) else v for v in row])
+        for row in frame.itertuples(index=False)
+    )
+    return f"<table>{_cells(frame.columns, 'th')}{rows}</table>"
+
+
+def render_report(made: Report) -> str:
+    """The report as a page (see `viewers`): numbers, warnings, every document with its sentences shaded, the tables."""
+    from d2l_lib.views.viewers import render_view
+
+    table = made.table
+    counts = {status: int((table["status"] == status).sum()) for status in STATUSES}
+    legend = " ".join(
+        f'<span style="background:{SHADES[status]};color:#000;padding:1px 4px">{status}: {count}</span>'
+        if SHADES[status] != "transparent"
+        else f"<span>{status}: {count}</span>"
+        for status, count in counts.items()
+    )
+    body = f"<h4>What was stored and what was lost</h4><p>{legend} (sentences; lost: less than "
+    body += f"{made.flag_below:g} kept)</p>"
+    body += "".join(f'<p class="d2l-error">Warning: {markup.escape(warning)}</p>' for warning in made.warnings)
+    numbers = pd.DataFrame({"what": list(made.facts), "value": [_number(value) for value in made.facts.values()]})
+    body += _table(numbers)
+    by_document = dict(list(table.groupby("document")))
+    for name, text in made.texts.items():
+        body += f'<h4>{markup.escape(name)}</h4><div class="d2l-text d2l-document">'
+        for row in by_document[name].itertuples() if name in by_document else ():
+            words = (
+                "no question found" if math.isnan(row.kept) else f"kept {row.kept:.2f}, margin {row.margin:.2f} nats"
+            )
+            shade = f"background:{SHADES[row.status]}" + (";color:#000" if row.status != STATUSES[2] else "")
+            shown = markup.inline(text[row.start : row.end])
+            body += f'<span data-status="{row.status}" title="{words}" style="{shade}">{shown}</span>'
+        body += "</div>"
+    columns = ["document", "text", "status", "asked", "kept", "margin", "over_zero", "over_wrong", "believed"]
+    body += "<h4>Sentences (margin, over_zero, over_wrong in nats)</h4>" + _table(table[columns])
+    wrong = made.questions[made.questions["margin"] <= 0]
+    body += "<h4>Questions answered otherwise</h4>" + _table(wrong[["document", "question", "told", "said", "margin"]])
+    changed = made.unrelated[made.unrelated["changed"]]
+    body += f"<h4>Unrelated questions answered otherwise ({len(changed)} of {len(made.unrelated)})</h4>"
+    body += _table(changed[["question", "alone", "said"]])
+    body += "<h4>Capacity, by layer and module</h4>" + _table(made.capacity)
+    return render_view("report", body, **{status.replace(" ", "_"): count for status, count in counts.items()})
+
+
+# ----------------------------------------------------------------------------------- how well lost facts are flagged
+
+
+# --------------------------------------------------------------------------------------------------------- the command

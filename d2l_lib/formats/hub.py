@@ -1,0 +1,148 @@
+"""Where a checkpoint lies: in a folder, or in a repository of the Hugging Face hub (downloaded, or in its cache).
+
+The published checkpoints are one repository, SakanaAI/doc-to-lora, with a folder for each, and in it a folder
+`checkpoint-N` for each saved step N (https://huggingface.co/SakanaAI/doc-to-lora). Only the files of the one checkpoint
+that is meant are asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2l_lib.formats.checkpoints import PUBLISHED, SETTINGS, WEIGHTS
+
+# Folder: (step of the checkpoint in it, base model that it was made for).
+REPOSITORY = "SakanaAI/doc-to-lora"
+PUBLISHED_MODELS = {
+    "gemma_demo": (80_000, "google/gemma-2-2b-it"),
+    "gemma_2b_d2l": (20_000, "google/gemma-2-2b-it"),
+    "mistral_7b_d2l": (20_000, "mistralai/Mistral-7B-Instruct-v0.2"),
+    "qwen_4b_d2l": (20_000, "Qwen/Qwen3-4B-Instruct-2507"),
+}
+BASE_MODEL_FILES = "config.json, *.safetensors, tokenizer.json, tokenizer_config.json"
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """A folder of our own format, or the published *.bin file in it or below it; of several steps the latest.
+
+    FileNotFoundError where there is none, ValueError where there are several that are not steps of one training.
+    """
+    if (folder / WEIGHTS).is_file():
+        return folder
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.bin") if path.is_file()]
+    chosen = _choose(files, "", str(folder))
+    if chosen is None:
+        hint = " (it looks like a base model: pass it as base_model=)" if (folder / SETTINGS).is_file() else ""
+        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor a published *.bin{hint}")
+    return folder / chosen
+
+
+def from_hub(source: str) -> Path:
+    """The checkpoint of a hub repository ("owner/name") or of a folder or file inside it, downloaded or cached.
+
+    Several steps in that folder: the latest, with a warning that names it. FileNotFoundError where neither the hub nor
+    its cache has it says which files to put where.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    owner, name, *inside = source.rstrip("/").split("/")
+    repository, below = f"{owner}/{name}", "/".join(inside)
+    try:
+        return _fetch(repository, below)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"no folder or file {source!r} here, and the hub gave no repository {repository} ({reason}): download it "
+            f"where the hub is reached, then pass the folder or *.bin file{_what_to_get(repository, below)}"
+        ) from error
+
+
+def _fetch(repository: str, below: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    place = f"{repository}/{below}".rstrip("/")
+    try:
+        files = HfApi().list_repo_files(repository)
+    except Exception:  # whatever keeps the hub away: its cache may have the checkpoint
+        snapshot = _cached(repository) or Path(snapshot_download(repository, allow_patterns=_guess(below)))
+        inside = snapshot / below
+        return inside if inside.is_file() else checkpoint_in(inside)
+    chosen = _choose(files, below, place)
+    if chosen is None:
+        found = sorted({file.rpartition("/")[0] or file for file in files if file.endswith((".bin", WEIGHTS))})
+        raise FileNotFoundError(f"{place} holds no checkpoint; the repository has {', '.join(found) or 'none'}")
+    is_file = chosen.endswith(".bin")
+    folder = chosen.rpartition("/")[0] if is_file else chosen
+    prefix = f"{folder}/" if folder else ""
+    wanted = [chosen] if is_file else [prefix + WEIGHTS, prefix + SETTINGS]
+    models = [file for file in files if file.startswith((f"{prefix}base_model/", f"{prefix}encoder_model/"))]
+    return Path(snapshot_download(repository, allow_patterns=wanted + models)) / chosen
+
+
+def _choose(files: Sequence[str], below: str, place: str) -> str | None:
+    """Which of a repository's (or folder's) files is meant by `below`: a *.bin, or the folder of our own format."""
+    prefix = f"{below}/" if below else ""
+    if (below in files and below.endswith(".bin")) or prefix + WEIGHTS in files:
+        return below
+    found = [file for file in files if file.startswith(prefix) and file.endswith(".bin")]
+    found = [file for file in found if not {"base_model", "encoder_model"} & set(file.split("/")[:-1])]
+    found = [file for file in found if "/" not in file.removeprefix(prefix)] or found
+    found = sorted(file for file in found if file.rpartition("/")[2] == PUBLISHED) or sorted(found)
+    if len(found) < 2:
+        return found[0] if found else None
+    steps = [re.fullmatch(r"(.*/)?checkpoint-(\d+)/[^/]+", file) for file in found]
+    if not all(steps) or len({step[1] for step in steps}) > 1:
+        listed = ", ".join(file.removeprefix(prefix) for file in found[:20])
+        raise ValueError(f"{place} holds several checkpoints, name one of them: {listed}")
+    by_step = sorted(zip((int(step[2]) for step in steps), found, strict=True))
+    latest = by_step[-1]
+    warnings.warn(
+        f"{place} holds the steps {', '.join(str(step) for step, _ in by_step)}: the latest, checkpoint-{latest[0]}, "
+        "is loaded; name its folder to choose another",
+        stacklevel=2,
+    )
+    return latest[1]
+
+
+def _guess(below: str) -> list[str]:
+    """Patterns of the files of one checkpoint in a repository that cannot be listed."""
+    if below.endswith(".bin"):
+        return [below]
+    prefix = f"{below}/" if below else ""
+    published = f"checkpoint-{PUBLISHED_MODELS[below][0]}/{PUBLISHED}" if below in PUBLISHED_MODELS else PUBLISHED
+    return [prefix + name for name in (WEIGHTS, SETTINGS, "base_model/*", "encoder_model/*", published)]
+
+
+def _cached(repository: str) -> Path | None:
+    """The folder in the hub's cache that holds a repository's main revision, complete or in part."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    revision = folder / "refs" / "main"
+    snapshots = [*(folder / "snapshots").glob("*")]
+    if revision.is_file():
+        snapshots = [path for path in snapshots if path.name == revision.read_text(encoding="utf-8").strip()]
+    return snapshots[0] if len(snapshots) == 1 else None
+
+
+def _what_to_get(repository: str, below: str) -> str:
+    """The rest of the error for one of the published checkpoints: its file, its base model, and where they belong."""
+    if repository != REPOSITORY:
+        return ""
+    name = below.partition("/")[0]
+    if name not in PUBLISHED_MODELS:
+        return f". It holds {', '.join(PUBLISHED_MODELS)}: load {REPOSITORY}/{next(iter(PUBLISHED_MODELS))}, say"
+    from huggingface_hub import constants
+
+    step, base_model = PUBLISHED_MODELS[name]
+    file = below if below.endswith(".bin") else f"{below if '/' in below else f'{name}/checkpoint-{step}'}/{PUBLISHED}"
+    here = Path.cwd()
+    return (
+        f". There (accept the licence at https://huggingface.co/{repository} if it asks): hf download {repository} "
+        f"{file}; its base model: hf download {base_model}. Then copy the hub's cache to {constants.HF_HUB_CACHE}, or "
+        f"put the file at {here / repository / file} and the base model's {BASE_MODEL_FILES} into {here / base_model}"
+    )

@@ -1,0 +1,353 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from d2l_lib.formats.schemas import ShardRecord, check
+from d2l_lib.records import atomic_file, read_json, write_json
+
+MANIFEST = "manifest.json"
+
+
+# Log-probabilities are at most 0; software that sums in another order may be above it by rounding.
+HIGHEST = 1e-3
+
+
+_IDS = pa.list_(pa.int32())
+
+
+PUBLISHED = {
+    "ctx_ids": _IDS,
+    "input_ids": pa.list_(_IDS),
+    "response_start_end": pa.list_(_IDS),
+    "logprobs_vals": pa.list_(pa.list_(pa.list_(pa.float16()))),
+    "logprobs_indices": pa.list_(pa.list_(_IDS)),
+}
+
+
+SCHEMA = pa.schema(
+    PUBLISHED
+    | {"document": pa.string(), "closed": pa.list_(pa.bool_()), "evidence": pa.list_(pa.list_(_IDS))}
+    | {name: pa.list_(pa.string()) for name in ("questions", "answers", "references", "kinds")}
+)
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A hash of what turns text into tokens: vocabulary, rules, special tokens and chat template."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
+    rules |= {"padding": None, "truncation": None}  # which the last call left behind
+    whole = [rules, tokenizer.get_vocab(), tokenizer.chat_template, sorted(map(str, tokenizer.all_special_tokens))]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+DROPPED = ("thinking", "not_a_question", "duplicate", "surplus", "cut_off")
+
+
+COUNTS = (
+    "documents", "documents_dropped", "questions", "kept", "unfinished", "too_long", "answer_tokens",
+    "writer_too_long", *(f"writer_{reason}" for reason in DROPPED),
+)  # fmt: skip
+
+
+def shard_path(folder: str | Path, index: int) -> Path:
+    """Where shard `index` lies; its checksum and counts lie beside it, in a .json file of the same name."""
+    return Path(folder) / f"shard-{index:05d}.parquet"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_shard(path: Path, run: str, table: pa.Table, counts: dict[str, int]) -> None:
+    with atomic_file(path) as temporary:
+        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as file:
+            if table.num_rows:  # `datasets` cannot read an empty row group
+                file.write_table(table)
+        checksum = _sha256(temporary)
+    write_json(path.with_suffix(".json"), {"file": path.name, "run": run, "sha256": checksum, "counts": counts})
+
+
+def _record_of(path: Path) -> dict[str, Any] | None:
+    """What was written beside a shard, or None where that is missing, damaged or not ours."""
+
+    try:
+        record = read_json(path.with_suffix(".json"))
+        check(ShardRecord, record, path.with_suffix(".json"), "make the shard again")
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if record["counts"].keys() >= set(COUNTS) else None
+
+
+def _problem(path: Path, run: str) -> str | None:
+    """Why a shard has to be made: "" where there is nothing yet, None where it is whole."""
+    record = _record_of(path)
+    if not path.exists():
+        return "" if record is None else "the file is missing"
+    if record is None:
+        return "it has no checksum (was the run interrupted?)"
+    if record["run"] != run:
+        return "it was made with other settings"
+    return None if _sha256(path) == record["sha256"] else "its checksum is wrong: the file is damaged"
+
+
+def read_shards(
+    source: str | Path | Sequence[str | Path], cache: str | Path | None = None, *, vocabulary: int | None = None
+):
+    """A `datasets.Dataset` of all rows, of a folder, a parquet file or several, with checked contents.
+
+    Rows are in memory. With `cache`, a folder, they are written there once as one Arrow file, one parquet file after
+    another, and read from it: for more than fits into memory. Under torchrun one process of each machine writes it and
+    the others wait.
+
+    Files need the published columns only; others are kept where all files have them, of one type. FileNotFoundError
+    where there is no file. ValueError, with the file's name and the column's, for: an unfinished folder, a file that is
+    damaged, differs from its checksum, or unpacks to far more than its size, a missing column or one of another type,
+    empty values, log-probabilities that are not numbers or above 0 (by more than HIGHEST, for rounding), minus infinity
+    for the first token of a list (the others may have it: their probability is 0), token ids below 0, or from
+    `vocabulary` on where that is given (the number of token ids that the model knows), and counts that do not agree
+    (questions in every column, answer tokens between response_start_end and the log-probabilities, k everywhere).
+    """
+
+    several = [source] if isinstance(source, (str, Path)) else list(source)
+    checksums = {file: checksum for path in several for file, checksum in _files_of(Path(path)).items()}
+    if not checksums:
+        raise FileNotFoundError("no shards given: name a folder or files")
+    identity = hashlib.sha256(json.dumps([[str(file), file.stat().st_mtime_ns] for file in checksums]).encode())
+    fingerprint = identity.hexdigest()[:16]
+    if cache is not None:
+        path = Path(cache) / f"{fingerprint}.arrow"
+        _fill_cache(path, checksums, vocabulary)
+        return Dataset.from_file(str(path))
+    tables, ks = zip(*(_read_table(*pair, vocabulary) for pair in checksums.items()), strict=True)
+    _check_one_k(ks)
+    names = _common_columns([table.schema for table in tables])
+    whole = pa.concat_tables([table.select(names) for table in tables])
+    return Dataset(whole, fingerprint=fingerprint)
+
+
+def _check_one_k(ks: Sequence[int | None]) -> None:
+    if len(set(ks) - {None}) > 1:
+        raise ValueError(f"the numbers of log-probabilities per token differ between files: {set(ks) - {None}}")
+
+
+def _common_columns(schemas: Sequence[pa.Schema]) -> list[str]:
+    """The columns that all files have, of one type; the published ones have been cast to theirs."""
+    same = set.intersection(*({(field.name, field.type) for field in schema} for schema in schemas))
+    return [field.name for field in schemas[0] if field.name in PUBLISHED or (field.name, field.type) in same]
+
+
+def _fill_cache(path: Path, checksums: dict[Path, str | None], vocabulary: int | None = None) -> None:
+    """Write the rows of these files to one Arrow file, unless it is there."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        while not path.exists():
+            time.sleep(1)
+    if path.exists():
+        return
+    for file in checksums:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: run the command that made it again")
+    names = _common_columns([_schema_of(file) for file in checksums])
+    ks, writer = set(), None
+    with atomic_file(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        for pair in checksums.items():
+            table, k = _read_table(*pair, vocabulary)
+            table = table.select(names)
+            ks.add(k)
+            _check_one_k(list(ks))
+            writer = writer or pa.ipc.new_stream(file, table.schema)
+            writer.write_table(table, max_chunksize=256)
+        writer.close()
+
+
+def _schema_of(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path).remove_metadata()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({_reason(error)})") from error
+
+
+_LEVEL = re.compile(r"_level_(\d+)_")  # in the names of published files
+
+
+def find_shards(places: Sequence[str | Path]) -> dict[str, list[Path]]:
+    """{data set: its parquet files} in files and folders, each folder that holds `training_files` being one data set.
+
+    FileNotFoundError where a place is not there or holds none.
+    """
+    found: dict[str, list[Path]] = {}
+    for place in map(Path, places):
+        if not place.exists():
+            raise FileNotFoundError(f"no shards at {place}: give folders or .parquet files")
+        files = training_files(sorted(place.rglob("*.parquet"))) if place.is_dir() else [place]
+        if not files:
+            raise FileNotFoundError(f"{place} holds no .parquet files of training data")
+        for file in files:
+            found.setdefault(str(file.parent if place.is_dir() else file), []).append(file)
+    return found
+
+
+def training_files(files: Sequence[Path]) -> list[Path]:
+    """Those of parquet files that are trained on as published: none that is named as validation data ("_val_"), and
+    where the files of a folder are numbered by the level of their questions only those of the last level.
+    """
+    levels = {file: _LEVEL.search(file.name) for file in files if "_val_" not in file.name}
+    last: dict[Path, int] = {}
+    for file, level in levels.items():
+        last[file.parent] = max(last.get(file.parent, 0), int(level.group(1)) if level else 0)
+    return [file for file, level in levels.items() if level is None or int(level.group(1)) == last[file.parent]]
+
+
+def _files_of(path: Path) -> dict[Path, str | None]:
+    """The files of a folder, or the one file, and their checksums as far as somebody wrote them down."""
+    if not path.exists():
+        raise FileNotFoundError(f"no shards at {path}: give a folder or .parquet files")
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    checksums = {file: (_record_of(file) or {}).get("sha256") for file in files}
+    if (path / MANIFEST).exists():
+        from d2l_lib.formats.schemas import Manifest, check
+
+        advice = "run the command that made the data again, or name the files that you want"
+        manifest = check(Manifest, read_json(path / MANIFEST), path / MANIFEST, advice)
+        if not manifest.complete:
+            raise ValueError(
+                f"{path} is unfinished: {len(files)} of {manifest.n_shards} shards are there; run the same "
+                "command again to make the others, or name the files that you want"
+            )
+        checksums = {path / shard.file: shard.sha256 for shard in manifest.shards}
+    if not checksums:
+        raise FileNotFoundError(f"{path} holds no .parquet files")
+    return checksums
+
+
+# A reader believes a file that, unpacked, is at most so much: most are 2 to 10 times as large as on disk.
+_MOST_UNPACKED, _UNPACKED_PER_BYTE = 1 << 28, 200
+
+
+def _rows_of(path: Path) -> pa.Table:
+    """All rows of a parquet file; ValueError for a damaged one, and before much memory is taken for one that unpacks
+    to far more than its size on disk.
+    """
+    most = max(_MOST_UNPACKED, _UNPACKED_PER_BYTE * path.stat().st_size)
+    unpacked = f"{path} would unpack to more than {most >> 20} MiB, as no shard does: is it damaged?"
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+            if sum(max(chunk.total_uncompressed_size, chunk.num_values) for chunk in chunks) > most:
+                raise ValueError(unpacked)
+            # a text that is stored once may stand in every row: few rows at a time where it may be long
+            largest = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
+            at_once, held, batches = min(4096, max(1, most // max(largest, 1))), 0, []
+            for batch in file.iter_batches(at_once):
+                held += batch.nbytes
+                if held > most:
+                    raise ValueError(unpacked)
+                batches.append(batch)
+            return pa.Table.from_batches(batches, file.schema_arrow).replace_schema_metadata(None)
+    except ValueError as error:
+        if isinstance(error, pa.ArrowException):
+            raise ValueError(f"{path} is not a readable parquet file ({_reason(error)})") from error
+        raise
+    except (pa.ArrowException, OSError, MemoryError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, short and printable."""
+    return ascii((str(error).splitlines() or [type(error).__name__])[0])[1:-1][:200]
+
+
+def _read_table(path: Path, checksum: str | None, vocabulary: int | None = None) -> tuple[pa.Table, int | None]:
+    """(table, k) of one file, with the published columns in their types; raises as read_shards says."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run the command that made it again")
+    if checksum is not None and _sha256(path) != checksum:
+        raise ValueError(f"{path} is damaged (its checksum is wrong): run the command that made it again")
+    table = _rows_of(path)
+    if missing := [name for name in PUBLISHED if name not in table.column_names]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+    levels: dict[str, list[pa.Array]] = {}
+    for name, kind in PUBLISHED.items():
+        try:
+            column = table[name].combine_chunks().cast(kind)
+        except pa.ArrowException as error:
+            raise ValueError(f"{path}, column {name} holds {table[name].type}, not {kind}") from error
+        table = table.set_column(table.column_names.index(name), name, column)
+        levels[name] = [column]
+        while pa.types.is_list(levels[name][-1].type):
+            levels[name].append(levels[name][-1].flatten())
+        if any(level.null_count for level in levels[name]):
+            raise ValueError(f"{path}, column {name} has empty (null) values")
+    return table, _check_shapes(path, levels, vocabulary)
+
+
+def _check_shapes(path: Path, levels: dict[str, list[pa.Array]], vocabulary: int | None = None) -> int | None:
+    """k, if all counts agree. levels: per column its rows, then what they hold, and so on down to the numbers."""
+
+    def expect(column: str, right: np.ndarray, rows: np.ndarray, what: str) -> None:
+        if not right.all():
+            raise ValueError(f"{path}, column {column}, row {rows[int(np.argmin(right))]}: {what}")
+
+    lengths = {
+        name: [level.value_lengths().to_numpy(zero_copy_only=False) for level in own[:-1]]
+        for name, own in levels.items()
+    }
+    n_questions = lengths["input_ids"][0]
+    rows = np.arange(len(n_questions))
+    expect("ctx_ids", lengths["ctx_ids"][0] > 0, rows, "the document has no tokens")
+    for name in ("response_start_end", *TEACHER_COLUMNS):
+        expect(name, lengths[name][0] == n_questions, rows, "not as many questions as in input_ids")
+    rows = np.repeat(rows, n_questions)
+    expect("response_start_end", lengths["response_start_end"][1] == 2, rows, "an answer needs [start, end]")
+    start, end = levels["response_start_end"][-1].to_numpy().reshape(-1, 2).T
+    inside = (start >= 0) & (start < end) & (end <= lengths["input_ids"][1])
+    expect("response_start_end", inside, rows, "an answer is empty or lies outside input_ids")
+    for name in TEACHER_COLUMNS:
+        expect(name, lengths[name][1] == end - start, rows, "not one list for each answer token")
+    rows = np.repeat(rows, end - start)
+    k = lengths[TEACHER_COLUMNS[0]][2]
+    for name in TEACHER_COLUMNS:
+        expect(name, lengths[name][2] == k[:1], rows, "lists of different lengths")
+    values = levels["logprobs_vals"][-1].to_numpy(zero_copy_only=False)
+    expect("logprobs_vals", ~np.isnan(values), np.repeat(rows, k), "a value is not a number")
+    expect("logprobs_vals", values <= HIGHEST, np.repeat(rows, k), "a log-probability is above 0")
+    if len(k) and k[0]:
+        likeliest = values.reshape(-1, k[0])[:, 0]
+        expect("logprobs_vals", np.isfinite(likeliest), rows, "the likeliest token has the probability 0")
+    for name in ("ctx_ids", "input_ids", "logprobs_indices"):
+        _check_ids(path, name, levels[name], vocabulary)
+    return int(k[0]) if len(k) else None
+
+
+def _check_ids(path: Path, column: str, levels: list[pa.Array], vocabulary: int | None) -> None:
+    """ValueError names the first row with a token id that is negative or outside the vocabulary."""
+    ids = levels[-1].to_numpy(zero_copy_only=False)
+    right = ids >= 0
+    if vocabulary is not None:
+        right &= ids < vocabulary
+    if right.all():
+        return
+    place = int(np.argmin(right))
+    for level in reversed(levels[:-1]):  # up to the row that holds it
+        ends = np.cumsum(level.value_lengths().to_numpy(zero_copy_only=False))
+        place = int(np.searchsorted(ends, place, side="right"))
+    allowed = "" if vocabulary is None else f" to {vocabulary - 1}: is it of another model's tokenizer?"
+    wrong = ids[int(np.argmin(right))]
+    raise ValueError(f"{path}, column {column}, row {place}: {wrong} is no token id, they go from 0{allowed}")
+
+
+TEACHER_COLUMNS = ("logprobs_vals", "logprobs_indices")

@@ -1,0 +1,1 @@
+"""Programs that fill data/full_runs: each measures one thing and records it."""

@@ -1,0 +1,127 @@
+"""What each part of the question-answering recipe is for: the recipe with one part changed, trained briefly and scored.
+
+    python -m d2l_lib.studies.ablations --variant "rank 4" --seed 1     # one row of the table
+    python -m d2l_lib.studies.ablations --seeds 0 1 2                    # every variant and seed that has no record yet
+
+Each (variant, seed) is a file data/full_runs/qa_ablation/<variant>_seed<k>.jsonl, so that runs can be made anywhere, in
+any order, and an interrupted one goes on where it was. Variants are `presets.QA_VARIANTS`.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from d2l_lib import arguments as options
+from d2l_lib.base_model import load_base_model
+from d2l_lib.engine import TransformersEngine
+from d2l_lib.model import DocToLoRA
+from d2l_lib.presets import QA_VARIANTS, HypernetworkPreset, QAPreset, qa_variant
+from d2l_lib.records import one_line_errors, project_root, read_rows, write_jsonl
+from d2l_lib.studies.baselines import ONE_HOP
+from d2l_lib.tasks import world
+from d2l_lib.tasks.questions import world_samples
+from d2l_lib.tasks.scores import summarise
+from d2l_lib.training import selfgen
+from d2l_lib.training.recipes import train_qa
+
+FACTS = (8, 20)  # facts of a document, where one-hop questions are asked
+SHARDS = selfgen.Settings(documents=1000, questions=8)  # the self-generated data of the variants that learn from it
+
+
+def score_briefly(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
+    """`n` questions for each thing that a recipe may help or harm; columns task, facts, question, answer, prediction,
+    correct.
+
+    Tasks: one hop, for each number of facts in FACTS; unanswerable, on 8 facts; encyclopedia, with an unrelated
+    document of 20 facts inside.
+    """
+    tables = [
+        world_samples(n, seed, facts=(count, count), kinds=ONE_HOP).assign(task="one hop", facts=count)
+        for count in FACTS
+    ]
+    tables.append(world_samples(n, seed, facts=(8, 8), kinds=("unanswerable",)).assign(task="unanswerable", facts=8))
+    rng = random.Random(f"ablation/{seed}")
+    unrelated = [
+        {"document": world.draw_document(rng, "test", 20).text, "question": question.text, "answer": question.answer}
+        for question in world.encyclopedia_questions(rng, n)
+    ]
+    tables.append(pd.DataFrame(unrelated).assign(task="encyclopedia", facts=20))
+    samples = pd.concat(tables, ignore_index=True)
+    adapters = model.internalize_each(list(samples["document"]))
+    predictions = model.answer(list(samples["question"]), adapters, max_new_tokens=48)
+    samples = samples.assign(prediction=predictions)
+    samples["correct"] = samples["prediction"] == samples["answer"]
+    return samples[["task", "facts", "question", "answer", "prediction", "correct"]]
+
+
+def run_variant(
+    p: QAPreset, base_model, tokenizer, run: Path, seed: int, base_name: str, n: int, shards: Path | None, **options
+) -> pd.DataFrame:
+    """Train one variant (resumable in `run`) and score it: task, facts, n, exact_match, low, high, seconds trained."""
+    hypernetwork = train_qa(p, base_model, tokenizer, run, seed, base_name, shards, **options)
+    chunk_tokens = next(iter(p.stages.values())).chunk_tokens
+    model = DocToLoRA(base_model, tokenizer, hypernetwork.eval().requires_grad_(False), chunk_tokens=chunk_tokens)
+    logs = [read_rows(path) for path in sorted(run.glob("*/log.jsonl"))]
+    seconds = sum(log[-1]["seconds"] for log in logs if log)
+    return summarise(score_briefly(model, n, seed=0), ["task", "facts"]).assign(seconds=round(seconds))
+
+
+def record_path(variant: str, seed: int) -> Path:
+    """Where the rows of a variant and seed are recorded."""
+    name = variant.replace(",", "").replace(" ", "_").replace("-", "_")
+    return project_root() / "data" / "full_runs" / "qa_ablation" / f"{name}_seed{seed}.jsonl"
+
+
+def read_records() -> pd.DataFrame:
+    """All rows that are recorded: variant, seed, task, facts, n, exact_match, low, high, seconds, command."""
+    paths = [record_path(variant, seed) for variant in QA_VARIANTS for seed in range(10)]
+    return pd.DataFrame([row for path in paths if path.exists() for row in read_rows(path)])
+
+
+def share_warm_up(variant: str, run: Path, ours: Path) -> None:
+    """Let `run` begin with the finished warm-up in `ours` where the variant's own would be the same, step by step."""
+    p, q = qa_variant(variant), qa_variant("ours")
+    settings, known = (next(iter(one.stages.values())) for one in (p, q))
+    sizes = [field.name for field in fields(HypernetworkPreset)] + ["last_layer"]
+    same = p.readout == q.readout and all(getattr(settings, name) == getattr(known, name) for name in sizes)
+    if same and (ours / "recall").exists() and not run.exists():
+        shutil.copytree(ours / "readout", run / "readout")
+
+
+@one_line_errors("ablations")
+def main() -> None:
+    """Train and score variants of the question-answering recipe on the bundled base model, one after another."""
+    parser = options.Parser(description=main.__doc__)
+    parser.add_argument("--variant", choices=list(QA_VARIANTS), help="one variant (default: all)")
+    parser.add_argument("--seeds", type=options.seed, nargs="+", default=[0])
+    parser.add_argument("--n", type=options.count, default=100, help="questions per task and number of facts")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    a = parser.parse_args()
+    base_model, tokenizer = load_base_model("tiny")
+    for seed in a.seeds:
+        for variant in [a.variant] if a.variant else QA_VARIANTS:
+            path = record_path(variant, seed)
+            if path.exists():
+                continue
+            print(f"--- {variant}, seed {seed}", flush=True)
+            shards = None
+            if QA_VARIANTS[variant].get("shards"):
+                shards = a.runs / "selfgen" / "ablation"
+                selfgen.generate(SHARDS, shards, TransformersEngine("tiny", base_model, tokenizer))
+            run = a.runs / "tiny" / "ablation" / path.stem
+            share_warm_up(variant, run, run.with_name(f"ours_seed{seed}"))
+            table = run_variant(qa_variant(variant), base_model, tokenizer, run, seed, "tiny", a.n, shards)
+            command = f'python -m d2l_lib.studies.ablations --variant "{variant}" --seeds {seed} --n {a.n}'
+            facts = {"variant": variant, "seed": seed, "threads": torch.get_num_threads(), "command": command}
+            write_jsonl(path, table.assign(**facts).to_dict("records"))
+            print(table.to_string(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""A hypernetwork that reads a text as one vector, to compare with: Text-to-LoRA (Charakorn et al., arXiv 2506.06105).
+
+    features [n, T, F] --mean over tokens--> [n, F] --MLP, told which layer and module--> A, B of that layer and module
+
+The mean keeps what a text is about, not which name stands beside which: what Doc-to-LoRA's Perceiver is for. It is
+trained on the same documents with the same loss (`training.Internalization`), each document in one chunk.
+
+    python -m d2l_lib.studies.text_to_lora --preset tiny                          # trained, into runs/
+    python -m d2l_lib.studies.baselines methods --text-to-lora runs/tiny/text_to_lora_seed0/final
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from d2l_lib import arguments as options
+from d2l_lib.base_model import load_base_model
+from d2l_lib.formats.checkpoints import config_of_settings, read_safetensors
+from d2l_lib.hypernetwork import HypernetworkConfig, Loras, as_padded_batch
+from d2l_lib.model import DocToLoRA
+from d2l_lib.presets import DistillationPreset, preset
+from d2l_lib.records import FolderKind, atomic_folder, one_line_errors, read_json, read_rows, read_whole, write_jsonl
+from d2l_lib.training.loop import is_first_process
+from d2l_lib.training.recipes import DistillationBatches, WorldDocuments
+from d2l_lib.training.step import fit_hypernetwork, hypernetwork_config
+
+
+class TextToLoRA(nn.Module):
+    """Writes one block per text from the mean of its features; interface and shapes of `hypernetwork.Hypernetwork`."""
+
+    def __init__(self, config: HypernetworkConfig):
+        super().__init__()
+        if config.layer_to_layer:
+            raise ValueError("one vector per text is read from one hidden state: use early_exit or embed_only")
+        self.config = config
+        d, n_modules = config.latent_size, len(config.modules)
+        width = config.rank * max(config.d_in[m] + config.d_out[m] for m in config.modules)
+        self.text = nn.Sequential(nn.LayerNorm(config.feature_size), nn.Linear(config.feature_size, d))
+        self.place = nn.Parameter(torch.randn(config.n_layers, n_modules, d))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(2 * d), nn.Linear(2 * d, 4 * d), nn.SiLU(), nn.Linear(4 * d, d), nn.SiLU(), nn.LayerNorm(d)
+        )
+        self.head = nn.Linear(d, width)
+        self.scaler_B = nn.ParameterDict({m: torch.zeros(1, config.n_layers, config.rank, 1) for m in config.modules})
+
+    def forward(self, features: Tensor, attention_mask: Tensor, **options) -> Loras:
+        """Blocks {module: (A [n, L, r, d_in], B [n, L, r, d_out])}; features [n, T, F], attention_mask [n, T].
+
+        A fresh one writes B = 0. `options` of `Hypernetwork.forward` that change no number are ignored.
+        """
+        features, mask = as_padded_batch(features.float(), attention_mask, None)
+        weight = torch.ones(features.shape[:2], device=features.device) if mask is None else mask.float()
+        mean = (features * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+        text = self.text(mean)[:, None, None].expand(-1, *self.place.shape[:2], -1)
+        rows = self.head(self.mlp(torch.cat([text, self.place.expand_as(text)], dim=-1)))  # [n, L, M, r * D]
+        rows = rows.unflatten(-1, (self.config.rank, -1))
+        blocks = {}
+        for index, m in enumerate(self.config.modules):
+            d_in, d_out = self.config.d_in[m], self.config.d_out[m]
+            A, B = rows[:, :, index, :, :d_in], rows[:, :, index, :, d_in : d_in + d_out]
+            blocks[m] = F.normalize(A, dim=-1) / math.sqrt(self.config.rank), B * self.scaler_B[m]
+        return blocks
+
+    def bias(self) -> None:
+        """There is no block that belongs to no text."""
+        return
+
+
+def train_text_to_lora(
+    p: DistillationPreset, base_model, tokenizer, run: Path, seed: int, base_name: str, **options
+) -> TextToLoRA:
+    """A text-to-LoRA hypernetwork trained on fresh documents of the world, resumable in `run`."""
+    p = replace(p, single_chunk_share=1.0, use_bias=False, last_layer=False)
+    torch.manual_seed(seed)
+    network = TextToLoRA(replace(hypernetwork_config(p, base_model, base_name), scale=1.0))
+    batches = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p)], seed, [1.0])
+    fit_hypernetwork(p, base_model, network, batches, run, seed, **options)
+    return network
+
+
+_FILES = ("config.json", "model.safetensors")
+
+
+def _written_files(folder: Path) -> tuple[str, ...]:
+    """The files of an earlier model; its settings are those of a hypernetwork."""
+    HypernetworkConfig.from_dict(read_json(folder / "config.json"))
+    return _FILES
+
+
+def save_text_to_lora(folder: Path, network: TextToLoRA) -> None:
+    """Write weights and sizes into `folder`, complete or not at all."""
+    with atomic_folder(folder, FolderKind("text-to-LoRA model", _FILES, _written_files)) as temporary:
+        save_file({name: t.contiguous() for name, t in network.state_dict().items()}, temporary / "model.safetensors")
+        (temporary / "config.json").write_text(json.dumps(network.config.to_dict(), indent=1))
+
+
+def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
+    """A model that internalizes each document, up to the base model's window, as one block from one vector."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no text-to-LoRA model in {folder}: train one with python -m d2l_lib.studies.text_to_lora"
+        )
+    settings, tensors = read_whole(
+        folder, lambda place: (read_json(place / "config.json"), read_safetensors(place / "model.safetensors"))
+    )
+    config = config_of_settings(settings, folder / "config.json")
+    network = TextToLoRA(config)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error)[:200]
+        raise ValueError(f"{folder}: the tensors do not fit config.json ({reason}): train it again") from error
+    base_model, tokenizer = load_base_model(base_name or config.base_model)
+    network = network.to(base_model.device).eval().requires_grad_(False)
+    return DocToLoRA(base_model, tokenizer, network, base_source=base_name or config.base_model)
+
+
+@one_line_errors("text_to_lora")
+def main() -> None:
+    """Train the hypernetwork to compare with; its log goes to data/full_runs."""
+    parser = options.Parser(description=main.__doc__)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--seed", type=options.seed, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    a = parser.parse_args()
+    p = preset(a.preset)
+    base_model, tokenizer = load_base_model(p.name)
+    run = a.runs / p.name / f"text_to_lora_seed{a.seed}"
+    network = train_text_to_lora(p.qa.world, base_model, tokenizer, run, a.seed, p.name)
+    if is_first_process():
+        save_text_to_lora(run / "final", network)
+        log = [{"seed": a.seed, **line} for line in read_rows(run / "log.jsonl")]
+        write_jsonl(a.data / "full_runs" / f"text_to_lora_seed{a.seed}_training.jsonl", log)
+
+
+if __name__ == "__main__":
+    main()

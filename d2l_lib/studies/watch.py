@@ -1,0 +1,180 @@
+"""Scores for the checkpoints of a training, while it runs or later.
+
+    python -m d2l_lib.studies.watch runs/paper-gemma/needle_own_seed0 --task needle --lengths 64 256 1024 --n 50
+    python -m d2l_lib.studies.watch runs/paper-gemma/qa_own_seed0 --task squad --source FOLDER --n 200
+
+Every checkpoint that is whole is scored once, and a line is added to RUN/scores.jsonl; what is written there is not
+scored again, so the watcher can be stopped and started at will. It reads only, waits for checkpoints that are still
+being written, and ends when the run has ended (RUN/final) and all is scored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from d2l_lib import arguments as options
+from d2l_lib.base_model import load_base_model
+from d2l_lib.formats.checkpoints import build_hypernetwork, config_of_settings, read_safetensors
+from d2l_lib.hypernetwork import HypernetworkConfig
+from d2l_lib.model import DocToLoRA
+from d2l_lib.records import append_jsonl, one_line_errors, read_appended, read_json, write_atomic
+from d2l_lib.studies.evaluation import needle_samples
+from d2l_lib.tasks import qa
+from d2l_lib.training.loop import checkpoints, is_whole, step_of
+from d2l_lib.training.step import HYPERNETWORK
+
+_BEGINS = b'{"checkpoint"'  # every line of scores
+PREFIX = "hypernetwork."  # of its tensors within a training step
+Score = Callable[[DocToLoRA], dict]
+
+
+def load_training_checkpoint(checkpoint: Path, base_model, tokenizer) -> DocToLoRA:
+    """The model at a checkpoint-N folder of a training; `base_model` and `tokenizer` are the run's own.
+
+    FileNotFoundError where the run did not write down its hypernetwork or the checkpoint is gone; CheckpointError for
+    one that does not fit.
+    """
+    config, chunk_tokens = read_facts(checkpoint.parent / HYPERNETWORK)
+    tensors = read_safetensors(checkpoint / "model.safetensors")
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    hypernetwork = build_hypernetwork(config, state)
+    hypernetwork = hypernetwork.to(base_model.device).requires_grad_(False)
+    return DocToLoRA(base_model, tokenizer, hypernetwork, chunk_tokens=chunk_tokens)
+
+
+def read_facts(path: Path) -> tuple[HypernetworkConfig, int | None]:
+    """(sizes of the hypernetwork, tokens of its chunks) that a training wrote down; ValueError for a damaged file."""
+    from d2l_lib.formats.schemas import TrainingFacts, check
+
+    facts = read_json(path)
+    check(TrainingFacts, facts, path, "start the training again, it writes this file")
+    return config_of_settings(facts["hypernetwork"], path), facts["chunk_tokens"]
+
+
+def stages(run: Path) -> list[Path]:
+    """The folders of a run, itself or in it, that have checkpoints which can be loaded; in order of their beginning."""
+    found = [path.parent for path in (run / HYPERNETWORK, *run.glob(f"*/{HYPERNETWORK}")) if path.exists()]
+    return sorted(found, key=lambda folder: (folder / HYPERNETWORK).stat().st_mtime)
+
+
+def read_scores(path: Path) -> list[dict]:
+    """The scores so far; a last line that was cut off (the watcher was killed) is taken away, also from the file.
+
+    ValueError names a line that is no JSON or names no checkpoint; a file of something else stays as it is.
+    """
+    from d2l_lib.formats.schemas import ScoreLine, check
+
+    rows = read_appended(path)
+    for number, row in enumerate(rows, 1):
+        check(ScoreLine, row, f"{path}, line {number}", "take that line out")
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        last = content[content.rfind(b"\n") + 1 :]
+        if not last.startswith(_BEGINS[: len(last)]):  # no line of ours
+            raise ValueError(f"{path}, line {len(rows) + 1}: no scores of checkpoints are in it: name another file")
+        write_atomic(path, content[: -len(last)])
+    return rows
+
+
+def score_new(run: Path, score: Score, base_model, tokenizer, scores: Path) -> int:
+    """Score every whole checkpoint that `scores` does not name yet; how many there were.
+
+    A checkpoint that the run deletes meanwhile (it keeps the last ones only) is passed over.
+    """
+    done = {line["checkpoint"] for line in read_scores(scores)}
+    count = 0
+    for stage in stages(run):
+        for checkpoint in checkpoints(stage):
+            name = checkpoint.relative_to(run).as_posix()
+            if name in done or not is_whole(checkpoint):
+                continue
+            began = time.monotonic()
+            try:
+                step = step_of(checkpoint)
+                model = load_training_checkpoint(checkpoint, base_model, tokenizer)
+            except FileNotFoundError:
+                print(f"{checkpoint} is gone: not scored", flush=True)
+                continue
+            line = {"checkpoint": name, "step": step, **score(model)}
+            line["seconds"] = round(time.monotonic() - began, 1)
+            append_jsonl(scores, line)
+            print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
+            count += 1
+    return count
+
+
+def watch(run: Path, score: Score, base_model, tokenizer, scores: Path, every: float, once: bool = False) -> None:
+    """`score_new` every so many seconds, until the run has ended (or just `once`)."""
+    while True:
+        ended = (run / "final").exists()
+        score_new(run, score, base_model, tokenizer, scores)
+        if ended or once:
+            return
+        time.sleep(every)
+
+
+def needle_score(lengths: Sequence[int], n: int, seed: int) -> Score:
+    """Exact match on `n` haystacks per length."""
+
+    def score(model: DocToLoRA) -> dict:
+        samples = needle_samples(model, lengths, n, seed, split="validation")
+        by_length = {str(k): float(v) for k, v in samples.groupby("length_tokens")["correct"].mean().items()}
+        found = {"task": "needle", "n": len(samples), "seed": seed}
+        return found | {"exact_match": float(samples["correct"].mean()), "by_length": by_length}
+
+    return score
+
+
+def question_score(name: str, source: Path | None, n: int, seed: int) -> Score:
+    """The data set's own score on `n` of its questions (see `qa.DATASETS`), each with its document internalized."""
+    frame = qa.load_qa(name, source, n=n, seed=seed, template=qa.DATASETS[name].template)
+
+    def score(model: DocToLoRA) -> dict:
+        groups = qa.group_by_document(frame)
+        adapters = dict(zip((d for d, _ in groups), model.internalize_each([d for d, _ in groups]), strict=True))
+        predictions = model.answer(
+            list(frame["question"]), [adapters[document] for document in frame["document"]], max_new_tokens=48
+        )
+        scored = qa.score(frame.assign(prediction=predictions))
+        found = {"task": name, "n": len(scored), "seed": seed, "metric": scored["metric"].iloc[0]}
+        return found | {"score": round(float(scored["score"].mean()), 4)}
+
+    return score
+
+
+@one_line_errors("watch")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Score the checkpoints of a training as they appear."""
+    parser = options.Parser(prog="python -m d2l_lib.studies.watch", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a run; its stages lie in it")
+    parser.add_argument("--task", default="needle", choices=("needle", *qa.DATASETS))
+    parser.add_argument(
+        "--lengths", type=options.count, nargs="+", default=[64, 256, 1024], help="of haystacks, in tokens"
+    )
+    parser.add_argument("--source", type=Path, help="file or folder of the data set (default: data/qa, or the hub)")
+    parser.add_argument("--n", type=options.count, default=50, help="haystacks per length, or questions")
+    parser.add_argument("--seed", type=options.seed, default=0, help="of the evaluation")
+    parser.add_argument("--base", help="base model, where the run's own is not found by its name")
+    parser.add_argument("--scores", type=Path, help="default: RUN/scores.jsonl")
+    parser.add_argument("--every", type=options.positive, default=60, help="seconds between two looks")
+    parser.add_argument("--once", action="store_true", help="score what is there, and end")
+    a = parser.parse_args(arguments)
+    if not a.run.is_dir():
+        raise SystemExit(f"watch: there is no run at {a.run}")
+    while not (found := stages(a.run)):
+        if a.once or (a.run / "final").exists():
+            raise SystemExit(f"watch: {a.run} has no {HYPERNETWORK}: is it the folder of a training?")
+        time.sleep(a.every)
+    base = a.base or read_facts(found[0] / HYPERNETWORK)[0].base_model
+    base_model, tokenizer = load_base_model(base)
+    if a.task == "needle":
+        score = needle_score(a.lengths, a.n, a.seed)
+    else:
+        score = question_score(a.task, a.source, a.n, a.seed)
+    scores = a.scores or a.run / "scores.jsonl"
+    watch(a.run, score, base_model, tokenizer, scores, a.every, a.once)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,634 @@
+"""Question answering: published data sets as one table of questions about documents, and the scores of predictions.
+
+    file or hub -> one record per question -> `load_qa` -> predictions -> `score` -> `summarise_scores`
+
+The original files nest questions in paragraphs (SQuAD, ROPES), passages (DROP) or papers (Qasper) as lists of objects;
+the hub's files store some of these lists as one object of lists. Both become one record per question first, so the
+same reader serves both.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from d2l_lib.documents import question_ids
+from d2l_lib.records import iter_jsonl, project_root, read_json, read_jsonl
+from d2l_lib.tasks import scores
+from d2l_lib.tasks.questions import world_samples
+from d2l_lib.tasks.scores import wilson
+from d2l_lib.tasks.world import check_split
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("dataset", "id", "document", "question", "answers", "kind")
+PROMPT = "{document}\n\n{question}"  # the user's turn when the document is in the prompt
+
+# Answer-only instructions in our words; pass another text with "{question}" in it to `load_qa` to use that.
+ANSWER_ONLY = "Answer with as few words as possible and without an explanation.\n\nQuestion: {question}"
+ANSWER_QASPER = (
+    "Answer with one phrase or sentence and without an explanation. Where the text does not hold the answer, reply "
+    '"unanswerable"; where yes or no is the answer, reply "yes" or "no".\n\nQuestion: {question}'
+)
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "token_f1": scores.token_f1,
+    "token_f1_squad": partial(scores.token_f1, form="squad"),
+    "exact_match": scores.exact_match,
+    "exact_match_squad": partial(scores.exact_match, form="squad"),
+    "rouge_l": scores.rouge_l,
+    "rouge_l_first": lambda prediction, answers: scores.rouge_l(prediction, answers[0]),
+}
+
+
+@dataclass(frozen=True)
+class QADataset:
+    """What an evaluation has to know of a data set.
+
+    `hub`, `config`, `split`, `revision`: where it lies on the Hugging Face hub, and the split that is evaluated.
+    `metric`: the column of `score` that is its score, as in the published code: token F1 with the best answer for
+    closed questions, ROUGE-L with the first answer for all else (the paper names ROUGE-L for SQuAD, DROP and ROPES
+    too). `template`: an answer-only instruction around "{question}". `no_answer`: the right reply to a question with
+    an empty list of answers; None: such a question cannot be used.
+    """
+
+    name: str
+    hub: str | None
+    config: str | None
+    split: str
+    metric: str = "token_f1"
+    template: str = ANSWER_ONLY
+    no_answer: str | None = None
+    revision: str | None = None
+
+
+CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set as parquet files
+DATASETS: dict[str, QADataset] = {
+    dataset.name: dataset
+    for dataset in (
+        QADataset("squad", "rajpurkar/squad", "plain_text", "validation"),
+        QADataset("squad_v2", "rajpurkar/squad_v2", "squad_v2", "validation", no_answer=""),
+        QADataset("drop", "ucinlp/drop", None, "validation"),
+        QADataset("ropes", "allenai/ropes", "plain_text", "validation"),
+        QADataset("pwc", "sggetao/PwC", None, "test", metric="rouge_l_first", template="{question}"),
+        # The main branches of LongBench and Qasper hold loading scripts, which `datasets` no longer runs.
+        QADataset("qasper", "zai-org/LongBench", "qasper_e", "test", template=ANSWER_QASPER, revision=CONVERTED),
+        QADataset("2wikimqa", "zai-org/LongBench", "2wikimqa_e", "test", revision=CONVERTED),
+        QADataset("multifieldqa_en", "zai-org/LongBench", "multifieldqa_en_e", "test", revision=CONVERTED),
+        # The papers themselves.
+        QADataset(
+            "qasper_papers",
+            "allenai/qasper",
+            None,
+            "validation",
+            template=ANSWER_QASPER,
+            revision=CONVERTED,
+        ),
+        QADataset("world", None, None, "test", metric="exact_match", template="{question}"),
+    )
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+def load_qa(
+    name: str,
+    source: str | Path | None = None,
+    *,
+    split: str | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    template: str = "{question}",
+) -> pd.DataFrame:
+    """Questions about documents, one a row: of a data set in DATASETS, from `source` or from the hub.
+
+    Columns: dataset (its name), id (text), document, question (put into `template`), answers (list of str, at least
+    one, each counts as right), kind (of question; empty where the data set does not tell). Texts are stripped, equal
+    answers kept once. Rows are in file order; `n` draws that many questions at most, with `seed`, and keeps the order.
+
+    `source` is a file or folder in the data set's own format (.json, .jsonl) or the hub's (.parquet); by default the
+    folder data/qa/<name> if there is one, else the hub. `split` defaults to the one that is evaluated. DROP: each
+    span counts as an answer of its own (the hub's form cannot tell lists from alternatives). `world` is generated: it
+    needs `n` and takes no source; `evaluation.world_samples` has the evidence too.
+
+    Records without document, question or answer are left out, with a warning; `frame.attrs["unusable"]` counts them
+    by reason. ValueError for an unknown name, a file that cannot be read, a missing or ill-formed column (naming file,
+    record and column) and where no record is usable. FileNotFoundError where there is nothing to load.
+    """
+    dataset = _dataset(name)
+    split = split or dataset.split
+    if n is not None and n < 1:
+        raise ValueError(f"n is {n}: ask for at least one question, or leave it out for all")
+    if "{question}" not in template:
+        raise ValueError(f"template {template!r} has no place for the question: put {{question}} into it")
+    if name == "world":
+        frame = _world(split, n, seed, source)
+    else:
+        place = local_place(name, source)
+        records = _hub_records(dataset, split) if place is None else _local_records(dataset, place, split)
+        frame = _table(dataset, records, f"{place or dataset.hub}, {split}")
+    if n is not None and n < len(frame):
+        rows = sorted(random.Random(f"{name}/{split}/{seed}").sample(range(len(frame)), n))
+        frame = frame.iloc[rows].reset_index(drop=True)
+    frame["question"] = [template.replace("{question}", question) for question in frame["question"]]
+    return frame
+
+
+def stream_qa(name: str, source: str | Path | None = None, *, split: str | None = None) -> Iterator[dict]:
+    """The rows of `load_qa`, one after another in file order, without holding the data set in memory.
+
+    From the hub they are streamed, nothing is downloaded as a whole; a .json file is read at once. Raises as `load_qa`
+    does, when the row is reached; at the end a warning counts the records that could not be used.
+    """
+    dataset = _dataset(name)
+    if name == "world":
+        raise ValueError("the world is generated, not read: take load_qa with n")
+    split, place = split or dataset.split, local_place(name, source)
+    hub = {"streaming": True}
+    records = _hub_records(dataset, split, **hub) if place is None else _local_records(dataset, place, split)
+    unusable = Counter()
+    yield from _usable(dataset, records, unusable)
+    _judge(f"{place or dataset.hub}, {split}", unusable)
+
+
+def local_place(name: str, source: str | Path | None) -> Path | None:
+    """`source`, else the folder data/qa/<name> if there is one, else None: the hub."""
+    folder = project_root() / "data" / "qa" / name
+    return Path(source) if source is not None else folder if folder.exists() else None
+
+
+def _dataset(name: str) -> QADataset:
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def _world(split: str, n: int | None, seed: int, source: str | Path | None) -> pd.DataFrame:
+    if n is None or source is not None:
+        raise ValueError("the world is generated without end: pass n, the number of questions, and no source")
+    check_split(split)
+    samples = world_samples(n, seed, split=split)
+    answers = [[answer] for answer in samples["answer"]]
+    ids = [f"{split}/{seed}/{number}" for number in range(n)]
+    frame = samples.assign(dataset="world", id=ids, answers=answers)[list(COLUMNS)]
+    frame.attrs["unusable"] = {}
+    return frame
+
+
+def _usable(dataset: QADataset, records: Iterable[tuple[str, object]], unusable: Counter) -> Iterator[dict]:
+    """The usable ones of (where, record) pairs as rows of `load_qa`; the others are counted by reason, all as ""."""
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is {type(record).__name__}, not an object with columns: {_ADVICE}")
+        for question, at in _questions(record, where):
+            unusable[""] += 1
+            row = {"dataset": dataset.name, **_FORMS[dataset.name].read(question, at)}
+            row["id"] = row["id"] or str(unusable[""])
+            if not row["answers"] and dataset.no_answer is not None:
+                row["answers"], row["kind"] = [dataset.no_answer], "unanswerable"
+            missing = [column for column in ("document", "question", "answers") if not row[column]]
+            if missing:
+                unusable[f"no {missing[0].removesuffix('s')}"] += 1
+            else:
+                yield row
+
+
+def _judge(place: str, unusable: Counter) -> None:
+    """A warning that counts what could not be used; ValueError where that is all."""
+    total = unusable.pop("", 0)
+    counts = ", ".join(f"{reason}: {count}" for reason, count in unusable.items())
+    if total == unusable.total():
+        reason = f"none of {total} questions can be used ({counts})" if total else "it holds no questions"
+        raise ValueError(f"{place}: {reason}; is it complete, and a split with public answers?")
+    if unusable:
+        logger.warning("%s: %d of %d questions cannot be used (%s)", place, unusable.total(), total, counts)
+
+
+def _table(dataset: QADataset, records: Iterable[tuple[str, object]], place: str) -> pd.DataFrame:
+    """The usable ones of (where, record) pairs as the table of `load_qa`."""
+    unusable = Counter()
+    frame = pd.DataFrame(list(_usable(dataset, records, unusable)), columns=list(COLUMNS))
+    _judge(place, unusable)
+    frame.attrs["unusable"] = dict(unusable)
+    return frame
+
+
+# --------------------------------------------------------------------------------------------------- files and the hub
+_SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test"}}
+_SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.parquet|\d{4}\.parquet")
+
+
+def _hub_records(dataset: QADataset, split: str, streaming: bool = False) -> Iterator[tuple[str, object]]:
+    import datasets
+
+    folder = project_root() / "data" / "qa" / dataset.name
+    options = {"streaming": True} if streaming else {}
+    try:
+        rows = datasets.load_dataset(dataset.hub, dataset.config, split=split, revision=dataset.revision, **options)
+    except (OSError, RuntimeError) as error:
+        config = f", config {dataset.config}" if dataset.config else ""
+        raise FileNotFoundError(
+            f"data set {dataset.name} could not be loaded ({error}). It is {dataset.hub}{config}, split {split} on "
+            f"the Hugging Face hub: load it once with a connection, or put its files into {folder} (or anywhere, and "
+            "pass that folder or file as source)"
+        ) from error
+    return ((f"{dataset.hub} {split}, record {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _local_records(dataset: QADataset, place: Path, split: str) -> Iterator[tuple[str, object]]:
+    files = files_of(dataset.name, place, split)
+    rows = ((file, number, row) for file in files for number, row in enumerate(_READ[file.suffix](file), 1))
+    return ((f"{file}, record {number}", row) for file, number, row in rows)
+
+
+def files_of(name: str, place: Path, split: str) -> list[Path]:
+    """The file (or the shards) of a data set and split at `place`, a file or folder; raises as load_qa does."""
+    dataset = _dataset(name)
+    if not place.exists():
+        raise FileNotFoundError(f"{place} does not exist: pass the file or folder that holds {dataset.hub}")
+    files = [place] if place.is_file() else _files(dataset, place, split)
+    if files[0].suffix not in _READ:
+        raise ValueError(f"{place} cannot be read: pass a folder, or a file that ends in {', '.join(_READ)}")
+    return files
+
+
+def _files(dataset: QADataset, folder: Path, split: str) -> list[Path]:
+    """The file (or the shards) of this data set and split, by the names of files and folders."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in _READ)
+    own = [path for path in paths if dataset.config in (path.stem, *path.relative_to(folder).parts)]
+    words = {
+        path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(folder)).lower())) & set().union(*_SPLIT_WORDS.values())
+        for path in own or paths
+    }
+    files = [path for path, named in words.items() if named & _SPLIT_WORDS.get(split, {split})]
+    files = files or [path for path, named in words.items() if not named]
+    names = ", ".join(str(path.relative_to(folder)) for path in files or paths) or "nothing that can be read"
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no file of {dataset.name}, split {split} (it has {names}): pass the file"
+        )
+    shards = [_SHARD.fullmatch(path.name) for path in files]
+    complete = all(shard and int(shard.group(1) or len(files)) == len(files) for shard in shards)
+    if len({path.parent for path in files}) > 1 or not (complete or shards == [None]):
+        raise ValueError(
+            f"{folder} has several files for {dataset.name}, split {split}, or only some of its shards ({names}): "
+            "pass one file, or complete the folder"
+        )
+    return files
+
+
+def read_parquet(path: Path) -> Iterator[dict]:
+    """The rows of a parquet file one after another; ValueError where it is not whole."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1000):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is not a complete parquet file ({error}): download it again") from error
+
+
+def _read_objects(path: Path) -> list:
+    """The records of a .json file: a list, {"data": list} (SQuAD), {id: record} (DROP, Qasper), or JSON lines."""
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        if "Extra data" in str(error):  # a whole JSON value, then another one
+            return read_jsonl(path)
+        raise
+    if isinstance(value, dict) and "data" in value:
+        value = value["data"]
+    elif isinstance(value, dict) and all(isinstance(record, dict) for record in value.values()):
+        value = [{"id": key, **record} for key, record in value.items()]
+    if not isinstance(value, list):
+        raise ValueError(f"{path} holds {type(value).__name__} and no list of records: {_ADVICE}")
+    return value
+
+
+def read_lines(path: Path) -> Iterator:
+    """The values of a JSON-lines file one after another; ValueError names the line that is not JSON."""
+    yield from iter_jsonl(path)
+
+
+_READ: dict[str, Callable[[Path], Iterable]] = {
+    ".parquet": read_parquet,
+    ".jsonl": read_lines,
+    ".json": _read_objects,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+_ADVICE = "is the file in the data set's own format or the hub's, and of this data set?"
+
+
+def _value(record: object, column: str, where: str):
+    if not isinstance(record, dict) or column not in record:
+        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where} has no column {column!r}, only {found}: {_ADVICE}")
+    return record[column]
+
+
+def _text(record: object, column: str, where: str) -> str:
+    """A stripped text; null is empty."""
+    value = _value(record, column, where)
+    if not isinstance(value, str | None):
+        raise ValueError(f"{where}, column {column!r} is {type(value).__name__}, not text: {_ADVICE}")
+    return (value or "").strip()
+
+
+def _texts(record: object, column: str, where: str) -> list[str]:
+    value = _value(record, column, where)
+    if not isinstance(value, list | None) or not all(isinstance(text, str) for text in value or []):
+        raise ValueError(f"{where}, column {column!r} is not a list of texts: {_ADVICE}")
+    return [text.strip() for text in value or []]
+
+
+def _rows(record: dict, column: str, where: str) -> list[dict]:
+    """A list of objects; the hub's object of lists, which must have one length, is turned into one."""
+    value = _value(record, column, where)
+    if isinstance(value, dict) and all(isinstance(items, list) for items in value.values()):
+        if len({len(items) for items in value.values()}) > 1:
+            lengths = ", ".join(f"{len(items)} {name}" for name, items in value.items())
+            raise ValueError(f"{where}, column {column!r} is ragged ({lengths}): download the file again")
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    if not isinstance(value, list | None) or not all(isinstance(row, dict) for row in value or []):
+        raise ValueError(f"{where}, column {column!r} is not a list of objects: {_ADVICE}")
+    return value or []
+
+
+def _questions(record: dict, where: str) -> Iterator[tuple[dict, str]]:
+    """Every question inside a record as a flat record of its own, with the columns around it."""
+    nested = next((column for column in ("paragraphs", "qas", "qa_pairs") if column in record), None)
+    if nested is None:
+        yield record, where
+        return
+    around = {column: value for column, value in record.items() if column != nested}
+    for number, inner in enumerate(_rows(record, nested, where), 1):
+        yield from _questions({**around, **inner}, f"{where}, {nested} {number}")
+
+
+# Answers as (text, kind of question) pairs.
+def _listed_answers(record: dict, where: str) -> list[tuple[str, str]]:
+    return [(_text(answer, "text", where), "") for answer in _rows(record, "answers", where)]
+
+
+def _drop_answers(record: dict, where: str) -> list[tuple[str, str]]:
+    """Every span, number and date; the hub's form has them all as spans with types."""
+    if "answer" not in record:
+        spans = _rows(record, "answers_spans", where)
+        return [(_text(span, "spans", where), _text(span, "types", where)) for span in spans]
+    found = []
+    validated = _rows(record, "validated_answers", where) if "validated_answers" in record else []
+    for answer in (record["answer"], *validated):
+        date = _value(answer, "date", where)
+        parts = [part for part in ("day", "month", "year") if not isinstance(date, dict) or part in date]
+        found += [(text, "span") for text in _texts(answer, "spans", where)]
+        found += [(_text(answer, "number", where), "number")]
+        found += [(" ".join(filter(None, (_text(date, part, where) for part in parts))), "date")]
+    return [(text, kind) for text, kind in found if text]
+
+
+def _paper_answers(record: dict, where: str) -> list[tuple[str, str]]:
+    """One of each annotator: several spans become one text."""
+    found = []
+    for row in _rows(record, "answers", where):
+        answer = _value(row, "answer", where)
+        yes = _value(answer, "yes_no", where)
+        if _value(answer, "unanswerable", where):
+            found.append(("unanswerable", "unanswerable"))
+        elif spans := _texts(answer, "extractive_spans", where):
+            found.append((", ".join(spans), "extractive"))
+        elif text := _text(answer, "free_form_answer", where):
+            found.append((text, "free_form"))
+        elif yes is not None:
+            found.append(("yes" if yes else "no", "yes_no"))
+    return found
+
+
+def _paper(record: dict, where: str) -> str:
+    """Title, abstract and sections, a blank line between them."""
+    parts = [_text(record, "title", where), _text(record, "abstract", where)]
+    for section in _rows(record, "full_text", where):
+        parts += [_text(section, "section_name", where), *_texts(section, "paragraphs", where)]
+    return "\n\n".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Where a record of one question holds what: columns joined by a new line, or what reads them."""
+
+    id: str | None
+    question: str
+    document: tuple[str, ...] | Callable[[dict, str], str]
+    answers: Callable[[dict, str], list[tuple[str, str]]]
+
+    def read(self, record: dict, where: str) -> dict:
+        if callable(self.document):
+            document = self.document(record, where)
+        else:
+            document = "\n".join(filter(None, (_text(record, column, where) for column in self.document)))
+        pairs = self.answers(record, where)
+        return {
+            "id": _text(record, self.id, where) if self.id else "",
+            "document": document,
+            "question": _text(record, self.question, where),
+            "answers": list(dict.fromkeys(text for text, _ in pairs if text)),
+            "kind": pairs[0][1] if pairs else "",
+        }
+
+
+_SQUAD = _Form("id", "question", ("context",), _listed_answers)
+_LONGBENCH = _Form("_id", "input", ("context",), lambda r, where: [(text, "") for text in _texts(r, "answers", where)])
+_FORMS = {
+    "squad": _SQUAD,
+    "squad_v2": _SQUAD,
+    "drop": _Form("query_id", "question", ("passage",), _drop_answers),
+    "ropes": _Form("id", "question", ("background", "situation"), _listed_answers),
+    "pwc": _Form(None, "prompt", ("input",), lambda record, where: [(_text(record, "answer", where), "")]),
+    "qasper": _LONGBENCH,
+    "2wikimqa": _LONGBENCH,
+    "multifieldqa_en": _LONGBENCH,
+    "qasper_papers": _Form("question_id", "question", _paper, _paper_answers),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- documents
+def group_by_document(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(document, its rows) for each different document of each data set, in order of first appearance.
+
+    The rows keep their index, so results can be written back to `frame`.
+    """
+    groups = frame.groupby(["dataset", "document"], sort=False)
+    return [(document, rows) for (_, document), rows in groups]
+
+
+def add_lengths(frame: pd.DataFrame, tokenizer) -> pd.DataFrame:
+    """`frame` with the column length_tokens: tokens of the document alone, without chat wrapping."""
+    lengths = {document: len(_ids(tokenizer, document)) for document in frame["document"].unique()}
+    return frame.assign(length_tokens=[lengths[document] for document in frame["document"]])
+
+
+def truncate_document(document: str, question: str, tokenizer, window: int, max_new_tokens: int = 0) -> str:
+    """`document` with its middle cut out, so that PROMPT with `question` in chat format fits into `window` tokens.
+
+    `max_new_tokens` are kept free for the answer. Equal halves of both ends stay, as in `packing.truncate_middle`;
+    a document that fits is returned as it is. ValueError where the question leaves no room for a document.
+    """
+
+    def excess(text: str) -> int:
+        prompt = question_ids(tokenizer, PROMPT.format(document=text, question=question))
+        return len(prompt) + max_new_tokens - window
+
+    over, shortened = excess(document), document
+    ids = _ids(tokenizer, document)
+    room = len(ids)
+    while over > 0:
+        room -= over  # once as a rule; cut text can, rarely, take more tokens than its ids
+        if room < 2:
+            raise ValueError(
+                f"no room for a document in a window of {window} tokens with {max_new_tokens} new ones: "
+                f"the question {question[:60]!r} and the chat format fill it"
+            )
+        kept = truncate_middle(ids, room)
+        halves = [tokenizer.decode(half) for half in (kept[: len(kept) // 2], kept[len(kept) // 2 :])]
+        # a character of several tokens may be cut in two
+        shortened = halves[0].rstrip("\ufffd") + halves[1].lstrip("\ufffd")
+        over = excess(shortened)
+    return shortened
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+def score(predictions: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
+    """`predictions` with the columns of METRICS (each 0 to 1), metric (the one that counts) and score (its value).
+
+    Needs the columns prediction (text), answers (list of str) and, unless `metric` says which one counts, dataset.
+    The best answer counts, for rouge_l_first the first one. "published" normal form, where the name does not say
+    "squad". An empty reference answer (SQuAD 2) is met by an empty prediction, except in ROUGE-L, where it scores 0.
+    ValueError for missing columns, no rows, an unknown metric or data set, and for a row that is not of this form.
+    """
+    _need(predictions, ["prediction", "answers"] + ([] if metric else ["dataset"]))
+    if metric is not None and metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
+    pairs = list(zip(predictions["prediction"], predictions["answers"], strict=True))
+    for row, (prediction, answers) in zip(predictions.index, pairs, strict=True):
+        several = isinstance(answers, list | tuple | np.ndarray) and len(answers) > 0
+        if not several or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"row {row}, column 'answers': {answers!r} is not a list of at least one text")
+        if not isinstance(prediction, str):
+            raise ValueError(f"row {row}, column 'prediction': {prediction!r} is not text; use '' for no answer")
+    values = {name: [measure(*pair) for pair in pairs] for name, measure in METRICS.items()}
+    own = [metric or _dataset(name).metric for name in predictions.get("dataset", [None] * len(pairs))]
+    return predictions.assign(**values, metric=own, score=[values[name][i] for i, name in enumerate(own)])
+
+
+def summarise_scores(
+    scores: pd.DataFrame,
+    by: Sequence[str] = ("method", "dataset", "length_bin"),
+    metric: str | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The mean score of each group; columns: those of `by`, metric, n (questions), score, low, high.
+
+    `scores` is what `score` returns; `metric` takes one of its columns instead of each data set's own. low to high is
+    the 95% interval: Wilson for exact match, else 1,000 bootstrap samples of the questions with `seed`. The column
+    length_bin ("128-255", the bins of `packing.length_bin`) is made from length_tokens. Groups come in order of
+    first appearance, bins in order of length. ValueError for missing or empty columns and mixed metrics.
+    """
+    by, bins = list(by), None
+    if "length_bin" in by and "length_bin" not in scores:
+        _need(scores, ["length_tokens"])
+        scores = scores.assign(length_bin=[bin_name(length) for length in scores["length_tokens"]])
+        bins = [bin_name(first) for first, _ in LENGTH_BINS]
+    columns = [metric] if metric else ["metric", "score"]
+    _need(scores, by + columns)
+    orders = {column: bins if bins and column == "length_bin" else scores[column].unique() for column in by}
+    ordered = {column: pd.Categorical(scores[column], order, ordered=True) for column, order in orders.items()}
+    rows = []
+    for key, group in scores.assign(**ordered).groupby(by, sort=True, observed=True):
+        names = [metric] if metric else list(group["metric"].unique())
+        if len(names) > 1:
+            raise ValueError(f"group {key} mixes {', '.join(names)}: add 'dataset' to by, or name one metric")
+        values = group[columns[-1]].to_numpy(dtype=float)
+        if names[0].startswith("exact_match"):
+            low, high = wilson(round(values.sum()), len(values))
+        else:
+            low, high = bootstrap_interval(values, seed)
+        spread = {"metric": names[0], "n": len(values), "score": values.mean(), "low": low, "high": high}
+        rows.append(dict(zip(by, key, strict=True)) | spread)
+    return pd.DataFrame(rows)
+
+
+def bin_name(length_tokens: float) -> str:
+    """The bin of `packing.length_bin` as text: "128-255", the last one "32768+"."""
+    first, last = length_bin(length_tokens)
+    return f"{first}+" if math.isinf(last) else f"{first}-{last}"
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0, n_samples: int = 1000) -> tuple[float, float]:
+    """95% percentile interval of the mean: of `n_samples` draws with replacement; a single value has no spread."""
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(values, len(values)).mean() for _ in range(n_samples)]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _need(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    """ValueError where a column is missing or has empty cells, or where there are no rows."""
+    missing = [column for column in columns if column not in frame]
+    if missing:
+        raise ValueError(f"the table has no column {', '.join(missing)}, only {', '.join(map(str, frame.columns))}")
+    if frame.empty:
+        raise ValueError("the table has no rows: nothing to score")
+    for column in columns:
+        if (empty := frame[column].isna()).any():
+            raise ValueError(f"row {frame.index[empty][0]}, column {column!r} is empty: fill it, or leave the row out")
+
+
+LENGTH_BINS = (
+    (0, 127),
+    (128, 255),
+    (256, 511),
+    (512, 1023),
+    (1024, 2047),
+    (2048, 4095),
+    (4096, 8191),
+    (8192, 16383),
+    (16384, 32767),
+    (32768, math.inf),
+)
+
+
+def truncate_middle(ids: Sequence[int], max_length: int, max_new_tokens: int = 0) -> list[int]:
+    """`ids` cut in the middle so that `max_new_tokens` more fit into `max_length`; equal halves of both ends stay.
+
+    Unchanged where they fit already. ValueError where `max_new_tokens` alone fills `max_length`.
+    """
+    room = max_length - max_new_tokens
+    if room < 2:
+        raise ValueError(f"no room for a prompt: {max_new_tokens} new tokens in a window of {max_length}")
+    if len(ids) <= room:
+        return list(ids)
+    half = room // 2
+    return list(ids[:half]) + list(ids[-half:])
+
+
+def length_bin(length: int) -> tuple[int, float]:
+    """The (first, last) bin of LENGTH_BINS that `length` tokens fall into; both ends belong to it."""
+    if length < 0:
+        raise ValueError(f"a length of {length} tokens has no bin")
+    return next((first, last) for first, last in LENGTH_BINS if length <= last)

@@ -1,0 +1,67 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+
+from d2l_lib.tasks import world
+
+
+def one_hop_question(rng: random.Random, document: world.Document) -> world.Question:
+    """A plain question about one of the document's facts."""
+    return world.question_about(rng, rng.choice(document.facts))
+
+
+def disjoint_documents(rng: random.Random, count: int, n_facts: int, split: str = "test") -> Iterator[world.Document]:
+    """`count` documents of `split` that share no names, so that no question has two right answers."""
+    known: set[str] = set()
+    failures = 0
+    while count:
+        document = world.draw_document(rng, split, n_facts)
+        names = {name for _, name in document.entities}
+        if names & known:
+            failures += 1
+            if failures == 500:
+                raise ValueError(f"the {split} split has too few names for {count} more documents of {n_facts} facts")
+            continue
+        known |= names
+        failures, count = 0, count - 1
+        yield document
+
+
+def world_samples(
+    n: int, seed: int, *, split: str = "test", facts: tuple[int, int] = (2, 20), kinds: Sequence[str] = world.KINDS
+) -> pd.DataFrame:
+    """`n` questions on documents of `split`, a fresh document each, kinds in turn; the columns that
+    `viewers.view_samples` reads.
+
+    Columns: document, question, answer, kind, evidence_start, evidence_end (lists of characters, one per evidence
+    sentence), n_facts. `facts` are the fewest and most facts of a document.
+    """
+    rng = random.Random(f"world samples/{split}/{seed}")
+    rows: list[dict] = []
+    for _ in range(100 * n):
+        if len(rows) == n:
+            break
+        document = world.draw_document(rng, split, rng.randint(*facts))
+        question = world.ask(rng, document, kinds[len(rows) % len(kinds)])
+        if question is not None:
+            rows.append(
+                {
+                    "document": document.text,
+                    "question": question.text,
+                    "answer": question.answer,
+                    "kind": question.kind,
+                    "evidence_start": [start for start, _ in question.evidence],
+                    "evidence_end": [end for _, end in question.evidence],
+                    "n_facts": len(document.facts),
+                }
+            )
+    if len(rows) < n:
+        raise ValueError(
+            f"documents of {facts[0]} to {facts[1]} facts support too few questions of kind {', '.join(kinds)}"
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,1 @@
+"""From data to a hypernetwork: batches, losses, steps, recipes, self-generated data."""

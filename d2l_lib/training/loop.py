@@ -1,0 +1,428 @@
+"""Training runs on top of `transformers.Trainer`: batches in their order, one report line per so many steps, and runs
+that go on where they were killed.
+
+Batches are functions of (seed, step), and the Trainer saves the optimiser: a run that was killed goes on from its last
+checkpoint and ends with the weights of an uninterrupted one. Under torchrun every process takes its share of the
+batches, on several nodes too (`slurm` writes the script for that).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from d2l_lib.hypernetwork import names_without_decay
+from d2l_lib.records import (
+    FolderKind,
+    append_jsonl,
+    name_failed_writes,
+    read_appended,
+    read_json,
+    remove_output,
+    write_jsonl,
+)
+
+LOG = "log.jsonl"
+_STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole
+# What the Trainer writes into a checkpoint.
+TRAINING_CHECKPOINT = FolderKind(
+    "checkpoint of a training",
+    (
+        _STATE,
+        *"model.safetensors model-*-of-*.safetensors model.safetensors.index.json optimizer.pt scheduler.pt".split(),
+        *"scaler.pt rng_state.pth rng_state_*.pth training_args.bin config.json generation_config.json".split(),
+    ),
+    lambda folder: (),
+)
+
+
+class Report(TrainerCallback):
+    """One JSON line per report in `run`/log.jsonl, and one printed line: step, seconds trained, loss and the
+    model's own report. Where the package tensorboard is installed the same numbers go to `run`/tensorboard.
+
+    Seconds count on over interruptions. After a resumed start, lines of steps that will be trained again are dropped.
+    """
+
+    def __init__(self, path: Path, model: nn.Module, stop_at: int | None = None):
+        self.path, self.model, self.stop_at = path, model, stop_at
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
+        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self.start = time.monotonic()
+        self.board = None
+        if state.is_world_process_zero:
+            write_jsonl(self.path, kept)
+            if find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=state.global_step + 1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        line = {
+            "step": state.global_step,
+            "seconds": round(self.seconds_before + time.monotonic() - self.start, 1),
+            "loss": round(logs["loss"], 5),  # a model may report its loss without penalties in its place
+            "total_loss": round(logs["loss"], 5),
+            "learning_rate": logs["learning_rate"],
+            **self.model.report(),
+        }
+        append_jsonl(self.path, line)
+        if self.board is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, line["step"])
+        rest = "  ".join(
+            f"{name} {value:.3f}"
+            for name, value in line.items()
+            if name not in ("step", "seconds", "total_loss", "learning_rate")
+        )
+        print(f"step {line['step']:>5}  {line['seconds']:>6.0f} s  {rest}", flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.board is not None:
+            self.board.close()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stop_at is not None and state.global_step >= self.stop_at:
+            control.should_save = control.should_training_stop = True
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each with parameters of its own, that step and are saved as one."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
+        self.optimizers, self.defaults = list(optimizers), {}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict:
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+
+    def step(self, closure=None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+
+class InOrderTrainer(Trainer):
+    """A Trainer that takes the batches of a curriculum in their order, and spares `without_decay` from weight decay.
+
+    Of its checkpoints the last `keep` stay (None: all); only files that a Trainer writes are deleted.
+
+    With `muon_rate` the matrices among the other parameters follow Muon (Jordan et al. 2024) at that rate, all else
+    AdamW.
+    """
+
+    without_decay: frozenset[str] = frozenset()
+    keep: int | None = None
+    muon_rate: float | None = None
+
+    def create_optimizer(self, model=None):
+        if self.muon_rate is None or self.optimizer is not None:
+            return super().create_optimizer() if model is None else super().create_optimizer(model)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        decayed = set(self.get_decay_parameter_names(self.model))
+        matrices = [p for name, p in named if p.dim() == 2 and name in decayed]
+        chosen = set(map(id, matrices))
+        others = [(name in decayed, p) for name, p in named if id(p) not in chosen]
+        rest = [
+            {"params": [p for decays, p in others if decays], "weight_decay": self.args.weight_decay},
+            {"params": [p for decays, p in others if not decays], "weight_decay": 0.0},
+        ]
+        a = self.args
+        adam = torch.optim.AdamW(rest, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
+        muon = torch.optim.Muon(
+            matrices, lr=self.muon_rate, weight_decay=a.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self.optimizer = Together([adam, muon])
+        return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step, and, where the model asks for it, how many contexts they have in all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.model_accepts_loss_kwargs:
+            own = torch.tensor(sum(len(batch["n_chunks"]) for batch in batches), device=device)
+            items = self.accelerator.gather(own).sum()
+        return batches, items
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def training_step(self, *arguments, **options):
+        loss = super().training_step(*arguments, **options)
+        if not torch.isfinite(loss):
+            raise FloatingPointError("the loss is not a number: lower the learning rate; earlier checkpoints are kept")
+        return loss
+
+    def _save_checkpoint(self, model, trial):
+        with name_failed_writes(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save and self.keep is not None:
+            whole = [folder for folder in checkpoints(Path(self.args.output_dir)) if is_whole(folder)]
+            for folder in whole[: -self.keep]:
+                _delete(folder)
+
+    def get_decay_parameter_names(self, model):
+        return [name for name in super().get_decay_parameter_names(model) if name not in self.without_decay]
+
+
+def first(items: list) -> dict:
+    """Collator for data sets whose items are whole batches."""
+    return items[0]
+
+
+def fit(
+    model: nn.Module,
+    batches: Dataset,
+    run: Path,
+    *,
+    steps: int,
+    learning_rate: float,
+    warmup_steps: int,
+    seed: int,
+    save_steps: int = 250,
+    report_steps: int = 50,
+    stop_at: int | None = None,
+    without_decay: Sequence[str] = (),
+    muon_rate: float | None = None,
+    min_learning_rate: float | None = None,
+    batches_per_step: int = 1,
+    keep: int | None = 2,
+    **options,
+) -> None:
+    """Train `model` (its forward returns {"loss": ...}) on `batches` in order, going on from the last checkpoint in
+    `run`.
+
+    `steps`, warmup_steps, save_steps, report_steps and stop_at count batches: of W processes each takes every W-th one,
+    and an optimizer step is made of W batches, as one process makes it with gradient_accumulation_steps=W. stop_at ends
+    this call early with a checkpoint; the schedule is that of `steps`. `batches_per_step` makes a step of so many
+    batches, whatever the number of processes, which must divide it (1: W batches, as above). `muon_rate`: see
+    InOrderTrainer. `min_learning_rate`: where the cosine ends (None: at 2% of the rate). `keep`: of the checkpoints
+    only so many last ones (None: all).
+
+    A model with `accepts_loss_kwargs` is given num_items_in_batch, the number of contexts in a step, and has to divide
+    its sums by it; so batches of any number of contexts can be accumulated. FloatingPointError when the loss is not a
+    number; the checkpoints written before it are kept. RuntimeError where one process sees several GPUs.
+    FileExistsError where `run` holds checkpoints or a log of another program. OSError names the checkpoint that cannot
+    be written.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    check_run(run)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if batches_per_step > 1:
+        options["gradient_accumulation_steps"] = accumulation(batches_per_step, processes)
+    together = processes * options.get("gradient_accumulation_steps", 1)
+    steps, warmup_steps, save_steps, report_steps = (
+        max(1, round(count / together)) for count in (steps, warmup_steps, save_steps, report_steps)
+    )
+    stop_at = None if stop_at is None else max(1, round(stop_at / together))
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.02} if min_learning_rate is None else {"min_lr": min_learning_rate},
+        warmup_steps=warmup_steps,
+        logging_steps=report_steps,
+        logging_nan_inf_filter=False,
+        save_steps=save_steps,
+        seed=seed,
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),  # else the Trainer refuses bfloat16 there
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        remove_unused_columns=False,
+        **{"ddp_find_unused_parameters": False} | options,
+    )
+    if arguments.n_gpu > 1:
+        raise RuntimeError(
+            "one process sees several GPUs: start one for each with torchrun --nproc_per_node, or show it one with "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    trainer = InOrderTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=batches,
+        data_collator=first,
+        callbacks=[Report(run / LOG, model, stop_at)],
+    )
+    trainer.without_decay, trainer.muon_rate, trainer.keep = frozenset(without_decay), muon_rate, keep
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(run))
+
+
+def fit_step(step: nn.Module, p, batches: Dataset, run: Path, seed: int, **options) -> None:
+    """`fit` for a step that trains its `hypernetwork`: steps and rates are those of `p`, weight decay as published."""
+    fit(
+        step,
+        batches,
+        run,
+        steps=p.steps,
+        learning_rate=p.learning_rate,
+        warmup_steps=p.warmup_steps,
+        seed=seed,
+        weight_decay=0.01,
+        without_decay=[f"hypernetwork.{name}" for name in names_without_decay(step.hypernetwork)],
+        muon_rate=getattr(p, "muon_rate", None),
+        min_learning_rate=getattr(p, "min_learning_rate", None),
+        batches_per_step=getattr(p, "batches_per_step", 1),
+        **options,
+    )
+
+
+def accumulation(batches_per_step: int, processes: int) -> int:
+    """Batches that each process takes for a step of `batches_per_step`; ValueError where they do not come out even."""
+    if batches_per_step % processes:
+        raise ValueError(
+            f"{processes} processes cannot share out {batches_per_step} batches evenly: start a number that divides "
+            "it, or change batches_per_step"
+        )
+    return batches_per_step // processes
+
+
+def own_device() -> str | None:
+    """The GPU of this process under torchrun; None, which lets the loader choose, in all other cases."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes results: the only one, or torchrun's first."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a training's log, none where there is no file; ValueError names one without step and seconds.
+
+    A last line that was cut off is left out: the process was killed as it wrote it.
+    """
+    from d2l_lib.formats.schemas import LogLine, check
+
+    lines = read_appended(path)
+    for number, line in enumerate(lines, 1):
+        check(LogLine, line, f"{path}, line {number}", "take that line out")
+    return lines
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders in `run`, whole or not, the oldest first."""
+    folders = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint folder was written to its end.
+
+    The Trainer writes trainer_state.json last: a folder without it, or with a part of it, is not whole.
+    """
+    try:
+        step_of(checkpoint)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def check_run(run: Path) -> None:
+    """FileExistsError where a folder holds checkpoints or a log that no training of this project wrote."""
+    log = run / LOG
+    try:
+        read_log(log)
+    except (OSError, ValueError) as error:
+        raise FileExistsError(f"{log} is no log of a training ({error}): choose another folder for this run") from error
+    if not log.exists() and (found := checkpoints(run)):
+        raise FileExistsError(
+            f"{run} holds {found[0].name} but no {LOG}: these are checkpoints of another program, choose another "
+            "folder for this run"
+        )
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, trainer_state.json first, so that a part of one is never taken for a whole."""
+    if left := remove_output(checkpoint, TRAINING_CHECKPOINT):
+        print(f"{checkpoint} stays, for it holds {', '.join(left[:5])}", flush=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step at which a checkpoint was written; ValueError where its trainer_state.json does not say."""
+    from d2l_lib.formats.schemas import TrainerState, check
+
+    path = checkpoint / _STATE
+    return check(TrainerState, read_json(path), path, "delete this checkpoint, it is damaged").global_step
+
+
+def last_whole_checkpoint(run: Path) -> str | None:
+    """The newest checkpoint folder in `run` that is whole; newer half-written ones (a killed run) are deleted."""
+    for folder in reversed(checkpoints(run)):
+        if is_whole(folder):
+            return str(folder)
+        with suppress(FileNotFoundError):  # another process of the run may be deleting it too
+            _delete(folder)
+    return None
+
+
+# -------------------------------------------------------------------------------------------------- batches of chunks
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids as a tensor [rows, longest] padded with `value`, and its mask (1 at real ids)."""
+    tensors = [torch.tensor(row) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
+    return padded, mask
+
+
+def chunk_batch(chunks: Sequence[Sequence[int]], n_chunks: Sequence[int], pad_id: int) -> dict:
+    """chunk_ids, chunk_mask, order and n_chunks of a batch (see NeedleBatches), for the chunks of all contexts in
+    order.
+    """
+    groups, order = group_by_length(chunks)
+    padded = [pad_right(group, pad_id) for group in groups]
+    return {
+        "chunk_ids": [ids for ids, _ in padded],
+        "chunk_mask": [mask for _, mask in padded],
+        "order": torch.tensor(order),
+        "n_chunks": torch.tensor(n_chunks),
+    }
+
+
+def group_by_length(
+    chunks: Sequence[Sequence[int]], most_padding: float = 0.4
+) -> tuple[list[list[Sequence[int]]], list[int]]:
+    """Chunks sorted into groups whose lengths differ by at most `most_padding`, and where each chunk went.
+
+    The concatenated groups taken at `order` are the chunks as given.
+    """
+    by_length = sorted(range(len(chunks)), key=lambda c: -len(chunks[c]))
+    groups: list[list[Sequence[int]]] = []
+    for c in by_length:
+        if not groups or len(chunks[c]) < (1 - most_padding) * len(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(chunks[c])
+    order = [0] * len(chunks)
+    for place, c in enumerate(by_length):
+        order[c] = place
+    return groups, order

@@ -1,0 +1,131 @@
+"""Training losses of Doc-to-LoRA (arXiv 2602.15902): cross-entropy, top-k distillation, and L1.
+
+Only answer tokens are looked at: `find_answer_tokens` says where they are, the per-token losses score exactly those
+positions, and the averages weigh them per token or per context.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2l_lib.hypernetwork import Loras
+from d2l_lib.training.batches import IGNORED
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """The n answer tokens of a batch, in order.
+
+    token i is `label[i]`, predicted by the logits at [`row[i]`, `position[i]`] and part of question `question[i]`
+    (0 .. n_questions - 1). `scored` [all labels] is False for labels that no position of their question precedes.
+    """
+
+    row: Tensor
+    position: Tensor
+    label: Tensor
+    question: Tensor
+    scored: Tensor
+    n_questions: int
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+def find_answer_tokens(labels: Tensor, position_ids: Tensor | None = None) -> AnswerTokens:
+    """Where the labels [batch, length] that are not -100 are predicted from: one position before each.
+
+    `position_ids` (packed) start at 0 with every question; without them a row is a question. A label at a question's
+    first token has nothing before it and is not scored: the token before belongs to another question.
+    """
+    batch, length = labels.shape
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    if position_ids is None:
+        starts[:, 0] = True
+    else:
+        starts |= position_ids == 0
+        if not starts[:, 0].all():
+            raise ValueError("packed position_ids must start at 0 in every row")
+    question = starts.flatten().cumsum(0).view(batch, length) - 1
+    row, place = (labels != IGNORED).nonzero(as_tuple=True)
+    scored = ~starts[row, place]
+    row, place = row[scored], place[scored]
+    return AnswerTokens(row, place - 1, labels[row, place], question[row, place], scored, int(question[-1, -1]) + 1)
+
+
+def cross_entropy(logits: Tensor, answers: AnswerTokens) -> Tensor:
+    """-log q(label) of each answer token, [n]; q is the softmax of logits [batch, length, vocabulary]."""
+    return F.cross_entropy(_predicting(logits, answers), answers.label, reduction="none")
+
+
+def distillation(logits: Tensor, answers: AnswerTokens, teacher_log_probs: Tensor, teacher_indices: Tensor) -> Tensor:
+    """-sum_j p_teacher(j) log q(j) over the teacher's top-k tokens j, for each answer token, [n].
+
+    teacher_log_probs, teacher_indices: [labels, k], one row per label of the batch in order. q is the full softmax.
+    It is a cross-entropy: the teacher's entropy is not subtracted and its top-k mass is not scaled to one, so the
+    minimum is not zero. ValueError if the teacher has another number of rows than the batch has labels.
+    """
+    if len(teacher_indices) != len(answers.scored) or teacher_log_probs.shape != teacher_indices.shape:
+        raise ValueError(
+            f"the batch has {len(answers.scored)} answer tokens, the teacher {list(teacher_log_probs.shape)} "
+            f"log-probabilities and {list(teacher_indices.shape)} indices: they must come from the same answers"
+        )
+    log_q = _predicting(logits, answers).log_softmax(-1)
+    teacher = teacher_log_probs[answers.scored].float().exp()
+    return -(teacher * log_q.gather(-1, teacher_indices[answers.scored].long())).sum(-1)
+
+
+def token_average(per_token: Tensor, n_tokens: int | Tensor | None = None) -> Tensor:
+    """Sum over answer tokens / their number; `n_tokens` is the number over all accumulated batches."""
+    return per_token.sum() / (max(len(per_token), 1) if n_tokens is None else n_tokens)
+
+
+def loss_of_contexts(per_token: Tensor, answers: AnswerTokens, n_questions: Tensor) -> Tensor:
+    """Per context [contexts]: the mean over its questions of the mean over each question's answer tokens.
+
+    `n_questions` [contexts] counts the questions of each context, in batch order. A question without answer tokens
+    is left out of its context's mean; a context without any has loss 0.
+    """
+    n_questions = torch.as_tensor(n_questions, device=per_token.device)
+    if int(n_questions.sum()) != answers.n_questions:
+        raise ValueError(f"n_questions adds up to {int(n_questions.sum())}, the batch has {answers.n_questions}")
+    tokens = torch.bincount(answers.question, minlength=answers.n_questions)
+    of_question = per_token.new_zeros(answers.n_questions).index_add(0, answers.question, per_token)
+    of_question = of_question / tokens.clamp_min(1)
+    context = torch.arange(len(n_questions), device=per_token.device).repeat_interleave(n_questions)
+    answered = torch.bincount(context[tokens > 0], minlength=len(n_questions))
+    return per_token.new_zeros(len(n_questions)).index_add(0, context, of_question) / answered.clamp_min(1)
+
+
+def context_average(
+    per_token: Tensor, answers: AnswerTokens, n_questions: Tensor, n_contexts: int | Tensor | None = None
+) -> Tensor:
+    """Sum of `loss_of_contexts` / number of contexts; `n_contexts` is the number over all accumulated batches."""
+    of_context = loss_of_contexts(per_token, answers, n_questions)
+    return of_context.sum() / (max(len(of_context), 1) if n_contexts is None else n_contexts)
+
+
+def l1_penalty(
+    loras: Loras, n_chunks: Tensor, rank: int, *, has_bias: bool = True, count_padding: bool = False
+) -> Tensor:
+    """Size of combined adapters, summed over contexts: mean over modules of mean |A| + mean |B|.
+
+    loras: {module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])} as `combine` returns them. The mean runs
+    over layers, a context's own rows ((chunks + 1) * rank, or chunks * rank without a bias block) and size. Divide by
+    the number of contexts before weighing it. `count_padding=True` gives the published value: all R rows count,
+    zero padding included, so a context's penalty depends on the longest context beside it.
+    """
+    total = 0.0
+    for A, B in loras.values():
+        n_chunks = torch.as_tensor(n_chunks, device=A.device)
+        rows = torch.full_like(n_chunks, A.shape[2]) if count_padding else (n_chunks + int(has_bias)) * rank
+        for factor in (A, B):
+            _, n_layers, _, size = factor.shape
+            total = total + (factor.abs().sum(dim=(1, 2, 3)) / (n_layers * size * rows.clamp_min(1))).sum()
+    return total / len(loras)
+
+
+def _predicting(logits: Tensor, answers: AnswerTokens) -> Tensor:
+    """Logits [n, vocabulary] in float32 from which the answer tokens are predicted."""
+    return logits[answers.row, answers.position].float()

@@ -1,0 +1,111 @@
+"""A ready sbatch script for a training on several GPUs and nodes.
+
+    python -m d2l_lib.training.slurm --preset paper-gemma --nodes 2 --gpus 8 --shards /data/self_gen > train.sbatch
+    sbatch train.sbatch
+
+One task per node starts torchrun, which starts one process per GPU; batches are shared out among all of them, and the
+steps are those of one process. A job that runs into its time limit, or loses a node, is put back into the queue and
+goes on from the last checkpoint, which is why RUNS must lie on a disk that all nodes share.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from d2l_lib import arguments as options
+from d2l_lib.presets import PRESETS, SHARD_STAGES, preset
+from d2l_lib.records import one_line_errors
+from d2l_lib.training.loop import accumulation
+
+MODULES = {"needle": "d2l_lib.training.step", "qa": "d2l_lib.training.step.recipes"}
+
+
+def sbatch_script(
+    name: str,
+    stage: str = "qa",
+    *,
+    nodes: int = 1,
+    gpus: int = 8,
+    cpus: int = 8,
+    hours: int = 48,
+    partition: str | None = None,
+    shards: Sequence[str] = (),
+    runs: str = "runs",
+    extra: Sequence[str] = (),
+) -> str:
+    """The script for preset `name`, stage "needle" or "qa"; `extra` are further options of that training's command.
+
+    gpus and cpus: of a node, and of each of its GPUs. ValueError where the processes cannot share out the preset's
+    batches evenly, and where shards are missing.
+    """
+    p = preset(name)
+    if stage not in MODULES:
+        raise ValueError(f"unknown stage {stage!r}; known: {', '.join(MODULES)}")
+    if min(nodes, gpus, cpus, hours) < 1:
+        raise ValueError(
+            f"{nodes} nodes with {gpus} GPUs, {cpus} cores each, {hours} hours: at least one of everything"
+        )
+    for settings in [p.needle] if stage == "needle" else p.qa.stages.values():
+        if settings.batches_per_step > 1:
+            accumulation(settings.batches_per_step, nodes * gpus)
+    if stage == "qa" and not shards and all(one in SHARD_STAGES for one in p.qa.stages):
+        raise ValueError("this preset learns from self-generated data: give its folders as shards")
+    command = ["-m", MODULES[stage], "--preset", name, "--runs", runs]
+    command += ["--stage", "needle"] if stage == "needle" else []
+    command += ["--shards", *shards] if shards and stage == "qa" else []
+    lines = [
+        "#!/bin/bash",
+        f"#SBATCH --job-name=d2l-{name}-{stage}",
+        f"#SBATCH --nodes={nodes}",
+        "#SBATCH --ntasks-per-node=1",
+        f"#SBATCH --gpus-per-node={gpus}",
+        f"#SBATCH --cpus-per-task={gpus * cpus}",
+        f"#SBATCH --time={hours}:00:00",
+        "#SBATCH --output=%x-%j.log",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=B:USR1@120",
+        *([f"#SBATCH --partition={shlex.quote(partition)}"] if partition else []),
+        "",
+        "set -euo pipefail",
+        "# Near the time limit: back into the queue; the training goes on from its last checkpoint.",
+        """trap 'scontrol requeue "$SLURM_JOB_ID"' USR1""",
+        'cd "$SLURM_SUBMIT_DIR"',
+        # Not through `head`: under pipefail a scontrol that is still printing would end the script with SIGPIPE.
+        'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        "head_node=${hosts%%$'\\n'*}",
+        "export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false",
+        "# The nodes of a cluster often reach no hub: models and data are in the cache or in folders.",
+        "export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}",
+        "",
+        "srun .venv/bin/torchrun \\",
+        f"    --nnodes={nodes} --nproc_per_node={gpus} \\",
+        '    --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head_node:29500" \\',
+        f"    {shlex.join([*command, *extra])} &",
+        "# In the background, so that the signal is not kept waiting.",
+        "wait $!",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@one_line_errors("slurm")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the script. What follows "--" goes to the training's own command."""
+    parser = options.Parser(prog="python -m d2l_lib.training.slurm", description=main.__doc__)
+    parser.add_argument("--preset", default="paper-gemma", choices=sorted(PRESETS))
+    parser.add_argument("--stage", choices=sorted(MODULES), default="qa")
+    parser.add_argument("--nodes", type=options.count, default=1)
+    parser.add_argument("--gpus", type=options.count, default=8, help="of a node")
+    parser.add_argument("--cpus", type=options.count, default=8, help="for each GPU")
+    parser.add_argument("--hours", type=options.count, default=48)
+    parser.add_argument("--partition")
+    parser.add_argument("--shards", nargs="+", default=[], help="folders of self-generated data")
+    parser.add_argument("--runs", default="runs", help="a folder on a disk that all nodes share")
+    parser.add_argument("extra", nargs="*", help="further options of the training, behind --")
+    a = vars(parser.parse_args(arguments))
+    print(sbatch_script(a.pop("preset"), a.pop("stage"), **a), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,458 @@
+"""A warm-up for hypernetworks: what one sentence says must be readable from the latents that its block is made of.
+
+    sentence -> context encoder -> hypernetwork's latents -> two linear readouts -> answer tokens, words of the question
+
+Learning to answer starts slowly, because an answer's tokens are found one after another, each through the whole frozen
+base model. Here no base model answers: row j of every layer has to give token j of the answer at once, and the mean of
+the rows the words of the question (which subject, which relation: what a block has to be found by). The readouts are
+thrown away afterwards; the hypernetwork stays as published.
+
+`KeysAndValues` goes further, for documents of many facts: the rows of A and B themselves have to be keys that their own
+question finds, and values that point to the answer's tokens. The base model is frozen, so what its target linears read
+at every answer token is known before training, and keys can be learned by regression.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.data import Dataset
+
+from d2l_lib.base_model import final_norm
+from d2l_lib.documents import chunk_document, context_ids, question_ids
+from d2l_lib.encoder import ContextEncoder, check_writes_residual, linear_inputs
+from d2l_lib.hypernetwork import Hypernetwork, PerLayerLinear
+from d2l_lib.lora import hooked
+from d2l_lib.presets import ReadoutPreset
+from d2l_lib.tasks import needles, world
+from d2l_lib.training.batches import IGNORED
+from d2l_lib.training.loop import chunk_batch, fit_step, pad_right
+
+Sentence = tuple[str, str, str]  # a text, a question about it, the answer
+
+
+def fact_sentences(rng: random.Random, tokenizer, chunk_tokens: int = 20) -> Iterator[Sentence]:
+    """Chunks of documents of the world that state one fact each, in one sentence or with a distractor, without end."""
+    while True:
+        document = world.draw_document(rng, "train", 4, distractors=rng.choice((0.0, 0.3)))
+        for chunk in chunk_document(document.text, tokenizer, chunk_tokens):
+            start, end = chunk.span
+            inside = [fact for fact in document.facts if start <= fact.span[0] and fact.span[1] <= end]
+            if len(inside) == 1:
+                question = world.question_about(rng, inside[0], paraphrase=rng.random() < 0.3)
+                yield chunk.text, question.text, question.answer
+
+
+def needle_sentences(rng: random.Random, tokenizer) -> Iterator[Sentence]:
+    """Needles among a few lines of filler, without end."""
+    while True:
+        number = needles.draw_number(rng, "train")
+        haystack = needles.build_haystack(tokenizer, rng.randint(20, 80), rng.random(), number)
+        yield haystack.text, haystack.question, haystack.answer
+
+
+class ReadoutBatches(Dataset):
+    """Batches of sentences with a question about each, from `draw`; item i is a function of (seed, i).
+
+    Item: chunk_ids, chunk_mask, order as in `training.NeedleBatches`; answer_ids [sentences, tokens], the answer and
+    its stop token, IGNORED behind it; question_ids [sentences, tokens] without chat wrapping, IGNORED behind it;
+    input_ids [sentences, length], chat-formatted question and answer, in which the answer begins at starts [sentences].
+    """
+
+    def __init__(self, tokenizer, p: ReadoutPreset, seed: int, draw: Callable = fact_sentences):
+        self.tokenizer, self.p, self.seed, self.draw = tokenizer, p, seed, draw
+
+    def __len__(self) -> int:
+        return self.p.steps
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        rng = random.Random(f"readout/{self.seed}/{i}")
+        sentences, questions, answers = zip(*islice(self.draw(rng, self.tokenizer), self.p.sentences), strict=True)
+        answer_rows = [ids + [self.tokenizer.eos_token_id] for ids in self._plain_ids(answers)]
+        chunks = context_ids(self.tokenizer, list(sentences))
+        asked = question_ids(self.tokenizer, list(questions))
+        batch = chunk_batch(chunks, [1] * len(chunks), self.tokenizer.pad_token_id)
+        return {name: batch[name] for name in ("chunk_ids", "chunk_mask", "order")} | {
+            "answer_ids": pad_right(answer_rows, IGNORED)[0],
+            "question_ids": pad_right(self._plain_ids(questions), IGNORED)[0],
+            "input_ids": pad_right(
+                [q + a for q, a in zip(asked, answer_rows, strict=True)], self.tokenizer.pad_token_id
+            )[0],
+            "starts": torch.tensor([len(ids) for ids in asked]),
+        }
+
+    def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+class Readout(nn.Module):
+    """The training step: cross-entropy of answer token j from row j of each layer, and of the question's words from the
+    mean of the rows, each word as likely as every other.
+    """
+
+    def __init__(self, base_model, hypernetwork: Hypernetwork):
+        super().__init__()
+        self.hypernetwork = hypernetwork
+        d, vocabulary = hypernetwork.config.latent_size, base_model.get_input_embeddings().num_embeddings
+        self.answer, self.question = nn.Linear(d, vocabulary), nn.Linear(d, vocabulary)
+        self._frozen = (ContextEncoder.from_config(base_model, hypernetwork.config),)
+        self._right, self._scored, self._losses = 0, 0, []
+
+    def forward(
+        self, chunk_ids, chunk_mask, order, answer_ids: Tensor, question_ids: Tensor, input_ids=None, starts=None
+    ) -> dict[str, Tensor]:
+        """See `ReadoutBatches`; input_ids and starts are not needed here."""
+        (encoder,) = self._frozen
+        encoder.model.to(answer_ids.device)
+        latents = []
+        for ids, mask in zip(chunk_ids, chunk_mask, strict=True):
+            taps: dict[str, Tensor] = {}
+            self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, taps=taps)
+            latents.append(taps["lora_emb"])
+        rows = torch.cat(latents)[order].flatten(2, 3)  # [n, L, M * r, d]
+        rows = unit_rows(rows)
+        n_slots = min(rows.shape[2], answer_ids.shape[1])
+        logits = self.answer(rows[:, :, :n_slots])  # [n, L, slots, vocabulary]
+        targets = answer_ids[:, None, :n_slots].expand(logits.shape[:3])
+        answer_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED)
+        words = word_shares(question_ids, logits.shape[-1])
+        question_loss = -(words[:, None] * self.question(rows.mean(2)).log_softmax(-1)).sum(-1).mean()
+        scored = targets != IGNORED
+        self._right += int(((logits.argmax(-1) == targets) & scored).sum())
+        self._scored += int(scored.sum())
+        self._losses.append((answer_loss.item(), question_loss.item()))
+        return {"loss": answer_loss + question_loss}
+
+    def report(self) -> dict[str, float]:
+        """Since the last report: nats per answer token and per word of the question, share of answer tokens right."""
+        answer, question = (sum(column) / len(column) for column in zip(*self._losses or [(0.0, 0.0)], strict=True))
+        right = self._right / max(1, self._scored)
+        self._right, self._scored, self._losses = 0, 0, []
+        return {"loss": round(answer, 5), "question_loss": round(question, 5), "answer_tokens_right": round(right, 4)}
+
+
+@torch.no_grad()
+def start_linear(hypernetwork: Hypernetwork, base_model, tokenizer, seed: int, n_documents: int = 64) -> None:
+    """Start the modality projection of a fresh hypernetwork as a linear map of whitened features.
+
+    The published projection begins as a random quadratic function of the features (SwiGLU without a bias). Features
+    have a common mean; with gates along it, every gate is open by nearly the same amount, and what the rest lets
+    through is the features without their mean, all directions of like size. The encoder's features of `n_documents`
+    documents of the world decide which directions these are.
+    """
+    encoder = ContextEncoder.from_config(base_model, hypernetwork.config)
+    rng = random.Random(f"start/{seed}")
+    generator = torch.Generator().manual_seed(seed)
+    features = []
+    for _ in range(n_documents):
+        ids = torch.tensor(
+            [context_ids(tokenizer, world.draw_document(rng, "train", 4).text)], device=base_model.device
+        )
+        features.append(encoder.encode(ids, attention_mask=torch.ones_like(ids)).flatten(0, -2).double().cpu())
+    x = torch.cat(features)
+    mean = x.mean(0)
+    without_mean = torch.eye(len(mean), dtype=x.dtype) - torch.outer(mean, mean) / mean.dot(mean)
+    centred = x @ without_mean
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
+    size = values.clamp_min(1e-2 * values.max()).rsqrt() * (values > 1e-4 * values.max())
+    whiten = vectors * size @ vectors.T @ without_mean
+    projection = hypernetwork.aggregator.perceiver.modality_projection
+    (hidden, n_features), d = projection.gate_proj.weight.shape, projection.down_proj.out_features
+    draw = {"generator": generator, "dtype": x.dtype}
+    spread = torch.linalg.qr(torch.randn(hidden, n_features, **draw))[0]
+    mix = torch.linalg.qr(torch.randn(max(n_features, d), min(n_features, d), **draw))[0]
+    mix = mix if d > n_features else mix.T
+    opening = torch.tensor(2.0, dtype=x.dtype)
+    gates = opening * mean / mean.dot(mean)
+    projection.gate_proj.weight.copy_(0.3 * projection.gate_proj.weight + gates.to(projection.gate_proj.weight))
+    projection.up_proj.weight.copy_(spread @ whiten)
+    projection.down_proj.weight.copy_(mix @ spread.T / F.silu(opening))
+
+
+# ----------------------------------------------------------------------------------------------------- keys and values
+class KeysAndValues(nn.Module):
+    """The warm-up step for many facts: row j of a block, s * B_j (A_j x), as a key A_j and a value B_j.
+
+    Values: B_j points to the output embedding (behind the final norm's weights) of token j of the answer. Keys: A_j
+    points to x, the input of the target linear in the base model without an adapter where token j of the answer to the
+    block's own question is predicted; loss 1 - cos(A_j, x). Both live in whitened coordinates W x, in which the x of
+    many questions have the unit matrix as second moment (see `key_whitening`): there the key that points to its own x
+    is the one that all others match least. The words of the question are read from the latents as in `Readout`. There
+    is no backward pass through the base model.
+
+    While this step is trained, the hypernetwork writes whitened keys; `let_blocks_act` then makes them plain ones. For
+    a hypernetwork with one target module that writes into the residual stream, as published. `last_layer`: the last
+    base layer alone is written and learned.
+    """
+
+    def __init__(
+        self,
+        base_model,
+        hypernetwork: Hypernetwork,
+        whitening: Tensor,
+        sharpness: float = 20.0,
+        key_weight: float = 10.0,
+        last_layer: bool = False,
+    ):
+        super().__init__()
+        config = hypernetwork.config
+        (self.module,) = config.modules
+        check_writes_residual(base_model, self.module)
+        self.layer = config.n_layers - 1 if last_layer else None
+        self.layers = slice(self.layer, None)
+        self.hypernetwork, self.sharpness, self.key_weight = hypernetwork, sharpness, key_weight
+        self.question = nn.Linear(config.latent_size, base_model.get_input_embeddings().num_embeddings)
+        embeddings = base_model.get_output_embeddings().weight.detach().float()
+        directions = F.normalize(embeddings * final_norm(base_model).weight.detach().float(), dim=-1)
+        self.register_buffer("directions", directions, persistent=False)
+        self.register_buffer("whitening", whitening, persistent=False)
+        self._frozen = (base_model, ContextEncoder.from_config(base_model, config))
+        self._sums, self._n = {}, 0
+
+    def forward(
+        self, chunk_ids, chunk_mask, order, answer_ids: Tensor, question_ids: Tensor, input_ids: Tensor, starts: Tensor
+    ) -> dict[str, Tensor]:
+        """See `ReadoutBatches`."""
+        latents, A, B = self.rows(chunk_ids, chunk_mask, order)
+        n_slots = min(A.shape[2], answer_ids.shape[1])
+        answer_ids = answer_ids[:, :n_slots]
+        scored = answer_ids != IGNORED  # [n, slots]
+
+        logits = self.sharpness * F.normalize(B[:, :, :n_slots], dim=-1) @ self.directions.T
+        targets = answer_ids[:, None].expand(logits.shape[:3])
+        value_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED)
+
+        inputs = self.whitened_inputs(input_ids, starts, n_slots).to(A.dtype)[:, scored]  # [L, queries, d_in]
+        keys = F.normalize(A[:, :, :n_slots].transpose(0, 1)[:, scored], dim=-1)
+        cosines = F.cosine_similarity(keys, inputs, dim=-1)  # [L, queries]
+        key_loss = (1 - cosines).mean()
+
+        words = word_shares(question_ids, len(self.directions))
+        read = self.question(unit_rows(latents).mean(2)).log_softmax(-1)
+        question_loss = -(words[:, None] * read).sum(-1).mean()
+        with torch.no_grad():
+            matches = (keys @ inputs.transpose(1, 2)).sum(0)  # [keys, queries]
+            found = matches.argmax(0) == torch.arange(len(matches), device=matches.device)
+            right = ((logits.argmax(-1) == targets) & scored[:, None]).sum() / scored.sum() / logits.shape[1]
+        self._add(
+            loss=value_loss, key_cosine=cosines.mean(), question_loss=question_loss, keys_found=found.float().mean(),
+            values_right=right,
+        )  # fmt: skip
+        return {"loss": value_loss + self.key_weight * key_loss + question_loss}
+
+    def rows(self, chunk_ids, chunk_mask, order) -> tuple[Tensor, Tensor, Tensor]:
+        """(latents [n, L, r, d], keys [n, L, r, d_in], values [n, L, r, d_out]) of the chunks, before the scalers."""
+        _, encoder = self._frozen
+        d_in = self.hypernetwork.config.d_in[self.module]
+        encoder.model.to(order.device)
+        latents, rows = [], []
+        for ids, mask in zip(chunk_ids, chunk_mask, strict=True):
+            taps: dict[str, Tensor] = {}
+            features = encoder.encode(ids, attention_mask=mask)
+            self.hypernetwork(features, attention_mask=mask, taps=taps, layer=self.layer)
+            latents.append(taps["lora_emb"])
+            rows.append(taps["flat_loras"])
+        latents, rows = (torch.cat(parts)[order][:, :, 0] for parts in (latents, rows))
+        return latents, rows[..., :d_in], rows[..., d_in:]
+
+    def whitened_inputs(self, input_ids: Tensor, starts: Tensor, n_slots: int) -> Tensor:
+        """W x of the target linears where answer token j is predicted: [L, n, slots, d_in]; starts [n] of answers."""
+        x = linear_inputs(self._frozen[0], self.module, input_ids)[self.layers]  # [L, n, length, d_in]
+        places = starts[:, None] - 1 + torch.arange(n_slots, device=starts.device)
+        places = places.clamp_max(input_ids.shape[1] - 1)
+        rows = torch.arange(len(input_ids), device=starts.device)[:, None]
+        return x[:, rows, places] @ self.whitening[self.layers, None]
+
+    def _add(self, **values: Tensor) -> None:
+        self._n += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.item()
+
+    def report(self) -> dict[str, float]:
+        """Means since the last report: two losses, the cosine between keys and what they are for, and the shares of
+        keys that match their own question best in the batch and of values that point to the right token.
+        """
+        means = {name: round(total / max(1, self._n), 5) for name, total in self._sums.items()}
+        self._sums, self._n = {}, 0
+        return means
+
+
+def key_whitening(
+    base_model, module: str, batches: Dataset, n_batches: int = 40, floor: float = 1e-2, directions: bool = True
+) -> Tensor:
+    """W [L, d_in, d_in], symmetric, with W S W = 1 for the second moment S of x at the answer tokens of `batches`.
+
+    Directions in which x hardly varies are magnified no more than those with `floor` times the mean variance.
+    `directions` False: all are treated alike, W is a multiple of the unit matrix.
+    """
+    total, count = 0.0, 0
+    for i in range(n_batches):
+        batch = batches[i]
+        x = linear_inputs(base_model, module, batch["input_ids"].to(base_model.device))
+        for row, (start, answer) in enumerate(zip(batch["starts"], batch["answer_ids"], strict=True)):
+            here = x[:, row, start - 1 : start - 1 + int((answer != IGNORED).sum())].double().cpu()
+            total, count = total + here.transpose(1, 2) @ here, count + here.shape[1]
+    values, vectors = torch.linalg.eigh(total / count)
+    if not directions:
+        values = values.mean(-1, keepdim=True).expand_as(values)
+    values = values.clamp_min(floor * values.mean(-1, keepdim=True))
+    return (vectors * values.rsqrt()[:, None] @ vectors.transpose(1, 2)).float()
+
+
+def key_limits(
+    base_model, tokenizer, n_facts: int, seed: int, whiten: bool = True, n_documents: int = 8, module: str = "down_proj"
+) -> pd.DataFrame:
+    """How well linear keys can tell the facts of a document apart, whatever hypernetwork writes them.
+
+    The key of an answer token is the mean x of three wordings of its question; a fourth is asked, the right tokens
+    before each answer token given. Every key matches it, and adds its match to its own token; a fact is right where
+    the right token wins for its whole answer. Test split. Columns: whitened, layers ("0", ..., "all"), facts, n,
+    exact_match.
+    """
+    p = ReadoutPreset(steps=1, sentences=32, learning_rate=0.0, warmup_steps=0)
+    whitening = key_whitening(base_model, module, ReadoutBatches(tokenizer, p, seed), directions=whiten)
+    rng = random.Random(f"key limits/{seed}")
+    right: dict[str, int] = {}
+    for _ in range(n_documents):
+        facts = world.draw_document(rng, "test", n_facts, distractors=0.0).facts
+        answers = tokenizer([fact.value for fact in facts], add_special_tokens=False)["input_ids"]
+        answers = [ids + [tokenizer.eos_token_id] for ids in answers]
+        of_fact = torch.tensor([i for i, ids in enumerate(answers) for _ in ids])
+        said = torch.tensor([token for ids in answers for token in ids])
+        worded = []
+        for texts in zip(*(world.wordings(fact) for fact in facts), strict=True):
+            asked = question_ids(tokenizer, list(texts))
+            ids = pad_right([q + a for q, a in zip(asked, answers, strict=True)], tokenizer.pad_token_id)[0]
+            places = [len(q) - 1 + j for q, a in zip(asked, answers, strict=True) for j in range(len(a))]
+            x = linear_inputs(base_model, module, ids.to(base_model.device)).cpu()
+            worded.append(x[:, of_fact, torch.tensor(places)] @ whitening)
+        *known, asked_x = worded
+        matches = F.normalize(torch.stack(known).mean(0), dim=-1) @ asked_x.transpose(1, 2)  # [L, keys, queries]
+        layers = {str(layer): of_layer for layer, of_layer in enumerate(matches)} | {"all": matches.sum(0)}
+        for name, of_layer in layers.items():
+            votes = torch.zeros(len(said), len(tokenizer)).index_add(1, said, of_layer.T)
+            wrong = torch.bincount(of_fact, weights=(votes.argmax(1) != said).float(), minlength=n_facts)
+            right[name] = right.get(name, 0) + int((wrong == 0).sum())
+    n = n_documents * n_facts
+    rows = [{"layers": name, "facts": n_facts, "n": n, "exact_match": count / n} for name, count in right.items()]
+    return pd.DataFrame(rows).assign(whitened=whiten)
+
+
+class WhitenedKeys(nn.Module):
+    """A head's weight as it is trained, keys in whitened coordinates: the plain one is (G_A W, G_B)."""
+
+    def __init__(self, whitening: Tensor):
+        super().__init__()
+        self.register_buffer("whitening", whitening)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        d_in = self.whitening.shape[-1]
+        return torch.cat([weight[..., :d_in] @ self.whitening, weight[..., d_in:]], dim=-1)
+
+
+@torch.no_grad()
+def let_blocks_act(step: KeysAndValues, batch: dict, size: float = 0.3) -> None:
+    """End the warm-up: plain keys, and scalers with which blocks act, in the layers that the step has learned.
+
+    scaler_A becomes such that an own key matches with 1 on average, scaler_B such that the values of one match are
+    `size` times as large, in each of these layers, as the residual stream behind the last one. The head's weight stays
+    a function of whitened keys (`WhitenedKeys`), so that training goes on in coordinates that suit them, until
+    `plain_keys` is called.
+    """
+    hypernetwork, (base_model, _) = step.hypernetwork, step._frozen
+    batch = _to(batch, next(hypernetwork.parameters()).device)
+    config, module = hypernetwork.config, step.module
+    norms: list[Tensor] = []
+    note_norm = lambda _, given: norms.append(given[0].norm(dim=-1).mean())  # noqa: E731
+    with hooked(final_norm(base_model).register_forward_pre_hook, note_norm):
+        _, A, B = step.rows(batch["chunk_ids"], batch["chunk_mask"], batch["order"])
+        norms.clear()  # those of the context encoder
+        scored = batch["answer_ids"][:, : A.shape[2]] != IGNORED
+        n_slots = scored.shape[1]
+        inputs = step.whitened_inputs(batch["input_ids"], batch["starts"], n_slots)[:, scored]
+    matches = (A[:, :, :n_slots].transpose(0, 1)[:, scored] * inputs).sum(-1).mean(1)  # [L]
+    if (matches <= 0).any():
+        raise ValueError("keys do not match their own questions yet: give the warm-up more steps")
+    values = size * norms[-1] / (config.scale * B.norm(dim=-1).mean((0, 2)))
+    hypernetwork.scaler_A[module][0, step.layers, :, 0] = 1 / matches[:, None]
+    hypernetwork.scaler_B[module][0, step.layers, :, 0] = values[:, None]
+    parametrize.register_parametrization(hypernetwork.head, "weight", WhitenedKeys(step.whitening))
+
+
+@torch.no_grad()
+def spread_to_all_layers(step: KeysAndValues, batches: Dataset, n_batches: int = 60, share: float = 0.03) -> None:
+    """Let the earlier layers begin as copies of the last one, where that alone has learned anything.
+
+    Their rows get the last layer's latents and values, and the keys that a linear map of these latents can give: W x of
+    their own layer, by least squares over the answer tokens of `n_batches` batches. An own key matches as it does in
+    the last layer, and a match adds `share` of what it adds there. To be called after `let_blocks_act`, with a step of
+    all layers.
+    """
+    hypernetwork, module = step.hypernetwork, step.module
+    config = hypernetwork.config
+    last, d_in, r = config.n_layers - 1, config.d_in[module], config.rank
+    queries = hypernetwork.aggregator.perceiver.decoder.latents_q
+    queries.copy_(queries[-r:].repeat(config.n_layers, 1))
+    for linear in hypernetwork.layers.modules():
+        if isinstance(linear, PerLayerLinear):
+            linear.weight.copy_(linear.weight[last:].clone().expand_as(linear.weight))
+            linear.bias.copy_(linear.bias[:, last:].clone().expand_as(linear.bias))
+    latents, inputs = [], []
+    for i in range(n_batches):
+        batch = _to(batches[i], queries.device)
+        rows, _, _ = step.rows(batch["chunk_ids"], batch["chunk_mask"], batch["order"])
+        scored = batch["answer_ids"][:, :r] != IGNORED
+        x = step.whitened_inputs(batch["input_ids"], batch["starts"], scored.shape[1])
+        latents.append(F.normalize(rows[:, last, : scored.shape[1]][scored], dim=-1).double())
+        inputs.append(x[:, scored].double())
+    unit, x = torch.cat(latents), torch.cat(inputs, dim=1)  # [n, d], [L, n, d_in]
+    ridge = 1e-3 * len(unit) / unit.shape[1] * torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
+    keys = torch.linalg.solve(unit.T @ unit + ridge, unit.T @ x)  # [L, d, d_in]
+    head = hypernetwork.head.parametrizations.weight.original
+    matches = ((unit @ keys) * x).sum(-1).mean(1)  # [L]
+    of_last = ((unit @ head[last, :, :d_in].double()) * x[last]).sum(-1).mean()
+    for layer in range(last):
+        head[layer, :, :d_in] = keys[layer]
+        head[layer, :, d_in:] = head[last, :, d_in:]
+        scaler = hypernetwork.scaler_A[module]
+        scaler[0, layer] = scaler[0, last] * (of_last / matches[layer])
+        hypernetwork.scaler_B[module][0, layer] = share * hypernetwork.scaler_B[module][0, last]
+
+
+def plain_keys(hypernetwork: Hypernetwork) -> None:
+    """Make the head's weight a parameter again, as published; it does what it did before."""
+    parametrize.remove_parametrizations(hypernetwork.head, "weight")
+
+
+def _to(batch: dict, device) -> dict:
+    move = {True: lambda several: [one.to(device) for one in several], False: lambda one: one.to(device)}
+    return {name: move[isinstance(value, list)](value) for name, value in batch.items()}
+
+
+def unit_rows(latents: Tensor) -> Tensor:
+    """Each latent scaled to a root mean square of 1."""
+    return F.normalize(latents, dim=-1) * latents.shape[-1] ** 0.5
+
+
+def word_shares(question_ids: Tensor, vocabulary: int) -> Tensor:
+    """[n, vocabulary]: each different token of a question as likely as every other (see ReadoutBatches)."""
+    words = torch.zeros(len(question_ids), vocabulary, device=question_ids.device)
+    asked = question_ids != IGNORED
+    words[asked.nonzero()[:, 0], question_ids[asked]] = 1.0
+    return words / words.sum(1, keepdim=True)
+
+
+def train_readout(
+    p: ReadoutPreset, step: Readout | KeysAndValues, batches: ReadoutBatches, run: Path, seed: int, **options
+) -> None:
+    """Warm the hypernetwork of `step` up in place, resumable in `run`; `options` go to `trainer.fit`."""
+    options = {"ddp_find_unused_parameters": True} | options  # only the blocks themselves need some of them
+    fit_step(step, p, batches, run, seed, **options)

@@ -1,0 +1,904 @@
+"""See where an answer came from: its document shaded by what each sentence contributes, and the answer without it.
+
+    Trace (documents, question, answer; tables of `attribution`; answers without some sentences)  ->  pages
+
+Renderers are pure functions from tables to HTML, all of whose text is escaped. The viewer is a set of widgets around
+them; every sentence is a checkbox, so a click or the space key takes it out of the adapter and puts it back. A saved
+page holds the same without kernel and without scripts: its choices are radio buttons, its answers made beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as W
+import pandas as pd
+
+from d2l_lib import markup
+from d2l_lib.analysis import attribution
+from d2l_lib.analysis.attribution import METHODS, document_texts, sentence_units
+from d2l_lib.documents import sentence_number
+from d2l_lib.records import write_atomic
+from d2l_lib.views.page import CSS as VIEW_CSS
+from d2l_lib.views.page import Viewer, Work, listen, quietly, render_message, render_view, wrapped
+
+Evidence = Iterable[tuple[int, int]] | Mapping[str, Iterable[tuple[int, int]]]
+
+SUPPORTS, OPPOSES = (67, 147, 195), (224, 120, 86)  # colours of the largest contribution of either sign
+LEAST_LIMIT = 0.1  # nats: where all contributions are smaller, colours stay pale
+SHOWN_UNITS = 8
+COLUMNS_AT_ONCE = 8  # of answer tokens; the others are scrolled to
+LONGEST_TOKEN = 24  # characters
+SENTENCES_AT_ONCE = 200  # more are shown in parts
+TRACED_SENTENCES = 100  # with more of them a viewer begins with chunks, which cost no hypernetwork pass
+SAVED_VIEWS = (
+    ("sentence", "leave_one_out"),
+    ("sentence", "gradient"),
+    ("chunk", "leave_one_out"),
+    ("layer", "leave_one_out"),
+    ("rank", "leave_one_out"),
+)
+MEASURES = {
+    "relevance": "nats of relevance at the answer's first token (see routing)",
+    "random": "random numbers, a control: no unit",
+}
+MEASURE = "nats of log-probability of {what}"
+CSS = """
+.d2l-view .d2l-cells { width: auto; font-variant-numeric: tabular-nums; }
+.d2l-view table.d2l-cells th, .d2l-view table.d2l-cells td { padding: 2px 8px; text-align: right; }
+.d2l-view table.d2l-cells th, .d2l-view table.d2l-cells td { min-width: 3em; overflow-wrap: normal; }
+.d2l-view table.d2l-cells td { white-space: nowrap; }
+.d2l-view table.d2l-cells .d2l-left { text-align: left; max-width: 34em; overflow-wrap: anywhere; }
+.d2l-view table.d2l-cells td.d2l-left { white-space: pre-wrap; }
+.d2l-view .d2l-scroll { overflow-x: auto; max-width: 100%; padding-bottom: 4px; }
+.d2l-view table.d2l-units { border-collapse: separate; border-spacing: 0; }
+.d2l-view table.d2l-units th { vertical-align: bottom; }
+.d2l-view table.d2l-units .d2l-left { min-width: 20em; max-width: 20em; position: sticky; left: 0; z-index: 1; }
+.d2l-view table.d2l-units .d2l-left { background: var(--jp-layout-color1, #fff); border-right: 1px solid #8886; }
+.d2l-view table.d2l-units .d2l-left { color: var(--jp-ui-font-color1, #111); }
+.d2l-view table.d2l-units .d2l-token-column { box-sizing: border-box; min-width: 5.8em; max-width: 5.8em; }
+.d2l-view table.d2l-units .d2l-token-column { padding: 2px 4px; overflow-wrap: anywhere; font-weight: normal; }
+.d2l-view .d2l-shade { color: #000; border: 1px solid #e4e4e4; }
+.d2l-view .d2l-legend { display: inline-block; width: 3.8em; text-align: center; color: #000; font-size: 11px; }
+.d2l-view .d2l-side { display: flex; flex-wrap: wrap; gap: 4px 36px; align-items: flex-start; }
+.d2l-view .d2l-side > * { max-width: 100%; min-width: 0; }
+.d2l-view .d2l-changed { background: #ffe08a; color: #000; padding: 1px 4px; border-radius: 2px; }
+.d2l-view .d2l-said { font-size: 15px; }
+.d2l-sample { outline: 2px dashed #333; outline-offset: -1px; padding: 0 6px; color: #000; background: #fff; }
+.d2l-sentences { max-height: 24em; overflow-y: auto; border: 1px solid #8886; border-radius: 4px; padding: 10px 12px; }
+.d2l-sentences { max-width: 100%; box-sizing: border-box; }
+.d2l-sentences { background: #fff; color: #111; line-height: 2; font-size: 14px; margin: 4px 2px; }
+.d2l-sentences.widget-box { display: block; }
+.d2l-sentences .d2l-name { font-weight: 600; line-height: 1.5; color: #111; }
+.d2l-sentences .widget-html, .d2l-sentences .widget-html-content { height: auto; line-height: 1.5; margin: 0; }
+.d2l-sentences .widget-checkbox { counter-increment: d2l-sentence; }
+.d2l-sentences .widget-checkbox { display: inline; width: auto; height: auto; margin: 0; line-height: inherit; }
+.d2l-sentences label { display: inline; cursor: pointer; position: relative; line-height: inherit; }
+.d2l-sentences input { position: absolute; opacity: 0; width: 1px; height: 1px; margin: 0; }
+.d2l-sentences label > span { white-space: pre-wrap; overflow-wrap: anywhere; padding: 2px 0; color: #111; }
+.d2l-sentences label > span, .d2l-sentences .d2l-sentence { unicode-bidi: isolate; }
+.d2l-sentences label > span::before { content: counter(d2l-sentence); }
+.d2l-sentences [data-sentence]::before { content: attr(data-sentence) !important; }
+.d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { padding: 0 3px 0 1px; color: #111; }
+.d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { font-size: 10px; }
+.d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { vertical-align: super; line-height: 1; }
+.d2l-sentences .d2l-marked-up label > span { pointer-events: none; }
+.d2l-sentences label > span { -webkit-box-decoration-break: clone; box-decoration-break: clone; }
+.d2l-sentences sup { font-size: 10px; line-height: 1; padding: 0 4px 0 2px; }
+.d2l-sentences label:hover > span { text-decoration: underline dotted; }
+.d2l-sentences label > span::after { font-size: 10px; vertical-align: super; color: #111; padding: 0 5px 0 2px; }
+.d2l-sentences .d2l-true > label > span, .d2l-sentences label.d2l-true > span { outline: 2px dashed #333; }
+.d2l-sentences input:focus-visible + span { box-shadow: 0 0 0 3px #0b57d0; border-radius: 2px; }
+.d2l-sentences .widget-checkbox input:not(:checked) + span { text-decoration: line-through; opacity: 0.5; }
+"""
+
+
+# --- what there is to see -----------------------------------------------------------------------------------------
+
+
+class Trace:
+    """Documents inside an adapter, a question, and what there is to know of its answer. No widgets and no HTML.
+
+    model: a DocToLoRA, or anything with its `answer`, `internalize_each` and `encoder_tokenizer`; its own current
+    adapter stays what it was. answer: the text to explain (None: the model's own). evidence: the (start, end) spans of
+    the true evidence in characters; {document: spans} where there are several documents. wrong: the adapter of another
+    document, as a control. attribute: what makes the tables, called as `attribution.attribute`.
+
+    Attributes: `texts` {document: text}, `units` (the table of `attribution.sentence_units`), `true` (numbers of the
+    sentences that hold evidence), `said` (what the model answers), `answer` (what is explained).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        adapter: Any,
+        documents: str | Mapping[str, str],
+        question: str,
+        answer: str | None = None,
+        evidence: Evidence = (),
+        *,
+        wrong: Any = None,
+        attribute: Callable[..., pd.DataFrame] | None = None,
+    ):
+        if not hasattr(adapter, "blocks"):
+            raise TypeError(f"pass the adapter that model.internalize returned, not {type(adapter).__name__}")
+        self.model, self.adapter, self.question, self.wrong = model, adapter, question, wrong
+        self.attribute = attribution.attribute if attribute is None else attribute
+        self.texts = document_texts(adapter, documents)
+        self.units = sentence_units(adapter, documents)
+        self.true = true_sentences(self.units, self.texts, evidence)
+        self.said = model.answer(question, adapter)
+        self.answer = self.said if answer is None else answer
+        self._tables: dict[tuple[str, str], pd.DataFrame] = {}
+        self._answers = {frozenset(): self.said}
+
+    def table(self, level: str, method: str) -> pd.DataFrame:
+        """`attribution.attribute` of this answer; made once."""
+        if (level, method) not in self._tables:
+            self._tables[level, method] = self.attribute(
+                *(self.model, self.adapter, self.question, self.answer, level, method),
+                documents=self.texts,
+                wrong=self.wrong,
+            )
+        return self._tables[level, method]
+
+    def adapter_without(self, removed: Collection[int]) -> Any:
+        """The adapter as if these sentences (numbers of `units`) did not stand in their chunks.
+
+        A chunk of which nothing is left is dropped, which needs no model; others are written anew from what is left.
+        """
+        blocks, gone = [], self.units.loc[sorted(removed)]
+        for number, block in enumerate(self.adapter.blocks):
+            inside = gone[gone["block"] == number]
+            blocks += self._shortened(block, inside) if len(inside) else [block]
+        return replace(self.adapter, blocks=tuple(blocks))
+
+    def _shortened(self, block: Any, gone: pd.DataFrame) -> list:
+        text, place, kept = self.texts[block.document], block.span[0], ""
+        for start, end in zip(gone["start"], gone["end"], strict=True):
+            kept += text[place:start]
+            place = end
+        kept = (kept + text[place : block.span[1]]).strip()
+        if not kept:
+            return []
+        # as long as the whole chunk: what is left of it then stays one chunk
+        whole = self.model.encoder_tokenizer([text[slice(*block.span)]], add_special_tokens=False)["input_ids"][0]
+        [written] = self.model.internalize_each([kept], chunk_tokens=max(self.model.chunk_tokens, len(whole)))
+        return [replace(block, A=new.A, B=new.B) for new in written.blocks]
+
+    def answer_without(self, removed: Collection[int]) -> str:
+        """What the model answers once these sentences are out of the adapter."""
+        key = frozenset(removed)
+        if key not in self._answers:
+            self._answers[key] = self.model.answer(self.question, self.adapter_without(key))
+        return self._answers[key]
+
+
+def true_sentences(units: pd.DataFrame, texts: Mapping[str, str], evidence: Evidence) -> set[int]:
+    """Numbers of the sentences that share a character with the evidence.
+
+    evidence: (start, end) spans in the one document, or {document: spans}. ValueError for a span outside it, for an
+    unknown document, and for spans that do not say which of several documents they are in.
+    """
+    if not isinstance(evidence, Mapping):
+        evidence = list(evidence)
+        if evidence and len(texts) > 1:
+            raise ValueError(f"evidence needs the document's name: pass {{name: spans}}; there are {', '.join(texts)}")
+        evidence = dict.fromkeys(texts, evidence) if evidence else {}
+    found = set()
+    for name, spans in evidence.items():
+        if name not in texts:
+            raise ValueError(f"evidence is in {name!r}, but the documents are {', '.join(texts)}")
+        for span in spans:
+            try:
+                start, end = map(int, span)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"evidence must be (start, end) pairs of characters, not {span!r}") from error
+            if not 0 <= start < end <= len(texts[name]):
+                raise ValueError(f"evidence {start} to {end} is not inside {name!r} of {len(texts[name])} characters")
+            inside = (units["document"] == name) & (units["start"] < end) & (units["end"] > start)
+            found |= set(units.index[inside.to_numpy(dtype=bool)])
+    return found
+
+
+def contributions(table: pd.DataFrame, token: int | None = None) -> list[float]:
+    """Of each row: to the whole answer (None), or to its token of this number."""
+    if token is None:
+        return [float(value) for value in table["contribution"]]
+    return [float(values[token]) for values in table["by_token"]]
+
+
+def has_tokens(table: pd.DataFrame) -> bool:
+    """True where the method tells the answer's tokens apart."""
+    return all(not math.isnan(value) for values in table["by_token"] for value in values)
+
+
+def sentence_values(units: pd.DataFrame, table: pd.DataFrame, token: int | None = None) -> list[float]:
+    """The contribution of each sentence, or of the chunk that holds it; NaN at the levels that have no place in a text.
+
+    units: the sentences, as `attribution.sentence_units` gives them.
+    """
+    places = {"sentence": ("document", "start", "end"), "chunk": ("document", "chunk")}.get(table.attrs["level"])
+    if places is None:
+        return [math.nan] * len(units)
+    keys = zip(*(table[name] for name in places), strict=True)
+    values = dict(zip(keys, contributions(table, token), strict=True))
+    return [values.get(key, math.nan) for key in zip(*(units[name] for name in places), strict=True)]
+
+
+# --- pure renderers -----------------------------------------------------------------------------------------------
+
+
+def color_limit(values: Iterable[float]) -> float:
+    """The contribution of the strongest colour: the largest size among the values, at least LEAST_LIMIT."""
+    return max([LEAST_LIMIT, *(abs(value) for value in values if math.isfinite(value))])
+
+
+def shade(value: float, limit: float) -> str:
+    """A CSS colour: white at 0 to the full colour of its sign at `limit`; transparent where there is no value."""
+    if not math.isfinite(value):
+        return "transparent"
+    share = min(1.0, abs(value) / limit)
+    full = SUPPORTS if value > 0 else OPPOSES
+    return f"rgb({', '.join(str(round(255 + (channel - 255) * share)) for channel in full)})"
+
+
+def signed(value: float) -> str:
+    """A contribution with its sign and two digits behind the point; one that is 0 to them has no sign."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:+.2f}".replace("-", "−") if _counts(value) else "0.00"
+
+
+def _counts(value: float) -> bool:
+    """False for what is 0 to two digits, and for no value."""
+    return math.isfinite(value) and abs(value) >= 0.005
+
+
+def measure(table: pd.DataFrame, token: int | None = None) -> str:
+    """In words, what the contributions are measured in."""
+    what = (
+        "the whole answer" if token is None else f"answer token {token + 1}, {_visible(table.attrs['tokens'][token])}"
+    )
+    return MEASURES.get(table.attrs["method"], MEASURE.format(what=what))
+
+
+def _visible(text: str) -> str:
+    """A token's text in quotes, line ends and tabs as signs; the beginning of a long one."""
+    return "“" + _short(text.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥"), LONGEST_TOKEN) + "”"
+
+
+def _cell(value: float, limit: float, title: str = "", css: str = "") -> str:
+    """A table cell of a contribution."""
+    note = f' title="{markup.escape(title)}"' if title else ""
+    classes = f"d2l-shade {css}".strip()
+    return f'<td class="{classes}" style="background: {shade(value, limit)}"{note}>{signed(value)}</td>'
+
+
+def render_legend(limit: float, unit: str, evidence: bool = False) -> str:
+    """The colours with their values and what these are measured in; `evidence`: explains the outline too."""
+    steps = [limit * step / 4 for step in range(-4, 5)]
+    cells = "".join(
+        f'<span class="d2l-legend" style="background: {shade(step, limit)}">{signed(step)}</span>' for step in steps
+    )
+    outline = ' · <span class="d2l-sample">dashed outline</span> true evidence' if evidence else ""
+    return (
+        f'<div>opposes {cells} supports{outline}</div><div class="d2l-note">contribution in {markup.escape(unit)}</div>'
+    )
+
+
+def sentence_style(scope: str, values: Sequence[float], show: Sequence[bool]) -> str:
+    """CSS rules that shade the sentences `.d2l-unit-<number>` under the selector `scope`.
+
+    show: after which sentences their contribution is written, unless it is 0.00.
+    """
+    limit = color_limit(values)
+    rules = []
+    for number, (value, shown) in enumerate(zip(values, show, strict=True)):
+        span = f"{scope} .d2l-unit-{number} span"
+        if math.isfinite(value):
+            rules.append(f"{span} {{ background: {shade(value, limit)}; }}")
+            if shown and _counts(value):
+                rules.append(f'{span}::after {{ content: "{signed(value)}"; }}')
+    return "\n".join(rules)
+
+
+def last_of_unit(units: pd.DataFrame, level: str) -> list[bool]:
+    """After which sentences a number belongs: all of them, or the last one of each chunk."""
+    if level != "chunk":
+        return [level == "sentence"] * len(units)
+    blocks = list(units["block"])
+    return [number + 1 == len(blocks) or blocks[number + 1] != block for number, block in enumerate(blocks)]
+
+
+def pieces(units: pd.DataFrame, texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(text of a sentence, what stands between it and the next one) of each sentence; "[…]" for text not inside."""
+    starts, documents = [*units["start"]], [*units["document"]]
+    found = []
+    for number, (start, end, document) in enumerate(zip(starts, units["end"], documents, strict=True)):
+        follows = number + 1 < len(starts) and documents[number + 1] == document and starts[number + 1] >= end
+        between = texts[document][end : starts[number + 1] if follows else None]
+        if missing := between.strip():
+            before, _, after = between.partition(missing)
+            between = f"{before or ' '}[…]{after or ' '}"
+        found.append((texts[document][start:end], between))
+    return found
+
+
+def render_sentences(
+    units: pd.DataFrame, texts: Mapping[str, str], values: Sequence[float], true: Collection[int], show: Sequence[bool]
+) -> str:
+    """The documents as text, every sentence shaded by its value, with it in small print unless it is 0.00; evidence
+    outlined.
+    """
+    limit, parts, before = color_limit(values), [], None
+    several = len(set(units["document"])) > 1
+    rows = zip(units["document"], pieces(units, texts), values, show, strict=True)
+    for number, (document, (sentence, between), value, shown) in enumerate(rows):
+        if several and document != before:
+            parts.append(f'<div class="d2l-name">{markup.escape(document)}</div>')
+        before = document
+        note = f"<sup>{signed(value)}</sup>" if shown and _counts(value) else ""
+        outline = "outline: 2px dashed #333; " if number in true else ""
+        kind = "d2l-sentence d2l-true" if number in true else "d2l-sentence"
+        parts.append(
+            f'<span class="{kind}" data-sentence="{sentence_number(number)}" '
+            f'style="{outline}background: {shade(value, limit)}">'
+            f"{markup.escape(sentence)}{note}</span>{markup.escape(between)}"
+        )
+    return f'<div class="d2l-sentences d2l-text" tabindex="0">{"".join(parts)}</div>'
+
+
+def render_heat_map(table: pd.DataFrame, token: int | None = None) -> str:
+    """Layers by rank directions (one table for each module), or layers by modules; nothing at the other levels."""
+    level = table.attrs["level"]
+    if level not in ("layer", "rank"):
+        return ""
+    values = contributions(table, token)
+    limit = color_limit(values)
+    by_rank = level == "rank"
+    maps: dict[str, dict[tuple, tuple[float, str]]] = {}
+    rows = zip(table["module"], table["layer"], table["direction"], table["unit"], values, strict=True)
+    for module, layer, direction, unit, value in rows:
+        column = int(direction) if by_rank else str(module)
+        maps.setdefault(str(module) if by_rank else "", {})[int(layer), column] = (value, str(unit))
+    tables = []
+    for module, cells in maps.items():
+        layers, columns = sorted({layer for layer, _ in cells}), sorted({column for _, column in cells})
+        head = "".join(f"<th>{markup.escape(str(column))}</th>" for column in columns)
+        body = ""
+        for layer in layers:
+            line = "".join(
+                _cell(cells[layer, column][0], limit, f"{cells[layer, column][1]}: {signed(cells[layer, column][0])}")
+                if (layer, column) in cells
+                else "<td></td>"
+                for column in columns
+            )
+            body += f"<tr><th>{layer}</th>{line}</tr>"
+        across = f"rank direction of {markup.escape(module)}, strongest first" if by_rank else "module"
+        tables.append(
+            '<div class="d2l-scroll"><table class="d2l-cells d2l-heat">'
+            f'<tr><th>layer</th><th class="d2l-left" colspan="{len(columns)}">'
+            f"{across}</th></tr><tr><th></th>{head}</tr>{body}</table></div>"
+        )
+    unit = markup.escape(measure(table, token))
+    note = f'<div class="d2l-note">contribution in {unit}</div>'
+    return f"<h4>Layer by {'rank' if by_rank else 'module'}</h4>{note}<div class='d2l-side'>{''.join(tables)}</div>"
+
+
+def render_units(
+    table: pd.DataFrame, texts: Mapping[str, str], token: int | None = None, n_shown: int = SHOWN_UNITS
+) -> str:
+    """The units that contribute most: to the answer (or to one of its tokens), and to each token beside it.
+
+    COLUMNS_AT_ONCE tokens are seen at once beside the units' texts, which stay where they are; the others are scrolled
+    to.
+    """
+    values = contributions(table, token)
+    order = sorted(range(len(values)), key=lambda place: -values[place] if math.isfinite(values[place]) else math.inf)
+    tokens = list(table.attrs["tokens"]) if has_tokens(table) else []
+    by_token = [list(values) for values in table["by_token"]]
+    limit = color_limit(values)
+    token_limit = color_limit(value for row in by_token for value in row) if tokens else limit
+    spans = [*zip(table["document"], table["start"], table["end"], strict=True)]
+    rows = ""
+    for place, row in enumerate(order[:n_shown], 1):
+        text = _short(str(table["unit"].iloc[row]), 80)
+        document, start, end = spans[row]
+        if not pd.isna(start) and document in texts:
+            text += ": " + _short(" ".join(texts[document][start:end].split()))
+        line = "".join(
+            _cell(float(by_token[row][column]), token_limit, css="d2l-token-column") for column in range(len(tokens))
+        )
+        rows += (
+            f'<tr><td class="d2l-left d2l-text">{place}. {markup.inline(text)}</td>{_cell(values[row], limit)}'
+            f"<td>{signed(float(table['margin_contribution'].iloc[row]))}</td>{line}</tr>"
+        )
+    what = "answer" if token is None else f"token {token + 1}"
+    first = f'<th class="d2l-left">{table.attrs["level"]}</th><th>{what}</th><th>margin (logits)</th>'
+    head = "".join(
+        f'<th class="d2l-token-column">{number}<br>{markup.inline(_visible(text))}</th>'
+        for number, text in enumerate(tokens, 1)
+    )
+    note = f"The {min(n_shown, len(order))} of {len(order)} that support it most"
+    more = "; this method does not tell tokens apart"
+    if tokens:
+        aside = ": scroll the table sideways to see them all" if len(tokens) > COLUMNS_AT_ONCE else ""
+        more = f", and their contribution to each of the {len(tokens)} answer tokens{aside}"
+    return (
+        f"<h4>{note}</h4>"
+        f'<div class="d2l-note">in {markup.escape(measure(table, token))}{more}</div>'
+        f'<div class="d2l-scroll" tabindex="0" style="max-width: min(100%, {20 + 5.8 * COLUMNS_AT_ONCE + 2:g}em)">'
+        f'<table class="d2l-cells d2l-units"><tr>{first}{head}</tr>{rows}</table></div>'
+    )
+
+
+def _short(text: str, length: int = 160) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def render_controls(table: pd.DataFrame) -> str:
+    """The answer with all blocks beside the controls: zero adapter, wrong document, random units left out."""
+    controls = table.attrs.get("controls")
+    if not controls:
+        return "<h4>Controls</h4>none were computed"
+    rows = ""
+    for name in ("all blocks", "zero adapter", "wrong document"):
+        reading = controls.get(name)
+        cells = (
+            f"<td>{_number(reading['log_prob'])}</td><td>{100 * reading['probability']:.1f} %</td>"
+            f"<td>{signed(reading['margin'])}</td>"
+            if reading
+            else '<td colspan="3" class="d2l-left d2l-note">not given</td>'
+        )
+        rows += f'<tr><th class="d2l-left">{name}</th>{cells}</tr>'
+    names = ("log-probability (nats)", "probability", "margin (logits)")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    random = controls.get("random units")
+    note = ""
+    if random:
+        n = len(random["units"])
+        note = (
+            f'<div class="d2l-note">{n} random unit{"" if n == 1 else "s"} left out, each alone: '
+            f"{signed(random['contribution'])} nats on average, {signed(random['largest'])} at most</div>"
+        )
+    return f'<h4>Controls</h4><table class="d2l-cells d2l-controls"><tr><th></th>{head}</tr>{rows}</table>{note}'
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def render_answer(question: str, answer: str, said: str, now: str, n_removed: int) -> str:
+    """The question, what is explained, and what the model says with everything inside and with sentences removed."""
+    changed = now != said
+    if n_removed:
+        count = f"{n_removed} sentence{'' if n_removed == 1 else 's'}"
+        label = f"Answer now, without {count} ({'changed' if changed else 'the same'})"
+    else:
+        label = "Answer now, nothing removed"
+    text = markup.escape(now) or '<span class="d2l-note">(empty)</span>'
+    explained = "" if answer == said else f"<h4>Answer that is explained</h4>{markup.escape(answer)}"
+    body = (
+        f'<h4>Question</h4><div class="d2l-text d2l-question">{markup.escape(question)}</div>'
+        f'<div class="d2l-side"><div><h4>Answer with the whole document inside</h4>'
+        f'<div class="d2l-text d2l-whole d2l-said">{markup.escape(said)}</div></div>'
+        f'<div aria-live="polite"><h4>{label}</h4>'
+        f'<div class="d2l-text d2l-now d2l-said"><span class="{"d2l-changed" if changed else ""}">{text}</span></div>'
+        f'</div><div class="d2l-text d2l-explained">{explained}</div></div>'
+    )
+    return render_view("trace-answer", body, removed=n_removed, changed=str(changed).lower(), now=now)
+
+
+def render_parts(table: pd.DataFrame, texts: Mapping[str, str], token: int | None = None) -> str:
+    """All that stands below the documents: heat map, units, controls."""
+    body = (
+        f"{render_heat_map(table, token)}{render_units(table, texts, token)}<div class='d2l-side'>"
+        f"<div>{render_controls(table)}</div></div>"
+    )
+    data = {name: table.attrs[name] for name in ("level", "method")}
+    return f"<style>{CSS}</style>" + render_view(
+        "trace", body, **data, token="whole" if token is None else token, units=len(table)
+    )
+
+
+def render_trace(trace: Trace, level: str, method: str, token: int | None = None) -> str:
+    """The whole as one plain page: answer, shaded documents, heat map, strongest units, controls."""
+    table = trace.table(level, method)
+    values = sentence_values(trace.units, table, token)
+    shaded = any(map(math.isfinite, values))
+    legend = render_legend(
+        color_limit(values if shaded else contributions(table, token)), measure(table, token), bool(trace.true)
+    )
+    shown = last_of_unit(trace.units, level)
+    text = render_sentences(trace.units, trace.texts, values, trace.true, shown)
+    heading = f"<h4>Documents, shaded by {markup.escape(level)} ({markup.escape(method.replace('_', ' '))})</h4>"
+    page = render_view("trace-text", heading + legend + text, level=level, method=method)
+    answer = render_answer(trace.question, trace.answer, trace.said, trace.said, 0)
+    return f"<style>{CSS}</style>{answer}{page}{render_parts(table, trace.texts, token)}"
+
+
+# --- the viewer -----------------------------------------------------------------------------------------------------
+
+
+class AttributionViewer(Viewer):
+    """The page of `view_attribution`. Whatever a person changes while something is computed counts: it is done next,
+    and what it makes superfluous is left out.
+    """
+
+    def __init__(self, question: str, answer: str | None, make_trace: Callable[..., Trace], background: bool | None):
+        """make_trace(question, answer or None, whether the question is the first one) -> Trace."""
+        super().__init__([], "")
+        self.work = Work(background)
+        self._question, self._make_trace = question, make_trace
+        self._scope = f"d2l-trace-{uuid.uuid4().hex[:8]}"
+        self._trace: Trace | None = None
+        self._table: pd.DataFrame | None = None  # what is drawn now
+        self._removed: set[int] = set()
+        self._make_controls(question, answer)
+        self._ask()
+        if self.work.was_interrupted:
+            raise KeyboardInterrupt
+        self._connect()
+        drawn = self._trace is not None and self._parts.value
+        self.static_html = (
+            render_trace(self._trace, self._level.value, self._method.value) if drawn else self.work.status.value
+        )
+
+    def _make_controls(self, question: str, answer: str | None) -> None:
+        late, wide = {"continuous_update": False}, W.Layout(flex="1 1 300px", width="auto", max_width="100%")
+        self._asked = W.Text(description="Question", value=str(question), layout=wide, **late)
+        self._explained = W.Text(description="Answer", placeholder="the model's own answer", layout=wide, **late)
+        self._explained.value = "" if answer is None else str(answer)
+        self._level, self._method, self._part = (
+            W.Dropdown(description=name, layout=W.Layout(max_width="100%")) for name in ("Level", "Method", "Sentences")
+        )
+        self._level.options = list(METHODS)
+        self._tokens = W.ToggleButtons(description="Explain", style=W.ToggleButtonsStyle(button_width="auto"))
+        self._restore = W.Button(description="Restore all", icon="undo", tooltip="put all sentences back")
+        self._answers, self._legend, self._parts = W.HTML(), W.HTML(), W.HTML()
+        self._sentences = W.Box()
+        for css in ("d2l-sentences", self._scope):
+            self._sentences.add_class(css)
+        self.children = [
+            wrapped([self._asked, self._explained]),
+            self._answers,
+            wrapped([self._level, self._method, self._part, self._restore]),
+            self._tokens,
+            self.work.status,
+            self.work.bar,
+            self._legend,
+            self._sentences,
+            self._parts,
+        ]
+
+    def _connect(self) -> None:
+        listen(self._asked, self._ask_anew)
+        listen(self._explained, self._ask)
+        listen(self._level, self._select_level)
+        listen(self._method, self._compute)
+        listen(self._part, self._fill)
+        listen(self._tokens, self._draw)
+        self._restore.on_click(self._put_back)
+
+    # --- question and answer --------------------------------------------------------------------------------------
+
+    def _ask_anew(self, _: Any) -> None:
+        """Another question: the answer to the one before is not explained any more, but the model's own."""
+        with self.work.lock:
+            with quietly():
+                self._explained.value = ""
+            self._ask()
+
+    def _ask(self, _: Any = None) -> None:
+        """Another question or answer: everything anew, all sentences inside."""
+        with self.work.lock:
+            self._trace = self._table = None
+            self._removed.clear()
+            self._answers.value = self._legend.value = self._parts.value = ""
+            self._sentences.children = ()
+            self.work.leave_out(lambda key: True)
+            for key in ("answer", "table"):
+                self.work.tell("", key=key)
+            is_first, answer = self._asked.value == str(self._question), self._explained.value.strip() or None
+            question = self._question if is_first else self._asked.value
+            self.work.start(
+                "answering ...", lambda _: self._make_trace(question, answer, is_first), self._traced, key="ask"
+            )
+
+    def _traced(self, trace: Trace) -> None:
+        self._trace = trace
+        starts = range(0, max(1, len(trace.units)), SENTENCES_AT_ONCE)
+        ends = [min(start + SENTENCES_AT_ONCE, len(trace.units)) for start in starts]
+        choices = [(f"{sentence_number(start)} to {end}", start) for start, end in zip(starts, ends, strict=True)]
+        with quietly():
+            self._part.options, self._part.value = choices, 0
+            if self._method.value is None:  # the first question
+                few = len(trace.units) <= TRACED_SENTENCES
+                self._level.value = "sentence" if few else "chunk"
+        self._part.layout.display = "none" if len(choices) == 1 else None
+        self._fill()
+        self._show_answer(trace.said)
+        self._select_level()
+
+    def _show_answer(self, now: str) -> None:
+        trace = self._trace
+        self._answers.value = render_answer(trace.question, trace.answer, trace.said, now, len(self._removed))
+
+    # --- contributions --------------------------------------------------------------------------------------------
+
+    def _select_level(self, _: Any = None) -> None:
+        """The methods of this level; the one that is chosen stays if it has it."""
+        with self.work.lock:
+            names = METHODS[self._level.value]
+            chosen = self._method.value if self._method.value in names else names[0]
+            with quietly():
+                self._method.options = [(name.replace("_", " "), name) for name in names]
+                self._method.value = chosen
+            self._compute()
+
+    def _compute(self, _: Any = None) -> None:
+        """The table of this level and method, then the page of it."""
+        with self.work.lock:
+            if self._trace is None:  # it is computed when there is an answer
+                return
+            trace, level, method = self._trace, self._level.value, self._method.value
+
+            def show(table: pd.DataFrame) -> None:
+                self._table = table
+                self._draw()
+
+            self.work.start(
+                "computing contributions ...",
+                lambda _: trace.table(level, method),
+                show,
+                self._blank,
+                key="table",
+                replaces=True,
+            )
+
+    def _blank(self, _: str) -> None:
+        self._table = None
+        self._legend.value = self._parts.value = ""
+
+    def _draw(self, _: Any = None) -> None:
+        """Shades the sentences and draws what is below them, for the token that is chosen."""
+        with self.work.lock:
+            trace, table = self._trace, self._table
+            if table is None:
+                return
+            level, method = table.attrs["level"], table.attrs["method"]
+            texts = [_visible(text) for text in table.attrs["tokens"]] if has_tokens(table) else []
+            choices = [("whole answer", -1), *((f"{i} {text}", i - 1) for i, text in enumerate(texts, 1))]
+            if [*self._tokens.options] != choices:
+                chosen = self._tokens.value
+                with quietly():
+                    self._tokens.options = choices
+                    self._tokens.value = chosen if chosen is not None and chosen < len(texts) else -1
+            token = None if self._tokens.value < 0 else self._tokens.value
+            values = sentence_values(trace.units, table, token)
+            style = sentence_style(f".{self._scope}", values, last_of_unit(trace.units, level))
+            shaded = any(map(math.isfinite, values))
+            limit = color_limit(values if shaded else contributions(table, token))
+            scale = render_legend(limit, measure(table, token), bool(trace.true))
+            note = "" if shaded else f" The level {level} has no place in the text: see the map below."
+            hint = f'<div class="d2l-note">Click a sentence to take it out, and again to put it back.{note}</div>'
+            page = render_view("trace-legend", scale + hint, level=level, method=method)
+            first = f".{self._scope} {{ counter-reset: d2l-sentence {self._part.value}; }}"
+            self._legend.value = f"<style>{CSS}{first}{style}</style>{page}"
+            self._parts.value = render_parts(table, trace.texts, token)
+
+    # --- sentences ------------------------------------------------------------------------------------------------
+
+    def _fill(self, change: Any = None) -> None:
+        """A checkbox for each sentence of the part that is shown."""
+        with self.work.lock:
+            trace, children, before = self._trace, [], None
+            if trace is None:
+                return
+            several = len(set(trace.units["document"])) > 1
+            texts = pieces(trace.units, trace.texts)
+            for number in range(self._part.value, min(self._part.value + SENTENCES_AT_ONCE, len(texts))):
+                name = trace.units["document"].iloc[number]
+                if several and name != before:
+                    children.append(W.HTML(f'<div class="d2l-name">{markup.inline(name)}</div>'))
+                before = name
+                children.append(self._sentence(number, "".join(texts[number])))
+            self._sentences.children = children
+            if change is not None:
+                self._draw()
+
+    def _sentence(self, number: int, text: str) -> W.Checkbox:
+        """The checkbox of a sentence. Labels are typeset, so one with signs of formulas is given as HTML."""
+        has_signs = "$" in text or "\\" in text
+        label = markup.without_formulas(text) if has_signs else text.replace("\0", "\u2400")
+        box = W.Checkbox(
+            value=number not in self._removed, description=label, description_allow_html=has_signs, indent=False
+        )
+        kinds = {"d2l-true": number in self._trace.true, "d2l-marked-up": has_signs}
+        for css in (f"d2l-unit-{number}", *(name for name, is_so in kinds.items() if is_so)):
+            box.add_class(css)
+
+        def change(event: Any) -> None:
+            with self.work.lock:
+                (self._removed.discard if event["new"] else self._removed.add)(number)
+                self._answer()
+
+        listen(box, change)
+        return box
+
+    def _answer(self) -> None:
+        """The answer without the sentences that are out now."""
+        trace, removed = self._trace, frozenset(self._removed)
+
+        def drop(reason: str) -> None:  # never an answer that does not belong to the sentences shown
+            self._answers.value = render_message(f"no answer without these sentences: {reason}", is_error=True)
+
+        self.work.start(
+            "answering ...",
+            lambda _: trace.answer_without(removed),
+            self._show_answer,
+            drop,
+            key="answer",
+            replaces=True,
+        )
+
+    def _put_back(self, _: Any = None) -> None:
+        with self.work.lock:
+            if self._trace is None:
+                if not self.work.has("ask"):  # it was stopped, or failed
+                    self._ask()
+                return
+            self._removed.clear()
+            self._fill()
+            self._answer()
+            if self._table is None and not self.work.has("table"):
+                self._compute()
+
+
+def view_attribution(
+    model: Any,
+    adapter: Any,
+    documents: str | Mapping[str, str],
+    question: str,
+    answer: str | None = None,
+    evidence: Evidence = (),
+    *,
+    wrong: Any = None,
+    attribute: Callable[..., pd.DataFrame] | None = None,
+    background: bool | None = None,
+) -> Viewer:
+    """A viewer of where an answer came from (arguments as of `Trace`), by chunk, sentence, layer or rank direction.
+
+    A click on a sentence takes it out of the adapter and asks again; another puts it back. Another question is asked
+    anew: `answer` is explained for the first question only. What cannot be done is told on the page. Keys: Tab moves
+    between controls and sentences, space presses a button or takes a sentence out and puts it back, the arrow keys
+    change a list, Enter in a field applies it.
+
+    background: whether work runs in a thread beside the page (see `page.Work`); None: what a person starts on the page.
+    """
+    known = evidence if isinstance(evidence, Mapping) or not isinstance(evidence, Iterable) else [*evidence]
+
+    def make(asked: str, explained: str | None, is_first: bool) -> Trace:
+        its_evidence = known if is_first else ()
+        return Trace(model, adapter, documents, asked, explained, its_evidence, wrong=wrong, attribute=attribute)
+
+    return AttributionViewer(question, answer, make, background)
+
+
+# --- the saved page ---------------------------------------------------------------------------------------------------
+
+PAGE_CSS = """
+body { margin: 0 auto; max-width: 1100px; padding: 16px; background: #fff; color: #111; font-family: sans-serif; }
+h1 { font-size: 20px; margin: 4px 0; }
+fieldset { min-width: 0; }
+fieldset { border: 1px solid #8886; border-radius: 4px; margin: 8px 0; padding: 4px 10px; font-size: 13px; }
+fieldset label { margin-right: 14px; display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
+.d2l-choice { display: none; }
+.d2l-saved .d2l-sentences input:checked + span { text-decoration: line-through; opacity: 0.5; }
+.d2l-saved .d2l-sentences { white-space: pre-wrap; overflow-wrap: anywhere; max-height: none; }
+"""
+
+
+def save_html(
+    path: str | Path,
+    model: Any,
+    adapter: Any,
+    documents: str | Mapping[str, str],
+    question: str,
+    answer: str | None = None,
+    evidence: Evidence = (),
+    *,
+    wrong: Any = None,
+    attribute: Callable[..., pd.DataFrame] | None = None,
+    views: Sequence[tuple[str, str]] = SAVED_VIEWS,
+    removals: int = 50,
+) -> Path:
+    """Write what `view_attribution` shows as one HTML file, complete or not there at all.
+
+    It needs no kernel, no network and no scripts: views (level, method), answer tokens and the sentence that is taken
+    out are chosen by radio buttons. removals: for how many sentences, the largest contributions of the first view
+    first, the answer without it is made beforehand (each costs an internalization of its chunk). Raises as
+    `attribution.attribute` does.
+    """
+    if not views:
+        raise ValueError("no views given: pass at least one (level, method)")
+    trace = Trace(model, adapter, documents, question, answer, evidence, wrong=wrong, attribute=attribute)
+    tables = [trace.table(*view) for view in views]
+    values = sentence_values(trace.units, tables[0])
+    order = sorted(range(len(values)), key=lambda place: -values[place] if math.isfinite(values[place]) else 0.0)
+    without = {number: trace.answer_without({number}) for number in order[:removals]}
+    page = render_page(trace, tables, without)
+    return write_atomic(path, page.encode("utf-8", errors="replace"))
+
+
+def render_page(trace: Trace, tables: Sequence[pd.DataFrame], without: Mapping[int, str]) -> str:
+    """A whole HTML page. tables: one for each view; without: {sentence: the answer once it is taken out}."""
+    rules, legends, panels = [], [], []
+    for view, table in enumerate(tables):
+        level, tokens = table.attrs["level"], table.attrs["tokens"] if has_tokens(table) else []
+        for choice, token in enumerate([None, *range(len(tokens))]):
+            # a method that does not tell tokens apart shows the whole answer whatever token is chosen
+            scope = f".d2l-saved:has(#view-{view}:checked)" + (f":has(#token-{choice}:checked)" if tokens else "")
+            values = sentence_values(trace.units, table, token)
+            shaded = any(map(math.isfinite, values))
+            limit = color_limit(values if shaded else contributions(table, token))
+            note = "" if shaded else f'<div class="d2l-note">The level {level} has no place in the text.</div>'
+            scale = render_legend(limit, measure(table, token), bool(trace.true)) + note
+            rules.append(sentence_style(scope, values, last_of_unit(trace.units, level)))
+            rules.append(f"{scope} .d2l-choice-{view}-{choice} {{ display: block; }}")
+            legends.append(f'<div class="d2l-choice d2l-choice-{view}-{choice}">{scale}</div>')
+            body = render_heat_map(table, token) + render_units(table, trace.texts, token) + render_controls(table)
+            panels.append(f'<div class="d2l-choice d2l-choice-{view}-{choice}">{body}</div>')
+    names = [f"{table.attrs['level']}, {table.attrs['method'].replace('_', ' ')}" for table in tables]
+    texts = [f"{number} {_visible(text)}" for number, text in enumerate(tables[0].attrs["tokens"], 1)]
+    tokens = ["whole answer", *texts]
+    answers = [_saved_answer(trace, None, trace.said), *(_saved_answer(trace, *pair) for pair in without.items())]
+    rules += [f".d2l-saved:has(#removed-{n}:checked) .d2l-now-{n} {{ display: block; }}" for n in ("none", *without)]
+    keep = (
+        '<label><input type="radio" name="removed" id="removed-none" checked> nothing taken out</label>'
+        f"a click on a sentence takes it out (made beforehand for {len(without)} of {len(trace.units)} sentences)"
+    )
+    sentences, before = "", None
+    several = len(set(trace.units["document"])) > 1
+    rows = zip(trace.units["document"], pieces(trace.units, trace.texts), strict=True)
+    for number, (document, (text, between)) in enumerate(rows):
+        if several and document != before:
+            sentences += f'<div class="d2l-name">{markup.escape(document)}</div>'
+        before = document
+        kind = f"d2l-unit-{number}" + (" d2l-true" if number in trace.true else "")
+        radio = f'<input type="radio" name="removed" id="removed-{number}">' if number in without else ""
+        sentences += f'<label class="{kind}">{radio}<span data-sentence="{sentence_number(number)}">'
+        sentences += f"{markup.escape(text)}</span></label>{markup.escape(between)}"
+    body = (
+        f"<h1>Where the answer came from</h1>{''.join(answers)}"
+        f"{_radios('Level and method', 'view', names)}{_radios('Explain', 'token', tokens)}"
+        f"<fieldset><legend>Take out</legend>{keep}</fieldset>{''.join(legends)}"
+        f'<div class="d2l-sentences">{sentences}</div>{"".join(panels)}'
+    )
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    style = "\n".join([VIEW_CSS, CSS, PAGE_CSS, *rules])
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>Where the answer came from</title><style>{style}</style></head>"
+        f'<body><main class="d2l-view d2l-saved {markup.NO_FORMULAS}">{body}</main></body></html>\n'
+    )
+
+
+def _saved_answer(trace: Trace, number: int | None, now: str) -> str:
+    page = render_answer(trace.question, trace.answer, trace.said, now, 0 if number is None else 1)
+    return f'<div class="d2l-choice d2l-now-{"none" if number is None else number}">{page}</div>'
+
+
+def _radios(legend: str, name: str, labels: Sequence[str]) -> str:
+    choices = ""
+    for i, text in enumerate(labels):
+        button = f'<input type="radio" name="{name}" id="{name}-{i}"{"" if i else " checked"}>'
+        choices += f"<label>{button} {markup.inline(text)}</label> "
+    return f"<fieldset><legend>{legend}</legend>{choices}</fieldset>"
