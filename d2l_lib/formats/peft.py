@@ -310,13 +310,15 @@ def _rank_and_scale(config: Mapping, path: str) -> tuple[int, float]:
 
 def _not_plain(config: Mapping) -> list[str]:
     """What makes a PEFT configuration more than lora_B lora_A, by name."""
-    found = [] if config.get("peft_type") == "LORA" else [f"peft_type {config.get('peft_type')}"]
+    from d2l_lib.formats.schemas import shown
+
+    found = [] if config.get("peft_type") == "LORA" else [f"peft_type {shown(config.get('peft_type')).strip(chr(39))}"]
     if config.get("bias") not in (None, "none"):
-        found.append(f"bias {config['bias']!r}")
+        found.append(f"bias {shown(config['bias'])}")
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
-        found.append(f"init_lora_weights {config['init_lora_weights']!r}, which changes the base model")
+        found.append(f"init_lora_weights {shown(config['init_lora_weights'])}, which changes the base model")
     others = [(name, value) for name, value in sorted(config.items()) if value and name not in _PLAIN]
-    return found + [f"{name[:80]} {repr(value)[:80]}" for name, value in others[:10]]
+    return found + [f"{shown(name).strip(chr(39))} {shown(value)}" for name, value in others[:10]]
 
 
 def _some(names: Sequence[str]) -> str:
