@@ -53,7 +53,7 @@ setup: .venv/.installed
 
 notebooks: setup
 	@mkdir -p "$(CACHE)/tmp"
-	@$(OFFLINE) $(RUN) -m d2l_lib.studies.notebooks
+	@$(OFFLINE) $(RUN) -m d2l_lib notebooks
 
 test: setup
 	@mkdir -p "$(CACHE)/tmp"
@@ -65,7 +65,7 @@ lab: setup
 
 train: setup
 	@mkdir -p "$(CACHE)/tmp"
-	@$(RUN) -m d2l_lib.training.step --preset $(PRESET)
+	@$(RUN) -m d2l_lib train --preset $(PRESET)
 
 lint: setup
 	@$(RUN) -m ruff check .

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, N_LAYERS, build_base_model, random_hypernetwork
 
+from d2l_lib.__main__ import main
 from d2l_lib.formats import checkpoints, pickles
 from d2l_lib.formats.checkpoints import (
     CheckpointError,
@@ -458,8 +459,8 @@ def test_conversion_there_and_back_keeps_every_bit(model, tmp_path, monkeypatch,
         (name, value.to(dtype) if isinstance(value, torch.Tensor) else value) for name, value in content.items()
     )
     first = pickles.write(tmp_path / "first" / "pytorch_model.bin", _as_stand_ins(content))
-    checkpoints.main(["convert", str(first.parent), str(tmp_path / "own")])
-    checkpoints.main(["convert", str(tmp_path / "own"), str(tmp_path / "second")])
+    main(["convert", str(first.parent), str(tmp_path / "own")])
+    main(["convert", str(tmp_path / "own"), str(tmp_path / "second")])
     assert capsys.readouterr().out.split() == [str(tmp_path / "own"), str(tmp_path / "second" / "pytorch_model.bin")]
     before, after = (pickles.read(tmp_path / name / "pytorch_model.bin") for name in ("first", "second"))
     for name, value in before.items():
@@ -497,6 +498,6 @@ def test_what_cannot_be_converted_says_why(model, tmp_path, capsys):
     with pytest.raises(ValueError, match="from a published file the way leads to a folder"):
         convert(tmp_path / "there.bin", tmp_path / "again.bin")
     with pytest.raises(SystemExit) as stopped:
-        checkpoints.main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "new")])
+        main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "new")])
     assert stopped.value.code == 1 and "no published checkpoint at" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "there.bin"]

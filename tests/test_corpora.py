@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_models
 
+from d2l_lib.__main__ import main
 from d2l_lib.formats.shards import find_shards, read_shards
 from d2l_lib.records import read_jsonl
 from d2l_lib.tasks import qa
@@ -190,13 +191,13 @@ def test_the_hub_is_streamed_and_says_its_size_first(monkeypatch):
 def test_the_command_tells_the_size_then_writes_what_selfgen_reads(tmp_path, capsys):
     folder = write_questions(tmp_path / "squad", "squad")
     out = tmp_path / "texts.jsonl"
-    corpora.main(["write", "squad", "--source", str(folder), "--documents", "1", "--out", str(out)])
+    main(["corpora", "write", "squad", "--source", str(folder), "--documents", "1", "--out", str(out)])
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("squad: 2 documents, 3 rows") and said[1] == f"{out}: 1 documents"
     assert read_jsonl(out)[0]["questions"] == ["Q0?", "Q2?"]
     assert selfgen.read_texts(out) == ["The first text."]
     with pytest.raises(SystemExit, match=r"corpora: fineweb-edu could not be reached .*sample/10BT"):
-        corpora.main(["write", "fineweb-edu", "--out", str(tmp_path / "x.jsonl")])
+        main(["corpora", "write", "fineweb-edu", "--out", str(tmp_path / "x.jsonl")])
     assert not (tmp_path / "x.jsonl").exists()
     with pytest.raises(ValueError, match="unknown corpus 'sqaud'; choose one of fineweb-edu, squad"):
         corpora.size("sqaud")

@@ -15,6 +15,7 @@ from transformers import Gemma2Config
 
 import d2l_lib as d2l
 from d2l_lib import presets
+from d2l_lib.__main__ import main
 from d2l_lib.documents import stop_ids
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.presets import changed, preset, shortened
@@ -55,7 +56,7 @@ def falls(log) -> bool:
 def test_needles_from_the_command_to_a_model_that_loads(bases, tmp_path, name):
     base = bases[FAMILIES[name]]
     command = ["--preset", name, "--stage", "needle", "--base", str(base), "--runs", str(tmp_path), "--set", *NEEDLE]
-    step.main([*command, "--steps", "12", "--report-steps", "3", "--save-steps", "6", "--keep", "0"])
+    main(["train", *command, "--steps", "12", "--report-steps", "3", "--save-steps", "6", "--keep", "0"])
     run = tmp_path / name / "needle_own_seed0"
     assert falls(run / "log.jsonl")
     assert [line["step"] for line in read_jsonl(run / "log.jsonl")] == [3, 6, 9, 12]
@@ -72,7 +73,7 @@ def test_both_main_stages_from_the_command_to_a_model_that_loads(bases, tmp_path
     base = bases[FAMILIES[name]]
     published_data.write_published(tmp_path / "data", load(base)[1], n=6)
     command = ["--preset", name, "--base", str(base), "--runs", str(tmp_path), "--shards", str(tmp_path / "data")]
-    recipes.main([*command, "--steps", "12", "--report-steps", "3", "--set", *MAIN])
+    main(["train", "--stage", "qa", *command, "--steps", "12", "--report-steps", "3", "--set", *MAIN])
     run = tmp_path / name / "qa_own_seed0"
     assert falls(run / "self_generated" / "log.jsonl")
     first, second = (read_jsonl(run / stage / "log.jsonl") for stage in ("self_generated", "chunked"))
@@ -329,13 +330,20 @@ def test_batches_are_shared_out_evenly_or_not_at_all():
 
 
 def test_wrong_commands_say_what_to_do(bases, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="give --shards"):
-        recipes.main(["--preset", "paper-gemma", "--base", str(bases["gemma2"]), "--runs", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"training: base model 'google/gemma-2-2b-it' could not be read"):
-        step.main(["--preset", "paper-gemma", "--stage", "needle", "--runs", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        step.main(["--preset", "paper-gemma", "--stage", "base"])
-    assert "neither a base stage nor variants" in capsys.readouterr().err
+    command = ["train", "--preset", "paper-gemma", "--runs", str(tmp_path), "--stage"]
+    with pytest.raises(SystemExit, match="^d2l train: .*give --shards"):
+        main([*command, "qa", "--base", str(bases["gemma2"])])
+    with pytest.raises(SystemExit, match=r"^d2l train: base model 'google/gemma-2-2b-it' could not be read"):
+        main([*command, "needle"])
+    for wrong, reason in (
+        (["base"], "neither a base nor a text-to-lora stage"),
+        (["text-to-lora"], "neither a base nor a text-to-lora stage"),
+        (["needle", "--variant", "no_readout"], "no variants"),
+        (["needle", "--shards", "x"], "are for --stage qa, not for needle"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *wrong])
+        assert stopped.value.code == 2 and reason in capsys.readouterr().err
 
 
 def test_a_run_of_other_sizes_is_not_continued(bases, tmp_path):

@@ -20,6 +20,7 @@ import torch
 from tiny_models import build_base_model, build_tokenizer
 
 from d2l_lib import records
+from d2l_lib.__main__ import main
 from d2l_lib.documents import chat_affixes, context_ids, question_ids
 from d2l_lib.engine import Reply, TransformersEngine
 from d2l_lib.formats.shards import PUBLISHED, SCHEMA, TEACHER_COLUMNS, read_shards
@@ -672,7 +673,7 @@ def test_the_command_shares_the_work_under_torchrun(saved, whole, tmp_path, monk
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        selfgen.main(flags)
+        main(["generate", *flags])
         assert len(list(tmp_path.glob("*.parquet"))) == (3 if rank == "1" else 6)
     said = capsys.readouterr().out
     assert "worker 1: shard 3 of 3" in said and "answer tokens/s" in said and "6 shards are complete" in said
@@ -688,7 +689,7 @@ def test_the_command_on_texts(saved, tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     assert selfgen.read_texts(tmp_path / "texts.jsonl") == TEXTS
     flags = ["--model", saved, "--source", str(texts), "--writer-max-new-tokens", "8", "--out", str(tmp_path / "out")]
-    selfgen.main(flags)  # a random model writes no questions
+    main(["generate", *flags])  # a random model writes no questions
     assert "shards are complete" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["settings"]["documents"] == manifest["totals"]["documents_dropped"] == 2
@@ -713,7 +714,7 @@ def test_the_command_on_texts(saved, tmp_path, capsys):
 def test_bad_settings_say_what_is_wrong(tmp_path, flags, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SystemExit, match=message):
-        selfgen.main(["--out", str(tmp_path / "out"), *flags])
+        main(["generate", "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
 
 
@@ -721,7 +722,7 @@ def test_flags_that_do_nothing_are_refused(tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text('{"text": "Ada."}\n')
     for flags in (["--writer", "tiny"], ["--source", str(tmp_path / "texts.jsonl"), "--split", "test"]):
         with pytest.raises(SystemExit):
-            selfgen.main(["--out", str(tmp_path / "out"), *flags])
+            main(["generate", "--out", str(tmp_path / "out"), *flags])
         assert f"{flags[-2]} has no meaning with --source" in capsys.readouterr().err
 
 

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from d2l_lib.__main__ import main
 from d2l_lib.training import slurm
 
 
@@ -47,7 +48,7 @@ def test_it_starts_one_torchrun_per_node_on_the_first_node(tmp_path):
         "--nnodes=2", "--nproc_per_node=8", "--rdzv_id=42", "--rdzv_backend=c10d", "--rdzv_endpoint=node07:29500",
     ]  # fmt: skip
     assert arguments[5:] == [
-        "-m", "d2l_lib.training.step", "--preset", "paper-gemma", "--runs", "runs", "--stage", "needle", "--set", "seed=3",
+        "-m", "d2l_lib", "train", "--stage", "needle", "--preset", "paper-gemma", "--runs", "runs", "--set", "seed=3",
     ]  # fmt: skip
 
 
@@ -58,8 +59,8 @@ def test_what_cannot_work_is_refused(capsys):
         slurm.sbatch_script("paper-gemma", "qa")
     with pytest.raises(ValueError, match="at least one of everything"):
         slurm.sbatch_script("paper-gemma", "needle", nodes=0)
-    with pytest.raises(SystemExit, match="slurm: 48 processes"):
-        slurm.main(["--nodes", "6", "--shards", "x"])
-    slurm.main(["--preset", "paper-qwen", "--shards", "a", "b", "--partition", "gpu", "--", "--recompute"])
+    with pytest.raises(SystemExit, match="d2l slurm: 48 processes"):
+        main(["slurm", "--nodes", "6", "--shards", "x"])
+    main(["slurm", "--preset", "paper-qwen", "--shards", "a", "b", "--partition", "gpu", "--", "--recompute"])
     printed = capsys.readouterr().out
     assert "#SBATCH --partition=gpu\n" in printed and "--shards a b --recompute &" in printed

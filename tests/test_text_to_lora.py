@@ -8,9 +8,9 @@ from tiny_models import build_base_model, build_tokenizer
 
 from d2l_lib.presets import DistillationPreset
 from d2l_lib.records import read_jsonl
-from d2l_lib.studies import baselines, text_to_lora
-from d2l_lib.studies.text_to_lora import TextToLoRA, load_text_to_lora, save_text_to_lora, train_text_to_lora
-from d2l_lib.training import step
+from d2l_lib.studies import baselines
+from d2l_lib.training import step, text_to_lora
+from d2l_lib.training.text_to_lora import TextToLoRA, load_text_to_lora, save_text_to_lora, train_text_to_lora
 
 SMALL = DistillationPreset(
     latent_size=16, n_latent_queries=4, n_blocks=1, n_heads=2, n_kv_heads=1, head_dim=8, rank=2, encoder_layer=1,

@@ -9,6 +9,7 @@ import torch
 import train_small
 from safetensors.torch import load_file
 
+from d2l_lib.__main__ import main
 from d2l_lib.records import read_jsonl
 from d2l_lib.studies import watch
 from d2l_lib.training import step
@@ -35,12 +36,12 @@ def copy(run, tmp_path):
 
 def test_two_checkpoints_are_scored_once_each_also_after_a_restart(run, copy, capsys):
     arguments = [str(copy), "--lengths", "64", "--n", "2", "--once"]
-    watch.main(arguments)
+    main(["watch", *arguments])
     lines = read_jsonl(copy / "scores.jsonl")
     assert [(line["checkpoint"], line["step"]) for line in lines] == [("checkpoint-2", 2), ("checkpoint-4", 4)]
     assert all(line["task"] == "needle" and line["n"] == 2 and 0 <= line["exact_match"] <= 1 for line in lines)
     before = (copy / "scores.jsonl").read_bytes()
-    watch.main(arguments)
+    main(["watch", *arguments])
     assert (copy / "scores.jsonl").read_bytes() == before
     assert capsys.readouterr().out.count("checkpoint checkpoint-") == 2
 
@@ -107,13 +108,13 @@ def test_questions_are_scored_with_their_documents(run, copy):
     source = copy / "dev.json"
     questions = [{"id": "1", "question": "Q?", "answers": [{"text": "a"}]}]
     source.write_text(json.dumps({"data": [{"paragraphs": [{"context": "A text.", "qas": questions}]}]}))
-    watch.main([str(copy), "--task", "squad", "--source", str(source), "--n", "1", "--once"])
+    main(["watch", str(copy), "--task", "squad", "--source", str(source), "--n", "1", "--once"])
     lines = read_jsonl(copy / "scores.jsonl")
     assert [line["metric"] for line in lines] == ["token_f1"] * 2 and all(0 <= line["score"] <= 1 for line in lines)
 
 
 def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(SystemExit, match="there is no run at"):
-        watch.main([str(tmp_path / "none")])
+        main(["watch", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="has no hypernetwork.json"):
-        watch.main([str(tmp_path), "--once"])
+        main(["watch", str(tmp_path), "--once"])

@@ -4,10 +4,11 @@ A folder holds `hypernetwork.safetensors` (tensors under their published names) 
 code. The published file is a pickle; `pickles` reads and writes it without running anything in it. Both ways keep
 every tensor bit for bit:
 
-    python -m d2l_lib.formats.checkpoints convert pytorch_model.bin folder
-    python -m d2l_lib.formats.checkpoints convert folder pytorch_model.bin
+    d2l convert pytorch_model.bin folder
+    d2l convert folder pytorch_model.bin
 """
 
+import argparse
 import json
 import os
 import types
@@ -19,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2l_lib import arguments as options
 from d2l_lib.formats import pickles
 from d2l_lib.formats.pickles import CheckpointError, Record
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
@@ -28,7 +28,6 @@ from d2l_lib.records import (
     FolderKind,
     atomic_folder,
     check_folder,
-    one_line_errors,
     read_json,
     read_whole,
 )
@@ -483,18 +482,13 @@ def convert(source: str | Path, target: str | Path, base_model: str | None = Non
     return target
 
 
-@one_line_errors("checkpoints")
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = options.Parser(prog="python -m d2l_lib.formats.checkpoints", description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="convert")
-    command = commands.add_parser("convert", help="published file to folder, or folder to published file")
-    command.add_argument("source", help="a pytorch_model.bin, or a folder with hypernetwork.safetensors")
-    command.add_argument("target", help="the folder, or the *.bin, to write")
-    command.add_argument("--base-model", help="store this name or path instead of the source's")
-    given = parser.parse_args(arguments)
-    print(convert(given.source, given.target, given.base_model))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command `convert`."""
+    parser.add_argument("source", help="a pytorch_model.bin, or a folder with hypernetwork.safetensors")
+    parser.add_argument("target", help="the folder, or the *.bin, to write")
+    parser.add_argument("--base-model", help="store this name or path instead of the source's")
 
 
-if __name__ == "__main__":
-    main()
+def run(a: argparse.Namespace) -> None:
+    """Convert, and print what was written."""
+    print(convert(a.source, a.target, a.base_model))

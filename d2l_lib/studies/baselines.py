@@ -33,13 +33,13 @@ from d2l_lib.loading import load
 from d2l_lib.lora import apply_lora, without_lora
 from d2l_lib.model import DocToLoRA
 from d2l_lib.studies import evaluation
-from d2l_lib.studies.text_to_lora import load_text_to_lora
 from d2l_lib.tasks import qa, scores, world
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.training.batches import IGNORED
 from d2l_lib.training.losses import context_average, distillation
 from d2l_lib.training.selfgen import WRITER_PROMPTS, parse_questions
 from d2l_lib.training.step import answer_logits
+from d2l_lib.training.text_to_lora import load_text_to_lora
 
 
 class Method(Protocol):
@@ -471,7 +471,7 @@ def main() -> None:
         "--documents", type=options.count, default=10, help="of 20 facts, eight questions each (methods)"
     )
     parser.add_argument("--distillation-steps", type=options.count, default=300)
-    parser.add_argument("--text-to-lora", help="folder of a model that d2l_lib.studies.text_to_lora trained (methods)")
+    parser.add_argument("--text-to-lora", help="folder of a model that d2l_lib.training.text_to_lora trained (methods)")
     parser.add_argument("--seed", type=options.seed, default=0)
     a = parser.parse_args()
     facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.studies.baselines", *sys.argv[1:]])}

@@ -5,6 +5,7 @@ it ran to its end. What one notebook hands to the next are files. A notebook tha
 is started once more, and the run says so.
 """
 
+import argparse
 import ast
 import json
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from d2l_lib.records import one_line_errors, project_root, read_rows, write_atomic
+from d2l_lib.records import project_root, read_rows, write_atomic
 
 CELL_TIMEOUT_S = 300
 NOTEBOOK_TIMEOUT_S = 420
@@ -164,8 +165,11 @@ def format_table(rows: list[dict], columns: tuple[str, ...] = ("claim", "figure"
     )
 
 
-@one_line_errors("notebooks")
-def main() -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command `notebooks` has no options."""
+
+
+def run(a: argparse.Namespace) -> int:
     """Execute all notebooks in place, then print minutes and the headline table; the exit status is 1 if one failed."""
     root = project_root()
     started = time.monotonic()
@@ -184,7 +188,3 @@ def main() -> int:
     print("\n" + (format_table(rows) if rows else "no notebook recorded a headline figure"))
     print(f"\nAll notebooks executed in {(time.monotonic() - started) / 60:.1f} minutes.")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Scores for the checkpoints of a training, while it runs or later.
 
-    python -m d2l_lib.studies.watch runs/paper-gemma/needle_own_seed0 --task needle --lengths 64 256 1024 --n 50
-    python -m d2l_lib.studies.watch runs/paper-gemma/qa_own_seed0 --task squad --source FOLDER --n 200
+    d2l watch runs/paper-gemma/needle_own_seed0 --task needle --lengths 64 256 1024 --n 50
+    d2l watch runs/paper-gemma/qa_own_seed0 --task squad --source FOLDER --n 200
 
 Every checkpoint that is whole is scored once, and a line is added to RUN/scores.jsonl; what is written there is not
 scored again, so the watcher can be stopped and started at will. It reads only, waits for checkpoints that are still
@@ -10,16 +10,16 @@ being written, and ends when the run has ended (RUN/final) and all is scored.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from d2l_lib import arguments as options
 from d2l_lib.base_model import load_base_model
 from d2l_lib.formats.checkpoints import build_hypernetwork, config_of_settings, read_safetensors
 from d2l_lib.hypernetwork import HypernetworkConfig
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import append_jsonl, one_line_errors, read_appended, read_json, write_atomic
+from d2l_lib.records import append_jsonl, read_appended, read_json, write_atomic
 from d2l_lib.studies.evaluation import needle_samples
 from d2l_lib.tasks import qa
 from d2l_lib.training.loop import checkpoints, is_whole, step_of
@@ -143,28 +143,27 @@ def question_score(name: str, source: Path | None, n: int, seed: int) -> Score:
     return score
 
 
-@one_line_errors("watch")
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Score the checkpoints of a training as they appear."""
-    parser = options.Parser(prog="python -m d2l_lib.studies.watch", description=main.__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command `watch`."""
     parser.add_argument("run", type=Path, help="the folder of a run; its stages lie in it")
     parser.add_argument("--task", default="needle", choices=("needle", *qa.DATASETS))
-    parser.add_argument(
-        "--lengths", type=options.count, nargs="+", default=[64, 256, 1024], help="of haystacks, in tokens"
-    )
+    parser.add_argument("--lengths", type="count", nargs="+", default=[64, 256, 1024], help="of haystacks, in tokens")
     parser.add_argument("--source", type=Path, help="file or folder of the data set (default: data/qa, or the hub)")
-    parser.add_argument("--n", type=options.count, default=50, help="haystacks per length, or questions")
-    parser.add_argument("--seed", type=options.seed, default=0, help="of the evaluation")
+    parser.add_argument("--n", type="count", default=50, help="haystacks per length, or questions")
+    parser.add_argument("--seed", type="seed", default=0, help="of the evaluation")
     parser.add_argument("--base", help="base model, where the run's own is not found by its name")
     parser.add_argument("--scores", type=Path, help="default: RUN/scores.jsonl")
-    parser.add_argument("--every", type=options.positive, default=60, help="seconds between two looks")
+    parser.add_argument("--every", type="positive", default=60, help="seconds between two looks")
     parser.add_argument("--once", action="store_true", help="score what is there, and end")
-    a = parser.parse_args(arguments)
+
+
+def run(a: argparse.Namespace) -> None:
+    """Score the checkpoints of a training as they appear."""
     if not a.run.is_dir():
-        raise SystemExit(f"watch: there is no run at {a.run}")
+        raise FileNotFoundError(f"there is no run at {a.run}")
     while not (found := stages(a.run)):
         if a.once or (a.run / "final").exists():
-            raise SystemExit(f"watch: {a.run} has no {HYPERNETWORK}: is it the folder of a training?")
+            raise ValueError(f"{a.run} has no {HYPERNETWORK}: is it the folder of a training?")
         time.sleep(a.every)
     base = a.base or read_facts(found[0] / HYPERNETWORK)[0].base_model
     base_model, tokenizer = load_base_model(base)
@@ -174,7 +173,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         score = question_score(a.task, a.source, a.n, a.seed)
     scores = a.scores or a.run / "scores.jsonl"
     watch(a.run, score, base_model, tokenizer, scores, a.every, a.once)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
 """The data sets of the paper to train on: how large each is, its documents one by one, and files for `selfgen`.
 
-    python -m d2l_lib.training.corpora size                                             # what there is, and how large
-    python -m d2l_lib.training.corpora size squad --source FOLDER
-    python -m d2l_lib.training.corpora write fineweb-edu --documents 1000 --out texts.jsonl
-    python -m d2l_lib.training.corpora download self-generated --model google/gemma-2-2b-it --out FOLDER
+    d2l corpora size                                             # what there is, and how large
+    d2l corpora size squad --source FOLDER
+    d2l corpora write fineweb-edu --documents 1000 --out texts.jsonl
+    d2l corpora download self-generated --model google/gemma-2-2b-it --out FOLDER
 
 | name | on the hub | a document is |
 |---|---|---|
@@ -18,17 +18,17 @@ fetched. Where the hub is not reached (or must not be: HF_HUB_OFFLINE=1), the er
 
 from __future__ import annotations
 
+import argparse
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from d2l_lib import arguments as options
 from d2l_lib.formats.shards import PUBLISHED, find_shards, read_shards, training_files
-from d2l_lib.records import one_line_errors, write_jsonl
+from d2l_lib.records import write_jsonl
 from d2l_lib.tasks import qa
 
 PASSAGE_TOKENS = 2000  # the longest passage, as published
@@ -189,7 +189,7 @@ def _shards_advice(model: str, error: Exception) -> str:
     return (
         f"the self-generated data of {model} could not be reached ({_first_line(error)}). They are the folders "
         f"{_hub_folder(model)} of the data set {SELF_GENERATED} on the Hugging Face hub: download them where there is "
-        "a connection and pass the folder as source (python -m d2l_lib.training.step.recipes: as --shards)"
+        "a connection and pass the folder as source (d2l train --stage qa: as --shards)"
     )
 
 
@@ -315,22 +315,23 @@ def download(folder: str | Path, model: str) -> Path:
     return Path(folder)
 
 
-@one_line_errors("corpora")
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Tell how large data sets are, write their documents for selfgen, or download self-generated data."""
-    parser = options.Parser(prog="python -m d2l_lib.training.corpora", description=main.__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command `corpora`."""
     parser.add_argument("what", choices=("size", "write", "download"))
     parser.add_argument("name", nargs="?", choices=CORPORA, help="default for size: all of them")
     parser.add_argument("--source", type=Path, help="file or folder in the data set's format (default: the hub)")
     parser.add_argument("--split", help="default: what is trained on; of LongBench-E: test")
     parser.add_argument("--model", default="google/gemma-2-2b-it", help="base model of self-generated data")
-    parser.add_argument("--documents", type=options.count, help="write so many (default: all)")
+    parser.add_argument("--documents", type="count", help="write so many (default: all)")
     parser.add_argument("--out", type=Path, help="file to write (.jsonl), or folder for a download")
-    a = parser.parse_args(arguments)
+
+
+def run(a: argparse.Namespace) -> None:
+    """Tell how large data sets are, write their documents for `generate`, or download self-generated data."""
     if a.what != "size" and (a.name is None or a.out is None):
-        parser.error(f"{a.what} needs a name and --out")
+        a.error(f"{a.what} needs a name and --out")
     if (a.what == "download") != (a.name == SHARDS) and a.what != "size":
-        parser.error(f"{SHARDS} is for download, all others for write")
+        a.error(f"{SHARDS} is for download, all others for write")
     for name in [a.name] if a.name else CORPORA:
         print(size(name, a.source, split=a.split, model=a.model), flush=True)
     if a.what == "write":
@@ -338,7 +339,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{a.out}: {write_texts(a.out, documents, a.documents):,} documents")
     elif a.what == "download":
         print(f"{download(a.out, a.model)}: complete")
-
-
-if __name__ == "__main__":
-    main()

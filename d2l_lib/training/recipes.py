@@ -10,9 +10,8 @@ The paper's main stage is the last line: the teacher's answers and their top-16 
 `selfgen` shards (or published ones), and the student sees the question alone. The world's documents are drawn fresh,
 with the right answers. Batch i is a function of (seed, i), as everywhere.
 
-    python -m d2l_lib.training.step.recipes --preset tiny               # the bundled hypernetwork, from nothing
-    python -m d2l_lib.training.step.recipes --preset paper-gemma --shards FOLDER ...    # the published recipe on shards
-    torchrun --nproc_per_node 2 -m d2l_lib.training.step.recipes ...    # batches are shared out among processes
+    d2l train --stage qa               # the bundled hypernetwork, from nothing
+    d2l train --stage qa --preset paper-gemma --shards FOLDER ...    # the published recipe on shards
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,30 +27,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from d2l_lib import arguments as options
 from d2l_lib.base_model import load_base_model
 from d2l_lib.documents import chat_affixes, chunk_document, context_ids, question_ids, stop_ids
 from d2l_lib.engine import TOP_K
 from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.formats.shards import find_shards, read_shards
 from d2l_lib.hypernetwork import Hypernetwork
-from d2l_lib.presets import PRESETS, SHARD_STAGES, DistillationPreset, Preset, QAPreset, changed, preset, shortened
-from d2l_lib.records import one_line_errors, read_rows, write_jsonl
+from d2l_lib.presets import SHARD_STAGES, DistillationPreset, Preset, QAPreset
+from d2l_lib.records import read_rows, write_jsonl
 from d2l_lib.tasks import world
 from d2l_lib.training.batches import IGNORED, count_chunks, dataset_probabilities, split_into_chunks
 from d2l_lib.training.loop import chunk_batch, is_first_process, own_device, pad_right
 from d2l_lib.training.pretraining import QUESTION_WEIGHTS
 from d2l_lib.training.step import (
-    add_run_arguments,
-    base_source,
     exceeds,
     fit_hypernetwork,
-    fit_options,
     hypernetwork_config,
-    is_own_run,
     load_encoder,
-    say_what_is_trained,
-    settle_encoder,
     train_hypernetwork,
     without_step_options,
 )
@@ -335,37 +326,3 @@ def train_own(
     if is_first_process():
         meta = meta | {"seed": seed, "chunk_tokens": stages[-1].chunk_tokens, "base_model": source}
         save_checkpoint(run / "final", hypernetwork, meta)
-
-
-@one_line_errors("distillation")
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Remake the bundled question-answering hypernetwork, or train one for a base model of your own. An interrupted
-    run goes on where it was.
-    """
-    parser = options.Parser(prog="python -m d2l_lib.training.step.recipes", description=main.__doc__)
-    parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
-    parser.add_argument("--seed", type=options.seed, help="the preset's own seed makes the bundled one")
-    add_run_arguments(parser)
-    parser.add_argument(
-        "--shards", type=Path, nargs="+", default=[], help="self-generated data: folders (searched) or parquet files"
-    )
-    parser.add_argument("--cache", type=Path, help="where shards are unpacked to (default: RUNS/shards)")
-    a = parser.parse_args(arguments)
-    p = preset(a.preset)
-    seed = next(iter(p.qa.stages.values())).seed if a.seed is None else a.seed
-    if not is_own_run(a, p) and not a.shards:
-        remake_qa(p, a.runs, a.data, seed)
-        return
-    stages = {name: settle_encoder(changed(stage, a.set)) for name, stage in p.qa.stages.items()}
-    settings = {name: shortened(stage, a.steps) for name, stage in stages.items()}
-    source, run = base_source(a, p), a.runs / p.name / f"qa_own_seed{seed}"
-    for name, stage in settings.items():
-        say_what_is_trained(stage, source, run / name)
-    cache = a.cache or a.runs / "shards"
-    meta = {"preset": p.name}
-    stages_of_run = replace(p.qa, readout=shortened(p.qa.readout, a.steps), **settings)
-    train_own(stages_of_run, source, run, seed, meta, a.shards, cache, **fit_options(a))
-
-
-if __name__ == "__main__":
-    main()

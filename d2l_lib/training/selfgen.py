@@ -2,7 +2,7 @@
 
     documents  ->  questions  ->  the teacher's answers and their top-16 log-probabilities  ->  parquet shards
 
-    python -m d2l_lib.training.selfgen --model tiny --source world --documents 2000 --seed 0 --shard-size 100 --out FOLDER
+    d2l generate --model tiny --source world --documents 2000 --seed 0 --shard-size 100 --out FOLDER
     torchrun --nproc_per_node 2 -m d2l_lib.training.selfgen ...           # every process makes its share of the shards
 
 One row is one document. The published columns (paper, main stage), and which axes they have:
@@ -23,6 +23,7 @@ not promise that much).
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -40,7 +41,6 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoConfig
 
-from d2l_lib import arguments as options
 from d2l_lib.base_model import bundled_path, load_base_model, load_tokenizer, without_code
 from d2l_lib.documents import check_count, check_text, context_ids, question_ids, stop_ids
 from d2l_lib.engine import TOP_K, Prompts, Reply, TransformersEngine, _reply
@@ -54,7 +54,7 @@ from d2l_lib.formats.shards import (
     shard_path,
     tokenizer_fingerprint,
 )
-from d2l_lib.records import one_line_errors, read_json, read_jsonl, write_json
+from d2l_lib.records import read_json, read_jsonl, write_json
 from d2l_lib.tasks import world
 from d2l_lib.training.loop import own_device
 
@@ -619,33 +619,34 @@ def _load_engine(kind: str, name: str, batch_tokens: int, gpu_share: float = 0.9
     return TransformersEngine(name, *load_base_model(name, device=own_device()), batch_tokens)
 
 
-@one_line_errors("selfgen")
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Questions on documents, answered by the base model with the document in its prompt, as parquet shards."""
-    parser = options.Parser(prog="python -m d2l_lib.training.selfgen", description=main.__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command `generate`."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards; a run that was killed continues")
     parser.add_argument("--model", default="tiny", help="base model: bundled name, folder or hub id")
     parser.add_argument("--source", default="world", help="world, a folder of .txt files, or a .jsonl file with texts")
     parser.add_argument("--writer", help="model that writes the questions on texts (default: the base model)")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument(
-        "--worker", type=options.count_or_none, default=int(os.environ.get("RANK", 0)), help="of this process, from 0"
+        "--worker", type="count or none", default=int(os.environ.get("RANK", 0)), help="of this process, from 0"
     )
     parser.add_argument(
-        "--workers", type=options.count, default=int(os.environ.get("WORLD_SIZE", 1)), help="how many there are"
+        "--workers", type="count", default=int(os.environ.get("WORLD_SIZE", 1)), help="how many there are"
     )
     for setting in fields(Settings):
         flag, kind = "--" + setting.name.replace("_", "-"), type(setting.default)
-        kind = options.seed if setting.name == "seed" else kind
+        kind = "seed" if setting.name == "seed" else kind
         whatever = " (default: all, or 1000 of the world)" if setting.name == "documents" else f" ({setting.default})"
         parser.add_argument(flag, type=kind, default=None, help=setting.metadata["help"] + whatever)
-    a = parser.parse_args(arguments)
+
+
+def run(a: argparse.Namespace) -> None:
+    """Questions on documents, answered by the base model with the document in its prompt, as parquet shards."""
     given = {s.name: getattr(a, s.name) for s in fields(Settings) if getattr(a, s.name) is not None}
     of_texts, of_world = {"writer", "writer_max_new_tokens", "writer_temperature"}, {"shortest", "longest", "split"}
     flags_given = {*given} | ({"writer"} if a.writer else set())
     if wrong := sorted(flags_given & (of_texts if a.source == "world" else of_world)):
         flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
-        parser.error(f"{flags} has no meaning with --source {a.source}")
+        a.error(f"{flags} has no meaning with --source {a.source}")
     texts = None if a.source == "world" else read_texts(a.source)
     settings = Settings(**({} if texts is None else {"documents": len(texts)}) | given)
     two_models = a.writer is not None and a.writer != a.model
@@ -656,7 +657,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if manifest is not None:
         totals = "  ".join(f"{name} {n}" for name, n in manifest["totals"].items() if n)
         print(f"{a.out}: {manifest['n_shards']} shards are complete: {totals}")
-
-
-if __name__ == "__main__":
-    main()

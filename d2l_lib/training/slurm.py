@@ -1,6 +1,6 @@
 """A ready sbatch script for a training on several GPUs and nodes.
 
-    python -m d2l_lib.training.slurm --preset paper-gemma --nodes 2 --gpus 8 --shards /data/self_gen > train.sbatch
+    d2l slurm --preset paper-gemma --nodes 2 --gpus 8 --shards /data/self_gen > train.sbatch
     sbatch train.sbatch
 
 One task per node starts torchrun, which starts one process per GPU; batches are shared out among all of them, and the
@@ -10,15 +10,14 @@ goes on from the last checkpoint, which is why RUNS must lie on a disk that all 
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Sequence
 
-from d2l_lib import arguments as options
 from d2l_lib.presets import PRESETS, SHARD_STAGES, preset
-from d2l_lib.records import one_line_errors
 from d2l_lib.training.loop import accumulation
 
-MODULES = {"needle": "d2l_lib.training.step", "qa": "d2l_lib.training.step.recipes"}
+STAGES = ("needle", "qa")
 
 
 def sbatch_script(
@@ -40,8 +39,8 @@ def sbatch_script(
     batches evenly, and where shards are missing.
     """
     p = preset(name)
-    if stage not in MODULES:
-        raise ValueError(f"unknown stage {stage!r}; known: {', '.join(MODULES)}")
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")
     if min(nodes, gpus, cpus, hours) < 1:
         raise ValueError(
             f"{nodes} nodes with {gpus} GPUs, {cpus} cores each, {hours} hours: at least one of everything"
@@ -51,8 +50,7 @@ def sbatch_script(
             accumulation(settings.batches_per_step, nodes * gpus)
     if stage == "qa" and not shards and all(one in SHARD_STAGES for one in p.qa.stages):
         raise ValueError("this preset learns from self-generated data: give its folders as shards")
-    command = ["-m", MODULES[stage], "--preset", name, "--runs", runs]
-    command += ["--stage", "needle"] if stage == "needle" else []
+    command = ["-m", "d2l_lib", "train", "--stage", stage, "--preset", name, "--runs", runs]
     command += ["--shards", *shards] if shards and stage == "qa" else []
     lines = [
         "#!/bin/bash",
@@ -89,23 +87,21 @@ def sbatch_script(
     return "\n".join(lines) + "\n"
 
 
-@one_line_errors("slurm")
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the script. What follows "--" goes to the training's own command."""
-    parser = options.Parser(prog="python -m d2l_lib.training.slurm", description=main.__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command `slurm`. What follows "--" goes to the training's own command."""
     parser.add_argument("--preset", default="paper-gemma", choices=sorted(PRESETS))
-    parser.add_argument("--stage", choices=sorted(MODULES), default="qa")
-    parser.add_argument("--nodes", type=options.count, default=1)
-    parser.add_argument("--gpus", type=options.count, default=8, help="of a node")
-    parser.add_argument("--cpus", type=options.count, default=8, help="for each GPU")
-    parser.add_argument("--hours", type=options.count, default=48)
+    parser.add_argument("--stage", choices=STAGES, default="qa")
+    parser.add_argument("--nodes", type="count", default=1)
+    parser.add_argument("--gpus", type="count", default=8, help="of a node")
+    parser.add_argument("--cpus", type="count", default=8, help="for each GPU")
+    parser.add_argument("--hours", type="count", default=48)
     parser.add_argument("--partition")
     parser.add_argument("--shards", nargs="+", default=[], help="folders of self-generated data")
     parser.add_argument("--runs", default="runs", help="a folder on a disk that all nodes share")
     parser.add_argument("extra", nargs="*", help="further options of the training, behind --")
-    a = vars(parser.parse_args(arguments))
-    print(sbatch_script(a.pop("preset"), a.pop("stage"), **a), end="")
 
 
-if __name__ == "__main__":
-    main()
+def run(a: argparse.Namespace) -> None:
+    """Print the script."""
+    names = ("nodes", "gpus", "cpus", "hours", "partition", "shards", "runs", "extra")
+    print(sbatch_script(a.preset, a.stage, **{name: getattr(a, name) for name in names}), end="")

@@ -1,12 +1,6 @@
 """Training: the tiny base model, then hypernetworks, on needles here and on questions in `distillation`.
 
-    python -m d2l_lib.training.step --preset tiny                     # everything that is bundled, from nothing
-    python -m d2l_lib.training.step --preset tiny --stage needle --seed 1
-    python -m d2l_lib.training.step --preset paper-gemma --stage needle   # the published recipe for Gemma-2-2b-it
-    torchrun --nproc_per_node 8 -m d2l_lib.training.step ...              # batches are shared out among processes
-
-Runs can be killed and go on (see `trainer`). A preset of a published base model takes --base (a folder or another hub
-name), --steps and --set for runs of another size; its hypernetwork ends in a folder that `d2l.load` reads.
+The command is `d2l train` (see `command`); runs can be killed and go on (see `loop`).
 """
 
 from __future__ import annotations
@@ -15,7 +9,7 @@ import argparse
 import math
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -27,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from d2l_lib import arguments as options
 from d2l_lib.base_model import bundled_path, decoder_body, default_modules, final_norm, load_base_model, module_sizes
 from d2l_lib.documents import chat_affixes, context_ids, question_ids, split_sentences, stop_ids
 from d2l_lib.encoder import ContextEncoder, check_writes_residual, linear_inputs
@@ -36,21 +29,16 @@ from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras, combin
 from d2l_lib.lora import apply_lora, hooked
 from d2l_lib.presets import (
     NEEDLE_VARIANTS,
-    PRESETS,
     DistillationPreset,
     HypernetworkPreset,
     NeedlePreset,
     Preset,
     TrainingPreset,
-    changed,
-    preset,
-    shortened,
 )
 from d2l_lib.records import (
     PRETRAINED_FILES,
     FolderKind,
     atomic_folder,
-    one_line_errors,
     read_json,
     write_json,
     write_jsonl,
@@ -588,46 +576,19 @@ def _write_down(hypernetwork: Hypernetwork, run: Path, chunk_tokens: int | None)
     write_json(path, facts)
 
 
-# -------------------------------------------------------------------------------------------------------- the command
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that trainings of one's own have in common."""
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints of runs in progress")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where the bundled models and their logs go")
-    own = parser.add_argument_group("runs of your own (they end in RUNS/PRESET/.../final, and leave --data alone)")
-    own.add_argument("--base", help="base model: bundled name, folder or hub id (default: the preset's)")
-    own.add_argument("--steps", type=options.count, help="optimizer steps of each stage, in place of the preset's")
-    own.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of the preset")
-    own.add_argument(
-        "--save-steps", type=options.count, default=250, help="optimizer steps from one checkpoint to the next"
-    )
-    own.add_argument(
-        "--report-steps", type=options.count, default=50, help="optimizer steps from one log line to the next"
-    )
-    own.add_argument("--keep", type=options.count_or_none, default=2, help="keep so many checkpoints; 0 keeps all")
-    own.add_argument(
-        "--bf16",
-        action=argparse.BooleanOptionalAction,
-        default=torch.cuda.is_available(),
-        help="bfloat16 autocast around float32 parameters, as published (default: on a GPU)",
-    )
-    own.add_argument("--recompute", action="store_true", help="less memory for more time: keep no activations")
-    own.add_argument(
-        "--compile", action="store_true", help="torch.compile for the Perceiver: for GPUs, on a CPU it does not pay"
-    )
-
-
+# ----------------------------------------------------------------------------------------------------- runs by command
 def is_own_run(a: argparse.Namespace, p: Preset) -> bool:
     """Whether these options ask for something else than a bundled model."""
     return isinstance(p.base, str) or a.base is not None or a.steps is not None or bool(a.set)
 
 
 def fit_options(a: argparse.Namespace) -> dict:
-    """The options of `add_run_arguments` as `fit_hypernetwork` takes them."""
+    """The options of the command `train` as `fit_hypernetwork` takes them."""
     return {
         "save_every": a.save_steps,
         "report_every": a.report_steps,
         "keep": a.keep or None,
-        "bf16": a.bf16,
+        "bf16": torch.cuda.is_available() if a.bf16 is None else a.bf16,
         "recompute": a.recompute,
         "compiled": a.compile,
     }
@@ -719,43 +680,3 @@ def make_needle(p: NeedlePreset, source: str, run: Path, seed: int, final: Path,
     if is_first_process():
         meta = meta | {"seed": seed, "chunk_tokens": p.chunk_tokens, "base_model": source}
         save_checkpoint(final, hypernetwork, meta)
-
-
-@one_line_errors("training")
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Remake what is bundled (the base model, then the needle hypernetwork), or train a needle hypernetwork for a base
-    model of your own. Interrupted runs go on where they were.
-    """
-    parser = options.Parser(prog="python -m d2l_lib.training.step", description=main.__doc__)
-    parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
-    parser.add_argument("--stage", choices=("all", "base", "needle"), default="all")
-    parser.add_argument(
-        "--seed", type=options.seed, help="of the needle hypernetwork; the preset's own seed makes the bundled one"
-    )
-    parser.add_argument("--variant", choices=sorted(NEEDLE_VARIANTS), default="ours", help="of the needle training")
-    parser.add_argument(
-        "--fast",
-        action="store_true",
-        help="bfloat16 and compiled code for the base model: needs a C++ compiler; twice as fast on a CPU with AMX",
-    )
-    add_run_arguments(parser)
-    a = parser.parse_args(arguments)
-    p = preset(a.preset)
-    seed = p.needle.seed if a.seed is None else a.seed
-    if not is_own_run(a, p):
-        if a.stage != "needle":
-            remake_base(p, a.runs, a.data, a.fast)
-        if a.stage != "base":
-            remake_needle(p, a.runs, a.data, seed, a.variant)
-        return
-    if a.stage == "base" or a.fast or a.variant != "ours":
-        parser.error("runs of your own have neither a base stage nor variants: give --stage needle, and --set")
-    settings = settle_encoder(shortened(changed(p.needle, a.set), a.steps))
-    run = a.runs / p.name / f"needle_own_seed{seed}"
-    source, meta = base_source(a, p), {"preset": p.name}
-    say_what_is_trained(settings, source, run)
-    make_needle(settings, source, run, seed, run / "final", meta, **fit_options(a))
-
-
-if __name__ == "__main__":
-    main()

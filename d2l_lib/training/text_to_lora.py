@@ -5,8 +5,8 @@
 The mean keeps what a text is about, not which name stands beside which: what Doc-to-LoRA's Perceiver is for. It is
 trained on the same documents with the same loss (`training.Internalization`), each document in one chunk.
 
-    python -m d2l_lib.studies.text_to_lora --preset tiny                          # trained, into runs/
-    python -m d2l_lib.studies.baselines methods --text-to-lora runs/tiny/text_to_lora_seed0/final
+    d2l train --stage text-to-lora                                        # trained, into runs/
+    d2l study methods --text-to-lora runs/tiny/text_to_lora_seed0/final   # compared
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2l_lib import arguments as options
 from d2l_lib.base_model import load_base_model
 from d2l_lib.formats.checkpoints import config_of_settings, read_safetensors
 from d2l_lib.hypernetwork import HypernetworkConfig, Loras, as_padded_batch
 from d2l_lib.model import DocToLoRA
-from d2l_lib.presets import DistillationPreset, preset
-from d2l_lib.records import FolderKind, atomic_folder, one_line_errors, read_json, read_rows, read_whole, write_jsonl
+from d2l_lib.presets import DistillationPreset, Preset
+from d2l_lib.records import FolderKind, atomic_folder, read_json, read_rows, read_whole, write_jsonl
 from d2l_lib.training.loop import is_first_process
 from d2l_lib.training.recipes import DistillationBatches, WorldDocuments
 from d2l_lib.training.step import fit_hypernetwork, hypernetwork_config
@@ -106,9 +105,7 @@ def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
     """A model that internalizes each document, up to the base model's window, as one block from one vector."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no text-to-LoRA model in {folder}: train one with python -m d2l_lib.studies.text_to_lora"
-        )
+        raise FileNotFoundError(f"no text-to-LoRA model in {folder}: train one with d2l train --stage text-to-lora")
     settings, tensors = read_whole(
         folder, lambda place: (read_json(place / "config.json"), read_safetensors(place / "model.safetensors"))
     )
@@ -124,24 +121,12 @@ def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
     return DocToLoRA(base_model, tokenizer, network, base_source=base_name or config.base_model)
 
 
-@one_line_errors("text_to_lora")
-def main() -> None:
-    """Train the hypernetwork to compare with; its log goes to data/full_runs."""
-    parser = options.Parser(description=main.__doc__)
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--seed", type=options.seed, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--data", type=Path, default=Path("data"))
-    a = parser.parse_args()
-    p = preset(a.preset)
+def remake_text_to_lora(p: Preset, runs: Path, data: Path, seed: int) -> None:
+    """Train the hypernetwork to compare with, into `runs`; its log goes to `data` too."""
     base_model, tokenizer = load_base_model(p.name)
-    run = a.runs / p.name / f"text_to_lora_seed{a.seed}"
-    network = train_text_to_lora(p.qa.world, base_model, tokenizer, run, a.seed, p.name)
+    run = runs / p.name / f"text_to_lora_seed{seed}"
+    network = train_text_to_lora(p.qa.world, base_model, tokenizer, run, seed, p.name)
     if is_first_process():
         save_text_to_lora(run / "final", network)
-        log = [{"seed": a.seed, **line} for line in read_rows(run / "log.jsonl")]
-        write_jsonl(a.data / "full_runs" / f"text_to_lora_seed{a.seed}_training.jsonl", log)
-
-
-if __name__ == "__main__":
-    main()
+        log = [{"seed": seed, **line} for line in read_rows(run / "log.jsonl")]
+        write_jsonl(data / "full_runs" / f"text_to_lora_seed{seed}_training.jsonl", log)

@@ -1,0 +1,103 @@
+"""The command `train`: remake what is bundled, or train a hypernetwork for a base model of your own.
+
+    d2l train                                        # base model and needle hypernetwork, from nothing
+    d2l train --stage needle --seed 1
+    d2l train --stage qa --preset paper-gemma --shards FOLDER ...       # the published recipe on shards
+    torchrun --nproc_per_node 8 -m d2l_lib train ...                    # batches are shared out among processes
+
+Runs can be killed and go on where they were (see `loop`). A preset of a published base model takes --base (a folder or
+another hub name), --steps and --set for runs of another size; its hypernetwork ends in a folder that `d2l.load` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from d2l_lib.presets import NEEDLE_VARIANTS, PRESETS, Preset, changed, preset, shortened
+from d2l_lib.training import recipes, step, text_to_lora
+
+STAGES = ("all", "base", "needle", "qa", "text-to-lora")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
+    parser.add_argument("--stage", choices=STAGES, default="all", help="all: base, then needle")
+    parser.add_argument("--seed", type="seed", help="of the hypernetwork; the preset's own seed makes the bundled one")
+    parser.add_argument("--variant", choices=sorted(NEEDLE_VARIANTS), default="ours", help="of the needle training")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="bfloat16 and compiled code for the base model: needs a C++ compiler; twice as fast on a CPU with AMX",
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints of runs in progress")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where the bundled models and their logs go")
+    parser.add_argument(
+        "--shards", type=Path, nargs="+", default=[], help="self-generated data for qa: folders, or parquet files"
+    )
+    parser.add_argument("--cache", type=Path, help="where shards are unpacked to (default: RUNS/shards)")
+    own = parser.add_argument_group("runs of your own (they end in RUNS/PRESET/.../final, and leave --data alone)")
+    own.add_argument("--base", help="base model: bundled name, folder or hub id (default: the preset's)")
+    own.add_argument("--steps", type="count", help="optimizer steps of each stage, in place of the preset's")
+    own.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of the preset")
+    own.add_argument("--save-steps", type="count", default=250, help="optimizer steps from checkpoint to checkpoint")
+    own.add_argument("--report-steps", type="count", default=50, help="optimizer steps from log line to log line")
+    own.add_argument("--keep", type="count or none", default=2, help="keep so many checkpoints; 0 keeps all")
+    own.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="bfloat16 autocast around float32 parameters, as published (default: on a GPU)",
+    )
+    own.add_argument("--recompute", action="store_true", help="less memory for more time: keep no activations")
+    own.add_argument("--compile", action="store_true", help="compile the Perceiver: for GPUs, on a CPU it does not pay")
+
+
+def run(a: argparse.Namespace) -> None:
+    """Do what the options say."""
+    p = preset(a.preset)
+    own = step.is_own_run(a, p)
+    check(a, own)
+    if a.stage == "qa":
+        _run_qa(a, p, own)
+        return
+    seed = p.needle.seed if a.seed is None else a.seed
+    if a.stage == "text-to-lora":
+        text_to_lora.remake_text_to_lora(p, a.runs, a.data, a.seed or 0)
+    elif own:
+        settings = step.settle_encoder(shortened(changed(p.needle, a.set), a.steps))
+        folder, source = a.runs / p.name / f"needle_own_seed{seed}", step.base_source(a, p)
+        step.say_what_is_trained(settings, source, folder)
+        step.make_needle(settings, source, folder, seed, folder / "final", {"preset": p.name}, **step.fit_options(a))
+    else:
+        if a.stage != "needle":
+            step.remake_base(p, a.runs, a.data, a.fast)
+        if a.stage != "base":
+            step.remake_needle(p, a.runs, a.data, seed, a.variant)
+
+
+def check(a: argparse.Namespace, own: bool) -> None:
+    """Status 2 for options that this stage does not have."""
+    if own and (a.stage in ("base", "text-to-lora") or a.fast or a.variant != "ours"):
+        a.error(
+            "runs of your own have neither a base nor a text-to-lora stage, and no variants: give --stage needle or "
+            "qa, and --set"
+        )
+    if a.stage != "qa" and (a.shards or a.cache):
+        a.error(f"--shards and --cache are for --stage qa, not for {a.stage}")
+
+
+def _run_qa(a: argparse.Namespace, p: Preset, own: bool) -> None:
+    seed = next(iter(p.qa.stages.values())).seed if a.seed is None else a.seed
+    if not own and not a.shards:
+        recipes.remake_qa(p, a.runs, a.data, seed)
+        return
+    stages = {name: step.settle_encoder(changed(stage, a.set)) for name, stage in p.qa.stages.items()}
+    stages = {name: shortened(stage, a.steps) for name, stage in stages.items()}
+    source, folder = step.base_source(a, p), a.runs / p.name / f"qa_own_seed{seed}"
+    for name, stage in stages.items():
+        step.say_what_is_trained(stage, source, folder / name)
+    settings = replace(p.qa, readout=shortened(p.qa.readout, a.steps), **stages)
+    cache = a.cache or a.runs / "shards"
+    recipes.train_own(settings, source, folder, seed, {"preset": p.name}, a.shards, cache, **step.fit_options(a))
