@@ -12,7 +12,7 @@ from importlib import import_module
 
 # Name of the package -> (module, name in it), or a module by itself.
 _EXPORTS = {
-    "load": ("model", "load"),
+    "load": ("loading", "load"),
     "DocToLoRA": ("model", "DocToLoRA"),
     "Adapter": ("adapter", "Adapter"),
     "Block": ("adapter", "Block"),
