@@ -19,7 +19,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from d2l_lib.documents import stop_ids
+from d2l_lib.documents import check_texts, stop_ids
 
 MOST_LAYERS = 1000  # of any model
 # transformers has no correct fused attention with soft-capped scores for these.
@@ -324,6 +324,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def target_linears(model: nn.Module, modules: list[str]) -> dict[str, list[nn.Linear]]:
     """{module: its linear in every layer}. ValueError for a name that a layer lacks lists the names that exist."""
+    modules = check_texts(modules, "modules")
     found: dict[str, list[nn.Linear]] = {module: [] for module in modules}
     for index, layer in enumerate(decoder_layers(model)):
         by_name: dict[str, list[nn.Linear]] = {}

@@ -1,5 +1,6 @@
 """Corpora: documents out of files as they are published, how large these are, and what is said without a hub."""
 
+import errno
 import json
 import time
 
@@ -158,6 +159,22 @@ def test_without_the_hub_it_is_said_at_once_what_to_get(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Qwen3-4B.*SakanaAI/self_gen_qa_d2l.*as --shards"):
         corpora.download(tmp_path, "Qwen/Qwen3-4B-Instruct-2507")
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("file", ["/full/a.parquet", None])
+def test_a_full_disk_is_no_missing_hub(file, monkeypatch, tmp_path):
+    def download(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", *([file] if file else []))
+
+    monkeypatch.setattr(corpora, "_check_online", lambda: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(datasets, "load_dataset", download)
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        corpora.download(tmp_path, "google/gemma-2-2b-it")
+    assert failed.value.filename == (file or str(tmp_path))
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        qa.load_qa("squad", split="validation")
+    assert failed.value.filename == (file or str(datasets.config.HF_DATASETS_CACHE))
 
 
 def test_the_hub_is_streamed_and_says_its_size_first(monkeypatch):

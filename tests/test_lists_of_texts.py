@@ -1,17 +1,34 @@
 """One text where several are expected is refused, and not taken as a list of letters."""
 
+import random
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+from torch import nn
 
-from d2l_lib import routing
-from d2l_lib.analysis import report
+from d2l_lib import base_model, routing
+from d2l_lib.analysis import report, trust
 from d2l_lib.documents import check_texts
+from d2l_lib.formats.shards import find_shards
 from d2l_lib.presets import changed, preset
 from d2l_lib.routing import gated
-from d2l_lib.studies import evaluation
+from d2l_lib.studies import baselines, evaluation, faithfulness, notebooks, speed
+from d2l_lib.tasks import qa, scores, world
+from d2l_lib.tasks.questions import world_samples
+from d2l_lib.training import selfgen, slurm
 
-MODEL = SimpleNamespace(gate=None, least_relevance=0.0, tokenizer=None)
+MODEL = SimpleNamespace(gate=None, least_relevance=0.0, tokenizer=None, window=9, answer=lambda *_, **__: [])
+TABLE = pd.DataFrame({"correct": [True], "what": ["answer"], "method": "m", "dataset": "d", "document": "x"})
+RNG = random.Random(0)
+
+
+def written(texts):
+    return selfgen.written_documents(RNG, selfgen.Settings(), texts, None, Counter())
+
+
 CALLS = {
     "routing.route": lambda texts: routing.route(MODEL, texts, [None]),
     "routing.relevance": lambda texts: routing.relevance(MODEL, texts, [None] * 5),
@@ -22,6 +39,27 @@ CALLS = {
     "reports.score_answers": lambda texts: report.score_answers(MODEL, texts, [[1]], [None]),
     "evaluation.greedy_answers": lambda texts: evaluation.greedy_answers(MODEL, None, texts),
     "presets.changed": lambda texts: changed(preset("tiny").needle, texts),
+    "baselines.Internalized": lambda texts: baselines.Internalized(MODEL).answer((None, "x"), texts),
+    "baselines.InContext": lambda texts: baselines.InContext(MODEL).answer("x", texts),
+    "baselines.NoContext": lambda texts: baselines.NoContext(MODEL).answer(None, texts),
+    "baselines.ContextDistillation.prepare": lambda t: baselines.ContextDistillation(MODEL, "oracle").prepare("x", t),
+    "baselines.ContextDistillation.answer": lambda t: baselines.ContextDistillation(MODEL, 1).answer(None, t),
+    "baselines.costs": lambda texts: baselines.costs(TABLE, texts),
+    "faithfulness.study": lambda texts: faithfulness.study(MODEL, 1, 0, kinds=texts),
+    "trust.drawn": lambda texts: next(trust.drawn(0, texts, 1, 2)),
+    "trust.curves_of": lambda texts: trust.curves_of(MODEL, 1, 0, texts),
+    "speed.cost_table": lambda texts: speed.cost_table(TABLE, texts),
+    "notebooks.choose_notebooks": lambda texts: notebooks.choose_notebooks([Path("00_a.ipynb")], texts),
+    "world.questions": lambda texts: world.questions(RNG, None, texts),
+    "world_samples": lambda texts: world_samples(1, 0, kinds=texts),
+    "scores.summarise": lambda texts: scores.summarise(TABLE, texts),
+    "qa.summarise_scores": lambda texts: qa.summarise_scores(TABLE, texts),
+    "selfgen.written_documents": written,
+    "selfgen.parse_questions": lambda texts: selfgen.parse_questions("", earlier=texts),
+    "slurm.sbatch_script, shards": lambda texts: slurm.sbatch_script("paper-gemma", shards=texts),
+    "slurm.sbatch_script, extra": lambda texts: slurm.sbatch_script("paper-gemma", shards=["x"], extra=texts),
+    "base_model.target_linears": lambda texts: base_model.target_linears(nn.Identity(), texts),
+    "base_model.module_sizes": lambda texts: base_model.module_sizes(nn.Identity(), texts),
     "check_texts": lambda texts: check_texts(texts, "texts"),
 }
 
@@ -37,3 +75,12 @@ def test_lists_of_texts_are_taken():
     for several in (["a", "b"], ("a", "b"), iter(["a", "b"])):
         assert check_texts(several, "texts") == ["a", "b"]
     assert check_texts([], "texts") == []
+
+
+def test_one_place_of_shards_is_one_place(tmp_path):
+    file = tmp_path / "a.parquet"
+    file.touch()
+    assert find_shards(str(file)) == find_shards(file) == find_shards([file]) == {str(file): [file]}
+    assert find_shards(str(tmp_path)) == {str(tmp_path): [file]}
+    with pytest.raises(FileNotFoundError, match="no shards at nowhere"):
+        find_shards("nowhere")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from d2l_lib.__main__ import main
 from d2l_lib.studies import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,3 +243,18 @@ def test_runs_again_with_quick_parameters(name, copied_project, monkeypatch):
     path.write_text(json.dumps(notebooks.inject_parameters(load(path), QUICK[name])))
     executed = load(notebooks.execute(path, copied_project / "executed"))
     assert all(cell["execution_count"] for cell in code_cells(executed) if source(cell).strip())
+
+
+def test_the_command_takes_numbers_and_names(monkeypatch, capsys):
+    names = ["3", "00", "06_trace_a_fact", "notebooks/03_needle_in_a_haystack.ipynb"]
+    chosen = [page.name[:2] for page in notebooks.choose_notebooks(PAGES, names)]
+    assert chosen == ["00", "03", "06"] and notebooks.choose_notebooks(PAGES, []) == PAGES
+    monkeypatch.setattr(notebooks, "execute", lambda *_: pytest.fail("a notebook was run"))
+    for arguments, status, said in (
+        (["--help"], 0, "default: all"),
+        (["3", "99"], 2, "no notebook '99'; there are 00_"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["notebooks", *arguments])
+        printed = "".join(capsys.readouterr())
+        assert stopped.value.code == status and said in printed and (status == 0 or printed.count("\n") == 1)

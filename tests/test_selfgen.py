@@ -335,6 +335,8 @@ TWO = ["Who is it?", "Where does the club meet?"]
         ("a) Who is it?\nb) Where does the club meet?", TWO, {}),
         ('1. "Who is it?"\n2. “Where does the club meet?”', TWO, {}),
         ('["Who is it?", "Where does the club meet?"]', TWO, {}),
+        ("[" * 100_000, [], {"not_a_question": 1}),
+        ('{"questions": ' * 50_000, [], {"not_a_question": 1}),
         ('```json\n["Who is it?",\n "Where does the club meet?"]\n```', TWO, {}),
         ('[{"question": "Who is it?", "answer": "Bo"}, {"question": "Where does the club meet?"}]', TWO, {}),
         ('{"questions": ["Who is it?", "Where does the club meet?", 3]}', TWO, {"not_a_question": 1}),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2l_lib.analysis.attribution import METHODS, Trials, attribute, ranks
-from d2l_lib.documents import split_sentences
+from d2l_lib.documents import check_texts, split_sentences
 from d2l_lib.model import DocToLoRA
 from d2l_lib.tasks import world
 
@@ -51,6 +51,7 @@ def curves_of(
     """`curves` of `n` one-hop questions that all blocks answer rightly, on documents of `least` to `most` sentences;
     columns question (a number) and seed besides.
     """
+    methods = check_texts(methods, "methods")
     found: list[pd.DataFrame] = []
     for document, question in drawn(seed, world.ONE_HOP_KINDS, least, most):
         if len(found) == n:
@@ -150,6 +151,7 @@ def without_sentence(text: str, start: int, end: int) -> str:
 
 def drawn(seed: int, kinds: Sequence[str], least: int, most: int) -> Iterator[tuple[world.Document, world.Question]]:
     """Documents of `least` to `most` sentences, all lengths alike, with a question of these kinds (in turn) each."""
+    kinds = check_texts(kinds, "kinds")
     for number in range(10**9):
         rng = random.Random(f"attribution/{seed}/{'+'.join(kinds)}/{number}")
         wanted, kind = rng.randint(least, most), kinds[number % len(kinds)]

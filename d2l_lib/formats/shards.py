@@ -183,13 +183,13 @@ def _schema_of(path: Path) -> pa.Schema:
 _LEVEL = re.compile(r"_level_(\d+)_")  # in the names of published files
 
 
-def find_shards(places: Sequence[str | Path]) -> dict[str, list[Path]]:
+def find_shards(places: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:
     """{data set: its parquet files} in files and folders, each folder that holds `training_files` being one data set.
 
     FileNotFoundError where a place is not there or holds none.
     """
     found: dict[str, list[Path]] = {}
-    for place in map(Path, places):
+    for place in map(Path, [places] if isinstance(places, (str, Path)) else places):
         if not place.exists():
             raise FileNotFoundError(f"no shards at {place}: give folders or .parquet files")
         files = training_files(sorted(place.rglob("*.parquet"))) if place.is_dir() else [place]

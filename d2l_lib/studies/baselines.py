@@ -27,7 +27,7 @@ from d2l_lib import arguments as options
 from d2l_lib import records
 from d2l_lib.adapter import Adapter, Block
 from d2l_lib.base_model import module_sizes
-from d2l_lib.documents import open_turn, question_ids
+from d2l_lib.documents import check_texts, open_turn, question_ids
 from d2l_lib.engine import Reply, TransformersEngine
 from d2l_lib.loading import load
 from d2l_lib.lora import apply_lora, without_lora
@@ -82,9 +82,10 @@ class Internalized:
 
     def answer(self, prepared: tuple[Adapter, str], questions: Sequence[str]) -> list[str]:
         adapter, document = prepared
+        questions = check_texts(questions, "questions")
         if self.with_context:
             questions = _with_document(self.model, document, questions, self.max_new_tokens)
-        return self.model.answer(list(questions), adapter, max_new_tokens=self.max_new_tokens, blocks=self.blocks)
+        return self.model.answer(questions, adapter, max_new_tokens=self.max_new_tokens, blocks=self.blocks)
 
 
 @dataclass
@@ -118,7 +119,7 @@ class NoContext:
         return None
 
     def answer(self, prepared: None, questions: Sequence[str]) -> list[str]:
-        return self.model.answer(list(questions), None, max_new_tokens=self.max_new_tokens)
+        return self.model.answer(check_texts(questions, "questions"), None, max_new_tokens=self.max_new_tokens)
 
 
 def _with_document(
@@ -130,7 +131,7 @@ def _with_document(
             document=qa.truncate_document(document, question, model.tokenizer, window, max_new_tokens),
             question=question,
         )
-        for question in questions
+        for question in check_texts(questions, "questions")
     ]
 
 
@@ -272,10 +273,11 @@ class ContextDistillation:
     def prepare(self, document: str, questions: Sequence[str]) -> Adapter:
         if self.queries != "oracle":
             questions = self.questions_from(self.model, document, self.queries, self.seed)
+        questions = check_texts(questions, "questions")
         prompts = _with_document(self.model, document, questions, self.max_new_tokens)
         engine = TransformersEngine("teacher", self.model.base_model, self.model.tokenizer)
         replies = engine.reply(question_ids(self.model.tokenizer, prompts), self.max_new_tokens, 0.0, self.seed)
-        asked = question_ids(self.model.tokenizer, list(questions))
+        asked = question_ids(self.model.tokenizer, questions)
         pairs = [(ids, reply) for ids, reply in zip(asked, replies, strict=True) if reply and reply.finished]
         return self._train(pairs)
 
@@ -302,7 +304,7 @@ class ContextDistillation:
         return self.model.adapter_of([Block("document", 0, None, 1.0, *factors)], bias=False)
 
     def answer(self, prepared: Adapter, questions: Sequence[str]) -> list[str]:
-        return self.model.answer(list(questions), prepared, max_new_tokens=self.max_new_tokens)
+        return self.model.answer(check_texts(questions, "questions"), prepared, max_new_tokens=self.max_new_tokens)
 
 
 def _distillation_loss(base_model, tokenizer, pairs: Sequence[tuple[list[int], Reply]]) -> Tensor:
@@ -364,7 +366,7 @@ def costs(compared: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFra
     """Per group: documents, seconds_prepare and seconds_answer (means over documents), peak_memory_mib (largest)."""
     of_document = compared.drop_duplicates(["method", "dataset", "document"])
     return (
-        of_document.groupby(list(by), sort=False)
+        of_document.groupby(check_texts(by, "columns"), sort=False)
         .agg(
             documents=("document", "size"),
             seconds_prepare=("seconds_prepare", "mean"),

@@ -37,7 +37,7 @@ from d2l_lib.analysis.trust import (
     without_sentence,
     worst_rank,
 )
-from d2l_lib.documents import split_sentences
+from d2l_lib.documents import check_texts, split_sentences
 from d2l_lib.loading import load
 from d2l_lib.model import DocToLoRA
 from d2l_lib.records import one_line_errors, project_root, read_rows, write_jsonl
@@ -332,6 +332,7 @@ def study(
 
     folder: finished batches are kept there, and an interrupted study goes on behind them.
     """
+    kinds = check_texts(kinds, "kinds")
     source = drawn(seed, kinds, least, most)
     rows: list[dict] = []
     right, number = 0, 0

@@ -1,5 +1,8 @@
 """Re-execute the project's notebooks in order and print the headline table: `make notebooks`.
 
+    d2l notebooks                     # all of them
+    d2l notebooks 3 06_trace_a_fact   # some, by number or name
+
 Each notebook runs in a process of its own through nbconvert, in `notebooks/`, and replaces the committed page only when
 it ran to its end. What one notebook hands to the next are files. A notebook that stops answering (not one that fails)
 is started once more, and the run says so.
@@ -14,9 +17,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from d2l_lib.documents import check_texts, some_of
 from d2l_lib.records import project_root, read_rows, write_atomic
 
 CELL_TIMEOUT_S = 300
@@ -165,15 +169,29 @@ def format_table(rows: list[dict], columns: tuple[str, ...] = ("claim", "figure"
     )
 
 
+def choose_notebooks(pages: Sequence[Path], names: Sequence[str]) -> list[Path]:
+    """Those of `pages` that are named, by number ("3", "03") or name, in reading order; all of them without names."""
+    by_name = {name: page for page in pages for name in (page.name, page.stem, page.name[:2], str(int(page.name[:2])))}
+    if unknown := [name for name in check_texts(names, "notebooks") if Path(name).name not in by_name]:
+        raise ValueError(f"no notebook {some_of(unknown, quoted=True)}; there are {', '.join(p.stem for p in pages)}")
+    chosen = {by_name[Path(name).name] for name in names}
+    return [page for page in pages if page in chosen or not names]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command `notebooks` has no options."""
+    """Options of the command `notebooks`."""
+    parser.add_argument("notebook", nargs="*", help="number or name, as 3 or 06_trace_a_fact (default: all)")
 
 
 def run(a: argparse.Namespace) -> int:
-    """Execute all notebooks in place, then print minutes and the headline table; the exit status is 1 if one failed."""
+    """Execute notebooks in place, then print minutes and the headline table; the exit status is 1 if one failed."""
     root = project_root()
+    try:
+        pages = choose_notebooks(list_notebooks(root / "notebooks"), a.notebook)
+    except ValueError as error:
+        a.error(str(error))
     started = time.monotonic()
-    for path in list_notebooks(root / "notebooks"):
+    for path in pages:
         print(f"{path.name} ...", flush=True)
         start = time.monotonic()
         try:
@@ -186,5 +204,5 @@ def run(a: argparse.Namespace) -> int:
         print(f"  {time.monotonic() - start:.0f} s", flush=True)
     rows = headline_rows(root / "data" / "results")
     print("\n" + (format_table(rows) if rows else "no notebook recorded a headline figure"))
-    print(f"\nAll notebooks executed in {(time.monotonic() - started) / 60:.1f} minutes.")
+    print(f"\n{len(pages)} notebooks executed in {(time.monotonic() - started) / 60:.1f} minutes.")
     return 0

@@ -1,6 +1,6 @@
 """Seconds and memory: what internalizing and answering cost, beside what they cannot cost less than.
 
-    python -m d2l_lib.studies.speed all                             # everything that the notebook reads, on the CPU in minutes
+    python -m d2l_lib.studies.speed all                  # everything that the notebook reads, on the CPU in minutes
     python -m d2l_lib.studies.speed gemma --layers 26 --lengths 1024 4096 32768 131072    # Gemma-2-2B's sizes, on a GPU
 
 A `Measurement` says what is measured; `measure` does it here, `measure_alone` in a process of its own, so that the peak
@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from d2l_lib import arguments as options
 from d2l_lib.adapter import Adapter
 from d2l_lib.base_model import decoder_body, default_device, generate, load_base_model, module_sizes
-from d2l_lib.documents import check_count, chunk_document, question_ids
+from d2l_lib.documents import check_count, check_texts, chunk_document, question_ids
 from d2l_lib.encoder import ContextEncoder
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.loading import load
@@ -641,7 +641,7 @@ def cost_table(rows: pd.DataFrame, whats: Sequence[str]) -> pd.DataFrame:
     floor (bool), seed. Rows that ran out of memory have NaN there. A question without an adapter is a floor at every
     length that is answered.
     """
-    chosen = rows[rows["what"].isin(whats)].copy()
+    chosen = rows[rows["what"].isin(check_texts(whats, "measurements"))].copy()
     chosen["panel"] = [panel_of(row) for row in chosen.to_dict("records")]
     chosen["method"] = [METHODS[key] for key in zip(chosen["what"], chosen["mode"], strict=True)]
     chosen["floor"] = chosen["method"].str.startswith("floor")

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from d2l_lib.documents import question_ids
-from d2l_lib.records import iter_jsonl, project_root, read_json, read_jsonl
+from d2l_lib.documents import check_texts, question_ids
+from d2l_lib.records import iter_jsonl, name_failed_writes, project_root, read_json, read_jsonl
 from d2l_lib.tasks import scores
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.tasks.scores import wilson
@@ -233,8 +233,11 @@ def _hub_records(dataset: QADataset, split: str, streaming: bool = False) -> Ite
     folder = project_root() / "data" / "qa" / dataset.name
     options = {"streaming": True} if streaming else {}
     try:
-        rows = datasets.load_dataset(dataset.hub, dataset.config, split=split, revision=dataset.revision, **options)
+        with name_failed_writes(datasets.config.HF_DATASETS_CACHE):
+            rows = datasets.load_dataset(dataset.hub, dataset.config, split=split, revision=dataset.revision, **options)
     except (OSError, RuntimeError) as error:
+        if getattr(error, "filename", None) is not None:  # a file of this machine, not the hub
+            raise
         config = f", config {dataset.config}" if dataset.config else ""
         raise FileNotFoundError(
             f"data set {dataset.name} could not be loaded ({error}). It is {dataset.hub}{config}, split {split} on "
@@ -549,7 +552,7 @@ def summarise_scores(
     length_bin ("128-255", the bins of `packing.length_bin`) is made from length_tokens. Groups come in order of
     first appearance, bins in order of length. ValueError for missing or empty columns and mixed metrics.
     """
-    by, bins = list(by), None
+    by, bins = check_texts(by, "columns"), None
     if "length_bin" in by and "length_bin" not in scores:
         _need(scores, ["length_tokens"])
         scores = scores.assign(length_bin=[bin_name(length) for length in scores["length_tokens"]])

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from d2l_lib.documents import check_texts
 from d2l_lib.tasks import world
 
 
@@ -41,6 +42,7 @@ def world_samples(
     Columns: document, question, answer, kind, evidence_start, evidence_end (lists of characters, one per evidence
     sentence), n_facts. `facts` are the fewest and most facts of a document.
     """
+    kinds = check_texts(kinds, "kinds")
     rng = random.Random(f"world samples/{split}/{seed}")
     rows: list[dict] = []
     for _ in range(100 * n):

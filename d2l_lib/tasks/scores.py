@@ -18,6 +18,8 @@ from typing import NamedTuple
 import pandas as pd
 from rouge_score.rouge_scorer import RougeScorer
 
+from d2l_lib.documents import check_texts
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 FORMS = ("published", "squad")
 # The published expression leaves the backslash out of its punctuation.
@@ -128,8 +130,9 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def summarise(samples: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Exact match by the columns `by`: n, exact_match, low, high (95% Wilson interval)."""
+    by = check_texts(by, "columns")
     rows = []
-    for key, group in samples.groupby(list(by), sort=False):
+    for key, group in samples.groupby(by, sort=False):
         right, n = int(group["correct"].sum()), len(group)
         low, high = wilson(right, n)
         rows.append({**dict(zip(by, key, strict=True)), "n": n, "exact_match": right / n, "low": low, "high": high})

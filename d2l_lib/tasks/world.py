@@ -18,6 +18,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from d2l_lib.documents import check_texts
+
 SPLITS = ("train", "validation", "test", "encyclopedia")
 UNKNOWN = "I do not know."
 KINDS = ("one_hop", "number", "date", "paraphrase", "two_hop", "yes_no", "which_of", "list", "unanswerable")
@@ -550,11 +552,12 @@ def ask(rng: random.Random, document: Document, kind: str) -> Question | None:
 
 def questions(rng: random.Random, document: Document, kinds: Sequence[str] = KINDS, n: int = 1) -> list[Question]:
     """Up to `n` distinct questions, kinds drawn evenly from those the document supports."""
+    kinds = check_texts(kinds, "kinds")
     found: dict[str, Question] = {}
     for _ in range(8 * n):
         if len(found) == n:
             break
-        question = ask(rng, document, rng.choice(list(kinds)))
+        question = ask(rng, document, rng.choice(kinds))
         if question is not None:
             found.setdefault(question.text, question)
     return list(found.values())

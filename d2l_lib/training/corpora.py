@@ -28,7 +28,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from d2l_lib.formats.shards import PUBLISHED, find_shards, read_shards, training_files
-from d2l_lib.records import write_jsonl
+from d2l_lib.records import name_failed_writes, write_jsonl
 from d2l_lib.tasks import qa
 
 PASSAGE_TOKENS = 2000  # the longest passage, as published
@@ -300,17 +300,20 @@ def write_texts(path: str | Path, documents: Iterable[dict], n: int | None = Non
 
 def download(folder: str | Path, model: str) -> Path:
     """The published self-generated data of base model `model`, downloaded into `folder`; FileNotFoundError says what
-    to do where the hub is not reached.
+    to do where the hub is not reached, OSError names a file that cannot be written.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         _check_online()
-        snapshot_download(
-            SELF_GENERATED, repo_type="dataset", local_dir=str(folder), allow_patterns=[f"{_hub_folder(model)}/*"]
-        )
+        with name_failed_writes(folder):
+            snapshot_download(
+                SELF_GENERATED, repo_type="dataset", local_dir=str(folder), allow_patterns=[f"{_hub_folder(model)}/*"]
+            )
     except (OSError, HfHubHTTPError) as error:
+        if getattr(error, "filename", None) is not None:  # a file of this machine, not the hub
+            raise
         raise FileNotFoundError(_shards_advice(model, error)) from error
     return Path(folder)
 

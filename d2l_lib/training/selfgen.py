@@ -42,7 +42,7 @@ import pyarrow as pa
 from transformers import AutoConfig
 
 from d2l_lib.base_model import bundled_path, load_base_model, load_tokenizer, without_code
-from d2l_lib.documents import check_count, check_text, context_ids, question_ids, stop_ids
+from d2l_lib.documents import check_count, check_text, check_texts, context_ids, question_ids, stop_ids
 from d2l_lib.engine import TOP_K, Prompts, Reply, TransformersEngine, _reply
 from d2l_lib.formats.shards import (
     COUNTS,
@@ -262,6 +262,7 @@ def written_documents(
     Unrelated and unanswerable ones are questions that were written on another text of the same shard. What was dropped
     is added to `counts`.
     """
+    texts = check_texts(texts, "texts")
     written: list[list[Asked]] = [[] for _ in texts]
     for level, template in enumerate(WRITER_PROMPTS):
         earlier = [[question.text for question in questions] for questions in written]
@@ -334,7 +335,7 @@ def parse_questions(
         dropped["cut_off"] += 1
     any_marked = any(marked and _is_question(item, marked) for marked, item in items)
     found: list[str] = []
-    seen = {_essence(question) for question in earlier}
+    seen = {_essence(question) for question in check_texts(earlier, "earlier questions")}
     for marked, item in items:
         if not _is_question(item, marked) or (any_marked and not marked):
             dropped["not_a_question"] += 1
@@ -352,7 +353,7 @@ def _json_items(text: str) -> list[tuple[bool, str]] | None:
     """The items of a JSON list of texts, or of objects with a question; None where the text is none."""
     try:
         value = json.loads(text) if text[:1] in ("[", "{") else None
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply
         return None
     value = value.get("questions") if isinstance(value, dict) else value
     if not isinstance(value, list):

@@ -14,6 +14,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
+from d2l_lib.documents import check_texts
 from d2l_lib.presets import PRESETS, SHARD_STAGES, preset
 from d2l_lib.training.loop import accumulation
 
@@ -38,6 +39,7 @@ def sbatch_script(
     gpus and cpus: of a node, and of each of its GPUs. ValueError where the processes cannot share out the preset's
     batches evenly, and where shards are missing.
     """
+    shards, extra = check_texts(shards, "shards"), check_texts(extra, "extra options")
     p = preset(name)
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")

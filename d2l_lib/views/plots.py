@@ -204,8 +204,9 @@ def plot_curriculum_by_step(
 
     history: step, seed, and a column right_<kind> (0 to 1; NaN where no such row was seen) per kind.
     """
+    _need(history, "step", "seed")
     kinds = [column for column in history if column.startswith("right_")]
-    _need(history, "step", "seed", *(kinds or ["right_<kind>"]))
+    _need(history, *(kinds or ["right_<kind>"]))
     if history["seed"].nunique() > 1:
         raise ValueError(f"the table holds several runs, give one of the seeds {_seeds(history)}")
     with style():
@@ -460,7 +461,7 @@ def plot_score_by_seconds(
     return figure
 
 
-def plot_exact_match_by_condition(results: pd.DataFrame, *, title: str) -> Figure:
+def plot_exact_match_by_condition(results: pd.DataFrame, *, title: str = "Exact match by condition") -> Figure:
     """Horizontal bars of exact match per condition, with the 95% interval; drawn top to bottom in table order.
 
     results: condition (str), n, exact_match (0 to 1), seed; optional aim (0 to 1, or NaN).
@@ -533,14 +534,15 @@ def _figure(size: tuple[float, float], title: str) -> tuple[NotebookFigure, Axes
 
 
 def _need(table: pd.DataFrame, *columns: str) -> None:
-    """Raises ValueError naming what is missing, or saying that there is nothing to draw; TypeError for no table."""
+    """TypeError for what is no table; ValueError for one without rows, and for columns that lack or have gaps."""
     if not isinstance(table, pd.DataFrame):
         raise TypeError(f"the table must be a pandas DataFrame, not {type(table).__name__}: pandas.DataFrame(rows)")
+    if not len(table):
+        needed = f"; a row has the columns {list(columns)}" if columns else ""
+        raise ValueError(f"the table has no rows, so there is nothing to draw{needed}")
     missing = [column for column in columns if column not in table]
     if missing:
         raise ValueError(f"the table lacks the columns {missing}; it has {list(table.columns)}")
-    if table.empty:
-        raise ValueError("the table has no rows, so there is nothing to draw")
     keys = [column for column in columns if column in KEYS]
     if gaps := [column for column in keys if table[column].isna().any()]:
         raise ValueError(f"the table has missing values in the columns {gaps}: every row needs them")
@@ -978,6 +980,7 @@ def plot_similarity_by_document(
     similarity: as `weights.similarity` gives it; `label` names the measure. Colours run from -1 to 1 where a value is
     negative, else from 0 to 1.
     """
+    _need(similarity)
     _need(similarity, *similarity.index)
     values = similarity.to_numpy()
     low = -1.0 if (values < -0.05).any() else 0.0

@@ -826,8 +826,8 @@ def save_html(
     first, the answer without it is made beforehand (each costs an internalization of its chunk). Raises as
     `attribution.attribute` does.
     """
-    if not views:
-        raise ValueError("no views given: pass at least one (level, method)")
+    if not views or any(isinstance(view, str) for view in views):
+        raise ValueError(f"views must be a list of at least one pair (level, method), not {views!r}")
     trace = Trace(model, adapter, documents, question, answer, evidence, wrong=wrong, attribute=attribute)
     tables = [trace.table(*view) for view in views]
     values = sentence_values(trace.units, tables[0])
