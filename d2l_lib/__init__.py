@@ -16,7 +16,7 @@ _EXPORTS = {
     "DocToLoRA": ("model", "DocToLoRA"),
     "Adapter": ("adapter", "Adapter"),
     "Block": ("adapter", "Block"),
-    "report": ("analysis.report", "report"),
+    "report": ("views.report", "report"),
     "weights": ("analysis.weights", None),
     "attribution": ("analysis.attribution", None),
     "plots": ("views.plots", None),

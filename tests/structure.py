@@ -1,11 +1,12 @@
 """How the package is built, counted from its own source: rooms, lines, imports that point upwards, circles, names.
 
-    python tests/structure.py
+python tests/structure.py
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -112,9 +113,13 @@ def functions(trees: dict[str, ast.Module]) -> list[tuple[str, ast.FunctionDef]]
 
 def mentions(paths: list[Path]) -> set[str]:
     """All words of these files."""
-    import re
-
     return {word for path in paths for word in re.findall(r"[A-Za-z_]\w*", path.read_text(encoding="utf-8"))}
+
+
+def n_parameters(function: ast.FunctionDef) -> int:
+    """How many parameters it has, `self` and what a star takes aside."""
+    every = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+    return len([argument for argument in every if argument.arg not in ("self", "cls")])
 
 
 def count() -> dict[str, object]:
@@ -131,8 +136,11 @@ def count() -> dict[str, object]:
         and room_of(other) not in MAY_IMPORT[room_of(module)]
     ]
     outside = mentions([*ROOT.glob("tests/**/*.py"), *ROOT.glob("notebooks/*.ipynb"), ROOT / "README.md"])
-    words = {name: mentions([PACKAGE / (name.replace(".", "/") + ".py")]) for name in trees if name and
-             (PACKAGE / (name.replace(".", "/") + ".py")).is_file()}
+    words = {
+        name: mentions([PACKAGE / (name.replace(".", "/") + ".py")])
+        for name in trees
+        if name and (PACKAGE / (name.replace(".", "/") + ".py")).is_file()
+    }
     public, alone = 0, []
     for module, tree in trees.items():
         for name in public_names(tree):
@@ -142,12 +150,7 @@ def count() -> dict[str, object]:
                 alone.append(f"{module}.{name}")
     every = functions(trees)
     lengths = sorted(((node.end_lineno - node.lineno + 1, place) for place, node in every), reverse=True)
-    many = [
-        place
-        for place, node in every
-        if len([a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")])
-        > 6
-    ]
+    many = [place for place, node in every if n_parameters(node) > 6]
     return {
         "rooms": len(rooms),
         "lines": sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")),
@@ -163,5 +166,6 @@ def count() -> dict[str, object]:
 
 if __name__ == "__main__":
     for what, figure in count().items():
-        shown = f"{len(figure)}: {figure}" if isinstance(figure, list) and "-v" in sys.argv else figure
-        print(f"{what}: {len(figure) if isinstance(figure, list) and '-v' not in sys.argv and what != 'longest functions' else shown}")
+        if isinstance(figure, list) and what != "longest functions":
+            figure = f"{len(figure)}: {figure}" if "-v" in sys.argv else len(figure)
+        print(f"{what}: {figure}")

@@ -10,8 +10,6 @@ without its documents (its bias alone) and with another document in their place.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import random
 import re
@@ -23,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from d2l_lib import markup, presets
+from d2l_lib import presets
 from d2l_lib.adapter import Adapter, Block
 from d2l_lib.analysis.weights import norms
 from d2l_lib.documents import (
@@ -37,7 +35,6 @@ from d2l_lib.documents import (
 )
 from d2l_lib.engine import Reply, TransformersEngine, pad_rows
 from d2l_lib.model import DocToLoRA, pad_id_of
-from d2l_lib.records import write_atomic
 from d2l_lib.routing import route
 from d2l_lib.tasks import world
 
@@ -198,7 +195,7 @@ def _with_answers(model: DocToLoRA, probed: pd.DataFrame, adapter: Adapter, bloc
 # ----------------------------------------------------------------------------------------------------------- the report
 @dataclass(frozen=True)
 class Report:
-    """What was stored and what was lost. Print it, or show it in a notebook; `save_html` writes it as one page.
+    """What was stored and what was lost, in numbers; `views.report` shows them.
 
     table: one row per sentence: document, sentence (its number, from 1 on through all documents), start and end
     (characters), text, chunk, asked (questions about it), kept (0 to 1, averaged over the questions as often as they
@@ -221,32 +218,16 @@ class Report:
     def __str__(self) -> str:
         counts = self.table["status"].value_counts()
         lines = [f"{counts.get(status, 0)} sentences {status}" for status in STATUSES]
-        lines += [f"{name}: {_number(value)}" for name, value in self.facts.items()]
+        lines += [f"{name}: {format_fact(value)}" for name, value in self.facts.items()]
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
-
-    def figure(self):
-        """Every sentence's margin, in document order."""
-        from d2l_lib.views.plots import plot_margin_by_sentence
-
-        return plot_margin_by_sentence(self.table)
-
-    def _repr_html_(self) -> str:
-        return render_report(self)
-
-    def save_html(self, path: str | Path) -> Path:
-        """Write the report with its figure as one page that needs no network; complete or not there at all."""
-        buffer = io.BytesIO()
-        self.figure().savefig(buffer, format="png", metadata={"Software": None})
-        picture = base64.b64encode(buffer.getvalue()).decode()
-        page = (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Internalization report</title></head>'
-            f'<body>{render_report(self)}<p><img alt="Margin of each sentence" src="data:image/png;base64,{picture}">'
-            "</p></body></html>"
-        )
-        return write_atomic(path, page)
 
 
 STATUSES = ("stored", "lost", "not asked")
+
+
+def format_fact(value: float) -> str:
+    """A count in full, another number to three digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
 def report(
@@ -386,69 +367,3 @@ def beyond_training(model: DocToLoRA, documents: Mapping[str, str], adapter: Ada
         if sizes and max(sizes) > longest:
             found.append(f"{name}: a chunk has {max(sizes)} tokens; in training there were at most {longest}")
     return tuple(found)
-
-
-# ------------------------------------------------------------------------------------------------------------- the page
-SHADES = {"stored": "#d3f0df", "lost": "#f7c9ae", "not asked": "transparent"}
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
-
-
-def _cells(values: Sequence[object], tag: str = "td") -> str:
-    return "<tr>" + "".join(f"<{tag}>{markup.escape(str(value))}</{tag}>" for value in values) + "</tr>"
-
-
-def _table(frame: pd.DataFrame) -> str:
-    """A data frame as an HTML table, all of it escaped."""
-    rows = "".join(
-        _cells(["" if pd.isna(v) else f"{v:.2f}" if isinstance(v, float) else v for v in row])
-        for row in frame.itertuples(index=False)
-    )
-    return f"<table>{_cells(frame.columns, 'th')}{rows}</table>"
-
-
-def render_report(made: Report) -> str:
-    """The report as a page (see `viewers`): numbers, warnings, every document with its sentences shaded, the tables."""
-    from d2l_lib.views.viewers import render_view
-
-    table = made.table
-    counts = {status: int((table["status"] == status).sum()) for status in STATUSES}
-    legend = " ".join(
-        f'<span style="background:{SHADES[status]};color:#000;padding:1px 4px">{status}: {count}</span>'
-        if SHADES[status] != "transparent"
-        else f"<span>{status}: {count}</span>"
-        for status, count in counts.items()
-    )
-    body = f"<h4>What was stored and what was lost</h4><p>{legend} (sentences; lost: less than "
-    body += f"{made.flag_below:g} kept)</p>"
-    body += "".join(f'<p class="d2l-error">Warning: {markup.escape(warning)}</p>' for warning in made.warnings)
-    numbers = pd.DataFrame({"what": list(made.facts), "value": [_number(value) for value in made.facts.values()]})
-    body += _table(numbers)
-    by_document = dict(list(table.groupby("document")))
-    for name, text in made.texts.items():
-        body += f'<h4>{markup.escape(name)}</h4><div class="d2l-text d2l-document">'
-        for row in by_document[name].itertuples() if name in by_document else ():
-            words = (
-                "no question found" if math.isnan(row.kept) else f"kept {row.kept:.2f}, margin {row.margin:.2f} nats"
-            )
-            shade = f"background:{SHADES[row.status]}" + (";color:#000" if row.status != STATUSES[2] else "")
-            shown = markup.inline(text[row.start : row.end])
-            body += f'<span data-status="{row.status}" title="{words}" style="{shade}">{shown}</span>'
-        body += "</div>"
-    columns = ["document", "text", "status", "asked", "kept", "margin", "over_zero", "over_wrong", "believed"]
-    body += "<h4>Sentences (margin, over_zero, over_wrong in nats)</h4>" + _table(table[columns])
-    wrong = made.questions[made.questions["margin"] <= 0]
-    body += "<h4>Questions answered otherwise</h4>" + _table(wrong[["document", "question", "told", "said", "margin"]])
-    changed = made.unrelated[made.unrelated["changed"]]
-    body += f"<h4>Unrelated questions answered otherwise ({len(changed)} of {len(made.unrelated)})</h4>"
-    body += _table(changed[["question", "alone", "said"]])
-    body += "<h4>Capacity, by layer and module</h4>" + _table(made.capacity)
-    return render_view("report", body, **{status.replace(" ", "_"): count for status, count in counts.items()})
-
-
-# ----------------------------------------------------------------------------------- how well lost facts are flagged
-
-
-# --------------------------------------------------------------------------------------------------------- the command
