@@ -20,7 +20,7 @@ _EXPORTS = {
     "weights": ("analysis.weights", None),
     "attribution": ("analysis.attribution", None),
     "plots": ("views.plots", None),
-    "viewers": ("views.viewers", None),
+    "viewers": ("views", None),
 }
 
 __all__ = ["Adapter", "Block", "DocToLoRA", "load", "report"]

@@ -147,7 +147,7 @@ def _lab(folder: Path, home: Path) -> Iterator[str]:
     environment |= {
         "IPYTHONDIR": str(home / "ipython"),
         "npm_config_cache": str(home / "npm"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "views"])),
     }
     # no question about news may cover the page
     notification = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"

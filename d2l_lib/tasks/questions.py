@@ -37,7 +37,7 @@ def world_samples(
     n: int, seed: int, *, split: str = "test", facts: tuple[int, int] = (2, 20), kinds: Sequence[str] = world.KINDS
 ) -> pd.DataFrame:
     """`n` questions on documents of `split`, a fresh document each, kinds in turn; the columns that
-    `viewers.view_samples` reads.
+    `views.view_samples` reads.
 
     Columns: document, question, answer, kind, evidence_start, evidence_end (lists of characters, one per evidence
     sentence), n_facts. `facts` are the fewest and most facts of a document.

@@ -1,1 +1,31 @@
-"""Pages in a notebook: what they have in common is in `page`."""
+"""Pages in a notebook: `d2l.viewers` is this package. What they have in common is in `page`.
+
+Names are imported when they are first used: to look at samples needs no torch.
+"""
+
+from importlib import import_module
+
+import pandas as pd
+
+# The tables of a notebook hold texts of documents, whose dollar signs are no formulas.
+pd.set_option("display.html.use_mathjax", False)
+
+_EXPORTS = {
+    "view_samples": "samples",
+    "chat": "conversation",
+    "Conversation": "conversation",
+    "view_shards": "shards",
+    "Trace": "trace",
+    "view_attribution": "trace",
+    "save_html": "trace",
+}
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -7,7 +7,6 @@ Opening a file reads its footer and its two lightest columns; a page reads the r
 filter reads the columns that it needs, once. Every text from data is escaped, and a page needs no JavaScript.
 """
 
-import html
 import math
 import os
 import re
@@ -22,12 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from d2l_lib import markup
 from d2l_lib.documents import context_ids, question_ids, split_sentences, stop_ids
 from d2l_lib.formats.shards import DROPPED, MANIFEST, PUBLISHED, SCHEMA, tokenizer_fingerprint
 from d2l_lib.records import read_json
 from d2l_lib.tasks.scores import normalize_answer
 from d2l_lib.views.page import Pager, Report, Viewer, Work, listen, quietly, render_message, render_view, wrapped
-from d2l_lib.views.viewers import ALL_KINDS, STATIC_ROWS, render_document
+from d2l_lib.views.samples import ALL_KINDS, STATIC_ROWS, render_document
 
 UNRELATED = ("encyclopedia", "unrelated")  # kinds that the teacher answered without the document
 AGREEMENTS = ("agrees", "contains the reference", "differs", "no reference")
@@ -458,22 +458,22 @@ def _lowest(sample: Sample) -> str:
 
 
 def _visible(text: str) -> str:
-    """Escaped text of a token: a line end or tab becomes a sign, and so does nothing at all."""
-    return html.escape(text.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥") or "∅")
+    """Text of a token as HTML: a line end or tab becomes a sign, and so does nothing at all."""
+    return markup.inline(text.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥") or "∅")
 
 
 def render_token(token: AnswerToken, number: int) -> str:
     """A token coloured by its probability, with that in % below it; hover and focus open its alternatives."""
     k = len(token.alternatives)
     rank = f"rank {token.rank} of {k}" if token.rank else f"at most: it is not among the {k} most likely"
-    title = html.escape(f"token {number}: {_percent(token.probability, 1)} %, {rank}")
+    title = markup.escape(f"token {number}: {_percent(token.probability, 1)} %, {rank}")
     level = next((level for level, (least, _) in enumerate(LEVELS) if token.probability >= least), len(LEVELS) - 1)
     choices = [
         f"<span>{'▸' if place == token.rank else ' '}{place:2d} <code>{_visible(text)}</code> "
-        f"{html.escape(_percent(p, 1))}</span>"
+        f"{markup.escape(_percent(p, 1))}</span>"
         for place, (text, p) in enumerate(token.alternatives, 1)
     ]
-    percent = html.escape(("" if token.rank else "≤") + _percent(token.probability))
+    percent = markup.escape(("" if token.rank else "≤") + _percent(token.probability))
     return (
         f'<span class="d2l-token d2l-level{level}" tabindex="0" title="{title}">'
         f'<span class="d2l-piece">{_visible(token.text)}</span><span class="d2l-percent">{percent}</span>'
@@ -490,7 +490,8 @@ def render_shard_sample(sample: Sample, position: int, n_matches: int, n_samples
     spans, marked = sample.evidence()
     verdict, kind = agreement(sample.answer, sample.reference), sample.kind or "kind not stored"
     where = f"sample {position + 1:,} of {n_matches:,} ({n_samples:,} in all)"
-    note = html.escape(f"{where} · {file} · {kind} · document of {sample.document_tokens:,} tokens")
+    names = f"{markup.inline(file)} · {markup.inline(kind)}"
+    note = f"{where} · {names} · document of {sample.document_tokens:,} tokens"
     facts = (
         ("Question", "question", sample.question),
         ("Teacher's answer", "answer", sample.answer),
@@ -498,7 +499,8 @@ def render_shard_sample(sample: Sample, position: int, n_matches: int, n_samples
         ("Agreement", "agreement", verdict),
     )
     rows = [
-        f'<tr><th>{name}</th><td class="d2l-text d2l-{css}">{html.escape(text)}</td></tr>' for name, css, text in facts
+        f'<tr><th>{name}</th><td class="d2l-text d2l-{css}">{markup.escape(text)}</td></tr>'
+        for name, css, text in facts
     ]
     legend = [f'<span class="d2l-swatch d2l-level{level}">{text}</span>' for level, (_, text) in enumerate(LEVELS)]
     tokens = [render_token(token, number) for number, token in enumerate(sample.tokens, 1)]
@@ -506,12 +508,12 @@ def render_shard_sample(sample: Sample, position: int, n_matches: int, n_samples
     ended = "" if sample.finished else "; cut off: no stop token at its end"
     body = (
         f'<div class="d2l-note">{note}</div><table class="d2l-facts">{"".join(rows)}</table>'
-        f"<h4>Answer, token by token (lowest probability {html.escape(_lowest(sample))}{ended})</h4>"
+        f"<h4>Answer, token by token (lowest probability {markup.escape(_lowest(sample))}{ended})</h4>"
         f'<div class="d2l-note">below each token its probability in %: {" ".join(legend)}</div>'
         f'<div class="d2l-strip">{"".join(tokens)}<div class="d2l-panel d2l-note">{hint}</div></div>'
-        f'<h4>Document</h4><div class="d2l-note d2l-marked">{html.escape(marked)}</div>'
+        f'<h4>Document</h4><div class="d2l-note d2l-marked">{markup.escape(marked)}</div>'
         f'<div class="d2l-text d2l-document" tabindex="0">{_marked(sample.document, spans)}</div>'
-        f'<div class="d2l-note d2l-dropped">{html.escape(dropped)}</div>'
+        f'<div class="d2l-note d2l-dropped">{markup.escape(dropped)}</div>'
     )
     data = {"matches": n_matches, "samples": n_samples, "file": file, "kind": kind, "agreement": verdict}
     return f"<style>{CSS}</style>{render_view('shard', body, position=position, **data)}"
@@ -527,18 +529,18 @@ def render_shard_table(samples: Sequence[Sample | str], n_samples: int, file: st
     rows = []
     for sample in samples:
         if isinstance(sample, str):
-            rows.append(f'<td colspan="{len(names)}" class="d2l-error">{html.escape(sample)}</td>')
+            rows.append(f'<td colspan="{len(names)}" class="d2l-error">{markup.escape(sample)}</td>')
             continue
         spans, _ = sample.evidence()
         left = max(0, min((sum(spans[0]) - width) // 2 if spans else 0, len(sample.document) - width))
         inside = [(max(0, start - left), end - left) for start, end in spans if left < end and start < left + width]
         shown = _marked(sample.document[left : left + width], inside)
         cut = ("… " if left else "") + shown + (" …" if left + width < len(sample.document) else "")
-        reference = f"{sample.reference or ''} ({agreement(sample.answer, sample.reference)})"
-        texts = (sample.kind or "", sample.question, sample.answer, _lowest(sample), reference)
-        rows.append("".join(f"<td>{cell}</td>" for cell in [*map(html.escape, texts), cut]))
+        reference = f"{markup.inline(sample.reference or '')} ({agreement(sample.answer, sample.reference)})"
+        texts = (sample.kind or "", sample.question, sample.answer, _lowest(sample))
+        rows.append("".join(f"<td>{cell}</td>" for cell in [*map(markup.escape, texts), reference, cut]))
     head = "".join(f"<th>{name}</th>" for name in names)
-    note = f'<div class="d2l-note">the first {len(rows)} of {n_samples:,} samples of {html.escape(file)}</div>'
+    note = f'<div class="d2l-note">the first {len(rows)} of {n_samples:,} samples of {markup.inline(file)}</div>'
     body = f"{note}<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
     return render_view("shard-table", body, rows=len(rows), samples=n_samples)
 

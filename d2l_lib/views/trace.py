@@ -349,7 +349,7 @@ def render_sentences(
         parts.append(
             f'<span class="{kind}" data-sentence="{sentence_number(number)}" '
             f'style="{outline}background: {shade(value, limit)}">'
-            f"{markup.escape(sentence)}{note}</span>{markup.escape(between)}"
+            f"{markup.inline(sentence)}{note}</span>{markup.escape(between)}"
         )
     return f'<div class="d2l-sentences d2l-text" tabindex="0">{"".join(parts)}</div>'
 
@@ -874,7 +874,7 @@ def render_page(trace: Trace, tables: Sequence[pd.DataFrame], without: Mapping[i
         kind = f"d2l-unit-{number}" + (" d2l-true" if number in trace.true else "")
         radio = f'<input type="radio" name="removed" id="removed-{number}">' if number in without else ""
         sentences += f'<label class="{kind}">{radio}<span data-sentence="{sentence_number(number)}">'
-        sentences += f"{markup.escape(text)}</span></label>{markup.escape(between)}"
+        sentences += f"{markup.inline(text)}</span></label>{markup.escape(between)}"
     body = (
         f"<h1>Where the answer came from</h1>{''.join(answers)}"
         f"{_radios('Level and method', 'view', names)}{_radios('Explain', 'token', tokens)}"

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_models
-from test_viewers import HOSTILE, Tags, controls, page
+from pages import Tags, controls, page
+from toy_models import HOSTILE
 
 from d2l_lib import markup
 from d2l_lib.documents import context_ids, question_ids, stop_ids
@@ -23,6 +24,7 @@ from d2l_lib.engine import TransformersEngine
 from d2l_lib.formats.shards import MANIFEST, PUBLISHED, SCHEMA
 from d2l_lib.training import selfgen
 from d2l_lib.views import shards
+from d2l_lib.views.samples import evidence_spans
 from d2l_lib.views.shards import (
     AGREEMENTS,
     Decoder,
@@ -32,7 +34,6 @@ from d2l_lib.views.shards import (
     render_shard_sample,
     view_shards,
 )
-from d2l_lib.views.viewers import evidence_spans
 
 TOKENIZER = tiny_models.build_tokenizer()
 K = 16

@@ -5,7 +5,8 @@ import types
 
 import ipywidgets as W
 import pytest
-from test_viewers import HOSTILE, Tags
+from pages import Tags
+from toy_models import HOSTILE
 
 from d2l_lib.views import page
 from d2l_lib.views.page import Pager, Work

@@ -15,7 +15,8 @@ import browser
 import ipywidgets as W
 import pandas as pd
 import pytest
-from test_viewers import HOSTILE, Tags, controls, page
+from pages import Tags, controls, page
+from toy_models import HOSTILE
 
 from d2l_lib.analysis import attribution
 from d2l_lib.views import trace as viewer_module
@@ -598,7 +599,7 @@ def bundled():
     import d2l_lib as d2l
 
     model = d2l.load("tiny/qa")
-    samples = Path(__file__).resolve().parent.parent / "data" / "samples" / "world_test.jsonl"
+    samples = Path(__file__).resolve().parent.parent.parent / "data" / "samples" / "world_test.jsonl"
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     for row in rows:
         if row["kind"] == "one_hop" and row["document"].count(row["answer"]) == 1:
@@ -713,6 +714,6 @@ def test_attribution_viewer_in_a_browser(tmp_path):
 
 def _shoot(cell, name: str) -> None:
     """A picture to look at, in the cache folder of this clone."""
-    folder = Path(__file__).resolve().parent.parent / ".cache" / "screenshots"
+    folder = Path(__file__).resolve().parent.parent.parent / ".cache" / "screenshots"
     folder.mkdir(parents=True, exist_ok=True)
     cell.screenshot(path=folder / name)

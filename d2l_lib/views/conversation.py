@@ -1,125 +1,31 @@
-"""Pages to look at data and talk to a model, in a notebook.
+"""Paste documents and ask: the adapter beside the base model without and with the documents in its prompt."""
 
-The renderers are pure functions from data to HTML; every text that comes from data passes through `html.escape`. The
-viewers are ipywidgets around them: a callback computes a page and sets one `HTML.value` (an `Output` widget or
-`interact` can hang a headless run for ever, so neither is used). Pages carry the class `d2l-view` and data-*
-attributes that say what is shown.
-
-A viewer also has a plain form without JavaScript or kernel, a static table, which is what a stored notebook keeps.
-"""
-
-import html
-import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import ipywidgets as W
-import numpy as np
-import pandas as pd
 
+from d2l_lib import markup
 from d2l_lib.documents import name_documents, read_document
-from d2l_lib.views.page import (  # noqa: F401 - the frame can be had from here too
-    CSS,
-    Pager,
-    Report,
-    Viewer,
-    Work,
-    attempt,
-    listen,
-    render_message,
-    render_view,
-    takes,
-    wrapped,
-)
+from d2l_lib.views.page import Report, Viewer, Work, listen, render_view, takes, wrapped
 
-SAMPLE_COLUMNS = ("document", "question", "answer", "evidence_start", "evidence_end", "kind")
-ALL_KINDS = "all kinds"
-STATIC_ROWS = 5
-SEARCHED_AT_ONCE = 2_000  # samples
 NAMED = 8  # documents that a line names
 LONG_TEXT = 20_000  # characters: a longer text shows a bar while a page is being built
+WITH_ADAPTER = "adapter, document not in the prompt"
+ROUTED = "adapter, its most relevant block alone"
+WITHOUT = "base model alone"
+IN_PROMPT = "base model, document in its prompt"
 
 
 # --- pure renderers ---------------------------------------------------------------------------------------------------
 
 
-def evidence_spans(start: Any, end: Any, length: int) -> list[tuple[int, int]]:
-    """The (start, end) spans of evidence in a text of `length` characters: sorted, overlaps joined, clipped to it.
-
-    start and end: two ints, or two equally long lists of ints (several evidence sentences); None, NaN, infinity, a
-    negative start, or an empty span means that nothing is marked.
-    """
-    lists = (list, tuple, np.ndarray, pd.Series)
-    starts, ends = (list(value) if isinstance(value, lists) else [value] for value in (start, end))
-    if len(starts) != len(ends):
-        raise ValueError(f"evidence has {len(starts)} starts but {len(ends)} ends")
-    spans: list[tuple[int, int]] = []
-    known = ((int(a), int(b)) for a, b in zip(starts, ends, strict=True) if not (_is_missing(a) or _is_missing(b)))
-    for a, b in sorted((a, min(b, length)) for a, b in known if a >= 0):
-        if spans and a <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], b))
-        elif a < b:
-            spans.append((a, b))
-    return spans
-
-
-def render_document(document: str, evidence_start: Any = None, evidence_end: Any = None) -> str:
-    """The document's text with its evidence inside <mark>; all of it escaped."""
-    parts, position = [], 0
-    for start, end in evidence_spans(evidence_start, evidence_end, len(document)):
-        parts += [html.escape(document[position:start]), f"<mark>{html.escape(document[start:end])}</mark>"]
-        position = end
-    return "".join([*parts, html.escape(document[position:])])
-
-
-def render_sample(sample: dict, position: int, n_matches: int, n_samples: int) -> str:
-    """One sample as a page: question, answer, then the document with its evidence marked.
-
-    sample: the SAMPLE_COLUMNS. position counts from 0 within the n_matches of n_samples that the search and filter
-    leave.
-    """
-    document = str(sample["document"])
-    text = render_document(document, sample["evidence_start"], sample["evidence_end"])
-    where = f"sample {position + 1:,} of {n_matches:,} ({n_samples:,} in all)"
-    body = (
-        f'<div class="d2l-note">{where} · {html.escape(str(sample["kind"]))} · {len(document):,} characters</div>'
-        f'<h4>Question</h4><div class="d2l-text d2l-question">{html.escape(str(sample["question"]))}</div>'
-        f'<h4>Answer</h4><div class="d2l-text d2l-answer">{html.escape(str(sample["answer"]))}</div>'
-        f'<h4>Document</h4><div class="d2l-text d2l-document" tabindex="0">{text}</div>'
-    )
-    return render_view("sample", body, position=position, matches=n_matches, samples=n_samples, kind=sample["kind"])
-
-
-def render_sample_table(samples: pd.DataFrame, n_rows: int = STATIC_ROWS, width: int = 240) -> str:
-    """The first `n_rows` samples as a plain table.
-
-    A document is cut to about `width` characters around its evidence.
-    """
-    rows = []
-    for sample in samples.head(n_rows).to_dict("records"):
-        document = str(sample["document"])
-        spans = evidence_spans(sample["evidence_start"], sample["evidence_end"], len(document))
-        middle = sum(spans[0]) // 2 if spans else 0
-        left = max(0, min(middle - width // 2, len(document) - width))
-        shown = document[left : left + width]
-        inside = [(max(0, start - left), end - left) for start, end in spans if start < left + width and end > left]
-        text = render_document(shown, [start for start, _ in inside], [end for _, end in inside])
-        cut = ("… " if left else "") + text + (" …" if left + width < len(document) else "")
-        cells = [html.escape(str(sample[column])) for column in ("kind", "question", "answer")] + [cut]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{name}</th>" for name in ("kind", "question", "answer", "document (evidence marked)"))
-    note = f'<div class="d2l-note">the first {len(rows)} of {len(samples):,} samples</div>'
-    return render_view(
-        "table", f"{note}<table><tr>{head}</tr>{''.join(rows)}</table>", rows=len(rows), samples=len(samples)
-    )
-
-
 def render_inside(documents: Iterable[dict], adapter_strength: float, bias_strength: float) -> str:
     """What is inside the model right now. documents: name, n_blocks, n_characters, weight."""
     rows = [
-        f"<li><b>{html.escape(row['name'])}</b>: {row['n_characters']:,} characters, "
+        f"<li><b>{markup.inline(row['name'])}</b>: {row['n_characters']:,} characters, "
         f"{row['n_blocks']} block{'' if row['n_blocks'] == 1 else 's'}, weight {row['weight']:.2f}</li>"
         for row in documents
     ]
@@ -149,137 +55,20 @@ def render_answers(turns: Sequence[tuple]) -> str:
     parts, before = [], ""
     for question, answers, state in (Turn(*turn) for turn in turns):
         panes = "".join(
-            f'<div class="d2l-pane" data-source="{html.escape(source)}"><h4>{html.escape(source)}</h4>'
-            f'<div class="d2l-text">{html.escape(text)}</div></div>'
+            f'<div class="d2l-pane" data-source="{markup.escape(source)}"><h4>{markup.escape(source)}</h4>'
+            f'<div class="d2l-text">{markup.escape(text)}</div></div>'
             for source, text in answers
         )
         changed = f"{'changed: ' if before else ''}{state}" if state != before else ""
-        line = f'<div class="d2l-note d2l-state">{html.escape(changed)}</div>' if changed else ""
-        asked = f'<h4>Question</h4><div class="d2l-text d2l-question">{html.escape(question)}</div>'
+        line = f'<div class="d2l-note d2l-state">{markup.escape(changed)}</div>' if changed else ""
+        asked = f'<h4>Question</h4><div class="d2l-text d2l-question">{markup.escape(question)}</div>'
         parts.append(f'<div class="d2l-turn">{line}{asked}<div class="d2l-columns">{panes}</div></div>')
         before = state or before
     answered = len(turns[-1][1]) if turns else 0
     return render_view("answers", "".join(reversed(parts)), turns=len(turns), answers=answered)
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or bool(pd.isna(value)) or value in (math.inf, -math.inf)
-
-
-def _as_text(value: Any) -> str:
-    """Any cell of a table as text; a missing one is empty."""
-    return "" if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
-
-
 # --- widgets ----------------------------------------------------------------------------------------------------------
-
-
-def sample_frame(samples: pd.DataFrame | Iterable[dict]) -> pd.DataFrame:
-    """The samples as a DataFrame with the SAMPLE_COLUMNS, rows numbered from 0, missing texts as empty ones.
-
-    ValueError names a missing column, or the sample whose evidence is not as `evidence_spans` wants it.
-    """
-    if isinstance(samples, pd.DataFrame):
-        frame = samples
-    else:
-        rows = list(samples)
-        frame = pd.DataFrame(rows, columns=None if rows else list(SAMPLE_COLUMNS))
-    missing = [column for column in SAMPLE_COLUMNS if column not in frame]
-    if missing:
-        raise ValueError(f"samples lack the columns {missing}; needed are {list(SAMPLE_COLUMNS)}")
-    texts = {name: [_as_text(value) for value in frame[name]] for name in ("document", "question", "answer", "kind")}
-    frame = frame.reset_index(drop=True).assign(**texts)
-    for number, span in enumerate(zip(frame["evidence_start"], frame["evidence_end"], strict=True)):
-        try:
-            evidence_spans(*span, length=0)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"sample {number}: {error}") from error
-    return frame
-
-
-def find_samples(
-    samples: pd.DataFrame, text: str = "", kind: str = ALL_KINDS, report: Report | None = None
-) -> np.ndarray:
-    """Row numbers of the samples (a sample_frame) of this kind with `text` (any case) in one of their texts.
-
-    report(done, total) is called now and then.
-    """
-    chosen = np.ones(len(samples), dtype=bool) if kind == ALL_KINDS else (samples["kind"] == kind).to_numpy(dtype=bool)
-    if not text:
-        return np.flatnonzero(chosen)
-    found = np.zeros(len(samples), dtype=bool)
-    for start in range(0, len(samples), SEARCHED_AT_ONCE):
-        rows = slice(start, start + SEARCHED_AT_ONCE)
-        for column in ("document", "question", "answer"):
-            texts = samples[column].iloc[rows]
-            found[rows] |= texts.str.contains(text, case=False, regex=False).to_numpy(dtype=bool)
-        if report is not None:
-            report(min(start + SEARCHED_AT_ONCE, len(samples)), len(samples))
-    return np.flatnonzero(chosen & found)
-
-
-class SampleViewer(Viewer):
-    """The page of `view_samples`."""
-
-    def __init__(self, samples: pd.DataFrame | Iterable[dict], background: bool | None = None):
-        self._frame = frame = sample_frame(samples)
-        super().__init__([], render_sample_table(frame))
-        self._search = W.Text(description="Search", placeholder="text, then Enter", continuous_update=False)
-        self._kind = W.Dropdown(description="Kind", options=[ALL_KINDS, *sorted(frame["kind"].unique())])
-        self._page = W.HTML()
-        self.work = Work(background)
-        self._pager = Pager("sample", len(frame), self._show, self.work)
-        self._matches = np.arange(len(frame))
-        for control in (self._search, self._kind):
-            listen(control, self._select)
-        self._show()
-        controls = wrapped([self._search, self._kind, *self._pager.controls])
-        self.children = [controls, self.work.status, self.work.bar, self._page]
-
-    def _show(self) -> None:
-        with self.work.lock:
-            n = len(self._matches)
-            if n:
-                place = self._pager.place
-                sample = self._frame.iloc[self._matches[place]].to_dict()
-                self._page.value = render_sample(sample, place, n, len(self._frame))
-            else:
-                nothing = render_view("sample", "No sample matches.", position=-1, matches=0, samples=len(self._frame))
-                self._page.value = nothing
-
-    def _select(self, _: Any = None) -> None:
-        text, kind = self._search.value, self._kind.value
-        self.work.start(
-            "searching ...",
-            lambda report: find_samples(self._frame, text, kind, report),
-            self._found,
-            key="search",
-            replaces=True,
-            ready="",
-            unit="samples",
-        )
-
-    def _found(self, matches: np.ndarray) -> None:
-        self._matches = matches
-        self._pager.restart(len(matches))
-        self._show()
-
-
-def view_samples(samples: pd.DataFrame | Iterable[dict]) -> Viewer:
-    """A viewer to page through samples, search their text and filter by kind. Columns: SAMPLE_COLUMNS.
-
-    evidence_start and evidence_end are character positions in the document (see `evidence_spans`). Keys: Tab moves
-    between the controls, Enter searches, the arrow keys move the slider, space presses a button.
-    """
-    return SampleViewer(samples)
-
-
-# --- chat -------------------------------------------------------------------------------------------------------------
-
-WITH_ADAPTER = "adapter, document not in the prompt"
-ROUTED = "adapter, its most relevant block alone"
-WITHOUT = "base model alone"
-IN_PROMPT = "base model, document in its prompt"
 
 
 class Conversation:
@@ -613,7 +402,7 @@ class Chat(Viewer):
         note = f"not added: {editing or title.strip() or _short(text)} ({len(text):,} characters): {reason}"
         put_back = W.Button(description="Put back", icon="undo", tooltip="put this text into the box again")
         discard = W.Button(description="Discard", icon="trash", tooltip="forget this text")
-        line = wrapped([_line(render_view("kept", html.escape(note))), put_back, discard])
+        line = wrapped([_line(render_view("kept", markup.escape(note))), put_back, discard])
 
         def drop(_: Any = None) -> None:
             self._kept.children = [child for child in self._kept.children if child is not line]
@@ -671,7 +460,7 @@ class Chat(Viewer):
         )
         edit = W.Button(description="Edit", icon="pencil", tooltip=f"change the text of {document}")
         remove = W.Button(description="Remove", icon="trash", tooltip=f"take {document} out again")
-        title = _line(render_view("name", html.escape(document), document=document))
+        title = _line(render_view("name", markup.inline(document), document=document))
         line = wrapped([title, weight, edit, remove])
 
         def reweigh(change: dict) -> None:

@@ -1,35 +1,37 @@
 """The chat at a person's pace: texts, clicks and sliders that come while it works; stops, interrupts and errors."""
 
 import pytest
-from test_viewers import controls, page, panes
+import tiny_models
+from pages import controls, page, panes
 from toy_models import SlowModel, ToyModel
 
-from d2l_lib.views import viewers
+from d2l_lib import viewers
+from d2l_lib.views.conversation import IN_PROMPT, ROUTED, WITH_ADAPTER, WITHOUT, Chat
 
 
-def begin(model, *arguments) -> tuple[viewers.Chat, dict]:
+def begin(model, *arguments) -> tuple[Chat, dict]:
     """A chat that works in a thread, and its controls."""
     chat = viewers.chat(model, *arguments, background=True)
     return chat, controls(chat)
 
 
-def add(chat: viewers.Chat, text: str, name: str = "") -> None:
+def add(chat: Chat, text: str, name: str = "") -> None:
     control = controls(chat)
     control["Name"].value, control["Document"].value = name, text
     control["Add document"].click()
 
 
-def until(chat: viewers.Chat, condition) -> None:
+def until(chat: Chat, condition) -> None:
     """Waits for the page, without a limit of its own: what never comes hangs, and says where."""
     while not condition():
         chat.work._threads[0].join(0.01)
 
 
-def status(chat: viewers.Chat) -> str:
+def status(chat: Chat) -> str:
     return page(chat, "message").text
 
 
-def inside(chat: viewers.Chat) -> dict[str, str]:
+def inside(chat: Chat) -> dict[str, str]:
     return chat.conversation.texts
 
 
@@ -92,7 +94,7 @@ def test_sliders_during_work_lose_nothing_and_count_in_the_end():
     until(chat, lambda: chat.work.has("add"))
     model.go.set()
     chat.work.wait()
-    assert panes(chat)[viewers.WITH_ADAPTER] == "inside=First.*0.5; bias=0.25; prompt=What?"
+    assert panes(chat)[WITH_ADAPTER] == "inside=First.*0.5; bias=0.25; prompt=What?"
     assert len(chat.turns) == 1 and status(chat) == "ready"
 
 
@@ -222,7 +224,7 @@ def test_an_error_leaves_no_turn_without_answers(error):
     model.error, model.where = error, "answer"
     controls(chat)["Question"].value = "Who?"
     if isinstance(error, ValueError):  # what one way of answering cannot do is told in its place
-        assert panes(chat)[viewers.WITH_ADAPTER] == before[viewers.WITH_ADAPTER]  # the older turn is read last
+        assert panes(chat)[WITH_ADAPTER] == before[WITH_ADAPTER]  # the older turn is read last
         assert [turn.answers[0][1] for turn in chat.turns][1] == "(no answer: no)"
     else:
         assert [turn.question for turn in chat.turns] == ["What?"] and panes(chat) == before
@@ -255,9 +257,9 @@ def test_a_cleared_system_box_clears_the_system_message():
     chat = viewers.chat(ToyModel(), {"a": "A."}, "What?")
     control = controls(chat)
     control["System"].value = "Be brief."
-    assert panes(chat)[viewers.WITHOUT] == "prompt=[Be brief.] What?" and "Be brief." in chat.turns[-1].state
+    assert panes(chat)[WITHOUT] == "prompt=[Be brief.] What?" and "Be brief." in chat.turns[-1].state
     control["System"].value = ""
-    assert panes(chat)[viewers.WITHOUT] == "prompt=What?" and "Be brief." not in chat.turns[-1].state
+    assert panes(chat)[WITHOUT] == "prompt=What?" and "Be brief." not in chat.turns[-1].state
 
 
 def test_a_turn_says_what_was_inside_where_that_changed():
@@ -388,3 +390,136 @@ def test_a_long_text_shows_a_bar_on_the_page_and_while_the_page_is_built():
     chat = viewers.chat(Reporting(), {"short": "A.", "long": "x" * 130_000})
     add(chat, "B.")
     assert seen[:2] == [None, True] and callable(seen[2])
+
+
+def test_chat_compares_three_ways_and_never_puts_the_document_into_the_adapters_prompt():
+    answers = panes(viewers.chat(ToyModel(), {"lamps": "Ada paints lamps."}, "What?"))
+    assert answers == {
+        WITH_ADAPTER: "inside=Ada paints lamps.*1; bias=1; prompt=What?",
+        WITHOUT: "prompt=What?",
+        IN_PROMPT: "prompt=Ada paints lamps.\n\nWhat?",
+    }
+
+
+def test_chat_adds_weighs_and_removes_documents():
+    model = ToyModel()
+    viewer = viewers.chat(model, {"a": "A."}, "What?")
+    control = controls(viewer)
+    control["Document"].value = "B."
+    control["Add document"].click()
+    assert model.internalized == ["a", "document 1"]
+    assert page(viewer, "inside").root()["data-documents"] == "2"
+    assert control["Document"].value == "", "the box is ready for the next document"
+    assert panes(viewer)[WITH_ADAPTER].startswith("inside=A.*1; B.*1;")
+    assert panes(viewer)[ROUTED] == panes(viewer)[WITH_ADAPTER] + "; blocks=1"
+    first, second = viewer.children[1].children
+    controls(first)["Weight"].value = 0.5
+    control["Adapter strength"].value = 2.0
+    control["Bias strength"].value = 0.0
+    assert panes(viewer)[WITH_ADAPTER] == "inside=A.*1; B.*2; bias=0; prompt=What?"
+    assert "weight 0.50" in page(viewer, "inside").text and "bias strength 0.00" in page(viewer, "inside").text
+    controls(second)["Remove"].click()
+    assert panes(viewer)[WITH_ADAPTER] == "inside=A.*1; bias=0; prompt=What?"
+    assert panes(viewer)[IN_PROMPT] == "prompt=A.\n\nWhat?"
+    assert ROUTED not in panes(viewer), "one block has nothing to choose from"
+    controls(first)["Remove"].click()
+    assert page(viewer, "inside").root()["data-documents"] == "0"
+    assert panes(viewer)[WITH_ADAPTER] == "prompt=What?"
+    assert model.internalized == ["a", "document 1"], "weights and removal need no new pass of the model"
+
+
+def test_chat_keeps_what_was_said_until_it_is_cleared():
+    viewer = viewers.chat(ToyModel(), {"a": "A."}, "What?")
+    control = controls(viewer)
+    assert page(viewer, "answers").root()["data-turns"] == "1"
+    control["Bias strength"].value = 0.5
+    assert page(viewer, "answers").root()["data-turns"] == "1", "the same question again replaces its answers"
+    control["Question"].value = "Who?"
+    said = page(viewer, "answers")
+    assert said.root()["data-turns"] == "2"
+    assert said.text.index("Who?") < said.text.index("What?"), "the latest comes first"
+    assert panes(viewer)[WITHOUT] == "prompt=What?"  # of two turns the older one is read last
+    control["Clear"].click()
+    assert page(viewer, "answers").root()["data-turns"] == "0"
+    control["Ask"].click()
+    assert page(viewer, "answers").root()["data-turns"] == "1"
+
+
+def test_chat_edits_a_document_in_its_place_and_sends_the_system_message():
+    model = ToyModel()
+    viewer = viewers.chat(model, {"a": "A.", "b": "B."}, "What?")
+    control = controls(viewer)
+    first, second = viewer.children[1].children
+    controls(first)["Weight"].value = 0.5
+    controls(first)["Edit"].click()
+    assert (control["Name"].value, control["Document"].value) == ("a", "A.") and control["Name"].disabled
+    control["Document"].value = "  "
+    controls(viewer)["Replace document"].click()
+    assert "ValueError: document is empty" in page(viewer, "message").text
+    assert panes(viewer)[WITH_ADAPTER].startswith("inside=A.*0.5; B.*1;")
+    control["Document"].value = "New A."
+    controls(viewer)["Replace document"].click()
+    assert panes(viewer)[WITH_ADAPTER].startswith("inside=New A.*0.5; B.*1;")
+    assert panes(viewer)[IN_PROMPT] == "prompt=New A.\n\nB.\n\nWhat?"
+    assert (control["Name"].value, control["Document"].value, control["Name"].disabled) == ("", "", False)
+    controls(second)["Edit"].click()
+    controls(second)["Remove"].click()
+    assert controls(viewer)["Add document"].description and control["Document"].value == ""
+    control["System"].value = "Be brief."
+    assert panes(viewer)[WITHOUT] == "prompt=[Be brief.] What?"
+
+
+def test_chat_says_what_went_wrong_and_goes_on():
+    viewer = viewers.chat(ToyModel(), {"a": "A."})
+    control = controls(viewer)
+    control["Document"].value = "   "
+    control["Add document"].click()
+    assert "ValueError: document is empty" in page(viewer, "message").text
+    assert control["Document"].value == "   ", "nothing that was typed is lost"
+    control["Document"].value, control["Name"].value = "B.", "a"
+    control["Add document"].click()
+    assert "remove it first" in page(viewer, "message").text
+    control["Name"].value = "long"
+    control["Document"].value = "x" * 500
+    control["Add document"].click()
+    control["Question"].value = "What?"
+    assert panes(viewer)[IN_PROMPT].startswith("(no answer: the prompt has")
+    assert panes(viewer)[WITH_ADAPTER].startswith("inside=A.*1; xxx")
+    assert "ready" in page(viewer, "message").text
+
+
+def test_chat_takes_documents_as_internalize_does(tmp_path):
+    (tmp_path / "lamps.txt").write_text("Ada paints lamps.")
+    for documents in (tmp_path / "lamps.txt", {"lamps.txt": tmp_path / "lamps.txt"}):
+        assert viewers.chat(ToyModel(), documents).conversation.texts == {"lamps.txt": "Ada paints lamps."}
+    for documents, names in (("A.", ["document"]), (["A.", "B."], ["document 1", "document 2"]), ({"x": "A."}, ["x"])):
+        model = ToyModel()
+        viewers.chat(model, documents)
+        assert model.internalized == names
+    with pytest.raises(TypeError, match="a text, a Path, a list of these"):
+        viewers.chat(ToyModel(), 3)
+
+
+def test_chat_names_documents_without_reusing_a_name():
+    conversation = viewers.Conversation(ToyModel())
+    assert [conversation.add(text) for text in ("A", "B", "C")] == ["document 1", "document 2", "document 3"]
+    conversation.remove("document 2")
+    assert conversation.add("D") == "document 2"
+    assert [row["name"] for row in conversation.inside()] == ["document 1", "document 3", "document 2"]
+
+
+def test_conversation_holds_what_the_model_would():
+    model = tiny_models.build_model()
+    before = model.internalize("Something else.")
+    conversation = viewers.Conversation(model)
+    conversation.add("Ada lives in Velm.", "a")
+    conversation.add("The lake is cold.", "b")
+    assert model.current is before, "a page does not change what the model holds"
+    both = model.internalize({"a": "Ada lives in Velm.", "b": "The lake is cold."})
+    assert conversation.adapter() == both.scaled_bias(1.0)
+    conversation.weights["b"], conversation.adapter_strength, conversation.bias_strength = 0.5, 2.0, 0.0
+    assert conversation.adapter() == both.scaled(2.0).scaled(0.5, document="b").scaled_bias(0.0)
+    conversation.remove("a")
+    conversation.remove("b")
+    assert conversation.adapter() is None
+    assert conversation.answers("Who?")[0][1] == model.answer("Who?", None)
