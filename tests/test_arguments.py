@@ -1,45 +1,84 @@
-"""Options of the commands: what makes no sense ends them at once, with status 2 and one line."""
+"""Options of the commands: what makes no sense ends them at once, with status 2 and one line, and nothing is begun."""
 
+import argparse
 import importlib
 import sys
 
 import pytest
 
+from d2l_lib import __main__ as command
 from d2l_lib import arguments
 from d2l_lib.presets import PRESETS, changed, preset, shortened
 
-WRONG = {
+COMMANDS = {
+    "ask": [["a.md"], ["a.md", "Who?", "--blocks", "0"], ["a.md", "Who?", "--chunk-tokens", "-1"], []],
+    "corpora": [["write", "squad", "--documents", "0"], ["write", "no-such"], ["read"]],
+    "convert": [["only one"], []],
+    "generate": [["--out", "x", "--workers", "0"], ["--out", "x", "--worker", "-1"], [],
+                 ["--out", "x", "--seed", "-1"]],
+    "internalize": [["a.md"], ["-o", "a.safetensors"], ["a.md", "-o", "a.safetensors", "--chunk-tokens", "0"]],
+    "notebooks": [["--all"]],
+    "slurm": [["--nodes", "0"], ["--gpus", "-8"], ["--hours", "0"], ["--preset", "none"]],
+    "train": [["--seed", "-1"], ["--steps", "0"], ["--save-steps", "0"], ["--keep", "-1"], ["--steps", "1e9"],
+              ["--report-steps", "-5"], ["--steps", "9" * 5000], ["--stage", "none"]],
+    "watch": [[".", "--every", "0"], [".", "--every", "inf"], [".", "--n", "0"], [".", "--lengths", "-64"]],
+    "such": [[], ["--help"]],
+}  # fmt: skip
+STUDIES = {
     "ablations": [["--n", "0"], ["--seeds", "0", "-1"], ["--variant", "none"]],
     "baselines": [["kinds", "--n", "0"], ["methods", "--documents", "-3"], ["kinds", "--distillation-steps", "0"]],
-    "corpora": [["write", "squad", "--documents", "0"]],
-    "distillation": [["--seed", "-1"], ["--steps", "0"], ["--save-steps", "0"], ["--keep", "-1"], ["--steps", "1e9"]],
     "evaluation": [["needle", "--n", "0"], ["cost", "0"], ["base", "--seed", "-1"], ["base", "--training-seed", "x"]],
     "faithfulness": [["--n", "0"], ["--n-two-hop", "-1"], ["--seed", "99999999999999999999"]],
+    "flags": [["--documents", "0"], ["--seed", "-1"]],
     "gating": [["gate", "--n", "0"], ["--seed", "-1"], ["--seed", "1.5"]],
     "probes": [["--n", "0"], ["--seed", "-1"]],
-    "reports": [["--documents", "0"], ["--seed", "-1"]],
-    "selfgen": [["--out", "x", "--workers", "0"], ["--out", "x", "--worker", "-1"], ["--out", "x", "--seed", "-1"]],
-    "slurm": [["--nodes", "0"], ["--gpus", "-8"], ["--hours", "0"]],
+    "recompression": [["recompression", "--length", "0"], ["recompression", "--n", "-1"]],
     "speed": [["tiny", "--lengths", "64", "0"], ["tiny", "--repeats", "0"], ["tiny", "--limit", "nan"]],
-    "text_to_lora": [["--seed", "-1"]],
-    "training": [["--seed", "-1"], ["--steps", "0"], ["--report-steps", "-5"], ["--steps", "9" * 5000]],
-    "watch": [[".", "--every", "0"], [".", "--every", "inf"], [".", "--n", "0"], [".", "--lengths", "-64"]],
-    "weights": [["recompression", "--length", "0"], ["recompression", "--n", "-1"]],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("module", "options"), [(m, o) for m, several in WRONG.items() for o in several])
-def test_wrong_options_end_a_command_at_once_with_one_line(module, options, monkeypatch, capsys, tmp_path):
+def pairs(several: dict) -> list:
+    return [(name, options) for name, each in several.items() for options in each]
+
+
+@pytest.fixture
+def nothing_begins(monkeypatch, tmp_path):
+    """A command whose options were taken ends there, instead of going to work."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(*several):
+        parse(*several)
+        pytest.fail("these options were taken")
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [module, *options])
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(f"d2l_lib.{module}").main()
-    assert stopped.value.code == 2
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+
+
+def check_end(stopped, capsys, folder):
     message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert len(message) < 600
-    assert "error" in message or "expected" in message or "invalid" in message or "unknown" in message
-    assert list(tmp_path.iterdir()) == []
+    assert stopped.value.code == 2 and message.count("\n") == 1 and len(message) < 600
+    words = ("error", "expected", "invalid", "unknown", "required", "unrecognized", "no command", "arguments")
+    assert any(word in message for word in words)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "options"), pairs(COMMANDS))
+def test_wrong_options_end_a_command_at_once_with_one_line(name, options, nothing_begins, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        command.main([name, *options])
+    check_end(stopped, capsys, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "options"), pairs(STUDIES))
+def test_wrong_options_end_a_study_at_once_with_one_line(name, options, nothing_begins, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"d2l_lib.studies.{name}").main()
+    check_end(stopped, capsys, tmp_path)
+
+
+def test_every_command_is_among_them():
+    assert {*COMMANDS} == {*command.COMMANDS, "such"} - {"study"}
 
 
 def test_numbers_on_the_command_line():
@@ -53,6 +92,12 @@ def test_numbers_on_the_command_line():
     ):
         with pytest.raises(arguments.argparse.ArgumentTypeError, match="a whole number from"):
             kind(text)
+    kinds = command.KINDS
+    assert (kinds["count"]("12"), kinds["count or none"]("0"), kinds["seed"]("4294967295")) == (12, 0, 2**32 - 1)
+    assert kinds["positive"]("0.5") == 0.5
+    for name, text in (("count", "1_0"), ("count", "+-1"), ("seed", "4294967296"), ("count", "²"), ("positive", "inf")):
+        with pytest.raises(argparse.ArgumentTypeError, match="is expected, not"):
+            kinds[name](text)
 
 
 @pytest.mark.parametrize("name", PRESETS)
