@@ -181,18 +181,32 @@ def atomic_file(path: str | Path, replaces: Callable[[Path], bool] | None = None
     target.parent.mkdir(parents=True, exist_ok=True)
     mode = check_replaceable(target, replaces)
     for stale in _leftovers(target, "tmp", dead=True):
-        if not stale.is_dir():
-            stale.unlink(missing_ok=True)
-    temporary = _temporary_name(target)
+        _remove_stale(stale)
+    # a folder around it, for some libraries write to temporary names of their own beside the name that they are given
+    folder = _temporary_name(target)
+    temporary = folder / _NEW
     try:
         with name_failed_writes(target):
+            folder.mkdir()
             yield temporary
             if mode is not None and not temporary.is_symlink():
                 os.chmod(temporary, mode)
             _flush(temporary)
             os.replace(temporary, target)
     finally:
-        _remove(temporary)
+        _remove(folder)
+
+
+def _remove_stale(temporary: Path) -> None:
+    """Delete what a killed write of a file left; anything that such a write does not make stays."""
+    if temporary.is_symlink() or not temporary.is_dir():
+        temporary.unlink(missing_ok=True)
+        return
+    for file in temporary.iterdir():
+        if file.name == _NEW or _LIBRARYS_OWN.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+    with suppress(OSError):
+        temporary.rmdir()
 
 
 def _flush(file: Path) -> None:
@@ -244,7 +258,9 @@ PRETRAINED_FILES = (
     "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json "
     "additional_chat_templates/*.jinja preprocessor_config.json processor_config.json video_preprocessor_config.json"
 ).split()
-_INSIDE = re.compile(r"\..+\.\d+\.[0-9a-f]{14}\.tmp")  # a temporary file within a temporary folder
+_NEW = "new"  # a file that is being written, in a temporary folder of its own
+_LIBRARYS_OWN = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what safetensors writes before it takes the name that it was given
+_INSIDE = re.compile(r"\..+\.\d+\.[0-9a-f]{14}\.tmp")  # the folder of such a file within a temporary folder
 _written: dict[Path, tuple[int, frozenset[str]]] = {}  # folders of no declared kind that this process wrote
 _TRIES = 1000
 
@@ -499,7 +515,7 @@ def _sweep(target: Path, kind: FolderKind | None, keep: Sequence[str]) -> None:
             continue
         for name, facts in _entries(folder):
             file = folder / name
-            own = _fits(name, kind.files) or _INSIDE.fullmatch(file.name)
+            own = _fits(name, kind.files) or _LIBRARYS_OWN.fullmatch(file.name) or _INSIDE.fullmatch(file.parent.name)
             if (own and stat.S_ISREG(facts.st_mode)) or (_is_kept(name, keep) and facts.st_nlink > 1):
                 file.unlink(missing_ok=True)
         for inner, _, _ in os.walk(folder, topdown=False):

@@ -115,7 +115,7 @@ def _printable(text: str) -> str:
 
 
 def _file_name(text: str) -> str:
-    if text in (".", "..") or "/" in text or "\\" in text or "\0" in text:
+    if text in (".", "..") or "/" in text or "\\" in text or "\0" in text or len(text.encode("utf-8", "replace")) > 255:
         raise ValueError("the name of a file in this folder")
     return text
 

@@ -245,12 +245,12 @@ def _rows_of(path: Path) -> pa.Table:
     unpacked = f"{path} would unpack to more than {most >> 20} MiB, as no shard does: is it damaged?"
     try:
         with pq.ParquetFile(path) as file:
+            # of the columns' own records nothing is asked: pyarrow ends the whole process where one is damaged
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-            chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
-            if sum(max(chunk.total_uncompressed_size, chunk.num_values) for chunk in chunks) > most:
+            if sum(max(group.total_byte_size, group.num_rows) for group in groups) > most:
                 raise ValueError(unpacked)
             # a text that is stored once may stand in every row: few rows at a time where it may be long
-            largest = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
+            largest = max((group.total_byte_size for group in groups), default=0)
             at_once, held, batches = min(4096, max(1, most // max(largest, 1))), 0, []
             for batch in file.iter_batches(at_once):
                 held += batch.nbytes
