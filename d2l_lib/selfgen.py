@@ -40,12 +40,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoConfig
 
 from d2l_lib import arguments as options
 
 from . import world
-from .base_model import bundled_path, load_base_model, load_tokenizer, without_code
+from .base_model import bundled_path, load_base_model, load_config, load_tokenizer
 from .documents import check_count, check_text, context_ids, question_ids, stop_ids
 from .lora import without_lora
 from .packing import TEACHER_COLUMNS
@@ -343,7 +342,7 @@ class VllmEngine:
         bundled = bundled_path(name) / "base_model"
         location = str(bundled) if bundled.is_dir() else name
         self.name, self._vllm = name, vllm
-        self.config = without_code(AutoConfig, location).get_text_config()
+        self.config = load_config(location).get_text_config()
         self.tokenizer = load_tokenizer(location)
         self.stops, self.window = stop_ids(self.tokenizer), self.config.max_position_embeddings
         options = {"max_model_len": self.window, "max_logprobs": TOP_K, "gpu_memory_utilization": gpu_share}
