@@ -557,6 +557,8 @@ class DocToLoRA:
                 f"{len(questions)} question(s) but {len(per_row)} adapters: give one adapter for all, or one per "
                 "question (a + b puts several documents into one adapter)"
             )
+        if blocks is not None or len(questions) > self.answer_batch:  # else the one batch checks them
+            self._check_adapters(list({id(one): one for one in per_row}.values()))
         if blocks is not None:
             per_row = route(self, questions, per_row, blocks, system=system)
         answers: list[str] = []
@@ -692,6 +694,9 @@ def load(
     ValueError where a base model needs code of its own.
     """
     check_place(device, dtype, device_map)
+    for name, one in (("base_model", base_model), ("encoder_model", encoder_model)):
+        if one is not None and not isinstance(one, (str, Path)):
+            raise TypeError(f"{name} must be a name, a path or None, not {type(one).__name__}")
     place = find_checkpoint(source)
     options = {
         "device": device,
