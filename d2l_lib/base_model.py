@@ -61,8 +61,7 @@ def load_base_model(
     device, dtype = check_place(device, dtype, device_map)
     location = _locate(source)
     try:
-        config = without_code(AutoConfig, location)
-        _refuse_hub_kernels(config, location)
+        config = load_config(location)
         options = {"attn_implementation": "eager"} if config.model_type in EAGER_ATTENTION else {}
         kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
         place = {} if device_map is None else {"device_map": device_map}
@@ -121,6 +120,13 @@ def without_code(kind: Any, source: str, **options: Any) -> Any:
             f"{source!r} needs Python code of its own (auto_map in its configuration), which is not run here: give a "
             "model of an architecture that transformers has built in"
         ) from error
+
+
+def load_config(source: str):
+    """The configuration of the model at a folder or hub id. NeedsCode, a ValueError, where it asks for foreign code."""
+    config = without_code(AutoConfig, source)
+    _refuse_hub_kernels(config, source)
+    return config
 
 
 def load_tokenizer(source: str, **options: Any):

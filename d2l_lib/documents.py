@@ -10,8 +10,11 @@ so it needs no table of models.
 from __future__ import annotations
 
 import re
+import sys
+import time
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
@@ -21,6 +24,7 @@ from d2l_lib.formats.text_files import read_document
 
 SENTINEL, _SYSTEM_SENTINEL = "d2lcontentgoeshere", "d2lsystemgoeshere"
 LONGEST_SHOWN, MOST_SHOWN = 60, 10  # characters of a name, and names, that a display or an error shows
+TEMPLATE_SECONDS = 10.0  # a chat template that takes longer does not end
 LONGEST_PATH = 500  # characters of a text that may be meant as the name of a file
 _NOT_IN_NAMES = {"Cs": "an unpaired surrogate", "Cc": "a control character", "Zl": "a line end", "Zp": "a line end"}
 
@@ -209,10 +213,61 @@ def _check_no_file(text: str) -> None:
 # --- wrapping -----------------------------------------------------------------------------------------------------
 
 
+class TemplateRefuses(ValueError):
+    """A chat template that does not take these messages, such as one without a system turn."""
+
+
+def from_template(chat, messages: list[dict], **options):
+    """What the chat template of a tokenizer or processor makes of these messages, as its `apply_chat_template`.
+
+    TemplateRefuses where the template, or its damage, stops it. ValueError for a template that reaches for what its
+    sandbox keeps from it, and for one that does not end within TEMPLATE_SECONDS.
+    """
+    from jinja2.exceptions import SecurityError, TemplateError
+
+    try:
+        with _stopped_after(TEMPLATE_SECONDS):
+            return chat.apply_chat_template(messages, **options)
+    except SecurityError as error:
+        raise ValueError(
+            f"the chat template asks for what no template may do ({shorten(str(error), 200)}): do not trust this model"
+        ) from error
+    except TimeoutError as error:
+        raise ValueError(str(error)) from error
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        problem = shorten(" ".join(str(error).split()), 200)
+        raise TemplateRefuses(f"the chat template failed ({type(error).__name__}: {problem})") from error
+
+
+@contextmanager
+def _stopped_after(seconds: float) -> Iterator[None]:
+    """Inside the `with` block a chat template that this thread renders has so long, then TimeoutError.
+
+    It looks at the clock at each line of the template. Where a debugger watches the thread there is no limit.
+    """
+    if sys.gettrace() is not None:
+        yield
+        return
+    end = None
+
+    def look(frame, event, argument):
+        nonlocal end
+        if frame.f_code.co_filename != "<template>":  # as jinja calls the code of a template
+            return None
+        end = time.monotonic() + seconds if end is None else end
+        if time.monotonic() > end:
+            raise TimeoutError(f"the chat template does not end: stopped after {seconds:g} s")
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
 def _render(tokenizer, messages: list[dict[str, str]], generation_prompt: bool = True) -> str:
     """The chat template's text for these messages. Options that only some templates read: no thinking, a fixed date."""
-    from jinja2.exceptions import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "this tokenizer has no chat template, and the method reads documents in chat format: use the "
@@ -220,14 +275,14 @@ def _render(tokenizer, messages: list[dict[str, str]], generation_prompt: bool =
         )
     options = {"enable_thinking": False, "date_string": "26 Jul 2024"}
     options |= {"tokenize": False, "add_generation_prompt": generation_prompt}
-    rendered = tokenizer.apply_chat_template(messages, **options)
+    rendered = from_template(tokenizer, messages, **options)
     if SENTINEL in rendered:
         return rendered
     # Some vision-language models' templates show nothing but a list of parts.
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     try:
-        return tokenizer.apply_chat_template(parts, **options)
-    except (TemplateError, TypeError):
+        return from_template(tokenizer, parts, **options)
+    except TemplateRefuses:
         return rendered
 
 
@@ -245,12 +300,10 @@ def _document_wrapping(tokenizer) -> tuple[str, str]:
     A template that refuses a system turn (Gemma-2's) gets what the others make of an empty one that they fold
     into the user's turn: a blank line before the text. This gives the affixes of the published checkpoints.
     """
-    from jinja2.exceptions import TemplateError
-
     user = {"role": "user", "content": SENTINEL}
     try:
         return _around_sentinel(_render(tokenizer, [{"role": "system", "content": ""}, user]))
-    except TemplateError:
+    except TemplateRefuses:
         before, after = _around_sentinel(_render(tokenizer, [user]))
         return before + "\n\n", after
 
@@ -330,8 +383,6 @@ def question_ids(tokenizer, questions: str | Sequence[str], system: str = "") ->
 
 
 def _question_wrapping(tokenizer, system: str) -> tuple[str, str]:
-    from jinja2.exceptions import TemplateError
-
     user = {"role": "user", "content": SENTINEL}
     if not system:
         return _around_sentinel(_render(tokenizer, [user]))
@@ -342,7 +393,7 @@ def _question_wrapping(tokenizer, system: str) -> tuple[str, str]:
         rendered = _render(tokenizer, [{"role": "system", "content": system}, user])
         # A short message may also be a word of the template, so another one tells whether there is a place for any.
         probe = _render(tokenizer, [{"role": "system", "content": _SYSTEM_SENTINEL}, user])
-    except TemplateError:
+    except TemplateRefuses:
         before, after = _around_sentinel(_render(tokenizer, [user]))
         return f"{before}{system}\n\n", after
     if _SYSTEM_SENTINEL not in probe:

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from d2l_lib.documents import check_name, checked_text, name_each
+from d2l_lib.documents import TemplateRefuses, check_name, checked_text, from_template, name_each
 
 Document = str | Path | Image.Image
 Documents = Document | Sequence[Document] | Mapping[str, Document]
@@ -53,8 +53,6 @@ def image_inputs(processor, image: Image.Image) -> dict[str, Tensor]:
 
     ValueError where the processor has no chat template.
     """
-    from jinja2.exceptions import TemplateError
-
     if not getattr(processor, "chat_template", None):
         raise ValueError(
             "this processor has no chat template, and the method reads images in chat format: use the "
@@ -64,7 +62,7 @@ def image_inputs(processor, image: Image.Image) -> dict[str, Tensor]:
     system = {"role": "system", "content": [{"type": "text", "text": ""}]}
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     try:
-        inputs = processor.apply_chat_template([system, user], **options)
-    except TemplateError:  # no system turn in this template
-        inputs = processor.apply_chat_template([user], **options)
+        inputs = from_template(processor, [system, user], **options)
+    except TemplateRefuses:  # no system turn in this template
+        inputs = from_template(processor, [user], **options)
     return {name: one for name, one in inputs.items() if isinstance(one, Tensor)}

@@ -47,6 +47,9 @@ def load(
     ValueError where a base model needs code of its own.
     """
     check_place(device, dtype, device_map)
+    for name, one in (("base_model", base_model), ("encoder_model", encoder_model)):
+        if one is not None and not isinstance(one, (str, Path)):
+            raise TypeError(f"{name} must be a name, a path or None, not {type(one).__name__}")
     place = find_checkpoint(source)
     options = {
         "device": device,

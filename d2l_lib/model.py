@@ -114,7 +114,8 @@ class DocToLoRA:
         self.least_relevance, self.gate = least_relevance, gate
         self._evaluating = 0  # how many threads internalize now
         self._lock = threading.Lock()
-        self._waiting: dict[int, tuple[Tensor, Tensor]] = {}  # of weights that are kept on the disk: (weight, sample)
+        # of weights that are kept on the disk, {(id of a part, name): (the part, which keeps the id its own, sample)}
+        self._waiting: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
         self.window = _window(base_model)
         on_cpu = self.device.type == "cpu"
         self.chunk_batch, self.batch_tokens = (12, 288) if on_cpu else (8, 8192)
@@ -369,16 +370,22 @@ class DocToLoRA:
         anew each time, so that no way of writing to the weights goes unseen; only of weights that a device_map keeps
         away they are read once.
         """
-        ends = (self.base_model.get_input_embeddings(), final_norm(self.base_model))
-        outer = {one: part for part in ends for one in part.parameters()}
-        key = _fingerprint([(one.shape, self._sample(one, part)) for one, part in outer.items()], torch.bfloat16)
-        inner: dict[Tensor, nn.Module] = {}
-        for part in _leaves(decoder_body(self.base_model), self.base_model.get_output_embeddings()):
-            inner |= {one: part for one in _lasting_tensors(part) if one not in outer}
+        ends = _leaves(self.base_model.get_input_embeddings(), final_norm(self.base_model))
+        outer = {one: (part, name) for part in ends for name, one in part._parameters.items() if one is not None}
+        inner: dict[Tensor, tuple[nn.Module, str]] = {}
+        head = self.base_model.get_output_embeddings()
+        for part in _leaves(decoder_body(self.base_model), head):
+            inner |= {one: (part, name) for name, one in _lasting_tensors(part) if one not in outer}
+        if self.base_model.config.get_text_config().tie_word_embeddings:  # placeholders do not show what is one weight
+            inner = {one: place for one, place in inner.items() if not one.is_meta or place != (head, "weight")}
+        key = self._fingerprint_of(outer)
         if not all(one.dtype.is_floating_point and one.dtype.itemsize > 1 for one in inner):
             return key
-        rest = _fingerprint([(one.shape, self._sample(one, part)) for one, part in inner.items()], torch.bfloat16)
-        return f"{key}-{rest}"
+        return f"{key}-{self._fingerprint_of(inner)}"
+
+    def _fingerprint_of(self, places: Mapping[Tensor, tuple[nn.Module, str]]) -> str:
+        """A hash of some values of each of these weights of the base model: {weight: (part, name in it)}."""
+        return _fingerprint([(one.shape, self._sample(one, *place)) for one, place in places.items()], torch.bfloat16)
 
     @property
     def hypernetwork_key(self) -> str:
@@ -386,15 +393,15 @@ class DocToLoRA:
         tensors = [(one.shape, _spread_values(one)) for one in self.hypernetwork.parameters()]
         return _fingerprint(tensors, torch.float32)
 
-    def _sample(self, tensor: Tensor, part: nn.Module) -> Tensor:
-        """Some values of a weight of `part`; of one that a device_map keeps away those of the first time."""
+    def _sample(self, tensor: Tensor, part: nn.Module, name: str) -> Tensor:
+        """Some values of a weight, `name` of `part`; of one that a device_map keeps away those of the first time."""
         if not tensor.is_meta:
             return _spread_values(tensor)
-        if id(tensor) not in self._waiting:
-            name = next(name for name, one in part.named_parameters() if one is tensor)
+        key = (id(part), name)  # not the tensor's: reading a weight puts another placeholder into its place
+        if key not in self._waiting:
             with present(part):
-                self._waiting[id(tensor)] = tensor, _spread_values(part.get_parameter(name)).clone()
-        return self._waiting[id(tensor)][1]
+                self._waiting[key] = part, _spread_values(getattr(part, name)).clone()
+        return self._waiting[key][1]
 
     def _module_paths(self) -> dict[str, str]:
         """{module: "model.layers.{layer}.mlp.down_proj"}: where the target linears sit, for export."""
@@ -534,6 +541,8 @@ class DocToLoRA:
                 f"{len(questions)} question(s) but {len(per_row)} adapters: give one adapter for all, or one per "
                 "question (a + b puts several documents into one adapter)"
             )
+        if blocks is not None or len(questions) > self.answer_batch:  # else the one batch checks them
+            self._check_adapters(list({id(one): one for one in per_row}.values()))
         if blocks is not None:
             per_row = route(self, questions, per_row, blocks, system=system)
         answers: list[str] = []
@@ -724,12 +733,12 @@ def _leaves(*modules: nn.Module | None) -> Iterator[nn.Module]:
             waiting += reversed(part._modules.values())
 
 
-def _lasting_tensors(part: nn.Module) -> Iterator[Tensor]:
-    """What a module itself holds and a file of weights would: parameters and persistent buffers."""
-    yield from (one for one in part._parameters.values() if one is not None)
+def _lasting_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a module itself holds and a file of weights would, by name: parameters and persistent buffers."""
+    yield from ((name, one) for name, one in part._parameters.items() if one is not None)
     for name, one in part._buffers.items():
         if one is not None and name not in part._non_persistent_buffers_set:
-            yield one
+            yield name, one
 
 
 @contextmanager

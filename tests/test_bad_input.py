@@ -8,6 +8,8 @@ import torch
 from tiny_models import build_base_model, build_model, build_tokenizer, random_hypernetwork
 
 import d2l_lib as d2l
+from d2l_lib import base_model as base_model_module
+from d2l_lib import model as model_module
 from d2l_lib.adapter import Adapter
 from d2l_lib.model import DocToLoRA
 
@@ -218,6 +220,92 @@ def test_what_is_no_adapter(model):
             model.answer("Who?", wrong)
     with pytest.raises(TypeError, match="expected Adapters"):
         model.answer(["Who?", "Why?"], [None, 3])
+
+
+@pytest.mark.parametrize("wrong", ["x", 3, object(), "document"])
+@pytest.mark.parametrize("blocks", [None, 1])
+def test_what_is_no_adapter_is_found_before_anything_is_computed(model, adapter, wrong, blocks, monkeypatch):
+    def compute(*arguments, **options):
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(model.base_model, "forward", compute)
+    monkeypatch.setattr(model, "answer_batch", 2)
+    questions = ["Who?"] * 5
+    for given in (wrong, [adapter] * 4 + [wrong], [wrong] + [None] * 4, ([None] * 4 + [wrong])):
+        with pytest.raises(TypeError, match="expected (an )?Adapter"):
+            model.answer(questions, given, blocks=blocks)
+        with pytest.raises(TypeError, match="expected (an )?Adapter"), model.applied(given):
+            pass
+    stranger = build_model(seed=7).internalize(DOCUMENT)
+    with pytest.raises(ValueError, match="another hypernetwork"):
+        model.answer(questions, [adapter] * 4 + [stranger], blocks=blocks)
+    with pytest.raises(TypeError, match="Mapping|dict|expected"):
+        model.answer(questions, {"document": adapter}, blocks=blocks)
+
+
+# --- places and precisions --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_read(monkeypatch):
+    """No weights are read."""
+
+    def read(*arguments, **options):
+        raise AssertionError(f"read {arguments}")
+
+    for name in ("load_checkpoint", "read_published", "load_base_model", "read_whole"):
+        monkeypatch.setattr(model_module, name, read)
+    monkeypatch.setattr(base_model_module, "without_code", read)
+
+
+PLACES = [
+    ({"device": "nonsense"}, ValueError, "unknown device 'nonsense'; devices here: cpu"),
+    ({"device": ""}, ValueError, "unknown device ''"),
+    ({"device": 0.5}, TypeError, "device must be a name such as 'cpu'"),
+    ({"device": 99}, TypeError, "device must be a name"),
+    ({"device": ["cpu"]}, TypeError, "device must be a name"),
+    ({"device": "cpu:7"}, ValueError, "'cpu:7' is not here"),
+    ({"device": "cuda:99"}, ValueError, "'cuda:99' is not here"),
+    ({"device": torch.device("meta")}, ValueError, "'meta' is not here"),
+    ({"device": "hpu"}, ValueError, "'hpu' cannot be used here"),
+    ({"dtype": "foo"}, TypeError, "dtype must be torch.float32, torch.bfloat16 or torch.float16"),
+    ({"dtype": "float32"}, TypeError, "dtype must be torch.float32"),
+    ({"dtype": float}, TypeError, "dtype must be torch.float32"),
+    ({"dtype": torch.int8}, ValueError, "cannot run in torch.int8: give torch.float32"),
+    ({"dtype": torch.bool}, ValueError, "cannot run in torch.bool"),
+    ({"dtype": torch.complex64}, ValueError, "cannot run in torch.complex64"),
+    ({"dtype": torch.float8_e4m3fn}, ValueError, "cannot run in torch.float8_e4m3fn"),
+    ({"device_map": 3}, TypeError, "device_map must be 'auto' or"),
+    ({"device": "cpu", "device_map": "auto"}, ValueError, "or device_map"),
+]
+
+
+@pytest.mark.usefixtures("nothing_read")
+@pytest.mark.parametrize(("options", "error", "message"), PLACES)
+def test_where_no_model_can_be(options, error, message):
+    with pytest.raises(error, match=message):
+        d2l.load("tiny", **options)
+    with pytest.raises(error, match=message):
+        base_model_module.load_base_model("tiny", **options)
+
+
+@pytest.mark.usefixtures("nothing_read")
+def test_cuda_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:0", torch.device("cuda")):
+        with pytest.raises(ValueError, match=r"'cuda(:0)?' is not here; devices here: cpu.*None takes the fastest"):
+            d2l.load("tiny", device=device)
+
+
+@pytest.mark.usefixtures("nothing_read")
+def test_sources_that_are_no_names():
+    for source in (None, 3, b"tiny", "", "  ", ["tiny"], {}):
+        with pytest.raises(TypeError, match="source must be a name or path"):
+            d2l.load(source)
+    for name in ("base_model", "encoder_model"):
+        with pytest.raises(TypeError, match=f"{name} must be a name, a path or None, not int"):
+            d2l.load("tiny", **{name: 3})
 
 
 # --- models that do not belong together -------------------------------------------------------------------------------

@@ -39,9 +39,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import AutoConfig
 
-from d2l_lib.base_model import bundled_path, load_base_model, load_tokenizer, without_code
+from d2l_lib.base_model import bundled_path, load_base_model, load_config, load_tokenizer
 from d2l_lib.documents import check_count, check_text, check_texts, context_ids, question_ids, stop_ids
 from d2l_lib.engine import TOP_K, Prompts, Reply, TransformersEngine, _reply
 from d2l_lib.formats.shards import (
@@ -156,7 +155,7 @@ class VllmEngine:
         bundled = bundled_path(name) / "base_model"
         location = str(bundled) if bundled.is_dir() else name
         self.name, self._vllm = name, vllm
-        self.config = without_code(AutoConfig, location).get_text_config()
+        self.config = load_config(location).get_text_config()
         self.tokenizer = load_tokenizer(location)
         self.stops, self.window = stop_ids(self.tokenizer), self.config.max_position_embeddings
         options = {"max_model_len": self.window, "max_logprobs": TOP_K, "gpu_memory_utilization": gpu_share}
