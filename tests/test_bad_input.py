@@ -9,7 +9,7 @@ from tiny_models import build_base_model, build_model, build_tokenizer, random_h
 
 import d2l_lib as d2l
 from d2l_lib import base_model as base_model_module
-from d2l_lib import model as model_module
+from d2l_lib import loading
 from d2l_lib.adapter import Adapter
 from d2l_lib.model import DocToLoRA
 
@@ -254,7 +254,7 @@ def nothing_read(monkeypatch):
         raise AssertionError(f"read {arguments}")
 
     for name in ("load_checkpoint", "read_published", "load_base_model", "read_whole"):
-        monkeypatch.setattr(model_module, name, read)
+        monkeypatch.setattr(loading, name, read)
     monkeypatch.setattr(base_model_module, "without_code", read)
 
 
