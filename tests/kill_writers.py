@@ -27,6 +27,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 from tiny_models import build_model, random_hypernetwork
+from transformers.utils.logging import disable_progress_bar
 
 from d2l_lib.formats.checkpoints import convert, export, save_checkpoint
 from d2l_lib.formats.shards import COUNTS, SCHEMA, _problem, _write_shard, shard_path
@@ -296,6 +297,7 @@ def concurrent(output: Output, folder: Path, n: int, n_writers: int = 4) -> Coun
 def main(n: int, n_writes: int = 240, only: str = "") -> None:
     """All kinds whose name contains a word of `only` (commas between them); AssertionError names what fails."""
     torch.set_num_threads(1)
+    disable_progress_bar()  # its lock, shared by all processes, would be held for ever by one that was killed
     work = Path(tempfile.mkdtemp(prefix="kill_writers_"))
     rng = random.Random(0)
     try:
