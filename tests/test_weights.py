@@ -306,8 +306,8 @@ def test_exact_match_counts_whole_answers_with_the_adapter_that_was_given():
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     model = build_model(window=1024)
-    monkeypatch.setattr(weights, "load", lambda name: model)
-    monkeypatch.setattr(weights, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(recompression, "load", lambda name: model)
+    monkeypatch.setattr(recompression, "project_root", lambda: tmp_path)
     monkeypatch.setattr(recompression, "RANKS", (1, 2))
     command = ["weights", "recompression", "--length", "400", "--seed", "3", "--n"]
     path = tmp_path / "data" / "full_runs" / "recompression.jsonl"
@@ -335,6 +335,6 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert whole["error"] == 0 and json.dumps(in_parts)
 
     other = build_model(seed=5, window=1024)
-    monkeypatch.setattr(weights, "load", lambda name: other)
+    monkeypatch.setattr(recompression, "load", lambda name: other)
     with pytest.raises(SystemExit, match="^weights: .*recompression.jsonl holds rows of another hypernetwork"):
         recompression.main()

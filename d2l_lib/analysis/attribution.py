@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -202,6 +203,7 @@ def sentence_units(adapter: Adapter, documents: str | Mapping[str, str]) -> pd.D
     ValueError where a document's text is missing, or a block has no span in it.
     """
     named = document_texts(adapter, documents)
+    sentences: dict[str, list[tuple[int, int]]] = {}
     units = []
     for number, block in enumerate(adapter.blocks):
         if block.span is None:
@@ -209,7 +211,11 @@ def sentence_units(adapter: Adapter, documents: str | Mapping[str, str]) -> pd.D
         if block.document not in named or block.span[1] > len(named[block.document]):
             raise ValueError(f"pass documents={{{block.document!r}: its text}}: sentences are read from it")
         text = named[block.document]
-        for start, end in split_sentences(text):
+        spans = sentences.setdefault(block.document, [])
+        spans += [] if spans else split_sentences(text)
+        first = bisect_right(spans, block.span[0], key=lambda span: span[1])
+        last = bisect_left(spans, block.span[1], key=lambda span: span[0])
+        for start, end in spans[first:last]:
             start, end = max(start, block.span[0]), min(end, block.span[1])
             if start < end and text[start:end].strip():
                 end = start + len(text[start:end].rstrip())

@@ -147,19 +147,40 @@ def block_energy(adapter: Adapter) -> pd.DataFrame:
     documents = _only_documents(adapter)
     if not documents.blocks:
         raise ValueError("this adapter holds no documents: there is no block to measure")
-    whole = {module: _inner(documents, documents, module) for module in adapter.modules}
+    of_module = {module: _energies(documents, module) for module in adapter.modules}
     rows = []
-    for block in documents.blocks:
-        alone = replace(documents, blocks=(block,))
+    for number, block in enumerate(documents.blocks):
         start, end = block.span if block.span is not None else (None, None)
-        for module in adapter.modules:
-            own, shared = _inner(alone, alone, module), _inner(alone, documents, module)
-            for layer in range(adapter.n_layers):
-                total = float(whole[module][layer])
+        for module, (own, shared, whole) in of_module.items():
+            for layer, total in enumerate(whole.tolist()):
                 row = {"document": block.document, "chunk": block.chunk, "start": start, "end": end}
-                row |= {"module": module, "layer": layer, "norm": math.sqrt(max(0.0, float(own[layer])))}
-                rows.append(row | {"share": float(shared[layer]) / total if total else math.nan})
+                row |= {"module": module, "layer": layer, "norm": math.sqrt(max(0.0, float(own[number, layer])))}
+                rows.append(row | {"share": float(shared[number, layer]) / total if total else math.nan})
     return pd.DataFrame(rows)
+
+
+def _energies(documents: Adapter, module: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(<dW_block, dW_block>, <dW_block, dW>, each [blocks, L], ||dW||_F^2 [L]) in float64.
+
+    dW is formed, layer by layer, where that is less work than all pairs of rows.
+    """
+    A, B = (factor.double() for factor in documents.factors(module))
+    ranks = [block.rank for block in documents.blocks]
+    each = list(zip(A.split(ranks, 1), B.split(ranks, 1), strict=True))
+    own = torch.stack([((a @ a.mT) * (b @ b.mT)).sum((1, 2)) for a, b in each])
+    d_in, d_out = documents.sizes[module]
+    if A.shape[1] * (d_in + d_out) <= d_in * d_out:
+        shared = torch.stack([((a @ A.mT) * (b @ B.mT)).sum((1, 2)) for a, b in each])
+        total = _inner(documents, documents, module) / documents.scale**2
+    else:
+        layers = []
+        for a, b in zip(A, B, strict=True):
+            whole = b.T @ a  # [d_out, d_in]
+            layers.append((((b @ whole) * a).sum(1), whole.square().sum()))
+        of_rows, totals = zip(*layers, strict=True)
+        shared = torch.stack([part.sum(1) for part in torch.stack(of_rows).split(ranks, 1)])
+        total = torch.stack(totals)
+    return tuple(documents.scale**2 * value for value in (own, shared, total))
 
 
 def block_norms(adapter: Adapter) -> pd.DataFrame:

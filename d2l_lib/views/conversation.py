@@ -12,6 +12,7 @@ from d2l_lib.documents import name_documents, read_document
 from d2l_lib.views.page import Report, Viewer, Work, listen, render_view, takes, wrapped
 
 NAMED = 8  # documents that a line names
+LISTED = 100  # documents in the list of what is inside
 LONG_TEXT = 20_000  # characters: a longer text shows a bar while a page is being built
 WITH_ADAPTER = "adapter, document not in the prompt"
 ROUTED = "adapter, its most relevant block alone"
@@ -23,12 +24,15 @@ IN_PROMPT = "base model, document in its prompt"
 
 
 def render_inside(documents: Iterable[dict], adapter_strength: float, bias_strength: float) -> str:
-    """What is inside the model right now. documents: name, n_blocks, n_characters, weight."""
+    """What is inside the model right now. documents: name, n_blocks, n_characters, weight; the first 100 are listed."""
+    documents = list(documents)
     rows = [
         f"<li><b>{markup.inline(row['name'])}</b>: {row['n_characters']:,} characters, "
         f"{row['n_blocks']} block{'' if row['n_blocks'] == 1 else 's'}, weight {row['weight']:.2f}</li>"
-        for row in documents
+        for row in documents[:LISTED]
     ]
+    if len(documents) > LISTED:
+        rows.append(f"<li>and {len(documents) - LISTED:,} more</li>")
     if rows:
         strengths = f"adapter strength {adapter_strength:.2f}, bias strength {bias_strength:.2f}"
         body = f"<b>Inside right now</b> ({strengths})<ul>{''.join(rows)}</ul>"
@@ -36,7 +40,7 @@ def render_inside(documents: Iterable[dict], adapter_strength: float, bias_stren
         body = (
             "<b>Inside right now:</b> nothing. Add a document first; until then all answers are the base model's own."
         )
-    return render_view("inside", body, documents=len(rows))
+    return render_view("inside", body, documents=len(documents))
 
 
 class Turn(NamedTuple):
