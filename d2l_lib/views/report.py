@@ -36,7 +36,8 @@ class Report(numbers.Report):
         picture = base64.b64encode(buffer.getvalue()).decode()
         page = (
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Internalization report</title></head>'
-            f'<body>{render_report(self)}<p><img alt="Margin of each sentence" src="data:image/png;base64,{picture}">'
+            f'<body>{render_report(self)}<p><img alt="Margin of each sentence" style="max-width: 100%" '
+            f'src="data:image/png;base64,{picture}">'
             "</p></body></html>"
         )
         return write_atomic(path, page)
