@@ -186,6 +186,10 @@ def _read_and_internalize(a: argparse.Namespace, steps: _Steps):
 
 
 def _ask(a: argparse.Namespace) -> None:
+    if Path(a.question).is_file():
+        a.error(f"the question comes last, behind the files; {a.question[:40]!r} is a file")
+    if not a.question.strip():
+        a.error("the question is blank")
     steps = _Steps(a.quiet)
     model, adapter = _read_and_internalize(a, steps)
     blocks = a.blocks or (1 if model.least_relevance > -math.inf else None)

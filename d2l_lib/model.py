@@ -79,7 +79,7 @@ class DocToLoRA:
     shape for each length: what is missing is filled up, so that on the CPU a block's numbers do not depend, even in
     their last bit, on which other chunks were internalized along with it.
     `least_relevance` (no limit unless the checkpoint names one): where a number of `blocks` is to answer, one that is
-    less relevant than this many nats stays out (see `routing`). `gate` (a routing.Gate, or None): what `gating.gated`
+    less relevant than this many nats stays out (see `routing`). `gate` (a routing.Gate, or None): what `routing.gated`
     asks of blocks beyond that where the base model has an answer of its own.
     `iterative` (False) writes blocks one base layer after another: less memory, the same numbers.
     """

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 TOKENS_AT_ONCE = 2048  # of questions, one copy for each block that is tried
-SHARE = 0.3  # of the divergence in a block's relevance; `gating.measure_shares` says what others find
+SHARE = 0.3  # of the divergence in a block's relevance; `studies.routing_shares` says what others find
 
 
 @dataclass(frozen=True)
 class Gate:
-    """How relevant a block must be to questions that the base model answers by itself (see `gating.gated`).
+    """How relevant a block must be to questions that the base model answers by itself (see `gated`).
 
     Of n unrelated blocks the most relevant one is the more so the larger n is, as the largest of n draws is: a block
     must reach `known` + `growth` * log2(n) nats. `refusal`: what the base model says where it does not know.

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rehearsal import snapshot_in
 from tiny_models import build_base_model, build_tokenizer, random_hypernetwork
 
 import d2l_lib as d2l
 from d2l_lib.formats import hub
 from d2l_lib.formats.checkpoints import export
-from d2l_lib.studies.rehearsal import snapshot_in
 
 PUBLISHED = {
     "gemma_demo": "google/gemma-2-2b-it",

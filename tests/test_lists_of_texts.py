@@ -15,7 +15,7 @@ from d2l_lib.documents import check_texts
 from d2l_lib.formats.shards import find_shards
 from d2l_lib.presets import changed, preset
 from d2l_lib.routing import gated
-from d2l_lib.studies import baselines, evaluation, faithfulness, notebooks, speed
+from d2l_lib.studies import base_scores, baselines, faithfulness, notebooks, speed
 from d2l_lib.tasks import qa, scores, world
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.training import selfgen, slurm
@@ -37,7 +37,7 @@ CALLS = {
     "reports.find_questions": lambda texts: report.find_questions(MODEL, texts),
     "reports.ask_about": lambda texts: report.ask_about(MODEL, texts, 1, 0),
     "reports.score_answers": lambda texts: report.score_answers(MODEL, texts, [[1]], [None]),
-    "evaluation.greedy_answers": lambda texts: evaluation.greedy_answers(MODEL, None, texts),
+    "base_scores.greedy_answers": lambda texts: base_scores.greedy_answers(MODEL, None, texts),
     "presets.changed": lambda texts: changed(preset("tiny").needle, texts),
     "baselines.Internalized": lambda texts: baselines.Internalized(MODEL).answer((None, "x"), texts),
     "baselines.InContext": lambda texts: baselines.InContext(MODEL).answer("x", texts),

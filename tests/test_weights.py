@@ -1,8 +1,6 @@
 """Geometry from factors equals that of the update that is formed, and does not depend on which factors were chosen."""
 
-import json
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +9,8 @@ import pytest
 import torch
 from tiny_models import build_base_model, build_model, logits_of
 
-from d2l_lib import records
 from d2l_lib.adapter import Adapter, Block, decompose, only_layers, singular_part
 from d2l_lib.analysis import weights
-from d2l_lib.studies import recompression
 from d2l_lib.tasks.world import Question
 
 LAYERS, D_IN, D_OUT = 3, 12, 10
@@ -302,39 +298,3 @@ def test_exact_match_counts_whole_answers_with_the_adapter_that_was_given():
     assert weights.exact_match(model, asked, None) == expected < 1
     with pytest.raises(ValueError, match="no question"):
         weights.exact_match(model, [], adapter)
-
-
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
-    model = build_model(window=1024)
-    monkeypatch.setattr(recompression, "load", lambda name: model)
-    monkeypatch.setattr(recompression, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(recompression, "RANKS", (1, 2))
-    command = ["weights", "recompression", "--length", "400", "--seed", "3", "--n"]
-    path = tmp_path / "data" / "full_runs" / "recompression.jsonl"
-    internalized = []
-    once = model.internalize_each
-    monkeypatch.setattr(model, "internalize_each", lambda texts: internalized.append(texts) or once(texts))
-
-    monkeypatch.setattr(sys, "argv", [*command, "3"])
-    recompression.main()
-    at_once = [
-        {k: v for k, v in row.items() if k not in ("seconds", "n", "command")} for row in records.read_jsonl(path)
-    ]
-    assert len(internalized) == 3, "each haystack is internalized once"
-    path.unlink()
-    for n in ("1", "3"):
-        monkeypatch.setattr(sys, "argv", [*command, n])
-        recompression.main()
-    assert len(internalized) == 6, "the second call does not begin again"
-    in_parts = records.read_jsonl(path)
-    assert [{k: v for k, v in row.items() if k not in ("seconds", "n", "command")} for row in in_parts] == at_once
-    assert [row["sample"] for row in in_parts if row["full"]] == [0, 1, 2]
-    assert in_parts[-1]["command"].endswith("recompression --length 400 --seed 3 --n 3")
-    small, whole = in_parts[0], next(row for row in in_parts if row["full"])
-    assert small["rank"] == 1 < whole["rank"] and small["bytes"] < whole["bytes"] and small["error"] > whole["error"]
-    assert whole["error"] == 0 and json.dumps(in_parts)
-
-    other = build_model(seed=5, window=1024)
-    monkeypatch.setattr(recompression, "load", lambda name: other)
-    with pytest.raises(SystemExit, match="^weights: .*recompression.jsonl holds rows of another hypernetwork"):
-        recompression.main()

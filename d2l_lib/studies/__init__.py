@@ -1,1 +1,223 @@
-"""Programs that fill data/full_runs: each measures one thing and records it."""
+"""Studies: the programs that fill data/full_runs, `d2l study NAME`.
+
+A study is a line in STUDIES and a function `run(model, n, seed, ...)`. It returns a table (a DataFrame, or rows as
+dicts), or several by the names of their files; or it yields them as it gets on, and goes on from its own files when it
+is started again. What is written, and how, stands here, and needs no torch to be listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from d2l_lib.presets import QA_VARIANTS
+from d2l_lib.records import project_root, write_jsonl
+
+
+@dataclass(frozen=True)
+class Study:
+    """place: where its function is, "module:function". files: what it fills, in data/full_runs, without ".jsonl".
+
+    n, of: how many of what, where nothing else is asked for. model: what is loaded ("": it loads what it needs). load:
+    the function that loads it. options: its own, as argparse takes them.
+    """
+
+    place: str
+    files: tuple[str, ...]
+    about: str
+    n: int
+    of: str
+    model: str = "tiny/qa"
+    load: str = "loading:load"
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+_OF_SPEED = {
+    "--lengths": {"type": "count", "nargs": "+", "help": "of documents, in tokens"},
+    "--limit": {"type": "positive", "default": 600.0, "help": "seconds after which a measurement is ended"},
+    "--memory-limit": {"type": "count", "help": "MiB that a measurement may allocate on the CPU (Linux)"},
+    "--again": {"action": "store_true", "help": "drop first what is recorded of the same models, depth and device"},
+}
+_SIZES = {
+    "--layers": {"type": "count", "help": "base layers (26 on a GPU, 2 on a CPU)"},
+    "--vocabulary": {"type": "count", "help": "256000 on a GPU, 4096 on a CPU"},
+    "--dtype": {"choices": ("float32", "bfloat16", "float16")},
+}
+STUDIES = {
+    "base-model": Study(
+        "base_scores:run",
+        ("base_model",),
+        "what the base model reads, and knows of the encyclopedia",
+        *(500, "samples per task", "tiny", "base_model:load_base_model"),
+    ),
+    "needles": Study(
+        "needle_scores:run",
+        ("needle_{variant}_seed{training_seed}",),
+        "exact match on needles by length and depth",
+        *(500, "haystacks per length", "tiny"),
+        options={
+            "--variant": {"default": "ours", "help": "what the hypernetwork's training is called in the record"},
+            "--training-seed": {"type": "seed", "default": 0, "help": "its seed, for the record"},
+        },
+    ),
+    "kinds": Study(
+        "kinds:run",
+        ("qa_kinds", "qa_lengths"),
+        "answers by kind of question, number of facts and length",
+        *(1000, "one-hop questions"),
+    ),
+    "methods": Study(
+        "methods:run",
+        ("qa_methods", "qa_methods_lengths"),
+        "all methods on the same documents, with their costs",
+        *(10, "documents of 20 facts, eight questions each"),
+        options={
+            "--distillation-steps": {"type": "count", "default": 300},
+            "--text-to-lora": {"help": "folder of a model that `d2l train --stage text-to-lora` made"},
+        },
+    ),
+    "probes": Study(
+        "probes:run",
+        ("qa_probes",),
+        "interference, conflict, many documents, removal, two hops",
+        *(500, "questions per probe and condition"),
+    ),
+    "ablations": Study(
+        "ablations:run",
+        ("qa_ablation/<variant>_seed<seed>",),
+        "the question-answering recipe with one part changed, trained",
+        *(100, "questions per task and number of facts", ""),
+        options={
+            "--variant": {"choices": list(QA_VARIANTS), "help": "one variant (default: all)"},
+            "--seeds": {"type": "seed", "nargs": "+", "help": "several, in place of --seed"},
+            "--runs": {"type": Path, "default": Path("runs"), "help": "where the trainings are"},
+        },
+    ),
+    "attribution": Study(
+        "faithfulness:run",
+        ("attribution",),
+        "methods that trace an answer, against what really happens",
+        *(500, "one-hop questions that all blocks answer rightly"),
+        options={"--n-two-hop": {"type": "count", "default": 150, "help": "two-hop questions answered rightly"}},
+    ),
+    "routing": Study(
+        "routing_shares:run",
+        ("routing",),
+        "how the relevance of a block is best measured",
+        *(400, "questions, half of each condition"),
+    ),
+    "gate": Study(
+        "gate:run",
+        ("gate", "gate_ideas"),
+        "when the adapter should stay out of an answer",
+        *(400, "questions of each sort and split"),
+        options={"--keep": {"metavar": "MODEL", "help": "write the thresholds into this model's folder"}},
+    ),
+    "dial": Study(
+        "dial:run",
+        ("conflict_dial",),
+        "how strongly an adapter should speak",
+        *(400, "documents of each split"),
+    ),
+    "report": Study(
+        "flags:run",
+        ("report",),
+        "how well the report flags facts that were not stored",
+        *(25, "documents of each split, of 8 to 40 facts"),
+    ),
+    "recompression": Study(
+        "recompression:run",
+        ("recompression",),
+        "needles found by adapters of smaller rank",
+        *(100, "haystacks", "tiny"),
+        options={"--length": {"type": "count", "default": 131072, "help": "of the haystacks, in tokens"}},
+    ),
+    "speed-tiny": Study(
+        "speed:run_tiny",
+        ("speed_tiny",),
+        "seconds and memory of the bundled models",
+        *(5, "repeats of each measurement, at most", ""),
+        options=_OF_SPEED,
+    ),
+    "speed-gemma": Study(
+        "speed:run_gemma",
+        ("speed_gemma",),
+        "seconds and memory at Gemma-2-2B's sizes",
+        *(5, "repeats of each measurement, at most", ""),
+        options=_SIZES | _OF_SPEED,
+    ),
+}
+
+
+def record_path(name: str) -> Path:
+    """The file of a record in data/full_runs."""
+    return project_root() / "data" / "full_runs" / f"{name}.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command `study`: a name, and those of that study."""
+    names = parser.add_subparsers(dest="study", required=True, metavar="NAME")
+    names.add_parser("list", help="all studies and their files")
+    for name, study in STUDIES.items():
+        one = names.add_parser(name, help=study.about, description=f"{study.about}: {', '.join(study.files)}.")
+        if study.model:
+            one.add_argument("--model", default=study.model, help=f"bundled name, or a folder ({study.model})")
+        one.add_argument("--n", type="count", default=study.n, help=f"{study.of} ({study.n})")
+        one.add_argument("--seed", type="seed", default=0, help="of what is asked and measured (0)")
+        for option, settings in study.options.items():
+            one.add_argument(option, **settings)
+
+
+def run(a: argparse.Namespace) -> None:
+    """Run a study and record its tables; print what it returns."""
+    if a.study == "list":
+        for name, study in STUDIES.items():
+            print(f"{name:<14} {study.about} ({', '.join(study.files)})")
+        return
+    study = STUDIES[a.study]
+    own = {option[2:].replace("-", "_") for option in study.options}
+    options = {"n": a.n, "seed": a.seed} | {name: getattr(a, name) for name in own}
+    function = _function(f"studies.{study.place}")
+    if study.model:
+        options["model"] = _function(study.load)(a.model)
+    done = function(**options)
+    facts = {"seed": a.seed, "n": a.n, "command": a.command, "threads": _threads()}
+    for tables in done if isinstance(done, Iterator) else [done]:
+        named = tables if isinstance(tables, dict) else {study.files[0].format(**vars(a)): tables}
+        for name, table in named.items():
+            rows = record(name, table, facts)
+            if not isinstance(done, Iterator):
+                show(rows)
+
+
+def record(name: str, table, facts: dict) -> list[dict]:
+    """Write a table, each row with the `facts` that it lacks; a row that has its command is left as it is."""
+    if not isinstance(table, list):
+        table = table.astype(object).where(table.notna(), None).to_dict("records")
+    rows = [row if "command" in row else row | {k: v for k, v in facts.items() if k not in row} for row in table]
+    write_jsonl(record_path(name), rows)
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    """Print a record: what validation chose, where there is such a column, and at most 60 rows."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows).drop(columns=["command", "threads"], errors="ignore")
+    table = table[table["chosen"]] if "chosen" in table else table
+    print(table.to_string(max_rows=60))
+
+
+def _function(place: str):
+    module, name = place.split(":")
+    return getattr(import_module(f"d2l_lib.{module}"), name)
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()

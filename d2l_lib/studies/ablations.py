@@ -1,7 +1,7 @@
 """What each part of the question-answering recipe is for: the recipe with one part changed, trained briefly and scored.
 
-    python -m d2l_lib.studies.ablations --variant "rank 4" --seed 1     # one row of the table
-    python -m d2l_lib.studies.ablations --seeds 0 1 2                    # every variant and seed that has no record yet
+    d2l study ablations --variant "rank 4" --seed 1     # one row of the table
+    d2l study ablations --seeds 0 1 2                   # every variant and seed that has no record yet
 
 Each (variant, seed) is a file data/full_runs/qa_ablation/<variant>_seed<k>.jsonl, so that runs can be made anywhere, in
 any order, and an interrupted one goes on where it was. Variants are `presets.QA_VARIANTS`.
@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from d2l_lib import arguments as options
 from d2l_lib.base_model import load_base_model
 from d2l_lib.engine import TransformersEngine
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import QA_VARIANTS, HypernetworkPreset, QAPreset, qa_variant
-from d2l_lib.records import one_line_errors, project_root, read_rows, write_jsonl
-from d2l_lib.studies.baselines import ONE_HOP
+from d2l_lib.records import read_rows
+from d2l_lib.studies import record_path
 from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.tasks.scores import summarise
@@ -42,7 +42,7 @@ def score_briefly(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
     document of 20 facts inside.
     """
     tables = [
-        world_samples(n, seed, facts=(count, count), kinds=ONE_HOP).assign(task="one hop", facts=count)
+        world_samples(n, seed, facts=(count, count), kinds=world.ONE_HOP_KINDS).assign(task="one hop", facts=count)
         for count in FACTS
     ]
     tables.append(world_samples(n, seed, facts=(8, 8), kinds=("unanswerable",)).assign(task="unanswerable", facts=8))
@@ -72,15 +72,15 @@ def run_variant(
     return summarise(score_briefly(model, n, seed=0), ["task", "facts"]).assign(seconds=round(seconds))
 
 
-def record_path(variant: str, seed: int) -> Path:
-    """Where the rows of a variant and seed are recorded."""
+def record_name(variant: str, seed: int) -> str:
+    """Under which name the rows of a variant and seed are recorded."""
     name = variant.replace(",", "").replace(" ", "_").replace("-", "_")
-    return project_root() / "data" / "full_runs" / "qa_ablation" / f"{name}_seed{seed}.jsonl"
+    return f"qa_ablation/{name}_seed{seed}"
 
 
 def read_records() -> pd.DataFrame:
     """All rows that are recorded: variant, seed, task, facts, n, exact_match, low, high, seconds, command."""
-    paths = [record_path(variant, seed) for variant in QA_VARIANTS for seed in range(10)]
+    paths = [record_path(record_name(variant, seed)) for variant in QA_VARIANTS for seed in range(10)]
     return pd.DataFrame([row for path in paths if path.exists() for row in read_rows(path)])
 
 
@@ -94,34 +94,25 @@ def share_warm_up(variant: str, run: Path, ours: Path) -> None:
         shutil.copytree(ours / "readout", run / "readout")
 
 
-@one_line_errors("ablations")
-def main() -> None:
-    """Train and score variants of the question-answering recipe on the bundled base model, one after another."""
-    parser = options.Parser(description=main.__doc__)
-    parser.add_argument("--variant", choices=list(QA_VARIANTS), help="one variant (default: all)")
-    parser.add_argument("--seeds", type=options.seed, nargs="+", default=[0])
-    parser.add_argument("--n", type=options.count, default=100, help="questions per task and number of facts")
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    a = parser.parse_args()
+def run(
+    n: int, seed: int, variant: str | None, seeds: Sequence[int] | None, runs: Path
+) -> Iterator[dict[str, pd.DataFrame]]:
+    """The records: variants of the recipe, trained on the bundled base model one after another and scored."""
     base_model, tokenizer = load_base_model("tiny")
-    for seed in a.seeds:
-        for variant in [a.variant] if a.variant else QA_VARIANTS:
-            path = record_path(variant, seed)
-            if path.exists():
+    for one in seeds or [seed]:
+        for name in [variant] if variant else QA_VARIANTS:
+            file = record_name(name, one)
+            if record_path(file).exists():
                 continue
-            print(f"--- {variant}, seed {seed}", flush=True)
+            print(f"--- {name}, seed {one}", flush=True)
             shards = None
-            if QA_VARIANTS[variant].get("shards"):
-                shards = a.runs / "selfgen" / "ablation"
+            if QA_VARIANTS[name].get("shards"):
+                shards = runs / "selfgen" / "ablation"
                 selfgen.generate(SHARDS, shards, TransformersEngine("tiny", base_model, tokenizer))
-            run = a.runs / "tiny" / "ablation" / path.stem
-            share_warm_up(variant, run, run.with_name(f"ours_seed{seed}"))
-            table = run_variant(qa_variant(variant), base_model, tokenizer, run, seed, "tiny", a.n, shards)
-            command = f'python -m d2l_lib.studies.ablations --variant "{variant}" --seeds {seed} --n {a.n}'
-            facts = {"variant": variant, "seed": seed, "threads": torch.get_num_threads(), "command": command}
-            write_jsonl(path, table.assign(**facts).to_dict("records"))
+            folder = runs / "tiny" / "ablation" / Path(file).name
+            share_warm_up(name, folder, folder.with_name(f"ours_seed{one}"))
+            table = run_variant(qa_variant(name), base_model, tokenizer, folder, one, "tiny", n, shards)
             print(table.to_string(), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            command = f'd2l study ablations --variant "{name}" --seed {one} --n {n}'
+            facts = {"variant": name, "seed": one, "threads": torch.get_num_threads(), "command": command}
+            yield {file: table.assign(**facts)}

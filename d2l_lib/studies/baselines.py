@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,23 +22,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from d2l_lib import arguments as options
-from d2l_lib import records
 from d2l_lib.adapter import Adapter, Block
 from d2l_lib.base_model import module_sizes
 from d2l_lib.documents import check_texts, open_turn, question_ids
 from d2l_lib.engine import Reply, TransformersEngine
-from d2l_lib.loading import load
 from d2l_lib.lora import apply_lora, without_lora
 from d2l_lib.model import DocToLoRA
-from d2l_lib.studies import evaluation
-from d2l_lib.tasks import qa, scores, world
-from d2l_lib.tasks.questions import world_samples
+from d2l_lib.studies import memory
+from d2l_lib.tasks import qa
 from d2l_lib.training.batches import IGNORED
 from d2l_lib.training.losses import context_average, distillation
 from d2l_lib.training.selfgen import WRITER_PROMPTS, parse_questions
 from d2l_lib.training.step import answer_logits
-from d2l_lib.training.text_to_lora import load_text_to_lora
 
 
 class Method(Protocol):
@@ -345,7 +339,7 @@ def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = F
         for document, rows in documents:
             asked = list(rows["question"])
             gc.collect()
-            evaluation.reset_peak_memory()
+            memory.reset_peak_memory()
             began = time.perf_counter()
             prepared = method.prepare(document, asked)
             between = time.perf_counter()
@@ -354,7 +348,7 @@ def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = F
             index += list(rows.index)
             found["seconds_prepare"] += [between - began] * len(rows)
             found["seconds_answer"] += [ended - between] * len(rows)
-            found["peak_memory_mib"] += [evaluation.peak_memory_mib()] * len(rows)
+            found["peak_memory_mib"] += [memory.peak_memory_mib()] * len(rows)
         tables.append(table.join(pd.DataFrame(found, index=index)))
         if report:
             per_document = sum(found["seconds_prepare"]) / max(1, len(index))
@@ -378,126 +372,3 @@ def costs(compared: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFra
 
 
 # --------------------------------------------------------------------------------------------------------- the command
-ONE_HOP = ("one_hop", "number", "date")
-
-
-def question_kinds(model: DocToLoRA, n: int, seed: int, facts: tuple[int, int] = (1, 40)) -> pd.DataFrame:
-    """In context, Doc-to-LoRA (all blocks, and routed to one) and no context on `n` one-hop questions and a fifth as
-    many of each other kind, a fresh document of `facts` (fewest, most) facts for each; the columns of `qa.load_qa`,
-    method, prediction, one_hop, facts ("6-10"), correct. Many questions are answered at once, so nothing is timed here.
-    """
-    tables = []
-    for kinds, count in ((ONE_HOP, n), *(((kind,), max(1, n // 5)) for kind in world.KINDS if kind not in ONE_HOP)):
-        # which of two, lists and two hops need documents that hold several facts
-        fewest = facts[0] if kinds[0] in (*ONE_HOP, "paraphrase", "yes_no", "unanswerable") else max(4, facts[0])
-        samples = world_samples(count, seed, facts=(fewest, facts[1]), kinds=kinds)
-        tables.append(samples.assign(one_hop=kinds == ONE_HOP))
-    samples = pd.concat(tables, ignore_index=True)
-    samples = samples.assign(
-        dataset="world",
-        id=[f"test/{seed}/{i}" for i in range(len(samples))],
-        answers=[[answer] for answer in samples["answer"]],
-        facts=[scores.in_fives(n_facts) for n_facts in samples["n_facts"]],
-    )
-    samples = qa.add_lengths(samples, model.tokenizer)
-    tables = []
-    for start in range(0, len(samples), 128):  # in parts, for memory
-        some = samples.iloc[start : start + 128]
-        asked, documents = list(some["question"]), list(some["document"])
-        pairs = zip(documents, asked, strict=True)
-        prompts = [prompt for document, question in pairs for prompt in _with_document(model, document, [question], 48)]
-        adapters = model.internalize_each(documents)
-        predictions = {
-            "in context": model.answer(prompts, None, max_new_tokens=48),
-            "Doc-to-LoRA": model.answer(asked, adapters, max_new_tokens=48),
-            "Doc-to-LoRA, routed": model.answer(asked, adapters, max_new_tokens=48, blocks=1),
-            "no context": model.answer(asked, None, max_new_tokens=48),
-        }
-        tables += [some.assign(method=method, prediction=said) for method, said in predictions.items()]
-        print(f"{start + len(some)} of {len(samples)} questions", flush=True)
-    compared = pd.concat(tables, ignore_index=True)
-    return compared.assign(correct=compared["prediction"] == compared["answer"])
-
-
-def document_questions(n_documents: int, n_questions: int, seed: int, n_facts: int = 20) -> pd.DataFrame:
-    """`n_documents` test documents of `n_facts` facts with `n_questions` one-hop questions each, as `qa.load_qa`."""
-    rng = random.Random(f"documents/{seed}")
-    rows = []
-    for number in range(n_documents):
-        document = world.draw_document(rng, "test", n_facts)
-        for fact in rng.sample(document.facts, n_questions):
-            question = world.question_about(rng, fact)
-            identity = {
-                "dataset": "world",
-                "id": f"{seed}/{number}/{fact.subject}/{fact.relation}",
-                "document": document.text,
-            }
-            rows.append(identity | {"question": question.text, "answers": [question.answer], "kind": question.kind})
-    return pd.DataFrame(rows)
-
-
-def all_methods(
-    model: DocToLoRA,
-    distillation_steps: int,
-    queries: Sequence[int] = (5, 20, 100),
-    text_to_lora: DocToLoRA | None = None,
-) -> list[Method]:
-    """Every method with the settings of the record; `text_to_lora`: see the module of that name."""
-    return [
-        *([] if text_to_lora is None else [Internalized(text_to_lora, "pooled text-to-LoRA")]),
-        InContext(model),
-        NoContext(model),
-        InContext(model, "truncated to 128 tokens", tokens=128 + 48),
-        Internalized(model),
-        Internalized(model, "Doc-to-LoRA, routed", blocks=1),
-        Internalized(model, "Doc-to-LoRA, layer by layer", iterative=True),
-        Internalized(model, "Doc-to-LoRA and context", with_context=True),
-        *(PromptCompression(model, rate, use_llmlingua=False) for rate in (0.9, 0.8, 0.6, 0.4, 0.2)),
-        ContextDistillation(model, "oracle", steps=distillation_steps),
-        *(ContextDistillation(model, n, steps=distillation_steps) for n in queries),
-    ]
-
-
-@records.one_line_errors("baselines")
-def main() -> None:
-    """Comparisons on the generated world, recorded in data/full_runs with seed, n and command.
-
-    kinds: every kind of question by number of facts and length. methods: all methods on the same documents, with their
-    costs.
-    """
-    parser = options.Parser(description=main.__doc__)
-    parser.add_argument("what", choices=("kinds", "methods"))
-    parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
-    parser.add_argument("--n", type=options.count, default=1000, help="one-hop questions (kinds)")
-    parser.add_argument(
-        "--documents", type=options.count, default=10, help="of 20 facts, eight questions each (methods)"
-    )
-    parser.add_argument("--distillation-steps", type=options.count, default=300)
-    parser.add_argument("--text-to-lora", help="folder of a model that d2l_lib.training.text_to_lora trained (methods)")
-    parser.add_argument("--seed", type=options.seed, default=0)
-    a = parser.parse_args()
-    facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.studies.baselines", *sys.argv[1:]])}
-    facts["threads"] = torch.get_num_threads()
-    folder = records.project_root() / "data" / "full_runs"
-    model = load(a.model)
-    if a.what == "kinds":
-        compared = question_kinds(model, a.n, a.seed)
-        by_facts = evaluation.record(
-            folder / "qa_kinds.jsonl", compared, ["method", "one_hop", "kind", "facts"], **facts
-        )
-        lengths = qa.summarise_scores(qa.score(compared), ["method", "one_hop", "length_bin"]).assign(**facts)
-        records.write_jsonl(folder / "qa_lengths.jsonl", lengths.to_dict("records"))
-        print(by_facts.to_string())
-        return
-    questions = qa.add_lengths(document_questions(a.documents, 8, a.seed), model.tokenizer)
-    pooled = load_text_to_lora(a.text_to_lora) if a.text_to_lora else None
-    compared = compare(all_methods(model, a.distillation_steps, text_to_lora=pooled), questions, report=True)
-    table = qa.summarise_scores(qa.score(compared), ["method", "dataset", "length_bin"])
-    overall = qa.summarise_scores(qa.score(compared), ["method"])
-    for name, rows in (("qa_methods", overall.merge(costs(compared))), ("qa_methods_lengths", table)):
-        records.write_jsonl(folder / f"{name}.jsonl", rows.assign(**facts).to_dict("records"))
-        print(rows.to_string())
-
-
-if __name__ == "__main__":
-    main()

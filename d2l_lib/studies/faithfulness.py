@@ -1,6 +1,6 @@
 """Whether a trace can be believed: scores of attribution methods against what really happens, and against the truth.
 
-    python -m d2l_lib.studies.faithfulness --n 500        # data/full_runs/attribution.jsonl
+    d2l study attribution --n 500        # data/full_runs/attribution.jsonl
 
 In the generated world it is known which sentence answers a question, so that a method's first unit can be right or
 wrong. Everything else here needs no such knowledge: parts are taken away, or added, in the order that a method gives,
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from d2l_lib import arguments as options
 from d2l_lib.analysis.attribution import METHODS, Trials, attribute, ranks
 from d2l_lib.analysis.trust import (
     EVERY,
@@ -38,9 +36,8 @@ from d2l_lib.analysis.trust import (
     worst_rank,
 )
 from d2l_lib.documents import check_texts, split_sentences
-from d2l_lib.loading import load
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import one_line_errors, project_root, read_rows, write_jsonl
+from d2l_lib.records import project_root, read_rows, write_jsonl
 from d2l_lib.routing import route
 from d2l_lib.tasks import world
 from d2l_lib.tasks.scores import wilson
@@ -398,44 +395,19 @@ def exactness(model: DocToLoRA, n: int, seed: int) -> dict:
     return {"n": n, "largest_difference_nats": worst}
 
 
-@one_line_errors("faithfulness")
-def main() -> None:
-    """The study of a bundled model: one-hop and two-hop questions on documents of 8 to 40 sentences, recorded in
-    data/full_runs/attribution.jsonl with seed, n and command. It goes on where it was interrupted.
+def run(model: DocToLoRA, n: int, seed: int, n_two_hop: int) -> list[dict]:
+    """The record: see `summarise`, and rows of cost and exactness. Finished batches are kept in runs/attribution, from
+    which it goes on where it was interrupted.
     """
-    parser = options.Parser(description=main.__doc__)
-    parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
-    parser.add_argument("--n", type=options.count, default=500, help="one-hop questions that all blocks answer rightly")
-    parser.add_argument(
-        "--n-two-hop", type=options.count, default=150, help="two-hop questions that all blocks answer rightly"
-    )
-    parser.add_argument("--seed", type=options.seed, default=0)
-    a = parser.parse_args()
-    model = load(a.model)
     folder = project_root() / "runs" / "attribution"
     began = time.perf_counter()
 
     def report(right: int, n: int) -> None:
         print(f"{right} of {n} answered rightly, {time.perf_counter() - began:.0f} s", flush=True)
 
-    samples = pd.concat(
-        [
-            study(model, a.n, a.seed, folder, progress=report),
-            study(model, a.n_two_hop, a.seed, folder, kinds=("two_hop",), progress=report),
-        ],
-        ignore_index=True,
-    )
-    found = summarise(samples, a.seed)
-    found += [{"what": "cost"} | block_cost(model, sentences, a.seed) for sentences in SIZES]
-    found.append({"what": "exactness"} | exactness(model, 20, a.seed))
-    command = " ".join(["python -m d2l_lib.studies.faithfulness", *sys.argv[1:]])
-    facts = {"seed": a.seed, "command": command}
-    found = [{k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))} | facts for row in found]
-    write_jsonl(project_root() / "data" / "full_runs" / "attribution.jsonl", found)
-    table = pd.DataFrame([row for row in found if row["what"] == "method" and row["sentences"] == "all"])
-    print(table.drop(columns=["what", "command", "seed", "sentences"]).round(3).to_string())
-    print(pd.DataFrame([row for row in found if row["what"] == "check"]).dropna(axis=1, how="all").to_string())
-
-
-if __name__ == "__main__":
-    main()
+    one_hop = study(model, n, seed, folder, progress=report)
+    two_hop = study(model, n_two_hop, seed, folder, kinds=("two_hop",), progress=report)
+    found = summarise(pd.concat([one_hop, two_hop], ignore_index=True), seed)
+    found += [{"what": "cost"} | block_cost(model, sentences, seed) for sentences in SIZES]
+    found.append({"what": "exactness"} | exactness(model, 20, seed))
+    return [{k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))} for row in found]

@@ -1,20 +1,16 @@
-"""TODO docstring."""
+"""How well the report flags the facts that an adapter fails to answer."""
 
 from __future__ import annotations
 
 import math
 import random
-import sys
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from d2l_lib import arguments as options
 from d2l_lib.analysis.report import find_questions, kept, most_frequent, probe_questions
 from d2l_lib.documents import split_sentences
-from d2l_lib.loading import load
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import one_line_errors, project_root, write_jsonl
 from d2l_lib.tasks import world
 
 SIGNALS = {  # of a sentence; what is least is flagged first
@@ -24,8 +20,6 @@ SIGNALS = {  # of a sentence; what is least is flagged first
     "share of questions answered": lambda asked: (asked["margin"] > 0).mean(),
     "over the controls": lambda asked: most_frequent(asked)[["over_zero", "over_wrong"]].min(),
 }
-
-
 ANSWERING = {"all blocks": None, "routed": 1}
 
 
@@ -102,36 +96,16 @@ def best_flags(curve: pd.DataFrame) -> pd.DataFrame:
     return curve.loc[best]
 
 
-@one_line_errors("reports")
-def main() -> None:
-    """How well the report of a bundled model flags what its adapters fail to answer, on generated documents, recorded
-    in data/full_runs/report.jsonl with seed, n and command.
-
-    Thresholds are chosen on validation documents (column `chosen`) and measured, with all others, on test documents.
-    """
-    parser = options.Parser(description=main.__doc__)
-    parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
-    parser.add_argument("--documents", type=options.count, default=25, help="of each split, of 8 to 40 facts")
-    parser.add_argument("--seed", type=options.seed, default=0)
-    a = parser.parse_args()
-    facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.analysis.report", *sys.argv[1:]])}
-    model = load(a.model)
+def run(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
+    """The record: `flag_curve` of `n` documents of each split; `chosen` marks what is best on validation documents."""
     curves = []
+    thresholds = None
     for split in ("validation", "test"):
-        samples = flag_samples(model, a.documents, a.seed, split)
-        if not curves:
-            curve = flag_curve(samples)
+        curve = flag_curve(flag_samples(model, n, seed, split), thresholds)
+        if thresholds is None:
             chosen = best_flags(curve).set_index(["condition", "signal"])["threshold"]
             thresholds = curve.groupby("signal")["threshold"].unique().to_dict()
-        else:
-            curve = flag_curve(samples, thresholds)
-        keys = zip(curve["condition"], curve["signal"], strict=True)
-        marks = [chosen[key] == at for key, at in zip(keys, curve["threshold"], strict=True)]
-        curves.append(curve.assign(chosen=marks, split=split, documents=a.documents, **facts))
-    table = pd.concat(curves, ignore_index=True)
-    write_jsonl(project_root() / "data" / "full_runs" / "report.jsonl", table.to_dict("records"))
-    print(table[table["chosen"]].drop(columns="command").to_string())
-
-
-if __name__ == "__main__":
-    main()
+        rows = zip(curve["condition"], curve["signal"], curve["threshold"], strict=True)
+        marks = [chosen[condition, signal] == at for condition, signal, at in rows]
+        curves.append(curve.assign(chosen=marks, split=split, documents=n))
+    return pd.concat(curves, ignore_index=True)

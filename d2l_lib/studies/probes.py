@@ -1,26 +1,22 @@
 """Probes of what an adapter holds and what it disturbs, on the generated world, where the truth is known.
 
 Every function returns one row per question and condition: probe, condition, question, answer, prediction, correct, and
-columns of its own. `evaluation.summarise(rows, ["probe", "condition"])` makes the table. A condition that ends in
+columns of its own. `scores.summarise(rows, ["probe", "condition"])` makes the table. A condition that ends in
 ", routed" is the one before it with only the most relevant block of the adapter answering (`routing`).
 """
 
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
 
-from d2l_lib import arguments as options
-from d2l_lib.loading import load
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import one_line_errors, project_root
-from d2l_lib.studies.evaluation import record
 from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import disjoint_documents, one_hop_question
+from d2l_lib.tasks.scores import summarise
 
 INSTRUCTION = "You are a useful assistant."
 FACTS = 5  # of a document, where nothing else is said
@@ -250,21 +246,7 @@ def all_probes(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
     )
 
 
-@one_line_errors("probes")
-def main() -> None:
-    """All probes of a bundled model, recorded in data/full_runs/qa_probes.jsonl with seed, n and command."""
-    parser = options.Parser(description=main.__doc__)
-    parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
-    parser.add_argument("--n", type=options.count, default=500, help="questions per probe and condition")
-    parser.add_argument("--seed", type=options.seed, default=0)
-    a = parser.parse_args()
-    rows = all_probes(load(a.model), a.n, a.seed)
-    rows = rows.assign(about=rows["about"].fillna(""))
-    facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.studies.probes", *sys.argv[1:]])}
-    path = project_root() / "data" / "full_runs" / "qa_probes.jsonl"
-    table = record(path, rows, ["probe", "condition", "about"], **facts)
-    print(table.to_string())
-
-
-if __name__ == "__main__":
-    main()
+def run(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
+    """The record: every probe, summarised by condition."""
+    rows = all_probes(model, n, seed)
+    return summarise(rows.assign(about=rows["about"].fillna("")), ["probe", "condition", "about"])

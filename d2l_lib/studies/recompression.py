@@ -1,19 +1,17 @@
-"""TODO docstring."""
+"""Needles found by adapters that were cut to a smaller rank."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from d2l_lib import arguments as options
 from d2l_lib.adapter import singular_part
 from d2l_lib.analysis.weights import recompression
-from d2l_lib.loading import load
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import one_line_errors, project_root, read_rows, write_jsonl
+from d2l_lib.records import read_rows
+from d2l_lib.studies import record_path
 from d2l_lib.tasks import needles
 from d2l_lib.tasks.scores import summarise
 
@@ -50,36 +48,20 @@ def recompressed_needles(
         ]
 
 
-@one_line_errors("weights")
-def main() -> None:
-    """Needles found by recompressed adapters of long haystacks, recorded in data/full_runs/recompression.jsonl.
+def run(model: DocToLoRA, n: int, seed: int, length: int) -> Iterator[list[dict]]:
+    """The record after each haystack; rows of other lengths and seeds stay, haystacks that it holds are passed over.
 
-    One row per haystack and rank, written as soon as a haystack is done: started again, the command goes on there. Rows
-    of other lengths and seeds stay.
+    ValueError where the file holds rows of another hypernetwork.
     """
-    parser = options.Parser(description=main.__doc__)
-    parser.add_argument("what", choices=("recompression",))
-    parser.add_argument("--model", default="tiny", help="bundled name, or a folder")
-    parser.add_argument("--length", type=options.count, default=131072, help="of the haystacks, in tokens")
-    parser.add_argument("--n", type=options.count, default=100, help="haystacks")
-    parser.add_argument("--seed", type=options.seed, default=0, help="of the evaluation")
-    a = parser.parse_args()
-    model = load(a.model)
-    path = project_root() / "data" / "full_runs" / "recompression.jsonl"
+    path = record_path("recompression")
     rows = read_rows(path) if path.is_file() else []
     key = model.hypernetwork_key
     if any(row["hypernetwork"] != key for row in rows):
         raise ValueError(f"{path} holds rows of another hypernetwork: move it away first")
-    done = {row["sample"] for row in rows if (row["length_tokens"], row["seed"]) == (a.length, a.seed)}
-    facts = {"n": a.n, "hypernetwork": key, "command": " ".join(["python -m d2l_lib.analysis.weights", *sys.argv[1:]])}
-    for new in recompressed_needles(model, a.length, a.n, a.seed, RANKS, skip=len(done)):
-        rows += [row | facts for row in new]
-        write_jsonl(path, rows)
-        print(
-            f"haystack {new[0]['sample'] + 1} of {a.n}: {sum(row['correct'] for row in new)} of {len(new)}", flush=True
-        )
+    done = {row["sample"] for row in rows if (row["length_tokens"], row["seed"]) == (length, seed)}
+    for new in recompressed_needles(model, length, n, seed, RANKS, skip=len(done)):
+        rows += [row | {"n": n, "hypernetwork": key} for row in new]
+        right = sum(row["correct"] for row in new)
+        print(f"haystack {new[0]['sample'] + 1} of {n}: {right} of {len(new)}", flush=True)
+        yield rows
     print(summarise(pd.DataFrame(rows), ["length_tokens", "rank"]).to_string())
-
-
-if __name__ == "__main__":
-    main()

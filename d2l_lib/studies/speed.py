@@ -1,10 +1,10 @@
 """Seconds and memory: what internalizing and answering cost, beside what they cannot cost less than.
 
-    python -m d2l_lib.studies.speed all                  # everything that the notebook reads, on the CPU in minutes
-    python -m d2l_lib.studies.speed gemma --layers 26 --lengths 1024 4096 32768 131072    # Gemma-2-2B's sizes, on a GPU
+    d2l study speed-tiny                                                   # the bundled models, on the CPU in minutes
+    d2l study speed-gemma --layers 26 --lengths 1024 4096 32768 131072     # Gemma-2-2B's sizes, on a GPU
 
 A `Measurement` says what is measured; `measure` does it here, `measure_alone` in a process of its own, so that the peak
-memory of one does not hold another's, and `record` writes one row each into a file, going on where it was interrupted.
+memory of one does not hold another's, and `record` adds one row each to a record, going on where it was interrupted.
 
 The floor of internalizing is one pass of the context encoder over the document's tokens: no method that reads the
 document with this encoder can be quicker. Gemma-2-2B's sizes come with random weights, for time and memory do not
@@ -17,7 +17,6 @@ import multiprocessing
 import platform
 import random
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -34,7 +33,6 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from d2l_lib import arguments as options
 from d2l_lib.adapter import Adapter
 from d2l_lib.base_model import decoder_body, default_device, generate, load_base_model, module_sizes
 from d2l_lib.documents import check_count, check_texts, chunk_document, question_ids
@@ -42,9 +40,10 @@ from d2l_lib.encoder import ContextEncoder
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.loading import load
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import one_line_errors, project_root, read_rows, write_jsonl
+from d2l_lib.records import read_rows
 from d2l_lib.routing import route
-from d2l_lib.studies.evaluation import peak_memory_mib, reset_peak_memory
+from d2l_lib.studies import record_path
+from d2l_lib.studies.memory import peak_memory_mib, reset_peak_memory
 from d2l_lib.tasks import needles, world
 
 # The published sizes of google/gemma-2-2b-it.
@@ -95,7 +94,6 @@ PARTS = ("text", "encoder", "Perceiver", "head", "moving")  # of internalizing, 
 # Imported once by the process from which those of the measurements are forked: importing takes longer than measuring.
 PRELOAD = [
     "d2l_lib.model",
-    "d2l_lib.studies.evaluation",
     "torch.utils.flop_counter",
     "transformers.generation",
     "transformers.models.auto.modeling_auto",
@@ -579,16 +577,13 @@ def _limit_memory(mib: int) -> None:
 
 
 def record(
-    measurements: Sequence[Measurement], path: Path, command: str, *, again: bool = False, report=None, **options
-) -> pd.DataFrame:
-    """All rows of the file `path` after each of the measurements was made that it does not hold yet, one after another.
+    measurements: Sequence[Measurement], rows: Sequence[dict] = (), *, again: bool = False, **options
+) -> Iterator[list[dict]]:
+    """The rows of a record after each of the measurements that it lacks, one after another.
 
-    The file is written anew after each, so an interrupted call goes on where it was. again: what the file holds of the
-    same models and depths on the same device is dropped first. report(done, total, row) is called after each; options
-    go to `measure_alone`.
+    again: rows of the same models and depths on the same device are dropped first. options go to `measure_alone`.
     """
-    wanted = [m.here() for m in measurements]
-    rows = read_rows(path) if path.is_file() else []
+    wanted, rows = [m.here() for m in measurements], list(rows)
     if again:
         replaced = {(m.model, m.layers, m.device) for m in wanted}
         rows = [row for row in rows if (row["model"], row["layers"], row["device"]) not in replaced]
@@ -597,11 +592,10 @@ def record(
     for done, m in enumerate(missing, 1):
         began = time.perf_counter()
         row = measure_alone(m, **options)
-        rows.append(row | {"spent_s": round(time.perf_counter() - began, 1), "command": command})
-        write_jsonl(path, rows)
-        if report is not None:
-            report(done, len(missing), rows[-1])
-    return pd.DataFrame(rows)
+        rows.append(row | {"spent_s": round(time.perf_counter() - began, 1)})
+        result = f"{row['seconds']:.4f} s" if row["status"] == "measured" else row["status"]
+        print(f"{done} of {len(missing)}: {m}: {result}", flush=True)
+        yield rows
 
 
 def measurement_of(row: dict) -> Measurement:
@@ -609,16 +603,11 @@ def measurement_of(row: dict) -> Measurement:
     return Measurement(**{name: row[name] for name in Measurement.__dataclass_fields__})
 
 
-def record_path(name: str) -> Path:
-    """Where the rows of "tiny" and "gemma" are recorded."""
-    return project_root() / "data" / "full_runs" / f"speed_{name}.jsonl"
-
-
 def read_records(name: str) -> pd.DataFrame:
     """All rows recorded for "tiny" or "gemma"; FileNotFoundError says which command makes them."""
-    path = record_path(name)
+    path = record_path(f"speed_{name}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: python -m d2l_lib.studies.speed {name} records it")
+        raise FileNotFoundError(f"{path} is not there: d2l study speed-{name} records it")
     return pd.DataFrame(read_rows(path))
 
 
@@ -776,46 +765,32 @@ def gemma_measurements(
     return [replace(m, seed=seed, **options) for m in found]
 
 
-@one_line_errors("speed")
-def main() -> None:
-    """Record seconds and peak memory in data/full_runs/speed_tiny.jsonl and speed_gemma.jsonl, one process for each
-    measurement. Goes on where it was interrupted. Times mean something only where nothing else uses the cores.
-    """
-    parser = options.Parser(description=main.__doc__)
-    parser.add_argument("what", choices=("tiny", "gemma", "all"))
-    parser.add_argument("--lengths", type=options.count, nargs="+", help="of documents, in tokens")
-    parser.add_argument(
-        "--layers", type=options.count, help="base layers of Gemma-2-2B's sizes (26 on a GPU, 2 on a CPU)"
-    )
-    parser.add_argument(
-        "--vocabulary", type=options.count, help="of Gemma-2-2B's sizes (256000 on a GPU, 4096 on a CPU)"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of Gemma-2-2B's sizes")
-    parser.add_argument("--seed", type=options.seed, default=0, help="of documents and random weights")
-    parser.add_argument("--repeats", type=options.count, default=REPEATS, help="of each measurement, at most")
-    parser.add_argument(
-        "--limit", type=options.positive, default=600.0, help="seconds after which a measurement is ended"
-    )
-    parser.add_argument(
-        "--memory-limit", type=options.count, help="MiB that a measurement may allocate on the CPU (Linux)"
-    )
-    parser.add_argument(
-        "--again", action="store_true", help="drop first what is recorded of the same models, depth and device"
-    )
-    a = parser.parse_args()
-    command = " ".join(["python -m d2l_lib.studies.speed", *(word for word in sys.argv[1:] if word != "--again")])
-
-    def report(done: int, total: int, row: dict) -> None:
-        found = f"{row['seconds']:.4f} s" if row["status"] == "measured" else row["status"]
-        print(f"{done} of {total}: {measurement_of(row)}: {found}", flush=True)
-
-    of_gemma = gemma_measurements(a.lengths, a.layers, a.vocabulary, a.dtype, a.seed)
-    plan = {"tiny": tiny_measurements(a.seed, a.lengths), "gemma": of_gemma}
-    for name in ("tiny", "gemma") if a.what == "all" else (a.what,):
-        limits = {"repeats": a.repeats, "least": min(LEAST_REPEATS, a.repeats), "limit_s": a.limit}
-        limits["memory_limit_mib"] = a.memory_limit
-        record(plan[name], record_path(name), command, again=a.again, report=report, **limits)
+def run_tiny(
+    n: int, seed: int, lengths: Sequence[int] | None, limit: float, memory_limit: int | None, again: bool
+) -> Iterator[list[dict]]:
+    """The record of the bundled models; times mean something only where nothing else uses the cores."""
+    return _recorded("tiny", tiny_measurements(seed, lengths), n, limit, memory_limit, again)
 
 
-if __name__ == "__main__":
-    main()
+def run_gemma(
+    n: int,
+    seed: int,
+    lengths: Sequence[int] | None,
+    layers: int | None,
+    vocabulary: int | None,
+    dtype: str | None,
+    limit: float,
+    memory_limit: int | None,
+    again: bool,
+) -> Iterator[list[dict]]:
+    """The record at Gemma-2-2B's sizes."""
+    plan = gemma_measurements(lengths, layers, vocabulary, dtype, seed)
+    return _recorded("gemma", plan, n, limit, memory_limit, again)
+
+
+def _recorded(
+    name: str, plan: Sequence[Measurement], n: int, limit: float, memory_limit: int | None, again: bool
+) -> Iterator[list[dict]]:
+    path = record_path(f"speed_{name}")
+    limits = {"repeats": n, "least": min(LEAST_REPEATS, n), "limit_s": limit, "memory_limit_mib": memory_limit}
+    return record(plan, read_rows(path) if path.is_file() else [], again=again, **limits)

@@ -20,7 +20,7 @@ from d2l_lib.formats.checkpoints import build_hypernetwork, config_of_settings, 
 from d2l_lib.hypernetwork import HypernetworkConfig
 from d2l_lib.model import DocToLoRA
 from d2l_lib.records import append_jsonl, read_appended, read_json, write_atomic
-from d2l_lib.studies.evaluation import needle_samples
+from d2l_lib.studies.needle_scores import needle_samples
 from d2l_lib.tasks import qa
 from d2l_lib.training.loop import checkpoints, is_whole, step_of
 from d2l_lib.training.step import HYPERNETWORK

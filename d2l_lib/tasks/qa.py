@@ -118,7 +118,7 @@ def load_qa(
     `source` is a file or folder in the data set's own format (.json, .jsonl) or the hub's (.parquet); by default the
     folder data/qa/<name> if there is one, else the hub. `split` defaults to the one that is evaluated. DROP: each
     span counts as an answer of its own (the hub's form cannot tell lists from alternatives). `world` is generated: it
-    needs `n` and takes no source; `evaluation.world_samples` has the evidence too.
+    needs `n` and takes no source; `questions.world_samples` has the evidence too.
 
     Records without document, question or answer are left out, with a warning; `frame.attrs["unusable"]` counts them
     by reason. ValueError for an unknown name, a file that cannot be read, a missing or ill-formed column (naming file,

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 
 from d2l_lib.documents import question_ids
-from d2l_lib.studies import evaluation
+from d2l_lib.studies import base_scores, needle_scores
 from d2l_lib.tasks import needles, scores, world
 from d2l_lib.tasks.questions import world_samples
 
@@ -34,8 +34,9 @@ def test_summarise_counts_each_group():
 
 def test_greedy_answers_in_batches_equal_one_by_one(model):
     prompts = ["Who?", "A much longer question about the town, and its mayor?", "When was it?", "x" * 90]
-    together = evaluation.greedy_answers(model.base_model, model.tokenizer, prompts, max_new_tokens=6, batch_tokens=300)
-    alone = [evaluation.greedy_answers(model.base_model, model.tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
+    both = model.base_model, model.tokenizer
+    together = base_scores.greedy_answers(*both, prompts, max_new_tokens=6, batch_tokens=300)
+    alone = [base_scores.greedy_answers(*both, [prompt], max_new_tokens=6)[0] for prompt in prompts]
     assert together == alone and len(set(alone)) > 1
     assert len(question_ids(model.tokenizer, prompts[1])) * 2 < 300, "some batches hold several prompts"
 
@@ -56,7 +57,7 @@ def test_needle_samples_internalize_the_haystack_and_ask_the_question_alone(mode
     monkeypatch.setattr(
         type(model), "answer", lambda self, q, a, **k: (seen.append((list(q), list(a))), original(self, q, a, **k))[1]
     )
-    samples = evaluation.needle_samples(model, [200, 400], n=3, seed=0, chunk_tokens=150, batch=2)
+    samples = needle_scores.needle_samples(model, [200, 400], n=3, seed=0, chunk_tokens=150, batch=2)
     assert samples.groupby("length_tokens").size().to_dict() == {200: 3, 400: 3}
     assert all(q == needles.QUESTION for questions, _ in seen for q in questions)
     assert all(len(adapter.blocks) > 1 for _, adapters in seen for adapter in adapters)
@@ -65,15 +66,15 @@ def test_needle_samples_internalize_the_haystack_and_ask_the_question_alone(mode
 
 def test_in_context_prompts_hold_the_haystack(model, monkeypatch):
     prompts = []
-    monkeypatch.setattr(evaluation, "greedy_answers", lambda *a, **k: prompts.extend(a[2]) or ["0000"] * len(a[2]))
-    samples = evaluation.needle_in_context_samples(model, [100], n=2, seed=0)
+    monkeypatch.setattr(needle_scores, "greedy_answers", lambda *a, **k: prompts.extend(a[2]) or ["0000"] * len(a[2]))
+    samples = needle_scores.needle_in_context_samples(model, [100], n=2, seed=0)
     assert all(f"is {answer}." in prompt for answer, prompt in zip(samples["answer"], prompts, strict=True))
 
 
 def test_block_norms_equal_the_norm_of_the_formed_update(model):
     haystack = needles.build_haystack(model.tokenizer, 400, 0.5, "4217")
     adapter = model.internalize(haystack.text, chunk_tokens=150).scaled(0.5)
-    norms = evaluation.block_norms(adapter, haystack)
+    norms = needle_scores.needle_norms(adapter, haystack)
     assert norms["holds_needle"].sum() == 1
     for block, norm in zip(adapter.blocks, norms["norm"], strict=True):
         square = sum(
@@ -82,26 +83,10 @@ def test_block_norms_equal_the_norm_of_the_formed_update(model):
         assert norm == pytest.approx(abs(block.weight) * adapter.scale * math.sqrt(square), rel=1e-4)
 
 
-def test_cost_counts_the_chunks_of_a_document_of_that_length(model):
-    row = evaluation.internalization_cost(model, 1000, 0)
-    assert row["length_tokens"] == 1000 and row["chunks"] >= 1000 // model.chunk_tokens
-    assert row["seconds"] > 0 and row["peak_memory_mib"] > 50 and row["adapter_mib"] > 0
-
-
-def test_a_measurement_does_not_count_the_memory_of_the_process_that_asked_for_it(tmp_path, model):
-    model.tokenizer.model_max_length = 512
-    model.save(tmp_path / "model", include_base=True)
-    ballast = torch.ones(400, 2**18)  # 400 MiB that are ours alone
-    row = evaluation.measure_internalization(str(tmp_path / "model"), 300, 0)
-    assert evaluation.peak_memory_mib() > 400 + 0 * ballast[0, 0].item()
-    grown = evaluation.peak_memory_mib()
-    assert row["peak_memory_mib"] < grown and row["chunks"] >= 1
-
-
 def test_base_model_samples_hold_every_task(model, monkeypatch):
-    monkeypatch.setattr(evaluation, "greedy_answers", lambda m, t, prompts, **k: [world.UNKNOWN] * len(prompts))
+    monkeypatch.setattr(base_scores, "greedy_answers", lambda m, t, prompts, **k: [world.UNKNOWN] * len(prompts))
     model.tokenizer.model_max_length = 10**9
-    samples = evaluation.base_model_samples(model.base_model, model.tokenizer, 10, 0)
+    samples = base_scores.base_model_samples(model.base_model, model.tokenizer, 10, 0)
     right = samples.groupby("task")["correct"].mean()
     assert right["unanswerable"] == right["unknown"] == 1 and right["needle"] == right["encyclopedia"] == 0
     assert samples.groupby("task").size().min() >= 10

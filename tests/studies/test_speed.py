@@ -14,11 +14,12 @@ import pytest
 import torch
 from tiny_models import build_model
 
+from d2l_lib.__main__ import main
 from d2l_lib.adapter import Adapter
 from d2l_lib.documents import chunk_document
-from d2l_lib.records import read_jsonl, write_jsonl
+from d2l_lib.records import read_jsonl
 from d2l_lib.studies import speed
-from d2l_lib.studies.evaluation import peak_memory_mib
+from d2l_lib.studies.memory import peak_memory_mib
 from d2l_lib.studies.speed import Measurement
 
 SETTINGS = {"early_exit": {}, "per_layer_activations": {"encoder_type": "per_layer_activations"}}
@@ -307,32 +308,31 @@ def counted(monkeypatch):
     return made
 
 
-def test_a_record_goes_on_where_it_was_interrupted(tmp_path, counted):
-    path = tmp_path / "speed.jsonl"
+def test_a_record_goes_on_where_it_was_interrupted(counted, capsys):
     wanted = [Measurement("floor", "tiny", length) for length in (10, 11, 13, 14)]
+    made = []
     with pytest.raises(RuntimeError, match="unlucky"):
-        speed.record(wanted, path, "the command")
-    assert [row["length_tokens"] for row in read_jsonl(path)] == [10, 11]
-    told = []
-    table = speed.record(wanted[:2] + wanted[3:], path, "the command", report=lambda *a: told.append(a[:2]))
-    assert [m.length_tokens for m in counted] == [10, 11, 14] and told == [(1, 1)]
-    assert list(table["length_tokens"]) == [10, 11, 14] and set(table["command"]) == {"the command"}
-    speed.record(wanted[:2] * 2, path, "again")
-    assert len(counted) == 3, "nothing was missing"
+        made.extend(speed.record(wanted))
+    rows = made[-1]
+    assert [row["length_tokens"] for row in rows] == [10, 11]
+    capsys.readouterr()
+    (rows,) = speed.record(wanted[:2] + wanted[3:], rows)
+    assert [m.length_tokens for m in counted] == [10, 11, 14]
+    assert capsys.readouterr().out == "1 of 1: tiny, floor, 14 tokens: 1.0000 s\n"
+    assert [row["length_tokens"] for row in rows] == [10, 11, 14]
+    assert list(speed.record(wanted[:2] * 2, rows)) == [] and len(counted) == 3, "nothing was missing"
 
 
-def test_measuring_again_replaces_the_same_models_on_the_same_device_alone(tmp_path, counted):
-    path = tmp_path / "speed.jsonl"
+def test_measuring_again_replaces_the_same_models_on_the_same_device_alone(counted):
     old = [Measurement("floor", "tiny", 10), Measurement("floor", "tiny", 99)]
     kept = [
         Measurement("floor", "tiny/qa", 10).here(),
         replace(Measurement("floor", "tiny", 10).here(), device="cuda"),
         Measurement("floor", "tiny", 10, layers=26).here(),
     ]
-    write_jsonl(path, [asdict(m.here()) | {"seconds": 0.0} for m in [*old, *kept]])
-    table = speed.record([old[0]], path, "the command", again=True)
-    assert list(table["seconds"]) == [0.0, 0.0, 0.0, 1.0]
-    assert [speed.measurement_of(row) for row in read_jsonl(path)[:3]] == kept
+    (rows,) = speed.record([old[0]], [asdict(m.here()) | {"seconds": 0.0} for m in [*old, *kept]], again=True)
+    assert [row["seconds"] for row in rows] == [0.0, 0.0, 0.0, 1.0]
+    assert [speed.measurement_of(row) for row in rows[:3]] == kept
 
 
 def test_other_threads_precision_or_device_are_another_measurement():
@@ -354,18 +354,21 @@ def test_the_plans_hold_every_measurement_once_and_the_lengths_that_were_asked_f
 
 
 def test_the_command_records_what_is_missing(tmp_path, counted, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "record_path", lambda name: tmp_path / f"speed_{name}.jsonl")
-    monkeypatch.setattr("sys.argv", ["speed", "all", "--lengths", "64", "--repeats", "1"])
-    speed.main()
-    assert {path.name for path in tmp_path.iterdir()} == {"speed_tiny.jsonl", "speed_gemma.jsonl"}
-    assert len(capsys.readouterr().out.splitlines()) == len(counted)
-    rows = read_jsonl(tmp_path / "speed_gemma.jsonl")
-    assert {row["command"] for row in rows} == {"python -m d2l_lib.studies.speed all --lengths 64 --repeats 1"}
-    before = len(counted)
-    speed.main()
-    assert len(counted) == before
-    monkeypatch.setattr(speed, "record_path", lambda name: tmp_path / "missing.jsonl")
-    with pytest.raises(FileNotFoundError, match="python -m d2l_lib.studies.speed gemma records it"):
+    (tmp_path / "d2l_lib").mkdir()
+    (tmp_path / "d2l_lib" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "full_runs"
+    for name in ("tiny", "gemma"):
+        command = ["study", f"speed-{name}", "--lengths", "64", "--n", "1"]
+        main(command)
+        rows = read_jsonl(folder / f"speed_{name}.jsonl")
+        assert {row["command"] for row in rows} == {f"d2l study speed-{name} --lengths 64 --n 1"}
+        assert len(rows) == len(capsys.readouterr().out.splitlines())
+        before = len(counted)
+        main(command)
+        assert len(counted) == before
+    (folder / "speed_gemma.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="d2l study speed-gemma records it"):
         speed.read_records("gemma")
 
 

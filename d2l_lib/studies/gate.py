@@ -1,17 +1,15 @@
-"""Do no harm, and override: when an adapter stays out of an answer, and how strongly it speaks.
+"""The gate: when an adapter stays out of an answer.
 
-    gate:  question -> relevance of each block -> the base model alone where no block is relevant enough
-    dial:  adapter  -> its blocks count more or less, in all layers or in some
+    question -> relevance of each block -> the base model alone where no block is relevant enough
 
-The gate costs one short forward pass per block and question (see `routing`), the dial nothing. Each is measured against
-what it spoils: the gate against questions that a document answers, the dial against what a document does not mention.
+It costs one short forward pass per block and question (see `routing`), and is measured against what it spoils:
+questions that a document answers.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,16 +17,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from d2l_lib import arguments as options
-from d2l_lib.adapter import Adapter, scaled_layers
+from d2l_lib.adapter import Adapter
 from d2l_lib.formats.checkpoints import SETTINGS
-from d2l_lib.loading import find_checkpoint, load
+from d2l_lib.loading import find_checkpoint
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import one_line_errors, project_root, read_json, write_json, write_jsonl
-from d2l_lib.routing import SHARE, Gate, _gate, gated, leads_and_divergences, most_relevant
+from d2l_lib.records import read_json, write_json
+from d2l_lib.routing import SHARE, Gate, _gate, leads_and_divergences
 from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import disjoint_documents, one_hop_question
-from d2l_lib.tasks.scores import summarise, wilson
 
 # ------------------------------------------------------------------------------------------------------------ the gate
 RULES = ("one threshold", "by what the base model knows")
@@ -180,137 +176,9 @@ def best_threshold(curve: pd.DataFrame, condition: str, allowed: float = 0.01) -
 
 
 # ------------------------------------------------------------------------------------------------ what routing ranks by
-SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, math.inf)
-
-
-def measure_shares(
-    model: DocToLoRA, n: int, seed: int, split: str = "validation", many: int = 64, shares: Sequence[float] = SHARES
-) -> pd.DataFrame:
-    """Exact match with the most relevant block alone, for each share of the divergence in `routing.relevance`: one row
-    per share and condition; columns condition, share (as text; "divergence alone" for infinity), n, exact_match, low,
-    high.
-
-    Conditions: `n` one-hop and `n` paraphrased questions on documents of 8 to 40 facts, and `n` one-hop questions with
-    `many` documents of 5 facts in one adapter.
-    """
-    rng = random.Random(f"routing/{split}/{seed}")
-    asked: list[tuple[str, world.Question, Adapter]] = []
-    while len(asked) < 2 * n:
-        document = world.draw_document(rng, split, rng.randint(8, 40))
-        (adapter,) = model.internalize_each([document.text])
-        for fact in rng.sample(document.facts, 2):
-            asked.append(("one hop", world.question_about(rng, fact), adapter))
-            if (other := world.ask(rng, document, "paraphrase")) is not None:
-                asked.append(("paraphrase", other, adapter))
-    for _ in range(math.ceil(n / 16)):
-        together = list(disjoint_documents(rng, many, 5, split))
-        each = model.internalize_each({f"document {i}": document.text for i, document in enumerate(together)})
-        adapter = sum(each)
-        for _ in range(16):
-            asked.append((f"{many} documents", one_hop_question(rng, rng.choice(together)), adapter))
-    texts, adapters = [question.text for _, question, _ in asked], [adapter for _, _, adapter in asked]
-    both = leads_and_divergences(model, texts, adapters)
-    rows = []
-    for share in shares:
-        scores = [divergence if math.isinf(share) else lead + share * divergence for lead, divergence in both]
-        routed = [most_relevant(adapter, score, 1) for adapter, score in zip(adapters, scores, strict=True)]
-        for (condition, question, _), said in zip(asked, model.answer(texts, routed), strict=True):
-            name = "divergence alone" if math.isinf(share) else f"{share:g}"
-            rows.append({"share": name, "condition": condition, "correct": said == question.answer})
-    return summarise(pd.DataFrame(rows), ["condition", "share"])
 
 
 # ------------------------------------------------------------------------------------------------------------ the dial
-WEIGHTS = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
-
-
-def dial_samples(
-    model: DocToLoRA, n: int, seed: int, split: str, weights: Sequence[float] = WEIGHTS, n_facts: int = 5
-) -> pd.DataFrame:
-    """`n` documents of `n_facts` facts, one of which contradicts the encyclopedia, at each strength of their blocks.
-
-    Three questions each: about the contradiction, about another fact of the document, and about another fact of the
-    encyclopedia. Columns: layers ("all layers", or "layer 2" where only that one is turned), weight, gate (whether
-    `gated` chose who answers; for all layers only), about ("the contradiction", "the document", "the encyclopedia"),
-    question, prediction, correct (the document's value for the contradiction), believed (the answer is the
-    encyclopedia's value).
-    """
-    rng = random.Random(f"dial/{split}/{seed}")
-    asked: dict[str, list[world.Question]] = {"the contradiction": [], "the document": [], "the encyclopedia": []}
-    texts, believed = [], []
-    for _ in range(n):
-        document, ((placed, fact),) = world.conflicting_document(rng, n_facts - 1, 1, split)
-        other = rng.choice([f for f in document.facts if f is not placed])
-        elsewhere = next(
-            question for question in world.encyclopedia_questions(rng, 1000) if fact.subject not in question.text
-        )
-        asked["the contradiction"].append(world.question_about(rng, placed))
-        asked["the document"].append(world.question_about(rng, other))
-        asked["the encyclopedia"].append(elsewhere)
-        texts.append(document.text)
-        believed.append(fact.value)
-    adapters = model.internalize_each(texts)
-    everything = [question for questions in asked.values() for question in questions]
-    topics = [topic for topic, questions in asked.items() for _ in questions]
-    beliefs = [*believed, *[None] * (2 * n)]
-    prompts = [question.text for question in everything]
-    rows = []
-    for layers, turned in _turned(adapters[0].n_layers).items():
-        for weight in weights:
-            if layers != "all layers" and weight == 1:
-                continue  # the same as in all layers
-            strong = [scaled_layers(adapter, dict.fromkeys(turned, weight)) for adapter in adapters] * 3
-            ways = {False: strong}
-            if layers == "all layers":  # one threshold, for the document is to override what the base model knows
-                ways[True] = gated(model, prompts, strong, least=model.least_relevance)
-            for gate, chosen in ways.items():
-                said = model.answer(prompts, chosen)
-                for question, topic, belief, answer in zip(everything, topics, beliefs, said, strict=True):
-                    rows.append(
-                        {"layers": layers, "weight": weight, "gate": gate, "about": topic, "question": question.text}
-                        | {"prediction": answer, "correct": answer == question.answer, "believed": answer == belief}
-                    )
-    return pd.DataFrame(rows)
-
-
-def _turned(n_layers: int) -> dict[str, list[int]]:
-    """Which layers the dial turns, by name."""
-    return {"all layers": list(range(n_layers))} | {f"layer {layer}": [layer] for layer in range(n_layers)}
-
-
-def dial_curve(samples: pd.DataFrame) -> pd.DataFrame:
-    """Shares by layers, weight and gate, one row each: override (the document's value is said), believed (the
-    encyclopedia's), document (other facts of the document), unrelated (other facts of the encyclopedia); their 95%
-    Wilson intervals (override_low, ...); n questions of each sort.
-    """
-    rows = []
-    for (layers, weight, gate), group in samples.groupby(["layers", "weight", "gate"], sort=False):
-        parts = dict(list(group.groupby("about")))
-        hits = {
-            "override": parts["the contradiction"]["correct"],
-            "believed": parts["the contradiction"]["believed"],
-            "document": parts["the document"]["correct"],
-            "unrelated": parts["the encyclopedia"]["correct"],
-        }
-        row = {"layers": layers, "weight": float(weight), "gate": bool(gate), "n": len(parts["the contradiction"])}
-        for name, right in hits.items():
-            low, high = wilson(int(right.sum()), len(right))
-            row |= {name: float(right.mean()), f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def best_strength(curve: pd.DataFrame, gate: bool, allowed: float = 0.01) -> tuple[str, float]:
-    """(layers, weight) with the largest share of overriding answers, among those that lose at most `allowed` of the
-    document's other facts and of the encyclopedia against weight 1.
-    """
-    rows = curve[curve["gate"] == gate]
-    plain = rows[(rows["layers"] == "all layers") & (rows["weight"] == 1)].iloc[0]
-    harmless = rows[
-        (rows["document"] >= plain["document"] - allowed) & (rows["unrelated"] >= plain["unrelated"] - allowed)
-    ]
-    best = harmless.loc[harmless["override"].idxmax()]
-    return best["layers"], best["weight"]
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -410,50 +278,10 @@ def keep_thresholds(folder: Path, least: float, gate: Gate | None = None) -> Non
     write_json(folder / SETTINGS, settings)
 
 
-@one_line_errors("gating")
-def main() -> None:
-    """Routing, gate and dial of a bundled model, recorded in data/full_runs (routing.jsonl, gate.jsonl,
-    gate_ideas.jsonl, conflict_dial.jsonl) with seed, n and command.
-    """
-    parser = options.Parser(description=main.__doc__)
-    parser.add_argument("what", nargs="?", choices=("routing", "gate", "dial", "all"), default="all")
-    parser.add_argument("--model", default="tiny/qa", help="bundled name, or a folder")
-    parser.add_argument("--n", type=options.count, default=400, help="questions of each sort and split")
-    parser.add_argument("--seed", type=options.seed, default=0)
-    parser.add_argument("--keep", action="store_true", help="write the gate's thresholds into the model's folder")
-    a = parser.parse_args()
-    facts = {"seed": a.seed, "command": " ".join(["python -m d2l_lib.studies.gating", *sys.argv[1:]])}
-    folder = project_root() / "data" / "full_runs"
-    model = load(a.model)
-    if a.what in ("routing", "all"):
-        table = measure_shares(model, a.n // 2, a.seed).assign(**facts)
-        write_jsonl(folder / "routing.jsonl", table.to_dict("records"))
-        print(table.drop(columns="command").to_string())
-    if a.what in ("gate", "all"):
-        table, ideas, gate = measure_gate(model, a.n, a.seed)
-        for name, rows in {"gate": table, "gate_ideas": ideas}.items():
-            rows = rows.assign(**facts)
-            write_jsonl(folder / f"{name}.jsonl", rows.astype(object).where(rows.notna(), None).to_dict("records"))
-            print((rows[rows["chosen"]] if "chosen" in rows else rows).drop(columns="command").to_string())
-        if a.keep:
-            chosen = table[table["chosen"] & (table["condition"] == "routed")]
-            keep_thresholds(find_checkpoint(a.model), float(chosen["least"].iloc[0]), gate)
-            model = load(a.model)
-    if a.what in ("dial", "all"):
-        curves = []
-        for split in ("validation", "test"):
-            curve = dial_curve(dial_samples(model, a.n, a.seed, split)).assign(split=split)
-            if split == "validation":
-                chosen = {gate: best_strength(curve, gate) for gate in (False, True)}
-            at = [chosen[gate] for gate in curve["gate"]]
-            marks = [
-                pair == best for pair, best in zip(zip(curve["layers"], curve["weight"], strict=True), at, strict=True)
-            ]
-            curves.append(curve.assign(chosen=marks, **facts))
-        table = pd.concat(curves, ignore_index=True)
-        write_jsonl(folder / "conflict_dial.jsonl", table.to_dict("records"))
-        print(table[table["chosen"] | (table["weight"] == 1)].to_string())
-
-
-if __name__ == "__main__":
-    main()
+def run(model: DocToLoRA, n: int, seed: int, keep: str | None) -> dict[str, pd.DataFrame]:
+    """The records: curves and ideas of `measure_gate`. keep: a model whose folder takes the thresholds over."""
+    table, ideas, gate = measure_gate(model, n, seed)
+    if keep is not None:
+        chosen = table[table["chosen"] & (table["condition"] == "routed")]
+        keep_thresholds(find_checkpoint(keep), float(chosen["least"].iloc[0]), gate)
+    return {"gate": table, "gate_ideas": ideas}

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 import train_small
 
-from d2l_lib import presets
+from d2l_lib import presets, studies
 from d2l_lib.presets import QA_VARIANTS, SHORT_QA, qa_variant
 from d2l_lib.studies import ablations
 
@@ -41,11 +41,11 @@ def test_a_variant_is_trained_scored_and_its_record_is_found(tmp_path, monkeypat
     table = ablations.run_variant(p, base_model, tokenizer, tmp_path / "run", 0, "small", n=3, shards=None)
     assert list(table["task"]) == ["one hop", "one hop", "unanswerable", "encyclopedia"]
     assert (table["n"] == 3).all() and (table["seconds"] >= 0).all()
-    monkeypatch.setattr(ablations, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(studies, "project_root", lambda: tmp_path)
     assert ablations.read_records().empty
-    path = ablations.record_path("self-generated, cross-entropy", 2)
-    assert path.name == "self_generated_cross_entropy_seed2.jsonl"
-    presets_named = {ablations.record_path(name, 0) for name in presets.QA_VARIANTS}
-    assert len(presets_named) == len(presets.QA_VARIANTS)
-    ablations.write_jsonl(path, table.assign(variant="self-generated, cross-entropy", seed=2).to_dict("records"))
+    name = ablations.record_name("self-generated, cross-entropy", 2)
+    assert name == "qa_ablation/self_generated_cross_entropy_seed2"
+    assert len({ablations.record_name(variant, 0) for variant in presets.QA_VARIANTS}) == len(presets.QA_VARIANTS)
+    rows = studies.record(name, table.assign(variant="self-generated, cross-entropy"), {"seed": 2, "n": 9})
+    assert [(row["seed"], row["n"]) for row in rows] == [(2, 3)] * 4
     assert len(ablations.read_records()) == 4

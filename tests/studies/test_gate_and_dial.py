@@ -13,8 +13,10 @@ import torch
 import d2l_lib as d2l
 from d2l_lib.adapter import scaled_layers
 from d2l_lib.routing import Gate, gated, relevance
-from d2l_lib.studies import gating
-from d2l_lib.studies.gating import best_strength, best_threshold, gate_curve
+from d2l_lib.studies import gate as gate_study
+from d2l_lib.studies import routing_shares
+from d2l_lib.studies.dial import best_strength, dial_curve, dial_samples
+from d2l_lib.studies.gate import best_threshold, gate_curve
 from d2l_lib.tasks import world
 
 DOCUMENT = world.draw_document(random.Random("gating"), "test", 5)
@@ -136,12 +138,12 @@ def test_the_gate_curve_takes_the_base_models_answer_below_the_threshold():
 
 def test_the_chosen_threshold_is_kept_in_the_models_folder(tmp_path, project_folder):
     folder = Path(shutil.copytree(project_folder / "data" / "tiny" / "qa", tmp_path / "qa"))
-    gating.keep_thresholds(folder, 4.5)
+    gate_study.keep_thresholds(folder, 4.5)
     model = d2l.load(folder)
     assert model.least_relevance == 4.5
     assert d2l.load(model.save(tmp_path / "again")).least_relevance == 4.5
     gate = Gate(known=5.25, growth=0.75, refusal="I do not know.")
-    gating.keep_thresholds(folder, 3.5, gate)
+    gate_study.keep_thresholds(folder, 3.5, gate)
     assert d2l.load(d2l.load(folder).save(tmp_path / "with gate")).gate == gate
     settings = json.loads((folder / "config.json").read_text())
     settings["meta"]["gate"] = {"known": "much"}
@@ -151,14 +153,14 @@ def test_the_chosen_threshold_is_kept_in_the_models_folder(tmp_path, project_fol
     file = tmp_path / "pytorch_model.bin"
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.save a folder"):
-        gating.keep_thresholds(file, 4.5)
+        gate_study.keep_thresholds(file, 4.5)
 
 
 def test_unanswerable_questions_are_scored_on_their_own():
     samples = pd.DataFrame(
         {
             "condition": "routed",
-            "about": [*gating.SORTS[:2], *["nothing"] * 4],
+            "about": [*gate_study.SORTS[:2], *["nothing"] * 4],
             "relevance": [9.0, 0.0, 1.0, 1.0, 3.0, 3.0],
             "base_correct": True,
             "correct": [True, True, False, False, False, True],
@@ -174,7 +176,7 @@ def test_contradictions_count_as_overridden_where_the_document_is_followed():
     samples = pd.DataFrame(
         {
             "condition": "routed",
-            "about": [*gating.SORTS[:2], *["a contradiction"] * 4],
+            "about": [*gate_study.SORTS[:2], *["a contradiction"] * 4],
             "relevance": [9.0, 0.0, 1.0, 1.0, 3.0, 3.0],
             "base_correct": [False, True, *[False] * 4],
             "correct": [True, True, True, True, True, False],
@@ -186,8 +188,8 @@ def test_contradictions_count_as_overridden_where_the_document_is_followed():
 
 
 def test_the_ideas_are_measured_on_the_same_questions(model):
-    table, ideas, gate = gating.measure_gate(model, 4, 0, many=2)
-    assert set(table["rule"]) == set(gating.RULES) and set(table["documents"]) == {1, 2}
+    table, ideas, gate = gate_study.measure_gate(model, 4, 0, many=2)
+    assert set(table["rule"]) == set(gate_study.RULES) and set(table["documents"]) == {1, 2}
     assert table.groupby(["rule", "split", "documents", "condition"])["chosen"].sum().max() == 1
     assert len(ideas) == 8 and (ideas.groupby("documents")["n"].nunique() == 1).all()
     assert (gate.known, gate.growth) == tuple(ideas.iloc[-1][["at_one_block", "growth"]])
@@ -199,7 +201,7 @@ def test_the_ideas_are_measured_on_the_same_questions(model):
 
 
 def test_every_share_is_measured_on_the_same_questions(model):
-    table = gating.measure_shares(model, 2, 0, many=3, shares=(0.0, math.inf))
+    table = routing_shares.measure_shares(model, 2, 0, many=3, shares=(0.0, math.inf))
     assert set(table["condition"]) == {"one hop", "paraphrase", "3 documents"}
     assert set(table["share"]) == {"0", "divergence alone"}
     assert (table.groupby("condition")["n"].nunique() == 1).all()
@@ -220,13 +222,13 @@ def test_the_strongest_override_without_damage_is_chosen():
 
 
 def test_samples_ask_both_sorts_and_the_dial_turns_every_layer(model):
-    rows = gating.gate_samples(model, 4, 0, "validation", facts=(2, 3), per_document=2)
+    rows = gate_study.gate_samples(model, 4, 0, "validation", facts=(2, 3), per_document=2)
     assert (rows.groupby(["condition", "about"]).size() == 4).all()
-    assert set(rows["about"]) == set(gating.SORTS)
-    several = gating.many_documents_samples(model, 2, 0, "test", count=3, n_facts=2, per_adapter=2)
+    assert set(rows["about"]) == set(gate_study.SORTS)
+    several = gate_study.many_documents_samples(model, 2, 0, "test", count=3, n_facts=2, per_adapter=2)
     assert several["single_document"].dtype == bool
-    dial = gating.dial_samples(model, 2, 0, "test", weights=(0.0, 1.0), n_facts=2)
+    dial = dial_samples(model, 2, 0, "test", weights=(0.0, 1.0), n_facts=2)
     assert set(dial["layers"]) == {"all layers", *(f"layer {layer}" for layer in range(4))}
-    curve = gating.dial_curve(dial).set_index(["layers", "weight", "gate"])
+    curve = dial_curve(dial).set_index(["layers", "weight", "gate"])
     assert curve.loc[("all layers", 0.0, False), "override"] == 0
     assert curve.loc[("all layers", 0.0, False), "believed"] == 1

@@ -1,0 +1,98 @@
+"""What the base model knows, and what it reads in its prompt."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from d2l_lib.base_model import generate
+from d2l_lib.documents import check_texts, question_ids
+from d2l_lib.tasks import needles, world
+from d2l_lib.tasks.questions import world_samples
+from d2l_lib.tasks.scores import in_fives, summarise
+
+OTHER_KINDS = ("paraphrase", "two_hop", "yes_no", "which_of", "list")
+
+
+@torch.inference_mode()
+def greedy_answers(
+    model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 24, batch_tokens: int = 16384
+) -> list[str]:
+    """The base model's greedy answers to user turns `prompts`, batched by length with left padding.
+
+    Prompts longer than the model's window are answered too: that is what the comparison beyond the window is about.
+    """
+    ids = question_ids(tokenizer, check_texts(prompts, "prompts"))
+    answers = [""] * len(ids)
+    waiting = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    while waiting:
+        batch = [waiting.pop()]
+        longest = len(ids[batch[0]])
+        while waiting and (len(batch) + 1) * longest <= batch_tokens:
+            batch.append(waiting.pop())
+        padded = torch.full((len(batch), longest), tokenizer.pad_token_id)
+        mask = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, i in enumerate(batch):
+            padded[row, longest - len(ids[i]) :] = torch.tensor(ids[i])
+            mask[row, longest - len(ids[i]) :] = 1
+        ids_here, mask_here = padded.to(model.device), mask.to(model.device)
+        generated = generate(model, tokenizer, ids_here, mask_here, max_new_tokens=max_new_tokens)
+        for row, i in enumerate(batch):
+            answers[i] = tokenizer.decode(generated[row, longest:], skip_special_tokens=True).strip()
+    return answers
+
+
+def base_model_samples(
+    model, tokenizer, n: int, seed: int, split: str = "test", facts: tuple[int, int] = (2, 20)
+) -> pd.DataFrame:
+    """`n` samples of each thing the base model should do; columns task, kind, facts, length_tokens, question,
+    answer, prediction, correct.
+
+    Documents and unknown names are from `split`, with `facts` (fewest, most) facts each. The column `facts` says how
+    many the document holds, in fives ("6-10"), or is empty where there is no document of facts.
+    """
+    rng = random.Random(f"base model/{split}/{seed}")
+    rows: list[dict] = []
+
+    def add(task: str, kind: str, prompt: str, question: str, answer: str, facts: str = "") -> None:
+        rows.append(
+            {"task": task, "kind": kind, "facts": facts, "prompt": prompt, "question": question, "answer": answer}
+        )
+
+    for i in range(n):
+        length = (64, 128, 256, 512, 980)[i % 5]
+        haystack = needles.build_haystack(tokenizer, length, rng.random(), needles.draw_number(rng, split))
+        add("needle", f"{length} tokens", f"{haystack.text}\n\n{haystack.question}", haystack.question, haystack.answer)
+    for task, kinds in (
+        ("one_hop", world.ONE_HOP_KINDS),
+        ("unanswerable", ("unanswerable",)),
+        ("other_kinds", OTHER_KINDS),
+    ):
+        for sample in world_samples(n, seed, split=split, facts=facts, kinds=kinds).to_dict("records"):
+            add(
+                task,
+                sample["kind"],
+                f"{sample['document']}\n\n{sample['question']}",
+                sample["question"],
+                sample["answer"],
+                in_fives(sample["n_facts"]),
+            )
+    for question in world.encyclopedia_questions(rng, n):
+        add("encyclopedia", question.kind, question.text, question.text, question.answer)
+    for _ in range(n):
+        question = world.unknown_question(rng, split)
+        add("unknown", question.kind, question.text, question.text, question.answer)
+    predictions = greedy_answers(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=48)
+    for row, prediction in zip(rows, predictions, strict=True):
+        row["length_tokens"] = len(tokenizer(row.pop("prompt"), add_special_tokens=False)["input_ids"])
+        row["prediction"] = prediction
+        row["correct"] = prediction == row["answer"]
+    return pd.DataFrame(rows)
+
+
+def run(model: tuple, n: int, seed: int) -> pd.DataFrame:
+    """The record: shares by task, kind and number of facts; `model` is (base model, tokenizer)."""
+    return summarise(base_model_samples(*model, n, seed), ["task", "kind", "facts"])

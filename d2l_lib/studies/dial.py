@@ -1,0 +1,120 @@
+"""The dial: how strongly the blocks of an adapter speak, in all layers or in some.
+
+It costs nothing, and is measured against what it spoils: what a document does not mention.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pandas as pd
+
+from d2l_lib.adapter import scaled_layers
+from d2l_lib.model import DocToLoRA
+from d2l_lib.routing import gated
+from d2l_lib.tasks import world
+from d2l_lib.tasks.scores import wilson
+
+WEIGHTS = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
+
+
+def dial_samples(
+    model: DocToLoRA, n: int, seed: int, split: str, weights: Sequence[float] = WEIGHTS, n_facts: int = 5
+) -> pd.DataFrame:
+    """`n` documents of `n_facts` facts, one of which contradicts the encyclopedia, at each strength of their blocks.
+
+    Three questions each: about the contradiction, about another fact of the document, and about another fact of the
+    encyclopedia. Columns: layers ("all layers", or "layer 2" where only that one is turned), weight, gate (whether
+    `gated` chose who answers; for all layers only), about ("the contradiction", "the document", "the encyclopedia"),
+    question, prediction, correct (the document's value for the contradiction), believed (the answer is the
+    encyclopedia's value).
+    """
+    rng = random.Random(f"dial/{split}/{seed}")
+    asked: dict[str, list[world.Question]] = {"the contradiction": [], "the document": [], "the encyclopedia": []}
+    texts, believed = [], []
+    for _ in range(n):
+        document, ((placed, fact),) = world.conflicting_document(rng, n_facts - 1, 1, split)
+        other = rng.choice([f for f in document.facts if f is not placed])
+        elsewhere = next(
+            question for question in world.encyclopedia_questions(rng, 1000) if fact.subject not in question.text
+        )
+        asked["the contradiction"].append(world.question_about(rng, placed))
+        asked["the document"].append(world.question_about(rng, other))
+        asked["the encyclopedia"].append(elsewhere)
+        texts.append(document.text)
+        believed.append(fact.value)
+    adapters = model.internalize_each(texts)
+    everything = [question for questions in asked.values() for question in questions]
+    topics = [topic for topic, questions in asked.items() for _ in questions]
+    beliefs = [*believed, *[None] * (2 * n)]
+    prompts = [question.text for question in everything]
+    rows = []
+    for layers, turned in _turned(adapters[0].n_layers).items():
+        for weight in weights:
+            if layers != "all layers" and weight == 1:
+                continue  # the same as in all layers
+            strong = [scaled_layers(adapter, dict.fromkeys(turned, weight)) for adapter in adapters] * 3
+            ways = {False: strong}
+            if layers == "all layers":  # one threshold, for the document is to override what the base model knows
+                ways[True] = gated(model, prompts, strong, least=model.least_relevance)
+            for gate, chosen in ways.items():
+                said = model.answer(prompts, chosen)
+                for question, topic, belief, answer in zip(everything, topics, beliefs, said, strict=True):
+                    rows.append(
+                        {"layers": layers, "weight": weight, "gate": gate, "about": topic, "question": question.text}
+                        | {"prediction": answer, "correct": answer == question.answer, "believed": answer == belief}
+                    )
+    return pd.DataFrame(rows)
+
+
+def _turned(n_layers: int) -> dict[str, list[int]]:
+    """Which layers the dial turns, by name."""
+    return {"all layers": list(range(n_layers))} | {f"layer {layer}": [layer] for layer in range(n_layers)}
+
+
+def dial_curve(samples: pd.DataFrame) -> pd.DataFrame:
+    """Shares by layers, weight and gate, one row each: override (the document's value is said), believed (the
+    encyclopedia's), document (other facts of the document), unrelated (other facts of the encyclopedia); their 95%
+    Wilson intervals (override_low, ...); n questions of each sort.
+    """
+    rows = []
+    for (layers, weight, gate), group in samples.groupby(["layers", "weight", "gate"], sort=False):
+        parts = dict(list(group.groupby("about")))
+        hits = {
+            "override": parts["the contradiction"]["correct"],
+            "believed": parts["the contradiction"]["believed"],
+            "document": parts["the document"]["correct"],
+            "unrelated": parts["the encyclopedia"]["correct"],
+        }
+        row = {"layers": layers, "weight": float(weight), "gate": bool(gate), "n": len(parts["the contradiction"])}
+        for name, right in hits.items():
+            low, high = wilson(int(right.sum()), len(right))
+            row |= {name: float(right.mean()), f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def best_strength(curve: pd.DataFrame, gate: bool, allowed: float = 0.01) -> tuple[str, float]:
+    """(layers, weight) with the largest share of overriding answers, among those that lose at most `allowed` of the
+    document's other facts and of the encyclopedia against weight 1.
+    """
+    rows = curve[curve["gate"] == gate]
+    plain = rows[(rows["layers"] == "all layers") & (rows["weight"] == 1)].iloc[0]
+    harmless = rows[
+        (rows["document"] >= plain["document"] - allowed) & (rows["unrelated"] >= plain["unrelated"] - allowed)
+    ]
+    best = harmless.loc[harmless["override"].idxmax()]
+    return best["layers"], best["weight"]
+
+
+def run(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
+    """The record: `dial_curve` on validation and test documents; `chosen` marks the best strength on validation."""
+    curves = []
+    for split in ("validation", "test"):
+        curve = dial_curve(dial_samples(model, n, seed, split)).assign(split=split)
+        if split == "validation":
+            chosen = {gate: best_strength(curve, gate) for gate in (False, True)}
+        rows = zip(curve["layers"], curve["weight"], curve["gate"], strict=True)
+        curves.append(curve.assign(chosen=[chosen[gate] == (layers, weight) for layers, weight, gate in rows]))
+    return pd.concat(curves, ignore_index=True)
