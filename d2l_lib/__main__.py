@@ -177,7 +177,10 @@ def _read_and_internalize(a: argparse.Namespace, steps: _Steps):
     with steps("read", f"reading {len(a.files)} file{'s' if len(a.files) > 1 else ''}"):
         texts = name_documents([Path(file) for file in a.files])
     with steps("import", "importing torch and transformers"):
+        from transformers.utils import logging
+
         from d2l_lib.loading import load
+    logging.disable_progress_bar()
     with steps("load", f"loading {a.model}"):
         model = load(a.model)
     with steps("internalize", f"internalizing {sum(map(len, texts.values())):,} characters"):
