@@ -235,7 +235,8 @@ def test_two_processes_share_out_a_step_and_end_where_one_does(bases, tmp_path):
     """The command under torchrun: a step of two batches with different numbers of contexts, one for each process."""
     own = [
         "-m",
-        "d2l_lib.training.step",
+        "d2l_lib",
+        "train",
         "--preset",
         "paper-gemma",
         "--stage",
