@@ -195,9 +195,9 @@ def _ask(a: argparse.Namespace) -> None:
         a.error("the question is blank")
     steps = _Steps(a.quiet)
     model, adapter = _read_and_internalize(a, steps)
-    blocks = a.blocks or (1 if model.least_relevance > -math.inf else None)
+    blocks = None if a.all_blocks else a.blocks or (1 if model.least_relevance > -math.inf else None)
     with steps("answer", f"asking {'all' if blocks is None else blocks} of {len(adapter.blocks)} blocks"):
-        answer = model.answer(a.question, adapter, blocks=None if a.all_blocks else blocks)
+        answer = model.answer(a.question, adapter, blocks=blocks)
     if not a.json:
         print(answer)
         return

@@ -369,6 +369,3 @@ def costs(compared: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFra
         )
         .reset_index()
     )
-
-
-# --------------------------------------------------------------------------------------------------------- the command

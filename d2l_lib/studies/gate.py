@@ -26,7 +26,6 @@ from d2l_lib.routing import SHARE, Gate, _gate, leads_and_divergences
 from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import disjoint_documents, one_hop_question
 
-# ------------------------------------------------------------------------------------------------------------ the gate
 RULES = ("one threshold", "by what the base model knows")
 THRESHOLDS = tuple(step / 2 for step in range(-8, 33))  # nats
 SORTS = ("the document", "the encyclopedia", "nothing", "a contradiction")  # what questions are about
@@ -175,13 +174,6 @@ def best_threshold(curve: pd.DataFrame, condition: str, allowed: float = 0.01) -
     return float(harmless.loc[harmless["unrelated_loss"].idxmin(), "least"])
 
 
-# ------------------------------------------------------------------------------------------------ what routing ranks by
-
-
-# ------------------------------------------------------------------------------------------------------------ the dial
-
-
-# --------------------------------------------------------------------------------------------------------- the command
 def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[pd.DataFrame, pd.DataFrame, Gate]:
     """The gate with `n` questions of each sort and one document inside, and with half as many and `many` documents in
     one adapter, on validation and on test documents: (curves, ideas, the gate that was found).

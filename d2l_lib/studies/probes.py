@@ -227,7 +227,7 @@ def _with_another_value(rng: random.Random, document: world.Document) -> tuple[w
     return rewritten, world.Question(question.text, question.answer, question.kind, (span,))
 
 
-# --------------------------------------------------------------------------------------------------------- the command
+# ----------------------------------------------------------------------------------------------------------- the record
 DOCUMENT_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 

@@ -765,11 +765,9 @@ def gemma_measurements(
     return [replace(m, seed=seed, **options) for m in found]
 
 
-def run_tiny(
-    n: int, seed: int, lengths: Sequence[int] | None, limit: float, memory_limit: int | None, again: bool
-) -> Iterator[list[dict]]:
+def run_tiny(n: int, seed: int, lengths: Sequence[int] | None, **limits) -> Iterator[list[dict]]:
     """The record of the bundled models; times mean something only where nothing else uses the cores."""
-    return _recorded("tiny", tiny_measurements(seed, lengths), n, limit, memory_limit, again)
+    return _recorded("tiny", tiny_measurements(seed, lengths), n, **limits)
 
 
 def run_gemma(
@@ -779,17 +777,14 @@ def run_gemma(
     layers: int | None,
     vocabulary: int | None,
     dtype: str | None,
-    limit: float,
-    memory_limit: int | None,
-    again: bool,
+    **limits,
 ) -> Iterator[list[dict]]:
     """The record at Gemma-2-2B's sizes."""
-    plan = gemma_measurements(lengths, layers, vocabulary, dtype, seed)
-    return _recorded("gemma", plan, n, limit, memory_limit, again)
+    return _recorded("gemma", gemma_measurements(lengths, layers, vocabulary, dtype, seed), n, **limits)
 
 
 def _recorded(
-    name: str, plan: Sequence[Measurement], n: int, limit: float, memory_limit: int | None, again: bool
+    name: str, plan: Sequence[Measurement], n: int, *, limit: float, memory_limit: int | None, again: bool
 ) -> Iterator[list[dict]]:
     path = record_path(f"speed_{name}")
     limits = {"repeats": n, "least": min(LEAST_REPEATS, n), "limit_s": limit, "memory_limit_mib": memory_limit}
