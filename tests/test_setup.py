@@ -73,7 +73,8 @@ def test_lock_satisfies_pyproject(project, lock):
 
 def test_every_import_is_declared(project_folder, project):
     names = {canonicalize_name(requirement.name) for requirement in declared(project)}
-    core = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "test" for line in lines]
+    core = {canonicalize_name(Requirement(line).name) for line in [*project["dependencies"], *extras]}
     # come with jupyterlab and nbconvert by definition
     core |= {"ipython", "nbformat", "nbclient"}
     for path in sorted([*project_folder.glob("d2l_lib/**/*.py"), *project_folder.glob("tests/**/*.py")]):
@@ -85,7 +86,7 @@ def test_every_import_is_declared(project_folder, project):
 
 def imported_packages(path: Path) -> set[str]:
     """Top-level names of the third-party packages that a file imports anywhere."""
-    local = {"d2l_lib", "conftest", *(other.stem for other in path.parent.glob("*.py"))}
+    local = {"d2l_lib", *(other.stem for folder in (path.parent, path.parents[1]) for other in folder.glob("*.py"))}
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
