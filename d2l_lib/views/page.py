@@ -37,6 +37,7 @@ CSS = """
 .d2l-view .d2l-pane { border: 1px solid #8886; border-radius: 4px; padding: 6px 10px; min-width: 0; }
 .d2l-view .d2l-state { border-left: 3px solid #8886; padding-left: 8px; overflow-wrap: anywhere; }
 .d2l-view h4 { margin: 6px 0 2px; }
+.d2l-view h4, .d2l-view p, .d2l-view li, .d2l-view .d2l-note, .d2l-view .d2l-error { overflow-wrap: anywhere; }
 """
 REVEAL_S = 0.3  # work that ends sooner shows no bar and takes no control away (and so no keyboard focus)
 SETTLE_S = (

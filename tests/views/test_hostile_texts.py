@@ -1,0 +1,193 @@
+"""Hostile texts in a real browser, through everything that shows a text: nothing runs, nothing is asked of the network,
+nothing is swallowed, nothing becomes a formula, and no page grows wider than its window.
+"""
+
+import contextlib
+
+import browser
+import pandas as pd
+import pytest
+from test_adapter import build_adapter
+from test_attribution_viewer import ToyModel as TracedModel
+from test_attribution_viewer import toy_adapter, toy_attribute
+from test_shard_viewer import TOKENIZER, row, write
+from toy_models import ToyModel, sample
+
+from d2l_lib import viewers
+from d2l_lib.analysis.report import STATUSES
+from d2l_lib.views.conversation import render_answers, render_inside
+from d2l_lib.views.page import render_message
+from d2l_lib.views.report import Report
+from d2l_lib.views.samples import render_sample, render_sample_table
+
+OWN = "window.owned = 1; alert(1)"
+PAYLOADS = {
+    "script": f"<script>{OWN}; fetch('http://owned.invalid/a')</script>",
+    "handler": f'<img src="http://owned.invalid/b.png" onerror="{OWN}"><svg onload="{OWN}"></svg>',
+    "closing": f"</div></td></bdi></style></title></textarea>--><script>{OWN}</script><style>*{{display:none}}</style>",
+    "attribute": f"\" autofocus onfocus=\"{OWN}\" x='\" ' onmouseover='{OWN}' &quot;&lt;&amp;&#36;",
+    "link": f'<a href="javascript:{OWN}">here</a><iframe src="http://owned.invalid/c"></iframe><meta http-equiv=x>',
+    "dollars": "It costs $5 and $6, or $x^2$.",
+    "formulas": r"$$\frac{a}{b}$$ \(x\) \[y\] \begin{equation}z\end{equation} \$1 $\href{javascript:alert(1)}{x}$",
+    "markdown": "**bold** `code` ![p](http://owned.invalid/d.png) [l](javascript:alert(1)) # head | a | b |\n***\n> q",
+    "directions": "\u202egnp.exe \u2066ab\u2069 \u05d0\u05d1 \u200f left open",
+    "invisible": "a\u200bb\u200d\u2060c\ufeff d\u00ad e\u034f",
+    "control": "a\x01b\x07c\x1b[31md\x7fe\x85f\x0bg",
+    "null": "a\0b\r\nc\rd\te",
+    "long": "W" * 100_000,
+}
+EVERY = list(PAYLOADS.items())
+
+
+def as_seen(text: str) -> str:
+    """What a browser holds of a text: it has no null character."""
+    return text.replace("\0", "\u2400")
+
+
+# --- what shows texts -------------------------------------------------------------------------------------------------
+
+
+def report_of(text: str, title: str) -> Report:
+    """A report on one document of one sentence, all of whose texts are this one."""
+    row = {"document": title, "sentence": 1, "start": 0, "end": len(text), "text": text, "chunk": 0, "asked": 1}
+    row |= {"kept": 0.2, "margin": -1.0, "over_zero": 0.5, "over_wrong": 0.5, "status": STATUSES[1], "believed": text}
+    question = {"document": title, "question": text, "told": text, "said": text, "margin": -1.0}
+    unrelated = {"question": text, "alone": text, "said": text, "changed": True}
+    tables = (pd.DataFrame([one]) for one in (row, question, {"layer": 0, "module": text}, unrelated))
+    return Report(*tables, {text[:50]: 1}, (text,), {title: text}, 0.5)
+
+
+def title_of(text: str) -> str:
+    """A name for a document, made of its text: it holds no control characters."""
+    return "".join(character if character.isprintable() else "-" for character in text[:200])
+
+
+def cards(text: str, folder) -> dict[str, tuple[str, int]]:
+    """{what shows the text: (its HTML, how often the whole text is in it at least)}."""
+    title = title_of(text)
+    samples = [sample(document=text, question=text, answer=text, kind=text, evidence_start=0, evidence_end=9)]
+    write(folder / "shard.parquet", [row(text, (text[:300], text[:300], text[:300], text, 0.4))])
+    adapter = build_adapter((title,), n_chunks=1)
+    trace = viewers.view_attribution(
+        TracedModel(), toy_adapter(text, title, ()), {title: text}, text, text, attribute=toy_attribute
+    )
+    inside = [{"name": text, "n_characters": 3, "n_blocks": 1, "weight": 1.0}]
+    whole = len(text) < 1000
+    return {
+        "sample": (render_sample(samples[0], 0, 1, 1), 4),
+        "samples": (render_sample_table(pd.DataFrame(samples)), 3),
+        "sample viewer": (viewers.view_samples(samples).static_html, 3),
+        "inside": (render_inside(inside, 1.0, 1.0), 1),
+        "answers": (render_answers([(text, [(text, text)], text)]), 4),
+        "message": (render_message(text, is_error=True), 1),
+        "chat": (viewers.chat(ToyModel(window=10**9), {title: text}, text).static_html, 3),
+        "shards": (viewers.view_shards(folder, TOKENIZER).static_html, 3 if whole else 1),
+        "trace": (trace.static_html, 3),
+        "report": (report_of(text, title)._repr_html_(), 8),
+        "adapter": (adapter._repr_html_(), int(title == text and len(text) < 40)),
+        "table": (
+            f'<div style="overflow: auto">{pd.DataFrame(samples)._repr_html_()}</div>',
+            int(len(text) < 49 and "\r" not in text),
+        ),
+    }
+
+
+# --- the browser ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Chromium, without a network beyond this machine's files."""
+    reason = browser.why_not()
+    if reason:
+        pytest.skip(reason)
+    with browser.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=browser.chromium(), args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@contextlib.contextmanager
+def opened(chromium, path):
+    """The page of a file; afterwards nothing of it ran, opened a dialog or asked for anything but itself."""
+    page = chromium.new_page(viewport={"width": 1000, "height": 800})
+    requests, dialogs = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.goto(path.as_uri())
+    yield page
+    assert page.evaluate("() => window.owned") is None and dialogs == []
+    assert [url for url in requests if url != path.as_uri() and not url.startswith("data:")] == []
+    page.close()
+
+
+def is_as_wide_as_its_window(page) -> bool:
+    for width in (1000, 760):
+        page.set_viewport_size({"width": width, "height": 800})
+        if page.evaluate("() => document.documentElement.scrollWidth > innerWidth"):
+            return False
+    return True
+
+
+TEXT_WITHOUT_STYLE = """card => {
+    const copy = card.cloneNode(true);
+    copy.querySelectorAll('style').forEach(style => style.remove());
+    return copy.textContent;
+}"""
+IS_FORMULA_FREE = """root => {
+    const walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT), ignored = 'style, script, .tex2jax_ignore';
+    while (walk.nextNode()) {
+        const text = walk.currentNode, parent = text.parentElement;
+        if (/[$\\\\]/.test(text.data) && text.data.trim().length > 1 && !parent.closest(ignored))
+            return text.data;
+    }
+    return '';
+}"""
+# what stands behind a name with marks of direction is still read from left to right
+READS_FROM_LEFT_TO_RIGHT = """root => [...root.querySelectorAll('bdi')].every(name => {
+    const next = name.nextSibling?.nodeType === 3 ? name.nextSibling : name.parentElement.nextSibling;
+    if (next?.nodeType !== 3 || !/^\\W*[a-z0-9]{2}/i.test(next.data)) return true;
+    const place = next.data.search(/[a-z0-9]{2}/i), range = document.createRange();
+    const left = at => (range.setStart(next, at), range.setEnd(next, at + 1), range.getBoundingClientRect());
+    const [one, two] = [left(place), left(place + 1)];
+    return one.width === 0 || one.top !== two.top || one.left < two.left;
+})"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("name", "text"), EVERY, ids=PAYLOADS)
+def test_a_page_with_everything_that_shows_a_text(chromium, tmp_path, name, text):
+    shown = cards(text, tmp_path / "shards")
+    body = "".join(f'<section id="{what.replace(" ", "-")}">{html}</section>' for what, (html, _) in shown.items())
+    path = tmp_path / "cards.html"
+    path.write_text(f'<!doctype html><html><head><meta charset="utf-8"></head><body>{body}</body></html>', "utf-8")
+    with opened(chromium, path) as page:
+        assert page.locator("img, script, iframe, svg, a, meta[http-equiv]").count() == 0
+        for what, (_, times) in shown.items():
+            card = page.locator(f"#{what.replace(' ', '-')}")
+            held = card.evaluate(TEXT_WITHOUT_STYLE)
+            assert held.count(as_seen(text)) >= times, (what, held[:500])
+            assert card.evaluate(IS_FORMULA_FREE) == "", what
+            assert card.evaluate(READS_FROM_LEFT_TO_RIGHT), what
+            assert card.bounding_box()["height"] > 10, what
+        assert is_as_wide_as_its_window(page)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("name", "text"), EVERY, ids=PAYLOADS)
+def test_saved_pages(chromium, tmp_path, name, text):
+    title = title_of(text)
+    made = report_of(text, title).save_html(tmp_path / "report.html")
+    with opened(chromium, made) as page:
+        assert page.locator("img").count() == 1 and page.locator("script, iframe, svg, a").count() == 0
+        assert page.locator("body").evaluate("body => body.textContent").count(as_seen(text)) >= 8
+        assert is_as_wide_as_its_window(page)
+    model, adapter = TracedModel(), toy_adapter(text, title, ())
+    saved = viewers.save_html(
+        tmp_path / "trace.html", model, adapter, {title: text}, text, text, attribute=toy_attribute
+    )
+    with opened(chromium, saved) as page:
+        assert page.locator("img, script, iframe, svg, a").count() == 0
+        assert page.locator("main").evaluate("main => main.textContent").count(as_seen(text)) >= 3
+        assert page.locator("main").evaluate(IS_FORMULA_FREE) == ""
+        assert is_as_wide_as_its_window(page)
