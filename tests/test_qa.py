@@ -428,17 +428,17 @@ def test_summary_by_method_data_set_and_length():
 
 
 def test_summary_of_one_metric_and_its_refusals():
-    scores = score_table()
+    scored = score_table()
     with pytest.raises(ValueError, match="mixes exact_match, token_f1: add 'dataset' to by"):
-        qa.summarise_scores(scores, by=["method"])
-    table = qa.summarise_scores(scores, by=["method"], metric="exact_match_squad")
+        qa.summarise_scores(scored, by=["method"])
+    table = qa.summarise_scores(scored, by=["method"], metric="exact_match_squad")
     assert table["n"].tolist() == [12, 12] and table["score"].tolist() == pytest.approx([2 / 3, 2 / 3])
     assert (table["low"][0], table["high"][0]) == scores.wilson(8, 12)
     with pytest.raises(ValueError, match="no column length_tokens"):
-        qa.summarise_scores(scores.drop(columns="length_tokens"))
+        qa.summarise_scores(scored.drop(columns="length_tokens"))
     with pytest.raises(ValueError, match="row 0, column 'method' is empty"):
-        qa.summarise_scores(scores.assign(method=None))
-    given = qa.summarise_scores(scores.assign(length_bin="any"), by=["length_bin"], metric="rouge_l")
+        qa.summarise_scores(scored.assign(method=None))
+    given = qa.summarise_scores(scored.assign(length_bin="any"), by=["length_bin"], metric="rouge_l")
     assert given["length_bin"].tolist() == ["any"] and given["n"].tolist() == [24]
 
 

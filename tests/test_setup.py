@@ -24,7 +24,7 @@ PACKAGE_OF = {
     "PIL": "pillow",
 }
 # used only where it happens to be installed
-OPTIONAL = {"flash_attn", "llmlingua", "vllm"}
+OPTIONAL = {"flash_attn", "llmlingua", "pypdf", "vllm"}
 
 
 @pytest.fixture(scope="module")

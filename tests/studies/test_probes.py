@@ -20,6 +20,9 @@ class Inside:
     def __add__(self, other):
         return Inside(self.texts + other.texts)
 
+    def __radd__(self, other):
+        return self if other == 0 else NotImplemented
+
     def without(self, document):
         return Inside(tuple(pair for pair in self.texts if pair[0] != document))
 
