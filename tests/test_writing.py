@@ -265,7 +265,7 @@ def test_a_model_saved_where_it_came_from_keeps_its_base_model(model, tmp_path):
 
 
 def test_an_encoder_of_its_own_stays_too(tmp_path):
-    from d2l_lib.base_model import ContextEncoder
+    from d2l_lib.encoder import ContextEncoder
     from d2l_lib.model import DocToLoRA
 
     tokenizer = build_tokenizer()
