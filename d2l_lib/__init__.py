@@ -8,7 +8,9 @@
 Names are imported when they are first used, so importing the package costs nothing.
 """
 
+from contextlib import suppress
 from importlib import import_module
+from types import ModuleType
 
 # Name of the package -> (module, name in it), or a module by itself.
 _EXPORTS = {
@@ -23,10 +25,64 @@ _EXPORTS = {
     "viewers": ("views", None),
 }
 
+# Modules that once lay beside this file, for programs that still import them from here -> where their names are now,
+# and the command that took the place of each one's `main`.
+_FORMER = {
+    "attribution_viewer": ("views.trace",),
+    "baselines": ("studies.baselines", "studies.kinds", "studies.methods"),
+    "checkpoints": ("formats.checkpoints", "d2l"),
+    "corpora": ("training.corpora", "d2l corpora"),
+    "distillation": ("training.recipes",),
+    "evaluation": ("studies.base_scores", "studies.needle_scores", "studies.memory", "tasks.scores", "tasks.questions"),
+    "exports": ("formats.peft",),
+    "faithfulness": ("studies.faithfulness", "analysis.trust"),
+    "gating": ("routing", "studies.gate", "studies.dial", "studies.routing_shares", "adapter"),
+    "hub": ("formats.hub",),
+    "losses": ("training.losses",),
+    "metrics": ("tasks.scores",),
+    "needles": ("tasks.needles",),
+    "packing": ("training.batches", "tasks.qa", "formats.shards"),
+    "pickles": ("formats.pickles",),
+    "pretraining": ("training.pretraining",),
+    "probes": ("studies.probes", "tasks.questions"),
+    "qa": ("tasks.qa",),
+    "readout": ("training.warm_up",),
+    "reports": ("views.report", "analysis.report", "studies.flags"),
+    "selfgen": ("training.selfgen", "formats.shards", "engine", "d2l generate"),
+    "shard_viewer": ("views.shards",),
+    "slurm": ("training.slurm", "d2l slurm"),
+    "speed": ("studies.speed", "studies.memory"),
+    "text_to_lora": ("training.text_to_lora",),
+    "trainer": ("training.loop",),
+    "watch": ("studies.watch", "d2l watch"),
+    "world": ("tasks.world",),
+}
+
 __all__ = ["Adapter", "Block", "DocToLoRA", "load", "report"]
 
 
+class _Former(ModuleType):
+    """A module that is now in several places; its names are found where they are."""
+
+    def __init__(self, name: str, places: tuple[str, ...]):
+        super().__init__(f"{__name__}.{name}")
+        self._places = places
+
+    def __getattr__(self, name: str):
+        for place in self._places:
+            if place.partition(" ")[0] == "d2l":
+                if name == "main":
+                    main = import_module(f"{__name__}.__main__").main
+                    return lambda arguments: main([*place.split()[1:], *arguments])
+                continue
+            with suppress(ImportError, AttributeError):
+                return getattr(import_module(f"{__name__}.{place}"), name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}; its names are now in {self._places}")
+
+
 def __getattr__(name: str):
+    if name in _FORMER:
+        return _Former(name, _FORMER[name])
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, inside = _EXPORTS[name]

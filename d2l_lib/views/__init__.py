@@ -19,6 +19,9 @@ _EXPORTS = {
     "view_attribution": "trace",
     "save_html": "trace",
 }
+_EXPORTS |= dict.fromkeys(("SampleViewer", "render_sample", "render_sample_table", "render_document"), "samples")
+_EXPORTS |= dict.fromkeys(("Chat", "render_answers", "render_inside"), "conversation")
+_EXPORTS |= dict.fromkeys(("Viewer", "render_message", "render_view"), "page")
 
 
 def __getattr__(name: str):
