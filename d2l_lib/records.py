@@ -229,7 +229,7 @@ def check_replaceable(path: str | Path, replaces: Callable[[Path], bool] | None 
         raise IsADirectoryError(f"{target} is a folder, a file is to be written there: choose another name")
     if not stat.S_ISREG(mode):
         raise FileExistsError(f"{target} is no ordinary file (a device or a pipe): choose another name")
-    if not os.access(target, os.W_OK):
+    if _is_protected(target):
         raise PermissionError(errno.EACCES, "the file is write-protected", str(target))
     if replaces is not None and not replaces(target):
         raise FileExistsError(f"{target} is a file of another kind, which is not overwritten: choose another name")
@@ -321,12 +321,17 @@ def check_folder(path: str | Path, kind: FolderKind | None = None, keep: Sequenc
         raise NotADirectoryError(f"{path} is a file, a folder is to be written there: choose another name")
     if target.is_mount():
         raise FileExistsError(f"{path} is where a disk is mounted: give the name of a folder in it")
-    if not os.access(target, os.W_OK):
+    if _is_protected(target):
         raise PermissionError(errno.EACCES, "the folder is write-protected", str(target))
     others, _ = read_whole(target, lambda folder: _inspect(folder, kind, keep))
     if others:
         raise _refusal(path, kind, others)
     return target
+
+
+def _is_protected(path: Path) -> bool:
+    """Whether a file or folder may not be written; one that another writer exchanges at this moment may be absent."""
+    return all(not os.access(path, os.W_OK) and os.path.exists(path) for _ in range(20))
 
 
 def _refusal(path: str | Path, kind: FolderKind | None, others: Sequence[str]) -> FileExistsError:
@@ -515,7 +520,8 @@ def _sweep(target: Path, kind: FolderKind | None, keep: Sequence[str]) -> None:
             continue
         for name, facts in _entries(folder):
             file = folder / name
-            own = _fits(name, kind.files) or _LIBRARYS_OWN.fullmatch(file.name) or _INSIDE.fullmatch(file.parent.name)
+            inside = _INSIDE.fullmatch(Path(name).parent.name)
+            own = _fits(name, kind.files) or _LIBRARYS_OWN.fullmatch(file.name) or inside
             if (own and stat.S_ISREG(facts.st_mode)) or (_is_kept(name, keep) and facts.st_nlink > 1):
                 file.unlink(missing_ok=True)
         for inner, _, _ in os.walk(folder, topdown=False):

@@ -23,6 +23,7 @@ from d2l_lib import records
 from d2l_lib.__main__ import main
 from d2l_lib.documents import chat_affixes, context_ids, question_ids
 from d2l_lib.engine import Reply, TransformersEngine
+from d2l_lib.formats import shards as shard_files
 from d2l_lib.formats.shards import PUBLISHED, SCHEMA, TEACHER_COLUMNS, read_shards
 from d2l_lib.training import batches, losses, selfgen
 from d2l_lib.training.selfgen import Settings, generate, make_shard, parse_questions
@@ -471,7 +472,8 @@ def test_a_run_that_fails_between_shard_and_checksum_leaves_nothing_that_is_trus
             raise OSError("no space left on device")
         return original(path, value)
 
-    monkeypatch.setattr(selfgen, "write_json", failing)
+    for module in (selfgen, shard_files):
+        monkeypatch.setattr(module, "write_json", failing)
     with pytest.raises(OSError, match="no space"):
         generate(SMALL, tmp_path, engine)
     monkeypatch.undo()

@@ -300,7 +300,7 @@ def sentence_style(scope: str, values: Sequence[float], show: Sequence[bool]) ->
     limit = color_limit(values)
     rules = []
     for number, (value, shown) in enumerate(zip(values, show, strict=True)):
-        span = f"{scope} .d2l-unit-{number} span"
+        span = f"{scope} .d2l-unit-{number} span:not(span span)"  # not the ones around single signs within it
         if math.isfinite(value):
             rules.append(f"{span} {{ background: {shade(value, limit)}; }}")
             if shown and _counts(value):

@@ -231,7 +231,7 @@ def test_sentences_have_the_value_of_their_chunk():
 
 def test_the_style_holds_numbers_only():
     style = sentence_style(".x", [1.5, math.nan, -0.001], [True, True, True])
-    assert '.x .d2l-unit-0 span::after { content: "+1.50"; }' in style
+    assert '.x .d2l-unit-0 span:not(span span)::after { content: "+1.50"; }' in style
     assert "d2l-unit-1" not in style and "−0.00" not in style
 
 
@@ -704,7 +704,7 @@ def test_attribution_viewer_in_a_browser(tmp_path):
 
         toy = lab.locator(".jp-CodeCell", has=lab.locator(".d2l-trace-answer")).last
         expect(toy.locator(".d2l-sentences")).to_contain_text(HOSTILE)
-        expect(toy.locator(".d2l-sentences")).to_contain_text("costs \uff045 and \uff046.")
+        expect(toy.locator(".d2l-sentences")).to_contain_text("costs $5 and $6.")
         expect(toy.locator(".d2l-question")).to_have_text(HOSTILE)
         assert toy.locator(".jp-OutputArea img, .jp-OutputArea script, mjx-container").count() == 0
         assert lab.evaluate("() => window.owned") is None
