@@ -315,9 +315,11 @@ def check_folder(path: str | Path, kind: FolderKind | None = None, keep: Sequenc
             "written over it, give the name of a new folder"
         )
     _recover(target)
-    if not os.path.lexists(target):
+    try:
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
         return target
-    if not target.is_dir():
+    if not stat.S_ISDIR(mode):
         raise NotADirectoryError(f"{path} is a file, a folder is to be written there: choose another name")
     if target.is_mount():
         raise FileExistsError(f"{path} is where a disk is mounted: give the name of a folder in it")
