@@ -321,7 +321,7 @@ def check_folder(path: str | Path, kind: FolderKind | None = None, keep: Sequenc
         return target
     if not stat.S_ISDIR(mode):
         raise NotADirectoryError(f"{path} is a file, a folder is to be written there: choose another name")
-    if target.is_mount():
+    if os.path.ismount(target):
         raise FileExistsError(f"{path} is where a disk is mounted: give the name of a folder in it")
     if _is_protected(target):
         raise PermissionError(errno.EACCES, "the folder is write-protected", str(target))
