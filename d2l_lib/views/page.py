@@ -22,12 +22,12 @@ from d2l_lib import markup
 
 CSS = """
 .d2l-view { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.5; }
-.d2l-view { color: var(--jp-ui-font-color1, inherit); }
+.d2l-view { color: var(--jp-ui-font-color1, inherit); overflow-wrap: anywhere; }
 .d2l-view table { border-collapse: collapse; width: 100%; }
 .d2l-view table th, .d2l-view table td { text-align: left; vertical-align: top; padding: 4px 10px 4px 0; }
 .d2l-view th, .d2l-view td { border-bottom: 1px solid #8884; overflow-wrap: anywhere; min-width: 3.5em; }
 .d2l-view mark { background: #ffe08a; color: #000; padding: 1px 2px; border-radius: 2px; }
-.d2l-view .d2l-text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.d2l-view .d2l-text { white-space: pre-wrap; }
 .d2l-view .d2l-document { max-height: 22em; overflow-y: auto; padding: 8px; }
 .d2l-view .d2l-document { border: 1px solid #8886; border-radius: 4px; }
 .d2l-view .d2l-note { color: var(--jp-ui-font-color2, #666); }
@@ -35,9 +35,8 @@ CSS = """
 .d2l-view .d2l-columns { display: grid; gap: 10px; }
 .d2l-view .d2l-columns { grid-template-columns: repeat(auto-fit, minmax(min(15em, 100%), 1fr)); }
 .d2l-view .d2l-pane { border: 1px solid #8886; border-radius: 4px; padding: 6px 10px; min-width: 0; }
-.d2l-view .d2l-state { border-left: 3px solid #8886; padding-left: 8px; overflow-wrap: anywhere; }
+.d2l-view .d2l-state { border-left: 3px solid #8886; padding-left: 8px; }
 .d2l-view h4 { margin: 6px 0 2px; }
-.d2l-view h4, .d2l-view p, .d2l-view li, .d2l-view .d2l-note, .d2l-view .d2l-error { overflow-wrap: anywhere; }
 """
 REVEAL_S = 0.3  # work that ends sooner shows no bar and takes no control away (and so no keyboard focus)
 SETTLE_S = (

@@ -74,7 +74,7 @@ CSS = """
 .d2l-sentences { max-width: 100%; box-sizing: border-box; }
 .d2l-sentences { background: #fff; color: #111; line-height: 2; font-size: 14px; margin: 4px 2px; }
 .d2l-sentences.widget-box { display: block; }
-.d2l-sentences .d2l-name { font-weight: 600; line-height: 1.5; color: #111; }
+.d2l-sentences .d2l-name { font-weight: 600; line-height: 1.5; color: #111; overflow-wrap: anywhere; }
 .d2l-sentences .widget-html, .d2l-sentences .widget-html-content { height: auto; line-height: 1.5; margin: 0; }
 .d2l-sentences .widget-checkbox { counter-increment: d2l-sentence; }
 .d2l-sentences .widget-checkbox { display: inline; width: auto; height: auto; margin: 0; line-height: inherit; }

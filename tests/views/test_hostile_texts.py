@@ -3,6 +3,8 @@ nothing is swallowed, nothing becomes a formula, and no page grows wider than it
 """
 
 import contextlib
+import subprocess
+import sys
 
 import browser
 import pandas as pd
@@ -191,3 +193,51 @@ def test_saved_pages(chromium, tmp_path, name, text):
         assert page.locator("main").evaluate("main => main.textContent").count(as_seen(text)) >= 3
         assert page.locator("main").evaluate(IS_FORMULA_FREE) == ""
         assert is_as_wide_as_its_window(page)
+
+
+CELLS = [
+    "import pandas as pd\nfrom test_hostile_texts import PAYLOADS, hostile_samples, printable, report_of\n"
+    "from toy_models import ToyModel\nfrom d2l_lib import viewers",
+    "viewers.view_samples(hostile_samples())",
+    "viewers.chat(ToyModel(window=10**9), printable(), PAYLOADS['formulas'])",
+    "pd.DataFrame(hostile_samples())",
+    "report_of(PAYLOADS['formulas'], PAYLOADS['handler'])",
+]
+
+
+def printable() -> dict[str, str]:
+    """{name of a document: its text}."""
+    return {text[:200]: text for text in PAYLOADS.values() if text.isprintable()}
+
+
+def hostile_samples() -> list[dict]:
+    return [
+        sample(document=text, question=text, answer=text, kind=name, evidence_start=0, evidence_end=9)
+        for name, text in PAYLOADS.items()
+    ]
+
+
+@pytest.mark.browser
+def test_a_notebook_as_a_page(chromium, tmp_path, monkeypatch):
+    paths = ":".join(map(str, [browser.ROOT, browser.ROOT / "tests", browser.ROOT / "tests" / "views"]))
+    monkeypatch.setenv("PYTHONPATH", paths)
+    notebook = browser.write_notebook(tmp_path / "hostile.ipynb", CELLS)
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--execute", str(notebook)]
+    result = subprocess.run(
+        [*command, "--ExecutePreprocessor.store_widget_state=False"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    page = chromium.new_page(viewport={"width": 1000, "height": 800})
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.route("http*://**", lambda route: route.abort())
+    page.goto((tmp_path / "hostile.html").as_uri())
+    assert page.evaluate("() => window.owned") is None and [url for url in requests if "owned" in url] == []
+    outputs = page.locator(".jp-OutputArea-output")
+    assert outputs.count() == len(CELLS) - 1
+    for output in outputs.all():
+        assert output.evaluate(IS_FORMULA_FREE) == ""
+        assert output.locator("img, script, iframe, svg, a").count() == 0
+    held = page.locator("main").evaluate("main => main.textContent")
+    assert all(held.count(text) >= 2 for name, text in PAYLOADS.items() if name in ("script", "formulas", "handler"))
+    page.close()
