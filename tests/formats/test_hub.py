@@ -78,7 +78,7 @@ def test_the_published_names_are_found_in_the_cache_without_a_connection(tmp_pat
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_HUB_CACHE", None)
     names = [*PUBLISHED, "gemma_demo/checkpoint-80000", "gemma_2b_d2l/checkpoint-20000/pytorch_model.bin"]
-    project = Path(__file__).resolve().parents[1]
+    project = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code, *names], capture_output=True, text=True, env=environment, cwd=project, check=False
     )

@@ -22,7 +22,7 @@ from d2l_lib.records import read_jsonl
 from d2l_lib.tasks import needles
 from d2l_lib.training import loop, step
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

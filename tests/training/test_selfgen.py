@@ -28,7 +28,7 @@ from d2l_lib.formats.shards import PUBLISHED, SCHEMA, TEACHER_COLUMNS, read_shar
 from d2l_lib.training import batches, losses, selfgen
 from d2l_lib.training.selfgen import Settings, generate, make_shard, parse_questions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = Settings(
     documents=11, shard_size=2, questions=3, shortest=1, longest=3, max_new_tokens=24, unrelated_share=0.2, seed=3
 )  # fmt: skip

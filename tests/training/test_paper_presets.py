@@ -23,7 +23,7 @@ from d2l_lib.records import read_json, read_jsonl
 from d2l_lib.training import loop, recipes, step
 from d2l_lib.training.batches import IGNORED
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"paper-gemma": "gemma2", "paper-mistral": "mistral", "paper-qwen": "qwen3"}
 TEMPLATES = {"gemma2": tiny_models.NO_SYSTEM_TEMPLATE}
 SMALL = "latent_size=16 n_latent_queries=8 n_blocks=2 n_heads=4 n_kv_heads=2 head_dim=8 batches_per_step=2".split()
