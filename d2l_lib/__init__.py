@@ -29,11 +29,17 @@ _EXPORTS = {
 # and the command that took the place of each one's `main`.
 _FORMER = {
     "attribution_viewer": ("views.trace",),
-    "baselines": ("studies.baselines", "studies.kinds", "studies.methods"),
+    "baselines": ("studies.baselines", "training.context_distillation", "studies.kinds", "studies.methods"),
     "checkpoints": ("formats.checkpoints", "d2l"),
     "corpora": ("training.corpora", "d2l corpora"),
     "distillation": ("training.recipes",),
-    "evaluation": ("studies.base_scores", "studies.needle_scores", "studies.memory", "tasks.scores", "tasks.questions"),
+    "evaluation": (
+        "studies.base_scores",
+        "studies.needle_scores",
+        "studies.watches",
+        "tasks.scores",
+        "tasks.questions",
+    ),
     "exports": ("formats.peft",),
     "faithfulness": ("studies.faithfulness", "analysis.trust"),
     "gating": ("routing", "studies.gate", "studies.dial", "studies.routing_shares", "adapter"),
@@ -51,7 +57,7 @@ _FORMER = {
     "selfgen": ("training.selfgen", "formats.shards", "engine", "d2l generate"),
     "shard_viewer": ("views.shards",),
     "slurm": ("training.slurm", "d2l slurm"),
-    "speed": ("studies.speed", "studies.memory"),
+    "speed": ("studies.speed", "studies.measurements", "studies.gemma_sizes", "studies.watches"),
     "text_to_lora": ("training.text_to_lora",),
     "trainer": ("training.loop",),
     "watch": ("studies.watch", "d2l watch"),

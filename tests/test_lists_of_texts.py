@@ -19,6 +19,7 @@ from d2l_lib.studies import base_scores, baselines, faithfulness, notebooks, spe
 from d2l_lib.tasks import qa, scores, world
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.training import selfgen, slurm
+from d2l_lib.training.context_distillation import ContextDistillation
 
 MODEL = SimpleNamespace(gate=None, least_relevance=0.0, tokenizer=None, window=9, answer=lambda *_, **__: [])
 TABLE = pd.DataFrame({"correct": [True], "what": ["answer"], "method": "m", "dataset": "d", "document": "x"})
@@ -42,8 +43,8 @@ CALLS = {
     "baselines.Internalized": lambda texts: baselines.Internalized(MODEL).answer((None, "x"), texts),
     "baselines.InContext": lambda texts: baselines.InContext(MODEL).answer("x", texts),
     "baselines.NoContext": lambda texts: baselines.NoContext(MODEL).answer(None, texts),
-    "baselines.ContextDistillation.prepare": lambda t: baselines.ContextDistillation(MODEL, "oracle").prepare("x", t),
-    "baselines.ContextDistillation.answer": lambda t: baselines.ContextDistillation(MODEL, 1).answer(None, t),
+    "ContextDistillation.prepare": lambda texts: ContextDistillation(MODEL, "oracle").prepare("x", texts),
+    "ContextDistillation.answer": lambda texts: ContextDistillation(MODEL, 1).answer(None, texts),
     "baselines.costs": lambda texts: baselines.costs(TABLE, texts),
     "faithfulness.study": lambda texts: faithfulness.study(MODEL, 1, 0, kinds=texts),
     "trust.drawn": lambda texts: next(trust.drawn(0, texts, 1, 2)),

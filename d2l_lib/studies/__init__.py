@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from d2l_lib.presets import QA_VARIANTS
-from d2l_lib.records import project_root, write_jsonl
+from d2l_lib.records import project_root, read_rows, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,12 @@ STUDIES = {
 def record_path(name: str) -> Path:
     """The file of a record in data/full_runs."""
     return project_root() / "data" / "full_runs" / f"{name}.jsonl"
+
+
+def earlier_rows(name: str) -> list[dict[str, Any]]:
+    """What a record holds so far."""
+    path = record_path(name)
+    return read_rows(path) if path.is_file() else []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

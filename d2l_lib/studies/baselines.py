@@ -1,39 +1,30 @@
-"""What Doc-to-LoRA is compared with: ways of answering questions about a document.
+"""Ways of answering questions about a document, as Doc-to-LoRA is compared with, and the comparison.
 
     prepare(document, questions) -> whatever it needs to answer, once per document
     answer(prepared, questions)  -> one text per question
 
-Only `ContextDistillation(queries="oracle")` looks at the questions while it prepares. `compare` runs methods over a
-table of questions (`qa.load_qa`) and says for each question what was answered, in how many seconds, with how much
-memory.
+Only `ContextDistillation(queries="oracle")` (see training.context_distillation) looks at the questions while it
+prepares.
 """
 
 from __future__ import annotations
 
 import gc
-import math
-import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from d2l_lib.adapter import Adapter, Block
-from d2l_lib.base_model import module_sizes
-from d2l_lib.documents import check_texts, open_turn, question_ids
-from d2l_lib.engine import Reply, TransformersEngine
-from d2l_lib.lora import apply_lora, without_lora
+from d2l_lib.adapter import Adapter
+from d2l_lib.documents import check_texts, open_turn
+from d2l_lib.lora import without_lora
 from d2l_lib.model import DocToLoRA
-from d2l_lib.studies import memory
+from d2l_lib.studies.watches import peak_memory_mib, reset_peak_memory
 from d2l_lib.tasks import qa
-from d2l_lib.training.batches import IGNORED
-from d2l_lib.training.losses import context_average, distillation
-from d2l_lib.training.selfgen import WRITER_PROMPTS, parse_questions
-from d2l_lib.training.step import answer_logits
 
 
 class Method(Protocol):
@@ -78,7 +69,8 @@ class Internalized:
         adapter, document = prepared
         questions = check_texts(questions, "questions")
         if self.with_context:
-            questions = _with_document(self.model, document, questions, self.max_new_tokens)
+            model = self.model
+            questions = qa.with_document(document, questions, model.tokenizer, model.window, self.max_new_tokens)
         return self.model.answer(questions, adapter, max_new_tokens=self.max_new_tokens, blocks=self.blocks)
 
 
@@ -97,7 +89,8 @@ class InContext:
         return document
 
     def answer(self, prepared: str, questions: Sequence[str]) -> list[str]:
-        prompts = _with_document(self.model, prepared, questions, self.max_new_tokens, self.tokens)
+        window = self.model.window if self.tokens is None else min(self.model.window, self.tokens)
+        prompts = qa.with_document(prepared, questions, self.model.tokenizer, window, self.max_new_tokens)
         return self.model.answer(prompts, None, max_new_tokens=self.max_new_tokens)
 
 
@@ -114,19 +107,6 @@ class NoContext:
 
     def answer(self, prepared: None, questions: Sequence[str]) -> list[str]:
         return self.model.answer(check_texts(questions, "questions"), None, max_new_tokens=self.max_new_tokens)
-
-
-def _with_document(
-    model: DocToLoRA, document: str, questions: Sequence[str], max_new_tokens: int, tokens: int | None = None
-) -> list[str]:
-    window = model.window if tokens is None else min(model.window, tokens)
-    return [
-        qa.PROMPT.format(
-            document=qa.truncate_document(document, question, model.tokenizer, window, max_new_tokens),
-            question=question,
-        )
-        for question in check_texts(questions, "questions")
-    ]
 
 
 # ------------------------------------------------------------------------------------------------- prompt compression
@@ -174,7 +154,8 @@ class PromptCompression:
         return self.model.tokenizer.decode([ids[i] for i in kept]).strip()
 
     def answer(self, prepared: str, questions: Sequence[str]) -> list[str]:
-        prompts = _with_document(self.model, prepared, questions, self.max_new_tokens)
+        model = self.model
+        prompts = qa.with_document(prepared, questions, model.tokenizer, model.window, self.max_new_tokens)
         return self.model.answer(prompts, None, max_new_tokens=self.max_new_tokens)
 
 
@@ -197,127 +178,6 @@ def token_information(model: DocToLoRA, ids: Sequence[int]) -> list[float]:
     return values
 
 
-# ------------------------------------------------------------------------------------------------ context distillation
-def sample_questions(model: DocToLoRA, document: str, n: int, seed: int, rounds: int = 8) -> list[str]:
-    """Up to `n` different questions that the base model itself asks after the document: samples of how the user's turn
-    goes on (temperature 1). For base models that saw questions behind documents in training, as the bundled one did.
-    """
-    tokenizer = model.tokenizer
-    document = qa.truncate_document(document, "?", tokenizer, model.window, 64)
-    prompt = open_turn(tokenizer, document + "\n\n")
-    engine = TransformersEngine("base", model.base_model, tokenizer)
-    found: dict[str, None] = {}
-    for k in range(rounds):
-        for reply in engine.reply([prompt] * max(8, n), 48, 1.0, seed + k):
-            text = tokenizer.decode(reply.ids, skip_special_tokens=True).strip() if reply else ""
-            if reply and reply.finished and text.endswith("?"):
-                found.setdefault(text)
-        if len(found) >= n:
-            break
-    return list(found)[:n]
-
-
-def write_questions(model: DocToLoRA, document: str, n: int, seed: int) -> list[str]:
-    """Up to `n` different questions that the base model writes when asked for them (`selfgen.WRITER_PROMPTS`), ten at a
-    time: for models that follow instructions.
-    """
-    engine = TransformersEngine("base", model.base_model, model.tokenizer)
-    found: list[str] = []
-    for k in range(max(8, 2 * math.ceil(n / 10))):
-        rest = {"n": min(10, n - len(found)), "earlier": "\n".join(f"- {q}" for q in found) or "- none"}
-        template = WRITER_PROMPTS[min(k, 1)]
-        around = template.format(document="", **rest)
-        shortened = qa.truncate_document(document, around, model.tokenizer, model.window, 1024)
-        prompt = template.format(document=shortened, **rest)
-        (reply,) = engine.reply(question_ids(model.tokenizer, [prompt]), 1024, 0.0 if k < 2 else 1.0, seed + k)
-        if reply is not None:
-            said = model.tokenizer.decode(reply.ids, skip_special_tokens=True)
-            found += parse_questions(said, n - len(found), found, complete=reply.finished)[0]
-        if len(found) >= n:
-            break
-    return found
-
-
-@dataclass
-class ContextDistillation:
-    """A LoRA trained by gradient descent for one document: it learns what the base model answers with the document.
-
-    queries: "oracle" trains on the very questions that are asked later; a number, on that many questions which
-    `questions_from(model, document, n, seed)` gives. The teacher's answers and top-16 log-probabilities are those of
-    self-generated data, and so are the target linears, rank and scale of the LoRA those of the model's hypernetwork.
-    `steps` of AdamW on batches of at most `batch` questions (published: 300 steps).
-    """
-
-    model: DocToLoRA
-    queries: str | int
-    steps: int = 300
-    learning_rate: float = 1e-3
-    batch: int = 16
-    seed: int = 0
-    name: str = ""
-    questions_from: Callable[[DocToLoRA, str, int, int], list[str]] = sample_questions
-    max_new_tokens: int = 48
-
-    def __post_init__(self):
-        if self.queries != "oracle" and not (isinstance(self.queries, int) and self.queries > 0):
-            raise ValueError(f'queries must be "oracle" or a number of questions, not {self.queries!r}')
-        asked = "oracle" if self.queries == "oracle" else f"{self.queries} queries"
-        self.name = self.name or f"distillation ({asked})"
-
-    def prepare(self, document: str, questions: Sequence[str]) -> Adapter:
-        if self.queries != "oracle":
-            questions = self.questions_from(self.model, document, self.queries, self.seed)
-        questions = check_texts(questions, "questions")
-        prompts = _with_document(self.model, document, questions, self.max_new_tokens)
-        engine = TransformersEngine("teacher", self.model.base_model, self.model.tokenizer)
-        replies = engine.reply(question_ids(self.model.tokenizer, prompts), self.max_new_tokens, 0.0, self.seed)
-        asked = question_ids(self.model.tokenizer, questions)
-        pairs = [(ids, reply) for ids, reply in zip(asked, replies, strict=True) if reply and reply.finished]
-        return self._train(pairs)
-
-    def _train(self, pairs: list[tuple[list[int], Reply]]) -> Adapter:
-        """One block of the hypernetwork's rank, scale and modules, trained on (question ids, teacher's reply)."""
-        config, base_model = self.model.config, self.model.base_model
-        generator = torch.Generator().manual_seed(self.seed)
-        d_in, d_out = module_sizes(base_model, config.modules)
-        shape = (config.n_layers, config.rank)
-        A = {m: torch.randn(*shape, d_in[m], generator=generator) / math.sqrt(d_in[m]) for m in config.modules}
-        B = {m: torch.zeros(*shape, d_out[m]) for m in config.modules}
-        device = self.model.device
-        A, B = ({m: t.to(device).requires_grad_() for m, t in side.items()} for side in (A, B))
-        optimizer = torch.optim.AdamW([*A.values(), *B.values()], lr=self.learning_rate, weight_decay=0.0)
-        rng = random.Random(self.seed)
-        for _ in range(self.steps if pairs else 0):
-            some = pairs if len(pairs) <= self.batch else rng.sample(pairs, self.batch)
-            with torch.enable_grad(), apply_lora(base_model, {m: (A[m][None], B[m][None]) for m in A}, config.scale):
-                loss = _distillation_loss(base_model, self.model.tokenizer, some)
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        factors = ({m: t.detach().cpu() for m, t in side.items()} for side in (A, B))
-        return self.model.adapter_of([Block("document", 0, None, 1.0, *factors)], bias=False)
-
-    def answer(self, prepared: Adapter, questions: Sequence[str]) -> list[str]:
-        return self.model.answer(check_texts(questions, "questions"), prepared, max_new_tokens=self.max_new_tokens)
-
-
-def _distillation_loss(base_model, tokenizer, pairs: Sequence[tuple[list[int], Reply]]) -> Tensor:
-    """The loss of hypernetwork training (`losses.distillation`, averaged per question), for one context."""
-    longest = max(len(ids) + len(reply.ids) for ids, reply in pairs)
-    input_ids = torch.full((len(pairs), longest), tokenizer.pad_token_id or 0)
-    labels = torch.full((len(pairs), longest), IGNORED)
-    for row, (ids, reply) in enumerate(pairs):
-        end = len(ids) + len(reply.ids)
-        input_ids[row, :end] = torch.tensor([*ids, *reply.ids])
-        labels[row, len(ids) : end] = torch.tensor(reply.ids)
-    device = base_model.device
-    logits, answers, here = answer_logits(base_model, input_ids.to(device), labels.to(device))
-    values = torch.cat([torch.from_numpy(reply.values).float() for _, reply in pairs]).to(device)
-    indices = torch.cat([torch.from_numpy(reply.indices) for _, reply in pairs]).to(device)
-    per_token = distillation(logits, here, values, indices)
-    return context_average(per_token, answers, torch.tensor([len(pairs)]))
-
-
 # ---------------------------------------------------------------------------------------------------------- comparison
 def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = False) -> pd.DataFrame:
     """Every method on every question, document by document; the rows of `questions` once per method, in order.
@@ -333,26 +193,23 @@ def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = F
     documents = qa.group_by_document(questions)
     tables = []
     for method in methods:
-        table = questions.assign(method=method.name)
-        found: dict[str, list] = {"prediction": [], "seconds_prepare": [], "seconds_answer": [], "peak_memory_mib": []}
-        index: list = []
+        added, seconds = [], 0.0
         for document, rows in documents:
             asked = list(rows["question"])
             gc.collect()
-            memory.reset_peak_memory()
+            reset_peak_memory()
             began = time.perf_counter()
             prepared = method.prepare(document, asked)
             between = time.perf_counter()
-            found["prediction"] += method.answer(prepared, asked)
-            ended = time.perf_counter()
-            index += list(rows.index)
-            found["seconds_prepare"] += [between - began] * len(rows)
-            found["seconds_answer"] += [ended - between] * len(rows)
-            found["peak_memory_mib"] += [memory.peak_memory_mib()] * len(rows)
-        tables.append(table.join(pd.DataFrame(found, index=index)))
+            predictions = method.answer(prepared, asked)
+            costs_of = {"seconds_prepare": between - began, "seconds_answer": time.perf_counter() - between}
+            costs_of["peak_memory_mib"] = peak_memory_mib()
+            added.append(pd.DataFrame({"prediction": predictions}, index=rows.index).assign(**costs_of))
+            seconds += len(rows) * costs_of["seconds_prepare"]
+        tables.append(questions.assign(method=method.name).join(pd.concat(added)))
         if report:
-            per_document = sum(found["seconds_prepare"]) / max(1, len(index))
-            print(f"{method.name}: {len(index)} questions, {per_document:.3f} s to prepare a document", flush=True)
+            per_document = seconds / max(1, len(questions))
+            print(f"{method.name}: {len(questions)} questions, {per_document:.3f} s to prepare a document", flush=True)
     return pd.concat(tables, ignore_index=True)
 
 

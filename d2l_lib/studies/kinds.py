@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 
 from d2l_lib.model import DocToLoRA
-from d2l_lib.studies.baselines import _with_document
 from d2l_lib.tasks import qa, scores, world
 from d2l_lib.tasks.questions import world_samples
 
@@ -37,8 +36,11 @@ def question_kinds(model: DocToLoRA, n: int, seed: int, facts: tuple[int, int] =
     for start in range(0, len(samples), 128):  # in parts, for memory
         some = samples.iloc[start : start + 128]
         asked, documents = list(some["question"]), list(some["document"])
-        pairs = zip(documents, asked, strict=True)
-        prompts = [prompt for document, question in pairs for prompt in _with_document(model, document, [question], 48)]
+        prompts = [
+            prompt
+            for document, question in zip(documents, asked, strict=True)
+            for prompt in qa.with_document(document, [question], model.tokenizer, model.window, 48)
+        ]
         adapters = model.internalize_each(documents)
         predictions = {
             "in context": model.answer(prompts, None, max_new_tokens=48),

@@ -8,17 +8,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from d2l_lib.model import DocToLoRA
-from d2l_lib.studies.baselines import (
-    ContextDistillation,
-    InContext,
-    Internalized,
-    Method,
-    NoContext,
-    PromptCompression,
-    compare,
-    costs,
-)
+from d2l_lib.studies.baselines import InContext, Internalized, Method, NoContext, PromptCompression, compare, costs
 from d2l_lib.tasks import qa, world
+from d2l_lib.training.context_distillation import ContextDistillation
 from d2l_lib.training.text_to_lora import load_text_to_lora
 
 

@@ -10,8 +10,7 @@ import pandas as pd
 from d2l_lib.adapter import singular_part
 from d2l_lib.analysis.weights import recompression
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import read_rows
-from d2l_lib.studies import record_path
+from d2l_lib.studies import earlier_rows, record_path
 from d2l_lib.tasks import needles
 from d2l_lib.tasks.scores import summarise
 
@@ -53,11 +52,9 @@ def run(model: DocToLoRA, n: int, seed: int, length: int) -> Iterator[list[dict]
 
     ValueError where the file holds rows of another hypernetwork.
     """
-    path = record_path("recompression")
-    rows = read_rows(path) if path.is_file() else []
-    key = model.hypernetwork_key
+    rows, key = earlier_rows("recompression"), model.hypernetwork_key
     if any(row["hypernetwork"] != key for row in rows):
-        raise ValueError(f"{path} holds rows of another hypernetwork: move it away first")
+        raise ValueError(f"{record_path('recompression')} holds rows of another hypernetwork: move it away first")
     done = {row["sample"] for row in rows if (row["length_tokens"], row["seed"]) == (length, seed)}
     for new in recompressed_needles(model, length, n, seed, RANKS, skip=len(done)):
         rows += [row | {"n": n, "hypernetwork": key} for row in new]

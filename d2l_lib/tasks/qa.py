@@ -511,6 +511,18 @@ def truncate_document(document: str, question: str, tokenizer, window: int, max_
     return shortened
 
 
+def with_document(
+    document: str, questions: Sequence[str], tokenizer, window: float, max_new_tokens: int = 0
+) -> list[str]:
+    """PROMPT for each question; the document is cut to fit as in `truncate_document`."""
+    return [
+        PROMPT.format(
+            document=truncate_document(document, question, tokenizer, window, max_new_tokens), question=question
+        )
+        for question in check_texts(questions, "questions")
+    ]
+
+
 def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 

@@ -8,6 +8,7 @@ import pytest
 import d2l_lib as d2l
 from d2l_lib.studies import baselines
 from d2l_lib.tasks import qa, world
+from d2l_lib.training import context_distillation
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_methods_see_the_document_or_do_not(model, questions):
 def test_truncated_context_keeps_both_ends_and_its_limit(model):
     method = baselines.InContext(model, "truncated", tokens=200, max_new_tokens=20)
     text = " ".join(f"Sentence number {i} stands here." for i in range(100))
-    (prompt,) = baselines._with_document(model, text, ["Where?"], 20, 200)
+    (prompt,) = qa.with_document(text, ["Where?"], model.tokenizer, 200, 20)
     assert prompt.lstrip().startswith("Sentence number 0") and "Sentence number 99 stands here." in prompt
     assert "number 50 " not in prompt and prompt.endswith("Where?")
     assert len(model.tokenizer(prompt)["input_ids"]) <= 180
@@ -65,8 +66,8 @@ def test_truncated_context_keeps_both_ends_and_its_limit(model):
 
 def test_distillation_on_the_asked_questions_learns_their_answers(model, questions):
     first = questions[questions["document"] == questions["document"][0]]
-    oracle = baselines.ContextDistillation(model, "oracle", steps=60)
-    untrained = baselines.ContextDistillation(model, "oracle", steps=0, name="untrained")
+    oracle = context_distillation.ContextDistillation(model, "oracle", steps=60)
+    untrained = context_distillation.ContextDistillation(model, "oracle", steps=0, name="untrained")
     scores = right(baselines.compare([oracle, untrained], first))
     assert scores[oracle.name] == 1 and scores["untrained"] == 0
     before = [parameter.clone() for parameter in model.base_model.parameters()]
@@ -78,10 +79,10 @@ def test_distillation_on_the_asked_questions_learns_their_answers(model, questio
 
 def test_the_base_model_asks_questions_of_its_own(model, questions):
     document = questions["document"][0]
-    asked = baselines.sample_questions(model, document, 6, seed=1)
+    asked = context_distillation.sample_questions(model, document, 6, seed=1)
     assert len(set(asked)) == len(asked) == 6 and all(question.endswith("?") for question in asked)
-    assert asked == baselines.sample_questions(model, document, 6, seed=1)
-    assert asked != baselines.sample_questions(model, document, 6, seed=2)
+    assert asked == context_distillation.sample_questions(model, document, 6, seed=1)
+    assert asked != context_distillation.sample_questions(model, document, 6, seed=2)
     names = [word for word in document.split() if word[0].isupper() and len(word) > 4]
     assert any(name.strip(".") in question for name in names for question in asked)  # about this document
 
@@ -99,7 +100,7 @@ def test_bad_settings_say_what_to_do(model, questions, monkeypatch):
     with pytest.raises(ValueError, match="more than 0 and at most 1, not 0"):
         baselines.PromptCompression(model, 0)
     with pytest.raises(ValueError, match='"oracle" or a number'):
-        baselines.ContextDistillation(model, "all")
+        context_distillation.ContextDistillation(model, "all")
     with pytest.raises(ImportError, match="pip install llmlingua"):
         baselines.PromptCompression(model, 0.5, use_llmlingua=True)
     with pytest.raises(ValueError, match="no context: give each a name"):

@@ -18,9 +18,9 @@ from d2l_lib.__main__ import main
 from d2l_lib.adapter import Adapter
 from d2l_lib.documents import chunk_document
 from d2l_lib.records import read_jsonl
-from d2l_lib.studies import speed
-from d2l_lib.studies.memory import peak_memory_mib
-from d2l_lib.studies.speed import Measurement
+from d2l_lib.studies import gemma_sizes, measurements, speed, watches
+from d2l_lib.studies.measurements import Measurement
+from d2l_lib.studies.watches import peak_memory_mib
 
 SETTINGS = {"early_exit": {}, "per_layer_activations": {"encoder_type": "per_layer_activations"}}
 
@@ -35,7 +35,7 @@ def small_gemma(monkeypatch):
     """Gemma-2's architecture at a size that a test can run."""
     sizes = {"vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8}
-    monkeypatch.setattr(speed, "GEMMA_2_2B", speed.GEMMA_2_2B | sizes | heads)
+    monkeypatch.setattr(gemma_sizes, "GEMMA_2_2B", gemma_sizes.GEMMA_2_2B | sizes | heads)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -45,12 +45,12 @@ def small_gemma(monkeypatch):
 def clock(monkeypatch):
     """A clock that stands still unless it is told to go on: `clock.now`, in seconds."""
     found = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: found.now, process_time=lambda: found.now))
+    monkeypatch.setattr(watches, "time", SimpleNamespace(perf_counter=lambda: found.now))
     return found
 
 
 @pytest.mark.parametrize("mode", ["batched", "iterative"])
-@pytest.mark.parametrize("slow", speed.PARTS)
+@pytest.mark.parametrize("slow", watches.PARTS)
 def test_time_is_put_down_to_the_part_that_took_it(model, mode, slow, clock, monkeypatch):
     def slowly(function):
         def wrapped(*args, **kwargs):
@@ -69,10 +69,10 @@ def test_time_is_put_down_to_the_part_that_took_it(model, mode, slow, clock, mon
     }[slow]
     monkeypatch.setattr(owner, name, slowly(getattr(owner, name)))
     model.iterative = mode == "iterative"
-    watch = speed.Stopwatch(model.device)
-    with speed.watching(model, watch):
+    watch = watches.Stopwatch(model.device)
+    with watches.watching(model, watch):
         model.internalize_each(["The grass is green. The sky is blue."])
-    assert set(watch.parts) == set(speed.PARTS) and watch.parts[slow] == watch.seconds == clock.now > 0
+    assert set(watch.parts) == set(watches.PARTS) and watch.parts[slow] == watch.seconds == clock.now > 0
     by_layer = mode == "iterative" and (slow == "head" or (slow == "Perceiver" and model.config.layer_to_layer))
     assert clock.now == (model.config.n_layers if by_layer else 1)
 
@@ -83,53 +83,53 @@ def test_watching_leaves_no_hook_behind_even_after_an_error(model):
 
     body = model.encoder.model.model
     before = hooks()
-    with pytest.raises(ValueError, match="no text"), speed.watching(model, speed.Stopwatch(model.device)):
+    with pytest.raises(ValueError, match="no text"), watches.watching(model, watches.Stopwatch(model.device)):
         model.internalize_each([" "])
     assert hooks() == before
 
 
 @pytest.mark.parametrize("length", [100, 257, 1000])
 def test_the_floor_reads_every_token_once_and_the_text_has_the_length_that_was_asked_for(model, length, monkeypatch):
-    text = speed.distinct_text(model.tokenizer, length, 0)
+    text = measurements.distinct_text(model.tokenizer, length, 0)
     assert len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) == pytest.approx(length, abs=1)
     model.chunk_tokens = 60
     seen = []
     encode = model.encoder.encode
     monkeypatch.setattr(model.encoder, "encode", lambda ids, **k: seen.append(ids) or encode(ids, **k))
-    run, facts = speed._floor(model, Measurement("floor", length_tokens=length).here())
-    run()
+    run, facts = measurements._floor(model, Measurement("floor", length_tokens=length).here())
+    run(watches.Stopwatch(model.device))
     assert all(ids.shape[1] <= 60 for ids in seen)
     read = torch.cat([ids.flatten() for ids in seen]).tolist()
     assert read == model.tokenizer(text, add_special_tokens=False)["input_ids"] and facts["tokens"] == len(read)
 
 
 def test_no_two_chunks_of_a_text_are_alike(model):
-    chunks = chunk_document(speed.distinct_text(model.tokenizer, 4000, 1), model.tokenizer, 60)
+    chunks = chunk_document(measurements.distinct_text(model.tokenizer, 4000, 1), model.tokenizer, 60)
     assert len({chunk.text for chunk in chunks}) == len(chunks)
-    assert speed.distinct_text(model.tokenizer, 300, 1) != speed.distinct_text(model.tokenizer, 300, 2)
+    assert measurements.distinct_text(model.tokenizer, 300, 1) != measurements.distinct_text(model.tokenizer, 300, 2)
 
 
 def test_a_made_up_adapter_has_the_shapes_of_the_real_one(model, tmp_path):
     model.chunk_tokens = 80
-    made = speed.adapter_of_length(model, 1500, 0)
-    real = model.internalize(speed.distinct_text(model.tokenizer, 1500, 0))
+    made = measurements.adapter_of_length(model, 1500, 0)
+    real = model.internalize(measurements.distinct_text(model.tokenizer, 1500, 0))
     assert len(made.blocks) == len(real.blocks) > model.chunk_batch
     assert [block.span for block in made.blocks] == [block.span for block in real.blocks]
     assert (made.rank, made.nbytes) == (real.rank, real.nbytes)
-    assert made.nbytes == speed.adapter_bytes(model, len(made.blocks))
+    assert made.nbytes == measurements.adapter_bytes(model, len(made.blocks))
     sizes = [adapter.save(tmp_path / "a.safetensors").stat().st_size for adapter in (made, real)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01), "shared tensors would be stored once"
 
 
 def test_every_kind_is_measured_and_says_what_on(model, monkeypatch):
     asked = []
-    monkeypatch.setattr(speed, "route", lambda *a: asked.append(a) or [a[2][0].only(chunk=0)])
+    monkeypatch.setattr(measurements, "route", lambda *a: asked.append(a) or [a[2][0].only(chunk=0)])
     model.chunk_tokens = 60
-    n_chunks = len(chunk_document(speed.distinct_text(model.tokenizer, 200, 0), model.tokenizer, 60))
-    for what, modes in speed.MODES.items():
+    n_chunks = len(chunk_document(measurements.distinct_text(model.tokenizer, 200, 0), model.tokenizer, 60))
+    for what, modes in measurements.MODES.items():
         for mode in modes:
             length = 0 if what == "documents" or mode == "no adapter" else 200
-            row = speed.measure(Measurement(what, "mine", length, mode, documents=2), model, repeats=1, least=1)
+            row = measurements.measure(Measurement(what, "mine", length, mode, documents=2), model, repeats=1, least=1)
             assert row["status"] == "measured" and 0 < row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
             assert sum(row["parts"].values()) == pytest.approx(row["seconds"], abs=1e-4)
             assert row["peak_memory_mib"] >= row["resting_memory_mib"] > 50 and row["cpu_share"] > 0
@@ -146,7 +146,7 @@ def test_iterative_is_passed_on(model, monkeypatch):
     forward = model.hypernetwork.forward
     monkeypatch.setattr(model.hypernetwork, "forward", lambda *a, **k: seen.append(k["iterative"]) or forward(*a, **k))
     for mode in ("iterative", "batched"):
-        speed.measure(Measurement("internalize", "mine", 100, mode), model, repeats=1, least=1)
+        measurements.measure(Measurement("internalize", "mine", 100, mode), model, repeats=1, least=1)
         assert seen[-1] == (mode == "iterative")
 
 
@@ -156,20 +156,18 @@ def test_repeats_stop_when_the_time_is_over_but_not_before_the_least(model, monk
     def prepare(_, m):
         counts.append(0)
 
-        def run():
+        def run(watch):
             counts[-1] += 1
-            watch = speed.Stopwatch(torch.device("cpu"))
             watch.parts = {"all": float(counts[-1])}
-            return watch
 
         return run, {}
 
-    monkeypatch.setitem(speed._PREPARE, "floor", prepare)
+    monkeypatch.setitem(measurements._PREPARE, "floor", prepare)
     m = Measurement("floor", "mine", 100)
-    row = speed.measure(m, model, repeats=5, least=3, budget_s=60)
+    row = measurements.measure(m, model, repeats=5, least=3, budget_s=60)
     assert (row["n"], row["seconds"], row["seconds_low"], row["seconds_high"]) == (5, 3.0, 2.0, 4.0)
     assert row["parts"] == {"all": 3.0}, "those of the median run"
-    assert speed.measure(m, model, repeats=5, least=3, budget_s=0)["n"] == 3
+    assert measurements.measure(m, model, repeats=5, least=3, budget_s=0)["n"] == 3
     assert counts == [5, 3]
 
 
@@ -177,15 +175,15 @@ def test_too_little_memory_is_recorded_not_raised(model, monkeypatch):
     def no_room(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(speed._PREPARE, "floor", no_room)
-    row = speed.measure(Measurement("floor", "mine", 100), model)
+    monkeypatch.setitem(measurements._PREPARE, "floor", no_room)
+    row = measurements.measure(Measurement("floor", "mine", 100), model)
     assert row["status"] == "out of memory" and "seconds" not in row and row["base_model"]["num_hidden_layers"] == 4
-    assert speed.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert speed.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
-    assert not speed.is_out_of_memory(RuntimeError("shapes do not match"))
-    monkeypatch.setitem(speed._PREPARE, "floor", lambda *_: 1 / 0)
+    assert measurements.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert measurements.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not measurements.is_out_of_memory(RuntimeError("shapes do not match"))
+    monkeypatch.setitem(measurements._PREPARE, "floor", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        speed.measure(Measurement("floor", "mine", 100), model)
+        measurements.measure(Measurement("floor", "mine", 100), model)
 
 
 @pytest.mark.parametrize(
@@ -207,43 +205,43 @@ def test_a_measurement_that_cannot_be_made_is_refused(values, message):
 # --- Gemma's sizes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", speed.RECIPES)
+@pytest.mark.parametrize("recipe", gemma_sizes.RECIPES)
 def test_random_gemma_internalizes_and_writes_something(small_gemma, recipe):
-    model = speed.build(Measurement("floor", f"gemma-2-2b/{recipe}", 10, layers=3, dtype="bfloat16"))
+    model = measurements.build(Measurement("floor", f"gemma-2-2b/{recipe}", 10, layers=3, dtype="bfloat16"))
     assert model.base_model.config.model_type == "gemma2" and len(model.base_model.model.layers) == 3
     assert model.base_model.dtype == torch.bfloat16 and model.hypernetwork.head.weight.dtype == torch.float32
     assert (model.config.rank, model.config.modules, model.config.latent_size) == (8, ["down_proj"], 512)
-    adapter = model.internalize(speed.distinct_text(model.tokenizer, 1500, 0))
+    adapter = model.internalize(measurements.distinct_text(model.tokenizer, 1500, 0))
     assert len(adapter.blocks) == 2 and all(b.B["down_proj"].abs().max() > 0 for b in adapter.blocks)
-    assert adapter.nbytes == speed.adapter_bytes(model, 2)
+    assert adapter.nbytes == measurements.adapter_bytes(model, 2)
 
 
 def test_gemma_is_refused_with_an_unknown_recipe_or_too_few_tokens(small_gemma):
     with pytest.raises(ValueError, match="no recipe 'cake'.*needle, main"):
-        speed.build(Measurement("floor", "gemma-2-2b/cake", 10))
+        measurements.build(Measurement("floor", "gemma-2-2b/cake", 10))
     with pytest.raises(ValueError, match="vocabulary of 99 is too small"):
-        speed.build(Measurement("floor", "gemma-2-2b/main", 10, vocabulary=99))
+        measurements.build(Measurement("floor", "gemma-2-2b/main", 10, vocabulary=99))
 
 
 def test_published_sizes_give_the_published_count_of_parameters():
-    counts = speed.parameter_counts("needle")
+    counts = gemma_sizes.parameter_counts("needle")
     assert counts["base model"] == pytest.approx(2.614e9, rel=1e-3)
     assert counts["hypernetwork"] == pytest.approx(309e6, rel=0.01)
-    assert speed.parameter_counts("needle", layers=2)["base model"] < 0.4 * counts["base model"]
+    assert gemma_sizes.parameter_counts("needle", layers=2)["base model"] < 0.4 * counts["base model"]
 
 
 def test_operations_are_two_for_each_weight_and_token_and_those_of_attention(small_gemma):
     tokens = 64
-    table = speed.operations("needle", layers=4, tokens=tokens).set_index("part")["gflop_per_token"] * 1e9
+    table = gemma_sizes.operations("needle", layers=4, tokens=tokens).set_index("part")["gflop_per_token"] * 1e9
     linear = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 64  # q, k, v, o and the feed-forward part, of one layer
     layer = 2 * linear + 2 * 2 * tokens * 32  # scores and mixing, all heads together, of every token with every token
     assert table["encoder"] == pytest.approx(layer), "a quarter of the layers"
     assert table["all layers"] == pytest.approx(4 * layer + 2 * 2000 * 32 / tokens), "and the head for the last token"
     head = 4 * 8 * 512 * (64 + 32) * 2 + 4 * 8 * 2 * (2 * 512 * 2048)
     assert table["head"] == pytest.approx(head / tokens)
-    main = speed.operations("main", layers=4, tokens=tokens).set_index("part")["gflop_per_token"] * 1e9
+    main = gemma_sizes.operations("main", layers=4, tokens=tokens).set_index("part")["gflop_per_token"] * 1e9
     assert main["encoder"] == pytest.approx(3 * layer)
-    half = speed.operations("main", layers=2, tokens=tokens).set_index("part")["gflop_per_token"] * 1e9
+    half = gemma_sizes.operations("main", layers=2, tokens=tokens).set_index("part")["gflop_per_token"] * 1e9
     # each layer's states are read on their own, all but the first projection of the queries, which is done once
     assert main["Perceiver"] == pytest.approx(2 * half["Perceiver"], rel=0.01)
 
@@ -254,7 +252,7 @@ def test_operations_are_two_for_each_weight_and_token_and_those_of_attention(sma
 def test_a_process_of_its_own_measures_its_own_memory():
     ballast = torch.ones(500, 2**18)  # 500 MiB that are ours alone
     m = Measurement("internalize", "tiny", 300, "batched")
-    row = speed.measure_alone(m, repeats=1, least=1)
+    row = measurements.measure_alone(m, repeats=1, least=1)
     assert peak_memory_mib() > 500 + 0 * ballast[0, 0].item()
     assert row["status"] == "measured" and 50 < row["resting_memory_mib"] <= row["peak_memory_mib"] < peak_memory_mib()
     assert speed.measurement_of(row) == m.here() and row["chunks"] == 2
@@ -263,15 +261,15 @@ def test_a_process_of_its_own_measures_its_own_memory():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit on memory is Linux's")
 def test_a_length_that_does_not_fit_is_recorded_as_such():
     m = Measurement("in context", "tiny", 60_000)
-    row = speed.measure_alone(m, memory_limit_mib=400)
+    row = measurements.measure_alone(m, memory_limit_mib=400)
     assert row["status"] == "out of memory" and row["length_tokens"] == 60_000 and "seconds" not in row
 
 
 def test_a_process_that_takes_too_long_is_ended_and_one_that_fails_says_why(tmp_path):
-    row = speed.measure_alone(Measurement("internalize", "tiny", 131_072, "batched"), limit_s=0.5)
+    row = measurements.measure_alone(Measurement("internalize", "tiny", 131_072, "batched"), limit_s=0.5)
     assert row["status"] == "stopped after 0.5 s"
     with pytest.raises(RuntimeError, match="nothing at"):
-        speed.measure_alone(Measurement("floor", str(tmp_path / "nowhere"), 100))
+        measurements.measure_alone(Measurement("floor", str(tmp_path / "nowhere"), 100))
 
 
 class _EndsItsProcess:
@@ -286,7 +284,7 @@ def _end_this_process():
 
 
 def test_a_process_that_the_system_ends_ran_out_of_memory():
-    row = speed.measure_alone(Measurement("floor", "tiny", 100), repeats=_EndsItsProcess())
+    row = measurements.measure_alone(Measurement("floor", "tiny", 100), repeats=_EndsItsProcess())
     assert row["status"] == "out of memory" and row["killed"] and row["model"] == "tiny"
 
 
@@ -435,7 +433,7 @@ def test_save_and_load_leave_no_file_behind(model, tmp_path, monkeypatch):
     monkeypatch.setattr(Adapter, "load", lambda path: loaded.append(load(path)) or loaded[-1])
     model.chunk_tokens = 60
     for what in ("save", "load"):
-        row = speed.measure(Measurement(what, "mine", 200), model, repeats=1, least=1)
+        row = measurements.measure(Measurement(what, "mine", 200), model, repeats=1, least=1)
         assert row["file_mib"] == pytest.approx(row["adapter_mib"], rel=0.3) and row["file_mib"] > row["adapter_mib"]
     assert len(loaded) == 1 and len(loaded[0].blocks) == row["blocks"]
     assert list(tmp_path.iterdir()) == []

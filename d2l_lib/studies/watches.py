@@ -1,0 +1,98 @@
+"""Seconds and memory of this process: seconds by part, and the most memory that was held."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from d2l_lib.base_model import decoder_body
+from d2l_lib.model import DocToLoRA
+
+PARTS = ("text", "encoder", "Perceiver", "head", "moving")  # of internalizing, in the order in which they come
+
+
+class Stopwatch:
+    """Seconds by part: `lap(part)` adds the time since the last lap to that part, so that parts add up to the whole."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.parts: dict[str, float] = {}
+        self._wait()
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        self._wait()
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def _wait(self) -> None:
+        """Until the device has done its work: a GPU works on while Python goes on."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    @property
+    def seconds(self) -> float:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+@contextmanager
+def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
+    """Inside the `with` block what is internalized is timed by part; the model on exit is the model on entry.
+
+    text: cutting the document into chunks and tokens. encoder: the pass over the tokens. Perceiver. head: the layers
+    after it and the two factors. moving: checking the blocks, copying them to the CPU, and the next batch's padding.
+    """
+    hypernetwork, aggregator = model.hypernetwork, model.hypernetwork.aggregator
+
+    def outside() -> None:
+        watch.lap("moving" if "encoder" in watch.parts else "text")
+
+    handles = [
+        decoder_body(model.encoder.model).register_forward_pre_hook(lambda *_: outside()),
+        hypernetwork.register_forward_pre_hook(lambda *_: watch.lap("encoder")),
+        # layer by layer the Perceiver is called again after the head of the layer before
+        aggregator.register_forward_pre_hook(lambda *_: watch.lap("head")),
+        aggregator.register_forward_hook(lambda *_: watch.lap("Perceiver")),
+        hypernetwork.register_forward_hook(lambda *_: watch.lap("head")),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        outside()
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process has held so far, or since `reset_peak_memory`, in MiB.
+
+    On a GPU what torch allocated there; else the resident set, read from /proc where there is one: getrusage counts a
+    parent's memory too after a fork.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) / 1024
+    unit = 1024**2 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory_mib` begin again at what is held now, where the system can (not on macOS and Windows)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,119 @@
+"""Context distillation: a LoRA trained by gradient descent for one document, to compare Doc-to-LoRA with.
+
+document -> questions -> answers of the base model with the document in its prompt -> LoRA that gives them without
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2l_lib.adapter import Adapter, Block
+from d2l_lib.base_model import module_sizes
+from d2l_lib.documents import check_texts, open_turn, question_ids
+from d2l_lib.engine import Reply, TransformersEngine, pad_rows
+from d2l_lib.lora import apply_lora
+from d2l_lib.model import DocToLoRA
+from d2l_lib.tasks import qa
+from d2l_lib.training.batches import IGNORED
+from d2l_lib.training.losses import context_average, distillation
+from d2l_lib.training.step import answer_logits
+
+
+def sample_questions(model: DocToLoRA, document: str, n: int, seed: int, rounds: int = 8) -> list[str]:
+    """Up to `n` different questions that the base model itself asks after the document: samples of how the user's turn
+    goes on (temperature 1). For base models that saw questions behind documents in training, as the bundled one did.
+    """
+    tokenizer = model.tokenizer
+    document = qa.truncate_document(document, "?", tokenizer, model.window, 64)
+    prompt = open_turn(tokenizer, document + "\n\n")
+    engine = TransformersEngine("base", model.base_model, tokenizer)
+    found: dict[str, None] = {}
+    for k in range(rounds):
+        for reply in engine.reply([prompt] * max(8, n), 48, 1.0, seed + k):
+            text = tokenizer.decode(reply.ids, skip_special_tokens=True).strip() if reply else ""
+            if reply and reply.finished and text.endswith("?"):
+                found.setdefault(text)
+        if len(found) >= n:
+            break
+    return list(found)[:n]
+
+
+@dataclass
+class ContextDistillation:
+    """A LoRA trained by gradient descent for one document: it learns what the base model answers with the document.
+
+    queries: "oracle" trains on the very questions that are asked later; a number, on that many questions which
+    `questions_from(model, document, n, seed)` gives. The teacher's answers and top-16 log-probabilities are those of
+    self-generated data, and so are the target linears, rank and scale of the LoRA those of the model's hypernetwork.
+    `steps` of AdamW on batches of at most `batch` questions (published: 300 steps).
+    """
+
+    model: DocToLoRA
+    queries: str | int
+    steps: int = 300
+    learning_rate: float = 1e-3
+    batch: int = 16
+    seed: int = 0
+    name: str = ""
+    questions_from: Callable[[DocToLoRA, str, int, int], list[str]] = sample_questions
+    max_new_tokens: int = 48
+
+    def __post_init__(self):
+        if self.queries != "oracle" and not (isinstance(self.queries, int) and self.queries > 0):
+            raise ValueError(f'queries must be "oracle" or a number of questions, not {self.queries!r}')
+        queries = "oracle" if self.queries == "oracle" else f"{self.queries} queries"
+        self.name = self.name or f"distillation ({queries})"
+
+    def prepare(self, document: str, questions: Sequence[str]) -> Adapter:
+        if self.queries != "oracle":
+            questions = self.questions_from(self.model, document, self.queries, self.seed)
+        questions = check_texts(questions, "questions")
+        tokenizer = self.model.tokenizer
+        prompts = qa.with_document(document, questions, tokenizer, self.model.window, self.max_new_tokens)
+        engine = TransformersEngine("teacher", self.model.base_model, tokenizer)
+        replies = engine.reply(question_ids(tokenizer, prompts), self.max_new_tokens, 0.0, self.seed)
+        pairs = zip(question_ids(tokenizer, questions), replies, strict=True)
+        return self._train([(ids, reply) for ids, reply in pairs if reply and reply.finished])
+
+    def _train(self, pairs: list[tuple[list[int], Reply]]) -> Adapter:
+        """One block of the hypernetwork's rank, scale and modules, trained on (question ids, teacher's reply)."""
+        config, base_model = self.model.config, self.model.base_model
+        generator = torch.Generator().manual_seed(self.seed)
+        d_in, d_out = module_sizes(base_model, config.modules)
+        shape = (config.n_layers, config.rank)
+        A = {m: torch.randn(*shape, d_in[m], generator=generator) / math.sqrt(d_in[m]) for m in config.modules}
+        B = {m: torch.zeros(*shape, d_out[m]) for m in config.modules}
+        device = self.model.device
+        A, B = ({m: t.to(device).requires_grad_() for m, t in side.items()} for side in (A, B))
+        optimizer = torch.optim.AdamW([*A.values(), *B.values()], lr=self.learning_rate, weight_decay=0.0)
+        rng = random.Random(self.seed)
+        for _ in range(self.steps if pairs else 0):
+            some = pairs if len(pairs) <= self.batch else rng.sample(pairs, self.batch)
+            with torch.enable_grad(), apply_lora(base_model, {m: (A[m][None], B[m][None]) for m in A}, config.scale):
+                loss = _distillation_loss(base_model, self.model.tokenizer, some)
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        factors = ({m: t.detach().cpu() for m, t in side.items()} for side in (A, B))
+        return self.model.adapter_of([Block("document", 0, None, 1.0, *factors)], bias=False)
+
+    def answer(self, prepared: Adapter, questions: Sequence[str]) -> list[str]:
+        return self.model.answer(check_texts(questions, "questions"), prepared, max_new_tokens=self.max_new_tokens)
+
+
+def _distillation_loss(base_model, tokenizer, pairs: Sequence[tuple[list[int], Reply]]) -> Tensor:
+    """The loss of hypernetwork training (`losses.distillation`, averaged per question), for one context."""
+    input_ids, _ = pad_rows([[*ids, *reply.ids] for ids, reply in pairs], tokenizer.pad_token_id or 0, "right")
+    labels, _ = pad_rows([[IGNORED] * len(ids) + reply.ids for ids, reply in pairs], IGNORED, "right")
+    device = base_model.device
+    logits, answers, here = answer_logits(base_model, input_ids.to(device), labels.to(device))
+    values = torch.cat([torch.from_numpy(reply.values).float() for _, reply in pairs]).to(device)
+    indices = torch.cat([torch.from_numpy(reply.indices) for _, reply in pairs]).to(device)
+    per_token = distillation(logits, here, values, indices)
+    return context_average(per_token, answers, torch.tensor([len(pairs)]))
