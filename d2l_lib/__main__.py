@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from d2l_lib.records import check_replaceable, one_line_errors
+from d2l_lib.formats.writing import check_replaceable, write_failure
 
 MOST = 2**40  # of anything that is counted on a command line
 LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
@@ -125,6 +125,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run, a = parse(words)
     with one_line_errors(f"d2l {words[0]}"):
         return run(a) or 0
+
+
+@contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Decorate the `main` of a command: bad input, a failed write and Ctrl-C end it with one line and a status.
+
+    OSError, ValueError, ImportError, FloatingPointError and failed writes of other libraries: status 1, and
+    "command: reason" on stderr. KeyboardInterrupt: status 130. Any other error is a fault of the program and keeps its
+    traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{command}: stopped; files that were finished are kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        failure = write_failure(error)
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            line = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, (OSError, ValueError, ImportError, FloatingPointError)):
+            line = str(error) or type(error).__name__
+        elif failure is not None:
+            line = f"{failure.strerror}: {failure.filename}" if failure.filename else f"{failure.strerror} ({error})"
+        else:
+            raise
+        stop = SystemExit(f"{command}: {' '.join(line.split())}")
+        print(stop, file=sys.stderr)
+        stop.code = 1
+        raise stop from error
 
 
 # --------------------------------------------------------------------------------------------------- ask, internalize

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from d2l_lib import markup
 from d2l_lib.documents import MOST_SHOWN, check_count, check_name, shorten, some_of
-from d2l_lib.records import atomic_file, parse_json, safetensors_metadata
+from d2l_lib.formats.tensors import safetensors_metadata
+from d2l_lib.formats.writing import atomic_file
+from d2l_lib.records import parse_json
 
 if TYPE_CHECKING:
     from d2l_lib.formats.schemas import AdapterHeader

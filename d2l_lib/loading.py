@@ -15,9 +15,9 @@ from d2l_lib.base_model import bundled_path, check_place, input_device, load_bas
 from d2l_lib.encoder import ContextEncoder
 from d2l_lib.formats.checkpoints import WEIGHTS, build_hypernetwork, load_checkpoint, read_published
 from d2l_lib.formats.hub import BASE_MODEL_FILES, checkpoint_in, from_hub
+from d2l_lib.formats.writing import read_whole
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import read_whole
 from d2l_lib.routing import Gate
 
 

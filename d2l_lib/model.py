@@ -43,10 +43,10 @@ from d2l_lib.formats.checkpoints import (
     part_in,
     write_checkpoint,
 )
+from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, Loras
 from d2l_lib.images import Document, Documents, image_inputs, is_image, name_texts_and_images
 from d2l_lib.lora import apply_lora, noted_adapter, without_lora
-from d2l_lib.records import atomic_folder
 from d2l_lib.routing import Gate, route
 
 # Longest chunk that the published models are used with (needle evaluation, section 2).

@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from d2l_lib.formats.checkpoints import convert, export, save_checkpoint
 from d2l_lib.formats.shards import COUNTS, SCHEMA, _problem, _write_shard, shard_path
-from d2l_lib.records import read_whole
+from d2l_lib.formats.writing import read_whole
 from d2l_lib.training import loop
 
 HEADS = {"n_heads": 16, "n_kv_heads": 4, "head_dim": 128}  # of the published code

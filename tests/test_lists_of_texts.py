@@ -13,6 +13,7 @@ from d2l_lib import base_model, routing
 from d2l_lib.analysis import report, trust
 from d2l_lib.documents import check_texts
 from d2l_lib.formats.shards import find_shards
+from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.presets import changed, preset
 from d2l_lib.routing import gated
 from d2l_lib.studies import base_scores, baselines, faithfulness, notebooks, speed
@@ -61,6 +62,7 @@ CALLS = {
     "slurm.sbatch_script, extra": lambda texts: slurm.sbatch_script("paper-gemma", shards=["x"], extra=texts),
     "base_model.target_linears": lambda texts: base_model.target_linears(nn.Identity(), texts),
     "base_model.module_sizes": lambda texts: base_model.module_sizes(nn.Identity(), texts),
+    "atomic_folder": lambda texts: atomic_folder("folder", keep=texts).__enter__(),
     "check_texts": lambda texts: check_texts(texts, "texts"),
 }
 

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from d2l_lib import records
+from d2l_lib.formats import writing
 
 
 def only_visible(folder):
@@ -15,9 +16,9 @@ def only_visible(folder):
 
 
 def test_write_atomic_round_trip(tmp_path):
-    path = records.write_atomic(tmp_path / "new" / "a.txt", "héllo\r\n")
+    path = writing.write_atomic(tmp_path / "new" / "a.txt", "héllo\r\n")
     assert path.read_bytes() == "héllo\r\n".encode()
-    records.write_atomic(path, b"\x00\x01")
+    writing.write_atomic(path, b"\x00\x01")
     assert path.read_bytes() == b"\x00\x01"
     assert only_visible(path.parent) == ["a.txt"]
 
@@ -25,13 +26,13 @@ def test_write_atomic_round_trip(tmp_path):
 def test_file_has_ordinary_permissions(tmp_path):
     plain = tmp_path / "plain"
     plain.write_text("x")
-    written = records.write_atomic(tmp_path / "written", "x")
+    written = writing.write_atomic(tmp_path / "written", "x")
     assert stat.S_IMODE(os.stat(written).st_mode) == stat.S_IMODE(os.stat(plain).st_mode)
 
 
 def test_interrupted_file_leaves_the_old_one(tmp_path):
-    path = records.write_atomic(tmp_path / "a.txt", "old")
-    with pytest.raises(KeyboardInterrupt), records.atomic_file(path) as temporary:
+    path = writing.write_atomic(tmp_path / "a.txt", "old")
+    with pytest.raises(KeyboardInterrupt), writing.atomic_file(path) as temporary:
         temporary.write_text("ne")
         raise KeyboardInterrupt
     assert path.read_text() == "old"
@@ -41,7 +42,7 @@ def test_interrupted_file_leaves_the_old_one(tmp_path):
 def test_full_disk_leaves_nothing(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
-    with pytest.raises(OSError, match="[Nn]o space"), records.atomic_file(tmp_path / "a.txt") as temporary:
+    with pytest.raises(OSError, match="[Nn]o space"), writing.atomic_file(tmp_path / "a.txt") as temporary:
         os.symlink("/dev/full", temporary)
         with open(temporary, "w") as file:
             file.write("x" * 100_000)
@@ -50,9 +51,9 @@ def test_full_disk_leaves_nothing(tmp_path):
 
 def test_folder_is_replaced_as_a_whole(tmp_path):
     folder = tmp_path / "model"
-    with records.atomic_folder(folder) as temporary:
+    with writing.atomic_folder(folder) as temporary:
         (temporary / "old").write_text("1")
-    with records.atomic_folder(folder) as temporary:
+    with writing.atomic_folder(folder) as temporary:
         (temporary / "new").write_text("2")
         assert only_visible(folder) == ["old"]
     assert only_visible(folder) == ["new"]
@@ -61,9 +62,9 @@ def test_folder_is_replaced_as_a_whole(tmp_path):
 
 def test_interrupted_folder_leaves_the_old_one(tmp_path):
     folder = tmp_path / "model"
-    with records.atomic_folder(folder) as temporary:
+    with writing.atomic_folder(folder) as temporary:
         (temporary / "old").write_text("1")
-    with pytest.raises(RuntimeError), records.atomic_folder(folder) as temporary:
+    with pytest.raises(RuntimeError), writing.atomic_folder(folder) as temporary:
         (temporary / "new").write_text("2")
         raise RuntimeError
     assert only_visible(folder) == ["old"]
@@ -71,8 +72,8 @@ def test_interrupted_folder_leaves_the_old_one(tmp_path):
 
 
 def test_folder_does_not_replace_a_file(tmp_path):
-    records.write_atomic(tmp_path / "model", "precious")
-    with pytest.raises(NotADirectoryError, match="is a file"), records.atomic_folder(tmp_path / "model"):
+    writing.write_atomic(tmp_path / "model", "precious")
+    with pytest.raises(NotADirectoryError, match="is a file"), writing.atomic_folder(tmp_path / "model"):
         pass
     assert (tmp_path / "model").read_text() == "precious"
 

@@ -22,15 +22,9 @@ from torch import Tensor
 
 from d2l_lib.formats import pickles
 from d2l_lib.formats.pickles import CheckpointError, Record
+from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder, check_folder, read_whole
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
-from d2l_lib.records import (
-    PRETRAINED_FILES,
-    FolderKind,
-    atomic_folder,
-    check_folder,
-    read_json,
-    read_whole,
-)
+from d2l_lib.records import read_json
 
 __all__ = ["CheckpointError", "convert", "export", "load_checkpoint", "read_published", "save_checkpoint"]
 

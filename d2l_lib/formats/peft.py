@@ -27,17 +27,10 @@ from torch import Tensor, nn
 from d2l_lib.adapter import Adapter, Block, same_base
 from d2l_lib.base_model import decoder_layers, target_linears
 from d2l_lib.documents import check_count
+from d2l_lib.formats.tensors import safetensors_metadata
+from d2l_lib.formats.writing import FolderKind, atomic_folder, check_folder, read_whole
 from d2l_lib.lora import is_applied
-from d2l_lib.records import (
-    FolderKind,
-    atomic_folder,
-    check_folder,
-    parse_json,
-    read_json,
-    read_whole,
-    safetensors_metadata,
-    write_json,
-)
+from d2l_lib.records import parse_json, read_json, write_json
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from d2l_lib.records import atomic_file, check_replaceable
+from d2l_lib.formats.writing import atomic_file, check_replaceable
 
 COMMENT = b"doc-to-lora export"  # at the end of the zip files that `write` makes; torch.load passes it over
 LONGEST_PICKLE = 2 << 20  # bytes; the published ones have some tens of thousands

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from d2l_lib.formats.schemas import ShardRecord, check
-from d2l_lib.records import atomic_file, read_json, write_json
+from d2l_lib.formats.writing import atomic_file
+from d2l_lib.records import read_json, write_json
 
 MANIFEST = "manifest.json"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,3 +66,17 @@ def check_tensors(tensors: Mapping[str, Tensor], file: object, error: type[Value
         if not all(math.isfinite(value) for value in torch.stack(tensor.detach().aminmax()).tolist()):
             place = shown(name).strip("'")
             raise error(f"{file}: {place}: finite numbers are expected, it holds NaN or infinity: {advice}")
+
+
+def safetensors_metadata(path: str | Path) -> dict[str, Any] | None:
+    """The text fields in the header of a safetensors file, without reading a tensor; None for any other file."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= 100_000_000:
+            return None
+        try:
+            header = json.loads(file.read(size).decode("utf-8"))
+        except (ValueError, RecursionError):
+            return None
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else None

@@ -21,7 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from d2l_lib.documents import check_texts, some_of
-from d2l_lib.records import project_root, read_rows, write_atomic
+from d2l_lib.formats.writing import write_atomic
+from d2l_lib.records import project_root, read_rows
 
 CELL_TIMEOUT_S = 300
 NOTEBOOK_TIMEOUT_S = 420

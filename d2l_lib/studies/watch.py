@@ -17,9 +17,10 @@ from pathlib import Path
 
 from d2l_lib.base_model import load_base_model
 from d2l_lib.formats.checkpoints import build_hypernetwork, config_of_settings, read_safetensors
+from d2l_lib.formats.writing import write_atomic
 from d2l_lib.hypernetwork import HypernetworkConfig
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import append_jsonl, read_appended, read_json, write_atomic
+from d2l_lib.records import append_jsonl, read_appended, read_json
 from d2l_lib.studies.needle_scores import needle_samples
 from d2l_lib.tasks import qa
 from d2l_lib.training.loop import checkpoints, is_whole, step_of

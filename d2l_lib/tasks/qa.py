@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 
 from d2l_lib.documents import check_texts, question_ids
-from d2l_lib.records import iter_jsonl, name_failed_writes, project_root, read_json, read_jsonl
+from d2l_lib.formats.writing import name_failed_writes
+from d2l_lib.records import iter_jsonl, project_root, read_json, read_jsonl
 from d2l_lib.tasks import scores
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.tasks.scores import wilson

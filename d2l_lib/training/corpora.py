@@ -28,7 +28,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from d2l_lib.formats.shards import PUBLISHED, find_shards, read_shards, training_files
-from d2l_lib.records import name_failed_writes, write_jsonl
+from d2l_lib.formats.writing import name_failed_writes
+from d2l_lib.records import write_jsonl
 from d2l_lib.tasks import qa
 
 PASSAGE_TOKENS = 2000  # the longest passage, as published

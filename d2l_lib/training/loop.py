@@ -20,16 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from d2l_lib.formats.writing import FolderKind, name_failed_writes, remove_output
 from d2l_lib.hypernetwork import names_without_decay
-from d2l_lib.records import (
-    FolderKind,
-    append_jsonl,
-    name_failed_writes,
-    read_appended,
-    read_json,
-    remove_output,
-    write_jsonl,
-)
+from d2l_lib.records import append_jsonl, read_appended, read_json, write_jsonl
 
 LOG = "log.jsonl"
 _STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole

@@ -25,6 +25,7 @@ from d2l_lib.base_model import bundled_path, decoder_body, default_modules, fina
 from d2l_lib.documents import chat_affixes, context_ids, question_ids, split_sentences, stop_ids
 from d2l_lib.encoder import ContextEncoder, check_writes_residual, linear_inputs
 from d2l_lib.formats.checkpoints import save_checkpoint
+from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras, combine
 from d2l_lib.lora import apply_lora, hooked
 from d2l_lib.presets import (
@@ -35,14 +36,7 @@ from d2l_lib.presets import (
     Preset,
     TrainingPreset,
 )
-from d2l_lib.records import (
-    PRETRAINED_FILES,
-    FolderKind,
-    atomic_folder,
-    read_json,
-    write_json,
-    write_jsonl,
-)
+from d2l_lib.records import read_json, write_json, write_jsonl
 from d2l_lib.tasks import needles
 from d2l_lib.training import pretraining
 from d2l_lib.training.batches import IGNORED, count_chunks, split_into_chunks

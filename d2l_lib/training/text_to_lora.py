@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from d2l_lib.base_model import load_base_model
 from d2l_lib.formats.checkpoints import config_of_settings, read_safetensors
+from d2l_lib.formats.writing import FolderKind, atomic_folder, read_whole
 from d2l_lib.hypernetwork import HypernetworkConfig, Loras, as_padded_batch
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import DistillationPreset, Preset
-from d2l_lib.records import FolderKind, atomic_folder, read_json, read_rows, read_whole, write_jsonl
+from d2l_lib.records import read_json, read_rows, write_jsonl
 from d2l_lib.training.loop import is_first_process
 from d2l_lib.training.recipes import DistillationBatches, WorldDocuments
 from d2l_lib.training.step import fit_hypernetwork, hypernetwork_config

@@ -23,7 +23,7 @@ from d2l_lib import markup
 from d2l_lib.analysis import attribution
 from d2l_lib.analysis.attribution import METHODS, document_texts, sentence_units
 from d2l_lib.documents import sentence_number
-from d2l_lib.records import write_atomic
+from d2l_lib.formats.writing import write_atomic
 from d2l_lib.views.page import CSS as VIEW_CSS
 from d2l_lib.views.page import Viewer, Work, listen, quietly, render_message, render_view, wrapped
 

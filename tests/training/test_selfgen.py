@@ -19,11 +19,11 @@ import pytest
 import torch
 from tiny_models import build_base_model, build_tokenizer
 
-from d2l_lib import records
 from d2l_lib.__main__ import main
 from d2l_lib.documents import chat_affixes, context_ids, question_ids
 from d2l_lib.engine import Reply, TransformersEngine
 from d2l_lib.formats import shards as shard_files
+from d2l_lib.formats import writing
 from d2l_lib.formats.shards import PUBLISHED, SCHEMA, TEACHER_COLUMNS, read_shards
 from d2l_lib.training import batches, losses, selfgen
 from d2l_lib.training.selfgen import Settings, generate, make_shard, parse_questions
@@ -479,7 +479,7 @@ def test_a_run_that_fails_between_shard_and_checksum_leaves_nothing_that_is_trus
     monkeypatch.undo()
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    name = records._temporary_name(tmp_path / "shard-00004.parquet").name
+    name = writing._temporary_name(tmp_path / "shard-00004.parquet").name
     of_killed = tmp_path / name.replace(f".{os.getpid()}.", f".{ended.pid}.")
     of_killed.write_bytes(b"left by a killed run")
     (tmp_path / name).write_bytes(b"of a process that still writes")

@@ -19,9 +19,9 @@ import d2l_lib as d2l
 from d2l_lib import __main__ as command
 from d2l_lib import records
 from d2l_lib.adapter import Adapter
-from d2l_lib.formats import pickles
+from d2l_lib.formats import pickles, writing
 from d2l_lib.formats.checkpoints import convert, export, load_checkpoint, read_published, save_checkpoint
-from d2l_lib.records import FolderKind, atomic_folder, read_whole
+from d2l_lib.formats.writing import FolderKind, atomic_folder, read_whole
 from d2l_lib.studies import watch
 from d2l_lib.training import loop, selfgen, step, text_to_lora
 
@@ -162,7 +162,7 @@ def test_what_comes_into_the_folder_while_it_is_written_stays(tmp_path):
     for turn in range(2):
         with atomic_folder(folder, KIND) as temporary:
             (temporary / "mark").write_text(str(turn))
-    exchange = records._exchange
+    exchange = writing._exchange
 
     def late(one, other):
         (other / "deep").mkdir()
@@ -171,7 +171,7 @@ def test_what_comes_into_the_folder_while_it_is_written_stays(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, atomic_folder(folder, KIND) as temporary:
         (temporary / "mark").write_text("new")
-        patch.setattr(records, "_exchange", late)
+        patch.setattr(writing, "_exchange", late)
     assert contents(folder) == {"mark": b"new", "deep/thesis.txt": THESIS.encode()}
     assert os.listdir(tmp_path) == ["out"]
 
@@ -226,23 +226,23 @@ def test_an_adapter_does_not_replace_other_kinds_of_files(adapter, tmp_path):
 def test_devices_and_protected_files_are_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileExistsError, match="no ordinary file"):
-        records.write_atomic(tmp_path / "pipe", "x")
-    path = records.write_atomic(tmp_path / "a.txt", "old")
+        writing.write_atomic(tmp_path / "pipe", "x")
+    path = writing.write_atomic(tmp_path / "a.txt", "old")
     path.chmod(0o600)
-    records.write_atomic(path, "new")
+    writing.write_atomic(path, "new")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == "new"
     with pytest.MonkeyPatch.context() as patch:  # root may write everything
-        patch.setattr(records.os, "access", lambda *_: False)
+        patch.setattr(writing.os, "access", lambda *_: False)
         with pytest.raises(PermissionError, match="write-protected"):
-            records.write_atomic(path, "newer")
+            writing.write_atomic(path, "newer")
         with pytest.raises(PermissionError, match="write-protected"):
-            records.check_folder(tmp_path, KIND)
+            writing.check_folder(tmp_path, KIND)
     assert path.read_text() == "new"
 
 
 def test_the_longest_names_can_be_written(tmp_path):
     for name in ("x" * 255, "é" * 127):
-        assert records.write_atomic(tmp_path / name, "1").read_text() == "1"
+        assert writing.write_atomic(tmp_path / name, "1").read_text() == "1"
 
 
 # --- inputs of the same call ------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def test_the_mark_of_an_exported_file_is_read_by_torch_and_missed_where_it_is_cu
 @pytest.fixture(params=["exchange", "without"])
 def system(request, monkeypatch):
     if request.param == "without":
-        monkeypatch.setattr(records, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(writing, "_exchange", lambda one, other: False)
     return request.param
 
 
@@ -410,17 +410,17 @@ def test_threads_that_write_and_read_one_folder(system, tmp_path):
 def test_a_kill_between_the_two_steps_of_the_fallback_loses_nothing(tmp_path):
     code = f"""
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
 from test_writing import *
 write_sample(Path({str(tmp_path / "out")!r}), "old")
-records._exchange = lambda one, other: False
+writing._exchange = lambda one, other: False
 rename, calls = os.rename, []
 def killed(*names):
     calls.append(names)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     rename(*names)
-records.os.rename = killed
+writing.os.rename = killed
 write_sample(Path({str(tmp_path / "out")!r}), "new")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -453,7 +453,7 @@ def test_a_reader_begins_again_where_the_folder_is_replaced(tmp_path):
 def test_what_killed_processes_left_goes_and_what_others_use_stays(tmp_path):
     folder = tmp_path / "out"
     write_sample(folder, "old")
-    own = records._temporary_name(folder).name
+    own = writing._temporary_name(folder).name
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     of_dead = own.replace(f".{os.getpid()}.", f".{ended.pid}.")
@@ -532,9 +532,9 @@ def test_a_base_model_of_other_sizes_is_not_replaced(tmp_path):
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     config = model.config.to_dict()
-    records.check_folder(tmp_path / "base", step._base_folder(config))
+    writing.check_folder(tmp_path / "base", step._base_folder(config))
     with pytest.raises(FileExistsError, match="config.json"):
-        records.check_folder(tmp_path / "base", step._base_folder(config | {"hidden_size": 64}))
+        writing.check_folder(tmp_path / "base", step._base_folder(config | {"hidden_size": 64}))
 
 
 def test_a_log_that_was_cut_off_goes_on(tmp_path):
@@ -633,7 +633,7 @@ def test_every_command_ends_in_one_line(project_folder):
     ],
 )
 def test_errors_of_commands_are_one_line(error, line, status, capsys):
-    @records.one_line_errors("cmd")
+    @command.one_line_errors("cmd")
     def main():
         raise error
 
@@ -644,7 +644,7 @@ def test_errors_of_commands_are_one_line(error, line, status, capsys):
 
 
 def test_faults_of_the_program_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError), records.one_line_errors("cmd"):
+    with pytest.raises(ZeroDivisionError), command.one_line_errors("cmd"):
         raise ZeroDivisionError
 
 
