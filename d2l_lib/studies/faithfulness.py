@@ -14,13 +14,14 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 
-from d2l_lib.analysis.attribution import METHODS, Trials, attribute, ranks
+from d2l_lib.analysis.attribution import METHODS, Trials, attribute, leave_one_out, ranks
 from d2l_lib.analysis.trust import (
     EVERY,
     area,
@@ -356,7 +357,7 @@ def block_cost(model: DocToLoRA, n_sentences: int, seed: int, repeats: int = 5) 
     trials = Trials(model, adapter, question.text, question.answer)
     seconds = {}
     for name, run in (
-        ("leave one out", trials.leave_one_out),
+        ("leave one out", partial(leave_one_out, trials)),
         ("write the others again", lambda: model.internalize_each([document.text])),
     ):
         run()
@@ -382,7 +383,7 @@ def exactness(model: DocToLoRA, n: int, seed: int) -> dict:
     for _, (document, question) in zip(range(n), drawn(seed, ("one_hop",), SIZES[0], SIZES[-1]), strict=False):
         (adapter,) = model.internalize_each([document.text])
         trials = Trials(model, adapter, question.text, question.answer)
-        lost, _ = trials.leave_one_out()
+        lost = leave_one_out(trials).by_token
         full = trials.score(torch.ones(1, len(trials)))[0]
         for place in range(0, len(trials), 5):
             others = replace(adapter, blocks=tuple(b for i, b in enumerate(adapter.blocks) if i != place))

@@ -15,10 +15,12 @@ import browser
 import ipywidgets as W
 import pandas as pd
 import pytest
+import torch
 from pages import Tags, controls, page
 from toy_models import HOSTILE
 
 from d2l_lib.analysis import attribution
+from d2l_lib.analysis import trials as unit_trials
 from d2l_lib.views import trace as viewer_module
 from d2l_lib.views.trace import (
     LEAST_LIMIT,
@@ -122,7 +124,7 @@ def toy_attribute(model, adapter, question, answer, level, method, *, documents,
     if level == "sentence":
         units = attribution.sentence_units(adapter, documents)
     elif level == "chunk":
-        units = attribution._unit_table(
+        units = unit_trials._unit_table(
             [
                 {"unit": f"{b.document}, chunk {b.chunk}", "document": b.document, "chunk": b.chunk}
                 for b in adapter.blocks
@@ -130,7 +132,7 @@ def toy_attribute(model, adapter, question, answer, level, method, *, documents,
         )
     else:
         directions = [{}] if level == "layer" else [{"direction": 0}, {"direction": 1}]
-        units = attribution._unit_table(
+        units = unit_trials._unit_table(
             [
                 {"unit": f"layer {layer}, {module}", "layer": layer, "module": module} | more
                 for layer in (0, 1)
@@ -638,7 +640,7 @@ def test_a_contribution_is_what_taking_the_sentence_out_costs(bundled_trace):
 
     def log_prob(adapter) -> float:
         trials = attribution.Trials(trace.model, adapter, trace.question, trace.answer)
-        return float(trials.score(attribution.torch.ones(1, len(trials)))[0].sum())
+        return float(trials.score(torch.ones(1, len(trials)))[0].sum())
 
     whole = log_prob(trace.adapter)
     for number in (*trace.true, 0, len(values) - 1):
