@@ -144,6 +144,28 @@ def save_figure(figure, name: str) -> Path:
     return path
 
 
+def claim(text: str, figure: Any, aim: str = "", met: bool | None = None) -> dict[str, Any]:
+    """A row of the table of results: what is claimed, the figure reached, the aim, and whether it is met.
+
+    met: read off an aim like ">= 99%" or "<= 20 minutes" where it is left out: every number of `figure` has to meet it.
+    None for any other aim. ValueError for an aim of that form and a figure without a number.
+    """
+    bound = re.match(r"(>=|<=) (\S*\d)", aim)
+    if met is None and bound:
+        numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?", str(figure))]
+        if not numbers:
+            raise ValueError(f"{text}: the figure {figure!r} holds no number to hold against the aim {aim!r}")
+        limit = float(bound[2])
+        met = min(numbers) >= limit if bound[1] == ">=" else max(numbers) <= limit
+    return {"claim": text, "figure": figure, "aim": aim, "met": met}
+
+
+def write_results(page: str, facts: dict[str, Any], *claims: dict[str, Any]) -> None:
+    """Write data/results/<page>.jsonl, and say so: what a notebook hands on, first its facts, then its claims."""
+    path = write_jsonl(project_root() / "data" / "results" / f"{page}.jsonl", [facts, *claims])
+    print(f"recorded in data/results/{path.name}")
+
+
 def environment_line(preset: str, model=None) -> str:
     """One line that says where numbers come from: preset, model, device, precision and versions.
 

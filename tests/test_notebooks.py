@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from d2l_lib import records
 from d2l_lib.__main__ import main
 from d2l_lib.studies import notebooks
 
@@ -38,6 +39,7 @@ QUICK = {
     },
     "06_trace_a_fact.ipynb": {"SEED": 2, "N_FACTS": 6, "N": 1},
     "07_speed_and_memory.ipynb": {"SEED": 1, "LENGTHS": [256, 512], "REPEATS": 1},
+    "08_who_should_answer.ipynb": {"SEED": 2, "N_FACTS": 6, "N_ASKED": 2},
 }
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.:/<])/(?:home|root|Users|tmp|work|mnt|opt|var|private)/[\w.]|[A-Z]:\\\\Users""")
 HANGS = re.compile(r"\b(?:Output\(|interact\(|interactive\(|interactive_output\(|interact_manual\()")
@@ -205,14 +207,45 @@ def test_table_cells_may_hold_bars():
     assert notebooks.format_table([{"claim": "a | b"}], ("claim",)).splitlines()[2] == r"| a \| b |"
 
 
-def test_headline_table_collects_every_claim(tmp_path):
-    (tmp_path / "03_a.jsonl").write_text(
-        '{"claim": "needle", "figure": "99.5%", "aim": ">= 99%"}\n{"length_tokens": 64}\n'
-    )
-    (tmp_path / "00_b.jsonl").write_text('{"claim": "first", "figure": 1, "aim": ""}\n')
-    rows = notebooks.headline_rows(tmp_path)
-    assert [row["claim"] for row in rows] == ["first", "needle"]
-    assert notebooks.format_table(rows).splitlines()[3] == "| needle | 99.5%  | >= 99% |"
+def test_headline_table_collects_every_claim(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    records.write_results("03_a", {"length_tokens": 64}, records.claim("needle", "99.5%", ">= 99%"))
+    records.write_results("00_b", {}, records.claim("first", 1), records.claim("second", "0.2, 0.4", "<= 0.3"))
+    assert capsys.readouterr().out.splitlines() == [f"recorded in data/results/{n}.jsonl" for n in ("03_a", "00_b")]
+    rows = notebooks.headline_rows(tmp_path / "data" / "results")
+    assert [(row["claim"], row["met"], row["notebook"]) for row in rows] == [
+        ("first", "", "00_b"),
+        ("second", "✗", "00_b"),
+        ("needle", "✓", "03_a"),
+    ]
+    table = notebooks.format_table(rows).splitlines()
+    assert table[4] == "| needle | 99.5%    | >= 99% | ✓   | 03_a     |"
+    assert notebooks.results_page(rows).splitlines()[-5:] == table
+
+
+@pytest.mark.parametrize(
+    ("figure", "aim", "met"),
+    [
+        ("99.0%", ">= 99%", True),
+        ("98.9%", ">= 99%", False),
+        ("14, 14, 17", "<= 20", True),
+        ("0.00% and 1.02%", "<= 1% each", False),
+        ("9.1e-06", "<= 1e-4", True),
+        ("1.21 times", "<= 1.5 times", True),
+        (0.5, ">= 0.95", False),
+        ("-0.2", "<= 0", True),
+        ("0.45 against 0.35", "higher", None),
+        ("-13 MiB", "", None),
+    ],
+)
+def test_a_claim_knows_whether_its_aim_is_met(figure, aim, met):
+    assert records.claim("a", figure, aim) == {"claim": "a", "figure": figure, "aim": aim, "met": met}
+    assert records.claim("a", figure, aim, True)["met"] is True
+
+
+def test_a_figure_in_words_has_no_aim_in_numbers():
+    with pytest.raises(ValueError, match="speed: the figure 'none' holds no number to hold against the aim '>= 99%'"):
+        records.claim("speed", "none", ">= 99%")
 
 
 # --- all of them, quickly ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 
 from d2l_lib import presets
 from d2l_lib.adapter import Adapter, Block
-from d2l_lib.analysis.weights import norms
+from d2l_lib.analysis.weights import bias_and_documents, norms
 from d2l_lib.documents import (
     check_count,
     check_texts,
@@ -32,6 +32,7 @@ from d2l_lib.documents import (
     question_ids,
     sentence_number,
     split_sentences,
+    stop_ids,
 )
 from d2l_lib.engine import Reply, TransformersEngine, pad_rows
 from d2l_lib.model import DocToLoRA, pad_id_of
@@ -107,6 +108,25 @@ def score_answers(
             others = log_probs.scatter(1, own, -torch.inf).amax(1)
             scores.append((float(of_answer.sum()), float((of_answer - others).min())))
     return scores
+
+
+def margins_by_condition(
+    model: DocToLoRA, questions: Sequence[world.Question], conditions: Mapping[str, Sequence[Adapter]]
+) -> pd.DataFrame:
+    """The margins of right answers (see `score_answers`), each with its own adapter, under several conditions.
+
+    conditions: for each one adapter per question. Columns: condition, margin (nats), norm (Frobenius, of the adapter's
+    update without its bias).
+    """
+    stop = stop_ids(model.tokenizer)[-1]
+    ids = [[*model.tokenizer(question.answer, add_special_tokens=False)["input_ids"], stop] for question in questions]
+    texts = [question.text for question in questions]
+    tables = []
+    for condition, adapters in conditions.items():
+        margins = [margin for _, margin in score_answers(model, texts, ids, adapters)]
+        sizes = [(bias_and_documents(adapter)["documents"] ** 2).sum() ** 0.5 for adapter in adapters]
+        tables.append(pd.DataFrame({"condition": condition, "margin": margins, "norm": sizes}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def find_questions(

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from d2l_lib.adapter import Adapter, decompose
+from d2l_lib.adapter import Adapter, decompose, only_layers, singular_part
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import check_count
 from d2l_lib.model import DocToLoRA
@@ -297,6 +298,11 @@ def intruder_dimensions(
     return pd.DataFrame(rows)
 
 
+def count_intruders(parts: Mapping, base_model: nn.Module) -> pd.Series:
+    """How many of `intruder_dimensions` are intruders in each of several adapters, by their names in `parts`."""
+    return pd.Series({name: int(intruder_dimensions(one, base_model)["intruder"].sum()) for name, one in parts.items()})
+
+
 # --------------------------------------------------------------------------------------- taking parts, and asking again
 def exact_match(model: DocToLoRA, questions: Sequence[Question], adapter: Adapter | Sequence[Adapter] | None) -> float:
     """The share of questions (with their `text` and `answer`) that are answered word for word, 0 to 1.
@@ -307,6 +313,105 @@ def exact_match(model: DocToLoRA, questions: Sequence[Question], adapter: Adapte
         raise ValueError("no question to ask")
     said = model.answer([question.text for question in questions], adapter)
     return sum(one == question.answer for one, question in zip(said, questions, strict=True)) / len(questions)
+
+
+def by_direction(adapter: Adapter, counts: Sequence[int]) -> dict[tuple[int, str], Adapter]:
+    """{(k, "first k" | "all but the first k"): that part} of every layer's singular directions, the largest first."""
+    parts = {}
+    for k in counts:
+        parts[k, "first k"] = singular_part(adapter, 0, k)
+        parts[k, "all but the first k"] = singular_part(adapter, k, None)
+    return parts
+
+
+def by_layer(adapter: Adapter) -> dict[tuple[int, str], Adapter]:
+    """{(layer, "only this layer" | "all but this layer"): that part}, the bias's rows of other layers left out too."""
+    parts = {}
+    for layer in range(adapter.n_layers):
+        parts[layer, "only this layer"] = only_layers(adapter, [layer])
+        parts[layer, "all but this layer"] = only_layers(adapter, [i for i in range(adapter.n_layers) if i != layer])
+    return parts
+
+
+def by_origin(adapter: Adapter) -> dict[str, Adapter]:
+    """{"both": the adapter, "documents without the bias": ..., "bias alone": ...}."""
+    return {"both": adapter, "documents without the bias": adapter.scaled_bias(0.0), "bias alone": adapter.scaled(0.0)}
+
+
+def ask_parts(model: DocToLoRA, questions: Sequence[str], parts: Mapping, **settings) -> pd.DataFrame:
+    """What is answered with each of several adapters: one row per name in `parts`, one column per question.
+
+    settings: as of `model.answer`.
+    """
+    rows = [model.answer(list(questions), adapter, **settings) for adapter in parts.values()]
+    names = pd.MultiIndex.from_tuples(parts) if isinstance(next(iter(parts)), tuple) else list(parts)
+    return pd.DataFrame(rows, index=names, columns=list(questions))
+
+
+def shares_right(model: DocToLoRA, questions: Sequence[Question], parts: Mapping) -> pd.Series:
+    """`exact_match` with each of several adapters, by their names in `parts`."""
+    answers = ask_parts(model, [question.text for question in questions], parts)
+    return (answers == [question.answer for question in questions]).mean(axis=1)
+
+
+def overlap(blocks: pd.DataFrame, spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether a block (a row of `block_norms`) holds a character of one of the `spans` of its document."""
+    own = zip(blocks["start"], blocks["end"], strict=True)
+    return [any(start < b and a < end for a, b in spans) for start, end in own]
+
+
+def ask_without_blocks(model: DocToLoRA, questions: Sequence[Question], adapter: Adapter) -> pd.DataFrame:
+    """Which questions on the adapter's one document stay right with some blocks left out: one row per question.
+
+    Columns (True or False): all blocks, without the evidence, without the largest other, the evidence alone. Evidence:
+    the blocks of the question's first evidence sentence. Largest other: by norm, of all other blocks.
+    """
+    by_size = block_norms(adapter).sort_values("norm", ascending=False)
+    rows = []
+    for question in questions:
+        holds = pd.Series(overlap(by_size, question.evidence[:1]), index=by_size.index)
+        evidence, largest = by_size.loc[holds, "chunk"].tolist(), int(by_size.loc[~holds, "chunk"].iloc[0])
+        parts = {
+            "all blocks": adapter,
+            "without the evidence": adapter.without(chunk=evidence),
+            "without the largest other": adapter.without(chunk=largest),
+            "the evidence alone": adapter.only(chunk=evidence),
+        }
+        answers = model.answer([question.text] * len(parts), list(parts.values()))
+        rows.append({name: one == question.answer for name, one in zip(parts, answers, strict=True)})
+    return pd.DataFrame(rows)
+
+
+def compare_variants(table: pd.DataFrame) -> pd.Series:
+    """Means of a similarity table whose names are documents ("1") and variants of them ("1, shuffled").
+
+    One value for each variant, with its own document; for "another document", of all pairs of documents; for "itself".
+    """
+    originals = [name for name in table.index if ", " not in name]
+    pairs = {"another document": list(combinations(originals, 2))}
+    for name in table.index:
+        original, _, variant = name.partition(", ")
+        if variant:
+            pairs.setdefault(variant, []).append((original, name))
+    pairs["itself"] = [(name, name) for name in originals]
+    return pd.Series({kind: np.mean([table.loc[pair] for pair in of_kind]) for kind, of_kind in pairs.items()})
+
+
+def ask_variants(
+    model: DocToLoRA, questions: Mapping[str, Sequence[Question]], adapters: Mapping[str, Adapter]
+) -> pd.Series:
+    """Exact match of documents' questions with adapters of variants, a mean over documents; as `compare_variants`."""
+    originals = list(questions)
+    chosen = {"another document": dict(zip(originals, [*originals[1:], originals[0]], strict=True))}
+    for name in adapters:
+        original, _, variant = name.partition(", ")
+        chosen.setdefault(variant or "itself", {})[original] = name
+    return pd.Series(
+        {
+            kind: np.mean([exact_match(model, questions[one], adapters[name]) for one, name in names.items()])
+            for kind, names in chosen.items()
+        }
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- recompression

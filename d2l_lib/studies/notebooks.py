@@ -1,4 +1,4 @@
-"""Re-execute the project's notebooks in order and print the headline table: `make notebooks`.
+"""Re-execute the project's notebooks in order and write their claims to data/RESULTS.md: `make notebooks`.
 
     d2l notebooks                     # all of them
     d2l notebooks 3 06_trace_a_fact   # some, by number or name
@@ -27,6 +27,19 @@ from d2l_lib.records import project_root, read_rows
 CELL_TIMEOUT_S = 300
 NOTEBOOK_TIMEOUT_S = 420
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
+_MARKS = {True: "✓", False: "✗", None: ""}
+_ABOUT_RESULTS = """# Results
+
+`d2l notebooks` writes this page from what the notebooks record. All figures are of the bundled models on the generated
+world: a base model of 2.3 M parameters, and a hypernetwork of 2.2 M for needles or of 3.4 M for questions about
+documents. None is of real text. Aims are this project's own; ✓ met, ✗ missed.
+
+- *In context*: the base model answers with the document in its prompt.
+- *All blocks*: all of an adapter answers. *Routed*: only the block that most surely changes what is said, or none.
+- *Share of one*: exact match with many documents in one adapter, divided by that with one document in it.
+- *Encyclopedia*: facts that the base model learned by heart. *Gate*: the rule that keeps a document out of an answer.
+- n: questions, haystacks or documents. Seeds and commands stand in `data/results` and `data/full_runs`.
+"""
 WIDGET_PLACEHOLDER = "(interactive viewer: run this cell to use it)"
 
 
@@ -153,14 +166,19 @@ def _run_and_wait(
 
 
 def headline_rows(results_folder: Path) -> list[dict]:
-    """Every record of `results_folder`/*.jsonl that states a claim: a row with the keys `claim`, `figure` and `aim`."""
+    """Every claim that a notebook recorded (see `records.claim`), with the notebook's name and a tick or a cross.
+
+    Columns: claim, figure, aim, met (✓, ✗, or empty where no aim decides), notebook.
+    """
     rows = []
     for path in sorted(results_folder.glob("*.jsonl")):
-        rows += [record for record in read_rows(path) if "claim" in record]
+        for row in read_rows(path):
+            if "claim" in row:
+                rows.append(row | {"met": _MARKS[row.get("met")], "notebook": path.stem})
     return rows
 
 
-def format_table(rows: list[dict], columns: tuple[str, ...] = ("claim", "figure", "aim")) -> str:
+def format_table(rows: list[dict], columns: Sequence[str] = ("claim", "figure", "aim", "met", "notebook")) -> str:
     """The rows as a Markdown table, columns padded to their widest cell."""
     cells = [[str(row.get(column, "")).replace("|", "\\|") for column in columns] for row in rows]
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
@@ -168,6 +186,11 @@ def format_table(rows: list[dict], columns: tuple[str, ...] = ("claim", "figure"
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
+
+
+def results_page(rows: list[dict]) -> str:
+    """The text of data/RESULTS.md: every claim of every notebook, whether its aim is met or not."""
+    return f"{_ABOUT_RESULTS}\n{format_table(rows)}\n"
 
 
 def choose_notebooks(pages: Sequence[Path], names: Sequence[str]) -> list[Path]:
@@ -185,7 +208,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    """Execute notebooks in place, then print minutes and the headline table; the exit status is 1 if one failed."""
+    """Execute notebooks in place, write data/RESULTS.md and print its table; the exit status is 1 if one failed."""
     root = project_root()
     try:
         pages = choose_notebooks(list_notebooks(root / "notebooks"), a.notebook)
@@ -204,6 +227,7 @@ def run(a: argparse.Namespace) -> int:
         write_atomic(path, json.dumps(page, indent=1, ensure_ascii=False) + "\n")
         print(f"  {time.monotonic() - start:.0f} s", flush=True)
     rows = headline_rows(root / "data" / "results")
-    print("\n" + (format_table(rows) if rows else "no notebook recorded a headline figure"))
+    write_atomic(root / "data" / "RESULTS.md", results_page(rows))
+    print("\n" + (format_table(rows) if rows else "no notebook recorded a claim"))
     print(f"\n{len(pages)} notebooks executed in {(time.monotonic() - started) / 60:.1f} minutes.")
     return 0

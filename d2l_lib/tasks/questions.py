@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from d2l_lib.documents import check_texts
+from d2l_lib.documents import check_texts, split_sentences
 from d2l_lib.tasks import world
 
 
@@ -67,3 +67,36 @@ def world_samples(
             f"documents of {facts[0]} to {facts[1]} facts support too few questions of kind {', '.join(kinds)}"
         )
     return pd.DataFrame(rows)
+
+
+def _sentences(text: str) -> list[str]:
+    return [text[start:end].strip() for start, end in split_sentences(text)]
+
+
+def shuffle_sentences(rng: random.Random, text: str) -> str:
+    """The same sentences in another order."""
+    sentences = _sentences(text)
+    return " ".join(rng.sample(sentences, len(sentences)))
+
+
+def shuffle_words(rng: random.Random, text: str) -> str:
+    """The same sentences in the same order, the words of each shuffled."""
+    split = [sentence.rstrip(".").split() for sentence in _sentences(text)]
+    return " ".join(" ".join(rng.sample(words, len(words))) + "." for words in split)
+
+
+def write_variants(rng: random.Random, split: str, n_facts: int) -> tuple[world.Document, dict[str, str]]:
+    """A document of fresh facts, and texts that differ from it in one respect.
+
+    "other words": the same facts, in other words and order. "shuffled": its sentences in another order. "other values":
+    its sentences, each with another value.
+    """
+    facts = world.draw_facts(rng, split, n_facts)
+    changed = [world.with_value(rng, fact, split) for fact in facts]
+    writer = rng.randrange(2**32)  # the same words where the same number starts them
+    document = world.write_document(random.Random(writer), facts, split)
+    return document, {
+        "other words": world.write_document(rng, facts, split).text,
+        "shuffled": shuffle_sentences(rng, document.text),
+        "other values": world.write_document(random.Random(writer), changed, split).text,
+    }
