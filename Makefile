@@ -9,12 +9,16 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 UV := $(shell command -v uv 2>/dev/null)
 PRESET ?= tiny
 PYTEST_ARGS ?=
+# How many processes share the tests, 4 at most: one for each core, or make test WORKERS=0 for none but pytest itself.
+WORKERS ?= logical
 
 CACHE := $(CURDIR)/.cache
 # On shared cores several OpenMP threads make torch about ten times slower; whoever owns the machine may raise this.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
+# Importing torch and transformers takes 6 s of a core where Python keeps what it compiled, and 19 s where it may not.
+unexport PYTHONDONTWRITEBYTECODE
 # Where the tools that we run keep their files: inside the clone.
 export HF_HOME ?= $(CACHE)/huggingface
 export TORCH_HOME ?= $(CACHE)/torch
@@ -63,10 +67,11 @@ notebooks: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(OFFLINE) $(RUN) -m d2l_lib notebooks
 
-# All tests; PYTEST_ARGS="-m 'not slow'" runs the quick ones.
+# All tests, a file at a time in each of the processes; PYTEST_ARGS="-m 'not slow'" runs the quick ones.
 test: setup
 	@mkdir -p "$(CACHE)/tmp"
-	@$(OFFLINE) $(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" $(PYTEST_ARGS)
+	@$(OFFLINE) $(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" -n $(WORKERS) --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # From nothing: the base model (an hour with `d2l train --fast`, about two without), the needle hypernetwork (14 minutes).
 train: setup

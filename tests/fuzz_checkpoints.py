@@ -72,11 +72,12 @@ def watched():
     if not getattr(sys, "_d2l_watched", False):
         sys.addaudithook(_watch)  # a hook cannot be taken out again
         sys._d2l_watched = True
+    kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # of what is imported late
     _seen = seen = []
     try:
         yield seen
     finally:
-        _seen = None
+        _seen, sys.dont_write_bytecode = None, kept
 
 
 def records_of(content: bytes) -> dict[str, bytes]:

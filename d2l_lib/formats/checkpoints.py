@@ -22,6 +22,16 @@ from torch import Tensor
 
 from d2l_lib.formats import pickles
 from d2l_lib.formats.pickles import CheckpointError, Record
+from d2l_lib.formats.schemas import (
+    LONGEST_NAME,
+    MOST_LAYERS,
+    CheckpointSettings,
+    HypernetworkSettings,
+    PublishedCheckpoint,
+    PublishedEncoder,
+    check,
+)
+from d2l_lib.formats.tensors import check_tensors, read_tensors
 from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder, check_folder, read_whole
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.records import read_json
@@ -34,8 +44,6 @@ WEIGHTS = "hypernetwork.safetensors"
 SETTINGS = "config.json"
 PUBLISHED = "pytorch_model.bin"
 PARTS = ("base_model", "encoder_model")  # models that may lie in the folder too
-MOST_LAYERS = 1000  # of a Perceiver and its head, far above any published one
-LONGEST_NAME = 200  # characters of a tensor's name
 
 
 # ------------------------------------------------------------------------------------------- this project's format
@@ -139,7 +147,6 @@ def _read_folder(folder: Path) -> tuple[HypernetworkConfig, dict[str, Tensor], d
     version = settings.get("version")
     if type(version) is int and version != VERSION:
         raise CheckpointError(f"{folder} has format version {version}, this code reads {VERSION}")
-    from d2l_lib.formats.schemas import CheckpointSettings, check
 
     check(CheckpointSettings, settings, path, "copy the folder again", CheckpointError)
     config = config_of_settings(settings["hypernetwork"], path)
@@ -148,7 +155,6 @@ def _read_folder(folder: Path) -> tuple[HypernetworkConfig, dict[str, Tensor], d
 
 def config_of_settings(settings: Any, file: str | Path) -> HypernetworkConfig:
     """The config that `to_dict` wrote, read from `file`; CheckpointError names the setting that is wrong."""
-    from d2l_lib.formats.schemas import HypernetworkSettings, check
 
     check(HypernetworkSettings, settings, file, "copy the file again", CheckpointError)
     try:
@@ -159,7 +165,6 @@ def config_of_settings(settings: Any, file: str | Path) -> HypernetworkConfig:
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, finite floating numbers; CheckpointError for a damaged one."""
-    from d2l_lib.formats.tensors import read_tensors
 
     return read_tensors(path, CheckpointError)[0]
 
@@ -200,7 +205,6 @@ def _once(skeleton: Hypernetwork, state: dict[str, Tensor]) -> dict[str, Tensor]
     CheckpointError for names and shapes that do not belong to the skeleton, and for names of one layer that hold
     different values.
     """
-    from d2l_lib.formats.tensors import check_tensors
 
     own = skeleton.state_dict(keep_vars=True)
     first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
@@ -262,7 +266,6 @@ def parse_published(content: dict[str, Any]) -> tuple[HypernetworkConfig, dict[s
 
 def _config_of(content: dict[str, Any]) -> HypernetworkConfig:
     """Our config from the published records; fields that older files lack get the value they had then."""
-    from d2l_lib.formats.schemas import PublishedCheckpoint, PublishedEncoder, check
 
     fields = ("base_model_name_or_path", "hypernet_config", "ctx_encoder_args")
     values = types.SimpleNamespace(**{name: content[name] for name in fields if name in content})

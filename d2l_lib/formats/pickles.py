@@ -32,7 +32,7 @@ from d2l_lib.formats.writing import atomic_file, check_replaceable
 
 COMMENT = b"doc-to-lora export"  # at the end of the zip files that `write` makes; torch.load passes it over
 LONGEST_PICKLE = 2 << 20  # bytes; the published ones have some tens of thousands
-REQUIRED = ("base_model_name_or_path", "hypernet_config")
+_REQUIRED = ("base_model_name_or_path", "hypernet_config")
 
 
 class CheckpointError(ValueError):
@@ -142,9 +142,9 @@ def _read(file: BinaryIO, name: str) -> OrderedDict[str, Any]:
             program = archive.record("data.pkl", LONGEST_PICKLE)
             _check_program(program, name)
             content = _run(program)
-            if not isinstance(content, OrderedDict) or any(key not in content for key in REQUIRED):
+            if not isinstance(content, OrderedDict) or any(key not in content for key in _REQUIRED):
                 raise CheckpointError(
-                    f"{name} is not a Doc-to-LoRA checkpoint: it lacks {' and '.join(REQUIRED)} "
+                    f"{name} is not a Doc-to-LoRA checkpoint: it lacks {' and '.join(_REQUIRED)} "
                     "(a base model goes into base_model=, a PEFT adapter into peft)"
                 )
             storages: dict[_Storage, Tensor] = {}

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 MOST_LAYERS = 1000  # of any base model
-LARGEST = 1 << 24  # of any size or count in a model
-LONGEST_NAME, LONGEST_PATH = 200, 1000  # characters of a module's or tensor's name, and of a model's
+_LARGEST = 1 << 24  # of any size or count in a model
+LONGEST_NAME, _LONGEST_PATH = 200, 1000  # characters of a module's or tensor's name, and of a model's
 LONGEST_SHOWN = 80  # characters of a wrong value in an error
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -54,6 +54,11 @@ def shown(value: Any) -> str:
     """A value of a file in an error: one line of printable ASCII, cut to LONGEST_SHOWN characters."""
     text = ascii(_repr.repr(value))[1:-1].replace("\\'", "'").replace("\\\\", "\\")
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error: printable ASCII, at most 200 characters."""
+    return ascii((str(error).splitlines() or [type(error).__name__])[0])[1:-1][:200]
 
 
 def expected(file: object, place: str, what: str, value: str, advice: str) -> str:
@@ -134,19 +139,18 @@ def _patterns(value: Any) -> Any:
     raise ValueError("a pattern or a list of names")
 
 
-Text = Annotated[str, AfterValidator(_unicode)]
-Name = Annotated[str, Field(min_length=1), AfterValidator(_unicode)]
-ModelName = Annotated[str, Field(max_length=LONGEST_PATH), AfterValidator(_printable)]
-ModuleName = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_printable)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Factor = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]  # of tensors: no product overflows
-Share = Annotated[float, Field(allow_inf_nan=False, ge=0)]
-Whole = Annotated[int, Field(ge=0, le=1 << 48)]  # a position or a number of things
-Count = Annotated[int, Field(ge=1, le=LARGEST)]  # a size
-Some = Annotated[int, Field(ge=0, le=LARGEST)]  # a size that may be zero
-Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
-FirstVersion = Annotated[int, Field(ge=1, le=1)]
-Template = Annotated[str, Field(max_length=LONGEST_PATH), AfterValidator(_template)]
+_Text = Annotated[str, AfterValidator(_unicode)]
+_Name = Annotated[str, Field(min_length=1), AfterValidator(_unicode)]
+_ModelName = Annotated[str, Field(max_length=_LONGEST_PATH), AfterValidator(_printable)]
+_ModuleName = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_printable)]
+_Factor = Annotated[float, Field(ge=-1e9, le=1e9)]  # of tensors: no product overflows
+_Share = Annotated[float, Field(ge=0)]
+_Whole = Annotated[int, Field(ge=0, le=1 << 48)]  # a position or a number of things
+_Count = Annotated[int, Field(ge=1, le=_LARGEST)]  # a size
+_Some = Annotated[int, Field(ge=0, le=_LARGEST)]  # a size that may be zero
+_Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+_FirstVersion = Annotated[int, Field(ge=1, le=1)]
+_Template = Annotated[str, Field(max_length=_LONGEST_PATH), AfterValidator(_template)]
 
 
 def _in_order(span: tuple[int, int]) -> tuple[int, int]:
@@ -156,74 +160,72 @@ def _in_order(span: tuple[int, int]) -> tuple[int, int]:
 
 
 # JSON has lists only: the outer value may be one, the numbers in it stay strict.
-Span = Annotated[tuple[Whole, Whole], Strict(False), AfterValidator(_in_order)]
-Sizes = Annotated[tuple[Count, Count], Strict(False)]
+_Span = Annotated[tuple[_Whole, _Whole], Strict(False), AfterValidator(_in_order)]
+_Sizes = Annotated[tuple[_Count, _Count], Strict(False)]
 
 
 class _Closed(BaseModel):
     """Nothing but the fields."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class _Open(BaseModel):
+class _Open(_Closed):
     """Other keys may be there and are left alone."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore")
 
 
-class _Record(BaseModel):
+class _Record(_Open):
     """An object with attributes, of which some are read."""
 
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="ignore", allow_inf_nan=False, from_attributes=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(from_attributes=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
-class AdapterSides(_Closed):
+class _AdapterSides(_Closed):
     """{module: name of a tensor}, for A and for B."""
 
-    A: dict[ModuleName, Name]
-    B: dict[ModuleName, Name]
+    A: dict[_ModuleName, _Name]
+    B: dict[_ModuleName, _Name]
 
 
-class AdapterBlock(AdapterSides):
+class _AdapterBlock(_AdapterSides):
     """One block of an adapter file."""
 
-    document: Name
-    chunk: Whole
-    span: Span | None
-    weight: Factor
+    document: _Name
+    chunk: _Whole
+    span: _Span | None
+    weight: _Factor
 
 
 class AdapterHeader(_Closed):
     """The labels in the header of an adapter file."""
 
     format: Literal["d2l-adapter"]
-    version: FirstVersion
-    blocks: list[AdapterBlock]
-    bias: AdapterSides | None
-    scale: Factor
-    bias_weight: Factor
-    n_layers: Layers
-    sizes: dict[ModuleName, Sizes]
-    base_model: Text
-    base_key: Text
-    hypernetwork_key: Text
-    paths: dict[ModuleName, Template]
+    version: _FirstVersion
+    blocks: list[_AdapterBlock]
+    bias: _AdapterSides | None
+    scale: _Factor
+    bias_weight: _Factor
+    n_layers: _Layers
+    sizes: dict[_ModuleName, _Sizes]
+    base_model: _Text
+    base_key: _Text
+    hypernetwork_key: _Text
+    paths: dict[_ModuleName, _Template]
     bias_inside: bool
 
 
 class PeftConfig(_Open):
     """adapter_config.json of a PEFT folder, as far as it is read."""
 
-    peft_type: Text | None = None
-    base_model_name_or_path: Text | None = None
-    r: Count | None = None
-    lora_alpha: Finite | None = None
-    rank_pattern: dict[Text, Count] | None = None
-    alpha_pattern: dict[Text, Finite] | None = None
+    peft_type: _Text | None = None
+    base_model_name_or_path: _Text | None = None
+    r: _Count | None = None
+    lora_alpha: float | None = None
+    rank_pattern: dict[_Text, _Count] | None = None
+    alpha_pattern: dict[_Text, float] | None = None
     use_rslora: bool | None = None
     target_modules: Annotated[Any, AfterValidator(_patterns)] = None
 
@@ -237,61 +239,61 @@ class PeftConfig(_Open):
 class ExportRecord(_Open):
     """What an export says about itself in the header of its weights."""
 
-    version: FirstVersion
-    documents: list[Text] = []
+    version: _FirstVersion
+    documents: list[_Text] = []
     bias: bool
-    n_layers: Layers
-    base_key: Text
-    hypernetwork_key: Text
-    rank: Count
-    error: Share
-    errors: dict[Text, list[Share]]
+    n_layers: _Layers
+    base_key: _Text
+    hypernetwork_key: _Text
+    rank: _Count
+    error: _Share
+    errors: dict[_Text, list[_Share]]
 
 
 # ------------------------------------------------------------------------------------------------------ hypernetworks
 class HypernetworkSettings(_Closed):
     """The fields of a HypernetworkConfig."""
 
-    n_layers: Layers
-    d_in: Annotated[dict[ModuleName, Count], Field(min_length=1)]
-    d_out: Annotated[dict[ModuleName, Count], Field(min_length=1)]
-    feature_size: Count
-    latent_size: Count = 512
-    rank: Count = 8
-    scale: Finite | None = None
+    n_layers: _Layers
+    d_in: Annotated[dict[_ModuleName, _Count], Field(min_length=1)]
+    d_out: Annotated[dict[_ModuleName, _Count], Field(min_length=1)]
+    feature_size: _Count
+    latent_size: _Count = 512
+    rank: _Count = 8
+    scale: float | None = None
     encoder_type: Literal["early_exit", "per_layer_activations", "embed_only"] = "early_exit"
-    encoder_layer: Some | None = None
-    n_latent_queries: Count = 208
-    n_blocks: Layers = 8
-    n_self_attention_per_block: Some = 0
+    encoder_layer: _Some | None = None
+    n_latent_queries: _Count = 208
+    n_blocks: _Layers = 8
+    n_self_attention_per_block: _Some = 0
     shared_weights: bool = False
     per_layer_processing: bool = False
-    n_pre_head_layers: Some = 1
+    n_pre_head_layers: _Some = 1
     use_bias: bool = True
-    dropout: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
-    n_heads: Count = 16
-    n_kv_heads: Count = 4
-    head_dim: Count = 128
-    base_model: ModelName = ""
-    encoder_model: ModelName | None = None
+    dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    n_heads: _Count = 16
+    n_kv_heads: _Count = 4
+    head_dim: _Count = 128
+    base_model: _ModelName = ""
+    encoder_model: _ModelName | None = None
     encoder_4bit: bool = False
 
 
 class GateSettings(_Closed):
     """The gate in a checkpoint: two numbers of nats and a sentence."""
 
-    known: Finite
-    growth: Finite
-    refusal: Name
+    known: float
+    growth: float
+    refusal: _Name
 
 
-class CheckpointMeta(_Open):
+class _CheckpointMeta(_Open):
     """What a checkpoint says beside its sizes; whoever saves one may add to it."""
 
-    chunk_tokens: Count | None = None
-    base_model: ModelName | None = None
-    encoder_model: ModelName | None = None
-    least_relevance: Finite = 0.0
+    chunk_tokens: _Count | None = None
+    base_model: _ModelName | None = None
+    encoder_model: _ModelName | None = None
+    least_relevance: float = 0.0
     gate: GateSettings | None = None
 
 
@@ -299,67 +301,67 @@ class CheckpointSettings(_Closed):
     """config.json of a checkpoint folder."""
 
     format: Literal["doc-to-lora hypernetwork"]
-    version: FirstVersion
+    version: _FirstVersion
     hypernetwork: HypernetworkSettings
-    meta: CheckpointMeta = CheckpointMeta()
+    meta: _CheckpointMeta = _CheckpointMeta()
 
 
 class TrainingFacts(_Closed):
     """hypernetwork.json of a training."""
 
     hypernetwork: HypernetworkSettings
-    chunk_tokens: Count | None
+    chunk_tokens: _Count | None
 
 
-class PublishedAggregator(_Record):
+class _PublishedAggregator(_Record):
     """AggregatorConfig of a published checkpoint, as far as it is read."""
 
-    aggregator_type: ModelName
-    num_layers: Layers
-    feature_size: Count
-    n_latent_queries: Count
-    num_blocks: Count
-    num_self_attn_per_block: Some
+    aggregator_type: _ModelName
+    num_layers: _Layers
+    feature_size: _Count
+    n_latent_queries: _Count
+    num_blocks: _Count
+    num_self_attn_per_block: _Some
     shared_weights: bool
 
 
-class PublishedLora(_Record):
+class _PublishedLora(_Record):
     """LoraConfig of a published checkpoint, as far as it is read."""
 
-    r: Count
-    lora_alpha: Finite
+    r: _Count
+    lora_alpha: float
 
 
-class PublishedHypernet(_Record):
+class _PublishedHypernet(_Record):
     """HypernetConfig of a published checkpoint, as far as it is read; older files lack the fields that may be None."""
 
-    latent_size: Count
+    latent_size: _Count
     per_rank_gen: bool
     per_layer_processing: bool
-    num_pre_head_layers: Some | None = None
+    num_pre_head_layers: _Some | None = None
     use_bias: bool | None = None
-    dropout_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    dropout_rate: Annotated[float, Field(ge=0, le=1)] | None = None
     extra_modules: list[Any] | None = None
-    feature_sizes: tuple[dict[ModuleName, Count], dict[ModuleName, Count]]
-    aggregator_config: PublishedAggregator
-    lora_config: PublishedLora
+    feature_sizes: tuple[dict[_ModuleName, _Count], dict[_ModuleName, _Count]]
+    aggregator_config: _PublishedAggregator
+    lora_config: _PublishedLora
 
 
 class PublishedEncoder(_Record):
     """CtxEncoderArguments of a published checkpoint, as far as it is read."""
 
-    ctx_encoder_model_name_or_path: ModelName | None = None
+    ctx_encoder_model_name_or_path: _ModelName | None = None
     ctx_encoder_type: Literal["early_exit", "per_layer_activations", "embed_only"] | None = None
-    layer_idx: Some | None = None
-    ctx_encoder_last_layer: Some | None = None
+    layer_idx: _Some | None = None
+    ctx_encoder_last_layer: _Some | None = None
     quantize_ctx_encoder: bool | None = None
 
 
 class PublishedCheckpoint(_Record):
     """What a published checkpoint says beside its tensors."""
 
-    base_model_name_or_path: ModelName
-    hypernet_config: PublishedHypernet
+    base_model_name_or_path: _ModelName
+    hypernet_config: _PublishedHypernet
     ctx_encoder_args: PublishedEncoder | None = None
 
 
@@ -367,51 +369,51 @@ class PublishedCheckpoint(_Record):
 class TrainerState(_Open):
     """trainer_state.json of a training checkpoint, as far as it is read."""
 
-    global_step: Whole
+    global_step: _Whole
 
 
 class LogLine(_Open):
     """One line of a training's log.jsonl."""
 
-    step: Whole
-    seconds: Finite
+    step: _Whole
+    seconds: float
 
 
 class ScoreLine(_Open):
     """One line of a run's scores.jsonl."""
 
-    checkpoint: Name
+    checkpoint: _Name
 
 
 class TextLine(_Open):
     """One line of a file of texts."""
 
-    text: Text
+    text: _Text
 
 
 class ShardRecord(_Open):
     """The .json file beside a shard."""
 
-    file: Annotated[Name, AfterValidator(_file_name)]
+    file: Annotated[_Name, AfterValidator(_file_name)]
     run: Annotated[str, AfterValidator(_digest)]
     sha256: Annotated[str, AfterValidator(_digest)]
-    counts: dict[Text, Whole]
+    counts: dict[_Text, _Whole]
 
 
-class ManifestShard(_Open):
+class _ManifestShard(_Open):
     """One shard in a manifest."""
 
-    file: Annotated[Name, AfterValidator(_file_name)]
+    file: Annotated[_Name, AfterValidator(_file_name)]
     sha256: Annotated[str, AfterValidator(_digest)]
-    counts: dict[Text, Whole] = {}
+    counts: dict[_Text, _Whole] = {}
 
 
 class Manifest(_Open):
     """manifest.json of self-generated data, as far as it is read back."""
 
     complete: bool
-    n_shards: Some
-    shards: list[ManifestShard] = []
+    n_shards: _Some
+    shards: list[_ManifestShard] = []
 
     @model_validator(mode="after")
     def _complete_means_all(self) -> Manifest:

@@ -1,4 +1,9 @@
-"""TODO docstring."""
+"""Self-generated training data on disk: parquet shards in the published schema, read back with every count checked.
+
+A row is a document: its token ids, and for each question the token ids, where the answer stands in them, and the
+teacher's likeliest next tokens with their log-probabilities. A folder holds shards, a .json file with a checksum
+beside each, and a manifest that says when all of them are there.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from d2l_lib.formats.schemas import ShardRecord, check
+from d2l_lib.formats.schemas import Manifest, ShardRecord, check, first_line
 from d2l_lib.formats.writing import atomic_file
 from d2l_lib.records import read_json, write_json
 
 MANIFEST = "manifest.json"
-
-
-# Log-probabilities are at most 0; software that sums in another order may be above it by rounding.
-HIGHEST = 1e-3
-
-
+HIGHEST = 1e-3  # log-probabilities are at most 0; sums in another order may be above it by rounding
 _IDS = pa.list_(pa.int32())
-
-
+TEACHER_COLUMNS = ("logprobs_vals", "logprobs_indices")
 PUBLISHED = {
     "ctx_ids": _IDS,
     "input_ids": pa.list_(_IDS),
@@ -37,13 +36,19 @@ PUBLISHED = {
     "logprobs_vals": pa.list_(pa.list_(pa.list_(pa.float16()))),
     "logprobs_indices": pa.list_(pa.list_(_IDS)),
 }
-
-
 SCHEMA = pa.schema(
     PUBLISHED
     | {"document": pa.string(), "closed": pa.list_(pa.bool_()), "evidence": pa.list_(pa.list_(_IDS))}
     | {name: pa.list_(pa.string()) for name in ("questions", "answers", "references", "kinds")}
 )
+DROPPED = ("thinking", "not_a_question", "duplicate", "surplus", "cut_off")
+COUNTS = (
+    "documents", "documents_dropped", "questions", "kept", "unfinished", "too_long", "answer_tokens",
+    "writer_too_long", *(f"writer_{reason}" for reason in DROPPED),
+)  # fmt: skip
+_LEVEL = re.compile(r"_level_(\d+)_")  # in the names of published files
+# A reader believes a file that, unpacked, is at most so much: most are 2 to 10 times as large as on disk.
+_MOST_UNPACKED, _UNPACKED_PER_BYTE = 1 << 28, 200
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -52,15 +57,6 @@ def tokenizer_fingerprint(tokenizer) -> str:
     rules |= {"padding": None, "truncation": None}  # which the last call left behind
     whole = [rules, tokenizer.get_vocab(), tokenizer.chat_template, sorted(map(str, tokenizer.all_special_tokens))]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-
-DROPPED = ("thinking", "not_a_question", "duplicate", "surplus", "cut_off")
-
-
-COUNTS = (
-    "documents", "documents_dropped", "questions", "kept", "unfinished", "too_long", "answer_tokens",
-    "writer_too_long", *(f"writer_{reason}" for reason in DROPPED),
-)  # fmt: skip
 
 
 def shard_path(folder: str | Path, index: int) -> Path:
@@ -84,7 +80,6 @@ def _write_shard(path: Path, run: str, table: pa.Table, counts: dict[str, int]) 
 
 def _record_of(path: Path) -> dict[str, Any] | None:
     """What was written beside a shard, or None where that is missing, damaged or not ours."""
-
     try:
         record = read_json(path.with_suffix(".json"))
         check(ShardRecord, record, path.with_suffix(".json"), "make the shard again")
@@ -108,21 +103,23 @@ def _problem(path: Path, run: str) -> str | None:
 def read_shards(
     source: str | Path | Sequence[str | Path], cache: str | Path | None = None, *, vocabulary: int | None = None
 ):
-    """A `datasets.Dataset` of all rows, of a folder, a parquet file or several, with checked contents.
+    """A `datasets.Dataset` of all rows with checked contents.
 
-    Rows are in memory. With `cache`, a folder, they are written there once as one Arrow file, one parquet file after
-    another, and read from it: for more than fits into memory. Under torchrun one process of each machine writes it and
-    the others wait.
+    source: a folder, a parquet file or several of either. Files need the published columns only; other columns are
+      kept where all files have them, of one type.
+    cache: a folder (None: rows are in memory). Rows are written there once, as one Arrow file, and read from it: for
+      more than fits into memory. Under torchrun one process of each machine writes it and the others wait.
+    vocabulary: how many token ids the model knows (None: any are right).
 
-    Files need the published columns only; others are kept where all files have them, of one type. FileNotFoundError
-    where there is no file. ValueError, with the file's name and the column's, for: an unfinished folder, a file that is
-    damaged, differs from its checksum, or unpacks to far more than its size, a missing column or one of another type,
-    empty values, log-probabilities that are not numbers or above 0 (by more than HIGHEST, for rounding), minus infinity
-    for the first token of a list (the others may have it: their probability is 0), token ids below 0, or from
-    `vocabulary` on where that is given (the number of token ids that the model knows), and counts that do not agree
-    (questions in every column, answer tokens between response_start_end and the log-probabilities, k everywhere).
+    FileNotFoundError where there is no file. ValueError names the file and the column for
+    - an unfinished folder, and a file that is damaged, differs from its checksum or unpacks to far more than its size;
+    - a missing column, one of another type, and empty values;
+    - log-probabilities that are no numbers or above 0 (by more than HIGHEST), and minus infinity for the first token of
+      a list (the others may have it: their probability is 0);
+    - token ids below 0, or from `vocabulary` on;
+    - counts that do not agree: questions in every column, answer tokens between response_start_end and the
+      log-probabilities, k everywhere.
     """
-
     several = [source] if isinstance(source, (str, Path)) else list(source)
     checksums = {file: checksum for path in several for file, checksum in _files_of(Path(path)).items()}
     if not checksums:
@@ -178,10 +175,7 @@ def _schema_of(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path).remove_metadata()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({_reason(error)})") from error
-
-
-_LEVEL = re.compile(r"_level_(\d+)_")  # in the names of published files
+        raise ValueError(f"{path} is not a readable parquet file ({first_line(error)})") from error
 
 
 def find_shards(places: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:
@@ -219,8 +213,6 @@ def _files_of(path: Path) -> dict[Path, str | None]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     checksums = {file: (_record_of(file) or {}).get("sha256") for file in files}
     if (path / MANIFEST).exists():
-        from d2l_lib.formats.schemas import Manifest, check
-
         advice = "run the command that made the data again, or name the files that you want"
         manifest = check(Manifest, read_json(path / MANIFEST), path / MANIFEST, advice)
         if not manifest.complete:
@@ -232,10 +224,6 @@ def _files_of(path: Path) -> dict[Path, str | None]:
     if not checksums:
         raise FileNotFoundError(f"{path} holds no .parquet files")
     return checksums
-
-
-# A reader believes a file that, unpacked, is at most so much: most are 2 to 10 times as large as on disk.
-_MOST_UNPACKED, _UNPACKED_PER_BYTE = 1 << 28, 200
 
 
 def _rows_of(path: Path) -> pa.Table:
@@ -261,15 +249,10 @@ def _rows_of(path: Path) -> pa.Table:
             return pa.Table.from_batches(batches, file.schema_arrow).replace_schema_metadata(None)
     except ValueError as error:
         if isinstance(error, pa.ArrowException):
-            raise ValueError(f"{path} is not a readable parquet file ({_reason(error)})") from error
+            raise ValueError(f"{path} is not a readable parquet file ({first_line(error)})") from error
         raise
     except (pa.ArrowException, OSError, MemoryError, OverflowError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, short and printable."""
-    return ascii((str(error).splitlines() or [type(error).__name__])[0])[1:-1][:200]
+        raise ValueError(f"{path} is not a readable parquet file ({first_line(error)})") from error
 
 
 def _read_table(path: Path, checksum: str | None, vocabulary: int | None = None) -> tuple[pa.Table, int | None]:
@@ -349,6 +332,3 @@ def _check_ids(path: Path, column: str, levels: list[pa.Array], vocabulary: int 
     allowed = "" if vocabulary is None else f" to {vocabulary - 1}: is it of another model's tokenizer?"
     wrong = ids[int(np.argmin(right))]
     raise ValueError(f"{path}, column {column}, row {place}: {wrong} is no token id, they go from 0{allowed}")
-
-
-TEACHER_COLUMNS = ("logprobs_vals", "logprobs_indices")

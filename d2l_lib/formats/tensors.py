@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LONGEST_HEADER = 100_000_000  # bytes; the format allows no more
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from d2l_lib.formats.schemas import expected, first_line, shown
+
+_LONGEST_HEADER = 100_000_000  # bytes; the format allows no more
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_tensors(path: str | Path, error: type[ValueError] = ValueError) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -31,7 +33,7 @@ def read_tensors(path: str | Path, error: type[ValueError] = ValueError) -> tupl
         size = path.stat().st_size
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")
-        if size < 8 or header > min(size - 8, LONGEST_HEADER):
+        if size < 8 or header > min(size - 8, _LONGEST_HEADER):
             raise error(incomplete.format(f"its header would have {header} bytes, the file has {size}"))
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -41,23 +43,16 @@ def read_tensors(path: str | Path, error: type[ValueError] = ValueError) -> tupl
     except error:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as problem:
-        raise error(incomplete.format(_line(problem))) from problem
+        raise error(incomplete.format(first_line(problem))) from problem
     check_tensors(tensors, path, error)
     return tensors, metadata
 
 
-def _line(problem: Exception) -> str:
-    """The first line of an error, short and printable."""
-    return ascii((str(problem).splitlines() or [type(problem).__name__])[0])[1:-1][:200]
-
-
 def check_tensors(tensors: Mapping[str, Tensor], file: object, error: type[ValueError] = ValueError) -> None:
     """`error` for the first tensor that is not of finite floating numbers. Each is read once, nothing is copied."""
-    from d2l_lib.formats.schemas import expected, shown
-
     for name, tensor in tensors.items():
         advice = "the file is damaged, copy or write it again"
-        if tensor.dtype not in FLOATING:
+        if tensor.dtype not in _FLOATING:
             kind = str(tensor.dtype).removeprefix("torch.")
             what = "a tensor of numbers with a fraction (float32, bfloat16, float16)"
             raise error(expected(file, shown(name).strip("'"), what, kind, advice))

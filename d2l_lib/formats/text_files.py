@@ -11,7 +11,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path, PurePath
 
-READ = ".txt, .md, .html, .pdf and other plain text in UTF-8 (.rst, .tex, .py, ...)"
+_READ = ".txt, .md, .html, .pdf and other plain text in UTF-8 (.rst, .tex, .py, ...)"
 _HTML = (".html", ".htm", ".xhtml")
 _IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"))
@@ -39,7 +39,7 @@ def read_document(path: PurePath) -> str:
         raise ValueError(f"{path} is no ordinary file: pass a file that can be read to its end")
     ending = path.suffix.lower()
     if ending in _IMAGES:
-        raise ValueError(f"{path} is an image: pass it as PIL.Image.open({str(path)!r}). Read are {READ}")
+        raise ValueError(f"{path} is an image: pass it as PIL.Image.open({str(path)!r}). Read are {_READ}")
     if ending == ".pdf":
         text = _pdf_text(path)
     else:
@@ -65,10 +65,10 @@ def _decoded(path: Path, content: bytes, is_html: bool) -> str:
                 pass
         raise ValueError(
             f"{path} is not {encoding.upper()}: byte {error.start} ({content[error.start]:#04x}) does not fit. "
-            f"Read are {READ}; for text in another encoding pass {{name: path.read_text(encoding='latin-1')}}"
+            f"Read are {_READ}; for text in another encoding pass {{name: path.read_text(encoding='latin-1')}}"
         ) from error
     if "\0" in text:
-        raise ValueError(f"{path} is no text: byte {content.index(0)} is 0x00. Read are {READ}")
+        raise ValueError(f"{path} is no text: byte {content.index(0)} is 0x00. Read are {_READ}")
     return text
 
 
