@@ -1,13 +1,13 @@
 """The frozen language model: loading it, and finding its layers and linears."""
 
-import copy
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -16,10 +16,9 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
 )
 
-from d2l_lib.documents import check_texts, stop_ids
+from d2l_lib.documents import check_texts
 
 MOST_LAYERS = 1000  # of any model
 # transformers has no correct fused attention with soft-capped scores for these.
@@ -189,40 +188,9 @@ def _device(named: object) -> torch.device:
     return device
 
 
-@torch.no_grad()
-def generate(model: nn.Module, tokenizer, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any):
-    """transformers' `generate` from a fresh configuration: greedy, one answer a row, ending at the tokenizer's stops.
-
-    Nothing of the model's own generation settings counts, and none is changed; `options` are the caller's, as in
-    transformers (generation_config= included: its unset fields stay fresh). Nothing is compiled, as compiled code would
-    miss an adapter. ValueError for a custom_generate by name, which would run code from the hub.
-    """
-    if isinstance(options.get("custom_generate"), str) or options.pop("trust_remote_code", None):
-        raise ValueError("a custom_generate from the hub is code of others, which is not run here: pass a function")
-    stops = stop_ids(tokenizer)
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=stops or None,
-        pad_token_id=pad_id_of(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        disable_compile=True,
-    )
-    chosen = options.pop("generation_config", None)
-    if chosen is not None:
-        fields = vars(GenerationConfig())
-        config.update(**{k: v for k, v in chosen.to_dict().items() if k in fields and v is not None})
-    others = config.update(**options)
-    # transformers fills up unset fields from `model.generation_config` and leaves marks on the model: both on a copy of
-    # the outer object, whose modules are the model's own.
-    alone = copy.copy(model)
-    alone.generation_config = GenerationConfig()
-    return alone.generate(input_ids, attention_mask=attention_mask, generation_config=config, **others)
-
-
-def pad_id_of(tokenizer) -> int:
-    """An id to pad with; it is always masked, so any will do."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+def window_of(model: nn.Module) -> int:
+    """Tokens that a model reads at most (no limit where its configuration names none)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def _four_bit_config() -> BitsAndBytesConfig:

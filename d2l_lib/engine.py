@@ -1,42 +1,103 @@
-"""TODO docstring."""
+"""The one padding and the one answer loop: token ids in, side by side, and what a model writes after them out.
+
+prompts (token ids) -> pad_rows -> generate (transformers' own, greedy) -> texts: greedy_texts
+                                -> TransformersEngine.reply -> token ids with their largest log-probabilities
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
+from d2l_lib.base_model import input_device, window_of
 from d2l_lib.documents import stop_ids
 from d2l_lib.formats.shards import tokenizer_fingerprint
 from d2l_lib.lora import without_lora
 
+TOP_K = 16  # log-probabilities that are kept of each token
+_NEIGHBOURS = 4  # so many groups back a prompt finds others that begin alike
+Prompts = Sequence[Sequence[int]]  # token ids
 
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """(ids [n, T], mask [n, T]) of rows of token ids, filled up on the left or right to `width` (None: to the longest);
-    mask 0 there.
+
+# --- padding --------------------------------------------------------------------------------------------------------
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], value: int, *, side: str = "right", width: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (ids [n, T], mask [n, T]), filled up with `value` on one side; the mask is 0 there.
+
+    width: T (None: the longest row). An empty row is padding and nothing else.
     """
     width = max(map(len, rows)) if width is None else width
-    ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
+    ids, mask = torch.full((len(rows), width), value), torch.zeros(len(rows), width, dtype=torch.long)
     for index, row in enumerate(rows):
         place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[index, place] = torch.tensor(row)
+        ids[index, place] = torch.as_tensor(row, dtype=torch.long)
         mask[index, place] = 1
     return ids, mask
 
 
-TOP_K = 16
+def pad_id_of(tokenizer) -> int:
+    """An id to pad with; it is always masked, so any will do."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-NEIGHBOURS = 4  # so many groups back a prompt finds others that begin alike
+# --- greedy texts ---------------------------------------------------------------------------------------------------
 
 
-Prompts = Sequence[Sequence[int]]  # token ids
+@torch.no_grad()
+def generate(model: nn.Module, tokenizer, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any):
+    """transformers' `generate` from a fresh configuration: greedy, one answer a row, ending at the tokenizer's stops.
+
+    Nothing of the model's own generation settings counts, and none is changed; `options` are the caller's, as in
+    transformers (generation_config= included: its unset fields stay fresh). Nothing is compiled, as compiled code would
+    miss an adapter. ValueError for a custom_generate by name, which would run code from the hub.
+    """
+    if isinstance(options.get("custom_generate"), str) or options.pop("trust_remote_code", None):
+        raise ValueError("a custom_generate from the hub is code of others, which is not run here: pass a function")
+    stops = stop_ids(tokenizer)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=stops or None,
+        pad_token_id=pad_id_of(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        disable_compile=True,
+    )
+    chosen = options.pop("generation_config", None)
+    if chosen is not None:
+        fields = vars(GenerationConfig())
+        config.update(**{k: v for k, v in chosen.to_dict().items() if k in fields and v is not None})
+    others = config.update(**options)
+    # transformers fills up unset fields from `model.generation_config` and leaves marks on the model: both on a copy of
+    # the outer object, whose modules are the model's own.
+    alone = copy.copy(model)
+    alone.generation_config = GenerationConfig()
+    return alone.generate(input_ids, attention_mask=attention_mask, generation_config=config, **others)
+
+
+def greedy_texts(model: nn.Module, tokenizer, prompts: Prompts, limits: Sequence[int]) -> list[str]:
+    """The greedy answer to each prompt, in one batch: of at most `limits[i]` tokens, without the end of the turn."""
+    ids, mask = pad_rows(prompts, pad_id_of(tokenizer), side="left")
+    device, stops = input_device(model), stop_ids(tokenizer)
+    whole = generate(model, tokenizer, ids.to(device), mask.to(device), max_new_tokens=max(limits))
+    texts = []
+    for row, limit in zip(whole[:, ids.shape[1] :].tolist(), limits, strict=True):
+        end = next((place for place, token in enumerate(row) if token in stops), len(row))
+        texts.append(tokenizer.decode(row[: min(end, limit)], skip_special_tokens=True).strip())
+    return texts
+
+
+# --- answers with their log-probabilities ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -50,6 +111,12 @@ class Reply:
     values: np.ndarray
     indices: np.ndarray
 
+    @classmethod
+    def rounded(cls, ids: list[int], finished: bool, values: np.ndarray, indices: np.ndarray) -> Reply:
+        """A reply of wider numbers; those below float16 become its smallest (their probability is 0 all the same)."""
+        lowest = np.finfo(np.float16).min
+        return cls(ids, finished, np.maximum(values, lowest).astype(np.float16), indices.astype(np.int32))
+
 
 class TransformersEngine:
     """Batched generation with a KV cache, on whatever device the model is.
@@ -61,7 +128,7 @@ class TransformersEngine:
     def __init__(self, name: str, model, tokenizer, batch_tokens: int = 16384):
         self.name, self.model, self.tokenizer, self.batch_tokens = name, model, tokenizer, batch_tokens
         self.stops = stop_ids(tokenizer)
-        self.window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self.window = window_of(model)
 
     def facts(self) -> dict[str, Any]:
         """Name and fingerprints of the model and its tokenizer, for the manifest."""
@@ -123,7 +190,7 @@ class TransformersEngine:
         for i, ids in enumerate(prompts):
             if len(ids) >= self.window:
                 continue
-            for g in reversed(range(max(0, len(groups) - NEIGHBOURS), len(groups))):
+            for g in reversed(range(max(0, len(groups) - _NEIGHBOURS), len(groups))):
                 n, places = groups[g]
                 first = prompts[places[0]]
                 most = min(n or len(first) - 1, len(ids) - 1)
@@ -149,7 +216,7 @@ class TransformersEngine:
         """Replies to prompts; shared: (n, rows) says that the next `rows` of them begin with the same n tokens."""
         device, longest_shared = self.model.device, max(n for n, _ in shared)
         begin = [n for n, rows in shared for _ in range(rows)]
-        ids, mask = _left_padded([prompt[n:] for prompt, n in zip(prompts, begin, strict=True)], self.tokenizer, device)
+        ids, mask = self._padded([prompt[n:] for prompt, n in zip(prompts, begin, strict=True)])
         limits = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
         limit, stops = torch.tensor(limits, device=device), torch.tensor(self.stops, device=device)
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -158,7 +225,7 @@ class TransformersEngine:
             if longest_shared:
                 starts = torch.tensor([0, *(rows for _, rows in shared)]).cumsum(0).tolist()
                 heads = [prompts[start][:n] for start, (n, _) in zip(starts, shared, strict=False)]
-                head_ids, head_mask = _left_padded(heads, self.tokenizer, device)
+                head_ids, head_mask = self._padded(heads)
                 repeats = torch.tensor([rows for _, rows in shared], device=device)
                 place = torch.arange(len(shared), device=device).repeat_interleave(repeats)
                 cache = self._step(head_ids, head_mask, None).past_key_values
@@ -186,28 +253,15 @@ class TransformersEngine:
         for row, most in enumerate(limits):
             stop = next((i for i, token in enumerate(tokens[row][:most]) if token in self.stops), None)
             n = most if stop is None else stop + 1
-            replies.append(_reply(tokens[row][:n], stop is not None, values[row, :n], indices[row, :n]))
+            replies.append(Reply.rounded(tokens[row][:n], stop is not None, values[row, :n], indices[row, :n]))
         return replies
 
-    def _step(self, ids: torch.Tensor, mask: torch.Tensor, cache):
+    def _padded(self, rows: Prompts) -> list[Tensor]:
+        """ids and mask [rows, longest], filled up on the left, where the model is."""
+        return [one.to(self.model.device) for one in pad_rows(rows, self.tokenizer.pad_token_id, side="left")]
+
+    def _step(self, ids: Tensor, mask: Tensor, cache):
         """The model's output for the last columns of `mask`; positions of rows that are done stay in the window."""
         positions = (mask.cumsum(-1) - 1).clamp(0, min(self.window, 2**31) - 1)[:, -ids.shape[1] :]
         where = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         return self.model(input_ids=ids, **where, use_cache=True, logits_to_keep=1)
-
-
-def _left_padded(rows: Prompts, tokenizer, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask) [rows, longest]; an empty row is padding and nothing else."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for row, prompt in enumerate(rows):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask[row, longest - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-def _reply(ids: list[int], finished: bool, values: np.ndarray, indices: np.ndarray) -> Reply:
-    """Log-probabilities below the range of float16 become its smallest number (their probability is 0 all the same)."""
-    lowest = np.finfo(np.float16).min
-    return Reply(ids, finished, np.maximum(values, lowest).astype(np.float16), indices.astype(np.int32))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,17 +26,16 @@ from d2l_lib.base_model import (
     decoder_body,
     decoder_layers,
     final_norm,
-    generate,
     input_device,
     module_sizes,
-    pad_id_of,
     present,
     reads_images,
     target_linears,
+    window_of,
 )
-from d2l_lib.documents import chat_affixes, check_count, chunk_document, context_ids, question_ids, stop_ids
+from d2l_lib.documents import chat_affixes, check_count, chunk_document, context_ids, question_ids
 from d2l_lib.encoder import ContextEncoder
-from d2l_lib.engine import pad_rows
+from d2l_lib.engine import generate, greedy_texts, pad_id_of, pad_rows
 from d2l_lib.formats.checkpoints import (
     MODEL_FOLDER,
     part_in,
@@ -116,7 +114,7 @@ class DocToLoRA:
         self._lock = threading.Lock()
         # of weights that are kept on the disk, {(id of a part, name): (the part, which keeps the id its own, sample)}
         self._waiting: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
-        self.window = _window(base_model)
+        self.window = window_of(base_model)
         on_cpu = self.device.type == "cpu"
         self.chunk_batch, self.batch_tokens = (12, 288) if on_cpu else (8, 8192)
         self.answer_batch = 16 if on_cpu else 32
@@ -209,9 +207,9 @@ class DocToLoRA:
         for index, ids in enumerate(rows):
             if not ids:
                 raise ValueError(f"chunk {index} has no token (its attention_mask is all 0): leave it out")
-            if len(ids) > _window(self.encoder.model):
+            if len(ids) > window_of(self.encoder.model):
                 raise ValueError(
-                    f"chunk {index} has {len(ids)} tokens, the context encoder reads {_window(self.encoder.model)}: "
+                    f"chunk {index} has {len(ids)} tokens, the context encoder reads {window_of(self.encoder.model)}: "
                     "cut it into shorter chunks"
                 )
         encoded = self._encode(rows, None)
@@ -240,7 +238,7 @@ class DocToLoRA:
     def _image_inputs(self, image: Document, name: str) -> dict[str, Tensor]:
         """What the context encoder reads for an image; ValueError where it reads text only or too few tokens."""
         inputs = image_inputs(self.encoder.processor, image)
-        length, window = inputs["input_ids"].shape[1], _window(self.encoder.model)
+        length, window = inputs["input_ids"].shape[1], window_of(self.encoder.model)
         if length > window:
             raise ValueError(
                 f"image {name!r} takes {length} tokens, the context encoder reads {window}: make it smaller"
@@ -250,7 +248,7 @@ class DocToLoRA:
     def _longest_chunk(self) -> int:
         """Tokens of text that fit into the encoder's window beside the chat wrapping."""
         prefix, suffix = chat_affixes(self.encoder_tokenizer)
-        return _window(self.encoder.model) - len(prefix) - len(suffix)
+        return window_of(self.encoder.model) - len(prefix) - len(suffix)
 
     def _chunk_limit(self, chunk_tokens: int | None) -> int:
         limit = self.chunk_tokens if chunk_tokens is None else chunk_tokens
@@ -306,7 +304,7 @@ class DocToLoRA:
         by_width: dict[int, list[tuple[int, ...]]] = {}
         for ids in chunks:
             width = (len(ids) // LENGTH_STEP + 1) * LENGTH_STEP
-            alone = self._rows(width) == 1 or width > _window(self.encoder.model)
+            alone = self._rows(width) == 1 or width > window_of(self.encoder.model)
             by_width.setdefault(len(ids) if alone else width, []).append(ids)
         for width, alike in by_width.items():
             rows = 1 if len(alike[0]) == width else self._rows(width)
@@ -324,7 +322,7 @@ class DocToLoRA:
         rows = [*batch]
         if len(batch[0]) < width:
             rows += [batch[-1]] * (self._rows(width) - len(batch))
-        ids, mask = pad_rows(rows, pad_id_of(self.encoder_tokenizer), side="right", width=width)
+        ids, mask = pad_rows(rows, pad_id_of(self.encoder_tokenizer), width=width)
         return self._write_blocks({"input_ids": ids, "attention_mask": mask})
 
     def _write_blocks(self, inputs: Mapping[str, Tensor]) -> Loras:
@@ -553,20 +551,10 @@ class DocToLoRA:
 
     def _answer_batch(self, prompts: list[list[int]], adapters: list[Adapter | None], max_new_tokens: int) -> list[str]:
         """Greedy answers of one left-padded batch."""
-        ids, mask = pad_rows(prompts, pad_id_of(self.tokenizer), side="left")
-        stops = stop_ids(self.tokenizer)
-        allowed = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
-        generated = self.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max(allowed),
-            adapter=adapters if any(one is not adapters[0] for one in adapters) else adapters[0],
-        )[:, ids.shape[1] :]
-        answers = []
-        for row, count in zip(generated.tolist(), allowed, strict=True):
-            end = next((place for place, token in enumerate(row) if token in stops), len(row))
-            answers.append(self.tokenizer.decode(row[: min(end, count)], skip_special_tokens=True).strip())
-        return answers
+        limits = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
+        several = any(one is not adapters[0] for one in adapters)
+        with self._with_applied(adapters if several else adapters[0], shared=False):
+            return greedy_texts(self.base_model, self.tokenizer, prompts, limits)
 
     @torch.no_grad()
     def generate(
@@ -653,12 +641,6 @@ class DocToLoRA:
 
 
 # --- small helpers --------------------------------------------------------------------------------------------------
-
-
-def _window(network: nn.Module) -> int:
-    """Tokens that a base model reads at most (no limit where its configuration names none)."""
-    config = network.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _on_cpu(loras: Loras, index: int) -> BlockFactors:

@@ -8,8 +8,8 @@ import stress_threads
 import torch
 from tiny_models import build_base_model, build_model, random_hypernetwork, random_ids, random_loras
 
-from d2l_lib.base_model import generate
 from d2l_lib.encoder import ContextEncoder, linear_inputs
+from d2l_lib.engine import generate
 from d2l_lib.lora import apply_lora, is_applied
 
 IDS = torch.tensor([[5, 6, 7, 8]])

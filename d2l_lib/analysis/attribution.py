@@ -21,6 +21,7 @@ from d2l_lib import routing
 from d2l_lib.adapter import Adapter
 from d2l_lib.analysis.trials import LEVELS, Trials, answer_target, likelihoods, rows_of, sentence_units
 from d2l_lib.documents import chat_affixes, context_ids
+from d2l_lib.engine import pad_id_of, pad_rows
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
@@ -239,11 +240,10 @@ def _feature_gradients(trials: Trials, positions: Sequence[float], by_token: boo
     model, adapter = trials.model, trials.adapter
     chunks = [trials.texts[block.document][slice(*block.span)].strip() for block in adapter.blocks]
     ids = context_ids(model.encoder_tokenizer, chunks)
-    length, n_tokens = max(map(len, ids)), len(trials.target.answer)
-    padded = torch.tensor([row + [row[-1]] * (length - len(row)) for row in ids], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=model.device)
+    n_tokens = len(trials.target.answer)
+    padded, mask = (one.to(model.device) for one in pad_rows(ids, pad_id_of(tokenizer)))
     features = model.encoder.encode(padded, attention_mask=mask).float()
-    real = mask.view(len(mask), *[1] * (features.dim() - 3), length, 1).to(features.dtype)
+    real = mask.view(len(mask), *[1] * (features.dim() - 3), -1, 1).to(features.dtype)
     mean = (features * real).sum(0, keepdim=True).sum(-2, keepdim=True) / mask.sum()
     difference = (features - mean) * real
     gradients = torch.zeros(n_tokens + 1, *mask.shape)  # of each answer token and the margin, by each chunk's tokens

@@ -34,8 +34,8 @@ from d2l_lib.documents import (
     split_sentences,
     stop_ids,
 )
-from d2l_lib.engine import Reply, TransformersEngine, pad_rows
-from d2l_lib.model import DocToLoRA, pad_id_of
+from d2l_lib.engine import Reply, TransformersEngine, pad_id_of, pad_rows
+from d2l_lib.model import DocToLoRA
 from d2l_lib.routing import route
 from d2l_lib.tasks import world
 
@@ -95,7 +95,7 @@ def score_answers(
     for start in range(0, len(prompts), model.answer_batch):
         batch = slice(start, start + model.answer_batch)
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts[batch], answers[batch], strict=True)]
-        ids, mask = pad_rows(rows, pad_id_of(model.tokenizer), side="right")
+        ids, mask = pad_rows(rows, pad_id_of(model.tokenizer))
         chosen = list(adapters[batch])
         with model.applied(chosen if any(one is not chosen[0] for one in chosen) else chosen[0]):
             logits = model.base_model(

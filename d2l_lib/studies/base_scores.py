@@ -6,10 +6,9 @@ import random
 from collections.abc import Sequence
 
 import pandas as pd
-import torch
 
-from d2l_lib.base_model import generate
 from d2l_lib.documents import check_texts, question_ids
+from d2l_lib.engine import greedy_texts
 from d2l_lib.tasks import needles, world
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.tasks.scores import in_fives, summarise
@@ -17,7 +16,6 @@ from d2l_lib.tasks.scores import in_fives, summarise
 OTHER_KINDS = ("paraphrase", "two_hop", "yes_no", "which_of", "list")
 
 
-@torch.inference_mode()
 def greedy_answers(
     model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 24, batch_tokens: int = 16384
 ) -> list[str]:
@@ -33,15 +31,9 @@ def greedy_answers(
         longest = len(ids[batch[0]])
         while waiting and (len(batch) + 1) * longest <= batch_tokens:
             batch.append(waiting.pop())
-        padded = torch.full((len(batch), longest), tokenizer.pad_token_id)
-        mask = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, i in enumerate(batch):
-            padded[row, longest - len(ids[i]) :] = torch.tensor(ids[i])
-            mask[row, longest - len(ids[i]) :] = 1
-        ids_here, mask_here = padded.to(model.device), mask.to(model.device)
-        generated = generate(model, tokenizer, ids_here, mask_here, max_new_tokens=max_new_tokens)
-        for row, i in enumerate(batch):
-            answers[i] = tokenizer.decode(generated[row, longest:], skip_special_tokens=True).strip()
+        texts = greedy_texts(model, tokenizer, [ids[i] for i in batch], [max_new_tokens] * len(batch))
+        for i, text in zip(batch, texts, strict=True):
+            answers[i] = text
     return answers
 
 

@@ -22,8 +22,9 @@ import torch
 import transformers
 
 from d2l_lib.adapter import Adapter
-from d2l_lib.base_model import default_device, generate
+from d2l_lib.base_model import default_device
 from d2l_lib.documents import check_count, chunk_document, question_ids
+from d2l_lib.engine import generate
 from d2l_lib.loading import load
 from d2l_lib.model import DocToLoRA
 from d2l_lib.routing import route

@@ -16,7 +16,7 @@ from torch import Tensor
 from d2l_lib.adapter import Adapter, Block
 from d2l_lib.base_model import module_sizes
 from d2l_lib.documents import check_texts, open_turn, question_ids
-from d2l_lib.engine import Reply, TransformersEngine, pad_rows
+from d2l_lib.engine import Reply, TransformersEngine, pad_id_of, pad_rows
 from d2l_lib.lora import apply_lora
 from d2l_lib.model import DocToLoRA
 from d2l_lib.tasks import qa
@@ -109,8 +109,8 @@ class ContextDistillation:
 
 def _distillation_loss(base_model, tokenizer, pairs: Sequence[tuple[list[int], Reply]]) -> Tensor:
     """The loss of hypernetwork training (`losses.distillation`, averaged per question), for one context."""
-    input_ids, _ = pad_rows([[*ids, *reply.ids] for ids, reply in pairs], tokenizer.pad_token_id or 0, "right")
-    labels, _ = pad_rows([[IGNORED] * len(ids) + reply.ids for ids, reply in pairs], IGNORED, "right")
+    input_ids, _ = pad_rows([[*ids, *reply.ids] for ids, reply in pairs], pad_id_of(tokenizer))
+    labels, _ = pad_rows([[IGNORED] * len(ids) + reply.ids for ids, reply in pairs], IGNORED)
     device = base_model.device
     logits, answers, here = answer_logits(base_model, input_ids.to(device), labels.to(device))
     values = torch.cat([torch.from_numpy(reply.values).float() for _, reply in pairs]).to(device)

@@ -16,10 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from d2l_lib.engine import pad_rows
 from d2l_lib.formats.writing import FolderKind, name_failed_writes, remove_output
 from d2l_lib.hypernetwork import names_without_decay
 from d2l_lib.records import append_jsonl, read_appended, read_json, write_jsonl
@@ -380,20 +381,12 @@ def last_whole_checkpoint(run: Path) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------- batches of chunks
-def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids as a tensor [rows, longest] padded with `value`, and its mask (1 at real ids)."""
-    tensors = [torch.tensor(row) for row in rows]
-    padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
-    return padded, mask
-
-
 def chunk_batch(chunks: Sequence[Sequence[int]], n_chunks: Sequence[int], pad_id: int) -> dict:
     """chunk_ids, chunk_mask, order and n_chunks of a batch (see NeedleBatches), for the chunks of all contexts in
     order.
     """
     groups, order = group_by_length(chunks)
-    padded = [pad_right(group, pad_id) for group in groups]
+    padded = [pad_rows(group, pad_id) for group in groups]
     return {
         "chunk_ids": [ids for ids, _ in padded],
         "chunk_mask": [mask for _, mask in padded],

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from d2l_lib.engine import pad_rows
 from d2l_lib.tasks import needles, world
 from d2l_lib.training.batches import IGNORED
 
@@ -200,19 +201,20 @@ class Curriculum(Dataset):
 
         In a share `lm_share` of the rows every token is labelled.
         """
-        encoded = self.tokenizer(rows, add_special_tokens=False)["input_ids"]
-        input_ids = torch.full((len(rows), length), self.pad)
-        labels = torch.full((len(rows), length), IGNORED)
-        for r, ids in enumerate(encoded):
+        cut, labels = [], []
+        for ids in self.tokenizer(rows, add_special_tokens=False)["input_ids"]:
             row = torch.tensor(ids)
             answers = self.answer_mask(row)
             ends = torch.nonzero(answers & (row == self.end)).flatten()
             ends = ends[ends < length]
             row = row[: int(ends[-1]) + 1] if len(ends) else row[:length]
             answers = answers[: len(row)]
-            input_ids[r, : len(row)] = row
-            labels[r, : len(row)] = row if rng.random() < lm_share else torch.where(answers, row, IGNORED)
-        return {"input_ids": input_ids, "labels": labels}
+            cut.append(row)
+            labels.append(row if rng.random() < lm_share else torch.where(answers, row, IGNORED))
+        return {
+            "input_ids": pad_rows(cut, self.pad, width=length)[0],
+            "labels": pad_rows(labels, IGNORED, width=length)[0],
+        }
 
     def answer_mask(self, ids: Tensor) -> Tensor:
         """True on the tokens of every answer and on the end token that closes it; ids [length]."""

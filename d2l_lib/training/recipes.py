@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from d2l_lib.base_model import load_base_model
 from d2l_lib.documents import chat_affixes, chunk_document, context_ids, question_ids, stop_ids
-from d2l_lib.engine import TOP_K
+from d2l_lib.engine import TOP_K, pad_rows
 from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.formats.shards import find_shards, read_shards
 from d2l_lib.hypernetwork import Hypernetwork
@@ -37,7 +37,7 @@ from d2l_lib.presets import SHARD_STAGES, DistillationPreset, Preset, QAPreset
 from d2l_lib.records import read_rows, write_jsonl
 from d2l_lib.tasks import world
 from d2l_lib.training.batches import IGNORED, count_chunks, dataset_probabilities, split_into_chunks
-from d2l_lib.training.loop import chunk_batch, is_first_process, own_device, pad_right
+from d2l_lib.training.loop import chunk_batch, is_first_process, own_device
 from d2l_lib.training.pretraining import QUESTION_WEIGHTS
 from d2l_lib.training.step import (
     exceeds,
@@ -197,8 +197,8 @@ class DistillationBatches(Dataset):
         return {
             **chunk_batch(chunks, n_chunks, self.tokenizer.pad_token_id),
             "n_questions": torch.tensor(n_questions),
-            "input_ids": pad_right(rows, self.tokenizer.pad_token_id)[0],
-            "labels": pad_right(labels, IGNORED)[0],
+            "input_ids": pad_rows(rows, self.tokenizer.pad_token_id)[0],
+            "labels": pad_rows(labels, IGNORED)[0],
             "teacher_log_probs": torch.tensor(values, dtype=torch.float32),
             "teacher_indices": torch.tensor(indices),
         }

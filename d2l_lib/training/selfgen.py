@@ -42,7 +42,7 @@ import pyarrow as pa
 
 from d2l_lib.base_model import bundled_path, load_base_model, load_config, load_tokenizer
 from d2l_lib.documents import check_count, check_text, check_texts, context_ids, question_ids, stop_ids
-from d2l_lib.engine import TOP_K, Prompts, Reply, TransformersEngine, _reply
+from d2l_lib.engine import TOP_K, Prompts, Reply, TransformersEngine
 from d2l_lib.formats.shards import (
     COUNTS,
     MANIFEST,
@@ -190,7 +190,7 @@ class VllmEngine:
                 for step in written.logprobs
             ]
             values, indices = np.array(steps, dtype=np.float64).reshape(len(ids), -1, 2).transpose(2, 0, 1)
-            replies[i] = _reply(ids, bool(ids) and ids[-1] in self.stops, values, indices)
+            replies[i] = Reply.rounded(ids, bool(ids) and ids[-1] in self.stops, values, indices)
         return replies
 
 

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from d2l_lib.base_model import bundled_path, decoder_body, default_modules, final_norm, load_base_model, module_sizes
 from d2l_lib.documents import chat_affixes, context_ids, question_ids, split_sentences, stop_ids
 from d2l_lib.encoder import ContextEncoder, check_writes_residual, linear_inputs
+from d2l_lib.engine import pad_rows
 from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, Loras, combine
@@ -47,7 +48,6 @@ from d2l_lib.training.loop import (
     fit_step,
     is_first_process,
     own_device,
-    pad_right,
     read_log,
 )
 from d2l_lib.training.losses import (
@@ -181,9 +181,9 @@ class NeedleBatches(Dataset):
             rows.append(row)
             n_chunks.append(len(own))
             repeats += [1.0 if needle else share for needle in has_needle]
-        input_ids, _ = pad_right(rows, self.tokenizer.pad_token_id)
+        input_ids, _ = pad_rows(rows, self.tokenizer.pad_token_id)
         begin = len(self.question)
-        labels, _ = pad_right([[IGNORED] * begin + row[begin:] for row in rows], IGNORED)
+        labels, _ = pad_rows([[IGNORED] * begin + row[begin:] for row in rows], IGNORED)
         return {
             **chunk_batch(chunks, n_chunks, self.encoder_tokenizer.pad_token_id),
             "repeats": torch.tensor(repeats),

@@ -29,12 +29,13 @@ from torch.utils.data import Dataset
 from d2l_lib.base_model import final_norm
 from d2l_lib.documents import chunk_document, context_ids, question_ids
 from d2l_lib.encoder import ContextEncoder, check_writes_residual, linear_inputs
+from d2l_lib.engine import pad_rows
 from d2l_lib.hypernetwork import Hypernetwork, PerLayerLinear
 from d2l_lib.lora import hooked
 from d2l_lib.presets import ReadoutPreset
 from d2l_lib.tasks import needles, world
 from d2l_lib.training.batches import IGNORED
-from d2l_lib.training.loop import chunk_batch, fit_step, pad_right
+from d2l_lib.training.loop import chunk_batch, fit_step
 
 Sentence = tuple[str, str, str]  # a text, a question about it, the answer
 
@@ -81,9 +82,9 @@ class ReadoutBatches(Dataset):
         asked = question_ids(self.tokenizer, list(questions))
         batch = chunk_batch(chunks, [1] * len(chunks), self.tokenizer.pad_token_id)
         return {name: batch[name] for name in ("chunk_ids", "chunk_mask", "order")} | {
-            "answer_ids": pad_right(answer_rows, IGNORED)[0],
-            "question_ids": pad_right(self._plain_ids(questions), IGNORED)[0],
-            "input_ids": pad_right(
+            "answer_ids": pad_rows(answer_rows, IGNORED)[0],
+            "question_ids": pad_rows(self._plain_ids(questions), IGNORED)[0],
+            "input_ids": pad_rows(
                 [q + a for q, a in zip(asked, answer_rows, strict=True)], self.tokenizer.pad_token_id
             )[0],
             "starts": torch.tensor([len(ids) for ids in asked]),
@@ -330,7 +331,7 @@ def key_limits(
         worded = []
         for texts in zip(*(world.wordings(fact) for fact in facts), strict=True):
             asked = question_ids(tokenizer, list(texts))
-            ids = pad_right([q + a for q, a in zip(asked, answers, strict=True)], tokenizer.pad_token_id)[0]
+            ids = pad_rows([q + a for q, a in zip(asked, answers, strict=True)], tokenizer.pad_token_id)[0]
             places = [len(q) - 1 + j for q, a in zip(asked, answers, strict=True) for j in range(len(a))]
             x = linear_inputs(base_model, module, ids.to(base_model.device)).cpu()
             worded.append(x[:, of_fact, torch.tensor(places)] @ whitening)
