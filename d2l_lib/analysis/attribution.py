@@ -241,7 +241,7 @@ def _feature_gradients(trials: Trials, positions: Sequence[float], by_token: boo
     chunks = [trials.texts[block.document][slice(*block.span)].strip() for block in adapter.blocks]
     ids = context_ids(model.encoder_tokenizer, chunks)
     n_tokens = len(trials.target.answer)
-    padded, mask = (one.to(model.device) for one in pad_rows(ids, pad_id_of(tokenizer)))
+    padded, mask = (one.to(model.device) for one in pad_rows(ids, pad_id_of(model.encoder_tokenizer)))
     features = model.encoder.encode(padded, attention_mask=mask).float()
     real = mask.view(len(mask), *[1] * (features.dim() - 3), -1, 1).to(features.dtype)
     mean = (features * real).sum(0, keepdim=True).sum(-2, keepdim=True) / mask.sum()
