@@ -1,6 +1,6 @@
-"""A small needle training run as a process of its own: `python train_small.py RUN_FOLDER SECONDS_PER_BATCH [BATCHES]`.
+"""A small needle training run as a process of its own: `python train_small.py RUN_FOLDER SECONDS_PER_BATCH`.
 
-BATCHES make an optimizer step (default 1). Under torchrun the processes share them.
+Under torchrun the processes share the batches.
 """
 
 import sys
@@ -51,10 +51,7 @@ def main() -> None:
     SlowBatches.seconds = float(sys.argv[2])
     step.NeedleBatches = SlowBatches
     base_model, tokenizer = small_base()
-    options = {"save_steps": 4, "report_steps": 2}
-    if len(sys.argv) > 3:
-        options["gradient_accumulation_steps"] = int(sys.argv[3])
-    hypernetwork = step.train_needle(SMALL, base_model, tokenizer, run, 0, "small", **options)
+    hypernetwork = step.train_needle(SMALL, base_model, tokenizer, run, 0, "small", save_steps=4, report_steps=2)
     if loop.is_first_process():
         save_checkpoint(run / "final", hypernetwork, {})
 

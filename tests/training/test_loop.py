@@ -1,6 +1,5 @@
 """Training: a killed run ends where an uninterrupted one does, batches are as described, the loss is the one we say."""
 
-import json
 import os
 import random
 import signal
@@ -30,6 +29,13 @@ def base():
     return train_small.small_base()
 
 
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """(hypernetwork, folder) of an uninterrupted run of SMALL."""
+    folder = tmp_path_factory.mktemp("whole")
+    return step.train_needle(train_small.SMALL, *base, folder, 0, "small", save_steps=4, report_steps=2), folder
+
+
 @pytest.fixture
 def batches(base):
     return step.NeedleBatches(base[1], train_small.SMALL, 0)
@@ -45,40 +51,36 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "final" / "hypernetwork.safetensors")
 
 
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
-    whole = start(tmp_path / "whole", 0)
-    killed = start(tmp_path / "killed", 0.25)
-    log = tmp_path / "killed" / "log.jsonl"
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(whole, tmp_path):
+    """Killed and resumed in processes of their own, uninterrupted in this one."""
+    run = tmp_path / "killed"
+    killed = start(run, 0.25)
+    log = run / "log.jsonl"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3):
         assert killed.poll() is None, killed.stdout.read().decode()[-2000:]
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert not (tmp_path / "killed" / "final").exists(), "killed too late to prove anything"
-    assert whole.wait(timeout=240) == 0, whole.stdout.read().decode()[-2000:]
+    assert not (run / "final").exists(), "killed too late to prove anything"
     # the newest checkpoint may be half-written: make sure that one is, and that it is not trusted
-    (tmp_path / "killed" / "checkpoint-12").mkdir(exist_ok=True)
-    (tmp_path / "killed" / "checkpoint-12" / "trainer_state.json").unlink(missing_ok=True)
-    resumed = start(tmp_path / "killed", 0)
-    said = resumed.communicate(timeout=240)[0].decode()
-    assert resumed.returncode == 0, said[-2000:]
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    losses = [
-        [json.loads(line) for line in (tmp_path / r / "log.jsonl").read_text().splitlines()]
-        for r in ("whole", "killed")
-    ]
-    assert [(x["step"], x["loss"]) for x in losses[0]] == [(x["step"], x["loss"]) for x in losses[1]]
+    (run / "checkpoint-12").mkdir(exist_ok=True)
+    (run / "checkpoint-12" / "trainer_state.json").unlink(missing_ok=True)
+    resumed = start(run, 0)
+    printed = resumed.communicate(timeout=240)[0].decode()
+    assert resumed.returncode == 0, printed[-2000:]
+    hypernetwork, folder = whole
+    expected, resumed = dict(hypernetwork.named_parameters()), weights(run)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    losses = [[(line["step"], line["loss"]) for line in read_jsonl(one / "log.jsonl")] for one in (folder, run)]
+    assert losses[0] == losses[1]
 
 
-def test_stopping_early_and_going_on_changes_nothing(base, tmp_path):
-    model, tokenizer = base
-    whole = step.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "whole", 0, "small")
-    step.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "two", 0, "small", stop_at=5)
-    two = step.train_needle(train_small.SMALL, model, tokenizer, tmp_path / "two", 0, "small")
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), two.parameters(), strict=True))
+def test_stopping_early_and_going_on_changes_nothing(base, whole, tmp_path):
+    step.train_needle(train_small.SMALL, *base, tmp_path, 0, "small", stop_at=5)
+    two = step.train_needle(train_small.SMALL, *base, tmp_path, 0, "small")
+    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), two.parameters(), strict=True))
 
 
 def test_tensorboard_shows_what_the_log_says_also_after_a_resumed_start(base, tmp_path):
@@ -190,17 +192,17 @@ def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp
     )
 
 
-def test_two_processes_train_to_the_curve_of_one(tmp_path):
+def test_two_processes_train_to_the_curve_of_one(base, tmp_path):
     """Two processes with a batch each make the steps of one process with two batches."""
-    script = str(Path(train_small.__file__).resolve())
+    options = {"save_steps": 4, "report_steps": 2, "gradient_accumulation_steps": 2}
+    alone = step.train_needle(train_small.SMALL, *base, tmp_path / "one", 0, "small", **options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               train_small.__file__, str(tmp_path / "two"), "0"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    alone = [sys.executable, script, str(tmp_path / "one"), "0", "2"]
-    shared = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-              script, str(tmp_path / "two"), "0"]  # fmt: skip
-    for command in (alone, shared):
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    one, two = (load_file(tmp_path / name / "final" / "hypernetwork.safetensors") for name in ("one", "two"))
-    start = Hypernetwork(step.hypernetwork_config(train_small.SMALL, train_small.small_base()[0], "x")).state_dict()
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    one, two = dict(alone.named_parameters()), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    start = Hypernetwork(step.hypernetwork_config(train_small.SMALL, base[0], "x")).state_dict()
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     assert any((one[name] - start[name]).abs().max() > 1e-2 for name in one)
     logs = [read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two")]

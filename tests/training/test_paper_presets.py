@@ -233,22 +233,13 @@ def test_two_batches_a_step_are_one_batch_twice_as_large(bases, tmp_path):
 
 def test_two_processes_share_out_a_step_and_end_where_one_does(bases, tmp_path):
     """The command under torchrun: a step of two batches with different numbers of contexts, one for each process."""
-    own = [
-        "-m",
-        "d2l_lib",
-        "train",
-        "--preset",
-        "paper-gemma",
-        "--stage",
-        "needle",
-        "--base",
-        str(bases["gemma2"]),
-    ]
+    own = ["train", "--preset", "paper-gemma", "--stage", "needle", "--base", str(bases["gemma2"])]
     own += ["--steps", "4", "--report-steps", "1", "--set", *NEEDLE]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, start in (("one", [sys.executable]), ("two", torchrun)):
-        command = [*start, *own, "--runs", str(tmp_path / name)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=400)
+    main([*own, "--runs", str(tmp_path / "one")])
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 -m d2l_lib".split()]
+    subprocess.run(
+        [*torchrun, *own, "--runs", str(tmp_path / "two")], cwd=ROOT, check=True, capture_output=True, timeout=400
+    )
     runs = [tmp_path / name / "paper-gemma" / "needle_own_seed0" for name in ("one", "two")]
     curves = [[line["total_loss"] for line in read_jsonl(run / "log.jsonl")] for run in runs]
     assert len(curves[0]) == 4 and curves[0] == pytest.approx(curves[1], rel=1e-4)
