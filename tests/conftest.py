@@ -1,6 +1,7 @@
 """What every test shares: the environment, set before torch is imported, and where the reference values are."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,6 +16,16 @@ os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests first: where processes take a file at a time, none is left with a long one at the end.
+
+    The order within a file stays.
+    """
+    is_long = [any(item.get_closest_marker(name) for name in ("slow", "browser")) for item in items]
+    n_long = Counter(item.path for item, long in zip(items, is_long, strict=True) if long)
+    items.sort(key=lambda item: -n_long[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -145,6 +145,7 @@ def run_d2l(*words: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_ask_and_internalize_on_files(tmp_path):
     """In processes of their own, from another folder, with the bundled model."""
     row = next(row for row in iter_jsonl(ROOT / "data" / "samples" / "world_test.jsonl") if row["kind"] == "one_hop")

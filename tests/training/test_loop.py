@@ -51,6 +51,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "final" / "hypernetwork.safetensors")
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(whole, tmp_path):
     """Killed and resumed in processes of their own, uninterrupted in this one."""
     run = tmp_path / "killed"
@@ -192,6 +193,7 @@ def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_curve_of_one(base, tmp_path):
     """Two processes with a batch each make the steps of one process with two batches."""
     options = {"save_steps": 4, "report_steps": 2, "gradient_accumulation_steps": 2}

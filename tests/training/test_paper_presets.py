@@ -231,6 +231,7 @@ def test_two_batches_a_step_are_one_batch_twice_as_large(bases, tmp_path):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(two.parameters(), one.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_two_processes_share_out_a_step_and_end_where_one_does(bases, tmp_path):
     """The command under torchrun: a step of two batches with different numbers of contexts, one for each process."""
     own = ["train", "--preset", "paper-gemma", "--stage", "needle", "--base", str(bases["gemma2"])]

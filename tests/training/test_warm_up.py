@@ -94,6 +94,7 @@ def test_the_step_scores_token_j_from_row_j_and_moves_nothing_of_the_base_model(
     assert hypernetwork.aggregator.perceiver.modality_projection.down_proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, muon_rate", [(Readout, None), (KeysAndValues, None), (KeysAndValues, 2e-3)])
 def test_the_warm_up_learns_to_read_and_goes_on_where_it_was(base, tmp_path, kind, muon_rate):
     base_model, tokenizer = base
@@ -276,6 +277,7 @@ def test_the_earlier_layers_begin_as_copies_of_the_last(base):
     assert cosines.mean() > 0.3, "keys of the first layer point to what it reads"
 
 
+@pytest.mark.slow
 def test_whitened_keys_tell_the_facts_of_a_document_apart(bundled):
     base_model, tokenizer = bundled
     plain, whitened = (
