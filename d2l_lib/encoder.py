@@ -93,16 +93,12 @@ class ContextEncoder:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         **images: Tensor,
     ) -> Tensor:
-        """Features of chunk token ids [n, T], padded (`attention_mask`) or packed [1, total] (`position_ids`).
+        """Features of chunk token ids [n, T]; `attention_mask` [n, T] is 0 at padding.
 
-        Packed chunks do not see each other: transformers separates them when there is neither mask nor cache.
-        `images`: what else a vision-language model's processor made of a chat with images (pixel_values, ...).
+        images: what else a vision-language model's processor made of a chat with images (pixel_values, ...).
         """
-        if position_ids is not None and attention_mask is not None:
-            raise ValueError("packed chunks are told apart by position_ids alone: leave attention_mask out")
         states: list[Tensor] = []
         body = self._shortened_body(states)
         whole = self._around(body) if images else body
@@ -110,7 +106,6 @@ class ContextEncoder:
             last = whole(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
                 use_cache=False,
                 **images,
             ).last_hidden_state

@@ -376,24 +376,24 @@ class Hypernetwork(nn.Module):
     def forward(
         self,
         features: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        attention_mask: Tensor,
         taps: dict | None = None,
         iterative: bool = False,
         layer: int | None = None,
     ) -> Loras:
         """Blocks {module: (A [n, L, r, d_in], B [n, L, r, d_out])} of the n chunks in `features`.
 
-        features: [n, T, F], or [n, L, T, F] for per_layer_activations. Either `attention_mask` [n, T] (padding on any
-        side, 0 there) or `position_ids` [1, total] (chunks one after another, each starting at 0) says where chunks
-        are; both layouts give the same numbers. `taps`, a dict, receives the intermediate activations. `iterative`
-        writes one base layer after another, which takes less memory and gives the same numbers (and no taps).
-        `layer`: only the blocks of that base layer, with L = 1 above.
+        features: [n, T, F], or [n, L, T, F] for per_layer_activations.
+        attention_mask: [n, T], 0 at padding, on any side.
+        taps: a dict that receives the intermediate activations.
+        iterative: one base layer after another is written: less memory, the same numbers, no taps.
+        layer: only the blocks of that base layer, with L = 1 above.
+
         Half-precision features run the Perceiver under bfloat16 autocast and everything after it in the parameters'
         own precision, as published. ValueError where shapes do not fit the config.
         """
         self._check(features)
-        features, mask = as_padded_batch(features, attention_mask, position_ids)
+        features, mask = zero_padding(features, attention_mask)
         parameter_dtype = self.head.weight.dtype
         half = features.dtype in (torch.bfloat16, torch.float16)
         features = features if half else features.to(parameter_dtype)
@@ -461,46 +461,21 @@ class Hypernetwork(nn.Module):
             raise ValueError(f"features of {features.shape[1]} layers, this hypernetwork writes {config.n_layers}")
 
 
-def as_padded_batch(
-    features: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Features as one row per chunk [n, ..., T, F] with a bool mask [n, T] (None where every position is real).
+def zero_padding(features: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Features [n, ..., T, F] with zeros at padding, and a bool mask [n, T] (None where every position is real).
 
-    Values at padded positions are set to zero, so that nothing in them (not even NaN) reaches a result.
+    Nothing that stood at padding, not even NaN, reaches a result. ValueError for a chunk without a token.
     """
-    if (attention_mask is None) == (position_ids is None):
-        raise ValueError("give exactly one of attention_mask and position_ids, to say where each chunk's tokens are")
-    if attention_mask is not None:
-        expected = (len(features), features.shape[-2])
-        if tuple(attention_mask.shape) != expected:
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, features need {expected}")
-        mask = attention_mask.bool()
-        if not mask.any(dim=1).all():
-            raise ValueError(f"chunk {int((~mask.any(dim=1)).nonzero()[0])} has no token: drop it before encoding")
-    else:
-        features, mask = _unpack(features, chunk_lengths(position_ids))
+    expected = (len(features), features.shape[-2])
+    if tuple(attention_mask.shape) != expected:
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, features need {expected}")
+    mask = attention_mask.bool()
+    if not mask.any(dim=1).all():
+        raise ValueError(f"chunk {int((~mask.any(dim=1)).nonzero()[0])} has no token: drop it before encoding")
     if mask.all():
         return features, None
     hidden = ~mask.view(len(mask), *[1] * (features.dim() - 3), mask.shape[1], 1)
     return features.masked_fill(hidden, 0.0), mask
-
-
-def chunk_lengths(position_ids: Tensor) -> list[int]:
-    """Tokens of each sequence in packed `position_ids` [1, total]; a sequence starts wherever the position is 0."""
-    if position_ids.dim() != 2 or len(position_ids) != 1 or position_ids.numel() == 0 or position_ids[0, 0] != 0:
-        raise ValueError(f"packed position_ids must be [1, total] and start at 0, got {tuple(position_ids.shape)}")
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    return [end - start for start, end in zip(starts, [*starts[1:], position_ids.shape[1]], strict=True)]
-
-
-def _unpack(features: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """[1, ..., total, F] -> [n, ..., T, F] and its mask, padded on the right."""
-    if len(features) != 1 or features.shape[-2] != sum(lengths):
-        raise ValueError(f"position_ids cover {sum(lengths)} tokens, features are {tuple(features.shape)}")
-    pieces = [piece.movedim(-2, 0) for piece in features[0].split(lengths, dim=-2)]  # each [T_i, ..., F]
-    padded = nn.utils.rnn.pad_sequence(pieces, batch_first=True).movedim(1, -2)
-    counts = torch.tensor(lengths, device=features.device)
-    return padded, torch.arange(max(lengths), device=features.device) < counts[:, None]
 
 
 def combine(

@@ -128,34 +128,30 @@ def apply_lora(
     scale: float,
     *,
     rows: Tensor | None = None,
-    lengths: Sequence[int] | None = None,
     **notes: Any,
 ) -> Iterator[None]:
     """Inside the `with` block every target linear returns y + scale * B^T (A x).
 
-    loras: {module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}. To which context a token belongs:
-    `rows` [batch] names the context of each batch row (None: row i is context i, or one context for all rows);
-    `lengths` counts the tokens of each context in a packed [1, total] batch. A batch that is a multiple of `rows`
-    (beam search) repeats each entry. A and B are never copied per token.
+    loras: {module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}.
+    rows: [batch], the context of each batch row (None: row i is context i, or one context serves all rows). A batch
+    that is a multiple of `rows` (beam search) repeats each entry.
+    notes: see OpenBlock.
 
-    Arithmetic runs in A's dtype; the sum is returned in the base output's. Gradients reach A and B: call backward
-    inside the block when activations are recomputed (gradient checkpointing). Blocks nest: the innermost adapter
-    replaces the outer ones until it is left. Other threads do not see the block, except one that is started inside it
-    and opens none itself (see `innermost`). notes: see OpenBlock. ValueError where A and B fit neither the model nor
-    the batch.
+    A and B are never copied per token. Arithmetic runs in A's dtype; the sum has the base output's. Gradients reach A
+    and B: call backward inside the block when activations are recomputed (gradient checkpointing). Blocks nest: the
+    innermost adapter replaces the outer ones. Other threads do not see the block, except one that is started inside it
+    and opens none itself (see `innermost`). ValueError where A and B do not fit the model or the batch.
     """
-    if rows is not None and lengths is not None:
-        raise ValueError("give rows (one context per batch row) or lengths (packed batch), not both")
     linears = target_linears(model, sorted(loras))
     for module, (A, B) in loras.items():
-        _check_fit(module, A, B, linears[module], rows, lengths)
+        _check_fit(module, A, B, linears[module], rows)
     deltas = []
     for module, (A, B) in loras.items():
         for layer, linear in enumerate(linears[module]):
             # weights that wait on the disk or in main memory come to x; the factors are then moved with each call
             place = A.device if linear.weight.is_meta else linear.weight.device
             factors = {"A": A[:, layer].to(place), "B": B[:, layer].to(place)}
-            deltas.append((linear, partial(_delta, **factors, rows=rows, lengths=lengths)))
+            deltas.append((linear, partial(_delta, **factors, rows=rows)))
     with add_deltas(model, deltas, scale, **notes):
         yield
 
@@ -218,14 +214,9 @@ def _add_delta(linear, inputs, output, *, delta, scale, block):
     return (output + scale * delta(inputs[0].to(output.device))).to(output.dtype)
 
 
-def _delta(x: Tensor, *, A: Tensor, B: Tensor, rows: Tensor | None, lengths: Sequence[int] | None) -> Tensor:
+def _delta(x: Tensor, *, A: Tensor, B: Tensor, rows: Tensor | None) -> Tensor:
     """B^T (A x) for x [batch, tokens, d_in], with each token's own context: A [contexts, R, d_in], B [.., d_out]."""
     x, A, B = x.to(A.dtype), A.to(x.device), B.to(x.device)
-    if lengths is not None:
-        if len(x) != 1 or x.shape[1] != sum(lengths):
-            raise ValueError(f"lengths add up to {sum(lengths)} tokens, the packed batch is {list(x.shape[:2])}")
-        pieces = x[0].split(list(lengths))
-        return torch.cat([piece @ A[c].T @ B[c] for c, piece in enumerate(pieces)]).unsqueeze(0)
     if len(A) == 1:
         return x @ A[0].T @ B[0]
     if rows is None and len(x) == len(A):
@@ -248,7 +239,7 @@ def _in_equal_groups(rows: Tensor, contexts: int) -> bool:
     return torch.equal(rows, each)
 
 
-def _check_fit(module: str, A: Tensor, B: Tensor, linears: list[nn.Linear], rows, lengths) -> None:
+def _check_fit(module: str, A: Tensor, B: Tensor, linears: list[nn.Linear], rows: Tensor | None) -> None:
     if A.dim() != 4 or B.dim() != 4 or A.shape[:3] != B.shape[:3]:
         raise ValueError(f"{module}: A {list(A.shape)} and B {list(B.shape)} must share [contexts, layers, rank]")
     contexts, n_layers = A.shape[:2]
@@ -260,7 +251,5 @@ def _check_fit(module: str, A: Tensor, B: Tensor, linears: list[nn.Linear], rows
     sizes = (linears[0].in_features, linears[0].out_features)
     if (A.shape[3], B.shape[3]) != sizes:
         raise ValueError(f"{module}: adapter maps {A.shape[3]} -> {B.shape[3]}, this model {sizes[0]} -> {sizes[1]}")
-    if lengths is not None and len(lengths) != contexts:
-        raise ValueError(f"{module}: {len(lengths)} lengths for adapters of {contexts} contexts")
     if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < contexts:
         raise ValueError(f"{module}: rows {rows.tolist()} name contexts outside 0..{contexts - 1}")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from d2l_lib.base_model import load_base_model
 from d2l_lib.encoder import ContextEncoder
+from d2l_lib.engine import pad_rows
 from d2l_lib.formats import pickles
 from d2l_lib.formats.checkpoints import build_hypernetwork, convert, export, load_checkpoint, read_published
 from d2l_lib.hypernetwork import combine, names_without_decay
@@ -208,26 +209,45 @@ def test_left_padded_batch(name):
 # ------------------------------------------------------------------------------------------- training
 
 
+def pieces(packed: torch.Tensor, positions: torch.Tensor) -> list[list]:
+    """The rows of a recorded batch, which lie one after another in [1, total]: each starts where its position is 0."""
+    edges = [*(positions[0] == 0).nonzero().flatten().tolist(), positions.shape[1]]
+    return [packed[0, start:end].tolist() for start, end in zip(edges, edges[1:], strict=False)]
+
+
 @each_model
-def test_training_batch_is_packed_as_recorded(name):
-    samples = json.loads((GOLDEN / name / "train_samples.json").read_text())
-    packed = batches.pack_batch(samples, max_length=10_000, max_ctx_length=10_000)
-    batch = batches.collate([{column: rows[0] for column, rows in packed.items()}])
-    recorded = recording(name).case("train")
-    for column, values in batch.items():
-        assert torch.equal(values, recorded[column]), column
+def test_training_batch_holds_the_recorded_samples(name):
+    samples, x = json.loads((GOLDEN / name / "train_samples.json").read_text()), recording(name).case("train")
+    for column, positions in (
+        ("input_ids", "position_ids"),
+        ("labels", "position_ids"),
+        ("ctx_ids", "ctx_position_ids"),
+    ):
+        assert pieces(x[column], x[positions]) == sum(samples[column], []), column
+    assert x["n_queries"].tolist() == [len(questions) for questions in samples["input_ids"]]
+    assert x["n_ctx_chunks"].tolist() == [len(chunks) for chunks in samples["ctx_ids"]]
 
 
 def train_step(r: Recording):
-    """(recorded tensors, combined adapters, logits, answer tokens) of the packed batch, with gradients."""
+    """(recorded tensors, combined adapters, logits, which of them are of real tokens, answer tokens), with gradients.
+
+    The batch was recorded packed into one row; here each chunk and question is a row of its own, padded.
+    """
     x = r.case("train")
-    features = r.encoder.encode(x["ctx_ids"], position_ids=x["ctx_position_ids"])
-    loras = r.hypernetwork(features, position_ids=x["ctx_position_ids"])
+    chunks, chunk_mask = pad_rows(pieces(x["ctx_ids"], x["ctx_position_ids"]), 0)
+    loras = r.hypernetwork(r.encoder.encode(chunks, chunk_mask), attention_mask=chunk_mask)
     combined = combine(loras, r.hypernetwork.bias(), x["n_ctx_chunks"])
-    lengths = batches.tokens_per_context(x["position_ids"], x["n_queries"])
-    with apply_lora(r.model, combined, r.config.scale, lengths=lengths):
-        logits = r.model(input_ids=x["input_ids"], position_ids=x["position_ids"], use_cache=False).logits
-    return x, combined, logits, losses.find_answer_tokens(x["labels"], x["position_ids"])
+    input_ids, mask = pad_rows(pieces(x["input_ids"], x["position_ids"]), 0)
+    labels, _ = pad_rows(pieces(x["labels"], x["position_ids"]), batches.IGNORED)
+    rows = torch.arange(len(x["n_queries"])).repeat_interleave(x["n_queries"])
+    with apply_lora(r.model, combined, r.config.scale, rows=rows):
+        logits = r.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    return x, combined, logits, mask.bool(), losses.find_answer_tokens(labels)
+
+
+def published_l1(combined):
+    """The recorded penalty: it counts the zero rows that pad a context (a defect), which ours does not."""
+    return sum(factor.abs().mean(dim=(1, 2, 3)).sum() for pair in combined.values() for factor in pair) / len(combined)
 
 
 @each_model
@@ -235,13 +255,14 @@ def test_losses(name):
     r = recording(name)
     recorded = r.info["train"]
     with torch.no_grad():
-        x, combined, logits, answers = train_step(r)
-    assert_near(logits, x["logits"], "logits")
+        x, combined, logits, real, answers = train_step(r)
+    assert_near(logits[real], x["logits"][0], "logits")
     check_blocks(combined, x, "combined")
 
     ce = losses.cross_entropy(logits, answers)
     by_position = torch.zeros(x["labels"].numel())
-    by_position[answers.position] = ce
+    starts = (x["position_ids"][0] == 0).nonzero().flatten()
+    by_position[starts[answers.row] + answers.position] = ce
     assert_near(by_position, x["ce_per_token"], "ce_per_token")
     assert_near(losses.loss_of_contexts(ce, answers, x["n_queries"]), x["ce_per_ctx"], "ce_per_ctx")
 
@@ -250,16 +271,15 @@ def test_losses(name):
     assert_near(losses.loss_of_contexts(kl, answers, x["n_queries"]), x["kl_per_ctx"], "kl_per_ctx")
 
     n_contexts, coefficient = recorded["num_items"]["ctx"], recorded["l1_coef"]
-    # The recorded penalty counts the zero rows that pad a context (a defect); our default does not, so it is larger.
-    l1 = losses.l1_penalty(combined, x["n_ctx_chunks"], r.config.rank, count_padding=True)
+    l1 = published_l1(combined)
     assert_near(l1, recorded["l1_raw"], "l1_raw")
     assert_near(l1 / n_contexts, recorded["l1_train"], "l1_train")
     assert losses.l1_penalty(combined, x["n_ctx_chunks"], r.config.rank) > l1
 
     averages = {
-        "ce_token": losses.token_average(ce),
+        "ce_token": ce.mean(),
         "ce_per_ctx": losses.context_average(ce, answers, x["n_queries"]),
-        "kl_token": losses.token_average(kl),
+        "kl_token": kl.mean(),
         "kl_per_ctx": losses.context_average(kl, answers, x["n_queries"]),
     }
     assert averages.keys() == recorded["losses"].keys()
@@ -277,14 +297,13 @@ def test_losses(name):
 def test_gradients(name, kind):
     r = recording(name)
     r.hypernetwork.zero_grad()
-    x, combined, logits, answers = train_step(r)
+    x, combined, logits, _, answers = train_step(r)
     if kind == "ce":
         per_token = losses.cross_entropy(logits, answers)
     else:
         per_token = losses.distillation(logits, answers, x["logprobs_vals"][0], x["logprobs_indices"][0])
     loss = losses.context_average(per_token, answers, x["n_queries"])
-    l1 = losses.l1_penalty(combined, x["n_ctx_chunks"], r.config.rank, count_padding=True)
-    (loss + r.info["train"]["l1_coef"] * l1 / len(x["n_queries"])).backward()
+    (loss + r.info["train"]["l1_coef"] * published_l1(combined) / len(x["n_queries"])).backward()
     recorded = {k: v for k, v in load_file(r.folder / "grads.safetensors").items() if k.startswith(kind + ".")}
     parameters = dict(r.hypernetwork.named_parameters())
     assert {key.removeprefix(kind + ".") for key in recorded} == set(parameters)
@@ -302,51 +321,6 @@ def test_gradients(name, kind):
 
 def recorded_packing(key):
     return json.loads((GOLDEN / "packing.json").read_text())[key]
-
-
-def test_pack_by_length():
-    for entry in recorded_packing("pack_data_points_by_length"):
-        arguments = [entry[k] for k in ("lens", "ctx_lens", "max_packed_inp_len", "max_packed_ctx_len", "max_size")]
-        if "error" in entry:
-            with pytest.raises(ValueError, match="lengths"):
-                batches.pack_by_length(*arguments)
-        elif entry["name"] == "single_fits":  # recorded as [0], which the original then fails to unpack
-            assert batches.pack_by_length(*arguments) == [(0, 1)]
-        else:
-            assert batches.pack_by_length(*arguments) == [tuple(pair) for pair in entry["result"]], entry["name"]
-
-
-def test_pack_batch_and_collate():
-    for entry in recorded_packing("pack_batch"):
-        limits = [entry[k] for k in ("max_packed_inp_len", "max_packed_ctx_len", "max_packed_size")]
-        if entry["name"] == "flat_input_ids":
-            with pytest.raises(ValueError, match="nested"):
-                batches.pack_batch(entry["batch"], *limits)
-            continue
-        packed = batches.pack_batch(entry["batch"], *limits)
-        if entry["name"] == "one_sample_only":  # a crash in the original
-            assert packed["input_ids"] == entry["batch"]["input_ids"][0]
-            assert packed["n_queries"] == [[1]]
-        elif entry["name"] == "nothing_fits":  # a crash in the original
-            assert all(column == [] for column in packed.values())
-        else:
-            assert packed == entry["result"], entry["name"]
-    with_teacher = next(e for e in recorded_packing("pack_batch") if e["name"] == "with_logprobs")
-    packed = batches.pack_batch(with_teacher["batch"], 100, 100)
-    batch = batches.collate([{name: rows[0] for name, rows in packed.items()}])
-    assert {name: value.tolist() for name, value in batch.items()} == recorded_packing("collator_train")["result"]
-
-
-def test_collated_evaluation_batch():
-    """The same function serves evaluation, where the original has a second one."""
-    samples = {
-        "input_ids": [[[1, 2, 3]], [[4, 5]]],
-        "labels": [[[-100, 2, 3]], [[-100, 5]]],
-        "ctx_ids": [[[7, 8], [9]], [[6]]],
-    }
-    packed = batches.pack_batch(samples, 100, 100)
-    batch = batches.collate([{name: rows[0] for name, rows in packed.items()}])
-    assert {name: value.tolist() for name, value in batch.items()} == recorded_packing("collator_eval")["result"]
 
 
 def test_split_contexts():
@@ -375,22 +349,6 @@ def test_split_contexts():
         pieces = [c[before * (i > 0) : len(c) - after * (i < last)] for i, c in enumerate(chunks)]
         assert sum(pieces, []) == ids
         assert max(map(len, pieces)) <= entry["max_chunk_len"]
-
-
-def test_split_questions():
-    for entry in recorded_packing("split_too_long_qas"):
-        split = batches.split_questions(entry["samples"], entry["max_qas_len"], entry["max_qas_per_sample"])
-        assert split == entry["result"], entry["name"]
-
-
-def test_labels_from_input_ids():
-    for entry in recorded_packing("get_labels_from_input_ids"):
-        sample = entry["sample"]
-        labels = batches.labels_from_input_ids(sample["input_ids"], sample["response_start_end"])
-        if sample["response_start_end"] == [[2, 4]]:  # recorded: six labels for five tokens, the end ignored
-            assert labels == [[-100, -100, 3, 4, -100]]
-        else:
-            assert labels == entry["result"]["labels"]
 
 
 def test_truncate_middle():

@@ -33,25 +33,15 @@ class AnswerTokens:
         return len(self.label)
 
 
-def find_answer_tokens(labels: Tensor, position_ids: Tensor | None = None) -> AnswerTokens:
+def find_answer_tokens(labels: Tensor) -> AnswerTokens:
     """Where the labels [batch, length] that are not -100 are predicted from: one position before each.
 
-    `position_ids` (packed) start at 0 with every question; without them a row is a question. A label at a question's
-    first token has nothing before it and is not scored: the token before belongs to another question.
+    A row is a question. A label at its first token has nothing before it and is not scored.
     """
-    batch, length = labels.shape
-    starts = torch.zeros_like(labels, dtype=torch.bool)
-    if position_ids is None:
-        starts[:, 0] = True
-    else:
-        starts |= position_ids == 0
-        if not starts[:, 0].all():
-            raise ValueError("packed position_ids must start at 0 in every row")
-    question = starts.flatten().cumsum(0).view(batch, length) - 1
     row, place = (labels != IGNORED).nonzero(as_tuple=True)
-    scored = ~starts[row, place]
+    scored = place > 0
     row, place = row[scored], place[scored]
-    return AnswerTokens(row, place - 1, labels[row, place], question[row, place], scored, int(question[-1, -1]) + 1)
+    return AnswerTokens(row, place - 1, labels[row, place], row, scored, len(labels))
 
 
 def cross_entropy(logits: Tensor, answers: AnswerTokens) -> Tensor:
@@ -74,11 +64,6 @@ def distillation(logits: Tensor, answers: AnswerTokens, teacher_log_probs: Tenso
     log_q = _predicting(logits, answers).log_softmax(-1)
     teacher = teacher_log_probs[answers.scored].float().exp()
     return -(teacher * log_q.gather(-1, teacher_indices[answers.scored].long())).sum(-1)
-
-
-def token_average(per_token: Tensor, n_tokens: int | Tensor | None = None) -> Tensor:
-    """Sum over answer tokens / their number; `n_tokens` is the number over all accumulated batches."""
-    return per_token.sum() / (max(len(per_token), 1) if n_tokens is None else n_tokens)
 
 
 def loss_of_contexts(per_token: Tensor, answers: AnswerTokens, n_questions: Tensor) -> Tensor:
@@ -106,20 +91,18 @@ def context_average(
     return of_context.sum() / (max(len(of_context), 1) if n_contexts is None else n_contexts)
 
 
-def l1_penalty(
-    loras: Loras, n_chunks: Tensor, rank: int, *, has_bias: bool = True, count_padding: bool = False
-) -> Tensor:
+def l1_penalty(loras: Loras, n_chunks: Tensor, rank: int, *, has_bias: bool = True) -> Tensor:
     """Size of combined adapters, summed over contexts: mean over modules of mean |A| + mean |B|.
 
     loras: {module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])} as `combine` returns them. The mean runs
     over layers, a context's own rows ((chunks + 1) * rank, or chunks * rank without a bias block) and size. Divide by
-    the number of contexts before weighing it. `count_padding=True` gives the published value: all R rows count,
-    zero padding included, so a context's penalty depends on the longest context beside it.
+    the number of contexts before weighing it. (The published one counts all R rows, zero padding included, so that a
+    context's penalty depends on the longest context beside it.)
     """
     total = 0.0
     for A, B in loras.values():
         n_chunks = torch.as_tensor(n_chunks, device=A.device)
-        rows = torch.full_like(n_chunks, A.shape[2]) if count_padding else (n_chunks + int(has_bias)) * rank
+        rows = (n_chunks + int(has_bias)) * rank
         for factor in (A, B):
             _, n_layers, _, size = factor.shape
             total = total + (factor.abs().sum(dim=(1, 2, 3)) / (n_layers * size * rows.clamp_min(1))).sum()

@@ -121,7 +121,7 @@ class DistillationBatches(Dataset):
     """Batches of documents in chunks and questions about them; item i is a function of (seed, i).
 
     sources: data sets as `selfgen.read_shards` returns them, or `WorldDocuments`, drawn from with `weights` (default:
-    by size, see `packing.dataset_probabilities`; needed where a source has no size). In the first `single_chunk_share`
+    by size, see `batches.dataset_probabilities`; needed where a source has no size). In the first `single_chunk_share`
     of the steps a document is one chunk, and of data sets only documents of at most `longest_chunk` tokens are drawn;
     after that each context is cut into chunks of its own random size, or, with `chunk_probabilities`, into a random
     number of equal ones. A batch is full at `contexts` documents or `chunks` chunks, or where the next document would

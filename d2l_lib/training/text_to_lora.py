@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from d2l_lib.base_model import load_base_model
 from d2l_lib.formats.checkpoints import config_of_settings, read_safetensors
 from d2l_lib.formats.writing import FolderKind, atomic_folder, read_whole
-from d2l_lib.hypernetwork import HypernetworkConfig, Loras, as_padded_batch
+from d2l_lib.hypernetwork import HypernetworkConfig, Loras, zero_padding
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import DistillationPreset, Preset
 from d2l_lib.records import read_json, read_rows, write_jsonl
@@ -56,7 +56,7 @@ class TextToLoRA(nn.Module):
 
         A fresh one writes B = 0. `options` of `Hypernetwork.forward` that change no number are ignored.
         """
-        features, mask = as_padded_batch(features.float(), attention_mask, None)
+        features, mask = zero_padding(features.float(), attention_mask)
         weight = torch.ones(features.shape[:2], device=features.device) if mask is None else mask.float()
         mean = (features * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
         text = self.text(mean)[:, None, None].expand(-1, *self.place.shape[:2], -1)

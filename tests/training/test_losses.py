@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import build_base_model, random_hypernetwork, random_loras
 
+from d2l_lib.engine import pad_rows
 from d2l_lib.training import losses
 
 VOCABULARY, TOP = 11, 4
@@ -14,63 +15,53 @@ N_QUESTIONS = torch.tensor([2, 1, 1])
 
 
 @pytest.fixture()
-def packed():
-    """(logits, labels, position_ids) of QUESTIONS one after another."""
-    labels = torch.tensor([sum(QUESTIONS, [])])
-    positions = torch.cat([torch.arange(len(q)) for q in QUESTIONS])[None]
-    logits = torch.randn(1, labels.shape[1], VOCABULARY, generator=torch.Generator().manual_seed(0))
-    return logits, labels, positions
+def batch():
+    """(logits, labels) of QUESTIONS, one a row, padded."""
+    labels = pad_rows(QUESTIONS, -100)[0]
+    return torch.randn(*labels.shape, VOCABULARY, generator=torch.Generator().manual_seed(0)), labels
 
 
 def by_hand(logits):
     """Cross-entropy per answer token, per question."""
-    log_q, offset, result = logits[0].log_softmax(-1), 0, []
-    for question in QUESTIONS:
-        result.append([-log_q[offset + i - 1, label] for i, label in enumerate(question) if label != -100])
-        offset += len(question)
-    return result
+    return [
+        [-log_q[i - 1, label] for i, label in enumerate(question) if label != -100]
+        for log_q, question in zip(logits.log_softmax(-1), QUESTIONS, strict=True)
+    ]
 
 
-def test_cross_entropy_and_both_averages(packed):
-    logits, labels, positions = packed
-    answers = losses.find_answer_tokens(labels, positions)
+def test_cross_entropy_and_both_averages(batch):
+    logits, labels = batch
+    answers = losses.find_answer_tokens(labels)
     per_token, expected = losses.cross_entropy(logits, answers), by_hand(logits)
     torch.testing.assert_close(per_token, torch.stack(sum(expected, [])))
-    torch.testing.assert_close(losses.token_average(per_token), torch.stack(sum(expected, [])).mean())
     means = [torch.stack(question).mean() for question in expected]
     contexts = torch.stack([(means[0] + means[1]) / 2, means[2], means[3]])
     torch.testing.assert_close(losses.loss_of_contexts(per_token, answers, N_QUESTIONS), contexts)
     torch.testing.assert_close(losses.context_average(per_token, answers, N_QUESTIONS), contexts.mean())
     torch.testing.assert_close(losses.context_average(per_token, answers, N_QUESTIONS, 6), contexts.sum() / 6)
-    torch.testing.assert_close(losses.token_average(per_token, 20), per_token.sum() / 20)
 
 
-def test_token_average_is_the_usual_shifted_loss(packed):
-    logits, labels, positions = packed
-    ours = losses.token_average(losses.cross_entropy(logits, losses.find_answer_tokens(labels, positions)))
-    torch.testing.assert_close(ours, F.cross_entropy(logits[0, :-1], labels[0, 1:]))
+def test_their_mean_is_the_usual_shifted_loss(batch):
+    logits, labels = batch
+    ours = losses.cross_entropy(logits, losses.find_answer_tokens(labels)).mean()
+    torch.testing.assert_close(ours, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
 
 
-def test_padded_rows_equal_packed_questions(packed):
-    logits, labels, positions = packed
-    longest, start = max(map(len, QUESTIONS)), 0
-    rows, row_logits = torch.full((4, longest), -100), torch.zeros(4, longest, VOCABULARY)
-    for i, question in enumerate(QUESTIONS):
-        rows[i, : len(question)] = torch.tensor(question)
-        row_logits[i, : len(question)] = logits[0, start : start + len(question)]
-        start += len(question)
-    one, other = losses.find_answer_tokens(labels, positions), losses.find_answer_tokens(rows)
+def test_longer_padding_changes_nothing(batch):
+    logits, labels = batch
+    wider = F.pad(logits, (0, 0, 0, 3), value=torch.nan), F.pad(labels, (0, 3), value=-100)
+    one, other = losses.find_answer_tokens(labels), losses.find_answer_tokens(wider[1])
     assert torch.equal(one.question, other.question) and torch.equal(one.label, other.label)
-    torch.testing.assert_close(losses.cross_entropy(logits, one), losses.cross_entropy(row_logits, other))
+    assert torch.equal(losses.cross_entropy(logits, one), losses.cross_entropy(wider[0], other))
 
 
-def test_distillation_is_an_unnormalised_cross_entropy(packed):
-    logits, labels, positions = packed
-    answers = losses.find_answer_tokens(labels, positions)
+def test_distillation_is_an_unnormalised_cross_entropy(batch):
+    logits, labels = batch
+    answers = losses.find_answer_tokens(labels)
     teacher = torch.randn(len(answers), VOCABULARY, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     values, indices = teacher.topk(TOP)
     ours = losses.distillation(logits, answers, values, indices.int())
-    log_q = logits[0, answers.position].log_softmax(-1)
+    log_q = logits[answers.row, answers.position].log_softmax(-1)
     expected = [-sum(values[t, j].exp() * log_q[t, indices[t, j]] for j in range(TOP)) for t in range(len(answers))]
     torch.testing.assert_close(ours, torch.stack(expected))
     full = losses.distillation(logits, answers, *teacher.topk(VOCABULARY))
@@ -79,33 +70,32 @@ def test_distillation_is_an_unnormalised_cross_entropy(packed):
     torch.testing.assert_close(half, ours, rtol=2e-3, atol=2e-3)
 
 
-def test_distillation_is_least_where_the_student_is_the_teacher(packed):
-    logits, labels, positions = packed
-    answers = losses.find_answer_tokens(labels, positions)
-    teacher = logits[0, answers.position].log_softmax(-1)
+def test_distillation_is_least_where_the_student_is_the_teacher(batch):
+    logits, labels = batch
+    answers = losses.find_answer_tokens(labels)
+    teacher = logits[answers.row, answers.position].log_softmax(-1)
     values, indices = teacher.topk(VOCABULARY)
     equal = losses.distillation(logits, answers, values, indices)
     other = losses.distillation(logits.flip(-1), answers, values, indices)
     assert (equal < other).all()
 
 
-def test_distillation_refuses_another_number_of_rows(packed):
-    logits, labels, positions = packed
-    answers = losses.find_answer_tokens(labels, positions)
+def test_distillation_refuses_another_number_of_rows(batch):
+    logits, labels = batch
+    answers = losses.find_answer_tokens(labels)
     with pytest.raises(ValueError, match="same answers"):
         losses.distillation(logits, answers, torch.zeros(2, TOP), torch.zeros(2, TOP).long())
 
 
 def test_questions_that_crash_the_original():
     """No answer, two answer turns, and an answer from the first token on."""
-    labels = torch.tensor([[-100, -100, -100, 1, -100, 2, 3, 4, 5]])
-    positions = torch.tensor([[0, 1, 0, 1, 2, 3, 0, 1, 2]])
-    logits = torch.randn(1, 9, VOCABULARY)
-    answers = losses.find_answer_tokens(labels, positions)
+    labels = pad_rows([[-100, -100], [-100, 1, -100, 2], [3, 4, 5]], -100)[0]
+    logits = torch.randn(3, 4, VOCABULARY)
+    answers = losses.find_answer_tokens(labels)
     # Label 3 opens its question: nothing of its own question predicts it, so it is not scored.
     assert answers.label.tolist() == [1, 2, 4, 5]
     assert answers.question.tolist() == [1, 1, 2, 2]
-    assert answers.position.tolist() == [2, 4, 6, 7]
+    assert answers.position.tolist() == [0, 2, 0, 1]
     assert answers.scored.tolist() == [True, True, False, True, True] and answers.n_questions == 3
     per_token = losses.cross_entropy(logits, answers)
     contexts = losses.loss_of_contexts(per_token, answers, torch.tensor([2, 1]))
@@ -118,18 +108,16 @@ def test_no_answer_at_all_is_zero_and_differentiable():
     logits = torch.randn(1, 4, VOCABULARY, requires_grad=True)
     answers = losses.find_answer_tokens(torch.full((1, 4), -100))
     per_token = losses.cross_entropy(logits, answers)
-    loss = losses.token_average(per_token) + losses.context_average(per_token, answers, torch.tensor([1]))
+    loss = per_token.sum() + losses.context_average(per_token, answers, torch.tensor([1]))
     loss.backward()
     assert loss.item() == 0 and logits.grad.abs().sum() == 0
 
 
-def test_wrong_counts_and_positions(packed):
-    logits, labels, positions = packed
-    answers = losses.find_answer_tokens(labels, positions)
+def test_wrong_counts(batch):
+    logits, labels = batch
+    answers = losses.find_answer_tokens(labels)
     with pytest.raises(ValueError, match="adds up to 3"):
         losses.loss_of_contexts(losses.cross_entropy(logits, answers), answers, torch.tensor([3]))
-    with pytest.raises(ValueError, match="start at 0"):
-        losses.find_answer_tokens(labels, positions + 1)
 
 
 def test_l1_of_a_context_does_not_depend_on_its_batch():
@@ -145,8 +133,5 @@ def test_l1_of_a_context_does_not_depend_on_its_batch():
     torch.testing.assert_close(losses.l1_penalty(batch, torch.tensor([1, 3]), 2), apart)
     expected = sum(f.abs().mean() for pair in short.values() for f in pair) / 2
     torch.testing.assert_close(losses.l1_penalty(short, one, 2), expected)
-    # Published form: the short context's zero rows count, so it is penalised half as much beside the long one.
-    published = losses.l1_penalty(batch, torch.tensor([1, 3]), 2, count_padding=True)
-    torch.testing.assert_close(published, expected / 2 + losses.l1_penalty(long, three, 2))
     without_bias = losses.l1_penalty(short, torch.tensor([2]), 2, has_bias=False)
     torch.testing.assert_close(without_bias, expected)

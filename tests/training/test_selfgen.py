@@ -21,7 +21,7 @@ from tiny_models import build_base_model, build_tokenizer
 
 from d2l_lib.__main__ import main
 from d2l_lib.documents import chat_affixes, context_ids, question_ids
-from d2l_lib.engine import Reply, TransformersEngine
+from d2l_lib.engine import Reply, TransformersEngine, pad_rows
 from d2l_lib.formats import shards as shard_files
 from d2l_lib.formats import writing
 from d2l_lib.formats.shards import PUBLISHED, SCHEMA, TEACHER_COLUMNS, read_shards
@@ -632,28 +632,27 @@ def test_other_files_are_refused(whole, tmp_path):
         read_shards([])
 
 
-def test_rows_feed_packing_and_the_distillation_loss(engine, whole):
+def test_rows_feed_the_distillation_loss(engine, whole):
     data = read_shards(whole)[:]
-    batch = {name: data[name] for name in ("input_ids", *TEACHER_COLUMNS)}
-    spans = zip(data["input_ids"], data["response_start_end"], strict=True)
-    batch["labels"] = [batches.labels_from_input_ids(ids, span) for ids, span in spans]
     affixes = chat_affixes(engine.tokenizer)
-    batch["ctx_ids"] = [batches.split_into_chunks(ids, 2, *affixes) for ids in data["ctx_ids"]]
-    assert all(chunk[: len(affixes[0])] == affixes[0] for chunks in batch["ctx_ids"] for chunk in chunks)
-    packed = batches.pack_batch(batch, 10**6, 10**6)
-    tensors = batches.collate([{name: values[0] for name, values in packed.items()}])
-    answers = losses.find_answer_tokens(tensors["labels"], tensors["position_ids"])
+    chunks = [chunk for ids in data["ctx_ids"] for chunk in batches.split_into_chunks(ids, 2, *affixes)]
+    assert all(chunk[: len(affixes[0])] == affixes[0] for chunk in chunks)
+    questions = sum(data["input_ids"], [])
+    spans = sum(data["response_start_end"], [])
+    answered = [[-100] * start + ids[start:end] for ids, (start, end) in zip(questions, spans, strict=True)]
+    input_ids, mask = pad_rows(questions, 0)
+    answers = losses.find_answer_tokens(pad_rows(answered, -100, width=input_ids.shape[1])[0])
     with torch.no_grad():
-        logits = engine.model(
-            tensors["input_ids"], position_ids=tensors["position_ids"], attention_mask=None, use_cache=False
-        ).logits
-    teacher = tensors["logprobs_vals"][0], tensors["logprobs_indices"][0]
+        logits = engine.model(input_ids, attention_mask=mask, use_cache=False).logits
+    values, indices = (sum(sum(data[name], []), []) for name in TEACHER_COLUMNS)
+    teacher = torch.tensor(values), torch.tensor(indices)
     loss = losses.distillation(logits, answers, *teacher)
     assert len(loss) == len(teacher[0]) == len(answers) and loss.isfinite().all() and (loss > 0).all()
-    assert losses.context_average(loss, answers, tensors["n_queries"]).isfinite()
+    n_questions = torch.tensor([len(ids) for ids in data["input_ids"]])
+    assert losses.context_average(loss, answers, n_questions).isfinite()
     # A student that is the teacher: the loss is the entropy of the stored part.
-    perfect = torch.full((1, logits.shape[1], logits.shape[2]), -1e4)
-    perfect[0, answers.position] = perfect[0, answers.position].scatter(-1, teacher[1], teacher[0])
+    perfect, places = torch.full_like(logits, -1e4), (answers.row, answers.position)
+    perfect[places] = perfect[places].scatter(-1, teacher[1], teacher[0])
     log_q = teacher[0].log_softmax(-1)
     torch.testing.assert_close(
         losses.distillation(perfect, answers, *teacher), -(teacher[0].exp() * log_q).sum(-1), rtol=1e-4, atol=1e-4
