@@ -4,6 +4,7 @@ Every way to install names the same packages, and every command that is promised
 """
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -132,6 +133,19 @@ def test_make_keeps_everything_inside_the_clone(project_folder):
             assert str(project_folder / ".cache" / "xdg") in line and str(project_folder / ".cache" / "tmp") in line, (
                 line
             )
+
+
+def test_make_test_uses_the_cores_and_lets_python_keep_what_it_compiled(project_folder):
+    def make(*words: str) -> str:
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+        command = ["make", "--no-print-directory", "--eval=variables: ; @env", *words]
+        return subprocess.run(
+            command, cwd=project_folder, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "-n logical --maxprocesses 4 " in make("-n", "test")
+    assert "-n 0 " in make("-n", "test", "WORKERS=0")
+    assert "PYTHONDONTWRITEBYTECODE" not in make("variables")
 
 
 def test_ci_script_is_sound_bash(project_folder):

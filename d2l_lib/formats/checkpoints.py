@@ -269,8 +269,8 @@ def _config_of(content: dict[str, Any]) -> HypernetworkConfig:
 
     fields = ("base_model_name_or_path", "hypernet_config", "ctx_encoder_args")
     values = types.SimpleNamespace(**{name: content[name] for name in fields if name in content})
-    told = check(PublishedCheckpoint, values, "its configuration", "copy it again", CheckpointError)
-    hypernet, encoder = told.hypernet_config, told.ctx_encoder_args or PublishedEncoder()
+    record = check(PublishedCheckpoint, values, "its configuration", "copy it again", CheckpointError)
+    hypernet, encoder = record.hypernet_config, record.ctx_encoder_args or PublishedEncoder()
     aggregator, lora = hypernet.aggregator_config, hypernet.lora_config
     if aggregator.aggregator_type != "perceiver":
         raise CheckpointError(f"aggregator {aggregator.aggregator_type[:40]!r} is not supported, only 'perceiver'")
@@ -303,7 +303,7 @@ def _config_of(content: dict[str, Any]) -> HypernetworkConfig:
         n_pre_head_layers=4 if hypernet.num_pre_head_layers is None else hypernet.num_pre_head_layers,
         use_bias=hypernet.use_bias is not False,
         dropout=hypernet.dropout_rate or 0.0,
-        base_model=told.base_model_name_or_path,
+        base_model=record.base_model_name_or_path,
         encoder_model=encoder.ctx_encoder_model_name_or_path,
         encoder_4bit=bool(encoder.quantize_ctx_encoder),
     )

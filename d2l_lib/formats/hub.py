@@ -72,8 +72,8 @@ def _fetch(repository: str, below: str) -> Path:
         return inside if inside.is_file() else checkpoint_in(inside)
     chosen = _choose(files, below, place)
     if chosen is None:
-        found = sorted({file.rpartition("/")[0] or file for file in files if file.endswith((".bin", WEIGHTS))})
-        raise FileNotFoundError(f"{place} holds no checkpoint; the repository has {', '.join(found) or 'none'}")
+        places = sorted({file.rpartition("/")[0] or file for file in files if file.endswith((".bin", WEIGHTS))})
+        raise FileNotFoundError(f"{place} holds no checkpoint; the repository has {', '.join(places) or 'none'}")
     is_file = chosen.endswith(".bin")
     folder = chosen.rpartition("/")[0] if is_file else chosen
     prefix = f"{folder}/" if folder else ""
@@ -87,17 +87,17 @@ def _choose(files: Sequence[str], below: str, place: str) -> str | None:
     prefix = f"{below}/" if below else ""
     if (below in files and below.endswith(".bin")) or prefix + WEIGHTS in files:
         return below
-    found = [file for file in files if file.startswith(prefix) and file.endswith(".bin")]
-    found = [file for file in found if not {"base_model", "encoder_model"} & set(file.split("/")[:-1])]
-    found = [file for file in found if "/" not in file.removeprefix(prefix)] or found
-    found = sorted(file for file in found if file.rpartition("/")[2] == PUBLISHED) or sorted(found)
-    if len(found) < 2:
-        return found[0] if found else None
-    steps = [re.fullmatch(r"(.*/)?checkpoint-(\d+)/[^/]+", file) for file in found]
-    if not all(steps) or len({step[1] for step in steps}) > 1:
-        listed = ", ".join(file.removeprefix(prefix) for file in found[:20])
+    binaries = [file for file in files if file.startswith(prefix) and file.endswith(".bin")]
+    binaries = [file for file in binaries if not {"base_model", "encoder_model"} & set(file.split("/")[:-1])]
+    binaries = [file for file in binaries if "/" not in file.removeprefix(prefix)] or binaries
+    binaries = sorted(file for file in binaries if file.rpartition("/")[2] == PUBLISHED) or sorted(binaries)
+    if len(binaries) < 2:
+        return binaries[0] if binaries else None
+    matches = [re.fullmatch(r"(.*/)?checkpoint-(\d+)/[^/]+", file) for file in binaries]
+    if not all(matches) or len({match[1] for match in matches}) > 1:
+        listed = ", ".join(file.removeprefix(prefix) for file in binaries[:20])
         raise ValueError(f"{place} holds several checkpoints, name one of them: {listed}")
-    by_step = sorted(zip((int(step[2]) for step in steps), found, strict=True))
+    by_step = sorted(zip((int(match[2]) for match in matches), binaries, strict=True))
     latest = by_step[-1]
     warnings.warn(
         f"{place} holds the steps {', '.join(str(step) for step, _ in by_step)}: the latest, checkpoint-{latest[0]}, "

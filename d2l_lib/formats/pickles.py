@@ -274,9 +274,9 @@ def _refuse_other_format(file: BinaryIO, name: str) -> None:
         stream = io.BytesIO(program)
         try:
             while True:  # the older formats are several pickles in a row
-                for asked in _names(stream):
-                    if asked not in KNOWN:
-                        raise _refusal(name, asked)
+                for full_name in _names(stream):
+                    if full_name not in KNOWN:
+                        raise _refusal(name, full_name)
         except CheckpointError:
             raise
         except (ArithmeticError, LookupError, ValueError):
@@ -287,8 +287,8 @@ def _refuse_other_format(file: BinaryIO, name: str) -> None:
     )
 
 
-def _refusal(name: str, asked: str) -> CheckpointError:
-    return CheckpointError(f"{name} asks for {_shown(asked)}, which no Doc-to-LoRA checkpoint needs: not opened")
+def _refusal(name: str, full_name: str) -> CheckpointError:
+    return CheckpointError(f"{name} asks for {_shown(full_name)}, which no Doc-to-LoRA checkpoint needs: not opened")
 
 
 def _names(stream: BinaryIO) -> Iterator[str]:
@@ -323,9 +323,9 @@ def _dotted(argument: str) -> str:
 
 def _check_program(program: bytes, name: str) -> None:
     """CheckpointError for a name or an instruction that is not known, before any instruction is carried out."""
-    for asked in _names(io.BytesIO(program)):
-        if asked not in KNOWN:
-            raise _refusal(name, asked)
+    for full_name in _names(io.BytesIO(program)):
+        if full_name not in KNOWN:
+            raise _refusal(name, full_name)
     for code, _, _ in pickletools.genops(io.BytesIO(program)):
         if code.name not in _INSTRUCTIONS:
             raise CheckpointError(

@@ -183,7 +183,7 @@ def find_shards(places: str | Path | Sequence[str | Path]) -> dict[str, list[Pat
 
     FileNotFoundError where a place is not there or holds none.
     """
-    found: dict[str, list[Path]] = {}
+    shards: dict[str, list[Path]] = {}
     for place in map(Path, [places] if isinstance(places, (str, Path)) else places):
         if not place.exists():
             raise FileNotFoundError(f"no shards at {place}: give folders or .parquet files")
@@ -191,8 +191,8 @@ def find_shards(places: str | Path | Sequence[str | Path]) -> dict[str, list[Pat
         if not files:
             raise FileNotFoundError(f"{place} holds no .parquet files of training data")
         for file in files:
-            found.setdefault(str(file.parent if place.is_dir() else file), []).append(file)
-    return found
+            shards.setdefault(str(file.parent if place.is_dir() else file), []).append(file)
+    return shards
 
 
 def training_files(files: Sequence[Path]) -> list[Path]:

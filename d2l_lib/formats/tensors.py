@@ -1,4 +1,6 @@
-"""Safetensors files, read so that what comes out is numbers: floating, finite and of the size that the file has."""
+"""Safetensors files: what is read is floating, finite and of the size that the file has; what is written is always the
+same bytes.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +48,19 @@ def read_tensors(path: str | Path, error: type[ValueError] = ValueError) -> tupl
         raise error(incomplete.format(first_line(problem))) from problem
     check_tensors(tensors, path, error)
     return tensors, metadata
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, the same bytes for the same values: the library itself writes metadata in any order."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata=metadata)
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length)) | {"__metadata__": metadata}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def check_tensors(tensors: Mapping[str, Tensor], file: object, error: type[ValueError] = ValueError) -> None:
