@@ -23,6 +23,7 @@ import torch
 
 from d2l_lib import presets
 from d2l_lib.adapter import Adapter, Block
+from d2l_lib.analysis.options import chosen as options_of
 from d2l_lib.analysis.weights import bias_and_documents, norms
 from d2l_lib.documents import (
     check_count,
@@ -39,10 +40,10 @@ from d2l_lib.model import DocToLoRA
 from d2l_lib.routing import route
 from d2l_lib.tasks import world
 
-FLAG_BELOW = 0.5  # of `kept`: below it a sentence counts as lost; `flag_curve` says what each threshold finds
-UNSURE = ("i do not know", "i don't know", "i am not sure", "i'm not sure", "not stated", "unknown")
-TOKENS = 48  # of a question, and of an answer
-PUBLISHED_CHUNKS, PUBLISHED_CHUNK_TOKENS = 8, 512  # what the published recipe trains on
+_FLAG_BELOW = 0.5  # of `kept`: below it a sentence counts as lost; `flag_curve` says what each threshold finds
+_UNSURE = ("i do not know", "i don't know", "i am not sure", "i'm not sure", "not stated", "unknown")
+_TOKENS = 48  # of a question, and of an answer
+_PUBLISHED_CHUNKS, _PUBLISHED_CHUNK_TOKENS = 8, 512  # what the published recipe trains on
 Ask = Callable[[DocToLoRA, Sequence[str], int, int], list[dict[str, int]]]
 
 
@@ -56,13 +57,13 @@ def ask_about(
     """
     tokenizer, sentences = model.tokenizer, check_texts(sentences, "sentences")
     prompts = [open_turn(tokenizer, f"{sentence}\n\n") for sentence in sentences for _ in range(n)]
-    replies = TransformersEngine("base", model.base_model, tokenizer).reply(prompts, TOKENS, temperature, seed)
-    found = []
+    replies = TransformersEngine("base", model.base_model, tokenizer).reply(prompts, _TOKENS, temperature, seed)
+    questions = []
     for start in range(0, len(prompts), n):
         finished = [reply for reply in replies[start : start + n] if reply is not None and reply.finished]
         texts = (tokenizer.decode(reply.ids, skip_special_tokens=True).strip() for reply in finished)
-        found.append(dict(Counter(text for text in texts if text.endswith("?"))))
-    return found
+        questions.append(dict(Counter(text for text in texts if text.endswith("?"))))
+    return questions
 
 
 def _words(text: str) -> list[str]:
@@ -138,30 +139,30 @@ def find_questions(
     sentence in the prompt), told_ids (its tokens, end of turn included).
     """
     sentences = check_texts(sentences, "sentences")
-    asked = [
+    questions = [
         (place, text, times)
         for place, texts in enumerate(ask(model, sentences, n, seed))
         for text, times in texts.items()
     ]
-    replies = _base_replies(model, [f"{sentences[place]}\n\n{text}" for place, text, _ in asked])
+    replies = _base_replies(model, [f"{sentences[place]}\n\n{text}" for place, text, _ in questions])
     rows = []
-    for (place, text, times), reply in zip(asked, replies, strict=True):
+    for (place, text, times), reply in zip(questions, replies, strict=True):
         if reply is None or not reply.finished:
             continue
-        told = model.tokenizer.decode(reply.ids, skip_special_tokens=True).strip()
-        if is_about(sentences[place], text, told):
-            rows.append({"sentence": place, "question": text, "times": times, "told": told, "told_ids": reply.ids})
+        answer = model.tokenizer.decode(reply.ids, skip_special_tokens=True).strip()
+        if is_about(sentences[place], text, answer):
+            rows.append({"sentence": place, "question": text, "times": times, "told": answer, "told_ids": reply.ids})
     return pd.DataFrame(rows, columns=["sentence", "question", "times", "told", "told_ids"])
 
 
 def _base_replies(model: DocToLoRA, prompts: list[str]) -> list[Reply | None]:
     """The base model's greedy answers, with their log-probabilities."""
     engine = TransformersEngine("base", model.base_model, model.tokenizer)
-    return engine.reply(question_ids(model.tokenizer, prompts), TOKENS, 0.0, 0) if prompts else []
+    return engine.reply(question_ids(model.tokenizer, prompts), _TOKENS, 0.0, 0) if prompts else []
 
 
 def probe_questions(
-    model: DocToLoRA, found: pd.DataFrame, adapter: Adapter, wrong: Adapter, blocks: int | None = None
+    model: DocToLoRA, questions: pd.DataFrame, adapter: Adapter, wrong: Adapter, blocks: int | None = None
 ) -> pd.DataFrame:
     """What the adapter makes of these questions (`find_questions`): their rows with more columns.
 
@@ -170,15 +171,15 @@ def probe_questions(
     over_wrong (how much log_prob exceeds the one with the bias alone, and the one with the adapter `wrong` of another
     document). blocks: how many blocks answer, the most relevant (None: all).
     """
-    questions, ids = found["question"].tolist(), found["told_ids"].tolist()
-    inside, others = ([one] * len(found) for one in (adapter, wrong))
+    texts, ids = questions["question"].tolist(), questions["told_ids"].tolist()
+    inside, others = ([one] * len(texts) for one in (adapter, wrong))
     if blocks is not None:
-        inside, others = (route(model, questions, both, blocks) for both in (inside, others))
-    zero = [replace(adapter, blocks=())] * len(found)
-    scores, zeros, wrongs = (score_answers(model, questions, ids, one) for one in (inside, zero, others))
+        inside, others = (route(model, texts, both, blocks) for both in (inside, others))
+    zero = [replace(adapter, blocks=())] * len(texts)
+    scores, zeros, wrongs = (score_answers(model, texts, ids, one) for one in (inside, zero, others))
     log_probs = [log_prob for log_prob, _ in scores]
     margins = [margin for _, margin in scores]
-    return found.assign(
+    return questions.assign(
         margin=margins,
         kept=[1 / (1 + math.exp(-max(margin, -500.0))) for margin in margins],
         log_prob=log_probs,
@@ -187,29 +188,29 @@ def probe_questions(
     )
 
 
-def kept(asked: pd.DataFrame) -> float:
+def kept(questions: pd.DataFrame) -> float:
     """The average of `kept` over the questions about a sentence, each as often as it came up."""
-    return float((asked["kept"] * asked["times"]).sum() / asked["times"].sum())
+    return float((questions["kept"] * questions["times"]).sum() / questions["times"].sum())
 
 
-def most_frequent(asked: pd.DataFrame) -> pd.Series:
+def most_frequent(questions: pd.DataFrame) -> pd.Series:
     """The question about a sentence that came up most often (the first of several)."""
-    return asked.loc[asked["times"].idxmax()]
+    return questions.loc[questions["times"].idxmax()]
 
 
 def _with_answers(model: DocToLoRA, probed: pd.DataFrame, adapter: Adapter, blocks: int | None) -> pd.DataFrame:
     """The rows with what the adapter says (said), and what the base model says without the sentence (alone) with its
     probability (confidence).
     """
-    said = probed["told"].copy()
+    answers = probed["told"].copy()
     lost = probed["margin"] <= 0  # the greedy answer is another one
     if lost.any():
-        said[lost] = model.answer(probed["question"][lost].tolist(), adapter, max_new_tokens=TOKENS, blocks=blocks)
+        answers[lost] = model.answer(probed["question"][lost].tolist(), adapter, max_new_tokens=_TOKENS, blocks=blocks)
     alone, confidence = [], []
     for reply in _base_replies(model, probed["question"].tolist()):
         alone.append("" if reply is None else model.tokenizer.decode(reply.ids, skip_special_tokens=True).strip())
         confidence.append(0.0 if reply is None else math.exp(reply.values[:, 0].astype(float).sum()))
-    return probed.assign(said=said, alone=alone, confidence=confidence)
+    return probed.assign(said=answers, alone=alone, confidence=confidence)
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -218,12 +219,15 @@ class Report:
     """What was stored and what was lost, in numbers; `views.report` shows them.
 
     table: one row per sentence: document, sentence (its number, from 1 on through all documents), start and end
-    (characters), text, chunk, asked (questions about it), kept (0 to 1, averaged over the questions as often as they
-    came up), margin, over_zero, over_wrong (nats, of the question that came up most often; see `probe_questions`),
-    status ("stored", "lost", "not asked"; then the numbers are NaN), believed (what the base model alone says with
-    confidence instead, or "").
-    questions: one row per question. capacity: `capacity_table`. unrelated: one row per question: question, alone, said,
-    changed. facts: single numbers by name. warnings: sentences to read.
+        (characters), text, chunk, asked (questions about it), kept (0 to 1, averaged over the questions as often as
+        they came up), margin, over_zero, over_wrong (nats, of the question that came up most often; see
+        `probe_questions`), status ("stored", "lost", "not asked"; then the numbers are NaN), believed (what the base
+        model alone says with confidence instead, or "").
+    questions: one row per question.
+    capacity: the rows of `weights.norms` without the bias, and the rank.
+    unrelated: one row per question: question, alone, said, changed.
+    facts: single numbers by name.
+    warnings: sentences to read.
     """
 
     table: pd.DataFrame
@@ -250,47 +254,58 @@ def format_fact(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
+@dataclass(frozen=True)
+class Options:
+    """What one can choose of a report.
+
+    adapter: the one to examine, which holds the documents and perhaps others (None: it is made).
+    blocks: how many blocks answer a question (None: all).
+    wrong: another text, internalized as a control (None: a generated document).
+    unrelated: questions that the documents have nothing to do with (None: some about the encyclopedia that the bundled
+        base model knows).
+    n: questions sampled for each sentence.
+    flag_below: a sentence of which less is kept is lost.
+    belief: the probability from which on an answer of the base model alone is a belief.
+    ask: what writes the questions, called as `ask_about`.
+    """
+
+    adapter: Adapter | None = None
+    blocks: int | None = None
+    wrong: str | None = None
+    unrelated: Sequence[str] | None = None
+    n: int = 12
+    flag_below: float = _FLAG_BELOW
+    belief: float = 0.5
+    ask: Ask = ask_about
+    seed: int = 0
+
+
 def report(
-    model: DocToLoRA,
-    documents: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
-    *,
-    adapter: Adapter | None = None,
-    blocks: int | None = None,
-    wrong: str | None = None,
-    unrelated: Sequence[str] | None = None,
-    n: int = 12,
-    flag_below: float = FLAG_BELOW,
-    belief: float = 0.5,
-    ask: Ask = ask_about,
-    seed: int = 0,
+    model: DocToLoRA, documents: str | Path | Sequence[str | Path] | Mapping[str, str | Path], **options: object
 ) -> Report:
     """What an adapter of these documents stored of them and what it lost.
 
-    documents: as for `model.internalize`. adapter: the one to examine, which holds these documents and perhaps others
-    (None: it is made here). blocks: how many blocks answer a question (None: all). wrong: another text, internalized as
-    a control (None: a generated document). unrelated: questions that the documents have nothing to do with (None: some
-    about the encyclopedia that the bundled base model knows). n: questions sampled for each sentence. A sentence of
-    which less than `flag_below` is kept is lost. belief: the probability from which on what the base model says alone
-    is a belief. Raises as `model.internalize` does.
+    documents: as for `model.internalize`, which says what is refused. options: those of `Options`.
     """
+    chosen = options_of(Options, "a report", options)
     named = name_documents(documents)
-    unrelated = None if unrelated is None else check_texts(unrelated, "unrelated questions")
-    check_count(n, "n")
-    rng = random.Random(f"report/{seed}")
-    if adapter is None:
-        adapter = sum(model.internalize_each(named))
+    unrelated = None if chosen.unrelated is None else check_texts(chosen.unrelated, "unrelated questions")
+    check_count(chosen.n, "n")
+    rng, blocks = random.Random(f"report/{chosen.seed}"), chosen.blocks
+    adapter = sum(model.internalize_each(named)) if chosen.adapter is None else chosen.adapter
     spans = [(name, *span) for name, text in named.items() for span in split_sentences(text)]
     sentences = [named[name][start:end].strip() for name, start, end in spans]
+    wrong = chosen.wrong
     if wrong is None:
         wrong = world.draw_document(rng, "train", max(1, min(len(sentences), 40))).text
     (other,) = model.internalize_each([wrong])
-    questions = find_questions(model, sentences, n=n, seed=seed, ask=ask)
+    questions = find_questions(model, sentences, n=chosen.n, seed=chosen.seed, ask=chosen.ask)
     questions = _with_answers(model, probe_questions(model, questions, adapter, other, blocks), adapter, blocks)
-    table = _sentence_table(questions, spans, sentences, adapter, flag_below, belief)
+    table = _sentence_table(questions, spans, sentences, adapter, chosen)
     if unrelated is None:
         unrelated = [question.text for question in world.encyclopedia_questions(rng, 50)]
     disturbed = _disturbed(model, unrelated, adapter, blocks)
-    capacity = capacity_table(adapter)
+    capacity = _capacity_table(adapter)
     facts = {
         "documents": len(named),
         "blocks": len(adapter.blocks),
@@ -302,23 +317,25 @@ def report(
     }
     warnings = beyond_training(model, named, adapter)
     questions = questions.assign(document=[spans[place][0] for place in questions["sentence"]])
-    return Report(table, questions, capacity, disturbed, facts, warnings, named, flag_below)
+    return Report(table, questions, capacity, disturbed, facts, warnings, named, chosen.flag_below)
 
 
-def _sentence_table(questions, spans, sentences, adapter, flag_below, belief) -> pd.DataFrame:
+def _sentence_table(
+    questions: pd.DataFrame, spans: list[tuple[str, int, int]], sentences: list[str], adapter: Adapter, chosen: Options
+) -> pd.DataFrame:
     by_sentence = dict(list(questions.groupby("sentence")))
     blocks = _blocks_by_document(adapter)
     rows = []
     for place, ((name, start, end), text) in enumerate(zip(spans, sentences, strict=True)):
         row = {"document": name, "sentence": sentence_number(place), "start": start, "end": end, "text": text}
         row["chunk"] = _chunk_of(blocks.get(name, []), start)
-        asked = by_sentence.get(place)
-        row["asked"] = 0 if asked is None else len(asked)
-        row["kept"] = math.nan if asked is None else kept(asked)
+        about = by_sentence.get(place)
+        row["asked"] = 0 if about is None else len(about)
+        row["kept"] = math.nan if about is None else kept(about)
         for column in ("margin", "over_zero", "over_wrong"):
-            row[column] = math.nan if asked is None else float(most_frequent(asked)[column])
-        row["status"] = STATUSES[2] if asked is None else STATUSES[int(row["kept"] < flag_below)]
-        row["believed"] = "" if asked is None else _belief(asked, belief)
+            row[column] = math.nan if about is None else float(most_frequent(about)[column])
+        row["status"] = STATUSES[2] if about is None else STATUSES[int(row["kept"] < chosen.flag_below)]
+        row["believed"] = "" if about is None else _belief(about, chosen.belief)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -338,21 +355,21 @@ def _chunk_of(blocks: Sequence[Block], start: int) -> int:
     return -1
 
 
-def _belief(asked: pd.DataFrame, belief: float) -> str:
+def _belief(questions: pd.DataFrame, belief: float) -> str:
     """What the base model alone says, with confidence, against the sentence; the most confident answer, or ""."""
-    sure = asked[(asked["confidence"] >= belief) & (asked["alone"] != asked["told"])]
-    sure = sure[[not answer.lower().startswith(UNSURE) for answer in sure["alone"]]]
+    sure = questions[(questions["confidence"] >= belief) & (questions["alone"] != questions["told"])]
+    sure = sure[[not answer.lower().startswith(_UNSURE) for answer in sure["alone"]]]
     return "" if sure.empty else str(sure.loc[sure["confidence"].idxmax(), "alone"])
 
 
 def _disturbed(model: DocToLoRA, unrelated: list[str], adapter: Adapter, blocks: int | None) -> pd.DataFrame:
     """What the base model answers to each question alone and with the adapter, and whether that differs."""
-    alone, said = (model.answer(unrelated, one, blocks=blocks) if unrelated else [] for one in (None, adapter))
-    changed = pd.Series([a != b for a, b in zip(alone, said, strict=True)], dtype=bool)  # bool also where empty
-    return pd.DataFrame({"question": unrelated, "alone": alone, "said": said, "changed": changed})
+    alone, inside = (model.answer(unrelated, one, blocks=blocks) if unrelated else [] for one in (None, adapter))
+    changed = pd.Series([a != b for a, b in zip(alone, inside, strict=True)], dtype=bool)  # bool also where empty
+    return pd.DataFrame({"question": unrelated, "alone": alone, "said": inside, "changed": changed})
 
 
-def capacity_table(adapter: Adapter) -> pd.DataFrame:
+def _capacity_table(adapter: Adapter) -> pd.DataFrame:
     """How much of an adapter's room its documents take: the rows of `weights.norms` without the bias, and the rank."""
     documents = replace(adapter, bias=None)
     return norms(documents).assign(rank=documents.rank)
@@ -371,19 +388,19 @@ def trained_on(model: DocToLoRA) -> tuple[int, int]:
         stages = [stage for stage in preset.qa.stages.values() if model.chunk_tokens <= stage.longest_chunk]
         if stages:
             return max(stage.most_facts for stage in stages), max(stage.longest_chunk for stage in stages)
-    return PUBLISHED_CHUNKS, PUBLISHED_CHUNK_TOKENS
+    return _PUBLISHED_CHUNKS, _PUBLISHED_CHUNK_TOKENS
 
 
 def beyond_training(model: DocToLoRA, documents: Mapping[str, str], adapter: Adapter) -> tuple[str, ...]:
     """A sentence for each way in which these documents go beyond what training covered (see `trained_on`)."""
     most, longest = trained_on(model)
-    found = []
+    warnings = []
     if len(adapter.blocks) > most:
-        found.append(f"the adapter has {len(adapter.blocks)} blocks; in training there were at most about {most}")
+        warnings.append(f"the adapter has {len(adapter.blocks)} blocks; in training there were at most about {most}")
     blocks = _blocks_by_document(adapter)
     for name, text in documents.items():
         chunks = [text[slice(*block.span)] for block in blocks.get(name, []) if block.span is not None]
         sizes = [len(model.tokenizer(chunk, add_special_tokens=False)["input_ids"]) for chunk in chunks]
         if sizes and max(sizes) > longest:
-            found.append(f"{name}: a chunk has {max(sizes)} tokens; in training there were at most {longest}")
-    return tuple(found)
+            warnings.append(f"{name}: a chunk has {max(sizes)} tokens; in training there were at most {longest}")
+    return tuple(warnings)

@@ -13,7 +13,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2l_lib.adapter import Adapter, Factors, singular_vectors
+from d2l_lib.analysis.options import chosen
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import (
     check_count,
@@ -66,14 +67,6 @@ class Options:
     def __post_init__(self):
         for name in ("samples", "directions", "steps"):
             check_count(getattr(self, name), name)
-
-    @classmethod
-    def named(cls, options: Mapping[str, object]) -> Options:
-        """The options of these names; TypeError for a name that is none."""
-        names = [field.name for field in fields(cls)]
-        if unknown := [name for name in options if name not in names]:
-            raise TypeError(f"attribution has no option {unknown[0]!r}; choose from {', '.join(names)}")
-        return cls(**options)
 
 
 @dataclass(frozen=True)
@@ -122,7 +115,7 @@ class Trials:
         level: str = "chunk",
         **options: object,
     ):
-        self.options = options = Options.named(options)
+        self.options = options = chosen(Options, "attribution", options)
         if level not in LEVELS:
             raise ValueError(f"unknown level {level!r}; choose from {', '.join(LEVELS)}")
         if level == "sentence" and options.documents is None:

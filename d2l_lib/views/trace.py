@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +22,34 @@ import pandas as pd
 from d2l_lib import markup
 from d2l_lib.analysis import attribution
 from d2l_lib.analysis.attribution import METHODS
+from d2l_lib.analysis.options import chosen
 from d2l_lib.analysis.trials import document_texts, sentence_units
 from d2l_lib.documents import sentence_number
 from d2l_lib.formats.writing import write_atomic
 from d2l_lib.views.page import CSS as VIEW_CSS
 from d2l_lib.views.page import Viewer, Work, listen, quietly, render_message, render_view, wrapped
 
-Evidence = Iterable[tuple[int, int]] | Mapping[str, Iterable[tuple[int, int]]]
+_Evidence = Iterable[tuple[int, int]] | Mapping[str, Iterable[tuple[int, int]]]
 
 SUPPORTS, OPPOSES = (67, 147, 195), (224, 120, 86)  # colours of the largest contribution of either sign
 LEAST_LIMIT = 0.1  # nats: where all contributions are smaller, colours stay pale
-SHOWN_UNITS = 8
-COLUMNS_AT_ONCE = 8  # of answer tokens; the others are scrolled to
-LONGEST_TOKEN = 24  # characters
-SENTENCES_AT_ONCE = 200  # more are shown in parts
-TRACED_SENTENCES = 100  # with more of them a viewer begins with chunks, which cost no hypernetwork pass
-SAVED_VIEWS = (
+_SHOWN_UNITS = 8
+_COLUMNS_AT_ONCE = 8  # of answer tokens; the others are scrolled to
+_LONGEST_TOKEN = 24  # characters
+_SENTENCES_AT_ONCE = 200  # more are shown in parts
+_TRACED_SENTENCES = 100  # with more of them a viewer begins with chunks, which cost no hypernetwork pass
+_SAVED_VIEWS = (
     ("sentence", "leave_one_out"),
     ("sentence", "gradient"),
     ("chunk", "leave_one_out"),
     ("layer", "leave_one_out"),
     ("rank", "leave_one_out"),
 )
-MEASURES = {
+_MEASURES = {
     "relevance": "nats of relevance at the answer's first token (see routing)",
     "random": "random numbers, a control: no unit",
 }
-MEASURE = "nats of log-probability of {what}"
+_MEASURE = "nats of log-probability of {what}"
 CSS = """
 .d2l-view .d2l-cells { width: auto; font-variant-numeric: tabular-nums; }
 .d2l-view table.d2l-cells th, .d2l-view table.d2l-cells td { padding: 2px 8px; text-align: right; }
@@ -63,8 +64,10 @@ CSS = """
 .d2l-view table.d2l-units .d2l-left { background: var(--jp-layout-color1, #fff); border-right: 1px solid #8886; }
 .d2l-view table.d2l-units .d2l-left { color: var(--jp-ui-font-color1, #111); }
 .d2l-view table.d2l-units .d2l-token-column { box-sizing: border-box; min-width: 5.8em; max-width: 5.8em; }
+.d2l-view table.d2l-units td[style]:not(.d2l-shade) { padding: 2px 4px; }
 .d2l-view table.d2l-units .d2l-token-column { padding: 2px 4px; overflow-wrap: anywhere; font-weight: normal; }
-.d2l-view .d2l-shade { color: #000; border: 1px solid #e4e4e4; }
+.d2l-view td.d2l-shade, .d2l-view .d2l-heat td[style], .d2l-view .d2l-units td[style] { color: #000; }
+.d2l-view td.d2l-shade, .d2l-view .d2l-heat td[style], .d2l-view .d2l-units td[style] { border: 1px solid #e4e4e4; }
 .d2l-view .d2l-legend { display: inline-block; width: 3.8em; text-align: center; color: #000; font-size: 11px; }
 .d2l-view .d2l-side { display: flex; flex-wrap: wrap; gap: 4px 36px; align-items: flex-start; }
 .d2l-view .d2l-side > * { max-width: 100%; min-width: 0; }
@@ -89,6 +92,8 @@ CSS = """
 .d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { font-size: 10px; }
 .d2l-sentences label > span::before, .d2l-sentences [data-sentence]::before { vertical-align: super; line-height: 1; }
 .d2l-sentences .d2l-marked-up label > span { pointer-events: none; }
+.d2l-sentences label > span { background: var(--shade, transparent); }
+.d2l-sentences label > span::after { content: var(--value, none); }
 .d2l-sentences label > span { -webkit-box-decoration-break: clone; box-decoration-break: clone; }
 .d2l-sentences sup { font-size: 10px; line-height: 1; padding: 0 4px 0 2px; }
 .d2l-sentences label:hover > span { text-decoration: underline dotted; }
@@ -102,16 +107,42 @@ CSS = """
 # --- what there is to see -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Options:
+    """wrong: the adapter of another document, a control. attribute: what makes the tables, called as `attribute`."""
+
+    wrong: Any = None
+    attribute: Callable[..., pd.DataFrame] = attribution.attribute
+
+
+@dataclass(frozen=True)
+class ViewOptions(Options):
+    """background: whether work runs in a thread beside the page (see `page.Work`); None: what a person starts on it."""
+
+    background: bool | None = None
+
+
+@dataclass(frozen=True)
+class PageOptions(Options):
+    """views: the pairs (level, method) to choose from. removals: for how many sentences, the largest contributions of
+    the first view first, the answer without it is made beforehand (each costs an internalization of its chunk).
+    """
+
+    views: Sequence[tuple[str, str]] = _SAVED_VIEWS
+    removals: int = 50
+
+
 class Trace:
     """Documents inside an adapter, a question, and what there is to know of its answer. No widgets and no HTML.
 
     model: a DocToLoRA, or anything with its `answer`, `internalize_each` and `encoder_tokenizer`; its own current
-    adapter stays what it was. answer: the text to explain (None: the model's own). evidence: the (start, end) spans of
-    the true evidence in characters; {document: spans} where there are several documents. wrong: the adapter of another
-    document, as a control. attribute: what makes the tables, called as `attribution.attribute`.
+        adapter stays what it was.
+    answer: the text to explain (None: the model's own).
+    evidence: the (start, end) spans of the true evidence in characters; {document: spans} for several documents.
+    options: those of `Options`.
 
-    Attributes: `texts` {document: text}, `units` (the table of `attribution.sentence_units`), `true` (numbers of the
-    sentences that hold evidence), `said` (what the model answers), `answer` (what is explained).
+    Attributes: `texts` {document: text}, `units` (the table of `sentence_units`), `true` (numbers of the sentences that
+    hold evidence), `said` (what the model answers), `answer` (what is explained).
     """
 
     def __init__(
@@ -121,15 +152,13 @@ class Trace:
         documents: str | Mapping[str, str],
         question: str,
         answer: str | None = None,
-        evidence: Evidence = (),
-        *,
-        wrong: Any = None,
-        attribute: Callable[..., pd.DataFrame] | None = None,
+        evidence: _Evidence = (),
+        **options: Any,
     ):
+        self.options = chosen(Options, "a trace", options)
         if not hasattr(adapter, "blocks"):
             raise TypeError(f"pass the adapter that model.internalize returned, not {type(adapter).__name__}")
-        self.model, self.adapter, self.question, self.wrong = model, adapter, question, wrong
-        self.attribute = attribution.attribute if attribute is None else attribute
+        self.model, self.adapter, self.question = model, adapter, question
         self.texts = document_texts(adapter, documents)
         self.units = sentence_units(adapter, documents)
         self.true = true_sentences(self.units, self.texts, evidence)
@@ -141,11 +170,9 @@ class Trace:
     def table(self, level: str, method: str) -> pd.DataFrame:
         """`attribution.attribute` of this answer; made once."""
         if (level, method) not in self._tables:
-            self._tables[level, method] = self.attribute(
-                *(self.model, self.adapter, self.question, self.answer, level, method),
-                documents=self.texts,
-                wrong=self.wrong,
-            )
+            traced = (self.model, self.adapter, self.question, self.answer, level, method)
+            make = self.options.attribute
+            self._tables[level, method] = make(*traced, documents=self.texts, wrong=self.options.wrong)
         return self._tables[level, method]
 
     def adapter_without(self, removed: Collection[int]) -> Any:
@@ -180,7 +207,7 @@ class Trace:
         return self._answers[key]
 
 
-def true_sentences(units: pd.DataFrame, texts: Mapping[str, str], evidence: Evidence) -> set[int]:
+def true_sentences(units: pd.DataFrame, texts: Mapping[str, str], evidence: _Evidence) -> set[int]:
     """Numbers of the sentences that share a character with the evidence.
 
     evidence: (start, end) spans in the one document, or {document: spans}. ValueError for a span outside it, for an
@@ -249,7 +276,7 @@ def shade(value: float, limit: float) -> str:
     return f"rgb({', '.join(str(round(255 + (channel - 255) * share)) for channel in full)})"
 
 
-def signed(value: float) -> str:
+def _signed(value: float) -> str:
     """A contribution with its sign and two digits behind the point; one that is 0 to them has no sign."""
     if not math.isfinite(value):
         return "–"
@@ -266,26 +293,26 @@ def measure(table: pd.DataFrame, token: int | None = None) -> str:
     what = (
         "the whole answer" if token is None else f"answer token {token + 1}, {_visible(table.attrs['tokens'][token])}"
     )
-    return MEASURES.get(table.attrs["method"], MEASURE.format(what=what))
+    return _MEASURES.get(table.attrs["method"], _MEASURE.format(what=what))
 
 
 def _visible(text: str) -> str:
     """A token's text in quotes, line ends and tabs as signs; the beginning of a long one."""
-    return "“" + _short(text.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥"), LONGEST_TOKEN) + "”"
+    return "“" + _short(text.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥"), _LONGEST_TOKEN) + "”"
 
 
 def _cell(value: float, limit: float, title: str = "", css: str = "") -> str:
     """A table cell of a contribution."""
     note = f' title="{markup.escape(title)}"' if title else ""
-    classes = f"d2l-shade {css}".strip()
-    return f'<td class="{classes}" style="background: {shade(value, limit)}"{note}>{signed(value)}</td>'
+    note += f' class="{css}"' if css else ""
+    return f'<td style="background: {shade(value, limit)}"{note}>{_signed(value)}</td>'
 
 
 def render_legend(limit: float, unit: str, evidence: bool = False) -> str:
     """The colours with their values and what these are measured in; `evidence`: explains the outline too."""
     steps = [limit * step / 4 for step in range(-4, 5)]
     cells = "".join(
-        f'<span class="d2l-legend" style="background: {shade(step, limit)}">{signed(step)}</span>' for step in steps
+        f'<span class="d2l-legend" style="background: {shade(step, limit)}">{_signed(step)}</span>' for step in steps
     )
     outline = ' · <span class="d2l-sample">dashed outline</span> true evidence' if evidence else ""
     return (
@@ -293,19 +320,24 @@ def render_legend(limit: float, unit: str, evidence: bool = False) -> str:
     )
 
 
-def sentence_style(scope: str, values: Sequence[float], show: Sequence[bool]) -> str:
-    """CSS rules that shade the sentences `.d2l-unit-<number>` under the selector `scope`.
+def _shading(trace: Trace, table: pd.DataFrame, token: int | None) -> tuple[list[float], str, bool]:
+    """(value of each sentence, the legend, whether the level has a place in the text: else all values are NaN)."""
+    values = sentence_values(trace.units, table, token)
+    in_text = any(map(math.isfinite, values))
+    limit = color_limit(values if in_text else contributions(table, token))
+    return values, render_legend(limit, measure(table, token), bool(trace.true)), in_text
+
+
+def sentence_style(values: Sequence[float], show: Sequence[bool]) -> str:
+    """CSS rules that shade the sentences `.d2l-unit-<number>`, to be nested in one that says where.
 
     show: after which sentences their contribution is written, unless it is 0.00.
     """
-    limit = color_limit(values)
-    rules = []
+    limit, rules = color_limit(values), []
     for number, (value, shown) in enumerate(zip(values, show, strict=True)):
-        span = f"{scope} .d2l-unit-{number} span:not(span span)"  # not the ones around single signs within it
         if math.isfinite(value):
-            rules.append(f"{span} {{ background: {shade(value, limit)}; }}")
-            if shown and _counts(value):
-                rules.append(f'{span}::after {{ content: "{signed(value)}"; }}')
+            text = f' --value: "{_signed(value)}";' if shown and _counts(value) else ""
+            rules.append(f".d2l-unit-{number} {{ --shade: {shade(value, limit)};{text} }}")
     return "\n".join(rules)
 
 
@@ -331,24 +363,32 @@ def pieces(units: pd.DataFrame, texts: Mapping[str, str]) -> list[tuple[str, str
     return found
 
 
+def _headings(units: pd.DataFrame, first: int = 0) -> list[str]:
+    """Of each sentence the heading above it, if any: where there are several documents the name of its own, above its
+    first sentence and above the `first` that is shown.
+    """
+    documents = list(units["document"])
+    if len(set(documents)) == 1:
+        return [""] * len(documents)
+    begins = [number == first or documents[number - 1] != name for number, name in enumerate(documents)]
+    names = [f'<div class="d2l-name">{markup.inline(name)}</div>' for name in documents]
+    return [name if is_first else "" for name, is_first in zip(names, begins, strict=True)]
+
+
 def render_sentences(
     units: pd.DataFrame, texts: Mapping[str, str], values: Sequence[float], true: Collection[int], show: Sequence[bool]
 ) -> str:
     """The documents as text, every sentence shaded by its value, with it in small print unless it is 0.00; evidence
     outlined.
     """
-    limit, parts, before = color_limit(values), [], None
-    several = len(set(units["document"])) > 1
-    rows = zip(units["document"], pieces(units, texts), values, show, strict=True)
-    for number, (document, (sentence, between), value, shown) in enumerate(rows):
-        if several and document != before:
-            parts.append(f'<div class="d2l-name">{markup.escape(document)}</div>')
-        before = document
-        note = f"<sup>{signed(value)}</sup>" if shown and _counts(value) else ""
+    limit, parts = color_limit(values), []
+    rows = zip(_headings(units), pieces(units, texts), values, show, strict=True)
+    for number, (heading, (sentence, between), value, shown) in enumerate(rows):
+        note = f"<sup>{_signed(value)}</sup>" if shown and _counts(value) else ""
         outline = "outline: 2px dashed #333; " if number in true else ""
         kind = "d2l-sentence d2l-true" if number in true else "d2l-sentence"
         parts.append(
-            f'<span class="{kind}" data-sentence="{sentence_number(number)}" '
+            f'{heading}<span class="{kind}" data-sentence="{sentence_number(number)}" '
             f'style="{outline}background: {shade(value, limit)}">'
             f"{markup.inline(sentence)}{note}</span>{markup.escape(between)}"
         )
@@ -375,7 +415,7 @@ def render_heat_map(table: pd.DataFrame, token: int | None = None) -> str:
         body = ""
         for layer in layers:
             line = "".join(
-                _cell(cells[layer, column][0], limit, f"{cells[layer, column][1]}: {signed(cells[layer, column][0])}")
+                _cell(cells[layer, column][0], limit, f"{cells[layer, column][1]}: {_signed(cells[layer, column][0])}")
                 if (layer, column) in cells
                 else "<td></td>"
                 for column in columns
@@ -392,51 +432,87 @@ def render_heat_map(table: pd.DataFrame, token: int | None = None) -> str:
     return f"<h4>Layer by {'rank' if by_rank else 'module'}</h4>{note}<div class='d2l-side'>{''.join(tables)}</div>"
 
 
-def render_units(
-    table: pd.DataFrame, texts: Mapping[str, str], token: int | None = None, n_shown: int = SHOWN_UNITS
-) -> str:
-    """The units that contribute most: to the answer (or to one of its tokens), and to each token beside it.
-
-    COLUMNS_AT_ONCE tokens are seen at once beside the units' texts, which stay where they are; the others are scrolled
-    to.
-    """
+def _strongest(table: pd.DataFrame, token: int | None) -> list[int]:
+    """The rows of the units by their contribution, the largest first."""
     values = contributions(table, token)
-    order = sorted(range(len(values)), key=lambda place: -values[place] if math.isfinite(values[place]) else math.inf)
-    tokens = list(table.attrs["tokens"]) if has_tokens(table) else []
-    by_token = [list(values) for values in table["by_token"]]
+    return sorted(range(len(values)), key=lambda row: -values[row] if math.isfinite(values[row]) else math.inf)
+
+
+def _unit_name(table: pd.DataFrame, texts: Mapping[str, str], row: int) -> str:
+    """What a unit is called, and how its text begins."""
+    name, document, start, end = (table[column].iloc[row] for column in ("unit", "document", "start", "end"))
+    if pd.isna(document):
+        return markup.inline(_short(str(name), 80))
+    name = _short(str(name), 80).replace(document, markup.isolated(document), 1)
+    if pd.isna(start) or document not in texts:
+        return markup.inline(name)
+    return markup.inline(f"{name}: {_short(' '.join(texts[document][start:end].split()))}")
+
+
+def _token_cells(table: pd.DataFrame) -> tuple[str, list[str]]:
+    """(the answer's tokens as heads of columns, of each unit its contributions to them); empty where all are one."""
+    if not has_tokens(table):
+        return "", [""] * len(table)
+    head = "".join(
+        f'<th class="d2l-token-column">{number}<br>{markup.inline(_visible(text))}</th>'
+        for number, text in enumerate(table.attrs["tokens"], 1)
+    )
+    limit = color_limit(value for values in table["by_token"] for value in values)
+    return head, ["".join(_cell(float(value), limit) for value in values) for values in table["by_token"]]
+
+
+def _scrolled(rows: str) -> str:
+    """A table of units beside which _COLUMNS_AT_ONCE tokens are seen at once; the others are scrolled to."""
+    width = f"max-width: min(100%, {20 + 5.8 * _COLUMNS_AT_ONCE + 2:g}em)"
+    table = f'<table class="d2l-cells d2l-units">{rows}</table>'
+    return f'<div class="d2l-scroll" tabindex="0" style="{width}">{table}</div>'
+
+
+def render_units(
+    table: pd.DataFrame, texts: Mapping[str, str], token: int | None = None, each_token: bool = True
+) -> str:
+    """The units that contribute most to the answer, or to one of its tokens; with `each_token` also what each of them
+    contributes to each token.
+    """
+    values, order = contributions(table, token), _strongest(table, token)
     limit = color_limit(values)
-    token_limit = color_limit(value for row in by_token for value in row) if tokens else limit
-    spans = [*zip(table["document"], table["start"], table["end"], strict=True)]
+    head, cells = _token_cells(table) if each_token else ("", [""] * len(table))
     rows = ""
-    for place, row in enumerate(order[:n_shown], 1):
-        text = _short(str(table["unit"].iloc[row]), 80)
-        document, start, end = spans[row]
-        if not pd.isna(start) and document in texts:
-            text += ": " + _short(" ".join(texts[document][start:end].split()))
-        line = "".join(
-            _cell(float(by_token[row][column]), token_limit, css="d2l-token-column") for column in range(len(tokens))
-        )
+    for place, row in enumerate(order[:_SHOWN_UNITS], 1):
         rows += (
-            f'<tr><td class="d2l-left d2l-text">{place}. {markup.inline(text)}</td>{_cell(values[row], limit)}'
-            f"<td>{signed(float(table['margin_contribution'].iloc[row]))}</td>{line}</tr>"
+            f'<tr><td class="d2l-left d2l-text">{place}. {_unit_name(table, texts, row)}</td>'
+            f"{_cell(values[row], limit, css='d2l-shade')}"
+            f"<td>{_signed(float(table['margin_contribution'].iloc[row]))}</td>{cells[row]}</tr>"
         )
     what = "answer" if token is None else f"token {token + 1}"
     first = f'<th class="d2l-left">{table.attrs["level"]}</th><th>{what}</th><th>margin (logits)</th>'
-    head = "".join(
-        f'<th class="d2l-token-column">{number}<br>{markup.inline(_visible(text))}</th>'
-        for number, text in enumerate(tokens, 1)
-    )
-    note = f"The {min(n_shown, len(order))} of {len(order)} that support it most"
-    more = "; this method does not tell tokens apart"
-    if tokens:
-        aside = ": scroll the table sideways to see them all" if len(tokens) > COLUMNS_AT_ONCE else ""
-        more = f", and their contribution to each of the {len(tokens)} answer tokens{aside}"
+    note = f"The {min(_SHOWN_UNITS, len(order))} of {len(order)} that support it most"
+    more = "" if has_tokens(table) else "; this method does not tell tokens apart"
+    if head:
+        n_tokens = len(table.attrs["tokens"])
+        aside = ": scroll the table sideways to see them all" if n_tokens > _COLUMNS_AT_ONCE else ""
+        more = f", and their contribution to each of the {n_tokens} answer tokens{aside}"
     return (
-        f"<h4>{note}</h4>"
-        f'<div class="d2l-note">in {markup.escape(measure(table, token))}{more}</div>'
-        f'<div class="d2l-scroll" tabindex="0" style="max-width: min(100%, {20 + 5.8 * COLUMNS_AT_ONCE + 2:g}em)">'
-        f'<table class="d2l-cells d2l-units"><tr>{first}{head}</tr>{rows}</table></div>'
+        f'<h4>{note}</h4><div class="d2l-note">in {markup.escape(measure(table, token))}{more}</div>'
+        f"{_scrolled(f'<tr>{first}{head}</tr>{rows}')}"
     )
+
+
+def _render_each_token(table: pd.DataFrame, texts: Mapping[str, str]) -> str:
+    """What the units contribute to each answer token: those that are among the strongest for one, in their order."""
+    if not has_tokens(table):
+        return ""
+    n_tokens = len(table.attrs["tokens"])
+    chosen = {row for token in (None, *range(n_tokens)) for row in _strongest(table, token)[:_SHOWN_UNITS]}
+    head, cells = _token_cells(table)
+    rows = "".join(
+        f'<tr><td class="d2l-left d2l-text">{_unit_name(table, texts, row)}</td>{cells[row]}</tr>'
+        for row in sorted(chosen)
+    )
+    head = f'<tr><th class="d2l-left">{table.attrs["level"]}</th>{head}</tr>'
+    aside = ": scroll the table sideways to see them all" if n_tokens > _COLUMNS_AT_ONCE else ""
+    note = f'<div class="d2l-note">in nats of log-probability of each of the {n_tokens} answer tokens{aside}</div>'
+    return f"<h4>Token by token</h4>{note}{_scrolled(head + rows)}"
 
 
 def _short(text: str, length: int = 160) -> str:
@@ -453,7 +529,7 @@ def render_controls(table: pd.DataFrame) -> str:
         reading = controls.get(name)
         cells = (
             f"<td>{_number(reading['log_prob'])}</td><td>{100 * reading['probability']:.1f} %</td>"
-            f"<td>{signed(reading['margin'])}</td>"
+            f"<td>{_signed(reading['margin'])}</td>"
             if reading
             else '<td colspan="3" class="d2l-left d2l-note">not given</td>'
         )
@@ -466,7 +542,7 @@ def render_controls(table: pd.DataFrame) -> str:
         n = len(random["units"])
         note = (
             f'<div class="d2l-note">{n} random unit{"" if n == 1 else "s"} left out, each alone: '
-            f"{signed(random['contribution'])} nats on average, {signed(random['largest'])} at most</div>"
+            f"{_signed(random['contribution'])} nats on average, {_signed(random['largest'])} at most</div>"
         )
     return f'<h4>Controls</h4><table class="d2l-cells d2l-controls"><tr><th></th>{head}</tr>{rows}</table>{note}'
 
@@ -475,7 +551,7 @@ def _number(value: float) -> str:
     return f"{value:.2f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
-def render_answer(question: str, answer: str, said: str, now: str, n_removed: int) -> str:
+def _render_answer(question: str, answer: str, said: str, now: str, n_removed: int) -> str:
     """The question, what is explained, and what the model says with everything inside and with sentences removed."""
     changed = now != said
     if n_removed:
@@ -496,7 +572,7 @@ def render_answer(question: str, answer: str, said: str, now: str, n_removed: in
     return render_view("trace-answer", body, removed=n_removed, changed=str(changed).lower(), now=now)
 
 
-def render_parts(table: pd.DataFrame, texts: Mapping[str, str], token: int | None = None) -> str:
+def _render_parts(table: pd.DataFrame, texts: Mapping[str, str], token: int | None = None) -> str:
     """All that stands below the documents: heat map, units, controls."""
     body = (
         f"{render_heat_map(table, token)}{render_units(table, texts, token)}<div class='d2l-side'>"
@@ -511,23 +587,19 @@ def render_parts(table: pd.DataFrame, texts: Mapping[str, str], token: int | Non
 def render_trace(trace: Trace, level: str, method: str, token: int | None = None) -> str:
     """The whole as one plain page: answer, shaded documents, heat map, strongest units, controls."""
     table = trace.table(level, method)
-    values = sentence_values(trace.units, table, token)
-    shaded = any(map(math.isfinite, values))
-    legend = render_legend(
-        color_limit(values if shaded else contributions(table, token)), measure(table, token), bool(trace.true)
-    )
+    values, legend, _ = _shading(trace, table, token)
     shown = last_of_unit(trace.units, level)
     text = render_sentences(trace.units, trace.texts, values, trace.true, shown)
     heading = f"<h4>Documents, shaded by {markup.escape(level)} ({markup.escape(method.replace('_', ' '))})</h4>"
     page = render_view("trace-text", heading + legend + text, level=level, method=method)
-    answer = render_answer(trace.question, trace.answer, trace.said, trace.said, 0)
-    return f"<style>{CSS}</style>{answer}{page}{render_parts(table, trace.texts, token)}"
+    answer = _render_answer(trace.question, trace.answer, trace.said, trace.said, 0)
+    return f"<style>{CSS}</style>{answer}{page}{_render_parts(table, trace.texts, token)}"
 
 
 # --- the viewer -----------------------------------------------------------------------------------------------------
 
 
-class AttributionViewer(Viewer):
+class _AttributionViewer(Viewer):
     """The page of `view_attribution`. Whatever a person changes while something is computed counts: it is done next,
     and what it makes superfluous is left out.
     """
@@ -614,13 +686,13 @@ class AttributionViewer(Viewer):
 
     def _traced(self, trace: Trace) -> None:
         self._trace = trace
-        starts = range(0, max(1, len(trace.units)), SENTENCES_AT_ONCE)
-        ends = [min(start + SENTENCES_AT_ONCE, len(trace.units)) for start in starts]
+        starts = range(0, max(1, len(trace.units)), _SENTENCES_AT_ONCE)
+        ends = [min(start + _SENTENCES_AT_ONCE, len(trace.units)) for start in starts]
         choices = [(f"{sentence_number(start)} to {end}", start) for start, end in zip(starts, ends, strict=True)]
         with quietly():
             self._part.options, self._part.value = choices, 0
             if self._method.value is None:  # the first question
-                few = len(trace.units) <= TRACED_SENTENCES
+                few = len(trace.units) <= _TRACED_SENTENCES
                 self._level.value = "sentence" if few else "chunk"
         self._part.layout.display = "none" if len(choices) == 1 else None
         self._fill()
@@ -629,7 +701,7 @@ class AttributionViewer(Viewer):
 
     def _show_answer(self, now: str) -> None:
         trace = self._trace
-        self._answers.value = render_answer(trace.question, trace.answer, trace.said, now, len(self._removed))
+        self._answers.value = _render_answer(trace.question, trace.answer, trace.said, now, len(self._removed))
 
     # --- contributions --------------------------------------------------------------------------------------------
 
@@ -682,33 +754,26 @@ class AttributionViewer(Viewer):
                     self._tokens.options = choices
                     self._tokens.value = chosen if chosen is not None and chosen < len(texts) else -1
             token = None if self._tokens.value < 0 else self._tokens.value
-            values = sentence_values(trace.units, table, token)
-            style = sentence_style(f".{self._scope}", values, last_of_unit(trace.units, level))
-            shaded = any(map(math.isfinite, values))
-            limit = color_limit(values if shaded else contributions(table, token))
-            scale = render_legend(limit, measure(table, token), bool(trace.true))
-            note = "" if shaded else f" The level {level} has no place in the text: see the map below."
+            values, scale, in_text = _shading(trace, table, token)
+            style = sentence_style(values, last_of_unit(trace.units, level))
+            note = "" if in_text else f" The level {level} has no place in the text: see the map below."
             hint = f'<div class="d2l-note">Click a sentence to take it out, and again to put it back.{note}</div>'
             page = render_view("trace-legend", scale + hint, level=level, method=method)
-            first = f".{self._scope} {{ counter-reset: d2l-sentence {self._part.value}; }}"
-            self._legend.value = f"<style>{CSS}{first}{style}</style>{page}"
-            self._parts.value = render_parts(table, trace.texts, token)
+            style = f".{self._scope} {{ counter-reset: d2l-sentence {self._part.value};\n{style} }}"
+            self._legend.value = f"<style>{CSS}{style}</style>{page}"
+            self._parts.value = _render_parts(table, trace.texts, token)
 
     # --- sentences ------------------------------------------------------------------------------------------------
 
     def _fill(self, change: Any = None) -> None:
         """A checkbox for each sentence of the part that is shown."""
         with self.work.lock:
-            trace, children, before = self._trace, [], None
+            trace, children = self._trace, []
             if trace is None:
                 return
-            several = len(set(trace.units["document"])) > 1
-            texts = pieces(trace.units, trace.texts)
-            for number in range(self._part.value, min(self._part.value + SENTENCES_AT_ONCE, len(texts))):
-                name = trace.units["document"].iloc[number]
-                if several and name != before:
-                    children.append(W.HTML(f'<div class="d2l-name">{markup.inline(name)}</div>'))
-                before = name
+            texts, headings = pieces(trace.units, trace.texts), _headings(trace.units, self._part.value)
+            for number in range(self._part.value, min(self._part.value + _SENTENCES_AT_ONCE, len(texts))):
+                children += [W.HTML(headings[number])] if headings[number] else []
                 children.append(self._sentence(number, "".join(texts[number])))
             self._sentences.children = children
             if change is not None:
@@ -768,33 +833,29 @@ def view_attribution(
     documents: str | Mapping[str, str],
     question: str,
     answer: str | None = None,
-    evidence: Evidence = (),
-    *,
-    wrong: Any = None,
-    attribute: Callable[..., pd.DataFrame] | None = None,
-    background: bool | None = None,
+    evidence: _Evidence = (),
+    **options: Any,
 ) -> Viewer:
-    """A viewer of where an answer came from (arguments as of `Trace`), by chunk, sentence, layer or rank direction.
+    """A viewer of where an answer came from, by chunk, sentence, layer or rank direction.
 
-    A click on a sentence takes it out of the adapter and asks again; another puts it back. Another question is asked
-    anew: `answer` is explained for the first question only. What cannot be done is told on the page. Keys: Tab moves
-    between controls and sentences, space presses a button or takes a sentence out and puts it back, the arrow keys
-    change a list, Enter in a field applies it.
-
-    background: whether work runs in a thread beside the page (see `page.Work`); None: what a person starts on the page.
+    Arguments as of `Trace`; options: those of `ViewOptions`. A click on a sentence takes it out of the adapter and asks
+    again; another puts it back. Another question is asked anew: `answer` is explained for the first question only. What
+    cannot be done is told on the page. Keys: Tab moves between controls and sentences, space presses a button or takes
+    a sentence out and puts it back, the arrow keys change a list, Enter in a field applies it.
     """
+    view = chosen(ViewOptions, "this viewer", options)
     known = evidence if isinstance(evidence, Mapping) or not isinstance(evidence, Iterable) else [*evidence]
 
     def make(asked: str, explained: str | None, is_first: bool) -> Trace:
-        its_evidence = known if is_first else ()
-        return Trace(model, adapter, documents, asked, explained, its_evidence, wrong=wrong, attribute=attribute)
+        spans = known if is_first else ()
+        return Trace(model, adapter, documents, asked, explained, spans, wrong=view.wrong, attribute=view.attribute)
 
-    return AttributionViewer(question, answer, make, background)
+    return _AttributionViewer(question, answer, make, view.background)
 
 
 # --- the saved page ---------------------------------------------------------------------------------------------------
 
-PAGE_CSS = """
+_PAGE_CSS = """
 body { margin: 0 auto; max-width: 1100px; padding: 16px; background: #fff; color: #111; font-family: sans-serif; }
 h1 { font-size: 20px; margin: 4px 0; }
 fieldset { min-width: 0; }
@@ -813,77 +874,55 @@ def save_html(
     documents: str | Mapping[str, str],
     question: str,
     answer: str | None = None,
-    evidence: Evidence = (),
-    *,
-    wrong: Any = None,
-    attribute: Callable[..., pd.DataFrame] | None = None,
-    views: Sequence[tuple[str, str]] = SAVED_VIEWS,
-    removals: int = 50,
+    evidence: _Evidence = (),
+    **options: Any,
 ) -> Path:
     """Write what `view_attribution` shows as one HTML file, complete or not there at all.
 
-    It needs no kernel, no network and no scripts: views (level, method), answer tokens and the sentence that is taken
-    out are chosen by radio buttons. removals: for how many sentences, the largest contributions of the first view
-    first, the answer without it is made beforehand (each costs an internalization of its chunk). Raises as
-    `attribution.attribute` does.
+    Arguments after `path` as of `Trace`; options: those of `PageOptions`. The page needs no kernel, no network and no
+    scripts: views (level, method), answer tokens and the sentence that is taken out are chosen by radio buttons. Raises
+    as `attribution.attribute` does.
     """
-    if not views or any(isinstance(view, str) for view in views):
-        raise ValueError(f"views must be a list of at least one pair (level, method), not {views!r}")
-    trace = Trace(model, adapter, documents, question, answer, evidence, wrong=wrong, attribute=attribute)
-    tables = [trace.table(*view) for view in views]
+    page = chosen(PageOptions, "a saved page", options)
+    if not page.views or any(isinstance(view, str) for view in page.views):
+        raise ValueError(f"views must be a list of at least one pair (level, method), not {page.views!r}")
+    trace = Trace(model, adapter, documents, question, answer, evidence, wrong=page.wrong, attribute=page.attribute)
+    tables = [trace.table(*view) for view in page.views]
     values = sentence_values(trace.units, tables[0])
     order = sorted(range(len(values)), key=lambda place: -values[place] if math.isfinite(values[place]) else 0.0)
-    without = {number: trace.answer_without({number}) for number in order[:removals]}
-    page = render_page(trace, tables, without)
-    return write_atomic(path, page.encode("utf-8", errors="replace"))
+    without = {number: trace.answer_without({number}) for number in order[: page.removals]}
+    return write_atomic(path, render_page(trace, tables, without).encode("utf-8", errors="replace"))
 
 
 def render_page(trace: Trace, tables: Sequence[pd.DataFrame], without: Mapping[int, str]) -> str:
     """A whole HTML page. tables: one for each view; without: {sentence: the answer once it is taken out}."""
-    rules, legends, panels = [], [], []
-    for view, table in enumerate(tables):
-        level, tokens = table.attrs["level"], table.attrs["tokens"] if has_tokens(table) else []
-        for choice, token in enumerate([None, *range(len(tokens))]):
-            # a method that does not tell tokens apart shows the whole answer whatever token is chosen
-            scope = f".d2l-saved:has(#view-{view}:checked)" + (f":has(#token-{choice}:checked)" if tokens else "")
-            values = sentence_values(trace.units, table, token)
-            shaded = any(map(math.isfinite, values))
-            limit = color_limit(values if shaded else contributions(table, token))
-            note = "" if shaded else f'<div class="d2l-note">The level {level} has no place in the text.</div>'
-            scale = render_legend(limit, measure(table, token), bool(trace.true)) + note
-            rules.append(sentence_style(scope, values, last_of_unit(trace.units, level)))
-            rules.append(f"{scope} .d2l-choice-{view}-{choice} {{ display: block; }}")
-            legends.append(f'<div class="d2l-choice d2l-choice-{view}-{choice}">{scale}</div>')
-            body = render_heat_map(table, token) + render_units(table, trace.texts, token) + render_controls(table)
-            panels.append(f'<div class="d2l-choice d2l-choice-{view}-{choice}">{body}</div>')
+    views = [_saved_view(trace, view, table) for view, table in enumerate(tables)]
+    rules, legends, panels = ("".join(parts) for parts in zip(*views, strict=True))
     names = [f"{table.attrs['level']}, {table.attrs['method'].replace('_', ' ')}" for table in tables]
     texts = [f"{number} {_visible(text)}" for number, text in enumerate(tables[0].attrs["tokens"], 1)]
     tokens = ["whole answer", *texts]
     answers = [_saved_answer(trace, None, trace.said), *(_saved_answer(trace, *pair) for pair in without.items())]
-    rules += [f".d2l-saved:has(#removed-{n}:checked) .d2l-now-{n} {{ display: block; }}" for n in ("none", *without)]
+    for number in ("none", *without):
+        rules += f".d2l-saved:has(#removed-{number}:checked) .d2l-now-{number} {{ display: block; }}\n"
     keep = (
         '<label><input type="radio" name="removed" id="removed-none" checked> nothing taken out</label>'
         f"a click on a sentence takes it out (made beforehand for {len(without)} of {len(trace.units)} sentences)"
     )
-    sentences, before = "", None
-    several = len(set(trace.units["document"])) > 1
-    rows = zip(trace.units["document"], pieces(trace.units, trace.texts), strict=True)
-    for number, (document, (text, between)) in enumerate(rows):
-        if several and document != before:
-            sentences += f'<div class="d2l-name">{markup.escape(document)}</div>'
-        before = document
+    sentences = ""
+    rows = zip(_headings(trace.units), pieces(trace.units, trace.texts), strict=True)
+    for number, (heading, (text, between)) in enumerate(rows):
         kind = f"d2l-unit-{number}" + (" d2l-true" if number in trace.true else "")
         radio = f'<input type="radio" name="removed" id="removed-{number}">' if number in without else ""
-        sentences += f'<label class="{kind}">{radio}<span data-sentence="{sentence_number(number)}">'
+        sentences += f'{heading}<label class="{kind}">{radio}<span data-sentence="{sentence_number(number)}">'
         sentences += f"{markup.inline(text)}</span></label>{markup.escape(between)}"
     body = (
         f"<h1>Where the answer came from</h1>{''.join(answers)}"
         f"{_radios('Level and method', 'view', names)}{_radios('Explain', 'token', tokens)}"
-        f"<fieldset><legend>Take out</legend>{keep}</fieldset>{''.join(legends)}"
-        f'<div class="d2l-sentences">{sentences}</div>{"".join(panels)}'
+        f"<fieldset><legend>Take out</legend>{keep}</fieldset>{legends}"
+        f'<div class="d2l-sentences">{sentences}</div>{panels}'
     )
     policy = "default-src 'none'; style-src 'unsafe-inline'"
-    style = "\n".join([VIEW_CSS, CSS, PAGE_CSS, *rules])
+    style = "\n".join([VIEW_CSS, CSS, _PAGE_CSS, rules])
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -892,8 +931,27 @@ def render_page(trace: Trace, tables: Sequence[pd.DataFrame], without: Mapping[i
     )
 
 
+def _saved_view(trace: Trace, view: int, table: pd.DataFrame) -> tuple[str, str, str]:
+    """(CSS rules, legends, what stands below the text) of a view: all that one can choose of it, one part shown."""
+    level, tokens = table.attrs["level"], table.attrs["tokens"] if has_tokens(table) else []
+    chosen, name = f".d2l-saved:has(#view-{view}:checked)", f"d2l-choice-{view}"
+    rules, legends, panels = f"{chosen} .{name} {{ display: block; }}\n", "", ""
+    for choice, token in enumerate([None, *range(len(tokens))]):
+        # a method that does not tell tokens apart shows the whole answer whatever token is chosen
+        scope = chosen + (f":has(#token-{choice}:checked)" if tokens else "")
+        values, scale, in_text = _shading(trace, table, token)
+        note = "" if in_text else f'<div class="d2l-note">The level {level} has no place in the text.</div>'
+        style = sentence_style(values, last_of_unit(trace.units, level))
+        rules += f"{scope} {{ .{name}-{choice} {{ display: block; }}\n{style} }}\n"
+        legends += f'<div class="d2l-choice {name}-{choice}">{scale}{note}</div>'
+        body = render_heat_map(table, token) + render_units(table, trace.texts, token, each_token=False)
+        panels += f'<div class="d2l-choice {name}-{choice}">{body}</div>'
+    body = _render_each_token(table, trace.texts) + render_controls(table)  # the same whatever token is chosen
+    return rules, legends, f'{panels}<div class="d2l-choice {name}">{body}</div>'
+
+
 def _saved_answer(trace: Trace, number: int | None, now: str) -> str:
-    page = render_answer(trace.question, trace.answer, trace.said, now, 0 if number is None else 1)
+    page = _render_answer(trace.question, trace.answer, trace.said, now, 0 if number is None else 1)
     return f'<div class="d2l-choice d2l-now-{"none" if number is None else number}">{page}</div>'
 
 

@@ -12,7 +12,7 @@ import torch
 from tiny_models import build_model
 
 import d2l_lib as d2l
-from d2l_lib.analysis import trust
+from d2l_lib.analysis import attribution, trust
 from d2l_lib.analysis.attribution import (
     METHODS,
     Trials,
@@ -332,6 +332,8 @@ def test_what_cannot_be_traced_is_named(small):
         attribute(model, adapter, QUESTION, ANSWER, "sentence", documents={"another": TEXT})
     with pytest.raises(ValueError, match="the answer"):
         attribute(model, adapter, QUESTION, "  ")
+    with pytest.raises(TypeError, match="attribution has no option 'sample'; choose from documents, wrong, seed, samp"):
+        attribute(model, adapter, QUESTION, ANSWER, sample=8)
     with pytest.raises(ValueError, match="samples"):
         attribute(model, adapter, QUESTION, ANSWER, method="surrogate", samples=0)
     with pytest.raises(ValueError, match="window"):
@@ -339,6 +341,23 @@ def test_what_cannot_be_traced_is_named(small):
     other = build_model(modules=("down_proj", "up_proj"), seed=2)
     with pytest.raises(ValueError, match="another"):
         attribute(other, adapter, QUESTION, ANSWER, "sentence", documents=TEXT)
+
+
+def test_a_registered_method_is_a_method_like_any_other(small, monkeypatch):
+    model, adapter = small
+    monkeypatch.setattr(attribution, "METHODS", dict(METHODS))
+    monkeypatch.setattr(attribution, "_RUN", dict(attribution._RUN))
+
+    @attribution.register("chunk")
+    def rank_of_block(trials):
+        ranks = torch.tensor([float(block.rank) for block in trials.adapter.blocks])
+        return attribution.Scores(ranks[:, None].expand(-1, len(trials.target.answer)), ranks)
+
+    assert attribution.METHODS["chunk"] == (*METHODS["chunk"], "rank_of_block")
+    table = attribute(model, adapter, QUESTION, ANSWER, method="rank_of_block")
+    assert table["margin_contribution"].tolist() == [block.rank for block in adapter.blocks]
+    with pytest.raises(ValueError, match="has no method 'rank_of_block'"):
+        attribute(model, adapter, QUESTION, ANSWER, "layer", "rank_of_block")
 
 
 # -------------------------------------------------------------------------------------------------- faithfulness

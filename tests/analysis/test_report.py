@@ -186,5 +186,7 @@ def test_a_report_asks_for_lists_and_counts(model, adapter):
         d2l.report(model, {"notes": DOCUMENT.text}, adapter=adapter, unrelated="Who is it?")
     with pytest.raises(ValueError, match="n must be a whole number of at least 1"):
         d2l.report(model, {"notes": DOCUMENT.text}, adapter=adapter, n=0)
+    with pytest.raises(TypeError, match="a report has no option 'block'; choose from adapter, blocks"):
+        d2l.report(model, {"notes": DOCUMENT.text}, block=1)
     with pytest.raises(ValueError, match="no documents given"):
         d2l.report(model, [])

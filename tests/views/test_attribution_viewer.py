@@ -9,6 +9,7 @@ import math
 import re
 import threading
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import browser
@@ -21,7 +22,7 @@ from toy_models import HOSTILE
 
 from d2l_lib.analysis import attribution
 from d2l_lib.analysis import trials as unit_trials
-from d2l_lib.views import trace as viewer_module
+from d2l_lib.views import trace as trace_module
 from d2l_lib.views.trace import (
     LEAST_LIMIT,
     Trace,
@@ -184,7 +185,7 @@ def test_small_contributions_stay_pale():
     assert color_limit([0.5, -3.0]) == 3.0
 
 
-@pytest.mark.parametrize("background", [viewer_module.SUPPORTS, viewer_module.OPPOSES])
+@pytest.mark.parametrize("background", [trace_module.SUPPORTS, trace_module.OPPOSES])
 def test_black_text_is_readable_on_the_strongest_colours(background):
     linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in background]
     luminance = sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
@@ -194,12 +195,12 @@ def test_black_text_is_readable_on_the_strongest_colours(background):
 def test_the_legend_has_units_and_the_ends_of_the_scale():
     trace = toy_trace()
     table = trace.table("sentence", "leave_one_out")
-    legend = Tags(render_legend(2.0, viewer_module.measure(table, 1), evidence=True)).text
+    legend = Tags(render_legend(2.0, trace_module.measure(table, 1), evidence=True)).text
     assert "nats of log-probability of answer token 2, “ lamps”" in legend
     assert "−2.00" in legend and "+2.00" in legend and "true evidence" in legend
-    assert "whole answer" in viewer_module.measure(table)
-    assert "no unit" in viewer_module.measure(trace.table("sentence", "random"))
-    assert "nats of relevance" in viewer_module.measure(trace.table("chunk", "relevance"))
+    assert "whole answer" in trace_module.measure(table)
+    assert "no unit" in trace_module.measure(trace.table("sentence", "random"))
+    assert "nats of relevance" in trace_module.measure(trace.table("chunk", "relevance"))
 
 
 def test_sentences_are_shaded_and_the_evidence_is_outlined():
@@ -219,7 +220,7 @@ def test_choosing_a_token_changes_the_shading():
     table = trace.table("sentence", "leave_one_out")
     assert sentence_values(trace.units, table) == sentence_values(trace.units, table, 0) == [-1.0, 0.0, 1.0]
     assert sentence_values(trace.units, table, 1) == [0.0, 0.0, 0.0]
-    whole, second = (sentence_style(".a", sentence_values(trace.units, table, t), [True] * 3) for t in (None, 1))
+    whole, second = (sentence_style(sentence_values(trace.units, table, t), [True] * 3) for t in (None, 1))
     assert whole != second and shade(1.0, 1.0) in whole and shade(1.0, 1.0) not in second
 
 
@@ -227,13 +228,14 @@ def test_sentences_have_the_value_of_their_chunk():
     trace = toy_trace()
     table = trace.table("chunk", "leave_one_out")
     assert sentence_values(trace.units, table) == [-1.0, -1.0, 0.0]
-    assert viewer_module.last_of_unit(trace.units, "chunk") == [False, True, True]
+    assert trace_module.last_of_unit(trace.units, "chunk") == [False, True, True]
     assert all(map(math.isnan, sentence_values(trace.units, trace.table("layer", "gradient"))))
 
 
 def test_the_style_holds_numbers_only():
-    style = sentence_style(".x", [1.5, math.nan, -0.001], [True, True, True])
-    assert '.x .d2l-unit-0 span:not(span span)::after { content: "+1.50"; }' in style
+    style = sentence_style([1.5, math.nan, -0.001], [True, True, True])
+    assert f'.d2l-unit-0 {{ --shade: {shade(1.5, 1.5)}; --value: "+1.50"; }}' in style
+    assert set(re.findall(r"--[a-z]+: ([^;]+);", style)) == {shade(1.5, 1.5), '"+1.50"', shade(-0.001, 1.5)}
     assert "d2l-unit-1" not in style and "−0.00" not in style
 
 
@@ -272,8 +274,8 @@ def test_hostile_text_is_escaped_everywhere():
     trace = Trace(
         ToyModel(), toy_adapter(HOSTILE, HOSTILE, ()), {HOSTILE: HOSTILE}, HOSTILE, HOSTILE, attribute=toy_attribute
     )
-    whole = viewer_module.render_page(trace, [trace.table("sentence", "leave_one_out")], {0: HOSTILE})
-    for rendered in (viewer_module.render_trace(trace, "sentence", "leave_one_out", 1), whole):
+    whole = trace_module.render_page(trace, [trace.table("sentence", "leave_one_out")], {0: HOSTILE})
+    for rendered in (trace_module.render_trace(trace, "sentence", "leave_one_out", 1), whole):
         tags = Tags(rendered)
         assert tags.names().isdisjoint({"script", "img"}) and HOSTILE in tags.text
 
@@ -408,7 +410,7 @@ def test_sentences_have_the_same_numbers_everywhere(tmp_path):
     values = [1.0, 2.0, 3.0]
     assert numbers(render_sentences(trace.units, trace.texts, values, trace.true, [True] * 3)) == expected
     table = trace.table("sentence", "leave_one_out")
-    assert numbers(viewer_module.render_page(trace, [table], {})) == expected
+    assert numbers(trace_module.render_page(trace, [table], {})) == expected
     listed = Tags(render_units(table, trace.texts)).text
     assert all(f"sentence {number}: {' '.join(text.split())}" in listed for text, number in expected.items())
 
@@ -549,6 +551,33 @@ def test_a_saved_page_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="at least one"):
         save_toy(saved, views=[])
     assert sorted(path.name for path in tmp_path.rglob("*.html")) == ["page.html"] and saved.read_text() == text
+
+
+def test_a_saved_page_of_a_long_answer_writes_what_each_token_gets_once(tmp_path):
+    """The tables of all tokens would else stand behind every token that one can choose: squared in the tokens."""
+
+    def long_answer(*arguments, **options):
+        table = toy_attribute(*arguments, **options)
+        n, units = 52, len(table)
+        table.attrs["tokens"] = [f" t{i}" for i in range(n)]
+        return table.assign(by_token=[[(i - j) / 7 for j in range(n)] for i in range(units)])
+
+    page = save_html(tmp_path / "page.html", ToyModel(), toy_adapter(), LAMPS, QUESTION, attribute=long_answer)
+    text = page.read_text(encoding="utf-8")
+    assert text.count("Token by token") == len(trace_module._SAVED_VIEWS) and "the 52 answer tokens" in text
+    assert len(text) < 1_000_000
+    for token in (0, 51):  # shown by no script, but by what is chosen
+        assert f".d2l-saved:has(#view-0:checked):has(#token-{token + 1}:checked) {{ .d2l-choice-0-{token + 1}" in text
+        assert f'<th class="d2l-token-column">{token + 1}<br>' in text
+
+
+def test_an_unknown_option_is_named():
+    given = (ToyModel(), toy_adapter(), LAMPS, QUESTION)
+    for call in (Trace, view_attribution, partial(save_html, "page.html")):
+        with pytest.raises(TypeError, match="has no option 'atribute'; choose from wrong, attribute"):
+            call(*given, atribute=toy_attribute)
+    with pytest.raises(TypeError, match="a trace has no option 'removals'"):
+        Trace(*given, removals=3)
 
 
 def test_as_many_removals_are_made_beforehand_as_asked_for(tmp_path):

@@ -1,0 +1,15 @@
+"""Options that travel by keyword into one frozen dataclass."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TypeVar
+
+Chosen = TypeVar("Chosen")
+
+
+def chosen(of: type[Chosen], what: str, options: Mapping[str, object]) -> Chosen:
+    """The dataclass `of` with these fields; TypeError, which names `what` and its options, for a name that is none."""
+    names = [field.name for field in fields(of)]
+    if unknown := [name for name in options if name not in names]:
+        raise TypeError(f"{what} has no option {unknown[0]!r}; choose from {', '.join(names)}")
+    return of(**options)
