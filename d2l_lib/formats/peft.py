@@ -18,16 +18,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import regex  # as `re`, with a limit of time
 import torch
 from torch import Tensor, nn
 
 from d2l_lib.adapter import Adapter, Block, same_base
 from d2l_lib.base_model import decoder_layers, target_linears
 from d2l_lib.documents import check_count
-from d2l_lib.formats.tensors import safetensors_metadata
+from d2l_lib.formats.schemas import ExportRecord, PeftConfig, check, shown
+from d2l_lib.formats.tensors import read_tensors, safetensors_metadata, write_tensors
 from d2l_lib.formats.writing import FolderKind, atomic_folder, check_folder, read_whole
 from d2l_lib.lora import is_applied
 from d2l_lib.records import parse_json, read_json, write_json
@@ -35,19 +37,19 @@ from d2l_lib.records import parse_json, read_json, write_json
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-RECORD, RECORD_VERSION = "d2l-export", 1  # in the header of the weights: what was exported
-PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
-LOADERS = ("peft", "vllm", "llama.cpp")
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_RECORD, _RECORD_VERSION = "d2l-export", 1  # in the header of the weights: what was exported
+_PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+_LOADERS = ("peft", "vllm", "llama.cpp")
 # What every vLLM accepts as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks; 1 is a later addition).
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Linears of decoder layers that vLLM and llama.cpp know under these names; both pack or split q, k, v and gate, up.
-SERVED_MODULES = frozenset(
+_SERVED_MODULES = frozenset(
     "q_proj k_proj v_proj o_proj qkv_proj dense gate_proj up_proj gate_up_proj down_proj fc1 fc2".split()
 )
 _KEY = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.]{1,1000})\.lora_(?P<side>[AB])\.weight")
 _IN_LAYER = re.compile(r"(?P<before>.*?)\.(?P<layer>[0-9]{1,3})\.(?P<after>.+)")  # at most MOST_LAYERS of them
-MOST_EMPTY = 100  # layers without a LoRA for each one with, before a base model is asked for
+_MOST_EMPTY = 100  # layers without a LoRA for each one with, before a base model is asked for
 _PATIENCE = 0.5  # seconds for one pattern of a configuration on one path
 # What a plain LoRA may set in adapter_config.json; anything else that is set changes what the adapter computes.
 _PLAIN = frozenset(
@@ -62,12 +64,13 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 def _written_files(folder: Path) -> tuple[str, ...]:
     """The files of an earlier export; () for any other folder."""
-    is_ours = read_json(folder / CONFIG)["peft_type"] == "LORA" and RECORD in safetensors_metadata(folder / WEIGHTS)
-    return (CONFIG, WEIGHTS) if is_ours else ()
+    is_ours = read_json(folder / _CONFIG)["peft_type"] == "LORA" and _RECORD in safetensors_metadata(folder / _WEIGHTS)
+    return (_CONFIG, _WEIGHTS) if is_ours else ()
 
 
-EXPORT_FOLDER = FolderKind("export of an adapter", (CONFIG, WEIGHTS), _written_files)
-Pairs = dict[str, tuple[Tensor, Tensor]]
+_EXPORT_FOLDER = FolderKind("export of an adapter", (_CONFIG, _WEIGHTS), _written_files)
+_Pairs = dict[str, tuple[Tensor, Tensor]]  # {path of a linear: (lora_A [r, d_in], lora_B [d_out, r])}
+_Places = dict[tuple[int, str], str]  # {(layer, module): path of a linear}
 
 
 # ---------------------------------------------------------------------------------------------------------- to a folder
@@ -91,45 +94,65 @@ def export_peft(
 
     Documents cannot be taken out of the folder or added to it: keep the adapter (`save`), change that, export again.
     """
-    from safetensors.torch import save_file
-
     if adapter.rank == 0:
         raise ValueError("this adapter is empty: there is nothing to export")
-    check_folder(folder, EXPORT_FOLDER)
+    check_folder(folder, _EXPORT_FOLDER)
     if rank is not None:
         check_count(rank, "rank")
-    if dtype is not None and dtype not in PRECISIONS:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, PRECISIONS))}, not {dtype!r}")
+    if dtype is not None and dtype not in _PRECISIONS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _PRECISIONS))}, not {dtype!r}")
     if loader is not None:
         _check_loader(loader)
     written = adapter if rank is None or rank >= adapter.rank else adapter.compressed(rank)
-    tensors = {}
-    norms: dict[str, Tensor] = {}  # {module: [L, 2]}: of the update, and of what is lost of it
+    tensors: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
     for module in adapter.modules:
-        A, B = written.factors(module)
-        precision = A.dtype if dtype is None else dtype
-        exact = written is adapter and precision == torch.promote_types(A.dtype, torch.float32)
-        B = B.to(torch.promote_types(B.dtype, torch.float32)) * adapter.scale
-        A, B = (_rounded(factor, precision, module) for factor in (A, B))
-        norms[module] = torch.zeros(adapter.n_layers, 2) if exact else _norms(adapter, module, A, B)
+        A, B, norms[module] = _stored(adapter, written, module, dtype)
         for layer in range(adapter.n_layers):
             path = f"base_model.model.{adapter.path_of(module).replace('{layer}', str(layer))}"
             tensors[f"{path}.lora_A.weight"] = A[layer].detach().cpu().contiguous().clone()  # [r, d_in]
             tensors[f"{path}.lora_B.weight"] = B[layer].detach().cpu().mT.contiguous()  # [d_out, r]
-    config = {
+    record = json.dumps(_record_of(adapter, norms), ensure_ascii=False, allow_nan=False)
+    with atomic_folder(folder, _EXPORT_FOLDER) as temporary:
+        write_tensors(temporary / _WEIGHTS, tensors, {"format": "pt", _RECORD: record})
+        write_json(temporary / _CONFIG, _config_of(adapter, written.rank))
+        if loader is not None and not (verdict := check_export(temporary, loader)):
+            raise ValueError(f"nothing was written, for {loader} could not load it: {'; '.join(verdict.problems)}")
+    return Path(folder)
+
+
+def _stored(
+    adapter: Adapter, written: Adapter, module: str, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(A, s * B in the precision of the file, norms [L, 2] of the update and of what is lost of it)."""
+    A, B = written.factors(module)
+    precision = A.dtype if dtype is None else dtype
+    is_exact = written is adapter and precision == torch.promote_types(A.dtype, torch.float32)
+    B = B.to(torch.promote_types(B.dtype, torch.float32)) * adapter.scale
+    A, B = (_rounded(factor, precision, module) for factor in (A, B))
+    return A, B, torch.zeros(adapter.n_layers, 2) if is_exact else _norms(adapter, module, A, B)
+
+
+def _config_of(adapter: Adapter, rank: int) -> dict[str, Any]:
+    """adapter_config.json: a plain LoRA whose alpha / r is 1."""
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base_model,
-        "r": written.rank,
-        "lora_alpha": written.rank,
+        "r": rank,
+        "lora_alpha": rank,
         "target_modules": _target_modules(adapter),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
         "inference_mode": True,
     }
-    record = {
-        "version": RECORD_VERSION,
+
+
+def _record_of(adapter: Adapter, norms: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What was exported, and what was lost of it: the record in the header of the weights."""
+    return {
+        "version": _RECORD_VERSION,
         "documents": adapter.documents,
         "bias": adapter.bias_inside or (adapter.bias is not None and adapter.bias_weight != 0),
         "n_layers": adapter.n_layers,
@@ -139,13 +162,6 @@ def export_peft(
         "error": _share(torch.cat([*norms.values()]).norm(dim=0)),
         "errors": {module: [_share(pair) for pair in pairs] for module, pairs in norms.items()},
     }
-    with atomic_folder(folder, EXPORT_FOLDER) as temporary:
-        metadata = {"format": "pt", RECORD: json.dumps(record, ensure_ascii=False, allow_nan=False)}
-        save_file(tensors, temporary / WEIGHTS, metadata=metadata)
-        write_json(temporary / CONFIG, config)
-        if loader is not None and not (verdict := check_export(temporary, loader)):
-            raise ValueError(f"nothing was written, for {loader} could not load it: {'; '.join(verdict.problems)}")
-    return Path(folder)
 
 
 def _target_modules(adapter: Adapter) -> list[str] | str:
@@ -218,26 +234,24 @@ def _read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
     FileNotFoundError where it or one of its files is missing; ValueError for damaged files, for tensors that are no
     finite floating numbers, and for pickles (.bin). What the configuration says is checked by `_check_config`.
     """
-    from d2l_lib.formats.schemas import ExportRecord, check
-    from d2l_lib.formats.tensors import read_tensors
 
     folder = Path(folder)
-    config_path, path = folder / CONFIG, folder / WEIGHTS
+    config_path, path = folder / _CONFIG, folder / _WEIGHTS
     if not config_path.is_file():
-        raise FileNotFoundError(f"no {CONFIG} in {folder}: give the folder of a PEFT adapter")
+        raise FileNotFoundError(f"no {_CONFIG} in {folder}: give the folder of a PEFT adapter")
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
             raise ValueError(
                 f"{folder} holds adapter_model.bin, a pickle, which is not opened here: load it with peft where you "
-                f"trust it and save it again (save_pretrained writes {WEIGHTS})"
+                f"trust it and save it again (save_pretrained writes {_WEIGHTS})"
             )
-        raise FileNotFoundError(f"no {WEIGHTS} in {folder}")
+        raise FileNotFoundError(f"no {_WEIGHTS} in {folder}")
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise ValueError(f"{config_path} holds no settings but {type(config).__name__}")
     tensors, metadata = read_tensors(path)
-    record = parse_json(metadata.get(RECORD, "{}"), f"{path} has a damaged header", "export it again")
-    if not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
+    record = parse_json(metadata.get(_RECORD, "{}"), f"{path} has a damaged header", "export it again")
+    if not isinstance(record, dict) or record.get("version") != _RECORD_VERSION:
         return config, tensors, {}  # not ours, or of a later version, which the LoRA itself does not need
     check(ExportRecord, record, f"{path}, its record of the export", "export it again")
     return config, tensors, record
@@ -245,13 +259,11 @@ def _read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
 
 def _check_config(folder: str | Path, config: dict) -> None:
     """ValueError for settings that are of another kind than those of a PEFT LoRA (`formats.schemas.PeftConfig`)."""
-    from d2l_lib.formats.schemas import PeftConfig, check
-
-    check(PeftConfig, config, Path(folder) / CONFIG, "is it the configuration of a PEFT LoRA?")
+    check(PeftConfig, config, Path(folder) / _CONFIG, "is it the configuration of a PEFT LoRA?")
 
 
-def _pairs(tensors: Mapping[str, Tensor]) -> tuple[Pairs, list[str]]:
-    """({path of a linear: (lora_A [r, d_in], lora_B [d_out, r])}, the names of all other tensors)."""
+def _pairs(tensors: Mapping[str, Tensor]) -> tuple[_Pairs, list[str]]:
+    """(the pairs, the names of all other tensors)."""
     sides: dict[str, dict[str, Tensor]] = {}
     others = []
     for name, tensor in tensors.items():
@@ -261,11 +273,11 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[Pairs, list[str]]:
         else:
             others.append(name)
     pairs = {}
-    for path, found in sides.items():
-        if len(found) == 2 and found["A"].shape[0] == found["B"].shape[1]:
-            pairs[path] = (found["A"], found["B"])
+    for path, own in sides.items():
+        if len(own) == 2 and own["A"].shape[0] == own["B"].shape[1]:
+            pairs[path] = (own["A"], own["B"])
         else:
-            others += [f"base_model.model.{path}.lora_{side}.weight" for side in found]
+            others += [f"base_model.model.{path}.lora_{side}.weight" for side in own]
     return pairs, sorted(others)
 
 
@@ -279,39 +291,33 @@ def _of_pattern(patterns: Mapping[str, float] | None, path: str, default: float)
 
 def _matches(pattern: str, path: str) -> bool:
     """Whether a pattern of a configuration is the whole path; ValueError for one that is wrong or takes too long."""
-    import regex  # as `re`, with a limit of time
-
-    from d2l_lib.formats.schemas import shown
-
     try:
         return regex.fullmatch(pattern, path, timeout=_PATIENCE) is not None
     except TimeoutError as error:
-        raise ValueError(f"{CONFIG} holds a pattern that takes too long to match: {shown(pattern)}") from error
+        raise ValueError(f"{_CONFIG} holds a pattern that takes too long to match: {shown(pattern)}") from error
     except (regex.error, OverflowError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{CONFIG} holds a pattern that cannot be read ({error}): {shown(pattern)}") from error
+        raise ValueError(f"{_CONFIG} holds a pattern that cannot be read ({error}): {shown(pattern)}") from error
 
 
 def _rank_and_scale(config: Mapping, path: str) -> tuple[int, float]:
     """(r, factor of B A) of one linear: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
     r = _of_pattern(config.get("rank_pattern"), path, config.get("r"))
     alpha = _of_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-    check_count(r, f"r in {CONFIG}")
+    check_count(r, f"r in {_CONFIG}")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ValueError(f"lora_alpha in {CONFIG} must be a number, not {alpha!r}")
+        raise ValueError(f"lora_alpha in {_CONFIG} must be a number, not {alpha!r}")
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
 def _not_plain(config: Mapping) -> list[str]:
     """What makes a PEFT configuration more than lora_B lora_A, by name."""
-    from d2l_lib.formats.schemas import shown
-
-    found = [] if config.get("peft_type") == "LORA" else [f"peft_type {shown(config.get('peft_type')).strip(chr(39))}"]
+    extras = [] if config.get("peft_type") == "LORA" else [f"peft_type {shown(config.get('peft_type')).strip(chr(39))}"]
     if config.get("bias") not in (None, "none"):
-        found.append(f"bias {shown(config['bias'])}")
+        extras.append(f"bias {shown(config['bias'])}")
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
-        found.append(f"init_lora_weights {shown(config['init_lora_weights'])}, which changes the base model")
+        extras.append(f"init_lora_weights {shown(config['init_lora_weights'])}, which changes the base model")
     others = [(name, value) for name, value in sorted(config.items()) if value and name not in _PLAIN]
-    return found + [f"{shown(name).strip(chr(39))} {shown(value)}" for name, value in others[:10]]
+    return extras + [f"{shown(name).strip(chr(39))} {shown(value)}" for name, value in others[:10]]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -338,8 +344,8 @@ class Verdict:
 
 
 def _check_loader(loader: str) -> None:
-    if loader not in LOADERS:
-        raise ValueError(f"unknown loader {loader!r}: one of {', '.join(map(repr, LOADERS))}")
+    if loader not in _LOADERS:
+        raise ValueError(f"unknown loader {loader!r}: one of {', '.join(map(repr, _LOADERS))}")
 
 
 def check_export(folder: str | Path, loader: str = "peft", base_model: nn.Module | DocToLoRA | None = None) -> Verdict:
@@ -371,9 +377,9 @@ def check_export(folder: str | Path, loader: str = "peft", base_model: nn.Module
     try:
         wrong = [path for path, (A, _) in pairs.items() if _rank_and_scale(config, path)[0] != A.shape[0]]
         if wrong:
-            problems.append(f"{CONFIG} names another rank than the tensors have: {_some(wrong)}")
+            problems.append(f"{_CONFIG} names another rank than the tensors have: {_some(wrong)}")
         if missed := [path for path in pairs if not _is_target(path, config.get("target_modules"))]:
-            problems.append(f"target_modules in {CONFIG} leaves out {_some(missed)}")
+            problems.append(f"target_modules in {_CONFIG} leaves out {_some(missed)}")
     except ValueError as error:
         problems.append(str(error))
     if base_model is not None:
@@ -382,14 +388,14 @@ def check_export(folder: str | Path, loader: str = "peft", base_model: nn.Module
         unread = {"vllm": ("rank_pattern", "alpha_pattern"), "llama.cpp": ("alpha_pattern", "use_rslora")}[loader]
         if set_here := [name for name in unread if config.get(name)]:
             problems.append(f"{', '.join(set_here)} may not be read, and the update would then have another size")
-        if unknown := sorted({path.rpartition(".")[2] for path in pairs} - SERVED_MODULES):
+        if unknown := sorted({path.rpartition(".")[2] for path in pairs} - _SERVED_MODULES):
             problems.append(f"it may not know these modules: {_some(unknown)}")
     if loader == "vllm":
         rank = max((A.shape[0] for A, _ in pairs.values()), default=0)
-        if enough := [allowed for allowed in VLLM_RANKS if allowed >= rank]:
+        if enough := [allowed for allowed in _VLLM_RANKS if allowed >= rank]:
             notes.append(f"serve the base model with --enable-lora --max-lora-rank {enough[0]}")
         else:
-            problems.append(f"rank {rank}, but it serves at most {VLLM_RANKS[-1]}: export with rank={VLLM_RANKS[-1]}")
+            problems.append(f"rank {rank}, but it serves at most {_VLLM_RANKS[-1]}: export with rank={_VLLM_RANKS[-1]}")
     if loader == "llama.cpp":
         base = config.get("base_model_name_or_path") or "none is named here"
         notes.append(f"convert it with convert_lora_to_gguf.py --base <folder of the base model> ({base})")
@@ -414,7 +420,7 @@ def _network(base_model: nn.Module | DocToLoRA) -> nn.Module:
     return network
 
 
-def _misfits(pairs: Pairs, network: nn.Module) -> list[str]:
+def _misfits(pairs: _Pairs, network: nn.Module) -> list[str]:
     """What of the pairs has no linear of its size in the model."""
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     absent = [path for path in pairs if path not in linears]
@@ -446,6 +452,25 @@ def import_peft(
     """
     config, tensors, record = read_whole(folder, _read_folder)
     _check_config(folder, config)
+    pairs = _plain_pairs(folder, config, tensors)
+    places = _places(folder, pairs)
+    n_layers, base_key = _layers_and_base(folder, pairs, places, record, base_model)
+    A, B = _block_factors(folder, config, pairs, places, n_layers)
+    holds_bias = bool(record.get("bias"))
+    return Adapter(
+        blocks=(Block(name or Path(folder).resolve().name, 0, None, 1.0, A, B),),
+        bias=None,
+        scale=1.0,
+        base_model=config.get("base_model_name_or_path") or "",
+        base_key=base_key,
+        hypernetwork_key=record.get("hypernetwork_key", "") if holds_bias else "",
+        paths={module: _IN_LAYER.sub(r"\g<before>.{layer}.\g<after>", path) for (_, module), path in places.items()},
+        bias_inside=holds_bias,
+    )
+
+
+def _plain_pairs(folder: str | Path, config: Mapping, tensors: Mapping[str, Tensor]) -> _Pairs:
+    """The pairs of a plain LoRA; ValueError names whatever else the folder holds."""
     pairs, others = _pairs(tensors)
     if extras := _not_plain(config):
         raise ValueError(
@@ -455,58 +480,62 @@ def import_peft(
     if others or not pairs:
         what = f"tensors that are no part of one: {_some(others)}" if others else "none"
         raise ValueError(f"{folder} should hold lora_A and lora_B for each linear, but holds {what}")
-    places = _places(folder, pairs)
-    n_layers = max(record.get("n_layers", 0), *(1 + layer for layer, _ in places))
-    if base_model is None and n_layers > MOST_EMPTY * len({layer for layer, _ in places}):
-        raise ValueError(
-            f"{folder} adapts {len(places)} linears of a model with {n_layers} layers: pass base_model= if that is so"
-        )
+    return pairs
+
+
+def _layers_and_base(
+    folder: str | Path, pairs: _Pairs, places: _Places, record: Mapping, base_model: nn.Module | DocToLoRA | None
+) -> tuple[int, str]:
+    """(number of layers, fingerprint of the base model): of `base_model`, else as far as the folder knows them.
+
+    ValueError where the pairs do not fit `base_model`, or it has other weights than the folder says.
+    """
     base_key = record.get("base_key", "")
-    if base_model is not None:
-        network = _network(base_model)
-        if problems := _misfits(pairs, network):
-            raise ValueError(f"{folder}: {'; '.join(problems)}")
-        n_layers = len(decoder_layers(network))
-        own_key = getattr(base_model, "base_key", "")
-        if not same_base(base_key, own_key):
-            raise ValueError(
-                f"{folder} was made for another base model, this one has other weights "
-                "(float16 and float32 count as different): export it again with this one"
-            )
-        base_key = max(base_key, own_key, key=len)
-    A, B, paths = {}, {}, {}
-    rank = max(A.shape[0] for A, _ in pairs.values())
+    if base_model is None:
+        n_layers = max(record.get("n_layers", 0), *(1 + layer for layer, _ in places))
+        if n_layers > _MOST_EMPTY * len({layer for layer, _ in places}):
+            made = f"{len(places)} linears of a model with {n_layers} layers"
+            raise ValueError(f"{folder} adapts {made}: pass base_model= if that is so")
+        return n_layers, base_key
+    network = _network(base_model)
+    if problems := _misfits(pairs, network):
+        raise ValueError(f"{folder}: {'; '.join(problems)}")
+    own_key = getattr(base_model, "base_key", "")
+    if not same_base(base_key, own_key):
+        raise ValueError(
+            f"{folder} was made for another base model, this one has other weights "
+            "(float16 and float32 count as different): export it again with this one"
+        )
+    return len(decoder_layers(network)), max(base_key, own_key, key=len)
+
+
+def _block_factors(
+    folder: str | Path, config: Mapping, pairs: _Pairs, places: _Places, n_layers: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """{module: A [L, r, d_in]} and {module: B [L, r, d_out]} with the LoRA's scale in B; rows that it lacks are 0."""
+    A: dict[str, Tensor] = {}
+    B: dict[str, Tensor] = {}
+    rank = max(lora_A.shape[0] for lora_A, _ in pairs.values())
     for (layer, module), path in places.items():
         lora_A, lora_B = pairs[path]
         r, scale = _rank_and_scale(config, path)
         if r != lora_A.shape[0]:
-            raise ValueError(f"{folder}: {path} has {lora_A.shape[0]} rows, {CONFIG} says {r}")
+            raise ValueError(f"{folder}: {path} has {lora_A.shape[0]} rows, {_CONFIG} says {r}")
         if module not in A:
             A[module] = torch.zeros(n_layers, rank, lora_A.shape[1])
             B[module] = torch.zeros(n_layers, rank, lora_B.shape[0])
-            paths[module] = _IN_LAYER.sub(r"\g<before>.{layer}.\g<after>", path)
         if (A[module].shape[2], B[module].shape[2]) != (lora_A.shape[1], lora_B.shape[0]):
             raise ValueError(f"{folder}: {module} has different sizes in different layers")
         A[module][layer, :r] = lora_A.float()
         B[module][layer, :r] = lora_B.float().mT * scale
         if not (A[module][layer].isfinite().all() and B[module][layer].isfinite().all()):
             raise ValueError(f"{folder}: {path} holds NaN or infinity: the file is damaged")
-    holds_bias = bool(record.get("bias"))
-    return Adapter(
-        blocks=(Block(name or Path(folder).resolve().name, 0, None, 1.0, A, B),),
-        bias=None,
-        scale=1.0,
-        base_model=config.get("base_model_name_or_path") or "",
-        base_key=base_key,
-        hypernetwork_key=record.get("hypernetwork_key", "") if holds_bias else "",
-        paths=paths,
-        bias_inside=holds_bias,
-    )
+    return A, B
 
 
-def _places(folder: str | Path, pairs: Pairs) -> dict[tuple[int, str], str]:
-    """{(layer, module): path} of every linear; ValueError where one is outside the layers or a name is not unique."""
-    found: dict[tuple[int, str], str] = {}
+def _places(folder: str | Path, pairs: _Pairs) -> _Places:
+    """The place of every linear; ValueError where one is outside the layers or a name is not unique."""
+    places: _Places = {}
     before, after = set(), {}
     for path in pairs:
         match = _IN_LAYER.fullmatch(path)
@@ -518,8 +547,8 @@ def _places(folder: str | Path, pairs: Pairs) -> dict[tuple[int, str], str]:
             raise ValueError(
                 f"{folder} adapts several linears named {module!r} in one layer or several stacks of layers"
             )
-        found[int(match["layer"]), module] = path
-    return found
+        places[int(match["layer"]), module] = path
+    return places
 
 
 # ------------------------------------------------------------------------------------------------------ plain weights
@@ -570,7 +599,7 @@ def _check_mergeable(network: nn.Module, adapter: Adapter) -> None:
             W, where = linear.weight, f"{module} in layer {layer}"
             if W.is_meta:
                 raise ValueError(f"{where} is not in memory: load the whole model first")
-            if type(W) is not nn.Parameter or W.dtype not in (*PRECISIONS, torch.float64):
+            if type(W) is not nn.Parameter or W.dtype not in (*_PRECISIONS, torch.float64):
                 raise ValueError(f"{where} is quantised ({type(W).__name__}, {W.dtype}): {remedy}")
             if (W.shape[1], W.shape[0]) != adapter.sizes[module]:
                 made = "adapter maps {} -> {}".format(*adapter.sizes[module])

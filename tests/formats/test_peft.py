@@ -96,6 +96,14 @@ def test_peft_merged_and_hooks_agree_for_every_family(tmp_path, family, targets)
         assert check_export(folder, loader, model)
 
 
+def test_an_export_is_the_same_bytes_each_time(tmp_path, adapter):
+    """The labels in the header too, whose order safetensors draws at random."""
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    folders = [adapter.export_peft(tmp_path / str(time)) for time in range(6)]
+    assert len({tuple((folder / file).read_bytes() for file in files) for folder in folders}) == 1
+    assert export_errors(folders[0]).attrs["error"] == 0
+
+
 @pytest.mark.parametrize("change", ["whole", "without bias", "weighed", "compressed", "bias only", "negative"])
 def test_every_kind_of_adapter_leaves_as_it_is(tmp_path, model, adapter, change):
     changed = {
