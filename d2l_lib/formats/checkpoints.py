@@ -147,7 +147,6 @@ def _read_folder(folder: Path) -> tuple[HypernetworkConfig, dict[str, Tensor], d
     version = settings.get("version")
     if type(version) is int and version != VERSION:
         raise CheckpointError(f"{folder} has format version {version}, this code reads {VERSION}")
-
     check(CheckpointSettings, settings, path, "copy the folder again", CheckpointError)
     config = config_of_settings(settings["hypernetwork"], path)
     return config, read_safetensors(folder / WEIGHTS), dict(settings.get("meta", {}))
@@ -155,7 +154,6 @@ def _read_folder(folder: Path) -> tuple[HypernetworkConfig, dict[str, Tensor], d
 
 def config_of_settings(settings: Any, file: str | Path) -> HypernetworkConfig:
     """The config that `to_dict` wrote, read from `file`; CheckpointError names the setting that is wrong."""
-
     check(HypernetworkSettings, settings, file, "copy the file again", CheckpointError)
     try:
         return HypernetworkConfig.from_dict(settings)
@@ -165,7 +163,6 @@ def config_of_settings(settings: Any, file: str | Path) -> HypernetworkConfig:
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, finite floating numbers; CheckpointError for a damaged one."""
-
     return read_tensors(path, CheckpointError)[0]
 
 
@@ -205,7 +202,6 @@ def _once(skeleton: Hypernetwork, state: dict[str, Tensor]) -> dict[str, Tensor]
     CheckpointError for names and shapes that do not belong to the skeleton, and for names of one layer that hold
     different values.
     """
-
     own = skeleton.state_dict(keep_vars=True)
     first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
     unknown = sorted(set(state) - set(own))

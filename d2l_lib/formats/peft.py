@@ -84,15 +84,16 @@ def export_peft(
 ) -> Path:
     """Write a PEFT LoRA folder: adapter_model.safetensors and adapter_config.json; complete or not there at all.
 
-    folder: a new or empty one, or an earlier export, which is replaced; FileExistsError names the files of any other.
-
     The sum of all blocks with the bias is one LoRA in every target linear: loaded with PeftModel.from_pretrained it
-    gives this adapter's logits. Writing it does not need peft.
-    rank: at most so many rows (`Adapter.compressed`; None: all of them, nothing is lost). dtype: float32, bfloat16 or
-    float16 (None: the adapter's own). What either loses is measured and kept in the folder: see `export_errors`.
+    gives this adapter's logits. Writing it does not need peft. The same adapter is the same bytes each time.
+
+    folder: a new or empty one, or an earlier export, which is replaced; FileExistsError names the files of any other.
+    rank: at most so many rows, see `Adapter.compressed` (None: all of them, nothing is lost).
+    dtype: float32, bfloat16 or float16 (None: the adapter's own).
     loader: "peft", "vllm" or "llama.cpp": ValueError, and no folder, where it could not load it (see `check_export`).
 
-    Documents cannot be taken out of the folder or added to it: keep the adapter (`save`), change that, export again.
+    What rank and dtype lose is measured and kept in the folder: see `export_errors`. Documents cannot be taken out of
+    the folder or added to it: keep the adapter (`save`), change that, export again.
     """
     if adapter.rank == 0:
         raise ValueError("this adapter is empty: there is nothing to export")
@@ -441,14 +442,16 @@ def import_peft(
 ) -> Adapter:
     """A PEFT LoRA as an adapter of one block, to be applied, weighed, traced, and added to others (`+`).
 
-    alpha / r (or alpha / sqrt(r)), rank_pattern and alpha_pattern are folded into B, so that its scale is 1; what it
-    lacks of layers and rows is zero. name: of the block's document (None: the folder's name).
-    base_model: its names and sizes are checked, its layers counted; a DocToLoRA also marks the adapter as one for its
-    base model. Without it the highest layer that the LoRA adapts counts as the last. A folder by `export_peft` knows
-    both; with a bias block in it, it cannot be added to others, no more than a compressed adapter can.
+    alpha / r (or alpha / sqrt(r)), rank_pattern and alpha_pattern are folded into B, so that its scale is 1. Layers and
+    rows that it lacks are zero.
 
-    Only safetensors files are read. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases,
-    modules_to_save, ...) or lies outside the decoder layers: merge such an adapter into the base model with peft.
+    base_model: its names and sizes are checked, its layers counted; a DocToLoRA also marks the adapter as one for its
+      base model. None: the highest layer that the LoRA adapts counts as the last, unless `export_peft` wrote the folder.
+    name: of the block's document (None: the folder's name).
+
+    A folder with a bias block in it cannot be added to others, no more than a compressed adapter can. Only safetensors
+    files are read. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases, modules_to_save, ...) or lies
+    outside the decoder layers: merge such an adapter into the base model with peft.
     """
     config, tensors, record = read_whole(folder, _read_folder)
     _check_config(folder, config)
@@ -554,15 +557,17 @@ def _places(folder: str | Path, pairs: _Pairs) -> _Places:
 # ------------------------------------------------------------------------------------------------------ plain weights
 @torch.no_grad()
 def merge(base_model: nn.Module | DocToLoRA, adapter: Adapter, *, in_place: bool = False) -> nn.Module:
-    """A copy of the base model with the adapter in its weights: W + s * sum of weight * B^T A, an ordinary model.
+    """The base model with the adapter in its weights: W + s * sum of weight * B^T A, an ordinary model.
 
     Save it with `save_pretrained`; whatever loads the base model loads it. Sums are formed in float32, one linear at a
-    time, and rounded once to W's precision. in_place: `base_model` itself is changed, so that no second copy is in
-    memory. Neither can be undone: keep the base model and the adapter.
+    time, and rounded once to W's precision. It cannot be undone: keep the base model and the adapter.
 
-    ValueError, before anything is changed, for an adapter of another model (of the same sizes: only a DocToLoRA can
-    tell), for target weights that are quantised, not in memory or shared with another layer, and inside a `with` block
-    that applies an adapter.
+    in_place: change `base_model` itself, so that no second copy is in memory (else a copy is changed).
+
+    ValueError, before anything is changed, for
+    - an adapter of another model (of the same sizes: only a DocToLoRA can tell);
+    - target weights that are quantised, not in memory or shared with another layer;
+    - a model to which an adapter is applied: leave the `with` block first.
     """
     network = _network(base_model)
     if network is not base_model:
