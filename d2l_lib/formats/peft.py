@@ -446,12 +446,12 @@ def import_peft(
     rows that it lacks are zero.
 
     base_model: its names and sizes are checked, its layers counted; a DocToLoRA also marks the adapter as one for its
-      base model. None: the highest layer that the LoRA adapts counts as the last, unless `export_peft` wrote the folder.
+      base model. None: the highest layer that the LoRA adapts is the last one, unless `export_peft` wrote the folder.
     name: of the block's document (None: the folder's name).
 
     A folder with a bias block in it cannot be added to others, no more than a compressed adapter can. Only safetensors
-    files are read. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases, modules_to_save, ...) or lies
-    outside the decoder layers: merge such an adapter into the base model with peft.
+    files are read. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases, modules_to_save, ...), or
+    lies outside the decoder layers: merge such an adapter into the base model with peft.
     """
     config, tensors, record = read_whole(folder, _read_folder)
     _check_config(folder, config)
