@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from d2l_lib import markup
 from d2l_lib.documents import MOST_SHOWN, check_count, check_name, shorten, some_of
+from d2l_lib.formats import markup
 from d2l_lib.formats.tensors import safetensors_metadata
 from d2l_lib.formats.writing import atomic_file
 from d2l_lib.records import parse_json

@@ -20,7 +20,12 @@ from itertools import islice
 from numbers import Integral
 from pathlib import Path, PurePath
 
+from PIL import Image
+
 from d2l_lib.formats.text_files import read_document
+
+Document = str | Path | Image.Image
+Documents = Document | Sequence[Document] | Mapping[str, Document]
 
 SENTINEL, _SYSTEM_SENTINEL = "d2lcontentgoeshere", "d2lsystemgoeshere"
 LONGEST_SHOWN, MOST_SHOWN = 60, 10  # characters of a name, and names, that a display or an error shows
@@ -151,6 +156,34 @@ def checked_text(document: object, name: str, has_name: bool) -> str:
     elif isinstance(document, str) and not has_name:
         _check_no_file(document)
     return check_text(document, f"document {shorten(name)!r}" if name != "document" else "the document")
+
+
+def is_image(document: object) -> bool:
+    """Whether this document is a picture (a PIL image)."""
+    return isinstance(document, Image.Image)
+
+
+def name_texts_and_images(documents: Documents) -> dict[str, Document]:
+    """Every input of `internalize` as {name: text or RGB picture}, checked.
+
+    As `name_documents`; a picture alone is called "image", in a list it counts like a text ("document 2"). ValueError
+    names a picture that cannot be read.
+    """
+    if is_image(documents):
+        documents = {"image": documents}
+    has_names = isinstance(documents, Mapping)
+    return {
+        name: _in_colours(one, check_name(name)) if is_image(one) else checked_text(one, name, has_names)
+        for name, one in name_each(documents).items()
+    }
+
+
+def _in_colours(image: Image.Image, name: str) -> Image.Image:
+    """The picture in three colours, as every processor reads it."""
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image {name!r} could not be read ({error}): open or copy the file again") from error
 
 
 def name_each(documents: object) -> dict[str, object]:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from functools import cached_property
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from d2l_lib.base_model import (
@@ -18,6 +19,7 @@ from d2l_lib.base_model import (
     reads_images,
     target_linears,
 )
+from d2l_lib.documents import TemplateRefuses, from_template
 from d2l_lib.hypernetwork import HypernetworkConfig
 from d2l_lib.lora import hooked, without_lora
 
@@ -156,6 +158,27 @@ def _watched(layer: nn.Module, states: list[Tensor]) -> nn.Module:
     layer._forward_pre_hooks = OrderedDict(layer._forward_pre_hooks)
     layer.register_forward_pre_hook(lambda _, given: states.append(given[0]))
     return layer
+
+
+def image_inputs(processor, image: Image.Image) -> dict[str, Tensor]:
+    """What the encoder of this processor reads for one picture: input_ids, attention_mask [1, T], pixel_values, ...
+
+    The chat is that of a text chunk (see `documents`): an empty system turn where the template has one, the picture as
+    the user's turn, the opening of the model's turn. ValueError where the processor has no chat template.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            "this processor has no chat template, and the method reads images in chat format: use the "
+            "instruction-tuned version of the model, or set processor.chat_template"
+        )
+    user = {"role": "user", "content": [{"type": "image", "image": image}]}
+    system = {"role": "system", "content": [{"type": "text", "text": ""}]}
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    try:
+        inputs = from_template(processor, [system, user], **options)
+    except TemplateRefuses:  # no system turn in this template
+        inputs = from_template(processor, [user], **options)
+    return {name: one for name, one in inputs.items() if isinstance(one, Tensor)}
 
 
 def check_writes_residual(base_model, module: str) -> None:

@@ -33,8 +33,18 @@ from d2l_lib.base_model import (
     target_linears,
     window_of,
 )
-from d2l_lib.documents import chat_affixes, check_count, chunk_document, context_ids, question_ids
-from d2l_lib.encoder import ContextEncoder
+from d2l_lib.documents import (
+    Document,
+    Documents,
+    chat_affixes,
+    check_count,
+    chunk_document,
+    context_ids,
+    is_image,
+    name_texts_and_images,
+    question_ids,
+)
+from d2l_lib.encoder import ContextEncoder, image_inputs
 from d2l_lib.engine import generate, greedy_texts, pad_id_of, pad_rows
 from d2l_lib.formats.checkpoints import (
     MODEL_FOLDER,
@@ -43,7 +53,6 @@ from d2l_lib.formats.checkpoints import (
 )
 from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, Loras
-from d2l_lib.images import Document, Documents, image_inputs, is_image, name_texts_and_images
 from d2l_lib.lora import apply_lora, noted_adapter, without_lora
 from d2l_lib.routing import Gate, route
 

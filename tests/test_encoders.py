@@ -27,11 +27,10 @@ from transformers import PreTrainedTokenizerFast
 import d2l_lib as d2l
 from d2l_lib import documents
 from d2l_lib.base_model import final_norm
-from d2l_lib.encoder import ContextEncoder
+from d2l_lib.encoder import ContextEncoder, image_inputs
 from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.formats.peft import merge
 from d2l_lib.hypernetwork import Hypernetwork
-from d2l_lib.images import image_inputs
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import HypernetworkPreset, preset
 from d2l_lib.training.batches import IGNORED

@@ -23,7 +23,7 @@ from tiny_models import (
 import d2l_lib as d2l
 from d2l_lib import documents
 from d2l_lib.base_model import NeedsCode, load_base_model, load_processor
-from d2l_lib.images import image_inputs
+from d2l_lib.encoder import image_inputs
 from d2l_lib.training import selfgen
 
 CODE = """

@@ -340,7 +340,7 @@ class Internalization(nn.Module):
         """See `NeedleBatches` and `distillation.DistillationBatches`; without n_questions each context has one.
 
         chunk_images: for each of `chunk_ids`, what else the encoder reads, {} or the pixels of its images
-        (`images.image_inputs` without input_ids and attention_mask).
+        (`encoder.image_inputs` without input_ids and attention_mask).
         """
         base_model, encoder = self._frozen
         base_model.to(input_ids.device)

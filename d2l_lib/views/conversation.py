@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import ipywidgets as W
 
-from d2l_lib import markup
 from d2l_lib.documents import name_documents, read_document
+from d2l_lib.formats import markup
 from d2l_lib.views.page import Report, Viewer, Work, listen, render_view, takes, wrapped
 
 NAMED = 8  # documents that a line names

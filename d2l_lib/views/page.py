@@ -18,7 +18,7 @@ from typing import Any
 
 import ipywidgets as W
 
-from d2l_lib import markup
+from d2l_lib.formats import markup
 
 CSS = """
 .d2l-view { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.5; }

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from d2l_lib import markup
 from d2l_lib.analysis import report as numbers
 from d2l_lib.analysis.report import STATUSES, format_fact
+from d2l_lib.formats import markup
 from d2l_lib.formats.writing import write_atomic
 from d2l_lib.views.page import render_view
 from d2l_lib.views.plots import plot_margin_by_sentence

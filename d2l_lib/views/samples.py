@@ -14,7 +14,7 @@ import ipywidgets as W
 import numpy as np
 import pandas as pd
 
-from d2l_lib import markup
+from d2l_lib.formats import markup
 from d2l_lib.views.page import Pager, Report, Viewer, Work, listen, render_view, wrapped
 
 SAMPLE_COLUMNS = ("document", "question", "answer", "evidence_start", "evidence_end", "kind")

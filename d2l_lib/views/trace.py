@@ -19,12 +19,12 @@ from typing import Any
 import ipywidgets as W
 import pandas as pd
 
-from d2l_lib import markup
 from d2l_lib.analysis import attribution
 from d2l_lib.analysis.attribution import METHODS
 from d2l_lib.analysis.options import chosen
 from d2l_lib.analysis.trials import document_texts, sentence_units
 from d2l_lib.documents import sentence_number
+from d2l_lib.formats import markup
 from d2l_lib.formats.writing import write_atomic
 from d2l_lib.views.page import CSS as VIEW_CSS
 from d2l_lib.views.page import Viewer, Work, listen, quietly, render_message, render_view, wrapped

@@ -6,9 +6,8 @@ import pytest
 from PIL import Image
 from tiny_models import build_model
 
-from d2l_lib.documents import name_documents
+from d2l_lib.documents import name_documents, name_texts_and_images
 from d2l_lib.formats.text_files import html_text, read_document
-from d2l_lib.images import name_texts_and_images
 
 PAGE = """<!DOCTYPE html><html><head><title>Codes</title><style>p { color: red }</style>
 <script>var hidden = "<p>no</p>";</script></head><body><h1>The &quot;old&quot; code</h1>

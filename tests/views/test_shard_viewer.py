@@ -18,9 +18,9 @@ import tiny_models
 from pages import Tags, controls, page
 from toy_models import HOSTILE
 
-from d2l_lib import markup
 from d2l_lib.documents import context_ids, question_ids, stop_ids
 from d2l_lib.engine import TransformersEngine
+from d2l_lib.formats import markup
 from d2l_lib.formats.shards import MANIFEST, PUBLISHED, SCHEMA
 from d2l_lib.training import selfgen
 from d2l_lib.views import shards

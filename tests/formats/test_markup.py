@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from d2l_lib import markup
+from d2l_lib.formats import markup
 
 TEXTS = ["$5 and $7", r"\(x\) \[y\] \begin{a}", "<b>&amp;</b>", "a\r\nb\tc\x1b[31m", "\u202eabc\u200b", "'\"", "é漢😀"]
 
