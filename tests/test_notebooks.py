@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import screenshots
 
 from d2l_lib import records
 from d2l_lib.__main__ import main
@@ -138,9 +139,22 @@ def test_saves_figures_under_its_own_number(page):
 
 
 def test_every_figure_comes_from_a_notebook():
+    """But for the README's pictures of viewers, which tests/screenshots.py takes."""
     text = "\n".join(source(cell) for path in PAGES for cell in code_cells(load(path)))
-    for figure in sorted((ROOT / "figures").glob("*.png")):
-        assert figure.stem in text, f"no notebook saves {figure.name}"
+    figures = {figure.name for figure in (ROOT / "figures").glob("*.png")}
+    assert figures >= set(screenshots.PICTURES)
+    for name in figures - set(screenshots.PICTURES):
+        assert name.removesuffix(".png") in text, f"no notebook saves {name}"
+
+
+def test_links_the_paper_and_keeps_its_anatomy(page):
+    opening = source(page["cells"][0])
+    assert "https://arxiv.org/abs/2602.15902" in opening
+    for part in ("**Question.**", "**Answer.**", "CPU"):
+        assert part in opening
+    assert any(source(cell).startswith("## What we learned") for cell in page["cells"])
+    last = source(page["cells"][-1])
+    assert f'records.write_results(\n    "{page["path"].stem}"' in last and len(last.splitlines()) < 60
 
 
 # --- the machinery ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""Take the README's pictures of the chat and of the trace viewer: `make screenshots`.
+
+Both are run in JupyterLab in Chromium, on the bundled model, and end up in figures/.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import browser
+from PIL import Image
+
+from d2l_lib.records import project_root
+
+HEIGHT = 703  # pixels: the pictures stand beside each other
+PICTURES = ("screenshot_chat.png", "screenshot_trace.png")
+CELLS = (
+    "import random\nimport d2l_lib as d2l\nfrom d2l_lib import viewers\nfrom d2l_lib.tasks import world\n"
+    "model = d2l.load('tiny/qa')\nrng = random.Random(1)\ndocument = world.draw_document(rng, 'test', 8)\n"
+    "question = world.question_about(random.Random(0), document.facts[0])",
+    "viewers.chat(model, {'a small world': document.text}, question.text)",
+    "adapter = model.internalize({'a small world': document.text})\n"
+    "wrong = model.internalize(world.draw_document(rng, 'test', 8).text)\n"
+    "viewers.view_attribution(model, adapter, {'a small world': document.text}, question.text, question.answer, "
+    "question.evidence, wrong=wrong)",
+)
+
+
+def take(folder: Path) -> None:
+    """Write PICTURES into a folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        notebook = browser.write_notebook(Path(scratch) / "pictures.ipynb", list(CELLS))
+        with browser.open_notebook(notebook, Path(scratch) / "home") as page:
+            page.set_viewport_size({"width": 1300, "height": 1600})
+            for name, view in zip(PICTURES, (".d2l-answers", ".d2l-trace-answer"), strict=True):
+                page.locator(view).first.wait_for()
+                cell = page.locator(".jp-CodeCell", has=page.locator(view)).first
+                cell.locator(".jp-OutputArea-output").last.screenshot(path=folder / name)
+                picture = Image.open(folder / name)
+                picture.crop((0, 0, picture.width, min(picture.height, HEIGHT))).save(folder / name)
+
+
+if __name__ == "__main__":
+    if reason := browser.why_not():
+        sys.exit(reason)
+    take(project_root() / "figures")
+    print("wrote", *(f"figures/{name}" for name in PICTURES))
