@@ -1,5 +1,5 @@
 # make lab                  a newcomer's first command: installs, then opens JupyterLab at notebook 00
-# make notebooks | test | train PRESET=tiny | lint | setup | clean
+# make notebooks | test | train PRESET=tiny | screenshots | lint | setup | clean
 #
 # Needs Python 3.11 or newer and make. Everything is written inside this folder (.venv and .cache), except pip's own cache.
 
@@ -38,7 +38,7 @@ export npm_config_cache := $(CACHE)/npm
 RUN := XDG_CACHE_HOME="$(CACHE)/xdg" TMPDIR="$(CACHE)/tmp" .venv/bin/python
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: lab setup notebooks test train lint clean
+.PHONY: lab setup notebooks test train screenshots lint clean
 
 # Opens JupyterLab in the browser; the first time it installs first.
 lab: setup
@@ -77,6 +77,11 @@ test: setup
 train: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(RUN) -m d2l_lib train --preset $(PRESET)
+
+# The README's pictures of the chat and of the trace viewer; needs Chromium.
+screenshots: setup
+	@mkdir -p "$(CACHE)/tmp"
+	@$(OFFLINE) $(RUN) tests/screenshots.py
 
 lint: setup
 	@$(RUN) -m ruff check .
