@@ -50,6 +50,20 @@ def test_a_margin_is_above_zero_exactly_where_the_greedy_answer_is_this_one(mode
             assert log_prob <= 0
 
 
+def test_margins_by_condition_are_those_of_the_right_answers(model, adapter):
+    rng = random.Random(0)
+    questions = [world.question_about(rng, fact) for fact in DOCUMENT.facts[:2]]
+    conditions = {"inside": [adapter] * 2, "bias alone": [adapter.scaled(0.0)] * 2}
+    table = report.margins_by_condition(model, questions, conditions)
+    assert table["condition"].tolist() == ["inside"] * 2 + ["bias alone"] * 2
+    right = [
+        answer == q.answer
+        for q, answer in zip(questions, model.answer([q.text for q in questions], adapter), strict=True)
+    ]
+    assert (table["margin"][:2] > 0).tolist() == right
+    assert (table["norm"][:2] > 0).all() and (table["norm"][2:] == 0).all()
+
+
 def test_scores_do_not_depend_on_what_is_scored_beside(model, adapter):
     questions, answers = ["Who?", "Where was the mayor born?"], [[5, 6, 7], [8]]
     together = score_answers(model, questions, answers, [adapter, None])

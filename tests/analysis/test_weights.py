@@ -298,3 +298,66 @@ def test_exact_match_counts_whole_answers_with_the_adapter_that_was_given():
     assert weights.exact_match(model, asked, None) == expected < 1
     with pytest.raises(ValueError, match="no question"):
         weights.exact_match(model, [], adapter)
+
+
+def test_parts_are_asked_by_their_names():
+    model = build_model()
+    adapter = model.internalize("Ada was born in Oldfield.")
+    texts = ["Who is it?", "Where was Ada born?"]
+    asked = [
+        Question(text, answer, "one_hop") for text, answer in zip(texts, model.answer(texts, adapter), strict=True)
+    ]
+    parts = weights.by_origin(adapter) | weights.by_layer(adapter) | weights.by_direction(adapter, [1])
+    assert set(parts) == {
+        "both",
+        "documents without the bias",
+        "bias alone",
+        (1, "first k"),
+        (1, "all but the first k"),
+    } | {(layer, kept) for layer in range(adapter.n_layers) for kept in ("only this layer", "all but this layer")}
+    first = parts[1, "first k"]
+    for module in adapter.modules:
+        assert torch.linalg.matrix_rank(dense(first, module), rtol=1e-6).max() == 1
+        torch.testing.assert_close(
+            dense(first, module) + dense(parts[1, "all but the first k"], module), dense(adapter, module)
+        )
+    for name in ("both", (0, "only this layer")):
+        assert weights.ask_parts(model, texts, {name: parts[name]}).iloc[0].tolist() == model.answer(texts, parts[name])
+    shares = weights.shares_right(model, asked, weights.by_origin(adapter))
+    assert shares["both"] == 1
+    assert shares["bias alone"] == weights.exact_match(model, asked, parts["bias alone"])
+    counts = weights.count_intruders(weights.by_origin(adapter), model.base_model)
+    assert counts["both"] == weights.intruder_dimensions(adapter, model.base_model)["intruder"].sum()
+
+
+def test_blocks_of_the_evidence_are_left_out_and_the_largest_other():
+    model = build_model()
+    text = "Ada was born in Oldfield. Tom keeps three cats. The lamp was painted."
+    adapter = model.internalize(text, chunk_tokens=8)
+    blocks = weights.block_norms(adapter)
+    assert len(blocks) > 2
+    start, end = blocks.loc[1, ["start", "end"]].astype(int)
+    assert weights.overlap(blocks, [(start, start + 1)]) == [place == 1 for place in range(len(blocks))]
+    assert not any(weights.overlap(blocks, []))
+    others = blocks.drop(1)
+    largest = int(others.loc[others["norm"].idxmax(), "chunk"])
+    chunk = int(blocks.loc[1, "chunk"])
+    left_out = [adapter, adapter.without(chunk=chunk), adapter.without(chunk=largest), adapter.only(chunk=chunk)]
+    answers = model.answer(["Who is it?"] * 4, left_out)
+    for place, answer in enumerate(answers):
+        question = Question("Who is it?", answer, "one_hop", evidence=((start, end),))
+        (row,) = weights.ask_without_blocks(model, [question], adapter).to_numpy().tolist()
+        assert row[place] and row == [one == answer for one in answers]
+
+
+def test_variants_are_compared_with_their_own_documents():
+    names = ["1", "2", "1, shuffled", "2, shuffled"]
+    table = pd.DataFrame([[1, 0.2, 0.9, 0], [0.2, 1, 0, 0.7], [0.9, 0, 1, 0], [0, 0.7, 0, 1]], names, names)
+    assert weights.compare_variants(table).to_dict() == {"another document": 0.2, "shuffled": 0.8, "itself": 1}
+    model = build_model()
+    adapters = dict(zip(names, model.internalize_each(["Ada.", "Tom keeps cats.", "Oldfield.", "Lamps."]), strict=True))
+    asked = {name: [Question("Who?", model.answer("Who?", adapters[name]), "one_hop")] for name in ("1", "2")}
+    shares = weights.ask_variants(model, asked, adapters)
+    assert shares["itself"] == 1
+    crossed = [weights.exact_match(model, asked[one], adapters[other]) for one, other in (("1", "2"), ("2", "1"))]
+    assert shares["another document"] == sum(crossed) / 2

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from d2l_lib.tasks import needles, world
+from d2l_lib.tasks import needles, questions, world
 from d2l_lib.tasks.world import RELATION, UNKNOWN
 
 
@@ -146,3 +146,24 @@ def test_unknown_kind_is_named():
 def test_an_unknown_split_is_refused_at_once(draw):
     with pytest.raises(ValueError, match="no split 'valid'; choose one of train, validation, test, encyclopedia"):
         draw()
+
+
+def test_variants_differ_from_their_document_in_one_respect():
+    document, variants = questions.write_variants(random.Random(0), "test", 8)
+    assert set(variants) == {"other words", "shuffled", "other values"}
+    assert (
+        sorted(variants["shuffled"].split()) == sorted(document.text.split()) and variants["shuffled"] != document.text
+    )
+    for fact in document.facts:
+        assert fact.value in variants["other words"] and document.text[slice(*fact.span)] in variants["shuffled"]
+        assert document.text[slice(*fact.span)] not in variants["other values"]
+    assert variants["other words"] != document.text
+    assert (document, variants) == questions.write_variants(random.Random(0), "test", 8)
+
+
+def test_shuffled_words_stay_in_their_sentences():
+    text = "Ada lives in Velm. Tom keeps three cats."
+    shuffled = questions.shuffle_words(random.Random(1), text)
+    first, second = shuffled.rstrip(".").split(". ")
+    assert sorted(first.split()) == sorted("Ada lives in Velm".split()) and shuffled != text
+    assert sorted(second.split()) == sorted("Tom keeps three cats".split())
