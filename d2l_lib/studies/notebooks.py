@@ -35,7 +35,7 @@ world: a base model of 2.3 M parameters, and a hypernetwork of 2.2 M for needles
 documents. None is of real text. Aims are this project's own; ✓ met, ✗ missed.
 
 - *In context*: the base model answers with the document in its prompt.
-- *All blocks*: all of an adapter answers. *Routed*: only the block that most surely changes what is said, or none.
+- *All blocks*: the whole adapter answers. *Routed*: only the block that most surely changes the model's next word.
 - *Share of one*: exact match with many documents in one adapter, divided by that with one document in it.
 - *Encyclopedia*: facts that the base model learned by heart. *Gate*: the rule that keeps a document out of an answer.
 - n: questions, haystacks or documents. Seeds and commands stand in `data/results` and `data/full_runs`.
@@ -44,7 +44,7 @@ WIDGET_PLACEHOLDER = "(interactive viewer: run this cell to use it)"
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook did not run to its end; the message names it and shows the end of what nbconvert said."""
+    """A notebook did not run to its end; the message names it and shows the end of what nbconvert printed."""
 
 
 def list_notebooks(folder: Path) -> list[Path]:
@@ -123,26 +123,26 @@ def execute(
         "--ExecutePreprocessor.store_widget_state=False",
         str(path),
     ]
-    said = ""
+    printed = ""
     for attempt in ("first", "second"):
-        returncode, said = _run_and_wait(command, path.parent, timeout_s, environment)
+        returncode, printed = _run_and_wait(command, path.parent, timeout_s, environment)
         if returncode == 0:
             return executed_folder / path.name
-        if "CellExecutionError" in said:
+        if "CellExecutionError" in printed:
             break
         if attempt == "first":
             reason = (
                 f"gave no answer within {timeout_s:.0f} s" if returncode is None else "stopped without a cell failing"
             )
             print(f"  {path.name} {reason}; trying once more", flush=True)
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
     raise NotebookFailed(f"{path.name} did not run to its end:\n{plain[-4000:]}")
 
 
 def _run_and_wait(
     command: list[str], folder: Path, timeout_s: float, environment: Mapping[str, str] | None
 ) -> tuple[int | None, str]:
-    """(exit status, what was said) of `command`; status None if it ran past `timeout_s` and was ended."""
+    """(exit status, what was printed) of `command`; status None if it ran past `timeout_s` and was ended."""
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -154,12 +154,12 @@ def _run_and_wait(
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=timeout_s)
-        return process.returncode, said
+        printed, _ = process.communicate(timeout=timeout_s)
+        return process.returncode, printed
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        return None, said
+        printed, _ = process.communicate()
+        return None, printed
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
