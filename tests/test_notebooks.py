@@ -1,10 +1,12 @@
 """Every notebook is a page that was run to its end, reads without running, and runs again with other parameters."""
 
 import ast
+import asyncio
 import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,16 +147,6 @@ def test_every_figure_comes_from_a_notebook():
     assert figures >= set(screenshots.PICTURES)
     for name in figures - set(screenshots.PICTURES):
         assert name.removesuffix(".png") in text, f"no notebook saves {name}"
-
-
-def test_links_the_paper_and_keeps_its_anatomy(page):
-    opening = source(page["cells"][0])
-    assert "https://arxiv.org/abs/2602.15902" in opening
-    for part in ("**Question.**", "**Answer.**", "CPU"):
-        assert part in opening
-    assert any(source(cell).startswith("## What we learned") for cell in page["cells"])
-    last = source(page["cells"][-1])
-    assert f'records.write_results(\n    "{page["path"].stem}"' in last and len(last.splitlines()) < 60
 
 
 # --- the machinery ----------------------------------------------------------------------------------------------------
@@ -305,3 +297,49 @@ def test_the_command_takes_numbers_and_names(monkeypatch, capsys):
             main(["notebooks", *arguments])
         printed = "".join(capsys.readouterr())
         assert stopped.value.code == status and said in printed and (status == 0 or printed.count("\n") == 1)
+
+
+def test_two_pages_run_at_a_time_and_those_that_measure_time_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notebooks").mkdir()
+    for name in ("00_a", "01_b", "02_c", "03_timed"):
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(json.dumps(toy_page(f"N = '{name}'")))
+    running, together = set(), []
+
+    async def execute(path, executed_folder, timeout_s):
+        running.add(path.stem)
+        await asyncio.sleep(0.05)
+        together.append(sorted(running))
+        running.remove(path.stem)
+        if path.stem in fails:
+            raise notebooks.NotebookFailed(f"{path.name} did not run to its end")
+        return path
+
+    monkeypatch.setattr(notebooks, "_execute", execute)
+    monkeypatch.setattr(notebooks, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    fails = ()
+    assert main(["notebooks"]) == 0
+    assert max(map(len, together)) == 2 and together[-1] == ["03_timed"]
+    assert (tmp_path / "data" / "RESULTS.md").is_file()
+    capsys.readouterr()
+    fails = ("00_a",)
+    assert main(["notebooks"]) == 1
+    assert capsys.readouterr().err.splitlines() == ["00_a.ipynb did not run to its end"]
+
+
+def test_a_stopped_run_leaves_no_notebook_behind(tmp_path):
+    """Ctrl-C, as the cancelled task that it is."""
+    log = tmp_path / "log"
+    code = f"import os, time; open({str(log)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+
+    async def stop():
+        task = asyncio.create_task(notebooks._run_and_wait([sys.executable, "-c", code], tmp_path, 600, None))
+        while not (log.exists() and log.read_text()):
+            await asyncio.sleep(0.02)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(stop())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)

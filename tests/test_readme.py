@@ -32,7 +32,11 @@ def test_eight_claims_with_their_marks(project_folder):
     """Each row of the README's table is a recorded claim, with its mark, the base model's size and the kind of text."""
     text = (project_folder / "README.md").read_text(encoding="utf-8")
     recorded = {row["claim"]: row for row in notebooks.headline_rows(project_folder / "data" / "results")}
-    claims = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line[2:3] in "✓✗"]
+    claims = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in text.splitlines()
+        if line.startswith(("| ✓", "| ✗"))
+    ]
     assert len(claims) == 8 and {mark for mark, *_ in claims} == {"✓", "✗"}
     for mark, claim, figure, aim, what, caveat in claims:
         row = recorded[claim]

@@ -1,21 +1,23 @@
-"""Re-execute the project's notebooks in order and write their claims to data/RESULTS.md: `make notebooks`.
+"""Re-execute the project's notebooks and write their claims to data/RESULTS.md: `make notebooks`.
 
     d2l notebooks                     # all of them
     d2l notebooks 3 06_trace_a_fact   # some, by number or name
 
 Each notebook runs in a process of its own through nbconvert, in `notebooks/`, and replaces the committed page only when
-it ran to its end. What one notebook hands to the next are files. A notebook that stops answering (not one that fails)
-is started once more, and the run says so.
+it ran to its end. Two run at a time, except those that measure time; no notebook needs what another one writes. A
+notebook that stops answering (not one that fails) is started once more, and the run says so.
 """
 
 import argparse
 import ast
+import asyncio
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from d2l_lib.records import project_root, read_rows
 
 CELL_TIMEOUT_S = 300
 NOTEBOOK_TIMEOUT_S = 420
+TIMED = ("03", "07")  # pages that measure seconds: nothing runs beside them
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 _MARKS = {True: "✓", False: "✗", None: ""}
 _ABOUT_RESULTS = """# Results
@@ -113,6 +116,12 @@ def execute(
 
     Raises NotebookFailed if a cell raises, or if the notebook hangs or its kernel dies twice in a row.
     """
+    return asyncio.run(_execute(path, executed_folder, timeout_s, environment))
+
+
+async def _execute(
+    path: Path, executed_folder: Path, timeout_s: float, environment: Mapping[str, str] | None = None
+) -> Path:
     path, executed_folder = path.resolve(), executed_folder.resolve()
     executed_folder.mkdir(parents=True, exist_ok=True)
     command = [
@@ -125,7 +134,7 @@ def execute(
     ]
     printed = ""
     for attempt in ("first", "second"):
-        returncode, printed = _run_and_wait(command, path.parent, timeout_s, environment)
+        returncode, printed = await _run_and_wait(command, path.parent, timeout_s, environment)
         if returncode == 0:
             return executed_folder / path.name
         if "CellExecutionError" in printed:
@@ -139,30 +148,30 @@ def execute(
     raise NotebookFailed(f"{path.name} did not run to its end:\n{plain[-4000:]}")
 
 
-def _run_and_wait(
+async def _run_and_wait(
     command: list[str], folder: Path, timeout_s: float, environment: Mapping[str, str] | None
 ) -> tuple[int | None, str]:
     """(exit status, what was printed) of `command`; status None if it ran past `timeout_s` and was ended."""
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, **(environment or {})},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed, _ = process.communicate(timeout=timeout_s)
-        return process.returncode, printed
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        printed, _ = process.communicate()
-        return None, printed
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    with tempfile.TemporaryFile() as log:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=folder,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            returncode = await asyncio.wait_for(process.wait(), timeout_s)
+        except TimeoutError:
+            returncode = None
+        finally:  # also where another page failed, or a person stopped the command
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        log.seek(0)
+        return returncode, log.read().decode(errors="replace")
 
 
 def headline_rows(results_folder: Path) -> list[dict]:
@@ -202,6 +211,28 @@ def choose_notebooks(pages: Sequence[Path], names: Sequence[str]) -> list[Path]:
     return [page for page in pages if page in chosen or not names]
 
 
+async def _refresh_all(pages: Sequence[Path], root: Path) -> None:
+    """Execute pages in place: one on each of two cores, and then those that measure time, each alone."""
+    cores = asyncio.Semaphore(min(2, os.cpu_count() or 1))
+
+    async def refresh(path: Path) -> None:
+        async with cores:
+            print(f"{path.name} ...", flush=True)
+            start = time.monotonic()
+            executed = await _execute(path, root / ".cache" / "executed", NOTEBOOK_TIMEOUT_S)
+            page = without_widget_state(json.loads(executed.read_text(encoding="utf-8")))
+            write_atomic(path, json.dumps(page, indent=1, ensure_ascii=False) + "\n")
+            print(f"  {path.name}: {time.monotonic() - start:.0f} s", flush=True)
+
+    async with asyncio.TaskGroup() as group:
+        for path in pages:
+            if path.name[:2] not in TIMED:
+                group.create_task(refresh(path))
+    for path in pages:
+        if path.name[:2] in TIMED:
+            await refresh(path)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command `notebooks`."""
     parser.add_argument("notebook", nargs="*", help="number or name, as 3 or 06_trace_a_fact (default: all)")
@@ -215,17 +246,14 @@ def run(a: argparse.Namespace) -> int:
     except ValueError as error:
         a.error(str(error))
     started = time.monotonic()
-    for path in pages:
-        print(f"{path.name} ...", flush=True)
-        start = time.monotonic()
-        try:
-            executed = execute(path, root / ".cache" / "executed")
-        except NotebookFailed as failure:
-            print(failure, file=sys.stderr)
-            return 1
-        page = without_widget_state(json.loads(executed.read_text(encoding="utf-8")))
-        write_atomic(path, json.dumps(page, indent=1, ensure_ascii=False) + "\n")
-        print(f"  {time.monotonic() - start:.0f} s", flush=True)
+    failed: Sequence[Exception] = ()
+    try:
+        asyncio.run(_refresh_all(pages, root))
+    except* NotebookFailed as failures:
+        failed = failures.exceptions
+    if failed:
+        print(*failed, sep="\n", file=sys.stderr)
+        return 1
     rows = headline_rows(root / "data" / "results")
     write_atomic(root / "data" / "RESULTS.md", results_page(rows))
     print("\n" + (format_table(rows) if rows else "no notebook recorded a claim"))
