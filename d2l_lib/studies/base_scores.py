@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
@@ -13,7 +13,11 @@ from d2l_lib.tasks import needles, world
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.tasks.scores import in_fives, summarise
 
-OTHER_KINDS = ("paraphrase", "two_hop", "yes_no", "which_of", "list")
+_KINDS = {
+    "one_hop": world.ONE_HOP_KINDS,
+    "unanswerable": ("unanswerable",),
+    "other_kinds": ("paraphrase", "two_hop", "yes_no", "which_of", "list"),
+}
 
 
 def greedy_answers(
@@ -37,6 +41,29 @@ def greedy_answers(
     return answers
 
 
+def _questions(tokenizer, n: int, seed: int, split: str, facts: tuple[int, int]) -> Iterator[dict]:
+    rng = random.Random(f"base model/{split}/{seed}")
+
+    def row(task: str, kind: str, question: str, answer: str, document: str = "", size: str = "") -> dict:
+        prompt = f"{document}\n\n{question}" if document else question
+        of_task = {"task": task, "kind": kind, "facts": size, "question": question, "answer": answer}
+        return of_task | {"prompt": prompt}
+
+    for i in range(n):
+        length = (64, 128, 256, 512, 980)[i % 5]
+        haystack = needles.build_haystack(tokenizer, length, rng.random(), needles.draw_number(rng, split))
+        yield row("needle", f"{length} tokens", haystack.question, haystack.answer, haystack.text)
+    for task, kinds in _KINDS.items():
+        for sample in world_samples(n, seed, split=split, facts=facts, kinds=kinds).to_dict("records"):
+            question = sample["kind"], sample["question"], sample["answer"], sample["document"]
+            yield row(task, *question, in_fives(sample["n_facts"]))
+    for question in world.encyclopedia_questions(rng, n):
+        yield row("encyclopedia", question.kind, question.text, question.answer)
+    for _ in range(n):
+        question = world.unknown_question(rng, split)
+        yield row("unknown", question.kind, question.text, question.answer)
+
+
 def base_model_samples(
     model, tokenizer, n: int, seed: int, split: str = "test", facts: tuple[int, int] = (2, 20)
 ) -> pd.DataFrame:
@@ -46,43 +73,11 @@ def base_model_samples(
     Documents and unknown names are from `split`, with `facts` (fewest, most) facts each. The column `facts` says how
     many the document holds, in fives ("6-10"), or is empty where there is no document of facts.
     """
-    rng = random.Random(f"base model/{split}/{seed}")
-    rows: list[dict] = []
-
-    def add(task: str, kind: str, prompt: str, question: str, answer: str, facts: str = "") -> None:
-        rows.append(
-            {"task": task, "kind": kind, "facts": facts, "prompt": prompt, "question": question, "answer": answer}
-        )
-
-    for i in range(n):
-        length = (64, 128, 256, 512, 980)[i % 5]
-        haystack = needles.build_haystack(tokenizer, length, rng.random(), needles.draw_number(rng, split))
-        add("needle", f"{length} tokens", f"{haystack.text}\n\n{haystack.question}", haystack.question, haystack.answer)
-    for task, kinds in (
-        ("one_hop", world.ONE_HOP_KINDS),
-        ("unanswerable", ("unanswerable",)),
-        ("other_kinds", OTHER_KINDS),
-    ):
-        for sample in world_samples(n, seed, split=split, facts=facts, kinds=kinds).to_dict("records"):
-            add(
-                task,
-                sample["kind"],
-                f"{sample['document']}\n\n{sample['question']}",
-                sample["question"],
-                sample["answer"],
-                in_fives(sample["n_facts"]),
-            )
-    for question in world.encyclopedia_questions(rng, n):
-        add("encyclopedia", question.kind, question.text, question.text, question.answer)
-    for _ in range(n):
-        question = world.unknown_question(rng, split)
-        add("unknown", question.kind, question.text, question.text, question.answer)
-    predictions = greedy_answers(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=48)
-    for row, prediction in zip(rows, predictions, strict=True):
-        row["length_tokens"] = len(tokenizer(row.pop("prompt"), add_special_tokens=False)["input_ids"])
-        row["prediction"] = prediction
-        row["correct"] = prediction == row["answer"]
-    return pd.DataFrame(rows)
+    rows = pd.DataFrame(_questions(tokenizer, n, seed, split, facts))
+    prompts = list(rows.pop("prompt"))
+    lengths = [len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    rows = rows.assign(length_tokens=lengths, prediction=greedy_answers(model, tokenizer, prompts, max_new_tokens=48))
+    return rows.assign(correct=rows["prediction"] == rows["answer"])
 
 
 def run(model: tuple, n: int, seed: int) -> pd.DataFrame:

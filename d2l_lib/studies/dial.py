@@ -14,42 +14,40 @@ from d2l_lib.adapter import scaled_layers
 from d2l_lib.model import DocToLoRA
 from d2l_lib.routing import gated
 from d2l_lib.tasks import world
+from d2l_lib.tasks.questions import marked
 from d2l_lib.tasks.scores import wilson
 
-WEIGHTS = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
+_WEIGHTS = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
 
 
 def dial_samples(
-    model: DocToLoRA, n: int, seed: int, split: str, weights: Sequence[float] = WEIGHTS, n_facts: int = 5
+    model: DocToLoRA, n: int, seed: int, split: str, weights: Sequence[float] = _WEIGHTS, n_facts: int = 5
 ) -> pd.DataFrame:
     """`n` documents of `n_facts` facts, one of which contradicts the encyclopedia, at each strength of their blocks.
 
-    Three questions each: about the contradiction, about another fact of the document, and about another fact of the
-    encyclopedia. Columns: layers ("all layers", or "layer 2" where only that one is turned), weight, gate (whether
-    `gated` chose who answers; for all layers only), about ("the contradiction", "the document", "the encyclopedia"),
-    question, prediction, correct (the document's value for the contradiction), believed (the answer is the
-    encyclopedia's value).
+    Columns: layers ("all layers", or "layer 2" where only that one is turned), weight, gate (whether `gated` chose who
+    answers; for all layers only), about ("the contradiction", "the document" for another fact of it, "the encyclopedia"
+    for another fact of that), question, answer (the document's value for the contradiction), prediction, correct,
+    believed (the prediction is the encyclopedia's value).
     """
     rng = random.Random(f"dial/{split}/{seed}")
-    asked: dict[str, list[world.Question]] = {"the contradiction": [], "the document": [], "the encyclopedia": []}
-    texts, believed = [], []
+    groups: dict[str, list[world.Question]] = {"the contradiction": [], "the document": [], "the encyclopedia": []}
+    texts, beliefs = [], []
     for _ in range(n):
         document, ((placed, fact),) = world.conflicting_document(rng, n_facts - 1, 1, split)
         other = rng.choice([f for f in document.facts if f is not placed])
-        elsewhere = next(
-            question for question in world.encyclopedia_questions(rng, 1000) if fact.subject not in question.text
-        )
-        asked["the contradiction"].append(world.question_about(rng, placed))
-        asked["the document"].append(world.question_about(rng, other))
-        asked["the encyclopedia"].append(elsewhere)
+        elsewhere = (one for one in world.encyclopedia_questions(rng, 1000) if fact.subject not in one.text)
+        groups["the encyclopedia"].append(next(elsewhere))
+        groups["the contradiction"].append(world.question_about(rng, placed))
+        groups["the document"].append(world.question_about(rng, other))
         texts.append(document.text)
-        believed.append(fact.value)
+        beliefs.append(fact.value)
     adapters = model.internalize_each(texts)
-    everything = [question for questions in asked.values() for question in questions]
-    topics = [topic for topic, questions in asked.items() for _ in questions]
-    beliefs = [*believed, *[None] * (2 * n)]
-    prompts = [question.text for question in everything]
-    rows = []
+    questions = [question for group in groups.values() for question in group]
+    facts = pd.DataFrame({"about": [about for about, group in groups.items() for _ in group]})
+    beliefs = pd.Series([*beliefs, *[None] * (2 * n)])
+    prompts = [question.text for question in questions]
+    tables = []
     for layers, turned in _turned(adapters[0].n_layers).items():
         for weight in weights:
             if layers != "all layers" and weight == 1:
@@ -59,13 +57,10 @@ def dial_samples(
             if layers == "all layers":  # one threshold, for the document is to override what the base model knows
                 ways[True] = gated(model, prompts, strong, least=model.least_relevance)
             for gate, chosen in ways.items():
-                said = model.answer(prompts, chosen)
-                for question, topic, belief, answer in zip(everything, topics, beliefs, said, strict=True):
-                    rows.append(
-                        {"layers": layers, "weight": weight, "gate": gate, "about": topic, "question": question.text}
-                        | {"prediction": answer, "correct": answer == question.answer, "believed": answer == belief}
-                    )
-    return pd.DataFrame(rows)
+                rows = pd.DataFrame(marked(questions, model.answer(prompts, chosen)))
+                rows = facts.assign(layers=layers, weight=weight, gate=gate).join(rows)
+                tables.append(rows.assign(believed=rows["prediction"] == beliefs))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _turned(n_layers: int) -> dict[str, list[int]]:
@@ -74,21 +69,22 @@ def _turned(n_layers: int) -> dict[str, list[int]]:
 
 
 def dial_curve(samples: pd.DataFrame) -> pd.DataFrame:
-    """Shares by layers, weight and gate, one row each: override (the document's value is said), believed (the
-    encyclopedia's), document (other facts of the document), unrelated (other facts of the encyclopedia); their 95%
-    Wilson intervals (override_low, ...); n questions of each sort.
+    """Shares by layers, weight and gate, with 95% Wilson intervals (override_low, ...), and n questions of each sort.
+
+    override: the prediction is the document's value; believed: the encyclopedia's. document, unrelated: other facts of
+    the document and of the encyclopedia that are answered rightly.
     """
     rows = []
     for (layers, weight, gate), group in samples.groupby(["layers", "weight", "gate"], sort=False):
         parts = dict(list(group.groupby("about")))
-        hits = {
-            "override": parts["the contradiction"]["correct"],
-            "believed": parts["the contradiction"]["believed"],
-            "document": parts["the document"]["correct"],
-            "unrelated": parts["the encyclopedia"]["correct"],
-        }
-        row = {"layers": layers, "weight": float(weight), "gate": bool(gate), "n": len(parts["the contradiction"])}
-        for name, right in hits.items():
+        contradiction = parts["the contradiction"]
+        row = {"layers": layers, "weight": float(weight), "gate": bool(gate), "n": len(contradiction)}
+        for name, right in (
+            ("override", contradiction["correct"]),
+            ("believed", contradiction["believed"]),
+            ("document", parts["the document"]["correct"]),
+            ("unrelated", parts["the encyclopedia"]["correct"]),
+        ):
             low, high = wilson(int(right.sum()), len(right))
             row |= {name: float(right.mean()), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
@@ -100,10 +96,9 @@ def best_strength(curve: pd.DataFrame, gate: bool, allowed: float = 0.01) -> tup
     document's other facts and of the encyclopedia against weight 1.
     """
     rows = curve[curve["gate"] == gate]
+    kept = ["document", "unrelated"]
     plain = rows[(rows["layers"] == "all layers") & (rows["weight"] == 1)].iloc[0]
-    harmless = rows[
-        (rows["document"] >= plain["document"] - allowed) & (rows["unrelated"] >= plain["unrelated"] - allowed)
-    ]
+    harmless = rows[(rows[kept] >= plain[kept] - allowed).all(axis=1)]
     best = harmless.loc[harmless["override"].idxmax()]
     return best["layers"], best["weight"]
 

@@ -2,9 +2,8 @@
 
     d2l study attribution --n 500        # data/full_runs/attribution.jsonl
 
-In the generated world it is known which sentence answers a question, so that a method's first unit can be right or
-wrong. Everything else here needs no such knowledge: parts are taken away, or added, in the order that a method gives,
-and the answer is watched.
+In the generated world it is known which sentence answers a question, so a method's first unit is right or wrong. All
+else needs no such knowledge: parts are taken away, or added, in a method's order, and the answer is watched.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,9 +45,21 @@ if TYPE_CHECKING:
     from d2l_lib.adapter import Adapter
 
 SIZES = (8, 16, 24, 32, 40)  # sentences: the groups of documents, 8-16 and so on
+_BATCH = 10  # questions
+_MEASURES = ("deletion", "insertion", "comprehensiveness", "sufficiency", "correlation")
 
 
 # -------------------------------------------------------------------------------------------------------- the samples
+@dataclass(frozen=True)
+class _Case:
+    """A question, the adapter of its document, the one of shuffled weights where it is needed, and the row's facts."""
+
+    document: world.Document
+    question: world.Question
+    adapter: Adapter
+    shuffled: Adapter | None
+    facts: dict
+    seed: int
 
 
 def study_one(
@@ -59,114 +69,97 @@ def study_one(
 
     Columns: question (a number), hops, sentences, units, chance (that a random first unit is right), chance_alike (see
     there), all_blocks, routed (whether each answers rightly), method, rank (of the evidence; the later one's of two),
-    rank_answer (of the sentence that states the answer), and for methods of chunks deletion, insertion,
-    comprehensiveness, sufficiency, correlation, ms. Randomised weights are drawn anew for every batch. The rows of the
-    method "checks" hold what came of taking sentences out of the text; of two-hop questions also `rivals`, the number
-    of other values that stand in the asked relation in the document, and whether the base model answers in context.
-    What is slow is done for a part of the questions (see `EVERY`); questions that only routed blocks answer have the
-    methods that need no curves.
+    rank_answer (of the sentence that states the answer), ms, and for methods of chunks _MEASURES. Rows of the method
+    "checks": see `_checks`; of two hops also rivals (other values that stand in the same relation in the document) and
+    in_context (whether the base model answers rightly). What is slow is done for a part of the questions (see `EVERY`);
+    questions that only routed blocks answer have the methods that need no curves.
     """
     texts = [document.text for document, _ in batch]
-    asked = [question.text for _, question in batch]
+    questions = [question.text for _, question in batch]
     other = randomised(model, 10**6 * seed + first)
     adapters = model.internalize_each(texts)
-    needed = [place for place in range(len(batch)) if (first + place) % EVERY["randomised weights"] == 0]
-    of_needed = other.internalize_each([texts[place] for place in needed]) if needed else []
-    shuffled = dict(zip(needed, of_needed, strict=True))
-    said = model.answer(asked, adapters)
-    said_routed = model.answer(asked, route(model, asked, adapters, 1))
-    said_in_context = [""] * len(batch)
+    places = [place for place in range(len(batch)) if (first + place) % EVERY["randomised weights"] == 0]
+    of_places = other.internalize_each([texts[place] for place in places]) if places else []
+    shuffled = dict(zip(places, of_places, strict=True))
+    predictions = {
+        "all_blocks": model.answer(questions, adapters),
+        "routed": model.answer(questions, route(model, questions, adapters, 1)),
+    }
     if any(len(question.evidence) == 2 for _, question in batch):
-        prompts = [f"{text}\n\n{question}" for text, question in zip(texts, asked, strict=True)]
-        said_in_context = model.answer(prompts, None)
+        prompts = [f"{text}\n\n{question}" for text, question in zip(texts, questions, strict=True)]
+        predictions["in_context"] = model.answer(prompts, None)
     rows: list[dict] = []
     for place, (document, question) in enumerate(batch):
-        whole, routed = said[place] == question.answer, said_routed[place] == question.answer
+        right = {how: answers[place] == question.answer for how, answers in predictions.items()}
         hops = len(question.evidence)
         facts = {"question": first + place, "hops": hops, "sentences": len(split_sentences(document.text))}
-        facts |= {"all_blocks": whole, "routed": routed}
+        facts |= {"all_blocks": right["all_blocks"], "routed": right["routed"]}
         if hops == 2:
-            asked_of = next(fact for fact in document.facts if fact.span == question.evidence[1])
-            values = {fact.value for fact in document.facts if fact.relation == asked_of.relation}
-            facts |= {"rivals": len(values) - 1, "in_context": said_in_context[place] == question.answer}
-        if not (whole or (routed and hops == 1)):
+            last = next(fact for fact in document.facts if fact.span == question.evidence[1])
+            values = {fact.value for fact in document.facts if fact.relation == last.relation}
+            facts |= {"rivals": len(values) - 1, "in_context": right["in_context"]}
+        if right["all_blocks"] or (right["routed"] and hops == 1):
+            case = _Case(document, question, adapters[place], shuffled.get(place), facts, seed + first + place)
+            rows += _traces(model, other, case)
+        else:
             rows.append(facts | {"method": "checks"})
-            continue
-        rows += _study(
-            model, shuffled.get(place), other, adapters[place], document, question, facts, seed + first + place
-        )
     return rows
 
 
-def _study(
-    model: DocToLoRA,
-    shuffled: Adapter | None,
-    other: DocToLoRA,
-    adapter: Adapter,
-    document: world.Document,
-    question: world.Question,
-    facts: dict,
-    seed: int,
-) -> list[dict]:
-    """See `study_one`: the rows of one question."""
-    ask = {"question": question.text, "answer": question.answer, "seed": seed, "controls": False}
-    trials = Trials(model, adapter, question.text, question.answer)
-    number = facts["question"]
-    wanted = METHODS["chunk"] if facts["all_blocks"] else ("leave_one_out", "add_one_in", "relevance", "random")
-    tables = {
-        method: attribute(model, adapter, **ask, method=method)
-        for method in wanted
-        if number % EVERY.get(method, 1) == 0
-    }
-    orders = {
-        method: sorted(range(len(table)), key=ranks(table["contribution"]).__getitem__)
-        for method, table in tables.items()
-    }
-    generator = torch.Generator().manual_seed(seed)
-    traced = curves(trials, orders) if facts["all_blocks"] else None
-    masks, effects = subset_effects(trials, 24, generator) if facts["all_blocks"] else (None, None)
+def _traces(model: DocToLoRA, other: DocToLoRA, case: _Case) -> list[dict]:
+    """The rows of one question; other: the model of shuffled weights."""
+    question, facts = case.question, case.facts
+    ask = {"question": question.text, "answer": question.answer, "seed": case.seed, "controls": False}
     rows = []
-    for method, table in tables.items():
-        rows.append(
-            facts
-            | {"method": method, "units": len(table), "ms": 1000 * table.attrs["seconds"]}
-            | _placing(table, document, question)
-        )
-        if traced is not None:
-            predicted = masks.double() @ torch.tensor(table["contribution"].tolist(), dtype=torch.float64)
-            rows[-1]["correlation"] = rank_correlation(predicted.tolist(), effects.tolist())
-            rows[-1] |= _areas(traced[traced["method"] == method])
-    sentence_methods = ["leave_one_out", *(["gradient", "integrated_gradients"] if facts["all_blocks"] else [])]
-    for method in (name for name in sentence_methods if number % EVERY.get(f"{name}, sentences", 1) == 0):
-        ask_sentences = ask | {"level": "sentence", "documents": document.text, "by_token": False}
-        table = attribute(model, adapter, **ask_sentences, method=method)
-        rows.append(
-            facts
-            | {"method": f"{method}, sentences", "units": len(table), "ms": 1000 * table.attrs["seconds"]}
-            | _placing(table, document, question)
-        )
-        if method == "leave_one_out":
-            rows.append(_checks(model, document, question, table, facts, seed))
-    for method in ("leave_one_out", "relevance") if number % EVERY["randomised weights"] == 0 else ():
-        table = attribute(other, shuffled, **ask, method=method)
-        rows.append(
-            facts
-            | {"method": f"{method}, randomised weights", "units": len(table), "ms": 1000 * table.attrs["seconds"]}
-            | _placing(table, document, question)
-        )
+
+    def is_due(name: str) -> bool:
+        return facts["question"] % EVERY.get(name, 1) == 0
+
+    def add(name: str, table: pd.DataFrame) -> None:
+        cost = {"method": name, "units": len(table), "ms": 1000 * table.attrs["seconds"]}
+        rows.append(facts | cost | _placing(table, case.document, question))
+
+    whole = facts["all_blocks"]
+    methods = METHODS["chunk"] if whole else ("leave_one_out", "add_one_in", "relevance", "random")
+    tables = {name: attribute(model, case.adapter, **ask, method=name) for name in methods if is_due(name)}
+    for name, table in tables.items():
+        add(name, table)
+    if whole:
+        for row, measured in zip(rows, _measures(model, case, tables), strict=True):
+            row |= measured
+    by_sentence = ask | {"level": "sentence", "documents": case.document.text, "by_token": False}
+    for name in ("leave_one_out", "gradient", "integrated_gradients") if whole else ("leave_one_out",):
+        if is_due(f"{name}, sentences"):
+            table = attribute(model, case.adapter, **by_sentence, method=name)
+            add(f"{name}, sentences", table)
+            if name == "leave_one_out":
+                rows.append(_checks(model, case.document, question, table, facts, case.seed))
+    for name in ("leave_one_out", "relevance") if is_due("randomised weights") else ():
+        add(f"{name}, randomised weights", attribute(other, case.shuffled, **ask, method=name))
     return rows
 
 
-def _areas(traced: pd.DataFrame) -> dict:
-    """Of one method's curves: both areas, and what the first unit does alone to the probability of the answer."""
-    deletion, insertion = (traced[traced["curve"] == curve] for curve in ("deletion", "insertion"))
-    without, only = (dict(zip(c["units"], c["probability"], strict=True)) for c in (deletion, insertion))
-    return {
-        "deletion": area(deletion),
-        "insertion": area(insertion),
-        "comprehensiveness": without[0] - without[1],
-        "sufficiency": without[0] - only[1],
+def _measures(model: DocToLoRA, case: _Case, tables: dict[str, pd.DataFrame]) -> list[dict]:
+    """_MEASURES of each method: its curves' areas, what its first unit does alone to the probability of the answer,
+    and the rank correlation of what it predicts for random subsets with what they really do.
+    """
+    trials = Trials(model, case.adapter, case.question.text, case.question.answer)
+    orders = {
+        name: sorted(range(len(table)), key=ranks(table["contribution"]).__getitem__) for name, table in tables.items()
     }
+    traced = curves(trials, orders)
+    masks, effects = subset_effects(trials, 24, torch.Generator().manual_seed(case.seed))
+    rows = []
+    for name, table in tables.items():
+        predicted = masks.double() @ torch.tensor(table["contribution"].tolist(), dtype=torch.float64)
+        own = dict(list(traced[traced["method"] == name].groupby("curve")))
+        without, only = (own[c].set_index("units")["probability"] for c in ("deletion", "insertion"))
+        rows.append(
+            {"correlation": rank_correlation(predicted.tolist(), effects.tolist())}
+            | {curve: area(own[curve]) for curve in ("deletion", "insertion")}
+            | {"comprehensiveness": without[0] - without[1], "sufficiency": without[0] - only[1]}
+        )
+    return rows
 
 
 def _placing(table: pd.DataFrame, document: world.Document, question: world.Question) -> dict:
@@ -189,35 +182,66 @@ def _chance(truth: Sequence[Sequence[int]], n_units: int) -> float:
 
 
 def _checks(
-    model: DocToLoRA,
-    document: world.Document,
-    question: world.Question,
-    table: pd.DataFrame,
-    facts: dict,
-    seed: int,
+    model: DocToLoRA, document: world.Document, question: world.Question, table: pd.DataFrame, facts: dict, seed: int
 ) -> dict:
-    """Take the first sentence of `table`, or a random other one, out of the text, internalize the text again and ask
-    again: which answers stay? The other is neither the first nor evidence. Of two-hop questions also the sentence of
-    the first hop, which names the one that is asked about ("bridge"), for the adapter and in context.
+    """Whether the answer stays right when a sentence is taken out of the text, which is internalized again.
+
+    top: the first of `table`. other: a random one that is neither first nor evidence. bridge, of two hops: the first
+    hop's, which names the one that is asked about; also for the base model with the text in its prompt.
     """
     best = int(table["contribution"].to_numpy().argmax())
     evidence = {place for places in evidence_units(table, question.evidence) for place in places}
     rest = [place for place in range(len(table)) if place != best and place not in evidence]
     other = random.Random(f"other/{seed}").choice(rest)
-    left = {which: (table["start"][place], table["end"][place]) for which, place in (("top", best), ("other", other))}
+    spans = {which: (table["start"][place], table["end"][place]) for which, place in (("top", best), ("other", other))}
     if facts["hops"] == 2:
-        left["bridge"] = question.evidence[0]
-    texts = [without_sentence(document.text, *span) for span in left.values()]
-    adapters = model.internalize_each(texts)
-    asked = [question.text] * len(texts)
-    found = facts | {"method": "checks"}
-    for how, adapters_of in (("all_blocks", adapters), ("routed", route(model, asked, adapters, 1))):
-        for which, said in zip(left, model.answer(asked, adapters_of), strict=True):
-            found[f"{how}_without_{which}"] = said == question.answer
-    if "bridge" in left:
-        said = model.answer(f"{texts[-1]}\n\n{question.text}", None)
-        found["in_context_without_bridge"] = said == question.answer
-    return found
+        spans["bridge"] = question.evidence[0]
+    texts = [without_sentence(document.text, *span) for span in spans.values()]
+    questions, adapters = [question.text] * len(texts), model.internalize_each(texts)
+    row = facts | {"method": "checks"}
+    for how, chosen in (("all_blocks", adapters), ("routed", route(model, questions, adapters, 1))):
+        for which, prediction in zip(spans, model.answer(questions, chosen), strict=True):
+            row[f"{how}_without_{which}"] = prediction == question.answer
+    if "bridge" in spans:
+        prediction = model.answer(f"{texts[-1]}\n\n{question.text}", None)
+        row["in_context_without_bridge"] = prediction == question.answer
+    return row
+
+
+def study(
+    model: DocToLoRA,
+    n: int,
+    seed: int,
+    folder: Path | None = None,
+    *,
+    kinds: Sequence[str] = world.ONE_HOP_KINDS,
+    sentences: tuple[int, int] = (SIZES[0], SIZES[-1]),
+) -> pd.DataFrame:
+    """Samples (see `study_one`) of questions until `n` are answered rightly with all blocks.
+
+    folder: finished batches are kept there, and an interrupted study goes on behind them. sentences: fewest and most
+    of a document.
+    """
+    kinds = check_texts(kinds, "kinds")
+    source, began = drawn(seed, kinds, *sentences), time.perf_counter()
+    rows: list[dict] = []
+    right, number = 0, 0
+    while right < n:
+        batch = [next(source) for _ in range(_BATCH)]
+        path = None if folder is None else folder / f"{'+'.join(kinds)}_{seed}_{model.hypernetwork_key}_{number}.jsonl"
+        if path is not None and path.is_file():
+            new = read_rows(path)
+        else:
+            new = study_one(model, batch, number, seed)
+            if path is not None:
+                write_jsonl(path, new)
+        rows += new
+        right += sum(row["all_blocks"] for row in new if row["method"] == "checks")
+        number += _BATCH
+        print(f"{right} of {n} answered rightly, {time.perf_counter() - began:.0f} s", flush=True)
+        if number >= 20 * n + 10 * _BATCH:
+            raise ValueError(f"of {number} questions only {right} were answered rightly: too few for n = {n}")
+    return pd.DataFrame(rows)
 
 
 # --------------------------------------------------------------------------------------------------------- the record
@@ -232,54 +256,49 @@ def size_group(sentences: int) -> str:
 def summarise(samples: pd.DataFrame, seed: int) -> list[dict]:
     """Rows of the record, for each hops, way of answering ("all blocks" or "routed"), size of document and method.
 
-    what = "method": n, hit_rate (evidence first, or both of two in the first three) with its interval, chance, mean
-    areas and other measures, p of the paired tests against random (of the deletion area, and of the hits), median ms;
-    answer_first: the share whose first unit states the answer of two hops. what = "check", and "bridge" (see
-    `_bridges`): n, share with its interval.
+    what = "method": see `_of_method`. "check", "bridge" (see `_bridges`): n, share with its interval.
     """
     samples = samples.assign(size=samples["sentences"].map(size_group))
-    found = []
+    rows = []
     for hops, answering in ((1, "all blocks"), (1, "routed"), (2, "all blocks")):
-        asked = samples[samples["hops"] == hops]
-        if asked.empty:
-            continue
+        of_hops = samples[samples["hops"] == hops]
         flag = answering.replace(" ", "_")
-        answered = asked[asked["method"] == "checks"]
-        for size in ["all", *sorted(asked["size"].unique(), key=lambda name: int(name.split("-")[0]))]:
+        for size in ["all", *sorted(of_hops["size"].unique(), key=lambda name: int(name.split("-")[0]))]:
+            of_size = of_hops if size == "all" else of_hops[of_hops["size"] == size]
+            if of_size.empty:
+                continue
             key = {"hops": hops, "answering": answering, "sentences": size}
-            of_size = answered if size == "all" else answered[answered["size"] == size]
-            found.append(key | {"what": "check", "name": "answered rightly"} | _share(of_size[flag]))
-            right = asked[asked[flag].astype(bool)]
-            right = right if size == "all" else right[right["size"] == size]
-            chosen = right[right["method"] == "random"].set_index("question")
-            for method, rows in right[right["method"] != "checks"].groupby("method", sort=False):
-                found.append(key | {"what": "method", "method": method} | _of_method(rows, chosen, hops, seed))
-            checks = right[right["method"] == "checks"]
+            checks = of_size[of_size["method"] == "checks"]
+            rows.append(key | {"what": "check", "name": "answered rightly"} | _share(checks[flag]))
+            right = of_size[of_size[flag].astype(bool)]
+            at_random = right[right["method"] == "random"].set_index("question")
+            for method, group in right[right["method"] != "checks"].groupby("method", sort=False):
+                rows.append(key | {"what": "method", "method": method} | _of_method(group, at_random, hops, seed))
             for which, name in (("top", "the sentence ranked first"), ("other", "a random other sentence")):
-                stayed = checks[f"{flag}_without_{which}"].dropna().astype(bool)
-                found.append(key | {"what": "check", "name": f"wrong without {name}"} | _share(~stayed))
+                stays = right.loc[right["method"] == "checks", f"{flag}_without_{which}"].dropna().astype(bool)
+                rows.append(key | {"what": "check", "name": f"wrong without {name}"} | _share(~stays))
             if hops == 2:
-                found += [key | {"what": "bridge"} | row for row in _bridges(of_size, flag)]
-    return found
+                rows += [key | {"what": "bridge"} | row for row in _bridges(checks, flag)]
+    return rows
 
 
 def _bridges(checks: pd.DataFrame, flag: str) -> list[dict]:
     """Two-hop questions by how many rivals the answer has in its document: the share answered rightly, and the share of
     those that stay right without the sentence of the first hop, with the adapter and in context.
     """
-    found = []
-    for rivals, rows in checks.groupby(checks["rivals"].clip(upper=2)):
-        named = {"rivals": "2 or more" if rivals == 2 else str(int(rivals))}
-        right = rows[rows[flag].astype(bool)]
+    rows = []
+    for rivals, group in checks.groupby(checks["rivals"].clip(upper=2)):
+        right = group[group[flag].astype(bool)]
         both = right[right["in_context"].astype(bool)]
         for name, flags in (
-            ("answered rightly, adapter", rows[flag]),
-            ("answered rightly, in context", rows["in_context"]),
+            ("answered rightly, adapter", group[flag]),
+            ("answered rightly, in context", group["in_context"]),
             ("stays right without the first hop, adapter", right[f"{flag}_without_bridge"]),
             ("stays right without the first hop, in context", both["in_context_without_bridge"]),
         ):
-            found.append(named | {"name": name} | _share(flags.astype(bool)))
-    return found
+            several = "2 or more" if rivals == 2 else str(int(rivals))
+            rows.append({"rivals": several, "name": name} | _share(flags.astype(bool)))
+    return rows
 
 
 def _share(flags: pd.Series) -> dict:
@@ -288,96 +307,57 @@ def _share(flags: pd.Series) -> dict:
     return {"n": n, "share": right / n if n else None, "low": low, "high": high}
 
 
-def _of_method(rows: pd.DataFrame, chosen: pd.DataFrame, hops: int, seed: int) -> dict:
-    """See `summarise`; `chosen` are the rows of the random method, by question."""
-    hits = rows["rank"] <= (1 if hops == 1 else 3)
-    share = _share(hits)
-    found = {"n": share["n"], "hit_rate": share["share"], "low": share["low"], "high": share["high"]}
-    found |= {"chance": float(rows["chance"].mean()), "ms": float(rows["ms"].median())}
-    if hops == 1:
-        found["chance_alike"] = float(rows["chance_alike"].mean())
-    else:
-        found["answer_first"] = float((rows["rank_answer"] == 1).mean())
-    paired = chosen.loc[rows["question"]]
-    if rows["method"].iloc[0] != "random":
-        at_random = (paired["rank"] <= (1 if hops == 1 else 3)).to_numpy()
-        found["p_hits"] = sign_flip(hits.to_numpy().astype(float) - at_random, seed)
-    for name in ("deletion", "insertion", "comprehensiveness", "sufficiency", "correlation"):
-        if name in rows and rows[name].notna().all():
-            found[name] = float(rows[name].mean())
-    if "deletion" in found and "p_hits" in found:
-        found["times_better_deletion"] = float(paired["deletion"].mean() / max(1e-12, rows["deletion"].mean()))
-        found["p_deletion"] = sign_flip(paired["deletion"].to_numpy() - rows["deletion"].to_numpy(), seed)
-    return found
+def _of_method(rows: pd.DataFrame, at_random: pd.DataFrame, hops: int, seed: int) -> dict:
+    """n, hit_rate (evidence first, or both of two in the first three) with its interval, chance, median ms, means of
+    _MEASURES, and p of the paired tests against random (`at_random`, by question), of the deletion area and the hits.
 
-
-def study(
-    model: DocToLoRA,
-    n: int,
-    seed: int,
-    folder: Path | None = None,
-    *,
-    kinds: Sequence[str] = world.ONE_HOP_KINDS,
-    least: int = SIZES[0],
-    most: int = SIZES[-1],
-    batch: int = 10,
-    progress: Callable[[int, int], None] | None = None,
-) -> pd.DataFrame:
-    """Samples (see `study_one`) of questions until `n` are answered rightly with all blocks.
-
-    folder: finished batches are kept there, and an interrupted study goes on behind them.
+    answer_first: the share whose first unit states the answer of two hops.
     """
-    kinds = check_texts(kinds, "kinds")
-    source = drawn(seed, kinds, least, most)
-    rows: list[dict] = []
-    right, number = 0, 0
-    while right < n:
-        some = [next(source) for _ in range(batch)]
-        path = None if folder is None else folder / f"{'+'.join(kinds)}_{seed}_{model.hypernetwork_key}_{number}.jsonl"
-        if path is not None and path.is_file():
-            found = read_rows(path)
-        else:
-            found = study_one(model, some, number, seed)
-            if path is not None:
-                write_jsonl(path, found)
-        rows += found
-        right += sum(row["all_blocks"] for row in found if row["method"] == "checks")
-        number += batch
-        if progress is not None:
-            progress(right, n)
-        if number >= 20 * n + 10 * batch:
-            raise ValueError(f"of {number} questions only {right} were answered rightly: too few for n = {n}")
-    return pd.DataFrame(rows)
+    depth = 1 if hops == 1 else 3
+    hits = rows["rank"] <= depth
+    share = _share(hits)
+    row = {"n": share["n"], "hit_rate": share["share"], "low": share["low"], "high": share["high"]}
+    row |= {"chance": float(rows["chance"].mean()), "ms": float(rows["ms"].median())}
+    if hops == 1:
+        row["chance_alike"] = float(rows["chance_alike"].mean())
+    else:
+        row["answer_first"] = float((rows["rank_answer"] == 1).mean())
+    paired = at_random.loc[rows["question"]]
+    is_random = rows["method"].iloc[0] == "random"
+    if not is_random:
+        row["p_hits"] = sign_flip(hits.to_numpy().astype(float) - (paired["rank"] <= depth).to_numpy(), seed)
+    row |= {name: float(rows[name].mean()) for name in _MEASURES if name in rows and rows[name].notna().all()}
+    if "deletion" in row and not is_random:
+        row["times_better_deletion"] = float(paired["deletion"].mean() / max(1e-12, rows["deletion"].mean()))
+        row["p_deletion"] = sign_flip(paired["deletion"].to_numpy() - rows["deletion"].to_numpy(), seed)
+    return row
 
 
-def block_cost(model: DocToLoRA, n_sentences: int, seed: int, repeats: int = 5) -> dict:
+def _block_cost(model: DocToLoRA, n_sentences: int, seed: int) -> dict:
     """Milliseconds per chunk of leaving it out, and of making the adapter again without it, on one document."""
     document, question = next(drawn(seed, ("one_hop",), n_sentences, n_sentences))
     (adapter,) = model.internalize_each([document.text])
-    trials = Trials(model, adapter, question.text, question.answer)
-    seconds = {}
-    for name, run in (
-        ("leave one out", partial(leave_one_out, trials)),
-        ("write the others again", lambda: model.internalize_each([document.text])),
-    ):
+    trials, chunks = Trials(model, adapter, question.text, question.answer), len(adapter.blocks)
+
+    def median_ms(run: Callable[[], object]) -> float:
         run()
         times = []
-        for _ in range(repeats):
+        for _ in range(5):
             began = time.perf_counter()
             run()
             times.append(time.perf_counter() - began)
-        seconds[name] = sorted(times)[len(times) // 2]
-    chunks = len(adapter.blocks)
+        return 1000 * sorted(times)[len(times) // 2]
+
+    written = median_ms(lambda: model.internalize_each([document.text]))
     return {
         "sentences": n_sentences,
         "chunks": chunks,
-        "ms_per_chunk_leave_one_out": 1000 * seconds["leave one out"] / chunks,
-        # without one chunk all the others are written
-        "ms_per_chunk_recomputed": 1000 * seconds["write the others again"] * (chunks - 1) / chunks,
+        "ms_per_chunk_leave_one_out": median_ms(lambda: leave_one_out(trials)) / chunks,
+        "ms_per_chunk_recomputed": written * (chunks - 1) / chunks,  # without one chunk all the others are written
     }
 
 
-def exactness(model: DocToLoRA, n: int, seed: int) -> dict:
+def _exactness(model: DocToLoRA, n: int, seed: int) -> dict:
     """Largest difference in nats, over `n` documents, between leaving a chunk out and an adapter without it."""
     worst = 0.0
     for _, (document, question) in zip(range(n), drawn(seed, ("one_hop",), SIZES[0], SIZES[-1]), strict=False):
@@ -398,14 +378,9 @@ def run(model: DocToLoRA, n: int, seed: int, n_two_hop: int) -> list[dict]:
     which it goes on where it was interrupted.
     """
     folder = project_root() / "runs" / "attribution"
-    began = time.perf_counter()
-
-    def report(right: int, n: int) -> None:
-        print(f"{right} of {n} answered rightly, {time.perf_counter() - began:.0f} s", flush=True)
-
-    one_hop = study(model, n, seed, folder, progress=report)
-    two_hop = study(model, n_two_hop, seed, folder, kinds=("two_hop",), progress=report)
-    found = summarise(pd.concat([one_hop, two_hop], ignore_index=True), seed)
-    found += [{"what": "cost"} | block_cost(model, sentences, seed) for sentences in SIZES]
-    found.append({"what": "exactness"} | exactness(model, 20, seed))
-    return [{k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))} for row in found]
+    one_hop = study(model, n, seed, folder)
+    two_hop = study(model, n_two_hop, seed, folder, kinds=("two_hop",))
+    rows = summarise(pd.concat([one_hop, two_hop], ignore_index=True), seed)
+    rows += [{"what": "cost"} | _block_cost(model, sentences, seed) for sentences in SIZES]
+    rows.append({"what": "exactness"} | _exactness(model, 20, seed))
+    return [{k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))} for row in rows]

@@ -12,6 +12,7 @@ from d2l_lib.analysis.report import find_questions, kept, most_frequent, probe_q
 from d2l_lib.documents import split_sentences
 from d2l_lib.model import DocToLoRA
 from d2l_lib.tasks import world
+from d2l_lib.tasks.questions import marked
 
 SIGNALS = {  # of a sentence; what is least is flagged first
     "kept": kept,
@@ -20,54 +21,49 @@ SIGNALS = {  # of a sentence; what is least is flagged first
     "share of questions answered": lambda asked: (asked["margin"] > 0).mean(),
     "over the controls": lambda asked: most_frequent(asked)[["over_zero", "over_wrong"]].min(),
 }
-ANSWERING = {"all blocks": None, "routed": 1}
+_ANSWERING = {"all blocks": None, "routed": 1}
 
 
-def flag_samples(
-    model: DocToLoRA, n_documents: int, seed: int, split: str, facts: tuple[int, int] = (8, 40), n: int = 12
-) -> pd.DataFrame:
+def flag_samples(model: DocToLoRA, n_documents: int, seed: int, split: str) -> pd.DataFrame:
     """Every fact of `n_documents` generated documents of `split`: is its question answered, and what did the report,
     which does not know that question, measure at its sentence?
 
-    One row per fact and condition ("all blocks", "routed"): document, condition, question, answer, prediction,
-    failed, the SIGNALS (NaN where no question about the sentence was found).
+    One row per fact and condition ("all blocks", "routed"): document, condition, sentence, question, answer,
+    prediction, correct, and the SIGNALS (NaN where no question about the sentence was found).
     """
     rng = random.Random(f"flags/{split}/{seed}")
     rows = []
     for number in range(n_documents):
-        document = world.draw_document(rng, split, rng.randint(*facts))
-        adapter, other = model.internalize_each(
-            [document.text, world.draw_document(rng, split, len(document.facts)).text]
-        )
+        document = world.draw_document(rng, split, rng.randint(8, 40))
+        unrelated = world.draw_document(rng, split, len(document.facts))
+        adapter, other = model.internalize_each([document.text, unrelated.text])
         spans = split_sentences(document.text)
-        sentences = [document.text[start:end].strip() for start, end in spans]
-        asked = [world.question_about(rng, fact) for fact in document.facts]
+        about = [world.question_about(rng, fact) for fact in document.facts]
         places = [next(i for i, (a, b) in enumerate(spans) if a <= fact.span[0] < b) for fact in document.facts]
-        questions = find_questions(model, sentences, n=n, seed=seed + number)
-        for condition, blocks in ANSWERING.items():
-            probed = probe_questions(model, questions, adapter, other, blocks)
-            found = dict(list(probed.groupby("sentence")))
-            said = model.answer([question.text for question in asked], adapter, blocks=blocks)
-            for question, place, answer in zip(asked, places, said, strict=True):
-                about = found.get(place)
-                row = {"document": number, "condition": condition, "sentence": place, "question": question.text}
-                row |= {"answer": question.answer, "prediction": answer, "failed": answer != question.answer}
-                row |= {name: math.nan if about is None else float(of(about)) for name, of in SIGNALS.items()}
-                rows.append(row)
+        sentences = [document.text[start:end].strip() for start, end in spans]
+        questions = find_questions(model, sentences, n=12, seed=seed + number)
+        for condition, blocks in _ANSWERING.items():
+            probed = dict(list(probe_questions(model, questions, adapter, other, blocks).groupby("sentence")))
+            predictions = model.answer([question.text for question in about], adapter, blocks=blocks)
+            new = marked(about, predictions, document=number, condition=condition)
+            for row, place in zip(new, places, strict=True):
+                at = probed.get(place)
+                signals = {name: math.nan if at is None else float(of(at)) for name, of in SIGNALS.items()}
+                rows.append(row | {"sentence": place} | signals)
     return pd.DataFrame(rows)
 
 
 def flag_curve(samples: pd.DataFrame, thresholds: Mapping[str, Sequence[float]] | None = None) -> pd.DataFrame:
-    """What is found at each threshold, by condition and signal: found (share of the failing facts that are flagged),
-    precision (share of the flagged ones that fail), false_alarms (share of the answered facts that are flagged).
+    """What is flagged below each threshold: condition, signal, threshold, n (facts), failing, found (share of the
+    failing facts that are flagged), precision (share of the flagged that fail), false_alarms (share of the answered
+    that are flagged).
 
-    Flagged: the signal lies below the threshold; facts without a question never are. thresholds: by signal (None: steps
-    of 0.05 for `kept`, up to 41 quantiles of the values of the others). Other columns: condition, signal, threshold,
-    n (facts), failing.
+    Facts without a question are never flagged. thresholds: by signal (None: steps of 0.05 for `kept`, up to 41
+    quantiles of the values of the others).
     """
     rows = []
     for condition, group in samples.groupby("condition", sort=False):
-        failed = group["failed"].astype(bool)
+        failed = ~group["correct"].astype(bool)
         for signal in SIGNALS:
             if thresholds is None and signal == "kept":
                 at = [step / 20 for step in range(21)]
@@ -89,7 +85,7 @@ def flag_curve(samples: pd.DataFrame, thresholds: Mapping[str, Sequence[float]] 
     return pd.DataFrame(rows)
 
 
-def best_flags(curve: pd.DataFrame) -> pd.DataFrame:
+def _best_flags(curve: pd.DataFrame) -> pd.DataFrame:
     """The threshold of each condition and signal at which most is found over the false alarms: one row each."""
     gain = (curve["found"] - curve["false_alarms"]).rename("gain")
     best = gain.groupby([curve["condition"], curve["signal"]], sort=False).idxmax()
@@ -103,7 +99,7 @@ def run(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
     for split in ("validation", "test"):
         curve = flag_curve(flag_samples(model, n, seed, split), thresholds)
         if thresholds is None:
-            chosen = best_flags(curve).set_index(["condition", "signal"])["threshold"]
+            chosen = _best_flags(curve).set_index(["condition", "signal"])["threshold"]
             thresholds = curve.groupby("signal")["threshold"].unique().to_dict()
         rows = zip(curve["condition"], curve["signal"], curve["threshold"], strict=True)
         marks = [chosen[condition, signal] == at for condition, signal, at in rows]

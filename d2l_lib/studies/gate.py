@@ -27,16 +27,17 @@ from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import disjoint_documents, one_hop_question
 
 RULES = ("one threshold", "by what the base model knows")
-THRESHOLDS = tuple(step / 2 for step in range(-8, 33))  # nats
 SORTS = ("the document", "the encyclopedia", "nothing", "a contradiction")  # what questions are about
+_THRESHOLDS = tuple(step / 2 for step in range(-8, 33))  # nats
+_Sample = tuple[str, world.Question, Adapter]  # what the question is about: one of SORTS
 
 
+# ---------------------------------------------------------------------------------------------------------- samples
 def gate_samples(
     model: DocToLoRA, n: int, seed: int, split: str, facts: tuple[int, int] = (8, 40), per_document: int = 4
 ) -> pd.DataFrame:
-    """`n` questions that a document answers, `n` about the encyclopedia and `n` that nothing answers, each asked with a
-    document of `facts` facts of `split` inside, and `n` about what a document of as many facts says against the
-    encyclopedia: one row per question and condition.
+    """`n` questions of each of SORTS, with a document of `facts` (fewest, most) facts inside: one row per question and
+    condition.
 
     Columns: about (one of SORTS), condition ("all blocks" or "routed"), question, answer, n_blocks, relevance and
     divergence (nats, of the block where it is highest), knows (the base model does not say that it does not know),
@@ -44,99 +45,97 @@ def gate_samples(
     one of these two.
     """
     rng = random.Random(f"gate/{split}/{seed}")
-    asked: list[world.Question] = []
-    about, adapters = [], []
-    while len(asked) < 3 * n:
+    samples: list[_Sample] = []
+    while len(samples) < 3 * n:
         document = world.draw_document(rng, split, rng.randint(*facts))
         (adapter,) = model.internalize_each([document.text])
         own = [world.question_about(rng, fact) for fact in rng.sample(document.facts, per_document)]
         nothing = [world.ask(rng, document, "unanswerable") for _ in own]
-        asked += [*own, *world.encyclopedia_questions(rng, per_document), *nothing]
-        about += [sort for sort in SORTS[:3] for _ in own]
-        adapters += [adapter] * (3 * per_document)
+        samples += _of_sorts(adapter, own, [*world.encyclopedia_questions(rng, per_document)], nothing)
     for _ in range(n):
         document, ((placed, _),) = world.conflicting_document(rng, rng.randint(*facts) - 1, 1, split)
-        asked.append(world.question_about(rng, placed))
-        about.append(SORTS[3])
-        adapters += model.internalize_each([document.text])
-    return _gate_rows(model, asked, adapters, about=about)
+        question = world.question_about(rng, placed)
+        samples.append((SORTS[3], question, *model.internalize_each([document.text])))
+    return _gate_rows(model, samples)
 
 
 def many_documents_samples(
-    model: DocToLoRA, n: int, seed: int, split: str, count: int = 64, n_facts: int = 5, per_adapter: int = 16
+    model: DocToLoRA, n: int, seed: int, split: str, count: int = 64, per_adapter: int = 16
 ) -> pd.DataFrame:
-    """The same with `count` documents of `n_facts` facts, which share no names, in one adapter.
+    """The same of the first two SORTS with `count` documents of five facts, which share no names, in one adapter.
 
     One more column: single_document (whether the adapter of the question's own document, all blocks of it, answers
     right).
     """
     rng = random.Random(f"gate, many documents/{split}/{seed}")
-    asked: list[world.Question] = []
-    about, adapters, alone = [], [], []
-    while len(asked) < 2 * n:
-        together = list(disjoint_documents(rng, count, n_facts, split))
+    samples: list[_Sample] = []
+    alone: list[Adapter] = []
+    while len(samples) < 2 * n:
+        together = list(disjoint_documents(rng, count, 5, split))
         each = model.internalize_each({f"document {i}": document.text for i, document in enumerate(together)})
         places = [rng.randrange(count) for _ in range(per_adapter)]
-        asked += [one_hop_question(rng, together[place]) for place in places]
-        asked += world.encyclopedia_questions(rng, per_adapter)
-        about += [sort for sort in SORTS[:2] for _ in places]
-        adapters += [sum(each)] * (2 * per_adapter)
+        own = [one_hop_question(rng, together[place]) for place in places]
+        samples += _of_sorts(sum(each), own, [*world.encyclopedia_questions(rng, per_adapter)])
         alone += [each[place] for place in places] * 2
-    rows = _gate_rows(model, asked, adapters, about=about)
-    said = model.answer([question.text for question in asked], alone)
-    single = [answer == question.answer for answer, question in zip(said, asked, strict=True)]
+    rows = _gate_rows(model, samples)
+    predictions = model.answer([question.text for _, question, _ in samples], alone)
+    single = [text == question.answer for text, (_, question, _) in zip(predictions, samples, strict=True)]
     return rows.assign(single_document=single * rows["condition"].nunique())
 
 
-def _gate_rows(
-    model: DocToLoRA, asked: Sequence[world.Question], adapters: Sequence[Adapter], about: Sequence[str]
-) -> pd.DataFrame:
-    texts = [question.text for question in asked]
+def _of_sorts(adapter: Adapter, *groups: Sequence[world.Question]) -> list[_Sample]:
+    """Questions of the first SORTS, a group each."""
+    return [(sort, question, adapter) for sort, group in zip(SORTS, groups, strict=False) for question in group]
+
+
+def _gate_rows(model: DocToLoRA, samples: Sequence[_Sample]) -> pd.DataFrame:
+    sorts, questions, adapters = (list(column) for column in zip(*samples, strict=True))
+    texts = [question.text for question in questions]
     both = leads_and_divergences(model, texts, adapters)
     scores = [lead + SHARE * divergence for lead, divergence in both]
     base = model.answer(texts, None)
     best = [_gate(adapter, score, -math.inf, 1) for adapter, score in zip(adapters, scores, strict=True)]
     rows = []
-    for condition, chosen in {"all blocks": list(adapters), "routed": best}.items():
-        said = model.answer(texts, chosen)
-        for i, (question, answer) in enumerate(zip(asked, said, strict=True)):
+    for condition, chosen in {"all blocks": adapters, "routed": best}.items():
+        for i, prediction in enumerate(model.answer(texts, chosen)):
+            answer = questions[i].answer
             rows.append(
-                {"condition": condition, "about": about[i], "question": question.text, "answer": question.answer}
+                {"condition": condition, "about": sorts[i], "question": texts[i], "answer": answer}
                 | {"n_blocks": len(scores[i]), "relevance": float(scores[i].max())}
                 | {"divergence": float(both[i][1].max()), "knows": base[i] != world.UNKNOWN}
-                | {"base_correct": base[i] == question.answer, "correct": answer == question.answer}
+                | {"base_correct": base[i] == answer, "correct": prediction == answer}
             )
     return pd.DataFrame(rows)
 
 
+# ------------------------------------------------------------------------------------------------------- thresholds
 def gate_curve(
     samples: pd.DataFrame,
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[float] = _THRESHOLDS,
     score: str = "relevance",
     least: float | None = None,
 ) -> pd.DataFrame:
-    """What each threshold costs: one row per condition and threshold.
+    """What each threshold costs, a row per condition and threshold: condition, least (the threshold, nats), and the
+    columns of `gate_scores`.
 
-    score: the column that has to reach it. least: the thresholds are for questions that the base model has an answer
-    of its own to; for the others this one holds.
-
-    Columns: condition, least (nats: the threshold), and those of `gate_scores`.
+    score: the column that has to reach it. least: the threshold of questions that the base model has no answer to.
     """
     rows = []
     for condition, group in samples.groupby("condition", sort=False):
         if not {SORTS[0], SORTS[1]} <= set(group["about"]):
             continue
         for threshold in thresholds:
-            limit = threshold if least is None else _stricter(group, least, threshold)
-            rows.append({"condition": condition, "least": threshold} | gate_scores(group, group[score] >= limit))
+            passes = group[score] >= (threshold if least is None else _stricter(group, least, threshold))
+            rows.append({"condition": condition, "least": threshold} | gate_scores(group, passes))
     return pd.DataFrame(rows)
 
 
 def gate_scores(samples: pd.DataFrame, passes: pd.Series) -> dict[str, float]:
-    """What a gate costs that lets the adapter answer where `passes` holds: unrelated, answerable, unanswerable and
-    override (exact match on questions about the encyclopedia, the document, nothing, and a contradiction, where the
-    document's value is right; NaN where none were asked), unrelated_loss (relative to the base model), answerable_loss
-    and override_loss (relative to no gate), n (questions of each sort).
+    """What a gate costs that lets the adapter answer where `passes` holds.
+
+    unrelated, answerable, unanswerable, override: exact match on questions about the encyclopedia, the document,
+    nothing, and a contradiction, where the document's value is right (NaN where there are none). unrelated_loss:
+    relative to the base model. answerable_loss and override_loss: relative to no gate. n: questions of each sort.
     """
     right = samples["correct"].where(passes, samples["base_correct"]).astype(float)
     score = {sort: right[samples["about"] == sort].mean() for sort in SORTS}
@@ -174,66 +173,6 @@ def best_threshold(curve: pd.DataFrame, condition: str, allowed: float = 0.01) -
     return float(harmless.loc[harmless["unrelated_loss"].idxmin(), "least"])
 
 
-def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[pd.DataFrame, pd.DataFrame, Gate]:
-    """The gate with `n` questions of each sort and one document inside, and with half as many and `many` documents in
-    one adapter, on validation and on test documents: (curves, ideas, the gate that was found).
-
-    Curves: `gate_curve` by split, documents and rule (RULES): one threshold for all questions, and one for those that
-    the base model has an answer to, where the others keep the first rule's. `chosen` marks the threshold that is taken
-    on validation documents; single_document is exact match where each question's own document is inside alone, all
-    blocks answering. Ideas: what each way to gate comes to on test documents, routed, with what it takes from
-    validation, at_one_block + growth * log2(n_blocks) nats:
-
-    - divergence: one threshold for the divergence alone
-    - relevance: one threshold for `routing.relevance`
-    - relevance, more for more blocks: one that grows with log2(n_blocks)
-    - relevance, more where the base model knows: one threshold where it does not, a routing.Gate where it does
-
-    Lines go through what the two sizes take. Where the base model knows an answer a stricter threshold costs no
-    answerable question (but contradictions), so the lowest that loses at most half a per cent of the encyclopedia on
-    validation is taken.
-    """
-    parts = {}
-    for split in ("validation", "test"):
-        parts[split, 1] = gate_samples(model, n, seed, split)
-        parts[split, many] = many_documents_samples(model, max(1, n // 2), seed, split, many)
-    routed = {place: samples[samples["condition"] == "routed"] for place, samples in parts.items()}
-    plain = {place: gate_curve(samples) for place, samples in parts.items()}
-    one_by_one = plain["validation", 1]
-    chosen = {condition: best_threshold(one_by_one, condition) for condition in one_by_one["condition"].unique()}
-    apart = {place: gate_curve(samples, least=chosen["routed"]) for place, samples in routed.items()}
-    known = {documents: _lowest_that_spares(apart["validation", documents]) for documents in (1, many)}
-    sizes = {documents: float(_log_blocks(routed["validation", documents]).mean()) for documents in known}
-    grown = {documents: best_threshold(plain["validation", documents], "routed") for documents in known}
-    gate = Gate(*_line(sizes, known), world.UNKNOWN)
-
-    curves = []
-    for (split, documents), samples in parts.items():
-        own = samples[(samples["about"] == SORTS[0]) & (samples["condition"] == "all blocks")]
-        single = float(own["single_document" if "single_document" in own else "correct"].mean())
-        for rule, curve in zip(RULES, (plain[split, documents], apart[split, documents]), strict=True):
-            best = curve["condition"].map(chosen) if rule == RULES[0] else known[documents]
-            facts = {"rule": rule, "split": split, "documents": documents, "single_document": single}
-            curves.append(curve.assign(**facts, chosen=curve["least"] == best))
-
-    divergence = best_threshold(gate_curve(routed["validation", 1], score="divergence"), "routed")
-    ideas = {  # what has to reach the threshold, the threshold's line, the threshold where the base model knows nothing
-        "divergence": ("divergence", (divergence, 0.0), None),
-        "relevance": ("relevance", (chosen["routed"], 0.0), None),
-        "relevance, more for more blocks": ("relevance", _line(sizes, grown), None),
-        "relevance, more where the base model knows": ("relevance", (gate.known, gate.growth), chosen["routed"]),
-    }
-    rows = []
-    for documents in sizes:
-        samples = routed["test", documents]
-        for idea, (score, (start, growth), least) in ideas.items():
-            limits = start + growth * _log_blocks(samples)
-            limits = limits if least is None else _stricter(samples, least, limits)
-            facts = {"idea": idea, "at_one_block": start, "growth": growth, "documents": documents}
-            rows.append(facts | gate_scores(samples, samples[score] >= limits))
-    return pd.concat(curves, ignore_index=True), pd.DataFrame(rows), gate
-
-
 def _lowest_that_spares(curve: pd.DataFrame, allowed: float = 0.005) -> float:
     """The lowest threshold that loses at most `allowed` of the questions about the encyclopedia."""
     sparing = curve[curve["unrelated_loss"] <= allowed]
@@ -243,7 +182,7 @@ def _lowest_that_spares(curve: pd.DataFrame, allowed: float = 0.005) -> float:
 
 
 def _line(sizes: Mapping[int, float], thresholds: Mapping[int, float]) -> tuple[float, float]:
-    """(a, b) of a + b * size, from the thresholds found at two sizes."""
+    """(a, b) of a + b * size, from the thresholds at two sizes."""
     one, many = sizes
     growth = (thresholds[many] - thresholds[one]) / (sizes[many] - sizes[one])
     return thresholds[one] - growth * sizes[one], growth
@@ -251,6 +190,77 @@ def _line(sizes: Mapping[int, float], thresholds: Mapping[int, float]) -> tuple[
 
 def _log_blocks(samples: pd.DataFrame) -> pd.Series:
     return samples["n_blocks"].map(math.log2)
+
+
+# ------------------------------------------------------------------------------------------------------- the records
+def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[pd.DataFrame, pd.DataFrame, Gate]:
+    """The gate on validation and test documents: (curves, ideas, the gate that validation gives).
+
+    n: questions of each sort with one document inside; half as many with `many` documents in one adapter.
+
+    Curves: `gate_curve` by split, documents and rule: one threshold for all questions, or one for those that the base
+    model has an answer to, where the others keep the first rule's. `chosen` marks the threshold that validation takes;
+    single_document is exact match where each question's own document is inside alone, all blocks answering.
+
+    Ideas: what each way to gate comes to on test documents, routed, with validation's threshold of
+    at_one_block + growth * log2(n_blocks) nats, a line through what the two sizes take:
+
+    - divergence: one threshold for the divergence alone
+    - relevance: one threshold for `routing.relevance`
+    - relevance, more for more blocks: one that grows with log2(n_blocks)
+    - relevance, more where the base model knows: one threshold where it does not, a routing.Gate where it does
+
+    Where the base model knows an answer, a stricter threshold costs no answerable question (but contradictions). The
+    lowest is taken that loses at most half a per cent of the encyclopedia on validation.
+    """
+    samples = {}
+    for split in ("validation", "test"):
+        samples[split, 1] = gate_samples(model, n, seed, split)
+        samples[split, many] = many_documents_samples(model, max(1, n // 2), seed, split, many)
+    routed = {place: rows[rows["condition"] == "routed"] for place, rows in samples.items()}
+    plain = {place: gate_curve(rows) for place, rows in samples.items()}
+    one_by_one = plain["validation", 1]
+    chosen = {condition: best_threshold(one_by_one, condition) for condition in one_by_one["condition"].unique()}
+    apart = {place: gate_curve(rows, least=chosen["routed"]) for place, rows in routed.items()}
+    known = {documents: _lowest_that_spares(apart["validation", documents]) for documents in (1, many)}
+    sizes = {documents: float(_log_blocks(routed["validation", documents]).mean()) for documents in known}
+    grown = {documents: best_threshold(plain["validation", documents], "routed") for documents in known}
+    gate = Gate(*_line(sizes, known), world.UNKNOWN)
+
+    curves = []
+    for (split, documents), rows in samples.items():
+        own = rows[(rows["about"] == SORTS[0]) & (rows["condition"] == "all blocks")]
+        single = float(own["single_document" if "single_document" in own else "correct"].mean())
+        for rule, curve in zip(RULES, (plain[split, documents], apart[split, documents]), strict=True):
+            best = curve["condition"].map(chosen) if rule == RULES[0] else known[documents]
+            facts = {"rule": rule, "split": split, "documents": documents, "single_document": single}
+            curves.append(curve.assign(**facts, chosen=curve["least"] == best))
+
+    divergence = best_threshold(gate_curve(routed["validation", 1], score="divergence"), "routed")
+    ideas = {  # the threshold's line, the threshold where the base model knows nothing
+        "divergence": ((divergence, 0.0), None),
+        "relevance": ((chosen["routed"], 0.0), None),
+        "relevance, more for more blocks": (_line(sizes, grown), None),
+        "relevance, more where the base model knows": ((gate.known, gate.growth), chosen["routed"]),
+    }
+    return (
+        pd.concat(curves, ignore_index=True),
+        _on_test(ideas, {count: routed["test", count] for count in sizes}),
+        gate,
+    )
+
+
+def _on_test(ideas: Mapping, samples: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
+    """What each idea of `measure_gate` comes to, by the number of documents inside."""
+    table = []
+    for documents, rows in samples.items():
+        for idea, ((start, growth), least) in ideas.items():
+            thresholds = start + growth * _log_blocks(rows)
+            thresholds = thresholds if least is None else _stricter(rows, least, thresholds)
+            passes = rows["divergence" if idea == "divergence" else "relevance"] >= thresholds
+            facts = {"idea": idea, "at_one_block": start, "growth": growth, "documents": documents}
+            table.append(facts | gate_scores(rows, passes))
+    return pd.DataFrame(table)
 
 
 def keep_thresholds(folder: Path, least: float, gate: Gate | None = None) -> None:

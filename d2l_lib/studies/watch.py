@@ -27,8 +27,8 @@ from d2l_lib.training.loop import checkpoints, is_whole, step_of
 from d2l_lib.training.step import HYPERNETWORK
 
 _BEGINS = b'{"checkpoint"'  # every line of scores
-PREFIX = "hypernetwork."  # of its tensors within a training step
-Score = Callable[[DocToLoRA], dict]
+_PREFIX = "hypernetwork."  # of its tensors within a training step
+_Score = Callable[[DocToLoRA], dict]
 
 
 def load_training_checkpoint(checkpoint: Path, base_model, tokenizer) -> DocToLoRA:
@@ -39,7 +39,7 @@ def load_training_checkpoint(checkpoint: Path, base_model, tokenizer) -> DocToLo
     """
     config, chunk_tokens = read_facts(checkpoint.parent / HYPERNETWORK)
     tensors = read_safetensors(checkpoint / "model.safetensors")
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    state = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
     hypernetwork = build_hypernetwork(config, state)
     hypernetwork = hypernetwork.to(base_model.device).requires_grad_(False)
     return DocToLoRA(base_model, tokenizer, hypernetwork, chunk_tokens=chunk_tokens)
@@ -56,8 +56,8 @@ def read_facts(path: Path) -> tuple[HypernetworkConfig, int | None]:
 
 def stages(run: Path) -> list[Path]:
     """The folders of a run, itself or in it, that have checkpoints which can be loaded; in order of their beginning."""
-    found = [path.parent for path in (run / HYPERNETWORK, *run.glob(f"*/{HYPERNETWORK}")) if path.exists()]
-    return sorted(found, key=lambda folder: (folder / HYPERNETWORK).stat().st_mtime)
+    facts = [path for path in (run / HYPERNETWORK, *run.glob(f"*/{HYPERNETWORK}")) if path.exists()]
+    return [path.parent for path in sorted(facts, key=lambda path: path.stat().st_mtime)]
 
 
 def read_scores(path: Path) -> list[dict]:
@@ -78,10 +78,10 @@ def read_scores(path: Path) -> list[dict]:
     return rows
 
 
-def score_new(run: Path, score: Score, base_model, tokenizer, scores: Path) -> int:
+def score_new(run: Path, score: _Score, base: tuple, scores: Path) -> int:
     """Score every whole checkpoint that `scores` does not name yet; how many there were.
 
-    A checkpoint that the run deletes meanwhile (it keeps the last ones only) is passed over.
+    base: (base model, tokenizer). A checkpoint that the run deletes meanwhile is passed over.
     """
     done = {line["checkpoint"] for line in read_scores(scores)}
     count = 0
@@ -93,7 +93,7 @@ def score_new(run: Path, score: Score, base_model, tokenizer, scores: Path) -> i
             began = time.monotonic()
             try:
                 step = step_of(checkpoint)
-                model = load_training_checkpoint(checkpoint, base_model, tokenizer)
+                model = load_training_checkpoint(checkpoint, *base)
             except FileNotFoundError:
                 print(f"{checkpoint} is gone: not scored", flush=True)
                 continue
@@ -105,29 +105,29 @@ def score_new(run: Path, score: Score, base_model, tokenizer, scores: Path) -> i
     return count
 
 
-def watch(run: Path, score: Score, base_model, tokenizer, scores: Path, every: float, once: bool = False) -> None:
+def watch(run: Path, score: _Score, base: tuple, scores: Path, every: float, once: bool = False) -> None:
     """`score_new` every so many seconds, until the run has ended (or just `once`)."""
     while True:
         ended = (run / "final").exists()
-        score_new(run, score, base_model, tokenizer, scores)
+        score_new(run, score, base, scores)
         if ended or once:
             return
         time.sleep(every)
 
 
-def needle_score(lengths: Sequence[int], n: int, seed: int) -> Score:
+def _needle_score(lengths: Sequence[int], n: int, seed: int) -> _Score:
     """Exact match on `n` haystacks per length."""
 
     def score(model: DocToLoRA) -> dict:
         samples = needle_samples(model, lengths, n, seed, split="validation")
         by_length = {str(k): float(v) for k, v in samples.groupby("length_tokens")["correct"].mean().items()}
-        found = {"task": "needle", "n": len(samples), "seed": seed}
-        return found | {"exact_match": float(samples["correct"].mean()), "by_length": by_length}
+        facts = {"task": "needle", "n": len(samples), "seed": seed}
+        return facts | {"exact_match": float(samples["correct"].mean()), "by_length": by_length}
 
     return score
 
 
-def question_score(name: str, source: Path | None, n: int, seed: int) -> Score:
+def _question_score(name: str, source: Path | None, n: int, seed: int) -> _Score:
     """The data set's own score on `n` of its questions (see `qa.DATASETS`), each with its document internalized."""
     frame = qa.load_qa(name, source, n=n, seed=seed, template=qa.DATASETS[name].template)
 
@@ -138,8 +138,8 @@ def question_score(name: str, source: Path | None, n: int, seed: int) -> Score:
             list(frame["question"]), [adapters[document] for document in frame["document"]], max_new_tokens=48
         )
         scored = qa.score(frame.assign(prediction=predictions))
-        found = {"task": name, "n": len(scored), "seed": seed, "metric": scored["metric"].iloc[0]}
-        return found | {"score": round(float(scored["score"].mean()), 4)}
+        facts = {"task": name, "n": len(scored), "seed": seed, "metric": scored["metric"].iloc[0]}
+        return facts | {"score": round(float(scored["score"].mean()), 4)}
 
     return score
 
@@ -162,15 +162,13 @@ def run(a: argparse.Namespace) -> None:
     """Score the checkpoints of a training as they appear."""
     if not a.run.is_dir():
         raise FileNotFoundError(f"there is no run at {a.run}")
-    while not (found := stages(a.run)):
+    while not (folders := stages(a.run)):
         if a.once or (a.run / "final").exists():
             raise ValueError(f"{a.run} has no {HYPERNETWORK}: is it the folder of a training?")
         time.sleep(a.every)
-    base = a.base or read_facts(found[0] / HYPERNETWORK)[0].base_model
-    base_model, tokenizer = load_base_model(base)
+    base = load_base_model(a.base or read_facts(folders[0] / HYPERNETWORK)[0].base_model)
     if a.task == "needle":
-        score = needle_score(a.lengths, a.n, a.seed)
+        score = _needle_score(a.lengths, a.n, a.seed)
     else:
-        score = question_score(a.task, a.source, a.n, a.seed)
-    scores = a.scores or a.run / "scores.jsonl"
-    watch(a.run, score, base_model, tokenizer, scores, a.every, a.once)
+        score = _question_score(a.task, a.source, a.n, a.seed)
+    watch(a.run, score, base, a.scores or a.run / "scores.jsonl", a.every, a.once)

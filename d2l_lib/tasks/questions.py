@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Questions on documents of the generated world, as tables, and the answers to them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from d2l_lib.tasks import world
 def one_hop_question(rng: random.Random, document: world.Document) -> world.Question:
     """A plain question about one of the document's facts."""
     return world.question_about(rng, rng.choice(document.facts))
+
+
+def marked(questions: Sequence[world.Question], predictions: Sequence[str], **columns) -> list[dict]:
+    """Rows of question, answer, prediction and correct (equal to the answer), and columns of one value for all rows."""
+    return [
+        {"question": question.text, "answer": question.answer, "prediction": prediction}
+        | {"correct": prediction == question.answer, **columns}
+        for question, prediction in zip(questions, predictions, strict=True)
+    ]
 
 
 def disjoint_documents(rng: random.Random, count: int, n_facts: int, split: str = "test") -> Iterator[world.Document]:
@@ -52,15 +61,10 @@ def world_samples(
         question = world.ask(rng, document, kinds[len(rows) % len(kinds)])
         if question is not None:
             rows.append(
-                {
-                    "document": document.text,
-                    "question": question.text,
-                    "answer": question.answer,
-                    "kind": question.kind,
-                    "evidence_start": [start for start, _ in question.evidence],
-                    "evidence_end": [end for _, end in question.evidence],
-                    "n_facts": len(document.facts),
-                }
+                {"document": document.text, "question": question.text, "answer": question.answer}
+                | {"kind": question.kind}
+                | {"evidence_start": [start for start, _ in question.evidence]}
+                | {"evidence_end": [end for _, end in question.evidence], "n_facts": len(document.facts)}
             )
     if len(rows) < n:
         raise ValueError(

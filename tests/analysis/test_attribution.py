@@ -430,7 +430,8 @@ def test_evidence_and_chance():
 
 def test_the_study_keeps_what_it_has_done(qa, tmp_path, monkeypatch):
     model = qa[0]
-    options = {"kinds": ("one_hop",), "least": 4, "most": 5, "batch": 2}
+    options = {"kinds": ("one_hop",), "sentences": (4, 5)}
+    monkeypatch.setattr(faithfulness, "_BATCH", 2)
     samples = faithfulness.study(model, 3, 3, tmp_path, **options)
     files = list(tmp_path.iterdir())
     assert files

@@ -164,7 +164,7 @@ def test_the_page_escapes_every_text_and_needs_no_network(made, tmp_path):
 
 def test_what_is_flagged_is_counted():
     rows = pd.DataFrame(
-        {"condition": "all blocks", "failed": [True, True, False, False], **dict.fromkeys(SIGNALS, 0.0)}
+        {"condition": "all blocks", "correct": [False, False, True, True], **dict.fromkeys(SIGNALS, 0.0)}
     )
     rows["kept"] = [-1.0, float("nan"), 0.5, 2.0]
     curve = flag_curve(rows, {signal: [0.0, 1.0] for signal in SIGNALS})

@@ -225,7 +225,7 @@ def test_samples_ask_both_sorts_and_the_dial_turns_every_layer(model):
     rows = gate_study.gate_samples(model, 4, 0, "validation", facts=(2, 3), per_document=2)
     assert (rows.groupby(["condition", "about"]).size() == 4).all()
     assert set(rows["about"]) == set(gate_study.SORTS)
-    several = gate_study.many_documents_samples(model, 2, 0, "test", count=3, n_facts=2, per_adapter=2)
+    several = gate_study.many_documents_samples(model, 2, 0, "test", count=3, per_adapter=2)
     assert several["single_document"].dtype == bool
     dial = dial_samples(model, 2, 0, "test", weights=(0.0, 1.0), n_facts=2)
     assert set(dial["layers"]) == {"all layers", *(f"layer {layer}" for layer in range(4))}

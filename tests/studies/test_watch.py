@@ -68,15 +68,15 @@ def test_half_written_and_deleted_checkpoints_are_left_alone(run, copy, monkeypa
         return {"score": 1.0}
 
     scores = copy / "scores.jsonl"
-    assert watch.score_new(copy, score, model, tokenizer, scores) == 1 and len(seen) == 1
+    assert watch.score_new(copy, score, (model, tokenizer), scores) == 1 and len(seen) == 1
     assert state.parent.is_dir(), "the watcher deletes nothing"
     state.write_text(whole)
     weights = copy / "checkpoint-4" / "model.safetensors"
     kept = weights.read_bytes()
     weights.unlink()  # the run is deleting it
-    assert watch.score_new(copy, score, model, tokenizer, scores) == 0
+    assert watch.score_new(copy, score, (model, tokenizer), scores) == 0
     weights.write_bytes(kept)
-    assert watch.score_new(copy, score, model, tokenizer, scores) == 1
+    assert watch.score_new(copy, score, (model, tokenizer), scores) == 1
     assert seen[1] == pytest.approx(float(load_file(weights)["hypernetwork.head.weight"].sum()))
 
 
@@ -84,7 +84,7 @@ def test_a_line_that_was_cut_off_is_scored_again(run, copy):
     _, model, tokenizer, _ = run
     scores = copy / "scores.jsonl"
     scores.write_text(json.dumps({"checkpoint": "checkpoint-2", "score": 3}) + '\n{"checkpoint": "check')
-    assert watch.score_new(copy, lambda loaded: {"score": 1}, model, tokenizer, scores) == 1
+    assert watch.score_new(copy, lambda loaded: {"score": 1}, (model, tokenizer), scores) == 1
     assert [line["checkpoint"] for line in read_jsonl(scores)] == ["checkpoint-2", "checkpoint-4"]
 
 
@@ -100,7 +100,7 @@ def test_it_ends_with_the_run_and_waits_before(run, copy, monkeypatch):
         (copy / "final").mkdir()
 
     monkeypatch.setattr(watch.time, "sleep", sleep)
-    watch.watch(copy, lambda loaded: {"score": 1}, model, tokenizer, copy / "scores.jsonl", every=7)
+    watch.watch(copy, lambda loaded: {"score": 1}, (model, tokenizer), copy / "scores.jsonl", every=7)
     assert slept == [7] and len(read_jsonl(copy / "scores.jsonl")) == 2
 
 
