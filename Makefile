@@ -17,7 +17,7 @@ CACHE := $(CURDIR)/.cache
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
-# Importing torch and transformers takes 6 s of a core where Python keeps what it compiled, and 19 s where it may not.
+# Imports take 6 s of a core where Python keeps what it has compiled, and 19 s where that is switched off.
 unexport PYTHONDONTWRITEBYTECODE
 # Where the tools that we run keep their files: inside the clone.
 export HF_HOME ?= $(CACHE)/huggingface
@@ -59,6 +59,7 @@ setup: .venv/.installed
 	@if [ -n "$(UV)" ] && UV_FIND_LINKS="$$(.venv/bin/python -m pip config get global.find-links 2>/dev/null)" \
 		"$(UV)" pip install --quiet --python .venv/bin/python --constraint requirements.lock -e '.[test]'; then :; \
 	else .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint requirements.lock -e '.[test]'; fi
+	@$(RUN) -c "import d2l_lib.loading, d2l_lib.training.step"  # compiles what every command imports
 	@touch $@
 	@echo "setup: done"
 

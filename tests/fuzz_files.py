@@ -34,7 +34,7 @@ from tiny_models import N_LAYERS, build_model
 import d2l_lib as d2l
 from d2l_lib.formats.checkpoints import build_hypernetwork, load_checkpoint, read_published, save_checkpoint
 from d2l_lib.formats.peft import check_export
-from d2l_lib.formats.shards import COUNTS, HIGHEST, MANIFEST, SCHEMA, _sha256, _write_shard, read_shards, shard_path
+from d2l_lib.formats.shards import COUNTS, HIGHEST, MANIFEST, SCHEMA, _sha256, read_shards, shard_path, write_shard
 from d2l_lib.records import read_json, read_rows
 from d2l_lib.studies import watch
 from d2l_lib.training import loop, selfgen
@@ -327,7 +327,7 @@ def write_data(folder: Path) -> None:
             "closed": [False, True],
         } | {name: ["a", "b"] for name in ("questions", "answers", "references", "kinds")}
         path = shard_path(folder, number)
-        _write_shard(path, "0" * 64, pa.Table.from_pylist([row] * 2, schema=SCHEMA), counts)
+        write_shard(path, "0" * 64, pa.Table.from_pylist([row] * 2, schema=SCHEMA), counts)
         shards.append({"file": path.name, "sha256": _sha256(path), "counts": counts})
     identity = {"format": selfgen.FORMAT, "version": selfgen.VERSION, "n_shards": 2, "settings": {"seed": 0}}
     manifest = identity | {"complete": True, "totals": counts, "shards": shards}

@@ -30,7 +30,7 @@ from tiny_models import build_model, random_hypernetwork
 from transformers.utils.logging import disable_progress_bar
 
 from d2l_lib.formats.checkpoints import convert, export, save_checkpoint
-from d2l_lib.formats.shards import COUNTS, SCHEMA, _problem, _write_shard, shard_path
+from d2l_lib.formats.shards import COUNTS, SCHEMA, shard_path, shard_problem, write_shard
 from d2l_lib.formats.writing import read_whole
 from d2l_lib.training import loop
 
@@ -179,22 +179,22 @@ def kill_shards(folder: Path, n: int, rng: random.Random) -> Counter:
     counts = dict.fromkeys(COUNTS, 1)
     path = shard_path(folder, 0)
     begun = time.monotonic()
-    _write_shard(path, RUN, table, counts)
+    write_shard(path, RUN, table, counts)
     whole, duration = path.read_bytes(), time.monotonic() - begun
     found: Counter = Counter()
     while sum(found.values()) < n:
         if sum(found.values()) % 2:
             path.unlink(missing_ok=True)
             path.with_suffix(".json").unlink(missing_ok=True)
-        killed, _ = killed_after(lambda: _write_shard(path, RUN, table, counts), rng.uniform(0, duration * 1.5))
+        killed, _ = killed_after(lambda: write_shard(path, RUN, table, counts), rng.uniform(0, duration * 1.5))
         assert not path.exists() or path.read_bytes() == whole, "half a shard"
-        problem = _problem(path, RUN)
+        problem = shard_problem(path, RUN)
         assert problem in (None, "", "it has no checksum (was the run interrupted?)"), problem
         check_foreign(folder)
         if killed:
             found["whole" if problem is None else "made again"] += 1
-    _write_shard(path, RUN, table, counts)
-    assert _problem(path, RUN) is None and not leftovers(folder)
+    write_shard(path, RUN, table, counts)
+    assert shard_problem(path, RUN) is None and not leftovers(folder)
     return found
 
 

@@ -69,7 +69,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_shard(path: Path, run: str, table: pa.Table, counts: dict[str, int]) -> None:
+def write_shard(path: Path, run: str, table: pa.Table, counts: dict[str, int]) -> None:
+    """Write one shard, then its checksum, settings and counts beside it: a shard without these is not trusted."""
     with atomic_file(path) as temporary:
         with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as file:
             if table.num_rows:  # `datasets` cannot read an empty row group
@@ -78,7 +79,7 @@ def _write_shard(path: Path, run: str, table: pa.Table, counts: dict[str, int]) 
     write_json(path.with_suffix(".json"), {"file": path.name, "run": run, "sha256": checksum, "counts": counts})
 
 
-def _record_of(path: Path) -> dict[str, Any] | None:
+def shard_record(path: Path) -> dict[str, Any] | None:
     """What was written beside a shard, or None where that is missing, damaged or not ours."""
     try:
         record = read_json(path.with_suffix(".json"))
@@ -88,9 +89,9 @@ def _record_of(path: Path) -> dict[str, Any] | None:
     return record if record["counts"].keys() >= set(COUNTS) else None
 
 
-def _problem(path: Path, run: str) -> str | None:
+def shard_problem(path: Path, run: str) -> str | None:
     """Why a shard has to be made: "" where there is nothing yet, None where it is whole."""
-    record = _record_of(path)
+    record = shard_record(path)
     if not path.exists():
         return "" if record is None else "the file is missing"
     if record is None:
@@ -211,7 +212,7 @@ def _files_of(path: Path) -> dict[Path, str | None]:
     if not path.exists():
         raise FileNotFoundError(f"no shards at {path}: give a folder or .parquet files")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    checksums = {file: (_record_of(file) or {}).get("sha256") for file in files}
+    checksums = {file: (shard_record(file) or {}).get("sha256") for file in files}
     if (path / MANIFEST).exists():
         advice = "run the command that made the data again, or name the files that you want"
         manifest = check(Manifest, read_json(path / MANIFEST), path / MANIFEST, advice)

@@ -47,11 +47,11 @@ from d2l_lib.formats.shards import (
     COUNTS,
     MANIFEST,
     SCHEMA,
-    _problem,
-    _record_of,
-    _write_shard,
     shard_path,
+    shard_problem,
+    shard_record,
     tokenizer_fingerprint,
+    write_shard,
 )
 from d2l_lib.records import read_json, read_jsonl, write_json
 from d2l_lib.tasks import world
@@ -487,7 +487,7 @@ def generate(
     _open_folder(folder, identity)
     todo = []
     for index in range(worker, settings.n_shards, workers):
-        if (problem := _problem(path := shard_path(folder, index), run)) is not None:
+        if (problem := shard_problem(path := shard_path(folder, index), run)) is not None:
             todo.append(index)
             if problem:
                 print(f"{path}: {problem}; it is made again", flush=True)
@@ -495,7 +495,7 @@ def generate(
     began = time.monotonic()
     for n, index in enumerate(todo, 1):
         table, counts = make_shard(settings, index, teacher, texts, writer)
-        _write_shard(shard_path(folder, index), run, table, counts)
+        write_shard(shard_path(folder, index), run, table, counts)
         made.update(counts)
         seconds = max(time.monotonic() - began, 1e-9)
         print(
@@ -548,7 +548,7 @@ def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
     except ValueError as error:
         begin = json.dumps(identity, indent=2, ensure_ascii=False).encode()[:40]
         if path.read_bytes()[:40] != begin[: path.stat().st_size] and not any(
-            _record_of(file) for file in folder.glob("shard-*.parquet")
+            shard_record(file) for file in folder.glob("shard-*.parquet")
         ):
             raise ValueError(f"{path} is not of this program: choose another folder") from error
         print(f"{error}; it is made again", flush=True)
@@ -573,7 +573,7 @@ def _finish(folder: Path, identity: dict[str, Any], run: str, n_shards: int) -> 
     """Write the complete manifest if every shard is there: the same bytes, whoever does it."""
     records = []
     for path in (shard_path(folder, index) for index in range(n_shards)):
-        record = _record_of(path)
+        record = shard_record(path)
         if record is None or record["run"] != run or not path.exists():
             return None
         records.append({name: record[name] for name in ("file", "sha256", "counts")})
