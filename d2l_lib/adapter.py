@@ -606,10 +606,39 @@ class Adapter:
     def from_peft(
         cls, folder: str | Path, base_model: nn.Module | DocToLoRA | None = None, *, name: str | None = None
     ) -> Adapter:
-        """A PEFT LoRA folder as an adapter of one block, to be added to others; see `peft.import_peft`."""
+        """A PEFT LoRA folder as an adapter of one block, to be applied, weighed, traced, and added to others (`+`).
+
+        base_model: its names and sizes are checked, its layers counted; a DocToLoRA also marks the adapter as one for
+        its base model. Without it the highest layer that the LoRA adapts counts as the last.
+        name: of the block's document (None: the folder's name).
+
+        alpha / r (or alpha / sqrt(r)), rank_pattern and alpha_pattern are folded into B, so that its scale is 1; what
+        it lacks of layers and rows is zero. A folder by `export_peft` knows its base model; with a bias block in it, it
+        cannot be added to others, no more than a compressed adapter can.
+
+        Only safetensors files are read. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases,
+        modules_to_save, ...) or lies outside the decoder layers: merge such an adapter into the base model with peft.
+        ValueError, too, for an export that was made for another base model.
+        """
         from d2l_lib.formats import peft
 
-        return peft.import_peft(folder, base_model, name=name)
+        lora = peft.read_lora(folder, base_model)
+        own_key = getattr(base_model, "base_key", "")
+        if not same_base(lora.base_key, own_key):
+            raise ValueError(
+                f"{folder} was made for another base model, this one has other weights "
+                "(float16 and float32 count as different): export it again with this one"
+            )
+        return cls(
+            blocks=(Block(name or Path(folder).resolve().name, 0, None, 1.0, lora.A, lora.B),),
+            bias=None,
+            scale=1.0,
+            base_model=lora.base_model,
+            base_key=max(lora.base_key, own_key, key=len),
+            hypernetwork_key=lora.hypernetwork_key,
+            paths=lora.paths,
+            bias_inside=lora.bias_inside,
+        )
 
     def path_of(self, module: str) -> str:
         """Where the module sits in the base model, with {layer} for the layer's number."""

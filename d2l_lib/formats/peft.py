@@ -25,7 +25,6 @@ import regex  # as `re`, with a limit of time
 import torch
 from torch import Tensor, nn
 
-from d2l_lib.adapter import Adapter, Block, same_base
 from d2l_lib.base_model import decoder_layers, target_linears
 from d2l_lib.documents import check_count
 from d2l_lib.formats.schemas import ExportRecord, PeftConfig, check, shown
@@ -35,6 +34,7 @@ from d2l_lib.lora import is_applied
 from d2l_lib.records import parse_json, read_json, write_json
 
 if TYPE_CHECKING:
+    from d2l_lib.adapter import Adapter
     from d2l_lib.model import DocToLoRA
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -437,37 +437,38 @@ def _misfits(pairs: _Pairs, network: nn.Module) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------- from a folder
-def import_peft(
-    folder: str | Path, base_model: nn.Module | DocToLoRA | None = None, *, name: str | None = None
-) -> Adapter:
-    """A PEFT LoRA as an adapter of one block, to be applied, weighed, traced, and added to others (`+`).
+@dataclass(frozen=True)
+class PlainLora:
+    """A PEFT LoRA as W x + B^T (A x): {module: A [n_layers, r, d_in]} and {module: B [n_layers, r, d_out]}, float32.
 
-    alpha / r (or alpha / sqrt(r)), rank_pattern and alpha_pattern are folded into B, so that its scale is 1. Layers and
-    rows that it lacks are zero.
-
-    base_model: its names and sizes are checked, its layers counted; a DocToLoRA also marks the adapter as one for its
-      base model. None: the highest layer that the LoRA adapts is the last one, unless `export_peft` wrote the folder.
-    name: of the block's document (None: the folder's name).
-
-    A folder with a bias block in it cannot be added to others, no more than a compressed adapter can. Only safetensors
-    files are read. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases, modules_to_save, ...), or
-    lies outside the decoder layers: merge such an adapter into the base model with peft.
+    base_model is the name that the folder gives; the keys, as in `Adapter`, are known of exports alone.
     """
+
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
+    paths: dict[str, str]
+    base_model: str
+    base_key: str
+    hypernetwork_key: str
+    bias_inside: bool
+
+
+def read_lora(folder: str | Path, base_model: nn.Module | DocToLoRA | None = None) -> PlainLora:
+    """The LoRA in a PEFT folder; layers and rows that it lacks are zero. See `Adapter.from_peft`."""
     config, tensors, record = read_whole(folder, _read_folder)
     _check_config(folder, config)
     pairs = _plain_pairs(folder, config, tensors)
     places = _places(folder, pairs)
-    n_layers, base_key = _layers_and_base(folder, pairs, places, record, base_model)
+    n_layers = _n_layers(folder, pairs, places, record, base_model)
     A, B = _block_factors(folder, config, pairs, places, n_layers)
     holds_bias = bool(record.get("bias"))
-    return Adapter(
-        blocks=(Block(name or Path(folder).resolve().name, 0, None, 1.0, A, B),),
-        bias=None,
-        scale=1.0,
-        base_model=config.get("base_model_name_or_path") or "",
-        base_key=base_key,
-        hypernetwork_key=record.get("hypernetwork_key", "") if holds_bias else "",
+    return PlainLora(
+        A,
+        B,
         paths={module: _IN_LAYER.sub(r"\g<before>.{layer}.\g<after>", path) for (_, module), path in places.items()},
+        base_model=config.get("base_model_name_or_path") or "",
+        base_key=record.get("base_key", ""),
+        hypernetwork_key=record.get("hypernetwork_key", "") if holds_bias else "",
         bias_inside=holds_bias,
     )
 
@@ -486,30 +487,20 @@ def _plain_pairs(folder: str | Path, config: Mapping, tensors: Mapping[str, Tens
     return pairs
 
 
-def _layers_and_base(
+def _n_layers(
     folder: str | Path, pairs: _Pairs, places: _Places, record: Mapping, base_model: nn.Module | DocToLoRA | None
-) -> tuple[int, str]:
-    """(number of layers, fingerprint of the base model): of `base_model`, else as far as the folder knows them.
-
-    ValueError where the pairs do not fit `base_model`, or it has other weights than the folder says.
-    """
-    base_key = record.get("base_key", "")
-    if base_model is None:
-        n_layers = max(record.get("n_layers", 0), *(1 + layer for layer, _ in places))
-        if n_layers > _MOST_EMPTY * len({layer for layer, _ in places}):
-            made = f"{len(places)} linears of a model with {n_layers} layers"
-            raise ValueError(f"{folder} adapts {made}: pass base_model= if that is so")
-        return n_layers, base_key
-    network = _network(base_model)
-    if problems := _misfits(pairs, network):
-        raise ValueError(f"{folder}: {'; '.join(problems)}")
-    own_key = getattr(base_model, "base_key", "")
-    if not same_base(base_key, own_key):
-        raise ValueError(
-            f"{folder} was made for another base model, this one has other weights "
-            "(float16 and float32 count as different): export it again with this one"
-        )
-    return len(decoder_layers(network)), max(base_key, own_key, key=len)
+) -> int:
+    """The number of layers: of `base_model`, which the pairs must fit (ValueError), else as far as the folder knows."""
+    if base_model is not None:
+        network = _network(base_model)
+        if problems := _misfits(pairs, network):
+            raise ValueError(f"{folder}: {'; '.join(problems)}")
+        return len(decoder_layers(network))
+    n_layers = max(record.get("n_layers", 0), *(1 + layer for layer, _ in places))
+    if n_layers > _MOST_EMPTY * len({layer for layer, _ in places}):
+        made = f"{len(places)} linears of a model with {n_layers} layers"
+        raise ValueError(f"{folder} adapts {made}: pass base_model= if that is so")
+    return n_layers
 
 
 def _block_factors(
