@@ -149,6 +149,16 @@ def test_every_figure_comes_from_a_notebook():
         assert name.removesuffix(".png") in text, f"no notebook saves {name}"
 
 
+def test_links_the_paper_and_keeps_its_anatomy(page):
+    opening = source(page["cells"][0])
+    assert "https://arxiv.org/abs/2602.15902" in opening
+    for part in ("**Question.**", "**Answer.**", "CPU"):
+        assert part in opening
+    assert any(source(cell).startswith("## What we learned") for cell in page["cells"])
+    last = source(page["cells"][-1])
+    assert f'records.write_results(\n    "{page["path"].stem}"' in last and len(last.splitlines()) < 60
+
+
 # --- the machinery ----------------------------------------------------------------------------------------------------
 
 
