@@ -63,7 +63,7 @@ setup: .venv/.installed
 	@touch $@
 	@echo "setup: done"
 
-# All pages, one after another; each says on top how many minutes it takes.
+# All pages, two at a time but for those that measure time; each says on top how many minutes it takes.
 notebooks: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(OFFLINE) $(RUN) -m d2l_lib notebooks

@@ -235,7 +235,6 @@ def _read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
     FileNotFoundError where it or one of its files is missing; ValueError for damaged files, for tensors that are no
     finite floating numbers, and for pickles (.bin). What the configuration says is checked by `_check_config`.
     """
-
     folder = Path(folder)
     config_path, path = folder / _CONFIG, folder / _WEIGHTS
     if not config_path.is_file():
@@ -386,23 +385,32 @@ def check_export(folder: str | Path, loader: str = "peft", base_model: nn.Module
     if base_model is not None:
         problems += _misfits(pairs, _network(base_model))
     if loader != "peft":
-        unread = {"vllm": ("rank_pattern", "alpha_pattern"), "llama.cpp": ("alpha_pattern", "use_rslora")}[loader]
-        if set_here := [name for name in unread if config.get(name)]:
-            problems.append(f"{', '.join(set_here)} may not be read, and the update would then have another size")
-        if unknown := sorted({path.rpartition(".")[2] for path in pairs} - _SERVED_MODULES):
-            problems.append(f"it may not know these modules: {_some(unknown)}")
-    if loader == "vllm":
-        rank = max((A.shape[0] for A, _ in pairs.values()), default=0)
-        if enough := [allowed for allowed in _VLLM_RANKS if allowed >= rank]:
-            notes.append(f"serve the base model with --enable-lora --max-lora-rank {enough[0]}")
-        else:
-            problems.append(f"rank {rank}, but it serves at most {_VLLM_RANKS[-1]}: export with rank={_VLLM_RANKS[-1]}")
-    if loader == "llama.cpp":
-        base = config.get("base_model_name_or_path") or "none is named here"
-        notes.append(f"convert it with convert_lora_to_gguf.py --base <folder of the base model> ({base})")
+        more_problems, more_notes = _server_rules(loader, config, pairs)
+        problems += more_problems
+        notes += more_notes
     if record.get("error"):
         notes.append(f"relative error {record['error']:.3g}, from rank {record['rank']} (see export_errors)")
     return Verdict(loader, tuple(problems), tuple(notes))
+
+
+def _server_rules(loader: str, config: Mapping, pairs: _Pairs) -> tuple[list[str], list[str]]:
+    """(problems, notes) of vLLM or llama.cpp beside those that they share with PEFT."""
+    problems, notes = [], []
+    unread = {"vllm": ("rank_pattern", "alpha_pattern"), "llama.cpp": ("alpha_pattern", "use_rslora")}[loader]
+    if set_here := [name for name in unread if config.get(name)]:
+        problems.append(f"{', '.join(set_here)} may not be read, and the update would then have another size")
+    if unknown := sorted({path.rpartition(".")[2] for path in pairs} - _SERVED_MODULES):
+        problems.append(f"it may not know these modules: {_some(unknown)}")
+    if loader == "llama.cpp":
+        base = config.get("base_model_name_or_path") or "none is named here"
+        notes.append(f"convert it with convert_lora_to_gguf.py --base <folder of the base model> ({base})")
+        return problems, notes
+    rank = max((A.shape[0] for A, _ in pairs.values()), default=0)
+    if enough := [allowed for allowed in _VLLM_RANKS if allowed >= rank]:
+        notes.append(f"serve the base model with --enable-lora --max-lora-rank {enough[0]}")
+    else:
+        problems.append(f"rank {rank}, but it serves at most {_VLLM_RANKS[-1]}: export with rank={_VLLM_RANKS[-1]}")
+    return problems, notes
 
 
 def _is_target(path: str, target_modules: object) -> bool:
