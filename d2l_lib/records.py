@@ -13,7 +13,7 @@ from typing import Any
 
 from d2l_lib.formats.writing import atomic_file, name_failed_writes, write_atomic
 
-FIGURE_NAME = re.compile(r"\d\d_[a-z0-9_]+_by_[a-z0-9_]+")
+_FIGURE_NAME = re.compile(r"\d\d_[a-z0-9_]+_by_[a-z0-9_]+")
 
 
 def project_root() -> Path:
@@ -136,7 +136,7 @@ def append_jsonl(path: str | Path, row: Any) -> None:
 def save_figure(figure, name: str) -> Path:
     """Save a matplotlib figure as `figures/<name>.png`; the same figure gives the same bytes. Name: NN_what_by_what."""
     name = name.removesuffix(".png")
-    if not FIGURE_NAME.fullmatch(name):
+    if not _FIGURE_NAME.fullmatch(name):
         raise ValueError(f"figure name {name!r} is not of the form NN_what_by_what, e.g. '03_exact_match_by_length'")
     path = project_root() / "figures" / f"{name}.png"
     with atomic_file(path) as temporary:

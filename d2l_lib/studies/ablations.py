@@ -34,7 +34,7 @@ FACTS = (8, 20)  # facts of a document, where one-hop questions are asked
 SHARDS = selfgen.Settings(documents=1000, questions=8)  # the self-generated data of the variants that learn from it
 
 
-def score_briefly(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
+def _score_briefly(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
     """`n` questions for each thing that a recipe may help or harm; columns task, facts, question, answer, prediction,
     correct.
 
@@ -54,22 +54,25 @@ def score_briefly(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
     tables.append(pd.DataFrame(unrelated).assign(task="encyclopedia", facts=20))
     samples = pd.concat(tables, ignore_index=True)
     adapters = model.internalize_each(list(samples["document"]))
-    predictions = model.answer(list(samples["question"]), adapters, max_new_tokens=48)
-    samples = samples.assign(prediction=predictions)
+    samples["prediction"] = model.answer(list(samples["question"]), adapters, max_new_tokens=48)
     samples["correct"] = samples["prediction"] == samples["answer"]
     return samples[["task", "facts", "question", "answer", "prediction", "correct"]]
 
 
 def run_variant(
-    p: QAPreset, base_model, tokenizer, run: Path, seed: int, base_name: str, n: int, shards: Path | None, **options
+    p: QAPreset, base: tuple, run: Path, seed: int, n: int, shards: Path | None = None, **options
 ) -> pd.DataFrame:
-    """Train one variant (resumable in `run`) and score it: task, facts, n, exact_match, low, high, seconds trained."""
-    hypernetwork = train_qa(p, base_model, tokenizer, run, seed, base_name, shards, **options)
+    """Train one variant (resumable in `run`) and score it: task, facts, n, exact_match, low, high, seconds trained.
+
+    base: (base model, tokenizer, its name). shards and options: see `train_qa`.
+    """
+    base_model, tokenizer, name = base
+    hypernetwork = train_qa(p, base_model, tokenizer, run, seed, name, shards, **options)
     chunk_tokens = next(iter(p.stages.values())).chunk_tokens
     model = DocToLoRA(base_model, tokenizer, hypernetwork.eval().requires_grad_(False), chunk_tokens=chunk_tokens)
     logs = [read_rows(path) for path in sorted(run.glob("*/log.jsonl"))]
     seconds = sum(log[-1]["seconds"] for log in logs if log)
-    return summarise(score_briefly(model, n, seed=0), ["task", "facts"]).assign(seconds=round(seconds))
+    return summarise(_score_briefly(model, n, seed=0), ["task", "facts"]).assign(seconds=round(seconds))
 
 
 def record_name(variant: str, seed: int) -> str:
@@ -84,7 +87,7 @@ def read_records() -> pd.DataFrame:
     return pd.DataFrame([row for path in paths if path.exists() for row in read_rows(path)])
 
 
-def share_warm_up(variant: str, run: Path, ours: Path) -> None:
+def _share_warm_up(variant: str, run: Path, ours: Path) -> None:
     """Let `run` begin with the finished warm-up in `ours` where the variant's own would be the same, step by step."""
     p, q = qa_variant(variant), qa_variant("ours")
     settings, known = (next(iter(one.stages.values())) for one in (p, q))
@@ -99,6 +102,7 @@ def run(
 ) -> Iterator[dict[str, pd.DataFrame]]:
     """The records: variants of the recipe, trained on the bundled base model one after another and scored."""
     base_model, tokenizer = load_base_model("tiny")
+    base = (base_model, tokenizer, "tiny")
     for one in seeds or [seed]:
         for name in [variant] if variant else QA_VARIANTS:
             file = record_name(name, one)
@@ -110,8 +114,8 @@ def run(
                 shards = runs / "selfgen" / "ablation"
                 selfgen.generate(SHARDS, shards, TransformersEngine("tiny", base_model, tokenizer))
             folder = runs / "tiny" / "ablation" / Path(file).name
-            share_warm_up(name, folder, folder.with_name(f"ours_seed{one}"))
-            table = run_variant(qa_variant(name), base_model, tokenizer, folder, one, "tiny", n, shards)
+            _share_warm_up(name, folder, folder.with_name(f"ours_seed{one}"))
+            table = run_variant(qa_variant(name), base, folder, one, n, shards)
             print(table.to_string(), flush=True)
             command = f'd2l study ablations --variant "{name}" --seed {one} --n {n}'
             facts = {"variant": name, "seed": one, "threads": torch.get_num_threads(), "command": command}

@@ -24,7 +24,7 @@ SIGNALS = {  # of a sentence; what is least is flagged first
 _ANSWERING = {"all blocks": None, "routed": 1}
 
 
-def flag_samples(model: DocToLoRA, n_documents: int, seed: int, split: str) -> pd.DataFrame:
+def _flag_samples(model: DocToLoRA, n_documents: int, seed: int, split: str) -> pd.DataFrame:
     """Every fact of `n_documents` generated documents of `split`: is its question answered, and what did the report,
     which does not know that question, measure at its sentence?
 
@@ -97,7 +97,7 @@ def run(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
     curves = []
     thresholds = None
     for split in ("validation", "test"):
-        curve = flag_curve(flag_samples(model, n, seed, split), thresholds)
+        curve = flag_curve(_flag_samples(model, n, seed, split), thresholds)
         if thresholds is None:
             chosen = _best_flags(curve).set_index(["condition", "signal"])["threshold"]
             thresholds = curve.groupby("signal")["threshold"].unique().to_dict()

@@ -116,7 +116,7 @@ def gate_curve(
     least: float | None = None,
 ) -> pd.DataFrame:
     """What each threshold costs, a row per condition and threshold: condition, least (the threshold, nats), and the
-    columns of `gate_scores`.
+    columns of `_gate_scores`.
 
     score: the column that has to reach it. least: the threshold of questions that the base model has no answer to.
     """
@@ -126,11 +126,11 @@ def gate_curve(
             continue
         for threshold in thresholds:
             passes = group[score] >= (threshold if least is None else _stricter(group, least, threshold))
-            rows.append({"condition": condition, "least": threshold} | gate_scores(group, passes))
+            rows.append({"condition": condition, "least": threshold} | _gate_scores(group, passes))
     return pd.DataFrame(rows)
 
 
-def gate_scores(samples: pd.DataFrame, passes: pd.Series) -> dict[str, float]:
+def _gate_scores(samples: pd.DataFrame, passes: pd.Series) -> dict[str, float]:
     """What a gate costs that lets the adapter answer where `passes` holds.
 
     unrelated, answerable, unanswerable, override: exact match on questions about the encyclopedia, the document,
@@ -259,7 +259,7 @@ def _on_test(ideas: Mapping, samples: Mapping[int, pd.DataFrame]) -> pd.DataFram
             thresholds = thresholds if least is None else _stricter(rows, least, thresholds)
             passes = rows["divergence" if idea == "divergence" else "relevance"] >= thresholds
             facts = {"idea": idea, "at_one_block": start, "growth": growth, "documents": documents}
-            table.append(facts | gate_scores(rows, passes))
+            table.append(facts | _gate_scores(rows, passes))
     return pd.DataFrame(table)
 
 

@@ -26,8 +26,8 @@ from d2l_lib.documents import check_texts, some_of
 from d2l_lib.formats.writing import write_atomic
 from d2l_lib.records import project_root, read_rows
 
-CELL_TIMEOUT_S = 300
-NOTEBOOK_TIMEOUT_S = 420
+_CELL_TIMEOUT_S = 300
+_NOTEBOOK_TIMEOUT_S = 420
 TIMED = ("03", "07")  # pages that measure seconds: nothing runs beside them
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 _MARKS = {True: "✓", False: "✗", None: ""}
@@ -107,7 +107,7 @@ def _is_progress_bar(output: dict) -> bool:
 def execute(
     path: Path,
     executed_folder: Path,
-    timeout_s: float = NOTEBOOK_TIMEOUT_S,
+    timeout_s: float = _NOTEBOOK_TIMEOUT_S,
     environment: Mapping[str, str] | None = None,
 ) -> Path:
     """The path of an executed copy of the notebook `path` in `executed_folder`; `path` itself is not touched.
@@ -127,7 +127,7 @@ async def _execute(
     command = [
         *(sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--log-level=WARN"),
         *("--output-dir", str(executed_folder), "--output", path.name),
-        f"--ExecutePreprocessor.timeout={CELL_TIMEOUT_S}",
+        f"--ExecutePreprocessor.timeout={_CELL_TIMEOUT_S}",
         "--ExecutePreprocessor.record_timing=False",
         "--ExecutePreprocessor.store_widget_state=False",
         str(path),
@@ -219,7 +219,7 @@ async def _refresh_all(pages: Sequence[Path], root: Path) -> None:
         async with cores:
             print(f"{path.name} ...", flush=True)
             start = time.monotonic()
-            executed = await _execute(path, root / ".cache" / "executed", NOTEBOOK_TIMEOUT_S)
+            executed = await _execute(path, root / ".cache" / "executed", _NOTEBOOK_TIMEOUT_S)
             page = without_widget_state(json.loads(executed.read_text(encoding="utf-8")))
             write_atomic(path, json.dumps(page, indent=1, ensure_ascii=False) + "\n")
             print(f"  {path.name}: {time.monotonic() - start:.0f} s", flush=True)

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 
 from d2l_lib.tasks.world import check_split, split_of
 
-FILLER_SENTENCES = (
+_FILLER_SENTENCES = (
     "The grass is green.",
     "The sky is blue.",
     "The sun is yellow.",
     "Here we go.",
     "There and back again.",
 )
-FILLER_LINE = " ".join(FILLER_SENTENCES)
+FILLER_LINE = " ".join(_FILLER_SENTENCES)
 NEEDLE = "The special magic number is {number}."
 QUESTION = "What is the special magic number? Reply with only the number."
 N_DEPTH_BINS = 10
-CHANCE = 1e-4  # four digits at random
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def _sentence_costs(tokenizer) -> tuple[tuple[int, ...], int, int]:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     line = count(FILLER_LINE)
-    costs = [count(" ".join(FILLER_SENTENCES[: i + 1])) for i in range(len(FILLER_SENTENCES))]
+    costs = [count(" ".join(_FILLER_SENTENCES[: i + 1])) for i in range(len(_FILLER_SENTENCES))]
     costs = [b - a for a, b in zip([0, *costs], costs, strict=False)]
     newline = count(FILLER_LINE + "\n" + FILLER_LINE) - 2 * line
     needle = count(FILLER_LINE + "\n" + NEEDLE.format(number="0042") + "\n" + FILLER_LINE) - 2 * line
@@ -81,7 +80,7 @@ def build_haystack(tokenizer, length_tokens: int, depth: float, number: str | No
     n_lines, rest = divmod(budget, sum(costs) + newline)
     lines = [FILLER_LINE] * n_lines
     tail = []
-    for sentence, cost in zip(FILLER_SENTENCES, costs, strict=True):
+    for sentence, cost in zip(_FILLER_SENTENCES, costs, strict=True):
         if rest < cost + newline:
             break
         tail.append(sentence)

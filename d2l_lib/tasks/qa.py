@@ -30,14 +30,14 @@ from d2l_lib.tasks.questions import world_samples
 from d2l_lib.tasks.scores import wilson
 from d2l_lib.tasks.world import check_split
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 COLUMNS = ("dataset", "id", "document", "question", "answers", "kind")
 PROMPT = "{document}\n\n{question}"  # the user's turn when the document is in the prompt
 
 # Answer-only instructions in our words; pass another text with "{question}" in it to `load_qa` to use that.
 ANSWER_ONLY = "Answer with as few words as possible and without an explanation.\n\nQuestion: {question}"
-ANSWER_QASPER = (
+_ANSWER_QASPER = (
     "Answer with one phrase or sentence and without an explanation. Where the text does not hold the answer, reply "
     '"unanswerable"; where yes or no is the answer, reply "yes" or "no".\n\nQuestion: {question}'
 )
@@ -53,14 +53,14 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 
 
 @dataclass(frozen=True)
-class QADataset:
+class _Dataset:
     """What an evaluation has to know of a data set.
 
-    `hub`, `config`, `split`, `revision`: where it lies on the Hugging Face hub, and the split that is evaluated.
-    `metric`: the column of `score` that is its score, as in the published code: token F1 with the best answer for
-    closed questions, ROUGE-L with the first answer for all else (the paper names ROUGE-L for SQuAD, DROP and ROPES
-    too). `template`: an answer-only instruction around "{question}". `no_answer`: the right reply to a question with
-    an empty list of answers; None: such a question cannot be used.
+    hub, config, split, revision: where it lies on the Hugging Face hub, and the split that is evaluated.
+    metric: the column of `score` that counts, as in the published code: token F1 with the best answer for closed
+        questions, ROUGE-L with the first answer for all else (the paper names ROUGE-L for SQuAD, DROP and ROPES too).
+    template: an answer-only instruction around "{question}".
+    no_answer: the right answer to a question with an empty list of answers; None: it cannot be used.
     """
 
     name: str
@@ -73,29 +73,22 @@ class QADataset:
     revision: str | None = None
 
 
-CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set as parquet files
-DATASETS: dict[str, QADataset] = {
+_CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set as parquet files
+DATASETS: dict[str, _Dataset] = {
     dataset.name: dataset
     for dataset in (
-        QADataset("squad", "rajpurkar/squad", "plain_text", "validation"),
-        QADataset("squad_v2", "rajpurkar/squad_v2", "squad_v2", "validation", no_answer=""),
-        QADataset("drop", "ucinlp/drop", None, "validation"),
-        QADataset("ropes", "allenai/ropes", "plain_text", "validation"),
-        QADataset("pwc", "sggetao/PwC", None, "test", metric="rouge_l_first", template="{question}"),
+        _Dataset("squad", "rajpurkar/squad", "plain_text", "validation"),
+        _Dataset("squad_v2", "rajpurkar/squad_v2", "squad_v2", "validation", no_answer=""),
+        _Dataset("drop", "ucinlp/drop", None, "validation"),
+        _Dataset("ropes", "allenai/ropes", "plain_text", "validation"),
+        _Dataset("pwc", "sggetao/PwC", None, "test", metric="rouge_l_first", template="{question}"),
         # The main branches of LongBench and Qasper hold loading scripts, which `datasets` no longer runs.
-        QADataset("qasper", "zai-org/LongBench", "qasper_e", "test", template=ANSWER_QASPER, revision=CONVERTED),
-        QADataset("2wikimqa", "zai-org/LongBench", "2wikimqa_e", "test", revision=CONVERTED),
-        QADataset("multifieldqa_en", "zai-org/LongBench", "multifieldqa_en_e", "test", revision=CONVERTED),
+        _Dataset("qasper", "zai-org/LongBench", "qasper_e", "test", template=_ANSWER_QASPER, revision=_CONVERTED),
+        _Dataset("2wikimqa", "zai-org/LongBench", "2wikimqa_e", "test", revision=_CONVERTED),
+        _Dataset("multifieldqa_en", "zai-org/LongBench", "multifieldqa_en_e", "test", revision=_CONVERTED),
         # The papers themselves.
-        QADataset(
-            "qasper_papers",
-            "allenai/qasper",
-            None,
-            "validation",
-            template=ANSWER_QASPER,
-            revision=CONVERTED,
-        ),
-        QADataset("world", None, None, "test", metric="exact_match", template="{question}"),
+        _Dataset("qasper_papers", "allenai/qasper", None, "validation", template=_ANSWER_QASPER, revision=_CONVERTED),
+        _Dataset("world", None, None, "test", metric="exact_match", template="{question}"),
     )
 }
 
@@ -154,8 +147,7 @@ def stream_qa(name: str, source: str | Path | None = None, *, split: str | None 
     if name == "world":
         raise ValueError("the world is generated, not read: take load_qa with n")
     split, place = split or dataset.split, local_place(name, source)
-    hub = {"streaming": True}
-    records = _hub_records(dataset, split, **hub) if place is None else _local_records(dataset, place, split)
+    records = _hub_records(dataset, split, streaming=True) if place is None else _local_records(dataset, place, split)
     unusable = Counter()
     yield from _usable(dataset, records, unusable)
     _judge(f"{place or dataset.hub}, {split}", unusable)
@@ -167,7 +159,7 @@ def local_place(name: str, source: str | Path | None) -> Path | None:
     return Path(source) if source is not None else folder if folder.exists() else None
 
 
-def _dataset(name: str) -> QADataset:
+def _dataset(name: str) -> _Dataset:
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
     return DATASETS[name]
@@ -185,7 +177,7 @@ def _world(split: str, n: int | None, seed: int, source: str | Path | None) -> p
     return frame
 
 
-def _usable(dataset: QADataset, records: Iterable[tuple[str, object]], unusable: Counter) -> Iterator[dict]:
+def _usable(dataset: _Dataset, records: Iterable[tuple[str, object]], unusable: Counter) -> Iterator[dict]:
     """The usable ones of (where, record) pairs as rows of `load_qa`; the others are counted by reason, all as ""."""
     for where, record in records:
         if not isinstance(record, dict):
@@ -211,10 +203,10 @@ def _judge(place: str, unusable: Counter) -> None:
         reason = f"none of {total} questions can be used ({counts})" if total else "it holds no questions"
         raise ValueError(f"{place}: {reason}; is it complete, and a split with public answers?")
     if unusable:
-        logger.warning("%s: %d of %d questions cannot be used (%s)", place, unusable.total(), total, counts)
+        _logger.warning("%s: %d of %d questions cannot be used (%s)", place, unusable.total(), total, counts)
 
 
-def _table(dataset: QADataset, records: Iterable[tuple[str, object]], place: str) -> pd.DataFrame:
+def _table(dataset: _Dataset, records: Iterable[tuple[str, object]], place: str) -> pd.DataFrame:
     """The usable ones of (where, record) pairs as the table of `load_qa`."""
     unusable = Counter()
     frame = pd.DataFrame(list(_usable(dataset, records, unusable)), columns=list(COLUMNS))
@@ -228,7 +220,7 @@ _SPLIT_WORDS = {"train": {"train"}, "validation": {"validation", "valid", "val",
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.parquet|\d{4}\.parquet")
 
 
-def _hub_records(dataset: QADataset, split: str, streaming: bool = False) -> Iterator[tuple[str, object]]:
+def _hub_records(dataset: _Dataset, split: str, streaming: bool = False) -> Iterator[tuple[str, object]]:
     import datasets
 
     folder = project_root() / "data" / "qa" / dataset.name
@@ -248,7 +240,7 @@ def _hub_records(dataset: QADataset, split: str, streaming: bool = False) -> Ite
     return ((f"{dataset.hub} {split}, record {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _local_records(dataset: QADataset, place: Path, split: str) -> Iterator[tuple[str, object]]:
+def _local_records(dataset: _Dataset, place: Path, split: str) -> Iterator[tuple[str, object]]:
     files = files_of(dataset.name, place, split)
     rows = ((file, number, row) for file in files for number, row in enumerate(_READ[file.suffix](file), 1))
     return ((f"{file}, record {number}", row) for file, number, row in rows)
@@ -265,7 +257,7 @@ def files_of(name: str, place: Path, split: str) -> list[Path]:
     return files
 
 
-def _files(dataset: QADataset, folder: Path, split: str) -> list[Path]:
+def _files(dataset: _Dataset, folder: Path, split: str) -> list[Path]:
     """The file (or the shards) of this data set and split, by the names of files and folders."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix in _READ)
     own = [path for path in paths if dataset.config in (path.stem, *path.relative_to(folder).parts)]
@@ -320,14 +312,9 @@ def _read_objects(path: Path) -> list:
     return value
 
 
-def read_lines(path: Path) -> Iterator:
-    """The values of a JSON-lines file one after another; ValueError names the line that is not JSON."""
-    yield from iter_jsonl(path)
-
-
 _READ: dict[str, Callable[[Path], Iterable]] = {
     ".parquet": read_parquet,
-    ".jsonl": read_lines,
+    ".jsonl": iter_jsonl,
     ".json": _read_objects,
 }
 
@@ -486,7 +473,7 @@ def add_lengths(frame: pd.DataFrame, tokenizer) -> pd.DataFrame:
 def truncate_document(document: str, question: str, tokenizer, window: int, max_new_tokens: int = 0) -> str:
     """`document` with its middle cut out, so that PROMPT with `question` in chat format fits into `window` tokens.
 
-    `max_new_tokens` are kept free for the answer. Equal halves of both ends stay, as in `packing.truncate_middle`;
+    `max_new_tokens` are kept free for the answer. Equal halves of both ends stay, as in `truncate_middle`;
     a document that fits is returned as it is. ValueError where the question leaves no room for a document.
     """
 
@@ -510,6 +497,20 @@ def truncate_document(document: str, question: str, tokenizer, window: int, max_
         shortened = halves[0].rstrip("\ufffd") + halves[1].lstrip("\ufffd")
         over = excess(shortened)
     return shortened
+
+
+def truncate_middle(ids: Sequence[int], max_length: int, max_new_tokens: int = 0) -> list[int]:
+    """`ids` cut in the middle so that `max_new_tokens` more fit into `max_length`; equal halves of both ends stay.
+
+    Unchanged where they fit already. ValueError where `max_new_tokens` alone fills `max_length`.
+    """
+    room = max_length - max_new_tokens
+    if room < 2:
+        raise ValueError(f"no room for a prompt: {max_new_tokens} new tokens in a window of {max_length}")
+    if len(ids) <= room:
+        return list(ids)
+    half = room // 2
+    return list(ids[:half]) + list(ids[-half:])
 
 
 def with_document(
@@ -562,14 +563,14 @@ def summarise_scores(
 
     `scores` is what `score` returns; `metric` takes one of its columns instead of each data set's own. low to high is
     the 95% interval: Wilson for exact match, else 1,000 bootstrap samples of the questions with `seed`. The column
-    length_bin ("128-255", the bins of `packing.length_bin`) is made from length_tokens. Groups come in order of
+    length_bin ("128-255", of `length_bin`) is made from length_tokens. Groups come in order of
     first appearance, bins in order of length. ValueError for missing or empty columns and mixed metrics.
     """
     by, bins = check_texts(by, "columns"), None
     if "length_bin" in by and "length_bin" not in scores:
         _need(scores, ["length_tokens"])
-        scores = scores.assign(length_bin=[bin_name(length) for length in scores["length_tokens"]])
-        bins = [bin_name(first) for first, _ in LENGTH_BINS]
+        scores = scores.assign(length_bin=[_bin_name(length) for length in scores["length_tokens"]])
+        bins = [_bin_name(first) for first, _ in LENGTH_BINS]
     columns = [metric] if metric else ["metric", "score"]
     _need(scores, by + columns)
     orders = {column: bins if bins and column == "length_bin" else scores[column].unique() for column in by}
@@ -589,8 +590,18 @@ def summarise_scores(
     return pd.DataFrame(rows)
 
 
-def bin_name(length_tokens: float) -> str:
-    """The bin of `packing.length_bin` as text: "128-255", the last one "32768+"."""
+LENGTH_BINS = ((0, 127), *((2**k, 2 ** (k + 1) - 1) for k in range(7, 15)), (32768, math.inf))
+
+
+def length_bin(length: int) -> tuple[int, float]:
+    """The (first, last) bin of LENGTH_BINS that `length` tokens fall into; both ends belong to it."""
+    if length < 0:
+        raise ValueError(f"a length of {length} tokens has no bin")
+    return next((first, last) for first, last in LENGTH_BINS if length <= last)
+
+
+def _bin_name(length_tokens: float) -> str:
+    """A bin as text: "128-255", the last one "32768+"."""
     first, last = length_bin(length_tokens)
     return f"{first}+" if math.isinf(last) else f"{first}-{last}"
 
@@ -613,38 +624,3 @@ def _need(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     for column in columns:
         if (empty := frame[column].isna()).any():
             raise ValueError(f"row {frame.index[empty][0]}, column {column!r} is empty: fill it, or leave the row out")
-
-
-LENGTH_BINS = (
-    (0, 127),
-    (128, 255),
-    (256, 511),
-    (512, 1023),
-    (1024, 2047),
-    (2048, 4095),
-    (4096, 8191),
-    (8192, 16383),
-    (16384, 32767),
-    (32768, math.inf),
-)
-
-
-def truncate_middle(ids: Sequence[int], max_length: int, max_new_tokens: int = 0) -> list[int]:
-    """`ids` cut in the middle so that `max_new_tokens` more fit into `max_length`; equal halves of both ends stay.
-
-    Unchanged where they fit already. ValueError where `max_new_tokens` alone fills `max_length`.
-    """
-    room = max_length - max_new_tokens
-    if room < 2:
-        raise ValueError(f"no room for a prompt: {max_new_tokens} new tokens in a window of {max_length}")
-    if len(ids) <= room:
-        return list(ids)
-    half = room // 2
-    return list(ids[:half]) + list(ids[-half:])
-
-
-def length_bin(length: int) -> tuple[int, float]:
-    """The (first, last) bin of LENGTH_BINS that `length` tokens fall into; both ends belong to it."""
-    if length < 0:
-        raise ValueError(f"a length of {length} tokens has no bin")
-    return next((first, last) for first, last in LENGTH_BINS if length <= last)

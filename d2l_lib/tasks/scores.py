@@ -12,7 +12,6 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from statistics import fmean
 from typing import NamedTuple
 
 import pandas as pd
@@ -20,12 +19,12 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from d2l_lib.documents import check_texts
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-FORMS = ("published", "squad")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_FORMS = ("published", "squad")
 # The published expression leaves the backslash out of its punctuation.
-PUBLISHED_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation.replace("\\", ""), " "))
-SQUAD_PUNCTUATION = str.maketrans("", "", string.punctuation)
-TYPOGRAPHY = str.maketrans(
+_PUBLISHED_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation.replace("\\", ""), " "))
+_SQUAD_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_TYPOGRAPHY = str.maketrans(
     {
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015", "-"),
         **dict.fromkeys("\u2018\u2019\u201a\u201b", "'"),
@@ -37,7 +36,7 @@ TYPOGRAPHY = str.maketrans(
 )
 
 
-class TokenScores(NamedTuple):
+class _TokenScores(NamedTuple):
     """Overlap of words between a prediction and its best reference answer."""
 
     f1: float
@@ -51,22 +50,22 @@ def normalize_answer(text: str, form: str = "published") -> str:
     "published" also turns typographic dashes, quotes and spaces into plain ones first; "squad" does what the SQuAD
     script does.
     """
-    if form not in FORMS:
-        raise ValueError(f"form is {form!r}; choose one of {', '.join(FORMS)}")
+    if form not in _FORMS:
+        raise ValueError(f"form is {form!r}; choose one of {', '.join(_FORMS)}")
     if form == "published":
-        plain = text.translate(TYPOGRAPHY).lower().translate(PUBLISHED_PUNCTUATION)
+        plain = text.translate(_TYPOGRAPHY).lower().translate(_PUBLISHED_PUNCTUATION)
     else:
-        plain = text.lower().translate(SQUAD_PUNCTUATION)
-    return " ".join(ARTICLES.sub(" ", plain).split())
+        plain = text.lower().translate(_SQUAD_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", plain).split())
 
 
-def token_scores(prediction: str, answers: str | Sequence[str], form: str = "published") -> TokenScores:
+def token_scores(prediction: str, answers: str | Sequence[str], form: str = "published") -> _TokenScores:
     """F1, precision and recall of words against the answer with the highest F1; no answers give 0.
 
     Two texts that both normalise to nothing agree: 1 (as in SQuAD 2).
     """
     scores = [_overlap(normalize_answer(prediction, form), normalize_answer(a, form)) for a in _as_list(answers)]
-    return max(scores, default=TokenScores(0.0, 0.0, 0.0), key=lambda score: score.f1)
+    return max(scores, default=_TokenScores(0.0, 0.0, 0.0), key=lambda score: score.f1)
 
 
 def token_f1(prediction: str, answers: str | Sequence[str], form: str = "published") -> float:
@@ -91,22 +90,15 @@ def rouge_l(prediction: str, answers: str | Sequence[str]) -> float:
     )
 
 
-def mean_score(scores: Sequence[float]) -> float:
-    """The mean; ValueError for no scores at all, which have none."""
-    if not len(scores):
-        raise ValueError("no scores to average: the evaluation has no samples")
-    return fmean(scores)
-
-
-def _overlap(prediction: str, answer: str) -> TokenScores:
+def _overlap(prediction: str, answer: str) -> _TokenScores:
     predicted, expected = prediction.split(), answer.split()
     if not predicted or not expected:
-        return TokenScores(*[float(predicted == expected)] * 3)
+        return _TokenScores(*[float(predicted == expected)] * 3)
     common = sum((Counter(predicted) & Counter(expected)).values())
     if not common:
-        return TokenScores(0.0, 0.0, 0.0)
+        return _TokenScores(0.0, 0.0, 0.0)
     precision, recall = common / len(predicted), common / len(expected)
-    return TokenScores(2 * precision * recall / (precision + recall), precision, recall)
+    return _TokenScores(2 * precision * recall / (precision + recall), precision, recall)
 
 
 def _as_list(answers: str | Sequence[str]) -> Sequence[str]:

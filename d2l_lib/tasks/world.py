@@ -152,12 +152,12 @@ _VALUES: dict[str, Callable[[random.Random, str], str]] = {
     "goods": _compound(_ADJECTIVES, _GOODS),
     "topic": _compound(_ADJECTIVES, _SUBJECTS),
 }
-ENTITY_TYPES = ("person", "place", "organisation", "work", "event")
+_ENTITY_TYPES = ("person", "place", "organisation", "work", "event")
 
 
 # ---------------------------------------------------------------------------------------------------------- relations
 @dataclass(frozen=True)
-class Relation:
+class _Relation:
     """One typed relation and every way the world puts it into words. `{s}` is the subject, `{v}` the value."""
 
     name: str
@@ -176,8 +176,8 @@ class Relation:
         return {"number": "number", "year": "date", "date": "date"}.get(self.value, "one_hop")
 
 
-RELATIONS: tuple[Relation, ...] = (
-    Relation(
+RELATIONS: tuple[_Relation, ...] = (
+    _Relation(
         "birthplace",
         "person",
         "place",
@@ -194,7 +194,7 @@ RELATIONS: tuple[Relation, ...] = (
         role="the birthplace of {s}",
         listing="Which people were born in {v}?",
     ),
-    Relation(
+    _Relation(
         "birth_date",
         "person",
         "date",
@@ -204,7 +204,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Was {s} born on {v}?",
         "Who was born on {v}, {a} or {b}?",
     ),
-    Relation(
+    _Relation(
         "occupation",
         "person",
         "trade",
@@ -214,7 +214,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Did {s} work as a {v}?",
         "Who worked as a {v}, {a} or {b}?",
     ),
-    Relation(
+    _Relation(
         "mentor",
         "person",
         "person",
@@ -226,7 +226,7 @@ RELATIONS: tuple[Relation, ...] = (
         role="the mentor of {s}",
         listing="Which people were taught by {v}?",
     ),
-    Relation(
+    _Relation(
         "employer",
         "person",
         "organisation",
@@ -238,7 +238,7 @@ RELATIONS: tuple[Relation, ...] = (
         role="the employer of {s}",
         listing="Which people were employed by {v}?",
     ),
-    Relation(
+    _Relation(
         "mayor",
         "place",
         "person",
@@ -249,7 +249,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Which town has {v} as its mayor, {a} or {b}?",
         role="the mayor of {s}",
     ),
-    Relation(
+    _Relation(
         "population",
         "place",
         "number",
@@ -259,7 +259,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Does {s} have {v} inhabitants?",
         "Which town has {v} inhabitants, {a} or {b}?",
     ),
-    Relation(
+    _Relation(
         "export",
         "place",
         "goods",
@@ -270,7 +270,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Which town is known for its {v}, {a} or {b}?",
         listing="Which towns are known for their {v}?",
     ),
-    Relation(
+    _Relation(
         "founder",
         "organisation",
         "person",
@@ -281,7 +281,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Which was founded by {v}, {a} or {b}?",
         role="the founder of {s}",
     ),
-    Relation(
+    _Relation(
         "seat",
         "organisation",
         "place",
@@ -293,7 +293,7 @@ RELATIONS: tuple[Relation, ...] = (
         role="the seat of {s}",
         listing="Which bodies have their seat in {v}?",
     ),
-    Relation(
+    _Relation(
         "founding_year",
         "organisation",
         "year",
@@ -303,7 +303,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Was {s} established in {v}?",
         "Which was established in {v}, {a} or {b}?",
     ),
-    Relation(
+    _Relation(
         "staff",
         "organisation",
         "number",
@@ -317,7 +317,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Does {s} employ {v} people?",
         "Which employs {v} people, {a} or {b}?",
     ),
-    Relation(
+    _Relation(
         "author",
         "work",
         "person",
@@ -329,7 +329,7 @@ RELATIONS: tuple[Relation, ...] = (
         role="the author of {s}",
         listing="Which books were written by {v}?",
     ),
-    Relation(
+    _Relation(
         "publication_year",
         "work",
         "year",
@@ -339,7 +339,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Was {s} published in {v}?",
         "Which was published in {v}, {a} or {b}?",
     ),
-    Relation(
+    _Relation(
         "topic",
         "work",
         "topic",
@@ -350,7 +350,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Which is about {v}, {a} or {b}?",
         listing="Which books are about {v}?",
     ),
-    Relation(
+    _Relation(
         "venue",
         "event",
         "place",
@@ -362,7 +362,7 @@ RELATIONS: tuple[Relation, ...] = (
         role="the venue of {s}",
         listing="Which events took place in {v}?",
     ),
-    Relation(
+    _Relation(
         "winner",
         "event",
         "person",
@@ -374,7 +374,7 @@ RELATIONS: tuple[Relation, ...] = (
         role="the winner of {s}",
         listing="Which events were won by {v}?",
     ),
-    Relation(
+    _Relation(
         "opening_day",
         "event",
         "date",
@@ -384,7 +384,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Did {s} open on {v}?",
         "Which opened on {v}, {a} or {b}?",
     ),
-    Relation(
+    _Relation(
         "attendance",
         "event",
         "number",
@@ -396,7 +396,7 @@ RELATIONS: tuple[Relation, ...] = (
     ),
 )
 RELATION = {relation.name: relation for relation in RELATIONS}
-_RELATIONS_OF = {t: tuple(r for r in RELATIONS if r.subject == t) for t in ENTITY_TYPES}
+_RELATIONS_OF = {t: tuple(r for r in RELATIONS if r.subject == t) for t in _ENTITY_TYPES}
 
 _DISTRACTORS = (
     "The weather was mild that {season}.",
@@ -489,18 +489,18 @@ def draw_facts(rng: random.Random, split: str, n_facts: int) -> list[Fact]:
         while (name := _VALUES[kind](rng, split)) in taken:
             pass
         taken.add(name)
-        if kind in ENTITY_TYPES:
+        if kind in _ENTITY_TYPES:
             entities.append((kind, name))
         return name
 
     while len(facts) < n_facts:
         if not entities or rng.random() < 0.35:
-            fresh(rng.choice(ENTITY_TYPES))
+            fresh(rng.choice(_ENTITY_TYPES))
         kind, subject = rng.choice(entities[-6:])
         relation = rng.choice(_RELATIONS_OF[kind])
         if (subject, relation.name) in stated:
             if all((subject, r.name) in stated for r in _RELATIONS_OF[kind]):
-                fresh(rng.choice(ENTITY_TYPES))
+                fresh(rng.choice(_ENTITY_TYPES))
             continue
         known = [name for t, name in entities if t == relation.value and name != subject]
         shared = [f.value for f in facts if f.relation == relation.name and relation.listing]
@@ -530,7 +530,7 @@ def write_document(rng: random.Random, facts: Sequence[Fact], split: str, distra
         text += sentence + ("\n" if rng.random() < 0.08 else " ")
     names = {f.subject: RELATION[f.relation].subject for f in placed}
     for f in placed:
-        if RELATION[f.relation].value in ENTITY_TYPES:
+        if RELATION[f.relation].value in _ENTITY_TYPES:
             names.setdefault(f.value, RELATION[f.relation].value)
     return Document(text.rstrip(), tuple(placed), split, tuple((t, n) for n, t in names.items()))
 
@@ -664,7 +664,7 @@ def _ask_unanswerable(rng: random.Random, document: Document) -> Question | None
 
 def unknown_question(rng: random.Random, split: str, avoid: set[str] = frozenset()) -> Question:
     """A question about a fresh entity of `split` that nothing was ever said of; the right answer is `UNKNOWN`."""
-    kind = rng.choice(ENTITY_TYPES)
+    kind = rng.choice(_ENTITY_TYPES)
     while (subject := _VALUES[kind](rng, split)) in avoid:
         pass
     return Question(

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from d2l_lib.formats.shards import PUBLISHED, find_shards, read_shards, training_files
 from d2l_lib.formats.writing import name_failed_writes
-from d2l_lib.records import write_jsonl
+from d2l_lib.records import iter_jsonl, write_jsonl
 from d2l_lib.tasks import qa
 
 PASSAGE_TOKENS = 2000  # the longest passage, as published
@@ -136,7 +136,7 @@ def _passages(source: str | Path | None, most_tokens: int, tokenizer) -> Iterato
 
 def _local_passages(place: Path) -> Iterator[tuple[str, object]]:
     for file in _passage_files(place):
-        read = qa.read_parquet if file.suffix == ".parquet" else qa.read_lines
+        read = qa.read_parquet if file.suffix == ".parquet" else iter_jsonl
         for number, row in enumerate(read(file), 1):
             yield f"{file}, record {number}", row
 
@@ -226,7 +226,7 @@ def size(
     elif name == PASSAGES:
         files = _passage_files(place)
         rows = documents = sum(
-            pq.read_metadata(file).num_rows if file.suffix == ".parquet" else sum(1 for _ in qa.read_lines(file))
+            pq.read_metadata(file).num_rows if file.suffix == ".parquet" else sum(1 for _ in iter_jsonl(file))
             for file in files
         )
     else:

@@ -38,7 +38,7 @@ def test_a_variant_is_trained_scored_and_its_record_is_found(tmp_path, monkeypat
     world = replace(recall, last_layer=False, kinds=None)
     p = replace(SHORT_QA, readout=readout, recall=recall, world=world)
     monkeypatch.setattr(ablations, "FACTS", (1, 3))
-    table = ablations.run_variant(p, base_model, tokenizer, tmp_path / "run", 0, "small", n=3, shards=None)
+    table = ablations.run_variant(p, (base_model, tokenizer, "small"), tmp_path / "run", 0, n=3)
     assert list(table["task"]) == ["one hop", "one hop", "unanswerable", "encyclopedia"]
     assert (table["n"] == 3).all() and (table["seconds"] >= 0).all()
     monkeypatch.setattr(studies, "project_root", lambda: tmp_path)
