@@ -460,8 +460,8 @@ def _discard(old: Path, target: Path, patterns: Sequence[str], keep: Sequence[st
             left.append(name)
     _remove_empty(old)
     if left:
-        kept = f"they are kept in {old}: {some_of(left, 5)}"
-        warnings.warn(f"{target} was replaced while files came into it; {kept}", stacklevel=2)
+        place = f"they are kept in {old}: {some_of(left, 5)}"
+        warnings.warn(f"{target} was replaced while files came into it; {place}", stacklevel=2)
 
 
 def _move_back(file: Path, place: Path) -> bool:

@@ -1,8 +1,8 @@
 """Studies: the programs that fill data/full_runs, `d2l study NAME`.
 
-A study is a line in STUDIES and a function `run(model, n, seed, ...)`. It returns a table (a DataFrame, or rows as
-dicts), or several by the names of their files; or it yields them as it gets on, and goes on from its own files when it
-is started again. What is written, and how, stands here, and needs no torch to be listed.
+A study is an entry in STUDIES and a function `run(model, n, seed, ...)`. It returns a table (a DataFrame, or rows as
+dicts), or several by the names of their files. A long one yields them instead, and goes on from its own files when it
+is started again. The recorder stands here; listing the studies needs no torch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from d2l_lib.records import project_root, read_rows, write_jsonl
 
 @dataclass(frozen=True)
 class Study:
-    """place: where its function is, "module:function". files: what it fills, in data/full_runs, without ".jsonl".
+    """What the command knows of a study before it is imported.
 
-    n, of: how many of what, where nothing else is asked for. model: what is loaded ("": it loads what it needs). load:
-    the function that loads it. options: its own, as argparse takes them.
+    place: its function, "module:function". files: what it fills, in data/full_runs, without ".jsonl".
+    n, of: how many of what, by default. model: what is loaded ("": it loads what it needs). load: the function that
+    loads it. options: its own, as argparse takes them.
     """
 
     place: str
@@ -185,19 +186,20 @@ def run(a: argparse.Namespace) -> None:
             print(f"{name:<14} {study.about} ({', '.join(study.files)})")
         return
     study = STUDIES[a.study]
-    own = {option[2:].replace("-", "_") for option in study.options}
-    options = {"n": a.n, "seed": a.seed} | {name: getattr(a, name) for name in own}
+    own = [option[2:].replace("-", "_") for option in study.options]
+    options = {name: getattr(a, name) for name in ("n", "seed", *own)}
     function = _function(f"studies.{study.place}")
     if study.model:
         options["model"] = _function(study.load)(a.model)
-    done = function(**options)
+    result = function(**options)
     facts = {"seed": a.seed, "n": a.n, "command": a.command, "threads": _threads()}
-    for tables in done if isinstance(done, Iterator) else [done]:
-        named = tables if isinstance(tables, dict) else {study.files[0].format(**vars(a)): tables}
-        for name, table in named.items():
+    several = isinstance(result, Iterator)
+    for tables in result if several else [result]:
+        by_file = tables if isinstance(tables, dict) else {study.files[0].format(**vars(a)): tables}
+        for name, table in by_file.items():
             rows = record(name, table, facts)
-            if not isinstance(done, Iterator):
-                show(rows)
+            if not several:
+                _show(rows)
 
 
 def record(name: str, table, facts: dict) -> list[dict]:
@@ -209,7 +211,7 @@ def record(name: str, table, facts: dict) -> list[dict]:
     return rows
 
 
-def show(rows: list[dict]) -> None:
+def _show(rows: list[dict]) -> None:
     """Print a record: what validation chose, where there is such a column, and at most 60 rows."""
     import pandas as pd
 

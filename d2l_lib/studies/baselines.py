@@ -195,13 +195,13 @@ def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = F
     for method in methods:
         added, seconds = [], 0.0
         for document, rows in documents:
-            asked = list(rows["question"])
+            texts = list(rows["question"])
             gc.collect()
             reset_peak_memory()
             began = time.perf_counter()
-            prepared = method.prepare(document, asked)
+            prepared = method.prepare(document, texts)
             between = time.perf_counter()
-            predictions = method.answer(prepared, asked)
+            predictions = method.answer(prepared, texts)
             costs_of = {"seconds_prepare": between - began, "seconds_answer": time.perf_counter() - between}
             costs_of["peak_memory_mib"] = peak_memory_mib()
             added.append(pd.DataFrame({"prediction": predictions}, index=rows.index).assign(**costs_of))

@@ -96,9 +96,9 @@ def best_strength(curve: pd.DataFrame, gate: bool, allowed: float = 0.01) -> tup
     document's other facts and of the encyclopedia against weight 1.
     """
     rows = curve[curve["gate"] == gate]
-    kept = ["document", "unrelated"]
+    spared = ["document", "unrelated"]
     plain = rows[(rows["layers"] == "all layers") & (rows["weight"] == 1)].iloc[0]
-    harmless = rows[(rows[kept] >= plain[kept] - allowed).all(axis=1)]
+    harmless = rows[(rows[spared] >= plain[spared] - allowed).all(axis=1)]
     best = harmless.loc[harmless["override"].idxmax()]
     return best["layers"], best["weight"]
 

@@ -16,10 +16,10 @@ from d2l_lib.tasks.questions import marked
 
 SIGNALS = {  # of a sentence; what is least is flagged first
     "kept": kept,
-    "margin of the most frequent question": lambda asked: most_frequent(asked)["margin"],
-    "least margin": lambda asked: asked["margin"].min(),
-    "share of questions answered": lambda asked: (asked["margin"] > 0).mean(),
-    "over the controls": lambda asked: most_frequent(asked)[["over_zero", "over_wrong"]].min(),
+    "margin of the most frequent question": lambda questions: most_frequent(questions)["margin"],
+    "least margin": lambda questions: questions["margin"].min(),
+    "share of questions answered": lambda questions: (questions["margin"] > 0).mean(),
+    "over the controls": lambda questions: most_frequent(questions)[["over_zero", "over_wrong"]].min(),
 }
 _ANSWERING = {"all blocks": None, "routed": 1}
 

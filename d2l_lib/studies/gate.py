@@ -200,15 +200,8 @@ def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[p
 
     Curves: `gate_curve` by split, documents and rule: one threshold for all questions, or one for those that the base
     model has an answer to, where the others keep the first rule's. `chosen` marks the threshold that validation takes;
-    single_document is exact match where each question's own document is inside alone, all blocks answering.
-
-    Ideas: what each way to gate comes to on test documents, routed, with validation's threshold of
-    at_one_block + growth * log2(n_blocks) nats, a line through what the two sizes take:
-
-    - divergence: one threshold for the divergence alone
-    - relevance: one threshold for `routing.relevance`
-    - relevance, more for more blocks: one that grows with log2(n_blocks)
-    - relevance, more where the base model knows: one threshold where it does not, a routing.Gate where it does
+    single_document is exact match where each question's own document is inside alone, all blocks answering. Ideas: see
+    `_ideas`.
 
     Where the base model knows an answer, a stricter threshold costs no answerable question (but contradictions). The
     lowest is taken that loses at most half a per cent of the encyclopedia on validation.
@@ -226,6 +219,9 @@ def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[p
     sizes = {documents: float(_log_blocks(routed["validation", documents]).mean()) for documents in known}
     grown = {documents: best_threshold(plain["validation", documents], "routed") for documents in known}
     gate = Gate(*_line(sizes, known), world.UNKNOWN)
+    divergence = best_threshold(gate_curve(routed["validation", 1], score="divergence"), "routed")
+    lines = [(divergence, 0.0), (chosen["routed"], 0.0), _line(sizes, grown), (gate.known, gate.growth)]
+    ideas = _ideas({documents: routed["test", documents] for documents in sizes}, lines, chosen["routed"])
 
     curves = []
     for (split, documents), rows in samples.items():
@@ -235,28 +231,23 @@ def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[p
             best = curve["condition"].map(chosen) if rule == RULES[0] else known[documents]
             facts = {"rule": rule, "split": split, "documents": documents, "single_document": single}
             curves.append(curve.assign(**facts, chosen=curve["least"] == best))
-
-    divergence = best_threshold(gate_curve(routed["validation", 1], score="divergence"), "routed")
-    ideas = {  # the threshold's line, the threshold where the base model knows nothing
-        "divergence": ((divergence, 0.0), None),
-        "relevance": ((chosen["routed"], 0.0), None),
-        "relevance, more for more blocks": (_line(sizes, grown), None),
-        "relevance, more where the base model knows": ((gate.known, gate.growth), chosen["routed"]),
-    }
-    return (
-        pd.concat(curves, ignore_index=True),
-        _on_test(ideas, {count: routed["test", count] for count in sizes}),
-        gate,
-    )
+    return pd.concat(curves, ignore_index=True), ideas, gate
 
 
-def _on_test(ideas: Mapping, samples: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
-    """What each idea of `measure_gate` comes to, by the number of documents inside."""
+def _ideas(samples: Mapping[int, pd.DataFrame], lines: Sequence[tuple[float, float]], least: float) -> pd.DataFrame:
+    """What each way to gate comes to, by number of documents, with a threshold of at_one_block + growth *
+    log2(n_blocks) nats: the four `lines`, through what validation takes at the two sizes.
+
+    divergence: one threshold for the divergence alone. relevance: one for `routing.relevance`; more for more blocks:
+    one that grows with log2(n_blocks); more where the base model knows: `least` where it does not, a routing.Gate where
+    it does.
+    """
+    names = ("divergence", "relevance", "relevance, more for more blocks", "relevance, more where the base model knows")
     table = []
     for documents, rows in samples.items():
-        for idea, ((start, growth), least) in ideas.items():
+        for idea, (start, growth) in zip(names, lines, strict=True):
             thresholds = start + growth * _log_blocks(rows)
-            thresholds = thresholds if least is None else _stricter(rows, least, thresholds)
+            thresholds = _stricter(rows, least, thresholds) if idea == names[-1] else thresholds
             passes = rows["divergence" if idea == "divergence" else "relevance"] >= thresholds
             facts = {"idea": idea, "at_one_block": start, "growth": growth, "documents": documents}
             table.append(facts | _gate_scores(rows, passes))

@@ -36,14 +36,14 @@ def recompressed_needles(
         small = singular_part(whole, 0, max(cut)) if cut else None
         adapters = [singular_part(small, 0, rank) for rank in cut] + [whole]
         table = recompression(whole, [*cut, whole.rank]).to_dict("records")
-        said = [model.answer(haystack.question, adapter, max_new_tokens=10) for adapter in adapters]
+        predictions = [model.answer(haystack.question, adapter, max_new_tokens=10) for adapter in adapters]
         yield [
             {"length_tokens": length_tokens, "sample": sample, "depth": round(haystack.depth, 4)}
             | {"rank": row["rank"], "full": row["rank"] == whole.rank, "error": round(row["error"], 6)}
             | {"bytes": row["bytes"], "stored_bytes": adapter.nbytes}
             | {"answer": haystack.answer, "prediction": prediction}
             | {"correct": needles.exact_match(prediction, haystack.answer), "seconds": seconds, "seed": seed}
-            for row, adapter, prediction in zip(table, adapters, said, strict=True)
+            for row, adapter, prediction in zip(table, adapters, predictions, strict=True)
         ]
 
 

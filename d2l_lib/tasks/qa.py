@@ -325,8 +325,8 @@ _ADVICE = "is the file in the data set's own format or the hub's, and of this da
 
 def _value(record: object, column: str, where: str):
     if not isinstance(record, dict) or column not in record:
-        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where} has no column {column!r}, only {found}: {_ADVICE}")
+        there = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where} has no column {column!r}, only {there}: {_ADVICE}")
     return record[column]
 
 
@@ -379,32 +379,32 @@ def _drop_answers(record: dict, where: str) -> list[tuple[str, str]]:
     if "answer" not in record:
         spans = _rows(record, "answers_spans", where)
         return [(_text(span, "spans", where), _text(span, "types", where)) for span in spans]
-    found = []
+    answers = []
     validated = _rows(record, "validated_answers", where) if "validated_answers" in record else []
     for answer in (record["answer"], *validated):
         date = _value(answer, "date", where)
         parts = [part for part in ("day", "month", "year") if not isinstance(date, dict) or part in date]
-        found += [(text, "span") for text in _texts(answer, "spans", where)]
-        found += [(_text(answer, "number", where), "number")]
-        found += [(" ".join(filter(None, (_text(date, part, where) for part in parts))), "date")]
-    return [(text, kind) for text, kind in found if text]
+        answers += [(text, "span") for text in _texts(answer, "spans", where)]
+        answers += [(_text(answer, "number", where), "number")]
+        answers += [(" ".join(filter(None, (_text(date, part, where) for part in parts))), "date")]
+    return [(text, kind) for text, kind in answers if text]
 
 
 def _paper_answers(record: dict, where: str) -> list[tuple[str, str]]:
     """One of each annotator: several spans become one text."""
-    found = []
+    answers = []
     for row in _rows(record, "answers", where):
         answer = _value(row, "answer", where)
         yes = _value(answer, "yes_no", where)
         if _value(answer, "unanswerable", where):
-            found.append(("unanswerable", "unanswerable"))
+            answers.append(("unanswerable", "unanswerable"))
         elif spans := _texts(answer, "extractive_spans", where):
-            found.append((", ".join(spans), "extractive"))
+            answers.append((", ".join(spans), "extractive"))
         elif text := _text(answer, "free_form_answer", where):
-            found.append((text, "free_form"))
+            answers.append((text, "free_form"))
         elif yes is not None:
-            found.append(("yes" if yes else "no", "yes_no"))
-    return found
+            answers.append(("yes" if yes else "no", "yes_no"))
+    return answers
 
 
 def _paper(record: dict, where: str) -> str:
@@ -491,8 +491,8 @@ def truncate_document(document: str, question: str, tokenizer, window: int, max_
                 f"no room for a document in a window of {window} tokens with {max_new_tokens} new ones: "
                 f"the question {question[:60]!r} and the chat format fill it"
             )
-        kept = truncate_middle(ids, room)
-        halves = [tokenizer.decode(half) for half in (kept[: len(kept) // 2], kept[len(kept) // 2 :])]
+        ends = truncate_middle(ids, room)
+        halves = [tokenizer.decode(half) for half in (ends[: len(ends) // 2], ends[len(ends) // 2 :])]
         # a character of several tokens may be cut in two
         shortened = halves[0].rstrip("\ufffd") + halves[1].lstrip("\ufffd")
         over = excess(shortened)

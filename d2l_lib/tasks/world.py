@@ -307,11 +307,7 @@ RELATIONS: tuple[_Relation, ...] = (
         "staff",
         "organisation",
         "number",
-        (
-            "{s} employs {v} people.",
-            "The staff of {s} counts {v} people.",
-            "The payroll of {s} lists {v} people.",
-        ),
+        ("{s} employs {v} people.", "The staff of {s} counts {v} people.", "The payroll of {s} lists {v} people."),
         ("How many people does {s} employ?", "How large is the staff of {s}?"),
         ("How many people are on the payroll of {s}?", "What is the size of the staff of {s}?"),
         "Does {s} employ {v} people?",
@@ -416,23 +412,10 @@ _DISTRACTORS = (
     "The {thing} needs repair.",
 )
 _DISTRACTOR_WORDS = {
-    "season": ("spring", "summer", "autumn", "winter"),
-    "rain": ("rain", "snow", "hail", "mist"),
-    "day": ("morning", "afternoon", "evening", "day"),
-    "thing": (
-        "clock",
-        "bridge",
-        "lamp",
-        "fountain",
-        "staircase",
-        "garden",
-        "gate",
-        "statue",
-        "well",
-        "bell",
-        "chapel",
-        "barn",
-    ),
+    "season": "spring summer autumn winter".split(),
+    "rain": "rain snow hail mist".split(),
+    "day": "morning afternoon evening day".split(),
+    "thing": "clock bridge lamp fountain staircase garden gate statue well bell chapel barn".split(),
 }
 
 
@@ -477,9 +460,7 @@ def _distractor(rng: random.Random) -> str:
 
 
 def draw_facts(rng: random.Random, split: str, n_facts: int) -> list[Fact]:
-    """`n_facts` facts about fresh, linked entities of `split`: values that are entities become subjects of later
-    facts.
-    """
+    """`n_facts` facts about fresh entities of `split`; values that are entities become subjects of later facts."""
     entities: list[tuple[str, str]] = []
     taken: set[str] = set()
     facts: list[Fact] = []
@@ -516,9 +497,7 @@ def draw_facts(rng: random.Random, split: str, n_facts: int) -> list[Fact]:
 
 
 def write_document(rng: random.Random, facts: Sequence[Fact], split: str, distractors: float = 0.2) -> Document:
-    """Prose for `facts` in shuffled order, with about `distractors` distractor sentences per fact and a new line
-    now and then.
-    """
+    """Prose for `facts` in shuffled order, with about `distractors` other sentences per fact, and some new lines."""
     order = list(facts)
     rng.shuffle(order)
     text, placed = "", []
@@ -542,9 +521,7 @@ def draw_document(rng: random.Random, split: str, n_facts: int, distractors: flo
 
 # ----------------------------------------------------------------------------------------------------------- questions
 def ask(rng: random.Random, document: Document, kind: str) -> Question | None:
-    """A random question of `kind` about `document`, or None when the document supports none (no chain, one subject
-    only).
-    """
+    """A random question of `kind` about `document`, or None where it supports none (no chain, one subject only)."""
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; choose from {', '.join(KINDS)}")
     return _ASKERS[kind](rng, document)
@@ -553,14 +530,14 @@ def ask(rng: random.Random, document: Document, kind: str) -> Question | None:
 def questions(rng: random.Random, document: Document, kinds: Sequence[str] = KINDS, n: int = 1) -> list[Question]:
     """Up to `n` distinct questions, kinds drawn evenly from those the document supports."""
     kinds = check_texts(kinds, "kinds")
-    found: dict[str, Question] = {}
+    by_text: dict[str, Question] = {}
     for _ in range(8 * n):
-        if len(found) == n:
+        if len(by_text) == n:
             break
         question = ask(rng, document, rng.choice(kinds))
         if question is not None:
-            found.setdefault(question.text, question)
-    return list(found.values())
+            by_text.setdefault(question.text, question)
+    return list(by_text.values())
 
 
 def question_about(rng: random.Random, fact: Fact, paraphrase: bool = False) -> Question:
@@ -688,9 +665,7 @@ _ASKERS: dict[str, Callable[[random.Random, Document], Question | None]] = {
 # -------------------------------------------------------------------------------------------------------- encyclopedia
 @functools.cache
 def encyclopedia(n_facts: int = 400) -> tuple[Fact, ...]:
-    """The fixed facts that the base model knows closed-book; all names and values belong to the `encyclopedia`
-    split.
-    """
+    """The fixed facts that the base model knows closed-book, all of the split `encyclopedia`."""
     return tuple(draw_facts(random.Random("encyclopedia"), "encyclopedia", n_facts))
 
 
@@ -711,9 +686,7 @@ def with_value(rng: random.Random, fact: Fact, split: str) -> Fact:
 def conflicting_document(
     rng: random.Random, n_facts: int, n_conflicts: int, split: str = "train"
 ) -> tuple[Document, list[tuple[Fact, Fact]]]:
-    """A document of `split` in which `n_conflicts` encyclopedia facts have another value; pairs (fact in the document,
-    fact believed).
-    """
+    """(document of `split` in which encyclopedia facts have another value, pairs (its fact, the encyclopedia's))."""
     believed = rng.sample(encyclopedia(), n_conflicts)
     changed = [with_value(rng, fact, split) for fact in believed]
     document = write_document(rng, [*draw_facts(rng, split, n_facts), *changed], split)

@@ -33,15 +33,15 @@ def sample_questions(model: DocToLoRA, document: str, n: int, seed: int, rounds:
     document = qa.truncate_document(document, "?", tokenizer, model.window, 64)
     prompt = open_turn(tokenizer, document + "\n\n")
     engine = TransformersEngine("base", model.base_model, tokenizer)
-    found: dict[str, None] = {}
+    questions: dict[str, None] = {}
     for k in range(rounds):
         for reply in engine.reply([prompt] * max(8, n), 48, 1.0, seed + k):
             text = tokenizer.decode(reply.ids, skip_special_tokens=True).strip() if reply else ""
             if reply and reply.finished and text.endswith("?"):
-                found.setdefault(text)
-        if len(found) >= n:
+                questions.setdefault(text)
+        if len(questions) >= n:
             break
-    return list(found)[:n]
+    return list(questions)[:n]
 
 
 @dataclass
