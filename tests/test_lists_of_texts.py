@@ -21,6 +21,7 @@ from d2l_lib.tasks import qa, scores, world
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.training import selfgen, slurm
 from d2l_lib.training.context_distillation import ContextDistillation
+from d2l_lib.views.conversation import Conversation
 
 MODEL = SimpleNamespace(gate=None, least_relevance=0.0, tokenizer=None, window=9, answer=lambda *_, **__: [])
 TABLE = pd.DataFrame({"correct": [True], "what": ["answer"], "method": "m", "dataset": "d", "document": "x"})
@@ -63,6 +64,7 @@ CALLS = {
     "base_model.target_linears": lambda texts: base_model.target_linears(nn.Identity(), texts),
     "base_model.module_sizes": lambda texts: base_model.module_sizes(nn.Identity(), texts),
     "atomic_folder": lambda texts: atomic_folder("folder", keep=texts).__enter__(),
+    "Conversation.free_name": lambda texts: Conversation(MODEL).free_name(texts),
     "check_texts": lambda texts: check_texts(texts, "texts"),
 }
 

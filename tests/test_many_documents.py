@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 from tiny_models import build_model
+from toy_models import ToyModel
 
 from d2l_lib.analysis import attribution, weights
 from d2l_lib.documents import name_documents
 from d2l_lib.routing import most_relevant
-from d2l_lib.views.conversation import LISTED, render_inside
+from d2l_lib.views.conversation import LISTED, chat, render_inside
 
 
 def count_steps(action) -> int:
@@ -71,6 +72,9 @@ OPERATIONS = {
     "rows": lambda model, n: partial(attribution.rows_of, one_long(model, n), "chunk"),
     "energy": lambda model, n: partial(weights.block_energy, one_long(model, n)),
     "most relevant": lambda model, n: partial(half, one_long(model, n)),
+    "chat": lambda model, n: partial(
+        chat, ToyModel(window=10**9), dict(zip(map(str, range(n)), texts(n), strict=True))
+    ),
     "inside": lambda model, n: partial(render_inside, rows(n), 1.0, 1.0),
 }
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TypeVar
 
-Chosen = TypeVar("Chosen")
+_Chosen = TypeVar("_Chosen")
 
 
-def chosen(of: type[Chosen], what: str, options: Mapping[str, object]) -> Chosen:
+def chosen(of: type[_Chosen], what: str, options: Mapping[str, object]) -> _Chosen:
     """The dataclass `of` with these fields; TypeError, which names `what` and its options, for a name that is none."""
     names = [field.name for field in fields(of)]
     if unknown := [name for name in options if name not in names]:

@@ -1,4 +1,9 @@
-"""TODO docstring."""
+"""Whether a trace can be believed: how well contributions predict what happens, and where they put the evidence.
+
+Without knowing the truth: the answer's probability as parts are taken away or added in a method's order, and the effect
+of leaving random subsets out. With it, in the generated world: the rank of the evidence. The control is a hypernetwork
+whose weights are shuffled.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +21,8 @@ from d2l_lib.documents import check_texts, split_sentences
 from d2l_lib.model import DocToLoRA
 from d2l_lib.tasks import world
 
-CURVE_STEPS = (0, 1, 2, 3, 5, 8, 12, 18, 26, 36, 48)  # units taken away, or added; the last step is all of them
-
-
-RESAMPLES = 10_000
-
-
+_CURVE_STEPS = (0, 1, 2, 3, 5, 8, 12, 18, 26, 36, 48)  # units taken away, or added; the last step is all of them
+_RESAMPLES = 10_000
 # what is slow, and for every how many questions it is done
 EVERY = {"surrogate": 2, "randomised weights": 2, "gradient, sentences": 4, "integrated_gradients, sentences": 10}
 
@@ -31,7 +32,7 @@ def curves(trials: Trials, orders: Mapping[str, Sequence[int]]) -> pd.DataFrame:
     method's order (best first); columns method, curve, units, share (of all units), probability.
     """
     n = len(trials)
-    steps = sorted({step for step in CURVE_STEPS if step < n} | {n})
+    steps = sorted({step for step in _CURVE_STEPS if step < n} | {n})
     rows, weights = [], []
     for method, order in orders.items():
         for curve, start in (("deletion", 1.0), ("insertion", 0.0)):
@@ -52,9 +53,9 @@ def curves_of(
     columns question (a number) and seed besides.
     """
     methods = check_texts(methods, "methods")
-    found: list[pd.DataFrame] = []
+    tables: list[pd.DataFrame] = []
     for document, question in drawn(seed, world.ONE_HOP_KINDS, least, most):
-        if len(found) == n:
+        if len(tables) == n:
             break
         (adapter,) = model.internalize_each([document.text])
         if model.answer(question.text, adapter) != question.answer:
@@ -64,8 +65,8 @@ def curves_of(
             table = attribute(model, adapter, question.text, question.answer, method=method, seed=seed, controls=False)
             orders[method] = sorted(range(len(table)), key=ranks(table["contribution"]).__getitem__)
         of_question = curves(Trials(model, adapter, question.text, question.answer), orders)
-        found.append(of_question.assign(question=len(found), seed=seed))
-    return pd.concat(found, ignore_index=True)
+        tables.append(of_question.assign(question=len(tables), seed=seed))
+    return pd.concat(tables, ignore_index=True)
 
 
 def area(curve: pd.DataFrame) -> float:
@@ -94,9 +95,9 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
     values = np.asarray(list(differences), dtype=float)
     if not len(values):
         return 1.0
-    signs = np.random.default_rng(seed).integers(0, 2, (RESAMPLES, len(values)), dtype=np.int8) * 2 - 1
+    signs = np.random.default_rng(seed).integers(0, 2, (_RESAMPLES, len(values)), dtype=np.int8) * 2 - 1
     as_far = (np.abs(signs @ values) >= np.abs(values.sum()) - 1e-12).sum()
-    return float((1 + as_far) / (1 + RESAMPLES))
+    return float((1 + as_far) / (1 + _RESAMPLES))
 
 
 def randomised(model: DocToLoRA, seed: int = 0) -> DocToLoRA:

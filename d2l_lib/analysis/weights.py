@@ -6,6 +6,9 @@ Rows of A and B mean nothing by themselves (A -> M A, B -> M^-T B is the same up
 of dW; the [d_out, d_in] product is formed for intruder dimensions only, which need W + dW. Norms and singular values
 have no unit: they are those of the update, with the scale and all weights inside. Geometry describes; what a part does
 is told by leaving it out (`Adapter.without`, `singular_part`, `only_layers`) and asking again (`exact_match`).
+
+To add a measure, write one function here from an adapter to a DataFrame with named columns, and one in `views.plots`
+from that table to a figure; a notebook calls both.
 """
 
 from __future__ import annotations
@@ -94,7 +97,7 @@ def norms(adapter: Adapter, base_model: nn.Module | None = None) -> pd.DataFrame
 
 def _base_weights(adapter: Adapter, base_model: nn.Module) -> dict[str, list[Tensor]]:
     """{module: W [d_out, d_in] of every layer}, float64 on the CPU."""
-    found = {}
+    of_module = {}
     for module, linears in target_linears(base_model, adapter.modules).items():
         weights = [linear.weight.detach().double().cpu() for linear in linears]
         sizes = {(W.shape[1], W.shape[0]) for W in weights}
@@ -103,8 +106,8 @@ def _base_weights(adapter: Adapter, base_model: nn.Module) -> dict[str, list[Ten
                 f"adapter writes {module} {adapter.sizes[module]} in {adapter.n_layers} layers, this base model has "
                 f"{sorted(sizes)} in {len(weights)}: was it made for another model?"
             )
-        found[module] = weights
-    return found
+        of_module[module] = weights
+    return of_module
 
 
 # ------------------------------------------------------------------------------------------------------ inner products
@@ -311,8 +314,8 @@ def exact_match(model: DocToLoRA, questions: Sequence[Question], adapter: Adapte
     """
     if not questions:
         raise ValueError("no question to ask")
-    said = model.answer([question.text for question in questions], adapter)
-    return sum(one == question.answer for one, question in zip(said, questions, strict=True)) / len(questions)
+    answers = model.answer([question.text for question in questions], adapter)
+    return sum(answer == question.answer for answer, question in zip(answers, questions, strict=True)) / len(questions)
 
 
 def by_direction(adapter: Adapter, counts: Sequence[int]) -> dict[tuple[int, str], Adapter]:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import ipywidgets as W
 
-from d2l_lib.documents import name_documents, read_document
+from d2l_lib.documents import check_texts, name_documents, read_document
 from d2l_lib.formats import markup
-from d2l_lib.views.page import Report, Viewer, Work, listen, render_view, takes, wrapped
+from d2l_lib.views.page import Column, Report, Viewer, Work, listen, plural, render_view, short, takes, wrapped
 
-NAMED = 8  # documents that a line names
+_NAMED = 8  # documents that a line names
 LISTED = 100  # documents in the list of what is inside
-LONG_TEXT = 20_000  # characters: a longer text shows a bar while a page is being built
+_LONG_TEXT = 20_000  # characters: a longer text shows a bar while a page is being built
 WITH_ADAPTER = "adapter, document not in the prompt"
 ROUTED = "adapter, its most relevant block alone"
 WITHOUT = "base model alone"
@@ -28,7 +28,7 @@ def render_inside(documents: Iterable[dict], adapter_strength: float, bias_stren
     documents = list(documents)
     rows = [
         f"<li><b>{markup.inline(row['name'])}</b>: {row['n_characters']:,} characters, "
-        f"{row['n_blocks']} block{'' if row['n_blocks'] == 1 else 's'}, weight {row['weight']:.2f}</li>"
+        f"{plural(row['n_blocks'], 'block')}, weight {row['weight']:.2f}</li>"
         for row in documents[:LISTED]
     ]
     if len(documents) > LISTED:
@@ -104,8 +104,8 @@ class Conversation:
         return other
 
     def free_name(self, taken: Iterable[str] = ()) -> str:
-        """The first of "document 1", "document 2", ... that is neither inside nor `taken`."""
-        names = {*self.texts, *taken}
+        """The first of "document 1", "document 2", ... that is neither inside nor one of the names `taken`."""
+        names = {*self.texts, *check_texts(taken, "names")}
         return next(name for i in range(1, len(names) + 2) if (name := f"document {i}") not in names)
 
     def check_free(self, name: str) -> None:
@@ -176,9 +176,10 @@ class Conversation:
     def state(self) -> str:
         """In a line: what is inside, at which weights and strengths, and the system message."""
         held = self.copy()
-        names = [name if (w := held.weights[name]) == 1 else f"{name} (weight {w:.2f})" for name in held.texts]
-        more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-        line = f"inside: {', '.join(names[:NAMED]) or 'nothing'}{more}"
+        weights = {markup.isolated(name): held.weights[name] for name in held.texts}
+        names = [name if weight == 1 else f"{name} (weight {weight:.2f})" for name, weight in weights.items()]
+        more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+        line = f"inside: {', '.join(names[:_NAMED]) or 'nothing'}{more}"
         if names:
             line += f"; adapter {held.adapter_strength:.2f}, bias {held.bias_strength:.2f}"
         return line + (f"; system: {held.system.strip()}" if held.system.strip() else "")
@@ -230,23 +231,24 @@ class Chat(Viewer):
         question: str = "",
         background: bool | None = None,
     ):
-        given = documents if isinstance(documents, Mapping) else name_documents(documents) if documents else {}
-        given = {name: read_document(one) if isinstance(one, PurePath) else one for name, one in given.items()}
+        texts = documents if isinstance(documents, Mapping) else name_documents(documents) if documents else {}
+        texts = {name: read_document(one) if isinstance(one, PurePath) else one for name, one in texts.items()}
         super().__init__([], "")
         self.conversation, self.turns, self.work = Conversation(model), [], Work(background)
         self._editing: str | None = None
         self._draft = ("", "")  # name and text that were in the box when the edit of a document began
         self._coming: set[str] = set()  # names of documents that are being internalized, or wait for it
         self._requested: tuple | None = None  # what the latest answers depend on
-        self._is_shown = False
+        self._is_shown = False  # until the documents that it begins with are inside
         self._make_controls(question)
-        for name, text in given.items():
+        for name, text in texts.items():
             self._bring_in(name, name, text)
-        self._refresh()
+        with self.work.lock:
+            self._is_shown = True
+            self._refresh()
         if self.work.was_interrupted:
             raise KeyboardInterrupt
         self._connect()
-        self._is_shown = True
         self.static_html = self._inside.value + self._answers.value
 
     def _make_controls(self, question: str) -> None:
@@ -261,7 +263,7 @@ class Chat(Viewer):
         self._cancel = W.Button(
             description="Cancel", icon="times", tooltip="leave the document as it is", layout=W.Layout(display="none")
         )
-        self._listed, self._kept = W.VBox(), W.VBox()
+        self._listed, self._kept = Column(), Column()
         self._adapter_strength, self._bias_strength = _strength("Adapter strength"), _strength("Bias strength")
         self._inside, self._answers = W.HTML(), W.HTML()
         self._asked = W.Text(description="Question", value=question, **late, **wide)
@@ -325,10 +327,7 @@ class Chat(Viewer):
     def _keep_turn(self, turn: Turn) -> None:
         kept = self.turns[:-1] if self.turns and self.turns[-1].question == turn.question else self.turns
         page = render_answers([*kept, turn])
-        self.turns[:] = [
-            *kept,
-            turn,
-        ]  # the same question again, with something else inside, takes the place of the last
+        self.turns[:] = [*kept, turn]  # the same question again, with something else inside, takes the last's place
         self._answers.value = page
 
     def _forget_request(self, _: str) -> None:
@@ -353,7 +352,7 @@ class Chat(Viewer):
         """Takes what is in the box now, and frees the box for the next text."""
         with self.work.lock:
             title, text, editing = self._name.value, self._text.value, self._editing
-            name = editing or title.strip() or self.conversation.free_name(self._coming)
+            name = editing or title.strip() or self.conversation.free_name([*self._coming])
             if not text and editing is None:
                 if not self.work.has("add"):  # the second click of two on one text is no mistake to tell
                     self.work.tell("The box is empty: paste a text, then add it.", key="add")
@@ -378,23 +377,25 @@ class Chat(Viewer):
             if editing is not None:
                 self.conversation.check_inside(editing)
             # while the page is being built nobody sees its own bar
-            progress = report if self._is_shown else (len(text) > LONG_TEXT or None)
+            progress = report if self._is_shown else (len(text) > _LONG_TEXT or None)
             return self.conversation.internalized(name, text, progress)
 
         def put_inside(adapter: Any) -> None:
             if editing is None:
                 self.conversation.add(text, name, adapter)
-                self._listed.children = [*self._listed.children, self._row(name)]
+                self._listed.add(self._row(name))
             else:
                 self.conversation.replace(editing, text, adapter)
             self._coming.discard(name)
-            self._refresh()
+            if self._is_shown:
+                self._refresh()
 
         def give_back(reason: str) -> None:
             self._coming.discard(name)
             self._give_back(title, text, editing, reason)
 
-        self.work.start(f"internalizing {name} ...", internalize, put_inside, give_back, key="add", unit="chunks")
+        label = f"internalizing {markup.isolated(name)} ..."
+        self.work.start(label, internalize, put_inside, give_back, key="add", unit="chunks")
 
     def _give_back(self, title: str, text: str, editing: str | None, reason: str) -> None:
         """A text that is not inside goes back where it came from, or into a line of its own if that is taken."""
@@ -403,13 +404,14 @@ class Chat(Viewer):
         if not (self._text.value or self._name.value or self._editing):
             self._fill(title, text, editing)
             return
-        note = f"not added: {editing or title.strip() or _short(text)} ({len(text):,} characters): {reason}"
+        name = markup.isolated(editing or title.strip() or f"“{short(' '.join(text.split()), 41)}”")
+        note = f"not added: {name} ({len(text):,} characters): {reason}"
         put_back = W.Button(description="Put back", icon="undo", tooltip="put this text into the box again")
         discard = W.Button(description="Discard", icon="trash", tooltip="forget this text")
         line = wrapped([_line(render_view("kept", markup.escape(note))), put_back, discard])
 
         def drop(_: Any = None) -> None:
-            self._kept.children = [child for child in self._kept.children if child is not line]
+            self._kept.take_out(line)
 
         def restore(_: Any) -> None:
             with self.work.lock:
@@ -422,7 +424,7 @@ class Chat(Viewer):
 
         put_back.on_click(restore)
         discard.on_click(drop)
-        self._kept.children = [*self._kept.children, line]
+        self._kept.add(line)
 
     def _fill(self, title: str, text: str, editing: str | None) -> None:
         """Puts a text into the box, to be added, or (editing) to take the place of that document's."""
@@ -483,7 +485,7 @@ class Chat(Viewer):
                     else:  # a changed text stays, as that of a document to add
                         self._fill(document, self._text.value, None)
                 self.conversation.remove(document)
-                self._listed.children = [child for child in self._listed.children if child is not line]
+                self._listed.take_out(line)
                 self._refresh()
 
         listen(weight, reweigh)
@@ -524,8 +526,3 @@ def _strength(label: str) -> W.FloatSlider:
 def _line(page: str) -> W.HTML:
     """A text at the beginning of a row of controls."""
     return W.HTML(page, layout=W.Layout(width="auto", min_width="120px", flex="1 1 160px"))
-
-
-def _short(text: str) -> str:
-    first = " ".join(text.split())
-    return f"“{first[:40]}…”" if len(first) > 40 else f"“{first}”"

@@ -39,9 +39,8 @@ CSS = """
 .d2l-view h4 { margin: 6px 0 2px; }
 """
 REVEAL_S = 0.3  # work that ends sooner shows no bar and takes no control away (and so no keyboard focus)
-SETTLE_S = (
-    0.2  # until text that was typed before a click has arrived: a page holds it back while an earlier one is read
-)
+# until text that was typed before a click has arrived: a page holds it back while an earlier one is read
+_SETTLE_S = 0.2
 REDRAW_S = 0.1  # a bar moves at most so often
 
 Report = Callable[[int, int], None]
@@ -66,10 +65,10 @@ def render_view(view: str, body: str, /, **data: Any) -> str:
 
 def render_message(message: str, is_error: bool = False) -> str:
     """One line of status; an error is coloured and announced by screen readers."""
-    return render_messages([(message, is_error)])
+    return _render_messages([(message, is_error)])
 
 
-def render_messages(messages: Sequence[tuple[str, bool]]) -> str:
+def _render_messages(messages: Sequence[tuple[str, bool]]) -> str:
     """Lines of status, each (text, whether it is an error)."""
     lines = [
         f'<div role="{"alert" if is_error else "status"}" class="d2l-{"error" if is_error else "note"}">'
@@ -90,9 +89,48 @@ class Viewer(W.VBox):
         return super()._repr_mimebundle_(**options) | {"text/html": self.static_html}
 
 
+def plural(n: int, thing: str) -> str:
+    """ "1 sentence", "3 sentences"."""
+    return f"{n} {thing}{'' if n == 1 else 's'}"
+
+
+def short(text: str, length: int) -> str:
+    """The beginning of a text that is longer."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def visible(text: str) -> str:
+    """The text of a token: line ends and tabs become signs."""
+    return text.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥")
+
+
 def wrapped(children: Sequence[W.Widget]) -> W.HBox:
     """Controls in a row that breaks where the page is narrow."""
     return W.HBox(list(children), layout=W.Layout(flex_flow="row wrap", align_items="center", width="100%"))
+
+
+class Column(W.VBox):
+    """Widgets in a column that grows: whoever adds one sends a part of the column to the page, and not all of it."""
+
+    _PART = 50  # widgets
+
+    @property
+    def widgets(self) -> list[W.Widget]:
+        """What is in the column."""
+        return [widget for part in self.children for widget in part.children]
+
+    def add(self, widget: W.Widget) -> None:
+        if self.children and len(self.children[-1].children) < self._PART:
+            self.children[-1].children = [*self.children[-1].children, widget]
+        else:
+            self.children = [*self.children, W.VBox([widget])]
+
+    def take_out(self, widget: W.Widget) -> None:
+        for part in self.children:
+            if widget in part.children:
+                part.children = [other for other in part.children if other is not widget]
+                if not part.children:
+                    self.children = [other for other in self.children if other is not part]
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -120,30 +158,11 @@ def listen(control: W.Widget, handler: Callable[[Any], None]) -> None:
     control.observe(pass_on, "value")
 
 
-def attempt(page: W.HTML, action: Callable[[], Any], working: str = "", done: str = "") -> bool:
-    """Runs a short `action`; what goes wrong is told on `page`: in a callback an exception would be lost. So are
-    `working`, before it, and `done`, after it, where they are given. Longer ones are for `Work`.
-    """
-    if working:
-        page.value = render_message(working)
-    try:
-        action()
-    except KeyboardInterrupt:
-        page.value = render_message("stopped")
-        return False
-    except Exception as error:  # whatever it is, the person at the page has to see it
-        page.value = render_message(_told(error), is_error=True)
-        return False
-    if done:
-        page.value = render_message(done)
-    return True
-
-
 def _plain(label: str) -> str:
     return label.removesuffix(" ...")
 
 
-def _told(error: BaseException) -> str:
+def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -173,11 +192,12 @@ class _Job:
     work: Callable[[Report], Any]
     done: Callable[[Any], None] | None
     dropped: Callable[[str], None] | None
-    key: Hashable
-    ready: str
-    unit: str
-    stop: threading.Event = field(default_factory=threading.Event)
-    is_outdated: bool = False
+    key: Hashable = None
+    replaces: bool = False
+    ready: str = "ready"
+    unit: str = ""
+    stop: threading.Event = field(default_factory=threading.Event, init=False)
+    is_outdated: bool = field(default=False, init=False)
 
 
 class Work:
@@ -226,11 +246,7 @@ class Work:
         work: Callable[[Report], Any],
         done: Callable[[Any], None] | None = None,
         dropped: Callable[[str], None] | None = None,
-        *,
-        key: Hashable = None,
-        replaces: bool = False,
-        ready: str = "ready",
-        unit: str = "",
+        **options: Any,
     ) -> None:
         """Puts a job behind those that wait.
 
@@ -239,17 +255,19 @@ class Work:
             the bar, and raises Stopped once Stop was pressed.
         done: called with what `work` returned.
         dropped: called with the reason instead, where the job failed or was stopped, also before it began.
-        key: of jobs of one kind. What went wrong with one stays on the page until the next of its kind begins.
-        replaces: earlier jobs of this key are left out, or ended, without a word.
-        ready: what the status says afterwards. unit: what `report` counts, such as "chunks".
+        options:
+            key: of jobs of one kind. What went wrong with one stays on the page until the next of its kind begins.
+            replaces: earlier jobs of this key are left out, or ended, without a word.
+            ready: what the status says afterwards.
+            unit: what `report` counts, such as "chunks".
         """
-        job = _Job(label, work, done, dropped, key, ready, unit)
+        job = _Job(label, work, done, dropped, **options)
         with self.lock:
-            if replaces:
-                self.leave_out(lambda other: other == key)
+            if job.replaces:
+                self.leave_out(lambda other: other == job.key)
             begins = not self.is_busy
             self._waiting.append(job)
-            self._messages.pop(key, None)
+            self._messages.pop(job.key, None)
             if not begins:
                 self._draw()
                 return
@@ -288,7 +306,7 @@ class Work:
     def soon(self, action: Callable[[], None]) -> None:
         """Calls `action`: for an event on the page a moment later, when text typed before it has arrived."""
         if self._in_thread():
-            self._spawn(action, SETTLE_S)
+            self._spawn(action, _SETTLE_S)
         else:
             action()
 
@@ -372,7 +390,7 @@ class Work:
             self.stop()
         except Exception as error:  # whatever it is, the person at the page has to see it
             if not job.is_outdated:
-                self._drop(job, _told(error), is_error=True)
+                self._drop(job, _named(error), is_error=True)
 
     def _drop(self, job: _Job, reason: str, is_error: bool = False) -> None:
         with self.lock:
@@ -383,7 +401,7 @@ class Work:
                 try:
                     job.dropped(reason)
                 except Exception as error:  # told too, and the page goes on
-                    self._messages[job.key, "dropped"] = (_told(error), True)
+                    self._messages[job.key, "dropped"] = (_named(error), True)
 
     def _report(self, job: _Job, done: int, total: int) -> None:
         if job.stop.is_set():
@@ -422,7 +440,7 @@ class Work:
         elif self._ready:
             lines.append((self._ready, False))
         lines = [line for line in lines if line[0]]
-        self.status.value = render_messages(lines) if lines else ""
+        self.status.value = _render_messages(lines) if lines else ""
 
 
 class Pager:

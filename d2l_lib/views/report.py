@@ -16,7 +16,7 @@ from d2l_lib.formats.writing import write_atomic
 from d2l_lib.views.page import render_view
 from d2l_lib.views.plots import plot_margin_by_sentence
 
-SHADES = {"stored": "#d3f0df", "lost": "#f7c9ae", "not asked": "transparent"}
+_SHADES = {"stored": "#d3f0df", "lost": "#f7c9ae", "not asked": "transparent"}
 
 
 class Report(numbers.Report):
@@ -27,7 +27,7 @@ class Report(numbers.Report):
         return plot_margin_by_sentence(self.table)
 
     def _repr_html_(self) -> str:
-        return render_report(self)
+        return _render_report(self)
 
     def save_html(self, path: str | Path) -> Path:
         """Write the report with its figure as one page that needs no network; complete or not there at all."""
@@ -36,7 +36,7 @@ class Report(numbers.Report):
         picture = base64.b64encode(buffer.getvalue()).decode()
         page = (
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Internalization report</title></head>'
-            f'<body>{render_report(self)}<p><img alt="Margin of each sentence" style="max-width: 100%" '
+            f'<body>{_render_report(self)}<p><img alt="Margin of each sentence" style="max-width: 100%" '
             f'src="data:image/png;base64,{picture}">'
             "</p></body></html>"
         )
@@ -61,13 +61,13 @@ def _table(frame: pd.DataFrame) -> str:
     return f"<table>{_cells(frame.columns, 'th')}{rows}</table>"
 
 
-def render_report(made: numbers.Report) -> str:
+def _render_report(made: numbers.Report) -> str:
     """The report as a page (see `page`): numbers, warnings, every document with its sentences shaded, the tables."""
     table = made.table
     counts = {status: int((table["status"] == status).sum()) for status in STATUSES}
     legend = " ".join(
-        f'<span style="background:{SHADES[status]};color:#000;padding:1px 4px">{status}: {count}</span>'
-        if SHADES[status] != "transparent"
+        f'<span style="background:{_SHADES[status]};color:#000;padding:1px 4px">{status}: {count}</span>'
+        if _SHADES[status] != "transparent"
         else f"<span>{status}: {count}</span>"
         for status, count in counts.items()
     )
@@ -83,7 +83,7 @@ def render_report(made: numbers.Report) -> str:
             words = (
                 "no question found" if math.isnan(row.kept) else f"kept {row.kept:.2f}, margin {row.margin:.2f} nats"
             )
-            shade = f"background:{SHADES[row.status]}" + (";color:#000" if row.status != STATUSES[2] else "")
+            shade = f"background:{_SHADES[row.status]}" + (";color:#000" if row.status != STATUSES[2] else "")
             shown = markup.inline(text[row.start : row.end])
             body += f'<span data-status="{row.status}" title="{words}" style="{shade}">{shown}</span>'
         body += "</div>"

@@ -7,7 +7,7 @@ plain form without JavaScript or kernel, a static table, which is what a stored 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ipywidgets as W
@@ -20,7 +20,7 @@ from d2l_lib.views.page import Pager, Report, Viewer, Work, listen, render_view,
 SAMPLE_COLUMNS = ("document", "question", "answer", "evidence_start", "evidence_end", "kind")
 ALL_KINDS = "all kinds"
 STATIC_ROWS = 5
-SEARCHED_AT_ONCE = 2_000  # samples
+_SEARCHED_AT_ONCE = 2_000  # samples
 
 
 # --- pure renderers ---------------------------------------------------------------------------------------------------
@@ -55,6 +55,14 @@ def render_document(document: str, evidence_start: Any = None, evidence_end: Any
     return "".join([*parts, markup.escape(document[position:])])
 
 
+def render_excerpt(document: str, spans: Sequence[tuple[int, int]], width: int = 240) -> str:
+    """About `width` characters of a document around the first of these spans, which are marked."""
+    left = max(0, min((sum(spans[0]) - width) // 2 if spans else 0, len(document) - width))
+    inside = [(max(0, start - left), end - left) for start, end in spans if left < end and start < left + width]
+    text = render_document(document[left : left + width], [start for start, _ in inside], [end for _, end in inside])
+    return ("… " if left else "") + text + (" …" if left + width < len(document) else "")
+
+
 def render_sample(sample: dict, position: int, n_matches: int, n_samples: int) -> str:
     """One sample as a page: question, answer, then the document with its evidence marked.
 
@@ -73,22 +81,14 @@ def render_sample(sample: dict, position: int, n_matches: int, n_samples: int) -
     return render_view("sample", body, position=position, matches=n_matches, samples=n_samples, kind=sample["kind"])
 
 
-def render_sample_table(samples: pd.DataFrame, n_rows: int = STATIC_ROWS, width: int = 240) -> str:
-    """The first `n_rows` samples as a plain table.
-
-    A document is cut to about `width` characters around its evidence.
-    """
+def render_sample_table(samples: pd.DataFrame, n_rows: int = STATIC_ROWS) -> str:
+    """The first `n_rows` samples as a plain table, with what stands around the evidence."""
     rows = []
     for sample in samples.head(n_rows).to_dict("records"):
         document = str(sample["document"])
         spans = evidence_spans(sample["evidence_start"], sample["evidence_end"], len(document))
-        middle = sum(spans[0]) // 2 if spans else 0
-        left = max(0, min(middle - width // 2, len(document) - width))
-        shown = document[left : left + width]
-        inside = [(max(0, start - left), end - left) for start, end in spans if start < left + width and end > left]
-        text = render_document(shown, [start for start, _ in inside], [end for _, end in inside])
-        cut = ("… " if left else "") + text + (" …" if left + width < len(document) else "")
-        cells = [markup.escape(sample[column]) for column in ("kind", "question", "answer")] + [cut]
+        texts = [markup.escape(sample[column]) for column in ("kind", "question", "answer")]
+        cells = [*texts, render_excerpt(document, spans)]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("kind", "question", "answer", "document (evidence marked)"))
     note = f'<div class="d2l-note">the first {len(rows)} of {len(samples):,} samples</div>'
@@ -142,15 +142,15 @@ def find_samples(
     chosen = np.ones(len(samples), dtype=bool) if kind == ALL_KINDS else (samples["kind"] == kind).to_numpy(dtype=bool)
     if not text:
         return np.flatnonzero(chosen)
-    found = np.zeros(len(samples), dtype=bool)
-    for start in range(0, len(samples), SEARCHED_AT_ONCE):
-        rows = slice(start, start + SEARCHED_AT_ONCE)
+    holds = np.zeros(len(samples), dtype=bool)
+    for start in range(0, len(samples), _SEARCHED_AT_ONCE):
+        rows = slice(start, start + _SEARCHED_AT_ONCE)
         for column in ("document", "question", "answer"):
             texts = samples[column].iloc[rows]
-            found[rows] |= texts.str.contains(text, case=False, regex=False).to_numpy(dtype=bool)
+            holds[rows] |= texts.str.contains(text, case=False, regex=False).to_numpy(dtype=bool)
         if report is not None:
-            report(min(start + SEARCHED_AT_ONCE, len(samples)), len(samples))
-    return np.flatnonzero(chosen & found)
+            report(min(start + _SEARCHED_AT_ONCE, len(samples)), len(samples))
+    return np.flatnonzero(chosen & holds)
 
 
 class SampleViewer(Viewer):
@@ -179,22 +179,22 @@ class SampleViewer(Viewer):
                 sample = self._frame.iloc[self._matches[place]].to_dict()
                 self._page.value = render_sample(sample, place, n, len(self._frame))
             else:
-                nothing = render_view("sample", "No sample matches.", position=-1, matches=0, samples=len(self._frame))
-                self._page.value = nothing
+                nothing = {"position": -1, "matches": 0, "samples": len(self._frame)}
+                self._page.value = render_view("sample", "No sample matches.", **nothing)
 
     def _select(self, _: Any = None) -> None:
         text, kind = self._search.value, self._kind.value
         self.work.start(
             "searching ...",
             lambda report: find_samples(self._frame, text, kind, report),
-            self._found,
+            self._show_matches,
             key="search",
             replaces=True,
             ready="",
             unit="samples",
         )
 
-    def _found(self, matches: np.ndarray) -> None:
+    def _show_matches(self, matches: np.ndarray) -> None:
         self._matches = matches
         self._pager.restart(len(matches))
         self._show()

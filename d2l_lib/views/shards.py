@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,20 +22,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from d2l_lib.analysis.options import chosen
 from d2l_lib.documents import context_ids, question_ids, split_sentences, stop_ids
 from d2l_lib.formats import markup
 from d2l_lib.formats.shards import DROPPED, MANIFEST, PUBLISHED, SCHEMA, tokenizer_fingerprint
 from d2l_lib.records import read_json
 from d2l_lib.tasks.scores import normalize_answer
-from d2l_lib.views.page import Pager, Report, Viewer, Work, listen, quietly, render_message, render_view, wrapped
-from d2l_lib.views.samples import ALL_KINDS, STATIC_ROWS, render_document
+from d2l_lib.views.page import (
+    Pager,
+    Report,
+    Viewer,
+    Work,
+    listen,
+    plural,
+    quietly,
+    render_message,
+    render_view,
+    visible,
+    wrapped,
+)
+from d2l_lib.views.samples import ALL_KINDS, STATIC_ROWS, render_document, render_excerpt
 
-UNRELATED = ("encyclopedia", "unrelated")  # kinds that the teacher answered without the document
+_UNRELATED = ("encyclopedia", "unrelated")  # kinds that the teacher answered without the document
 AGREEMENTS = ("agrees", "contains the reference", "differs", "no reference")
-ANY_AGREEMENT = "any agreement"
-LEVELS = ((0.99, "99 or more"), (0.9, "90 to 99"), (0.5, "50 to 90"), (0.1, "10 to 50"), (0.0, "below 10"))
+_ANY_AGREEMENT = "any agreement"
+_LEVELS = ((0.99, "99 or more"), (0.9, "90 to 99"), (0.5, "50 to 90"), (0.1, "10 to 50"), (0.0, "below 10"))
 TEXTS = ("document", "questions", "answers", "references", "kinds")  # a file counts as ours if it has all of them
-TEACHER = ("input_ids", "logprobs_vals", "logprobs_indices")
+_TEACHER = ("input_ids", "logprobs_vals", "logprobs_indices")
 PAGE_ROWS, SCAN_ROWS = 32, 1024  # documents decoded at once
 CSS = """
 .d2l-view .d2l-facts th { width: 11em; }
@@ -135,7 +149,7 @@ class Rows:
             return [text or "" for text in self._batch["document"].to_pylist()]
         return self._decoder.unwrap(context_ids, [ids or [] for ids in self._batch["ctx_ids"].to_pylist()])
 
-    def said(self) -> tuple[list[str], list[str]]:
+    def questions_and_answers(self) -> tuple[list[str], list[str]]:
         """(questions [questions], the teacher's answers [questions])."""
         if "answers" in self._batch.schema.names:
             return [text or "" for text in self.stored("questions")], [text or "" for text in self.stored("answers")]
@@ -175,10 +189,10 @@ class Rows:
     def contain(self, needle: str) -> np.ndarray:
         """Whether document, question, answer or reference hold `needle`, in any case [questions]."""
         needle = needle.casefold()
-        found = np.array([needle in text.casefold() for text in self.documents()], dtype=bool)[self._row_of]
-        for texts in (*self.said(), self.stored("references")):
-            found |= np.array([needle in (text or "").casefold() for text in texts], dtype=bool)
-        return found
+        holds = np.array([needle in text.casefold() for text in self.documents()], dtype=bool)[self._row_of]
+        for texts in (*self.questions_and_answers(), self.stored("references")):
+            holds |= np.array([needle in (text or "").casefold() for text in texts], dtype=bool)
+        return holds
 
     def teacher(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(answer tokens of each question [questions]; then of all of these, in order, their ids [tokens],
@@ -187,7 +201,7 @@ class Rows:
         ids, spans = self._spans()
         n = spans[:, 1] - spans[:, 0]
         tables = []
-        for column in TEACHER[1:]:
+        for column in _TEACHER[1:]:
             lists = self._each(column)
             self._check(column, _lengths(lists) == n, self._row_of, "not one list for each answer token")
             lists = lists.flatten()
@@ -231,10 +245,10 @@ def agreement(answer: str | None, reference: str | None) -> str:
     """One of AGREEMENTS; case, punctuation and articles do not count (see `metrics.normalize_answer`)."""
     if reference is None:
         return "no reference"
-    said, right = normalize_answer(answer or ""), normalize_answer(reference)
-    if said == right:
+    answer, reference = normalize_answer(answer or ""), normalize_answer(reference)
+    if answer == reference:
         return "agrees"
-    return "contains the reference" if right and f" {right} " in f" {said} " else "differs"
+    return "contains the reference" if reference and f" {reference} " in f" {answer} " else "differs"
 
 
 def matching_sentences(document: str, answer: str) -> list[tuple[int, int]]:
@@ -275,26 +289,51 @@ class Sample(NamedTuple):
 
     def evidence(self) -> tuple[list[tuple[int, int]], str]:
         """(character spans to mark in the document, what they are in words)."""
-        if self.kind in UNRELATED:
+        if self.kind in _UNRELATED:
             return [], "nothing is marked: the question is not about the document, and the teacher did not see it"
         if self.spans is not None:
-            n = f"{len(self.spans)} sentence{'' if len(self.spans) == 1 else 's'}" if self.spans else "nothing"
+            n = plural(len(self.spans), "sentence") if self.spans else "nothing"
             return [(start, end) for start, end in self.spans], f"marked: the evidence that is stored ({n})"
         whose, text = ("reference", self.reference) if self.reference is not None else ("teacher's", self.answer)
         spans = matching_sentences(self.document, text)
-        n = f"{len(spans)} sentence{'' if len(spans) == 1 else 's'}" if spans else "nothing"
+        n = plural(len(spans), "sentence") if spans else "nothing"
         return spans, f"marked by a search for the words of the {whose} answer (no evidence is stored): {n}"
 
 
 # What a filter looks at: the columns that it reads (the last ones where texts are not stored), and one value for each
 # question of some rows. Cheapest first.
-QUANTITIES: dict[str, tuple[Sequence[str], Sequence[str], Callable[[Rows, str], np.ndarray]]] = {
+_QUANTITIES: dict[str, tuple[Sequence[str], Sequence[str], Callable[[Rows, str], np.ndarray]]] = {
     "kind": (["kinds"], [], lambda rows, _: np.array(rows.stored("kinds"), dtype=object)),
     "agreement": (["questions", "answers", "references"], [], lambda rows, _: rows.agreements()),
     "document tokens": (["ctx_ids"], ["ctx_ids"], lambda rows, _: rows.document_tokens()),
     "text": (TEXTS[:4], ["ctx_ids", "input_ids"], lambda rows, needle: rows.contain(needle)),
-    "probability": (TEACHER, TEACHER, lambda rows, _: rows.lowest()),
+    "probability": (_TEACHER, _TEACHER, lambda rows, _: rows.lowest()),
 }
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What samples are looked for; the defaults leave all. document_tokens, probability (the lowest of an answer's
+    tokens): least and most.
+    """
+
+    text: str = ""
+    kind: str = ALL_KINDS
+    agreement: str = _ANY_AGREEMENT
+    document_tokens: tuple[float, float] = (0, math.inf)
+    probability: tuple[float, float] = (0, 1)
+
+    def tests(self) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+        """{quantity: which of its values pass}, of those that do not leave all; the cheapest first."""
+        (fewest, most), (least, highest) = self.document_tokens, self.probability
+        tests = {
+            "kind": (self.kind != ALL_KINDS, lambda values: values == self.kind),
+            "agreement": (self.agreement != _ANY_AGREEMENT, lambda values: values == self.agreement),
+            "document tokens": ((fewest, most) != (0, math.inf), lambda n: (n >= fewest) & (n <= most)),
+            "text": (bool(self.text), lambda values: values),
+            "probability": ((least, highest) != (0, 1), lambda p: (p >= least) & (p <= highest)),
+        }
+        return {quantity: passes for quantity, (is_wanted, passes) in tests.items() if is_wanted}
 
 
 class ShardFile:
@@ -341,8 +380,8 @@ class ShardFile:
             yield Rows(self.path.name, first, batch, self._decoder)
 
     def cost(self, quantity: str) -> int:
-        """Compressed bytes of the columns that a filter by `quantity` (of QUANTITIES) needs."""
-        needed = {*QUANTITIES[quantity][0 if self.has_texts else 1], "response_start_end"}
+        """Compressed bytes of the columns that a filter by `quantity` (of _QUANTITIES) needs."""
+        needed = {*_QUANTITIES[quantity][0 if self.has_texts else 1], "response_start_end"}
         groups = map(self._file.metadata.row_group, range(self.n_groups))
         chunks = (group.column(number) for group in groups for number in range(group.num_columns))
         return sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] in needed)
@@ -353,7 +392,7 @@ class ShardFile:
         """One value for each sample of a row group, kept from then on. report(n_rows): called after so many more."""
         key = (quantity, argument, group)
         if key not in self._known:
-            ours, published, compute = QUANTITIES[quantity]
+            ours, published, compute = _QUANTITIES[quantity]
             values = []
             for rows in self._read(group, ours if self.has_texts else published):
                 values.append(compute(rows, argument))
@@ -362,33 +401,18 @@ class ShardFile:
         return self._known[key]
 
     def find(
-        self,
-        text: str = "",
-        kind: str = ALL_KINDS,
-        agreement: str = ANY_AGREEMENT,
-        document_tokens: tuple[float, float] = (0, math.inf),
-        probability: tuple[float, float] = (0, 1),
-        tell: Callable[[str, int], None] | None = None,
-        report: Report | None = None,
+        self, tell: Callable[[str, int], None] | None = None, report: Report | None = None, **filters: Any
     ) -> np.ndarray:
-        """Numbers of the samples that pass all filters [matches], in order; the defaults leave all samples.
+        """Numbers of the samples that pass all of these `Filters` [matches], in order.
 
-        document_tokens, probability (the lowest of an answer's tokens): least and most. A row group is read for a
-        filter once, and only if cheaper ones leave a sample of it; before, `tell(quantity, row group)` is called, and
-        meanwhile `report(done, total)`, which counts rows. ValueError names what is damaged or ragged.
+        A row group is read for a filter once, and only if cheaper ones leave a sample of it. tell(quantity, row group)
+        is called before it is read, report(done, total) meanwhile, which counts rows. ValueError names what is damaged
+        or ragged.
         """
-        tests = {
-            "kind": (kind != ALL_KINDS, lambda values: values == kind),
-            "agreement": (agreement != ANY_AGREEMENT, lambda values: values == agreement),
-            "document tokens": (
-                document_tokens != (0, math.inf),
-                lambda n: (n >= document_tokens[0]) & (n <= document_tokens[1]),
-            ),
-            "text": (bool(text), lambda values: values),
-            "probability": (probability != (0, 1), lambda p: (p >= probability[0]) & (p <= probability[1])),
-        }
-        chosen = [np.zeros(0, dtype=np.int64)]
-        done, total = 0, self.n_documents * max(1, sum(is_wanted for is_wanted, _ in tests.values()))
+        wanted = chosen(Filters, "a search", filters)
+        tests = wanted.tests()
+        matches = [np.zeros(0, dtype=np.int64)]
+        done, total = 0, self.n_documents * max(1, len(tests))
 
         def count(n_rows: int) -> None:
             nonlocal done
@@ -399,14 +423,14 @@ class ShardFile:
         for group in range(self.n_groups):
             first, last = self._first_sample[self._first_row[group : group + 2]]
             kept = np.ones(last - first, dtype=bool)
-            for quantity, (is_wanted, passes) in tests.items():
-                if is_wanted and kept.any():
-                    argument = text if quantity == "text" else ""
+            for quantity, passes in tests.items():
+                if kept.any():
+                    argument = wanted.text if quantity == "text" else ""
                     if tell and (quantity, argument, group) not in self._known:
                         tell(quantity, group)
                     kept &= passes(self._values(quantity, argument, group, count))
-            chosen.append(first + np.flatnonzero(kept))
-        return np.concatenate(chosen)
+            matches.append(first + np.flatnonzero(kept))
+        return np.concatenate(matches)
 
     def sample(self, number: int) -> Sample:
         """Sample `number` (from 0). ValueError if its row is damaged or ragged, or made with another tokenizer."""
@@ -429,7 +453,7 @@ class ShardFile:
             for ids, row in zip(indices.tolist(), np.exp(values).tolist(), strict=True)
         ]
         p, ranks = (numbers.tolist() for numbers in probabilities(chosen, values, indices))
-        questions, answers = rows.said()
+        questions, answers = rows.questions_and_answers()
         return Sample(
             document=rows.documents()[0],
             document_tokens=int(rows.document_tokens()[question]),
@@ -459,7 +483,7 @@ def _lowest(sample: Sample) -> str:
 
 def _visible(text: str) -> str:
     """Text of a token as HTML: a line end or tab becomes a sign, and so does nothing at all."""
-    return markup.inline(text.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥") or "∅")
+    return markup.inline(visible(text) or "∅")
 
 
 def render_token(token: AnswerToken, number: int) -> str:
@@ -467,7 +491,7 @@ def render_token(token: AnswerToken, number: int) -> str:
     k = len(token.alternatives)
     rank = f"rank {token.rank} of {k}" if token.rank else f"at most: it is not among the {k} most likely"
     title = markup.escape(f"token {number}: {_percent(token.probability, 1)} %, {rank}")
-    level = next((level for level, (least, _) in enumerate(LEVELS) if token.probability >= least), len(LEVELS) - 1)
+    level = next((level for level, (least, _) in enumerate(_LEVELS) if token.probability >= least), len(_LEVELS) - 1)
     choices = [
         f"<span>{'▸' if place == token.rank else ' '}{place:2d} <code>{_visible(text)}</code> "
         f"{markup.escape(_percent(p, 1))}</span>"
@@ -485,9 +509,10 @@ def render_token(token: AnswerToken, number: int) -> str:
 def render_shard_sample(sample: Sample, position: int, n_matches: int, n_samples: int, file: str, dropped: str) -> str:
     """One sample as a page: question, answers, the answer token by token, the document.
 
-    position: from 0, within the n_matches of n_samples that the filters leave. dropped: see `describe_dropped`.
+    position: from 0, within the n_matches of n_samples that the filters leave. dropped: see `_describe_dropped`.
     """
     spans, marked = sample.evidence()
+    text = render_document(sample.document, [start for start, _ in spans], [end for _, end in spans])
     verdict, kind = agreement(sample.answer, sample.reference), sample.kind or "kind not stored"
     where = f"sample {position + 1:,} of {n_matches:,} ({n_samples:,} in all)"
     names = f"{markup.inline(file)} · {markup.inline(kind)}"
@@ -502,7 +527,7 @@ def render_shard_sample(sample: Sample, position: int, n_matches: int, n_samples
         f'<tr><th>{name}</th><td class="d2l-text d2l-{css}">{markup.escape(text)}</td></tr>'
         for name, css, text in facts
     ]
-    legend = [f'<span class="d2l-swatch d2l-level{level}">{text}</span>' for level, (_, text) in enumerate(LEVELS)]
+    legend = [f'<span class="d2l-swatch d2l-level{level}">{text}</span>' for level, (_, text) in enumerate(_LEVELS)]
     tokens = [render_token(token, number) for number, token in enumerate(sample.tokens, 1)]
     hint = "Point at a token, click it, or reach it with Tab: what else the teacher could have said stands here, in %."
     ended = "" if sample.finished else "; cut off: no stop token at its end"
@@ -512,18 +537,14 @@ def render_shard_sample(sample: Sample, position: int, n_matches: int, n_samples
         f'<div class="d2l-note">below each token its probability in %: {" ".join(legend)}</div>'
         f'<div class="d2l-strip">{"".join(tokens)}<div class="d2l-panel d2l-note">{hint}</div></div>'
         f'<h4>Document</h4><div class="d2l-note d2l-marked">{markup.escape(marked)}</div>'
-        f'<div class="d2l-text d2l-document" tabindex="0">{_marked(sample.document, spans)}</div>'
+        f'<div class="d2l-text d2l-document" tabindex="0">{text}</div>'
         f'<div class="d2l-note d2l-dropped">{markup.escape(dropped)}</div>'
     )
     data = {"matches": n_matches, "samples": n_samples, "file": file, "kind": kind, "agreement": verdict}
     return f"<style>{CSS}</style>{render_view('shard', body, position=position, **data)}"
 
 
-def _marked(document: str, spans: Sequence[tuple[int, int]]) -> str:
-    return render_document(document, [start for start, _ in spans], [end for _, end in spans])
-
-
-def render_shard_table(samples: Sequence[Sample | str], n_samples: int, file: str, width: int = 240) -> str:
+def _render_shard_table(samples: Sequence[Sample | str], n_samples: int, file: str) -> str:
     """The first samples of a file as a plain table. A text in place of a sample says why it cannot be shown."""
     names = ("kind", "question", "teacher's answer", "lowest probability", "reference", "document (evidence marked)")
     rows = []
@@ -532,20 +553,17 @@ def render_shard_table(samples: Sequence[Sample | str], n_samples: int, file: st
             rows.append(f'<td colspan="{len(names)}" class="d2l-error">{markup.escape(sample)}</td>')
             continue
         spans, _ = sample.evidence()
-        left = max(0, min((sum(spans[0]) - width) // 2 if spans else 0, len(sample.document) - width))
-        inside = [(max(0, start - left), end - left) for start, end in spans if left < end and start < left + width]
-        shown = _marked(sample.document[left : left + width], inside)
-        cut = ("… " if left else "") + shown + (" …" if left + width < len(sample.document) else "")
         reference = f"{markup.inline(sample.reference or '')} ({agreement(sample.answer, sample.reference)})"
+        excerpt = render_excerpt(sample.document, spans)
         texts = (sample.kind or "", sample.question, sample.answer, _lowest(sample))
-        rows.append("".join(f"<td>{cell}</td>" for cell in [*map(markup.escape, texts), reference, cut]))
+        rows.append("".join(f"<td>{cell}</td>" for cell in [*map(markup.escape, texts), reference, excerpt]))
     head = "".join(f"<th>{name}</th>" for name in names)
     note = f'<div class="d2l-note">the first {len(rows)} of {n_samples:,} samples of {markup.inline(file)}</div>'
     body = f"{note}<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
     return render_view("shard-table", body, rows=len(rows), samples=n_samples)
 
 
-def describe_dropped(path: Path, manifest: dict[str, Any]) -> str:
+def _describe_dropped(path: Path, manifest: dict[str, Any]) -> str:
     """In words, what the making of the shard `path` left out and why, as the record beside it or the manifest says."""
     shards = manifest.get("shards")
     records = [_read_dict(path.with_suffix(".json")), *(shards if isinstance(shards, list) else [])]
@@ -562,8 +580,8 @@ def describe_dropped(path: Path, manifest: dict[str, Any]) -> str:
         "writer_too_long": "documents too long for the writer of questions",
     } | {f"writer_{reason}": f"items of the writer's lists: {reason.replace('_', ' ')}" for reason in DROPPED}
     left_out = [f"{counts[name]} {reason}" for name, reason in reasons.items() if counts.get(name)]
-    asked = f"{path.name}: {counts.get('kept', '?')} of {counts.get('questions', '?')} questions kept"
-    return f"{asked}; left out: {'; '.join(left_out) or 'nothing'}."
+    total = f"{markup.isolated(path.name)}: {counts.get('kept', '?')} of {counts.get('questions', '?')} questions kept"
+    return f"{total}; left out: {'; '.join(left_out) or 'nothing'}."
 
 
 def _read_dict(path: Path) -> dict[str, Any]:
@@ -578,7 +596,7 @@ def _read_dict(path: Path) -> dict[str, Any]:
 # --- the viewer -------------------------------------------------------------------------------------------------------
 
 
-class ShardViewer(Viewer):
+class _ShardViewer(Viewer):
     """The page of `view_shards`. Files are read by one job after another (see `page.Work`)."""
 
     def __init__(self, folder: str | Path, tokenizer, background: bool | None = None):
@@ -592,7 +610,7 @@ class ShardViewer(Viewer):
         self._open()
         table = ""
         if self._file:
-            table = render_shard_table(list(self._first_samples()), self._file.n_samples, self._file.path.name)
+            table = _render_shard_table(list(self._first_samples()), self._file.n_samples, self._file.path.name)
         self.static_html = self._about.value + table + (self._page.value or self.work.status.value)
 
     def _make_controls(self, folder: str) -> None:
@@ -602,7 +620,7 @@ class ShardViewer(Viewer):
         self._name = W.Dropdown(description="File")
         self._search = W.Text(description="Search", placeholder="text, then Enter", **late)
         self._kind = W.Dropdown(description="Kind", options=[ALL_KINDS])
-        self._agrees = W.Dropdown(description="Teacher", options=[ANY_AGREEMENT, *AGREEMENTS])
+        self._agrees = W.Dropdown(description="Teacher", options=[_ANY_AGREEMENT, *AGREEMENTS])
         self._shortest, self._longest = (
             W.Text(description=f"Tokens {end}", **late, **narrow) for end in ("from", "to")
         )
@@ -640,7 +658,7 @@ class ShardViewer(Viewer):
             self.work.start(
                 "opening ...",
                 lambda report: self._read(folder, name, report),
-                lambda found: self._opened(folder, *found),
+                lambda result: self._opened(folder, *result),
                 lambda reason: self._close(),
                 key="open",
                 replaces=True,
@@ -653,7 +671,7 @@ class ShardViewer(Viewer):
         manifest, names, unreadable = _read_dict(folder / MANIFEST), [*self._name.options], []
         if name is not None:
             return manifest, names, name, ShardFile(folder / name, self._decoder), unreadable
-        names = sorted(found.name for found in folder.glob("*.parquet"))
+        names = sorted(path.name for path in folder.glob("*.parquet"))
         if not names:
             reason = "is a file: give its folder" if folder.is_file() else "holds no .parquet files"
             raise ValueError(f"{folder} {reason if folder.exists() else 'does not exist'}")
@@ -697,7 +715,7 @@ class ShardViewer(Viewer):
     def _reset(self, _: Any = None) -> None:
         with quietly():
             self._search.value = self._shortest.value = self._longest.value = ""
-            self._kind.value, self._agrees.value, self._lowest.value = ALL_KINDS, ANY_AGREEMENT, (0, 100)
+            self._kind.value, self._agrees.value, self._lowest.value = ALL_KINDS, _ANY_AGREEMENT, (0, 100)
         self._select()
 
     def _select(self, _: Any = None) -> None:
@@ -710,7 +728,7 @@ class ShardViewer(Viewer):
             self.work.start(
                 "filtering ...",
                 lambda report: self._scan(file, report),
-                self._found,
+                self._show_matches,
                 lambda reason: self._no_matches(),
                 key="scan",
                 replaces=True,
@@ -734,8 +752,8 @@ class ShardViewer(Viewer):
         read = f" (scanned once for this: {', '.join(times)})" if times else ""
         return matches, f"{len(matches):,} of {file.n_samples:,} samples match{read}"
 
-    def _found(self, found: tuple[np.ndarray, str]) -> None:
-        self._matches, text = found
+    def _show_matches(self, matches: tuple[np.ndarray, str]) -> None:
+        self._matches, text = matches
         self.work.tell(text, key="scan")
         self._pager.restart(len(self._matches))
         self._show()
@@ -760,7 +778,7 @@ class ShardViewer(Viewer):
             )
 
     def _render(self, file: ShardFile, place: int, matches: np.ndarray) -> str:
-        sample, dropped = file.sample(int(matches[place])), describe_dropped(file.path, self._manifest)
+        sample, dropped = file.sample(int(matches[place])), _describe_dropped(file.path, self._manifest)
         return render_shard_sample(sample, place, len(matches), file.n_samples, file.path.name, dropped)
 
     def _turn_to(self, page: str) -> None:
@@ -781,7 +799,7 @@ def view_shards(folder: str | Path, tokenizer) -> Viewer:
     sample that cannot be used is told on the page, and everything else stays usable. Keys: Tab moves between controls
     and answer tokens, Enter in a field applies it, the arrow keys move sliders, space presses a button.
     """
-    return ShardViewer(folder, tokenizer)
+    return _ShardViewer(folder, tokenizer)
 
 
 def _whole(control: W.Text, default: float) -> float:
@@ -797,10 +815,10 @@ def _size(n_bytes: int) -> str:
 
 def _describe(file: ShardFile, manifest: dict[str, Any], tokenizer) -> str:
     """What a person should know before looking at this file, as HTML."""
-    readable = [quantity for quantity in QUANTITIES if quantity != "kind" and QUANTITIES[quantity][not file.has_texts]]
-    costs = ", ".join(f"{quantity} {_size(file.cost(quantity))}" for quantity in readable)
+    filters = [name for name in _QUANTITIES if name != "kind" and _QUANTITIES[name][not file.has_texts]]
+    costs = ", ".join(f"{name} {_size(file.cost(name))}" for name in filters)
     facts = (
-        f"{file.path.name}: {file.n_samples:,} samples on {file.n_documents:,} documents, "
+        f"{markup.isolated(file.path.name)}: {file.n_samples:,} samples on {file.n_documents:,} documents, "
         f"{_size(file.path.stat().st_size)}. The first use of a filter scans it, reading: {costs}."
     )
     if not file.has_texts:

@@ -27,7 +27,18 @@ from d2l_lib.documents import sentence_number
 from d2l_lib.formats import markup
 from d2l_lib.formats.writing import write_atomic
 from d2l_lib.views.page import CSS as VIEW_CSS
-from d2l_lib.views.page import Viewer, Work, listen, quietly, render_message, render_view, wrapped
+from d2l_lib.views.page import (
+    Viewer,
+    Work,
+    listen,
+    plural,
+    quietly,
+    render_message,
+    render_view,
+    short,
+    visible,
+    wrapped,
+)
 
 _Evidence = Iterable[tuple[int, int]] | Mapping[str, Iterable[tuple[int, int]]]
 
@@ -218,7 +229,7 @@ def true_sentences(units: pd.DataFrame, texts: Mapping[str, str], evidence: _Evi
         if evidence and len(texts) > 1:
             raise ValueError(f"evidence needs the document's name: pass {{name: spans}}; there are {', '.join(texts)}")
         evidence = dict.fromkeys(texts, evidence) if evidence else {}
-    found = set()
+    numbers = set()
     for name, spans in evidence.items():
         if name not in texts:
             raise ValueError(f"evidence is in {name!r}, but the documents are {', '.join(texts)}")
@@ -230,8 +241,8 @@ def true_sentences(units: pd.DataFrame, texts: Mapping[str, str], evidence: _Evi
             if not 0 <= start < end <= len(texts[name]):
                 raise ValueError(f"evidence {start} to {end} is not inside {name!r} of {len(texts[name])} characters")
             inside = (units["document"] == name) & (units["start"] < end) & (units["end"] > start)
-            found |= set(units.index[inside.to_numpy(dtype=bool)])
-    return found
+            numbers |= set(units.index[inside.to_numpy(dtype=bool)])
+    return numbers
 
 
 def contributions(table: pd.DataFrame, token: int | None = None) -> list[float]:
@@ -298,7 +309,7 @@ def measure(table: pd.DataFrame, token: int | None = None) -> str:
 
 def _visible(text: str) -> str:
     """A token's text in quotes, line ends and tabs as signs; the beginning of a long one."""
-    return "“" + _short(text.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥"), _LONGEST_TOKEN) + "”"
+    return f"“{short(visible(text), _LONGEST_TOKEN)}”"
 
 
 def _cell(value: float, limit: float, title: str = "", css: str = "") -> str:
@@ -352,15 +363,15 @@ def last_of_unit(units: pd.DataFrame, level: str) -> list[bool]:
 def pieces(units: pd.DataFrame, texts: Mapping[str, str]) -> list[tuple[str, str]]:
     """(text of a sentence, what stands between it and the next one) of each sentence; "[…]" for text not inside."""
     starts, documents = [*units["start"]], [*units["document"]]
-    found = []
+    parts = []
     for number, (start, end, document) in enumerate(zip(starts, units["end"], documents, strict=True)):
         follows = number + 1 < len(starts) and documents[number + 1] == document and starts[number + 1] >= end
         between = texts[document][end : starts[number + 1] if follows else None]
         if missing := between.strip():
             before, _, after = between.partition(missing)
             between = f"{before or ' '}[…]{after or ' '}"
-        found.append((texts[document][start:end], between))
-    return found
+        parts.append((texts[document][start:end], between))
+    return parts
 
 
 def _headings(units: pd.DataFrame, first: int = 0) -> list[str]:
@@ -442,11 +453,11 @@ def _unit_name(table: pd.DataFrame, texts: Mapping[str, str], row: int) -> str:
     """What a unit is called, and how its text begins."""
     name, document, start, end = (table[column].iloc[row] for column in ("unit", "document", "start", "end"))
     if pd.isna(document):
-        return markup.inline(_short(str(name), 80))
-    name = _short(str(name), 80).replace(document, markup.isolated(document), 1)
+        return markup.inline(short(str(name), 80))
+    name = short(str(name), 80).replace(document, markup.isolated(document), 1)
     if pd.isna(start) or document not in texts:
         return markup.inline(name)
-    return markup.inline(f"{name}: {_short(' '.join(texts[document][start:end].split()))}")
+    return markup.inline(f"{name}: {short(' '.join(texts[document][start:end].split()), 160)}")
 
 
 def _token_cells(table: pd.DataFrame) -> tuple[str, list[str]]:
@@ -515,10 +526,6 @@ def _render_each_token(table: pd.DataFrame, texts: Mapping[str, str]) -> str:
     return f"<h4>Token by token</h4>{note}{_scrolled(head + rows)}"
 
 
-def _short(text: str, length: int = 160) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
 def render_controls(table: pd.DataFrame) -> str:
     """The answer with all blocks beside the controls: zero adapter, wrong document, random units left out."""
     controls = table.attrs.get("controls")
@@ -539,9 +546,8 @@ def render_controls(table: pd.DataFrame) -> str:
     random = controls.get("random units")
     note = ""
     if random:
-        n = len(random["units"])
         note = (
-            f'<div class="d2l-note">{n} random unit{"" if n == 1 else "s"} left out, each alone: '
+            f'<div class="d2l-note">{plural(len(random["units"]), "random unit")} left out, each alone: '
             f"{_signed(random['contribution'])} nats on average, {_signed(random['largest'])} at most</div>"
         )
     return f'<h4>Controls</h4><table class="d2l-cells d2l-controls"><tr><th></th>{head}</tr>{rows}</table>{note}'
@@ -555,8 +561,7 @@ def _render_answer(question: str, answer: str, said: str, now: str, n_removed: i
     """The question, what is explained, and what the model says with everything inside and with sentences removed."""
     changed = now != said
     if n_removed:
-        count = f"{n_removed} sentence{'' if n_removed == 1 else 's'}"
-        label = f"Answer now, without {count} ({'changed' if changed else 'the same'})"
+        label = f"Answer now, without {plural(n_removed, 'sentence')} ({'changed' if changed else 'the same'})"
     else:
         label = "Answer now, nothing removed"
     text = markup.escape(now) or '<span class="d2l-note">(empty)</span>'

@@ -48,3 +48,15 @@ def test_signs_of_formulas_stand_alone_where_typesetting_cannot_be_switched_off(
 def test_what_html_cannot_hold_is_shown_by_a_sign():
     assert markup.escape("a\0b\ud800") == "a\u2400b\ufffd"
     assert markup.escape("\r") == "&#13;", "it would become a line feed"
+
+
+@pytest.mark.parametrize("text", ["a\u2066b", "a\u2069b\u2067\u2068c\u2069", "\u2069\u2069", "\u202ex\u2066y"])
+def test_an_isolate_that_is_left_open_ends_with_its_text(text):
+    for shown in ("".join(Reader(markup.inline(text)).pieces), markup.isolated(text)):
+        depths, depth = [], 0
+        for character in shown:
+            depth += (character in "\u2066\u2067\u2068") - (character == "\u2069")
+            depths.append(depth)
+        assert text in shown and depth == 0 and min(depths) >= 0
+    assert markup.isolated("notes, part 2") == "notes, part 2"
+    assert markup.isolated("\u05d0\u05d1") == "\u2068\u05d0\u05d1\u2069"

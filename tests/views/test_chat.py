@@ -118,12 +118,12 @@ def test_a_text_that_cannot_be_added_is_kept_beside_the_one_typed_meanwhile():
     chat.work.wait()
     assert control["Document"].value == "Typed meanwhile." and inside(chat) == {}
     kept = chat.children[2]
-    assert "not added: blank (1 characters): ValueError" in kept.children[0].children[0].value
+    assert "not added: blank (1 characters): ValueError" in kept.widgets[0].children[0].value
     controls(kept)["Put back"].click()
     assert "holds another text" in status(chat) and control["Document"].value == "Typed meanwhile."
     control["Document"].value = ""
     controls(kept)["Put back"].click()
-    assert (control["Name"].value, control["Document"].value) == ("blank", " ") and kept.children == ()
+    assert (control["Name"].value, control["Document"].value) == ("blank", " ") and kept.widgets == []
 
 
 def test_stop_in_a_long_document_gives_it_back():
@@ -154,7 +154,7 @@ def test_stop_reaches_what_waits():
     chat.work.wait()
     assert inside(chat) == {}
     assert (
-        control["Document"].value == "Second." and "not added: first" in chat.children[2].children[0].children[0].value
+        control["Document"].value == "Second." and "not added: first" in chat.children[2].widgets[0].children[0].value
     )
 
 
@@ -279,7 +279,7 @@ def test_a_turn_says_what_was_inside_where_that_changed():
     lines = [line for line in page(chat, "answers").text.split("Question") if "inside:" in line]
     assert len(lines) == 2 and lines[0] == "changed: inside: a (weight 0.25), b; adapter 0.50, bias 1.00"
     control["Question"].value = ""
-    for row in chat.children[1].children:
+    for row in chat.children[1].widgets:
         controls(row)["Remove"].click()
     control["Question"].value = "Four?"
     assert chat.turns[-1].state == "inside: nothing"
@@ -316,7 +316,7 @@ def test_clear_while_it_answers_leaves_nothing_behind():
 def test_edit_can_be_cancelled_and_gives_the_draft_back():
     chat = viewers.chat(ToyModel(), {"a": "A.", "b": "B."})
     control = controls(chat)
-    first, second = chat.children[1].children
+    first, second = chat.children[1].widgets
     assert control["Cancel"].layout.display == "none"
     control["Name"].value, control["Document"].value = "c", "A draft."
     controls(first)["Edit"].click()
@@ -338,7 +338,7 @@ def test_edit_can_be_cancelled_and_gives_the_draft_back():
 def test_removing_a_document_keeps_its_changed_text_in_the_box():
     chat = viewers.chat(ToyModel(), {"a": "A."})
     control = controls(chat)
-    [row] = chat.children[1].children
+    [row] = chat.children[1].widgets
     controls(row)["Edit"].click()
     control["Document"].value = "A, changed."
     controls(row)["Remove"].click()
@@ -355,7 +355,7 @@ def test_a_document_removed_while_it_is_replaced_leaves_its_new_text():
     chat.work.wait()
     model.go.clear()
     model.began.clear()
-    [row] = chat.children[1].children
+    [row] = chat.children[1].widgets
     controls(row)["Edit"].click()
     control["Document"].value = "New A."
     controls(chat)["Replace document"].click()
@@ -412,7 +412,7 @@ def test_chat_adds_weighs_and_removes_documents():
     assert control["Document"].value == "", "the box is ready for the next document"
     assert panes(viewer)[WITH_ADAPTER].startswith("inside=A.*1; B.*1;")
     assert panes(viewer)[ROUTED] == panes(viewer)[WITH_ADAPTER] + "; blocks=1"
-    first, second = viewer.children[1].children
+    first, second = viewer.children[1].widgets
     controls(first)["Weight"].value = 0.5
     control["Adapter strength"].value = 2.0
     control["Bias strength"].value = 0.0
@@ -449,7 +449,7 @@ def test_chat_edits_a_document_in_its_place_and_sends_the_system_message():
     model = ToyModel()
     viewer = viewers.chat(model, {"a": "A.", "b": "B."}, "What?")
     control = controls(viewer)
-    first, second = viewer.children[1].children
+    first, second = viewer.children[1].widgets
     controls(first)["Weight"].value = 0.5
     controls(first)["Edit"].click()
     assert (control["Name"].value, control["Document"].value) == ("a", "A.") and control["Name"].disabled

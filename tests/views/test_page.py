@@ -207,17 +207,6 @@ def test_changes_made_quietly_are_not_a_persons():
     assert heard == [2]
 
 
-def test_attempt_tells_an_error_and_an_interrupt():
-    status = W.HTML()
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    assert not page.attempt(status, interrupted) and Tags(status.value).text == "stopped"
-    assert not page.attempt(status, lambda: 1 / 0) and "ZeroDivisionError" in status.value
-    assert page.attempt(status, lambda: 1, done="done") and Tags(status.value).text == "done"
-
-
 def test_a_pager_stays_within_its_ends_and_waits_while_work_runs():
     work, shown = Work(), []
     pager = Pager("sample", 3, lambda: shown.append(pager.place), work)
@@ -230,3 +219,16 @@ def test_a_pager_stays_within_its_ends_and_waits_while_work_runs():
     assert shown[-1] == [True, True, True] and [one.disabled for one in pager.controls] == [False, False, True]
     pager.restart(0)
     assert [one.disabled for one in pager.controls] == [False, True, True] and pager.place == 0
+
+
+def test_a_column_sends_a_part_of_it_when_it_grows():
+    column, sent = page.Column(), []
+    rows = [W.Label(str(number)) for number in range(120)]
+    column.observe(lambda change: sent.append(len(change["new"])), "children")
+    for row in rows:
+        column.add(row)
+    assert sent == [1, 2, 3] and [len(part.children) for part in column.children] == [50, 50, 20]
+    assert column.widgets == rows
+    column.take_out(rows[60])
+    column.take_out(rows[60])
+    assert len(sent) == 3 and column.widgets == rows[:60] + rows[61:]
