@@ -9,6 +9,8 @@ so it needs no table of models.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
 import time
@@ -616,3 +618,11 @@ def open_turn(tokenizer, text: str) -> list[int]:
     whole, empty = question_ids(tokenizer, [f"{text}x", f"{text}y"])
     n = next(i for i, (a, b) in enumerate(zip(whole, empty, strict=False)) if a != b)
     return whole[:n]
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A hash of what turns text into tokens: vocabulary, rules, special tokens and chat template."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
+    rules |= {"padding": None, "truncation": None}  # which the last call left behind
+    whole = [rules, tokenizer.get_vocab(), tokenizer.chat_template, sorted(map(str, tokenizer.all_special_tokens))]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

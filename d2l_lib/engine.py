@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from d2l_lib.base_model import input_device, window_of
-from d2l_lib.documents import stop_ids
-from d2l_lib.formats.shards import tokenizer_fingerprint
+from d2l_lib.documents import stop_ids, tokenizer_fingerprint
 from d2l_lib.lora import without_lora
 
 TOP_K = 16  # log-probabilities that are kept of each token

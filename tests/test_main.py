@@ -139,7 +139,7 @@ def test_every_record_is_made_by_a_study_or_a_training():
 
 # --- ask and internalize ----------------------------------------------------------------------------------------------
 def run_d2l(*words: str, folder: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1" if "--json" in words else ""}
     return subprocess.run(
         [sys.executable, "-m", "d2l_lib", *words], capture_output=True, text=True, cwd=folder, env=environment
     )
@@ -157,6 +157,7 @@ def test_ask_and_internalize_on_files(tmp_path):
     assert facts["answer"] == row["answer"] and facts["documents"] == ["notes.txt", "page.html"]
     assert list(facts["seconds"]) == ["read", "import", "load", "internalize", "answer"]
     assert done.stderr.index("loading tiny/qa") < done.stderr.index("internalizing")
+    assert not re.search(r"\| +(pandas|datasets|sklearn)$", done.stderr, re.MULTILINE), "what only tables need"
     done = run_d2l("internalize", "notes.txt", "-o", "notes.safetensors", "--quiet", folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "notes.safetensors\n", "")
     from d2l_lib import Adapter

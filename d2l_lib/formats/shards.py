@@ -51,14 +51,6 @@ _LEVEL = re.compile(r"_level_(\d+)_")  # in the names of published files
 _MOST_UNPACKED, _UNPACKED_PER_BYTE = 1 << 28, 200
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
-    """A hash of what turns text into tokens: vocabulary, rules, special tokens and chat template."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
-    rules |= {"padding": None, "truncation": None}  # which the last call left behind
-    whole = [rules, tokenizer.get_vocab(), tokenizer.chat_template, sorted(map(str, tokenizer.all_special_tokens))]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-
 def shard_path(folder: str | Path, index: int) -> Path:
     """Where shard `index` lies; its checksum and counts lie beside it, in a .json file of the same name."""
     return Path(folder) / f"shard-{index:05d}.parquet"

@@ -41,18 +41,17 @@ import numpy as np
 import pyarrow as pa
 
 from d2l_lib.base_model import bundled_path, load_base_model, load_config, load_tokenizer
-from d2l_lib.documents import check_count, check_text, check_texts, context_ids, question_ids, stop_ids
-from d2l_lib.engine import TOP_K, Prompts, Reply, TransformersEngine
-from d2l_lib.formats.shards import (
-    COUNTS,
-    MANIFEST,
-    SCHEMA,
-    shard_path,
-    shard_problem,
-    shard_record,
+from d2l_lib.documents import (
+    check_count,
+    check_text,
+    check_texts,
+    context_ids,
+    question_ids,
+    stop_ids,
     tokenizer_fingerprint,
-    write_shard,
 )
+from d2l_lib.engine import TOP_K, Prompts, Reply, TransformersEngine
+from d2l_lib.formats.shards import COUNTS, MANIFEST, SCHEMA, shard_path, shard_problem, shard_record, write_shard
 from d2l_lib.records import read_json, read_jsonl, write_json
 from d2l_lib.tasks import world
 from d2l_lib.training.loop import own_device

@@ -23,9 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2l_lib.analysis.options import chosen
-from d2l_lib.documents import context_ids, question_ids, split_sentences, stop_ids
+from d2l_lib.documents import context_ids, question_ids, split_sentences, stop_ids, tokenizer_fingerprint
 from d2l_lib.formats import markup
-from d2l_lib.formats.shards import DROPPED, MANIFEST, PUBLISHED, SCHEMA, tokenizer_fingerprint
+from d2l_lib.formats.shards import DROPPED, MANIFEST, PUBLISHED, SCHEMA
 from d2l_lib.records import read_json
 from d2l_lib.tasks.scores import normalize_answer
 from d2l_lib.views.page import (
