@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from d2l_lib.documents import check_texts
 from d2l_lib.engine import pad_rows
 from d2l_lib.formats.writing import FolderKind, name_failed_writes, remove_output
 from d2l_lib.hypernetwork import names_without_decay
@@ -266,7 +267,8 @@ def fit(
         data_collator=first,
         callbacks=[Report(run / LOG, model, stop_at)],
     )
-    trainer.without_decay, trainer.muon_rate, trainer.keep = frozenset(without_decay), muon_rate, keep
+    trainer.without_decay = frozenset(check_texts(without_decay, "names without weight decay"))
+    trainer.muon_rate, trainer.keep = muon_rate, keep
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(run))
 
