@@ -28,7 +28,7 @@ from d2l_lib.records import project_root, read_rows
 
 _CELL_TIMEOUT_S = 300
 _NOTEBOOK_TIMEOUT_S = 420
-TIMED = ("03", "07")  # pages that measure seconds: nothing runs beside them
+_TIMED = ("03", "07")  # pages that measure seconds: nothing runs beside them
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 _MARKS = {True: "✓", False: "✗", None: ""}
 _ABOUT_RESULTS = """# Results
@@ -226,10 +226,10 @@ async def _refresh_all(pages: Sequence[Path], root: Path) -> None:
 
     async with asyncio.TaskGroup() as group:
         for path in pages:
-            if path.name[:2] not in TIMED:
+            if path.name[:2] not in _TIMED:
                 group.create_task(refresh(path))
     for path in pages:
-        if path.name[:2] in TIMED:
+        if path.name[:2] in _TIMED:
             await refresh(path)
 
 
