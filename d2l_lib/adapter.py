@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 FORMAT = "d2l-adapter"
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 _USUAL_ENDINGS = ("", ".safetensors", ".st", ".sft", ".adapter", ".lora", ".d2l")  # of files that `save` may replace
 # Where a target module sits in a decoder layer; used for export when the adapter does not carry its own paths.
-USUAL_PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
-USUAL_PARENTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
+_USUAL_PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
+_USUAL_PARENTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -519,7 +519,7 @@ class Adapter:
             pairs = {"A": {m: A for m, (A, _) in self.bias.items()}, "B": {m: B for m, (_, B) in self.bias.items()}}
             bias = {side: keep(f"bias.{side}", factors) for side, factors in pairs.items()}
         plain = {name: getattr(self, name) for name in _PLAIN_FIELDS}
-        header = {"format": FORMAT, "version": FORMAT_VERSION, "blocks": rows, "bias": bias, **plain}
+        header = {"format": FORMAT, "version": _FORMAT_VERSION, "blocks": rows, "bias": bias, **plain}
         with atomic_file(path, replaces=_may_replace) as temporary:
             save_file(tensors, temporary, metadata={FORMAT: json.dumps(header, ensure_ascii=False)})
         return Path(path)
@@ -545,8 +545,8 @@ class Adapter:
         where, advice = f"{path} has a damaged header", "save it again"
         header = parse_json(metadata[FORMAT], f"{where}: its text", advice)
         version = header.get("version") if isinstance(header, dict) else None
-        if type(version) is int and version != FORMAT_VERSION:
-            raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
+        if type(version) is int and version != _FORMAT_VERSION:
+            raise ValueError(f"{path} has format version {version}, this code reads {_FORMAT_VERSION}")
         header = check(AdapterHeader, header, where, advice)
         try:
             return cls._from_header(header, tensors)
@@ -644,9 +644,9 @@ class Adapter:
         """Where the module sits in the base model, with {layer} for the layer's number."""
         if module in self.paths:
             return self.paths[module]
-        if module not in USUAL_PARENTS:
+        if module not in _USUAL_PARENTS:
             raise ValueError(f"where {module!r} sits in the base model is not known: set paths={{{module!r}: '...'}}")
-        return f"model.layers.{{layer}}.{USUAL_PARENTS[module]}.{module}"
+        return f"model.layers.{{layer}}.{_USUAL_PARENTS[module]}.{module}"
 
     # --- display ----------------------------------------------------------------------------------------------------
 
@@ -841,10 +841,10 @@ def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float]:
     return stacked, first.scale if one_scale else 1.0
 
 
-Decomposition = tuple[Tensor, Tensor, Tensor]
+_Decomposition = tuple[Tensor, Tensor, Tensor]
 
 
-def decompose(adapter: Adapter, module: str) -> Decomposition:
+def decompose(adapter: Adapter, module: str) -> _Decomposition:
     """(U [L, d_out, k], S [L, k], V [L, d_in, k]) of the update of every layer, the scale included, float64 (see
     `adapter.singular_vectors`).
 

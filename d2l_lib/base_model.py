@@ -1,13 +1,14 @@
-"""The frozen language model: loading it, and finding its layers and linears."""
+"""The frozen language model: loading it, finding its layers and linears, and what its weights are known by."""
 
+import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -24,8 +25,8 @@ MOST_LAYERS = 1000  # of any model
 # transformers has no correct fused attention with soft-capped scores for these.
 EAGER_ATTENTION = ("gemma2",)
 # What the families call the norm after the last layer, and the linear with which a layer's MLP ends (Phi: fc2).
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
-MLP_OUTPUTS = ("down_proj", "fc2", "dense_4h_to_h")
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+_MLP_OUTPUTS = ("down_proj", "fc2", "dense_4h_to_h")
 _DATA = Path(__file__).resolve().parent.parent / "data"
 
 
@@ -272,7 +273,7 @@ def present(module: nn.Module) -> Iterator[None]:
 def decoder_body(model: nn.Module) -> nn.Module:
     """The stack of embeddings, layers and final norm below the language-model head (and beside a vision part)."""
     body = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "model", model)
-    if not hasattr(body, "layers") or not any(hasattr(body, name) for name in FINAL_NORMS):
+    if not hasattr(body, "layers") or not any(hasattr(body, name) for name in _FINAL_NORMS):
         raise ValueError(
             f"{type(model).__name__} has no decoder with .layers and .norm; Gemma, Qwen, Mistral, Llama and Phi "
             "families do"
@@ -283,7 +284,7 @@ def decoder_body(model: nn.Module) -> nn.Module:
 def final_norm_name(model: nn.Module) -> str:
     """What this model's family calls the norm after its last layer."""
     body = decoder_body(model)
-    return next(name for name in FINAL_NORMS if hasattr(body, name))
+    return next(name for name in _FINAL_NORMS if hasattr(body, name))
 
 
 def final_norm(model: nn.Module) -> nn.Module:
@@ -320,14 +321,14 @@ def default_modules(model: nn.Module) -> list[str]:
     ["down_proj"] for Gemma, Qwen, Mistral, Llama and Phi-3, ["fc2"] for Phi. ValueError where a model has none.
     """
     problems = []
-    for name in MLP_OUTPUTS:
+    for name in _MLP_OUTPUTS:
         try:
             target_linears(model, [name])
         except ValueError as error:
             problems.append(str(error))
         else:
             return [name]
-    raise ValueError(f"no usual target module ({', '.join(MLP_OUTPUTS)}) in this model; {problems[0]}: choose one")
+    raise ValueError(f"no usual target module ({', '.join(_MLP_OUTPUTS)}) in this model; {problems[0]}: choose one")
 
 
 def module_sizes(model: nn.Module, modules: list[str]) -> tuple[dict[str, int], dict[str, int]]:
@@ -339,3 +340,112 @@ def module_sizes(model: nn.Module, modules: list[str]) -> tuple[dict[str, int], 
             raise ValueError(f"{module} has different sizes in different layers: {sorted(shapes)}")
         d_in[module], d_out[module] = shapes.pop()
     return d_in, d_out
+
+
+def module_paths(model: nn.Module, modules: list[str]) -> dict[str, str]:
+    """{module: "model.layers.{layer}.mlp.down_proj"}: where the target linears sit, for export."""
+    names = {id(module): name for name, module in model.named_modules()}
+    layer = names[id(decoder_layers(model)[0])]  # ends in ".0"
+    return {
+        module: layer.removesuffix("0") + "{layer}" + names[id(of_layers[0])].removeprefix(layer)
+        for module, of_layers in target_linears(model, modules).items()
+    }
+
+
+# --- what weights are known by --------------------------------------------------------------------------------------
+
+
+class Fingerprint:
+    """Keys of a base model: a hash of some embeddings and the final norm, "-", a hash of some values of all layers.
+
+    A key is the same in float32 and bfloat16; in float16 rounding can make it another one. Keys are compared by
+    `adapter.same_base`: of a quantised model, and in older files, there is the first half only. Values are read anew
+    each time, so that no way of writing to the weights goes unseen; weights that a device_map keeps away are read once.
+    """
+
+    def __init__(self):
+        # of weights that are kept on the disk: {(id of a part, name): (the part, which keeps the id its own, values)}
+        self._waiting: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
+
+    def key(self, model: nn.Module) -> str:
+        """The key of this model now."""
+        ends = _leaves(model.get_input_embeddings(), final_norm(model))
+        outer = {one: (part, name) for part in ends for name, one in part._parameters.items() if one is not None}
+        inner: dict[Tensor, tuple[nn.Module, str]] = {}
+        head = model.get_output_embeddings()
+        for part in _leaves(decoder_body(model), head):
+            inner |= {one: (part, name) for name, one in _lasting_tensors(part) if one not in outer}
+        if model.config.get_text_config().tie_word_embeddings:  # placeholders do not show what is one weight
+            inner = {one: place for one, place in inner.items() if not one.is_meta or place != (head, "weight")}
+        key = self._hash_of(outer)
+        if not all(one.dtype.is_floating_point and one.dtype.itemsize > 1 for one in inner):
+            return key
+        return f"{key}-{self._hash_of(inner)}"
+
+    def _hash_of(self, places: Mapping[Tensor, tuple[nn.Module, str]]) -> str:
+        """A hash of some values of each of these weights: {weight: (part, name in it)}."""
+        return _hash([(one.shape, self._values(one, *place)) for one, place in places.items()], torch.bfloat16)
+
+    def _values(self, tensor: Tensor, part: nn.Module, name: str) -> Tensor:
+        """Some values of a weight, `name` of `part`; of one that a device_map keeps away those of the first time."""
+        if not tensor.is_meta:
+            return _spread_values(tensor)
+        key = (id(part), name)  # not the tensor's: reading a weight puts another placeholder into its place
+        if key not in self._waiting:
+            with present(part):
+                self._waiting[key] = part, _spread_values(getattr(part, name)).clone()
+        return self._waiting[key][1]
+
+
+def parameters_key(network: nn.Module) -> str:
+    """A hash of some values of each parameter of a network, in their order."""
+    return _hash([(one.shape, _spread_values(one)) for one in network.parameters()], torch.float32)
+
+
+def _spread_values(tensor: Tensor) -> Tensor:
+    """Up to 64 values spread over a tensor: a view of it where it is contiguous."""
+    tensor, n = tensor.detach(), tensor.numel()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    step = max(1, n // 64)
+    return tensor.as_strided((min(64, -(-n // step)),), (step,))
+
+
+def _hash(sampled: Sequence[tuple[torch.Size, Tensor]], precision: torch.dtype) -> str:
+    """A hash of sizes and values (shape of a tensor, some of its values), rounded to `precision`.
+
+    Values come to the main memory once for each device and dtype.
+    """
+    digest, together = hashlib.sha256(), {}
+    for place, (shape, values) in enumerate(sampled):
+        digest.update(str([*shape]).encode())
+        together.setdefault((values.device, values.dtype), []).append(place)
+    at: list[Tensor] = [torch.zeros(0)] * len(sampled)
+    for places in together.values():
+        joined = torch.cat([sampled[place][1] for place in places]).to(precision).float().cpu()
+        if len(together) == 1:
+            at = [joined]
+            break
+        for place, part in zip(places, joined.split([sampled[p][1].numel() for p in places]), strict=True):
+            at[place] = part
+    digest.update(torch.cat(at).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _leaves(*modules: nn.Module | None) -> Iterator[nn.Module]:
+    """The parts of these modules that hold tensors themselves, in order; quicker than `modules()`."""
+    waiting = [*reversed(modules)]
+    while waiting:
+        part = waiting.pop()
+        if part is not None:
+            if part._parameters or part._buffers:
+                yield part
+            waiting += reversed(part._modules.values())
+
+
+def _lasting_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a module itself holds and a file of weights would, by name: parameters and persistent buffers."""
+    yield from ((name, one) for name, one in part._parameters.items() if one is not None)
+    for name, one in part._buffers.items():
+        if one is not None and name not in part._non_persistent_buffers_set:
+            yield name, one

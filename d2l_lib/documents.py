@@ -32,18 +32,18 @@ Documents = Document | Sequence[Document] | Mapping[str, Document]
 SENTINEL, _SYSTEM_SENTINEL = "d2lcontentgoeshere", "d2lsystemgoeshere"
 LONGEST_SHOWN, MOST_SHOWN = 60, 10  # characters of a name, and names, that a display or an error shows
 TEMPLATE_SECONDS = 10.0  # a chat template that takes longer does not end
-LONGEST_PATH = 500  # characters of a text that may be meant as the name of a file
+_LONGEST_PATH = 500  # characters of a text that may be meant as the name of a file
 _NOT_IN_NAMES = {"Cs": "an unpaired surrogate", "Cc": "a control character", "Zl": "a line end", "Zp": "a line end"}
 
 # Sentence ends: Latin marks need white space after them; CJK marks do not; a blank line always ends a sentence.
 # (The look-behind and the possessive `++` keep the search linear on long runs of marks.)
-SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+\s+|[。！？]+[”’」』）]*\s*|\n[^\S\n]*+\n\s*")
-ABBREVIATION = re.compile(
+_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+\s+|[。！？]+[”’」』）]*\s*|\n[^\S\n]*+\n\s*")
+_ABBREVIATION = re.compile(
     r"(?:^|[\s(\"'“‘])(?:[A-Z]|[Dd]r|Mr|Mrs|Ms|Prof|Sr|Jr|St|Mt|vs|cf|[Ff]igs?|Eq|Vol|pp|ca|e\.g|i\.e)\.$"
 )
 # A sentence that does not fit is cut at line ends, then at white space, then between characters.
-LINE_END = re.compile(r"\n\s*")
-WORD_END = re.compile(r"\s+")
+_LINE_END = re.compile(r"\n\s*")
+_WORD_END = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,10 @@ def name_documents(documents: str | Path | Sequence[str | Path] | Mapping[str, s
     cannot be kept (see check_name), and for a text, given without a name, that names a file.
     """
     texts_have_names = isinstance(documents, Mapping)
-    return {name: checked_text(one, name, texts_have_names) for name, one in name_each(documents).items()}
+    return {name: _checked_text(one, name, texts_have_names) for name, one in _name_each(documents).items()}
 
 
-def checked_text(document: object, name: str, has_name: bool) -> str:
+def _checked_text(document: object, name: str, has_name: bool) -> str:
     """The text of one named document, read if it is a Path; has_name: the caller has named it. See `name_documents`."""
     check_name(name)
     if isinstance(document, PurePath):
@@ -175,8 +175,8 @@ def name_texts_and_images(documents: Documents) -> dict[str, Document]:
         documents = {"image": documents}
     has_names = isinstance(documents, Mapping)
     return {
-        name: _in_colours(one, check_name(name)) if is_image(one) else checked_text(one, name, has_names)
-        for name, one in name_each(documents).items()
+        name: _in_colours(one, check_name(name)) if is_image(one) else _checked_text(one, name, has_names)
+        for name, one in _name_each(documents).items()
     }
 
 
@@ -188,7 +188,7 @@ def _in_colours(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"image {name!r} could not be read ({error}): open or copy the file again") from error
 
 
-def name_each(documents: object) -> dict[str, object]:
+def _name_each(documents: object) -> dict[str, object]:
     """One document, a list of them or {name: document} as {name: document}; the documents themselves are not looked at.
 
     Paths are called by the file's name; in a list, a name that is taken gets a number: "name (2)". TypeError for what
@@ -232,7 +232,7 @@ def _all_different(names: Sequence[str]) -> list[str]:
 def _check_no_file(text: str) -> None:
     """ValueError for a text that is the name of a file: the letters of a name are hardly ever what is to be read."""
     name = text.strip()
-    if not name or len(name) > LONGEST_PATH or not name.isprintable():
+    if not name or len(name) > _LONGEST_PATH or not name.isprintable():
         return
     try:
         there = Path(name).is_file()
@@ -348,7 +348,7 @@ def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def special_texts(tokenizer) -> set[str]:
+def _special_texts(tokenizer) -> set[str]:
     """The texts that the tokenizer turns into special (control) tokens, e.g. "<end_of_turn>"."""
     added = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added | set(tokenizer.all_special_tokens)
@@ -359,7 +359,7 @@ def _plain_ids(tokenizer, text: str) -> list[int]:
 
     Each name is cut after its first character, so that no piece is a name; nothing is added or lost.
     """
-    names = sorted(special_texts(tokenizer), key=len, reverse=True)
+    names = sorted(_special_texts(tokenizer), key=len, reverse=True)
     pieces = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
     cut = [half for piece in pieces for half in ((piece[:1], piece[1:]) if piece in names else (piece,)) if half]
     if not cut:
@@ -371,7 +371,7 @@ def _plain_ids(tokenizer, text: str) -> list[int]:
 
 def _wrap(tokenizer, before: str, texts: Sequence[str], after: str) -> list[list[int]]:
     """Ids of before + text + after in one piece, as the template gives them; special tokens only from the template."""
-    names = special_texts(tokenizer)
+    names = _special_texts(tokenizer)
     texts = [text.strip() for text in texts]
     plain = [not any(name in text for name in names) for text in texts]
     whole = [before + text + after for text, is_plain in zip(texts, plain, strict=True) if is_plain]
@@ -422,7 +422,7 @@ def _question_wrapping(tokenizer, system: str) -> tuple[str, str]:
     if not system:
         return _around_sentinel(_render(tokenizer, [user]))
     check_text(system, "the system message")
-    if any(name in system for name in special_texts(tokenizer)):
+    if any(name in system for name in _special_texts(tokenizer)):
         raise ValueError("the system message holds the name of a special token of the chat template: leave it out")
     try:
         rendered = _render(tokenizer, [{"role": "system", "content": system}, user])
@@ -444,7 +444,7 @@ def stop_ids(tokenizer) -> list[int]:
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": SENTINEL}]
     after = _ids(tokenizer, _around_sentinel(_render(tokenizer, turns, generation_prompt=False))[1].lstrip())
-    special = {tokenizer.convert_tokens_to_ids(name) for name in special_texts(tokenizer)}
+    special = {tokenizer.convert_tokens_to_ids(name) for name in _special_texts(tokenizer)}
     if after and after[0] in special and after[0] not in stops:
         stops.append(after[0])
     return stops
@@ -476,10 +476,10 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
     if not text:
         return []
     ends = []
-    for match in SENTENCE_END.finditer(text):
+    for match in _SENTENCE_END.finditer(text):
         following = text[match.end() : match.end() + 1]
         full_stop = match.group().rstrip() == "." and match.group().count("\n") < 2
-        abbreviation = ABBREVIATION.search(text, max(0, match.start() - 12), match.start() + 1)
+        abbreviation = _ABBREVIATION.search(text, max(0, match.start() - 12), match.start() + 1)
         if not (full_stop and (following.islower() or abbreviation)):
             ends.append(match.end())
     return _join_blank(text, _cut(0, len(text), ends))
@@ -491,7 +491,7 @@ class _TokenCounter:
     def __init__(self, text: str, tokenizer):
         self.text, self.tokenizer = text, tokenizer
         self.known: dict[str, int] = {}
-        self.has_special = any(name in text for name in special_texts(tokenizer))
+        self.has_special = any(name in text for name in _special_texts(tokenizer))
 
     def count(self, spans: list[tuple[int, int]], joined: bool = False) -> list[int]:
         """Tokens in each span without the white space around it (which is not encoded); `joined`: with that before."""
@@ -550,7 +550,7 @@ def _group(spans: list[tuple[int, int]], sizes: list[int], limit: int) -> list[t
 def _split_long(counter: _TokenCounter, span: tuple[int, int], limit: int) -> list[tuple[int, int]]:
     """A stretch of more than `limit` tokens as stretches that fit: at line ends, else at white space, else anywhere."""
     start, end = span
-    for pattern in (LINE_END, WORD_END):
+    for pattern in (_LINE_END, _WORD_END):
         pieces = _cut(start, end, [match.end() for match in pattern.finditer(counter.text, start, end)])
         if len(pieces) > 1:
             break

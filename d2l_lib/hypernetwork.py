@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only")
+_ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only")
 Loras = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -62,8 +62,8 @@ class HypernetworkConfig:
             object.__setattr__(self, "scale", 2 * self.rank**1.5)
         if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
             raise ValueError(f"scale is {self.scale!r}; it must be a finite number")
-        if self.encoder_type not in ENCODER_TYPES:
-            raise ValueError(f"encoder_type is {self.encoder_type!r}; choose one of {', '.join(ENCODER_TYPES)}")
+        if self.encoder_type not in _ENCODER_TYPES:
+            raise ValueError(f"encoder_type is {self.encoder_type!r}; choose one of {', '.join(_ENCODER_TYPES)}")
         if not self.d_in or self.d_in.keys() != self.d_out.keys():
             raise ValueError(f"d_in names {sorted(self.d_in)} and d_out {sorted(self.d_out)}: name the same modules")
         if self.n_heads % self.n_kv_heads:
@@ -108,7 +108,7 @@ class HypernetworkConfig:
         return cls(**values)
 
 
-class RMSNorm(nn.Module):
+class _RMSNorm(nn.Module):
     """w * x / sqrt(mean(x^2) + 1e-6), computed in float32 and returned in x's dtype."""
 
     def __init__(self, size: int):
@@ -123,7 +123,7 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-class SwiGLU(nn.Module):
+class _SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) without biases: d_in -> d_hidden -> d_out."""
 
     def __init__(self, d_in: int, d_hidden: int, d_out: int):
@@ -136,7 +136,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
     """Grouped-query attention of latents [n, k, d] on a context [n, T, d]; `mask` [n, T] is True at real tokens.
 
     Latents that are the same for all contexts may be given once, as [1, k, d].
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         return self.o_proj(mixed.reshape(n, k, -1))
 
 
-class PerceiverLayer(nn.Module):
+class _PerceiverLayer(nn.Module):
     """h = lat + RMS(attn(RMS(lat), context)); out = h + RMS(SwiGLU(RMS(h))).
 
     With `cross` the context is RMS(context), otherwise the normed latents themselves (self-attention).
@@ -175,13 +175,13 @@ class PerceiverLayer(nn.Module):
     def __init__(self, config: HypernetworkConfig, cross: bool):
         super().__init__()
         d = config.latent_size
-        self.input_latents_layernorm = RMSNorm(d)
-        self.input_context_layernorm = RMSNorm(d) if cross else None
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(d)
-        self.pre_ff_layernorm = RMSNorm(d)
-        self.post_ff_layernorm = RMSNorm(d)
-        self.mlp = SwiGLU(d, 4 * d, d)
+        self.input_latents_layernorm = _RMSNorm(d)
+        self.input_context_layernorm = _RMSNorm(d) if cross else None
+        self.self_attn = _Attention(config)
+        self.post_attention_layernorm = _RMSNorm(d)
+        self.pre_ff_layernorm = _RMSNorm(d)
+        self.post_ff_layernorm = _RMSNorm(d)
+        self.mlp = _SwiGLU(d, 4 * d, d)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         queries = self.input_latents_layernorm(latents)
@@ -193,7 +193,7 @@ class PerceiverLayer(nn.Module):
         return hidden + self.post_ff_layernorm(self.mlp(self.pre_ff_layernorm(hidden)))
 
 
-class Resampler(nn.Module):
+class _Resampler(nn.Module):
     """Learned queries [n_queries, d] that read a context [n, T, d] block by block -> [n, n_queries, d].
 
     A block is one cross-attention layer followed by `n_self` self-attention layers. With `shared`, self-attention
@@ -208,12 +208,12 @@ class Resampler(nn.Module):
             for offset in range(1 + n_self):
                 first_use = block == 0 or (offset == 0 and block == 1)
                 if first_use or not shared:
-                    layers.append(PerceiverLayer(config, cross=offset == 0))
+                    layers.append(_PerceiverLayer(config, cross=offset == 0))
                 else:
                     source_block = 1 if offset == 0 else 0
                     layers.append(layers[source_block * (1 + n_self) + offset])
         self.layers = nn.ModuleList(layers)
-        self.layernorm = RMSNorm(config.latent_size)
+        self.layernorm = _RMSNorm(config.latent_size)
 
     def forward(self, context: Tensor, mask: Tensor | None, chosen: slice = slice(None)) -> Tensor:
         """`chosen`: these queries alone, which gives the same numbers where there is no self-attention."""
@@ -223,21 +223,21 @@ class Resampler(nn.Module):
         return self.layernorm(latents)
 
 
-class Perceiver(nn.Module):
+class _Perceiver(nn.Module):
     """Features [n, T, F] -> one embedding per output query [n, n_outputs, d]."""
 
     def __init__(self, config: HypernetworkConfig):
         super().__init__()
         rows = len(config.modules) * config.rank * (1 if config.layer_to_layer else config.n_layers)
-        self.modality_projection = SwiGLU(config.feature_size, 4 * config.feature_size, config.latent_size)
-        self.encoder = Resampler(
+        self.modality_projection = _SwiGLU(config.feature_size, 4 * config.feature_size, config.latent_size)
+        self.encoder = _Resampler(
             config,
             config.n_latent_queries,
             config.n_blocks,
             config.n_self_attention_per_block,
             config.shared_weights,
         )
-        self.decoder = Resampler(config, rows, n_blocks=1, n_self=0, shared=False)
+        self.decoder = _Resampler(config, rows, n_blocks=1, n_self=0, shared=False)
 
     def forward(self, features: Tensor, mask: Tensor | None, taps: dict | None, outputs: slice = slice(None)) -> Tensor:
         """`outputs`: these output queries alone."""
@@ -249,13 +249,13 @@ class Perceiver(nn.Module):
         return decoded
 
 
-class Aggregator(nn.Module):
+class _Aggregator(nn.Module):
     """Holds the Perceiver under its published name and orders its rows as [n, L, M, r, d]."""
 
     def __init__(self, config: HypernetworkConfig):
         super().__init__()
         self.config = config
-        self.perceiver = Perceiver(config)
+        self.perceiver = _Perceiver(config)
 
     def forward(
         self, features: Tensor, mask: Tensor | None, taps: dict | None = None, layer: int | None = None
@@ -292,7 +292,7 @@ class PerLayerLinear(nn.Module):
         return torch.einsum("nlmrd,ldh->nlmrh", x, self.weight[chosen]) + self.bias[:, chosen]
 
 
-class PerLayerResidual(nn.Module):
+class _PerLayerResidual(nn.Module):
     """x + LayerNorm(W2 silu(W1 LayerNorm(x))) with W1, W2 of each base layer its own."""
 
     def __init__(self, config: HypernetworkConfig):
@@ -311,7 +311,7 @@ class PerLayerResidual(nn.Module):
         return x + after(narrow(act(widen(before(x), layer)), layer))
 
 
-class SharedResidual(nn.Module):
+class _SharedResidual(nn.Module):
     """x + LayerNorm(W2 silu(W1 LayerNorm(x))) with W1, W2 common to all base layers."""
 
     def __init__(self, config: HypernetworkConfig):
@@ -331,7 +331,7 @@ class SharedResidual(nn.Module):
         return x + self.mlp(x)
 
 
-class Head(nn.Module):
+class _Head(nn.Module):
     """flat = x W per layer and module: [n, L, M, r, d] -> [n, L, M, r, D], no bias.
 
     The weight is [L, d, D] for a single module and [L, M, d, D] for several, as in the published checkpoints.
@@ -360,8 +360,8 @@ class Hypernetwork(nn.Module):
     def __init__(self, config: HypernetworkConfig):
         super().__init__()
         self.config = config
-        self.aggregator = Aggregator(config)
-        residual = PerLayerResidual if config.per_layer_processing else SharedResidual
+        self.aggregator = _Aggregator(config)
+        residual = _PerLayerResidual if config.per_layer_processing else _SharedResidual
         self.layers = nn.Sequential(*[residual(config) for _ in range(config.n_pre_head_layers)])
         n_layers, r = config.n_layers, config.rank
         if config.use_bias:
@@ -371,7 +371,7 @@ class Hypernetwork(nn.Module):
             self.bias_B = nn.ParameterDict({m: torch.zeros(n_layers, r, size) for m, size in config.d_out.items()})
         self.scaler_A = nn.ParameterDict({m: torch.ones(1, n_layers, r, 1) for m in config.modules})
         self.scaler_B = nn.ParameterDict({m: torch.zeros(1, n_layers, r, 1) for m in config.modules})
-        self.head = Head(config)
+        self.head = _Head(config)
 
     def forward(
         self,
@@ -478,19 +478,15 @@ def zero_padding(features: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tens
     return features.masked_fill(hidden, 0.0), mask
 
 
-def combine(
-    loras: Loras,
-    bias: Loras | None,
-    n_chunks: Tensor,
-    weights: Tensor | None = None,
-    bias_weight: float | Tensor = 1.0,
-) -> Loras:
+def combine(loras: Loras, bias: Loras | None, n_chunks: Tensor, weights: Tensor | None = None) -> Loras:
     """One adapter per context: its chunks' blocks and the bias block, concatenated along the rank axis.
 
-    loras: {module: (A [chunks, L, r, d_in], B [chunks, L, r, d_out])}; n_chunks [contexts] counts each context's
-    chunks. Returns {module: (A [contexts, L, (max n + 1) * r, d_in], B alike)}: rows of chunk 1, ..., chunk n, bias,
-    then zeros up to the longest context. `weights` [chunks] multiply A only (so a block counts by its weight);
-    `bias_weight` multiplies both factors of the bias block, as published (so it counts by the square).
+    loras: {module: (A [chunks, L, r, d_in], B [chunks, L, r, d_out])}.
+    n_chunks: [contexts], how many of the chunks, in order, are each context's.
+    weights: [chunks], how much each block counts; they multiply A alone.
+
+    Returns {module: (A [contexts, L, (max n + 1) * r, d_in], B alike)}: rows of chunk 1, ..., chunk n, bias, then zeros
+    up to the longest context.
     """
     first = next(iter(loras.values()))[0]
     n_chunks = torch.as_tensor(n_chunks, device=first.device).long()
@@ -509,7 +505,7 @@ def combine(
         slots = slots.index_put((context, slot), chunk_rows)
         if bias_rows is not None:
             every = torch.arange(contexts, device=first.device)
-            bias_rows = (bias_rows * bias_weight).to(chunk_rows.dtype)
+            bias_rows = bias_rows.to(chunk_rows.dtype)
             slots = slots.index_put((every, n_chunks), bias_rows.expand(contexts, -1, -1, -1))
         return slots.transpose(1, 2).reshape(contexts, n_layers, n_slots * r, size)
 

@@ -1,10 +1,14 @@
-"""TODO docstring."""
+"""Find a checkpoint, load the models that it names, and put them together.
+
+source -> find_checkpoint -> (hypernetwork, what it says of its models) -> assemble -> DocToLoRA
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,24 @@ from d2l_lib.model import DocToLoRA
 from d2l_lib.routing import Gate
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What the caller of `load` says about the models of a checkpoint; None where the checkpoint decides."""
+
+    device: str | torch.device | None = None
+    dtype: torch.dtype | None = None
+    base_model: str | Path | None = None
+    encoder_model: str | Path | None = None
+    device_map: str | Mapping[str, int | str] | None = None
+
+    def __post_init__(self):
+        check_place(self.device, self.dtype, self.device_map)
+        for name in ("base_model", "encoder_model"):
+            one = getattr(self, name)
+            if one is not None and not isinstance(one, (str, Path)):
+                raise TypeError(f"{name} must be a name, a path or None, not {type(one).__name__}")
+
+
 def load(
     source: str | Path,
     *,
@@ -32,60 +54,51 @@ def load(
 ) -> DocToLoRA:
     """The model at `source`, ready to internalize and answer.
 
-    source: a bundled name ("tiny", or "tiny/<name>" for another hypernetwork of it), a folder that `model.save` wrote,
-    a published checkpoint (`*.bin`, or a folder that holds one: of several steps the latest, with a warning), or a hub
-    id ("owner/name", or "owner/name/folder/in/it"; the published ones are SakanaAI/doc-to-lora/gemma_demo,
-    .../gemma_2b_d2l, .../mistral_7b_d2l and .../qwen_4b_d2l). device: None picks CUDA, MPS or CPU. dtype is the base
-    model's (None: bfloat16 on CUDA, else float32). base_model, encoder_model: names or paths that replace those which
-    the checkpoint names; a folder base_model/ or encoder_model/ beside the checkpoint replaces them too. An encoder
-    that was trained in 4-bit precision runs so on CUDA with bitsandbytes, and elsewhere, with a warning, in full
-    precision. device_map, instead of device, spreads the base model over several devices (see load_base_model), and a
-    context encoder of its own too if it is a word ("auto").
+    source: one of
+        - a bundled name: "tiny", or "tiny/<name>" for another hypernetwork of it,
+        - a folder that `model.save` wrote,
+        - a published checkpoint: `*.bin`, or a folder that holds one (of several steps the latest, with a warning),
+        - a hub id: "owner/name", or "owner/name/folder/in/it"; the published ones are SakanaAI/doc-to-lora/gemma_demo,
+          .../gemma_2b_d2l, .../mistral_7b_d2l and .../qwen_4b_d2l.
+    device: None picks CUDA, MPS or CPU.
+    dtype: of the base model (None: bfloat16 on CUDA, else float32).
+    base_model, encoder_model: names or paths that replace those which the checkpoint names. A folder base_model/ or
+        encoder_model/ beside the checkpoint replaces them too.
+    device_map: instead of device, spreads the base model over several devices (see load_base_model); a word ("auto")
+        spreads a context encoder of its own too.
 
-    FileNotFoundError says what is missing and where to put it; ValueError for a damaged checkpoint, one that was made
-    for another base model, and a device that is not here. No code out of a checkpoint or base model is ever run:
-    ValueError where a base model needs code of its own.
+    An encoder that was trained in 4-bit precision runs so on CUDA with bitsandbytes; elsewhere it runs, with a warning,
+    in full precision. No code out of a checkpoint or base model is ever run. FileNotFoundError says what is missing and
+    where to put it. ValueError for a damaged checkpoint, one that was made for another base model, a base model that
+    needs code of its own, and a device that is not here.
     """
-    check_place(device, dtype, device_map)
-    for name, one in (("base_model", base_model), ("encoder_model", encoder_model)):
-        if one is not None and not isinstance(one, (str, Path)):
-            raise TypeError(f"{name} must be a name, a path or None, not {type(one).__name__}")
+    choices = Choices(device, dtype, base_model, encoder_model, device_map)
     place = find_checkpoint(source)
-    options = {
-        "device": device,
-        "dtype": dtype,
-        "base_model": base_model,
-        "encoder_model": encoder_model,
-        "device_map": device_map,
-    }
     if place.is_file():
         config, tensors, stored = read_published(place)
-        meta = {"base_model": stored}
-        return assemble(build_hypernetwork(config, tensors), meta, folder=place.parent, **options)
-    return read_whole(place, lambda folder: assemble(*load_checkpoint(folder), folder=folder, **options))
+        return assemble(build_hypernetwork(config, tensors), {"base_model": stored}, choices, folder=place.parent)
+    return read_whole(place, lambda folder: assemble(*load_checkpoint(folder), choices, folder=folder))
 
 
 def assemble(
     hypernetwork: Hypernetwork,
     meta: dict[str, Any],
+    choices: Choices,
     *,
     kind: type[DocToLoRA] = DocToLoRA,
     folder: Path | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    base_model: str | Path | None = None,
-    encoder_model: str | Path | None = None,
-    device_map: str | Mapping[str, int | str] | None = None,
 ) -> DocToLoRA:
     """A model of this `kind`: the hypernetwork with the base model and context encoder that it was made for.
 
-    meta: what its checkpoint says beside the config. folder: where base_model/ and encoder_model/ may lie. The others,
-    and what is raised, as in `load`.
+    meta: what its checkpoint says beside the config.
+    folder: where base_model/ and encoder_model/ may lie.
+
+    Raises as `load` does.
     """
-    config = hypernetwork.config
-    base_source = _base_source(folder, meta, config, base_model)
-    encoder_source = _encoder_source(folder, meta, config, encoder_model)
-    network, tokenizer = _load_for(base_source, device=device, dtype=dtype, device_map=device_map)
+    config, dtype, device_map = hypernetwork.config, choices.dtype, choices.device_map
+    base_source = _base_source(folder, meta, config, choices.base_model)
+    encoder_source = _encoder_source(folder, meta, config, choices.encoder_model)
+    network, tokenizer = _load_for(base_source, device=choices.device, dtype=dtype, device_map=device_map)
     place_of_base = input_device(network)
     four_bit = config.encoder_4bit and _can_quantize(place_of_base)
     if four_bit and encoder_source is None:

@@ -103,7 +103,7 @@ def without_lora(model: nn.Module, **notes: Any) -> Iterator[None]:
         yield
 
 
-def in_this_thread(hook: Callable) -> Callable:
+def _in_this_thread(hook: Callable) -> Callable:
     """A hook that acts in the thread that made it and ignores the forward passes of others."""
     mine = threading.get_ident()
     return lambda *arguments: hook(*arguments) if threading.get_ident() == mine else None
@@ -113,7 +113,7 @@ def in_this_thread(hook: Callable) -> Callable:
 def hooked(register: Callable[[Callable], Any], hook: Callable) -> Iterator[None]:
     """Inside the `with` block `hook` is on a module for this thread alone; register: its register_..._hook method."""
     with _lock:
-        handle = register(in_this_thread(hook))
+        handle = register(_in_this_thread(hook))
     try:
         yield
     finally:

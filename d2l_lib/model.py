@@ -8,7 +8,6 @@ The base model is never changed: an adapter acts through hooks inside a `with` b
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,14 +22,13 @@ from torch import Tensor, nn
 
 from d2l_lib.adapter import Adapter, Block, same_base, stack_factors
 from d2l_lib.base_model import (
-    decoder_body,
+    Fingerprint,
     decoder_layers,
-    final_norm,
     input_device,
+    module_paths,
     module_sizes,
-    present,
+    parameters_key,
     reads_images,
-    target_linears,
     window_of,
 )
 from d2l_lib.documents import (
@@ -57,7 +55,7 @@ from d2l_lib.lora import apply_lora, noted_adapter, without_lora
 from d2l_lib.routing import Gate, route
 
 # Longest chunk that the published models are used with (needle evaluation, section 2).
-LONGEST_CHUNK = 1024
+_LONGEST_CHUNK = 1024
 
 
 class _Current:
@@ -67,28 +65,31 @@ class _Current:
         return "<the current adapter>"
 
 
-CURRENT = _Current()
+_CURRENT = _Current()
 Adapters = Adapter | Sequence[Adapter | None] | None
-Progress = Callable[[int, int], None] | bool | None
-LENGTH_STEP = 24  # tokens: chunks that are encoded together are padded to a multiple of it
-BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
+_Progress = Callable[[int, int], None] | bool | None
+_LENGTH_STEP = 24  # tokens: chunks that are encoded together are padded to a multiple of it
+_BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class DocToLoRA:
     """A frozen base model, its tokenizer, and a hypernetwork that turns documents into adapters for it.
 
-    Attributes: `base_model`, `tokenizer`, `hypernetwork`, `config` (a HypernetworkConfig), `encoder` (a ContextEncoder
-    that shares the base model's weights, or reads another model, by `encoder_tokenizer`), `current` (the Adapter that
-    calls without `adapter=` use, or None), `window` (tokens the base model reads at most), `chunk_tokens` (default
-    length of a chunk in the encoder's tokens, without its chat wrapping).
+    Attributes:
+        base_model, tokenizer, hypernetwork
+        config: the hypernetwork's HypernetworkConfig.
+        encoder: a ContextEncoder that shares the base model's weights, or reads another model by `encoder_tokenizer`.
+        current: the Adapter that calls without `adapter=` use, or None.
+        window: tokens that the base model reads at most.
+        chunk_tokens: default length of a chunk, in the encoder's tokens and without its chat wrapping.
+        chunk_batch, batch_tokens: how many chunks, and tokens, are encoded together at most.
+        least_relevance: where a number of `blocks` is to answer, a block of fewer nats stays out (see `routing`); minus
+            infinity unless the checkpoint names it.
+        gate: what `routing.gated` asks of blocks where the base model has an answer of its own (a Gate, or None).
+        iterative: write blocks one base layer after another: less memory, the same numbers (False).
 
-    Chunks of like length are encoded together, at most `chunk_batch` of them and `batch_tokens` tokens. A batch has one
-    shape for each length: what is missing is filled up, so that on the CPU a block's numbers do not depend, even in
-    their last bit, on which other chunks were internalized along with it.
-    `least_relevance` (no limit unless the checkpoint names one): where a number of `blocks` is to answer, one that is
-    less relevant than this many nats stays out (see `routing`). `gate` (a routing.Gate, or None): what `routing.gated`
-    asks of blocks beyond that where the base model has an answer of its own.
-    `iterative` (False) writes blocks one base layer after another: less memory, the same numbers.
+    Chunks of like length are encoded together. A batch has one shape for each length, filled up where chunks are
+    missing: on the CPU a block's numbers do not depend, even in their last bit, on the chunks beside it.
     """
 
     def __init__(
@@ -121,13 +122,12 @@ class DocToLoRA:
         self.least_relevance, self.gate = least_relevance, gate
         self._evaluating = 0  # how many threads internalize now
         self._lock = threading.Lock()
-        # of weights that are kept on the disk, {(id of a part, name): (the part, which keeps the id its own, sample)}
-        self._waiting: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
+        self._fingerprint = Fingerprint()
         self.window = window_of(base_model)
         on_cpu = self.device.type == "cpu"
         self.chunk_batch, self.batch_tokens = (12, 288) if on_cpu else (8, 8192)
         self.answer_batch = 16 if on_cpu else 32
-        self.chunk_tokens = min(LONGEST_CHUNK, self._longest_chunk()) if chunk_tokens is None else chunk_tokens
+        self.chunk_tokens = min(_LONGEST_CHUNK, self._longest_chunk()) if chunk_tokens is None else chunk_tokens
 
     @property
     def device(self) -> torch.device:
@@ -177,23 +177,21 @@ class DocToLoRA:
         documents: Documents,
         *,
         chunk_tokens: int | None = None,
-        progress: Progress = None,
+        progress: _Progress = None,
     ) -> Adapter:
         """The adapter of these documents, one block per chunk; it becomes `model.current`.
 
         documents: a text (named "document"), a list ("document 1", "document 2", ...) or {name: text}, of any length.
-        Where the context encoder is a vision-language model, each of them may also be a PIL image (alone it is named
-        "image"), which is one chunk without a span.
-        chunk_tokens: longest chunk in tokens without its chat wrapping (None: `model.chunk_tokens`). progress: True
-        shows a bar, a function is called as progress(done, total), counting different chunks.
+            A PIL image (alone named "image") is one chunk without a span, for vision-language context encoders.
+        chunk_tokens: longest chunk in tokens, without its chat wrapping (None: `model.chunk_tokens`).
+        progress: True shows a bar; a function is called as progress(done, total), counting different chunks.
 
-        A few chunks are read at a time and finished blocks are moved to the CPU, so working memory does not grow with
-        length. Chunks with the same text are encoded once and share their tensors. TypeError or ValueError for
-        documents that are no text or hold none, and for images where the encoder reads text only, before anything is
-        computed.
+        A few chunks are read at a time and finished blocks go to the CPU, so working memory does not grow with length.
+        Chunks with the same text are encoded once and share their tensors. Before anything is computed: TypeError or
+        ValueError for documents that are no text or hold none, and for images where the encoder reads text only.
         """
-        adapters = self._internalize_named(name_texts_and_images(documents), chunk_tokens, progress)
-        self.current = self.adapter_of([block for adapter in adapters for block in adapter.blocks])
+        blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
+        self.current = self.adapter_of([block for of_document in blocks.values() for block in of_document])
         return self.current
 
     def internalize_each(
@@ -201,10 +199,12 @@ class DocToLoRA:
         documents: Documents,
         *,
         chunk_tokens: int | None = None,
-        progress: Progress = None,
+        progress: _Progress = None,
     ) -> list[Adapter]:
         """One adapter per document, for `answer(questions, adapters)`; `model.current` stays what it was."""
-        return self._internalize_named(name_texts_and_images(documents), chunk_tokens, progress)
+        blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
+        empty = self.adapter_of([])  # the bias and the fingerprints are those of all
+        return [replace(empty, blocks=tuple(of_document)) for of_document in blocks.values()]
 
     def internalize_ids(self, ctx_ids: Tensor, attention_mask: Tensor | None = None) -> Adapter:
         """The adapter of ready-made chunks [n_chunks, length] of token ids, chat wrapping included; it becomes current.
@@ -226,10 +226,10 @@ class DocToLoRA:
         self.current = self.adapter_of(blocks)
         return self.current
 
-    def _internalize_named(
-        self, documents: dict[str, Document], chunk_tokens: int | None, progress: Progress
-    ) -> list[Adapter]:
-        """One adapter per named document, all chunks in one stream."""
+    def _blocks_of(
+        self, documents: dict[str, Document], chunk_tokens: int | None, progress: _Progress
+    ) -> dict[str, list[Block]]:
+        """The blocks of each named document, all chunks in one stream."""
         limit = self._chunk_limit(chunk_tokens)
         tokenizer = self.encoder_tokenizer
         images = {name: self._image_inputs(one, name) for name, one in documents.items() if is_image(one)}
@@ -241,8 +241,7 @@ class DocToLoRA:
         labels = [(chunk.document, chunk.index, chunk.span) for chunk in chunks] + [(name, 0, None) for name in images]
         for label, (A, B) in zip(labels, encoded, strict=True):
             blocks[label[0]].append(Block(*label, 1.0, A, B))
-        empty = self.adapter_of([])  # the bias and the fingerprints are those of all
-        return [replace(empty, blocks=tuple(of_document)) for of_document in blocks.values()]
+        return blocks
 
     def _image_inputs(self, image: Document, name: str) -> dict[str, Tensor]:
         """What the context encoder reads for an image; ValueError where it reads text only or too few tokens."""
@@ -269,14 +268,14 @@ class DocToLoRA:
         return limit
 
     @torch.no_grad()
-    def _encode(self, chunks: Sequence[list[int] | dict[str, Tensor]], progress: Progress) -> list[BlockFactors]:
+    def _encode(self, chunks: Sequence[list[int] | dict[str, Tensor]], progress: _Progress) -> list[_BlockFactors]:
         """(A, B) of every chunk (token ids, or the inputs of an image), {module: [n_layers, r, size]} each, on the
         CPU; equal chunks of token ids share.
         """
         keys = [id(chunk) if isinstance(chunk, dict) else tuple(chunk) for chunk in chunks]
         images = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if isinstance(chunk, dict)}
         distinct = list(dict.fromkeys(key for key in keys if key not in images))
-        done: dict[int | tuple[int, ...], BlockFactors] = {}
+        done: dict[int | tuple[int, ...], _BlockFactors] = {}
         with self._in_eval_mode(), _reporter(progress, len(distinct) + len(images)) as report:
             for batch, width in self._batches(distinct):
                 loras = self._encode_batch(batch, width)
@@ -307,12 +306,12 @@ class DocToLoRA:
     def _batches(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
         """(different chunks, the length they are padded to), one batch after another.
 
-        A batch of one is not padded. Others are padded to the next multiple of LENGTH_STEP above their length: every
+        A batch of one is not padded. Others are padded to the next multiple of _LENGTH_STEP above their length: every
         row has padding, because computing with a mask and without one differs in the last bits.
         """
         by_width: dict[int, list[tuple[int, ...]]] = {}
         for ids in chunks:
-            width = (len(ids) // LENGTH_STEP + 1) * LENGTH_STEP
+            width = (len(ids) // _LENGTH_STEP + 1) * _LENGTH_STEP
             alone = self._rows(width) == 1 or width > window_of(self.encoder.model)
             by_width.setdefault(len(ids) if alone else width, []).append(ids)
         for width, alike in by_width.items():
@@ -364,61 +363,18 @@ class DocToLoRA:
             base_model=self.base_source or self.config.base_model,
             base_key=self.base_key,
             hypernetwork_key=self.hypernetwork_key,
-            paths=self._module_paths(),
+            paths=module_paths(self.base_model, self.config.modules),
         )
 
     @property
     def base_key(self) -> str:
-        """Fingerprint of the base model: a hash of some embeddings and the final norm, "-", and a hash of some values
-        of every layer and the head.
-
-        It is the same in float32 and bfloat16; in float16 rounding can make it another one. Keys that are compared by
-        `adapter.same_base`: of a quantised model, and in older files, there is the first half only. Values are read
-        anew each time, so that no way of writing to the weights goes unseen; only of weights that a device_map keeps
-        away they are read once.
-        """
-        ends = _leaves(self.base_model.get_input_embeddings(), final_norm(self.base_model))
-        outer = {one: (part, name) for part in ends for name, one in part._parameters.items() if one is not None}
-        inner: dict[Tensor, tuple[nn.Module, str]] = {}
-        head = self.base_model.get_output_embeddings()
-        for part in _leaves(decoder_body(self.base_model), head):
-            inner |= {one: (part, name) for name, one in _lasting_tensors(part) if one not in outer}
-        if self.base_model.config.get_text_config().tie_word_embeddings:  # placeholders do not show what is one weight
-            inner = {one: place for one, place in inner.items() if not one.is_meta or place != (head, "weight")}
-        key = self._fingerprint_of(outer)
-        if not all(one.dtype.is_floating_point and one.dtype.itemsize > 1 for one in inner):
-            return key
-        return f"{key}-{self._fingerprint_of(inner)}"
-
-    def _fingerprint_of(self, places: Mapping[Tensor, tuple[nn.Module, str]]) -> str:
-        """A hash of some values of each of these weights of the base model: {weight: (part, name in it)}."""
-        return _fingerprint([(one.shape, self._sample(one, *place)) for one, place in places.items()], torch.bfloat16)
+        """What the base model is known by: see `base_model.Fingerprint`."""
+        return self._fingerprint.key(self.base_model)
 
     @property
     def hypernetwork_key(self) -> str:
-        """Fingerprint of the hypernetwork: a hash of some values of each of its parameters, read anew each time."""
-        tensors = [(one.shape, _spread_values(one)) for one in self.hypernetwork.parameters()]
-        return _fingerprint(tensors, torch.float32)
-
-    def _sample(self, tensor: Tensor, part: nn.Module, name: str) -> Tensor:
-        """Some values of a weight, `name` of `part`; of one that a device_map keeps away those of the first time."""
-        if not tensor.is_meta:
-            return _spread_values(tensor)
-        key = (id(part), name)  # not the tensor's: reading a weight puts another placeholder into its place
-        if key not in self._waiting:
-            with present(part):
-                self._waiting[key] = part, _spread_values(getattr(part, name)).clone()
-        return self._waiting[key][1]
-
-    def _module_paths(self) -> dict[str, str]:
-        """{module: "model.layers.{layer}.mlp.down_proj"}: where the target linears sit, for export."""
-        names = {id(module): name for name, module in self.base_model.named_modules()}
-        layer = names[id(decoder_layers(self.base_model)[0])]  # ends in ".0"
-        linears = target_linears(self.base_model, self.config.modules)
-        return {
-            module: layer.removesuffix("0") + "{layer}" + names[id(of_layers[0])].removeprefix(layer)
-            for module, of_layers in linears.items()
-        }
+        """What the hypernetwork is known by: a hash of some values of each of its parameters, read anew each time."""
+        return parameters_key(self.hypernetwork)
 
     # --- adapters on ------------------------------------------------------------------------------------------------
 
@@ -427,7 +383,7 @@ class DocToLoRA:
         self.current = None
 
     @contextmanager
-    def applied(self, adapter: Adapters | _Current = CURRENT) -> Iterator[nn.Module]:
+    def applied(self, adapter: Adapters | _Current = _CURRENT) -> Iterator[nn.Module]:
         """Inside the `with` block the base model (also the plain transformers object) answers with the adapter.
 
         Left out, it is the current one. A list gives one adapter (or None) per batch row; None is the plain base
@@ -501,7 +457,7 @@ class DocToLoRA:
 
     def _chosen(self, adapter: Adapters | _Current) -> Adapters:
         """The adapter that a call means: the one given, else the one applied around it, else the current one."""
-        if adapter is CURRENT:
+        if adapter is _CURRENT:
             block = noted_adapter(self.base_model, self)
             adapter = self.current if block is None else block.adapter
         if adapter is None or isinstance(adapter, (Adapter, list, tuple)):
@@ -513,7 +469,7 @@ class DocToLoRA:
     def answer(
         self,
         question: str | Sequence[str],
-        adapter: Adapters | _Current = CURRENT,
+        adapter: Adapters | _Current = _CURRENT,
         *,
         max_new_tokens: int = 64,
         system: str = "",
@@ -521,14 +477,15 @@ class DocToLoRA:
     ) -> str | list[str]:
         """The greedy answer to a question, or a list of answers to a list.
 
-        adapter: left out, the current one; None, the base model alone; a list, one (or None) per question. blocks:
-        None, all blocks of an adapter answer; a number, that many of them, the most relevant to each question (see
-        `routing`), which keeps out the noise of the others at the price of a forward pass per block. Each question is
-        wrapped in the chat template, with a turn for the `system` message if there is one, and the answer
-        ends at the template's end of turn, after `max_new_tokens`, or at the window's end. Questions are batched with
-        left padding, the answers are those of one-by-one calls. The base model's own generation settings (sampling,
-        penalties, ...) do not count. Several threads may answer at once, each with its own adapters, also while another
-        one internalizes; `model.current` is one for all of them, so name the adapter there. ValueError for a blank
+        adapter: left out, the current one; None, the base model alone; a list, one (or None) per question.
+        max_new_tokens: the answer's length at most. It ends earlier at the end of its turn, or of the window.
+        system: the text of a system turn before the question.
+        blocks: None, all blocks of an adapter answer. A number: that many of them, the most relevant to each question
+            (see `routing`), which keeps out the noise of the others and costs a forward pass per block.
+
+        Questions are wrapped in the chat template and batched; answers are those of one-by-one calls. The base model's
+        own generation settings (sampling, penalties, ...) do not count. Several threads may answer at once, also while
+        another one internalizes: name the adapter there, as `model.current` is one for all. ValueError for a blank
         question and for one that the window cannot hold.
         """
         single = isinstance(question, str)
@@ -571,18 +528,20 @@ class DocToLoRA:
         input_ids: Tensor,
         *,
         max_new_tokens: int = 64,
-        adapter: Adapters | _Current = CURRENT,
+        adapter: Adapters | _Current = _CURRENT,
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """transformers' `generate` with an adapter applied: token ids [batch, length] in, prompt and new ids out.
 
-        adapter: left out, the current one; None, the base model alone; a list, one (or None) per row. It starts from
-        fresh settings, not from the base model's own: greedy, to the end of the model's turn, unless `options` (passed
-        on to transformers) say otherwise. attention_mask: None means no padding; ValueError for padding on the right,
-        where the new tokens go. They may run over the window's end; `answer` stops there. Nothing is compiled (as
-        transformers does with a static cache), for compiled code would miss the adapter. With `streamer=` it may run
-        in a thread of its own: name the adapter in the call, as the thread does not see the caller's `applied`.
+        adapter: left out, the current one; None, the base model alone; a list, one (or None) per row.
+        attention_mask: 0 at padding (None: there is none). ValueError for padding on the right, where new tokens go.
+        options: passed on to transformers. Settings are fresh, not the base model's own: greedy, to the end of the
+            model's turn, unless options say otherwise.
+
+        New tokens may run over the window's end; `answer` stops there. Nothing is compiled (as transformers does with a
+        static cache), for compiled code would miss the adapter. With `streamer=` it may run in a thread of its own:
+        name the adapter in the call, as the thread does not see the caller's `applied`.
         """
         check_count(max_new_tokens, "max_new_tokens")
         input_ids, attention_mask = _checked_ids(input_ids, attention_mask, self.base_model)
@@ -646,13 +605,10 @@ class DocToLoRA:
         return Path(folder)
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
-
-
 # --- small helpers --------------------------------------------------------------------------------------------------
 
 
-def _on_cpu(loras: Loras, index: int) -> BlockFactors:
+def _on_cpu(loras: Loras, index: int) -> _BlockFactors:
     """(A, B) of one chunk of a batch; cloned, for a slice would keep the whole batch alive."""
     A, B = ({m: pair[side][index].cpu().clone() for m, pair in loras.items()} for side in (0, 1))
     return A, B
@@ -683,57 +639,8 @@ def _distinct(adapters: Sequence[Adapter | None]) -> tuple[list[Adapter | None],
     return distinct, torch.tensor([places[id(one)] for one in adapters])
 
 
-def _spread_values(tensor: Tensor) -> Tensor:
-    """Up to 64 values spread over a tensor: a view of it where it is contiguous."""
-    tensor, n = tensor.detach(), tensor.numel()
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-    step = max(1, n // 64)
-    return tensor.as_strided((min(64, -(-n // step)),), (step,))
-
-
-def _fingerprint(sampled: Sequence[tuple[torch.Size, Tensor]], precision: torch.dtype) -> str:
-    """A hash of sizes and values (shape of a tensor, some of its values), rounded to `precision`.
-
-    Values come to the main memory once for each device and dtype.
-    """
-    digest, together = hashlib.sha256(), {}
-    for place, (shape, values) in enumerate(sampled):
-        digest.update(str([*shape]).encode())
-        together.setdefault((values.device, values.dtype), []).append(place)
-    at: list[Tensor] = [torch.zeros(0)] * len(sampled)
-    for places in together.values():
-        joined = torch.cat([sampled[place][1] for place in places]).to(precision).float().cpu()
-        if len(together) == 1:
-            at = [joined]
-            break
-        for place, part in zip(places, joined.split([sampled[p][1].numel() for p in places]), strict=True):
-            at[place] = part
-    digest.update(torch.cat(at).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _leaves(*modules: nn.Module | None) -> Iterator[nn.Module]:
-    """The parts of these modules that hold tensors themselves, in order; quicker than `modules()`."""
-    waiting = [*reversed(modules)]
-    while waiting:
-        part = waiting.pop()
-        if part is not None:
-            if part._parameters or part._buffers:
-                yield part
-            waiting += reversed(part._modules.values())
-
-
-def _lasting_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a module itself holds and a file of weights would, by name: parameters and persistent buffers."""
-    yield from ((name, one) for name, one in part._parameters.items() if one is not None)
-    for name, one in part._buffers.items():
-        if one is not None and name not in part._non_persistent_buffers_set:
-            yield name, one
-
-
 @contextmanager
-def _reporter(progress: Progress, total: int) -> Iterator[Callable[[int], None]]:
+def _reporter(progress: _Progress, total: int) -> Iterator[Callable[[int], None]]:
     """A function to call with the number of chunks done."""
     if progress is None or progress is False:
         yield lambda done: None

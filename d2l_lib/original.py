@@ -20,7 +20,7 @@ from torch import Tensor
 from d2l_lib.base_model import _locate, load_tokenizer
 from d2l_lib.formats import pickles
 from d2l_lib.formats.checkpoints import build_hypernetwork, parse_published
-from d2l_lib.loading import assemble
+from d2l_lib.loading import Choices, assemble
 from d2l_lib.model import DocToLoRA
 
 
@@ -79,9 +79,7 @@ class ModulatedPretrainedModel(DocToLoRA):
             raise ValueError("this model only answers: pass train=False, and train with d2l_lib.training.step")
         config, tensors, stored = parse_published(state_dict)
         hypernetwork = build_hypernetwork(config, tensors)
-        return assemble(
-            hypernetwork, {"base_model": stored}, kind=cls, base_model=base_model, device=device, dtype=dtype
-        )
+        return assemble(hypernetwork, {"base_model": stored}, Choices(device, dtype, base_model), kind=cls)
 
     def generate(self, *, input_ids: Tensor | Mapping[str, Tensor], **options: Any) -> Tensor:
         """`DocToLoRA.generate`; input_ids may also be what a tokenizer of transformers 5 makes of a chat."""

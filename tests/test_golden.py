@@ -143,8 +143,13 @@ def test_features_taps_and_blocks(name, case):
     with torch.no_grad():
         bias, n = r.hypernetwork.bias(), x["n_ctx_chunks"]
         check_blocks(combine(loras, bias, n), x, "combined")
-        check_blocks(combine(loras, bias, n, weights=weights, bias_weight=0.0), x, "combined_scaled")
+        check_blocks(combine(loras, no_update(bias), n, weights=weights), x, "combined_scaled")
         check_blocks(combine(loras, None, n), x, "combined_nobias")
+
+
+def no_update(bias):
+    """The bias block counting nothing: zero rows in its place."""
+    return bias and {module: (torch.zeros_like(A), torch.zeros_like(B)) for module, (A, B) in bias.items()}
 
 
 def check_blocks(loras, x, prefix):
@@ -169,7 +174,7 @@ def test_logits_and_greedy_ids(name, case):
     with apply_lora(r.model, combine(loras, bias, n), r.config.scale, rows=rows):
         assert_near(r.model(**inputs).logits[real], x["logits"][real], "logits")
         assert torch.equal(r.model.generate(**inputs, **greedy), x["generated"])
-    halved = combine(loras, bias, n, weights=torch.full((len(x["ctx_ids"]),), 0.5), bias_weight=0.0)
+    halved = combine(loras, no_update(bias), n, weights=torch.full((len(x["ctx_ids"]),), 0.5))
     with apply_lora(r.model, halved, r.config.scale, rows=rows):
         assert_near(r.model(**inputs).logits[real], x["logits_scaled"][real], "logits_scaled")
     assert_near(r.model(**inputs).logits[real], x["logits_base"][real], "logits after leaving the adapter")
