@@ -300,7 +300,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def target_linears(model: nn.Module, modules: list[str]) -> dict[str, list[nn.Linear]]:
     """{module: its linear in every layer}. ValueError for a name that a layer lacks lists the names that exist."""
     modules = check_texts(modules, "modules")
-    found: dict[str, list[nn.Linear]] = {module: [] for module in modules}
+    linears: dict[str, list[nn.Linear]] = {module: [] for module in modules}
     for index, layer in enumerate(decoder_layers(model)):
         by_name: dict[str, list[nn.Linear]] = {}
         for path, linear in layer.named_modules():
@@ -311,8 +311,8 @@ def target_linears(model: nn.Module, modules: list[str]) -> dict[str, list[nn.Li
             if len(matches) != 1:
                 problem = "no" if not matches else f"{len(matches)}"
                 raise ValueError(f"layer {index} has {problem} linears named {module!r}; it has {sorted(by_name)}")
-            found[module].extend(matches)
-    return found
+            linears[module].extend(matches)
+    return linears
 
 
 def default_modules(model: nn.Module) -> list[str]:

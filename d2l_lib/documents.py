@@ -70,8 +70,8 @@ def check_text(text: object, name: str) -> str:
         hint = "decode it first, e.g. data.decode('utf-8')" if isinstance(text, bytes) else "pass a str"
         raise TypeError(f"{name} is {type(text).__name__}, not text: {hint}")
     if not any(unicodedata.category(character)[0] not in "ZC" for character in text):
-        found = "it is empty" if not text else f"its {len(text)} characters are all white space or invisible"
-        raise ValueError(f"{name} holds no text ({found}): nothing to read")
+        problem = "it is empty" if not text else f"its {len(text)} characters are all white space or invisible"
+        raise ValueError(f"{name} holds no text ({problem}): nothing to read")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -156,7 +156,7 @@ def _watched(layer: nn.Module, states: list[Tensor]) -> nn.Module:
     """
     layer = copy.copy(layer)
     layer._forward_pre_hooks = OrderedDict(layer._forward_pre_hooks)
-    layer.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
     return layer
 
 
@@ -200,7 +200,7 @@ def linear_inputs(base_model, module: str, input_ids: Tensor) -> Tensor:
     seen: list[Tensor] = []
     with ExitStack() as stack:
         for linear in target_linears(base_model, [module])[module]:
-            stack.enter_context(hooked(linear.register_forward_pre_hook, lambda _, given: seen.append(given[0])))
+            stack.enter_context(hooked(linear.register_forward_pre_hook, lambda _, inputs: seen.append(inputs[0])))
         stack.enter_context(without_lora(base_model))
         decoder_body(base_model)(input_ids=input_ids, use_cache=False)
     return torch.stack(seen)

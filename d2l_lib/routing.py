@@ -2,9 +2,9 @@
 
     question -> the base model with one block at a time -> relevance of each block -> an adapter of the most relevant
 
-A sum of many blocks carries the noise of all of them. Asked one block at a time, the model itself says which one
-matters: a block that holds nothing about a question leaves what the model is about to say as it was, and one that only
-holds something like it says it hesitantly. Nothing is trained for this and nothing is added to an adapter; it costs one
+A sum of many blocks carries the noise of all of them. With one block at a time, the model itself shows which one
+matters. A block that holds nothing about a question does not change the first token of the answer. A block that holds
+something similar changes it with doubts. Nothing is trained for this and nothing is added to an adapter. It costs one
 short forward pass per block and question.
 """
 
@@ -32,8 +32,8 @@ SHARE = 0.3  # of the divergence in a block's relevance; `studies.routing_shares
 class Gate:
     """How relevant a block must be to questions that the base model answers by itself (see `gated`).
 
-    Of n unrelated blocks the most relevant one is the more so the larger n is, as the largest of n draws is: a block
-    must reach `known` + `growth` * log2(n) nats. `refusal`: what the base model says where it does not know.
+    A block of n must reach `known` + `growth` * log2(n) nats: the largest relevance among n unrelated blocks grows with
+    n, so the threshold grows with log2(n). `refusal`: what the base model says where it does not know.
     """
 
     known: float
@@ -50,14 +50,17 @@ def relevance(
 ) -> list[Tensor]:
     """How much each block matters to each question, in nats: one float32 tensor [n_blocks] per question, on the CPU.
 
-    lead + share * divergence, both of the first token of the answer with the bias and that block alone, weighted as in
-    the adapter. The divergence is the Kullback-Leibler divergence KL(p_block || p_none) from the bias alone. The lead:
-    of all tokens but the one that is likeliest with the bias alone, the log-probability of the likeliest, less that of
-    the best other token. It is positive where the block changes what is said, and large where it leaves no doubt; a
-    block about something similar changes it as much, but with doubts. share: infinity takes the divergence alone.
+    relevance = lead + share * divergence, of the answer's first token. p_none is its distribution with the bias alone,
+    p_block with the bias and that block, weighted as in the adapter.
+    - divergence: KL(p_block || p_none).
+    - lead: leave out the likeliest token of p_none; of the others, the log-probability of the likeliest in p_block,
+      less that of the best other token. It is positive where the block changes the token, and large where it leaves no
+      doubt. A block about something similar changes it as much, but with doubts.
 
-    adapters: one per question; questions of one adapter are best asked in one call. ValueError where their numbers
-    differ.
+    adapters: one per question; questions of one adapter are cheapest in one call.
+    share: infinity takes the divergence alone.
+
+    ValueError where there are more or fewer adapters than questions.
     """
     both = leads_and_divergences(model, questions, adapters, system=system)
     return [divergence if math.isinf(share) else lead + share * divergence for lead, divergence in both]
@@ -71,7 +74,7 @@ def leads_and_divergences(
     if len(questions) != len(adapters):
         raise ValueError(f"{len(questions)} questions but {len(adapters)} adapters: give one adapter per question")
     prompts = question_ids(model.tokenizer, list(questions), system)
-    found = [(torch.zeros(0), torch.zeros(0))] * len(questions)
+    measures = [(torch.zeros(0), torch.zeros(0))] * len(questions)
     together: dict[int, list[int]] = {}
     for place, adapter in enumerate(adapters):
         together.setdefault(id(adapter), []).append(place)
@@ -88,8 +91,8 @@ def leads_and_divergences(
         for place, part in zip(places, parts, strict=True):
             if part:
                 leads, divergences = zip(*part, strict=True)
-                found[place] = torch.cat(leads), torch.cat(divergences)
-    return found
+                measures[place] = torch.cat(leads), torch.cat(divergences)
+    return measures
 
 
 def _lead(none: Tensor, each: Tensor) -> Tensor:
@@ -120,12 +123,11 @@ def route(
     least: float | None = None,
     system: str = "",
 ) -> list[Adapter | None]:
-    """For each question its adapter with only the most relevant `blocks` (see `relevance`), in their order; the bias
-    stays.
+    """For each question the bias and the most relevant `blocks` of its adapter (see `relevance`), in their order.
 
-    least: blocks of less relevance than this, in nats, never answer, so that a question about nothing inside gets the
-    bias alone. None: `model.least_relevance`. Where it is minus infinity, adapters with no more than `blocks` blocks
-    come back as they are; so does None.
+    blocks: how many. Adapters with no more of them come back as they are where `least` is minus infinity; so does None.
+    least: nats that a block must reach to answer, so that a question about nothing inside gets the bias alone (None:
+        `model.least_relevance`).
     """
     check_count(blocks, "blocks")
     questions = check_texts(questions, "questions")
@@ -161,11 +163,13 @@ def gated(
     """For each question the adapter to answer it with, for `model.answer`: None, the base model, where no block is
     relevant.
 
-    A block counts as relevant from `least` nats on (`routing.relevance`). None: from `model.least_relevance` on, and
-    where the model has a `gate` and the base model an answer of its own, from what that asks (which spares what the
-    base model knows, also where a document contradicts it: give `least` for documents that are to override). Of the
-    relevant blocks the `blocks` most relevant answer, together with the bias; blocks=None: where one is relevant, the
-    whole adapter answers. ValueError where the numbers of questions and adapters differ.
+    least: nats from which a block counts as relevant (see `relevance`). None: `model.least_relevance`; where the model
+        has a `gate` and the base model an answer of its own, the gate's threshold. The gate spares what the base model
+        knows, also where a document contradicts it: give `least` for documents that are to override.
+    blocks: how many of the relevant blocks answer, the most relevant, with the bias. None: where one is relevant, the
+        whole adapter answers.
+
+    ValueError where there are more or fewer adapters than questions.
     """
     questions = check_texts(questions, "questions")
     gate = model.gate if least is None else None
@@ -177,19 +181,19 @@ def gated(
         raise ValueError(
             f"{len(questions)} questions but {len(per_question)} adapters: give one for all or one per question"
         )
-    asked = [place for place, adapter in enumerate(per_question) if adapter is not None]
-    scores = relevance(model, [questions[i] for i in asked], [per_question[i] for i in asked], system=system)
-    limits = [least] * len(asked)
+    places = [place for place, adapter in enumerate(per_question) if adapter is not None]
+    scores = relevance(model, [questions[i] for i in places], [per_question[i] for i in places], system=system)
+    thresholds = [least] * len(places)
     if gate is not None:
         stricter = [max(least, gate.least(len(score))) for score in scores]
         between = [i for i, score in enumerate(scores) if len(score) and least <= score.max() < stricter[i]]
-        said = model.answer([questions[asked[i]] for i in between], None, system=system)
-        for i, answer in zip(between, said, strict=True):
+        own = model.answer([questions[places[i]] for i in between], None, system=system)
+        for i, answer in zip(between, own, strict=True):
             if answer != gate.refusal:
-                limits[i] = stricter[i]
+                thresholds[i] = stricter[i]
     chosen: list[Adapter | None] = [None] * len(questions)
-    for place, score, limit in zip(asked, scores, limits, strict=True):
-        chosen[place] = _gate(per_question[place], score, limit, blocks)
+    for place, score, threshold in zip(places, scores, thresholds, strict=True):
+        chosen[place] = _gate(per_question[place], score, threshold, blocks)
     return chosen
 
 
