@@ -19,15 +19,24 @@ from torch import Tensor
 
 from d2l_lib import routing
 from d2l_lib.adapter import Adapter
-from d2l_lib.analysis.trials import LEVELS, Trials, answer_target, likelihoods, rows_of, sentence_units
+from d2l_lib.analysis.trials import (
+    LEVELS,
+    Trials,
+    answer_target,
+    document_texts,
+    likelihoods,
+    rows_of,
+    sentence_units,
+    weighted,
+)
 from d2l_lib.documents import chat_affixes, context_ids
 from d2l_lib.engine import pad_id_of, pad_rows
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
-__all__ = ["METHODS", "Trials", "answer_target", "attribute", "by_token", "ranks", "register", "rows_of"]
-__all__ += ["sentence_units"]
+__all__ = ["METHODS", "attribute", "by_token", "ranks", "register"]
+__all__ += ["Trials", "answer_target", "document_texts", "rows_of", "sentence_units", "weighted"]  # of `trials`
 
 METHODS: dict[str, tuple[str, ...]] = dict.fromkeys(LEVELS, ())  # {level: names of its methods}, see `register`
 _RUN: dict[str, Callable[[Trials], Scores]] = {}
