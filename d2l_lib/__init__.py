@@ -32,7 +32,7 @@ _FORMER = {
     "baselines": ("studies.baselines", "training.context_distillation", "studies.kinds", "studies.methods"),
     "checkpoints": ("formats.checkpoints", "d2l"),
     "corpora": ("training.corpora", "d2l corpora"),
-    "distillation": ("training.recipes",),
+    "distillation": ("training.recipes", "training.contexts"),
     "evaluation": (
         "studies.base_scores",
         "studies.needle_scores",
@@ -61,7 +61,7 @@ _FORMER = {
     "slurm": ("training.slurm", "d2l slurm"),
     "speed": ("studies.speed", "studies.measurements", "studies.gemma_sizes", "studies.watches"),
     "text_to_lora": ("training.text_to_lora",),
-    "trainer": ("training.loop",),
+    "trainer": ("training.loop", "training.batches"),
     "watch": ("studies.watch", "d2l watch"),
     "world": ("tasks.world",),
 }

@@ -73,10 +73,10 @@ class ModulatedPretrainedModel(DocToLoRA):
         """The model of what `torch.load` gave, which stays as it is; base_model, device, dtype: as in `d2l_lib.load`.
 
         Packing and flash attention change no answer and are not needed. ValueError for train=True: training is
-        `d2l_lib.training.step`.
+        `d2l_lib.training.recipes`.
         """
         if train:
-            raise ValueError("this model only answers: pass train=False, and train with d2l_lib.training.step")
+            raise ValueError("this model only answers: pass train=False, and train with d2l_lib.training.recipes")
         config, tensors, stored = parse_published(state_dict)
         hypernetwork = build_hypernetwork(config, tensors)
         return assemble(hypernetwork, {"base_model": stored}, Choices(device, dtype, base_model), kind=cls)

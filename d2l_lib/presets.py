@@ -16,36 +16,13 @@ from numbers import Integral
 from d2l_lib.documents import check_texts
 
 
-@dataclass(frozen=True)
-class BaseModelPreset:
-    """A base model of a `transformers` architecture (its model type), trained from nothing on the generated world.
-
-    There are two stages (see `pretraining.Curriculum`); `polish_steps` and `polish_learning_rate` belong to the second,
-    which is about longer documents.
-    """
-
-    architecture: str
-    vocab_size: int
-    window: int
-    hidden_size: int
-    n_layers: int
-    n_heads: int
-    head_dim: int
-    intermediate_size: int
-    rope_theta: float
-    steps: int
-    batch_tokens: int
-    learning_rate: float
-    warmup_steps: int
-    polish_steps: int
-    polish_learning_rate: float
-    seed: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class HypernetworkPreset:
-    """The sizes of a hypernetwork: the Perceiver, the rank it writes, and the layer after which the encoder stops (None
-    with an `encoder_type` that reads all).
+    """The sizes of a hypernetwork.
+
+    encoder_layer: the layer after which the context encoder stops; None with an `encoder_type` that reads all layers.
+    encoder_bits: 4 reads documents with a copy of the base model in 4-bit weights (on a GPU); None: with the base model
+        itself.
     """
 
     latent_size: int
@@ -58,54 +35,125 @@ class HypernetworkPreset:
     encoder_layer: int | None
     encoder_type: str = "early_exit"
     use_bias: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingPreset(HypernetworkPreset):
-    """What needles and distillation have in common beside sizes.
-
-    `batches_per_step`: batches that make an optimizer step, over all processes together (steps and warm-up below count
-    batches). `input_tokens`, `context_tokens`: a batch is full where the next document would take its questions and
-    answers, or its chunks, beyond so many tokens; None: no limit, and then a batch counts as much as every other,
-    however many contexts it has. `neftune`: strength of the noise on the base model's embeddings while it answers
-    (NEFTune, Jain et al. 2023). `min_learning_rate`: where the cosine ends; None: at 2% of the rate. `encoder_bits`: 4
-    reads documents with a copy of the base model in 4-bit weights (on a GPU), None with the base model itself.
-    """
-
-    batches_per_step: int = 1
-    input_tokens: int | None = None
-    context_tokens: int | None = None
-    neftune: float = 0.0
-    min_learning_rate: float | None = None
     encoder_bits: int | None = None
 
 
-@dataclass(frozen=True)
-class ReadoutPreset:
-    """The warm-up of a hypernetwork (see `readout`): `sentences` a batch.
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a training is and how fast it learns. `steps` and `warmup_steps` count batches.
 
-    `muon_rate`, here and below: the rate of Muon for the matrices of the hypernetwork; None: AdamW for all. `whiten`:
-    keys are learned in whitened coordinates (see `readout.KeysAndValues`).
+    batches_per_step: batches that make an optimizer step, over all processes together; 1: one batch of each process.
+    min_learning_rate: where the cosine ends; None: at 2% of the rate.
+    muon_rate: the rate of Muon for the matrices; None: AdamW for all.
+    adam_beta2: the second moment's decay in AdamW.
     """
 
     steps: int
-    sentences: int
     learning_rate: float
     warmup_steps: int
+    batches_per_step: int = 1
+    min_learning_rate: float | None = None
     muon_rate: float | None = None
+    adam_beta2: float = 0.999
+
+    def accumulation(self, processes: int) -> int:
+        """Batches that each process takes for a step of several; ValueError where they do not come out even."""
+        if self.batches_per_step % processes:
+            raise ValueError(
+                f"{processes} processes cannot share out {self.batches_per_step} batches evenly: start a number that "
+                "divides it, or change batches_per_step"
+            )
+        return self.batches_per_step // processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoStages(Schedule):
+    """A training and its second stage, of other length and rate; 0 steps: none."""
+
+    polish_steps: int = 0
+    polish_learning_rate: float = 0.0
+
+    @property
+    def polish(self):
+        """The second stage."""
+        return replace(self, steps=self.polish_steps, learning_rate=self.polish_learning_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModelPreset(TwoStages):
+    """A base model of a `transformers` architecture (its model type), trained from nothing on the generated world.
+
+    The second stage is about longer documents (see `pretraining.Curriculum`).
+    """
+
+    architecture: str
+    vocab_size: int
+    window: int
+    hidden_size: int
+    n_layers: int
+    n_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float
+    batch_tokens: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPreset(Schedule, HypernetworkPreset):
+    """What needles and questions have in common beside sizes.
+
+    l1: weight of the penalty on what is written. distil: learn the teacher's log-probabilities where a batch has them;
+        False: its answers alone (cross-entropy). last_layer: only the last layer's blocks act and learn (see
+        `step.Internalization`).
+    contexts: of a batch, at most. input_tokens, context_tokens: a batch is full where the next document would take its
+        questions and answers, or its chunks, beyond so many tokens. With neither, a batch counts as much as every
+        other, however many contexts it has.
+    neftune: strength of the noise on the base model's embeddings while it answers (NEFTune, Jain et al. 2023).
+    chunk_tokens: what `internalize` takes by default.
+    """
+
+    l1: float
+    contexts: int
+    chunk_tokens: int
+    seed: int = 0
+    distil: bool = True
+    last_layer: bool = False
+    input_tokens: int | None = None
+    context_tokens: int | None = None
+    neftune: float = 0.0
+
+    @property
+    def by_context(self) -> bool:
+        """Whether losses are averaged over the contexts of a whole step, as batches differ in their number."""
+        return self.context_tokens is not None or self.input_tokens is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUpPreset(Schedule):
+    """The warm-up of a hypernetwork (see `training.warm_up`): `sentences` a batch.
+
+    whiten: keys are learned in whitened coordinates (see `warm_up.KeysAndValues`).
+    """
+
+    sentences: int
     whiten: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeedlePreset(TrainingPreset):
+class NeedlePreset(TwoStages, TrainingPreset):
     """A hypernetwork trained on needles: its sizes, the contexts it sees and the rates.
 
-    `max_repeats`: needle-free chunks count up to this many times in training, which is what a long haystack does to
-    them, for a block of weight K is K equal blocks. `empty_share`: contexts without a needle. There are two stages (see
-    `training.NeedleBatches`); `polish_steps` and `polish_learning_rate` belong to the second, which is about filler.
-    `gradual`: lengths and the L1 term grow in the course of the run; False: all of them from the first step, as
-    published. `max_chunk_tokens`: cut into equal pieces of at most so many tokens at any token, as published; None: at
-    random sentence ends.
+    shortest, longest: contexts, in tokens. empty_share: contexts without a needle.
+    max_chunk_tokens: contexts are cut into equal pieces of at most so many tokens at any token, as published; None: at
+        random sentence ends. min_chunk_tokens, chunk_probabilities: how often into how many pieces.
+    max_repeats: needle-free chunks count up to this many times, as in a long haystack: a block of weight K is K equal
+        blocks.
+    gradual: lengths and the L1 term grow in the course of the run; False: all of them from the first step, as
+        published.
+    readout: the warm-up; None: none.
+
+    The second stage is about filler (see `datasets.NeedleBatches`).
     """
 
     shortest: int
@@ -114,52 +162,35 @@ class NeedlePreset(TrainingPreset):
     chunk_probabilities: dict[int, float]
     max_repeats: int
     empty_share: float
-    l1: float
-    steps: int
-    contexts: int
-    learning_rate: float
-    warmup_steps: int
-    chunk_tokens: int
-    polish_steps: int = 0
-    polish_learning_rate: float = 0.0
-    readout: ReadoutPreset | None = None
+    readout: WarmUpPreset | None = None
     gradual: bool = True
     max_chunk_tokens: int | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationPreset(TrainingPreset):
-    """A hypernetwork trained on answers to questions about documents (see `distillation.DistillationBatches`).
+    """A hypernetwork trained on answers to questions about documents (see `datasets.QuestionBatches`).
 
-    Chunks have at most a random number of tokens between `shortest_chunk` and `longest_chunk`; in the first
-    `single_chunk_share` of the steps each document is one chunk. A batch has up to `contexts` documents and is full at
-    `chunks` chunks; of each document up to `questions` questions are asked, and one more than it has chunks at most.
-    `distil`: learn the teacher's log-probabilities; False: its answers alone (cross-entropy). `last_layer`: only the
-    last layer's blocks act and learn (see `training.Internalization`). `chunk_probabilities`: how often a document is
-    cut into so many equal chunks, of `shortest_chunk` to `longest_chunk` tokens, as published; None: as above.
-    `question_tokens`: longer questions (with their answers) are left out.
+    shortest_chunk, longest_chunk: chunks have at most a random number of tokens between the two. single_chunk_share:
+        in so much of the run each document is one chunk. chunk_probabilities: how often a document is cut into so many
+        equal chunks of these lengths, as published; None: as above.
+    contexts, chunks: a batch is full at so many. questions: of each document at most, and one more than it has chunks
+        at most. question_tokens: longer questions (with their answers) are left out.
 
-    Of fresh documents of the world (`distillation.WorldDocuments`): the contexts of a batch have one number of facts,
-    from `least_facts` to at most `most_facts`, where the latter is approached between the two shares of the run in
-    `facts_grow`; `strangers_share` of the contexts hold several documents; `unrelated_share` of the questions are about
-    the encyclopedia, `unanswerable_share` of the rest have no answer in the document, and the others are of `kinds`
-    (None: of all).
-    `chunk_tokens`: what `internalize` takes by default.
+    Of fresh documents of the world (`datasets.WorldDocuments`):
+
+    least_facts, most_facts: of a context; the contexts of a batch have one number of facts. facts_grow: the two shares
+        of the run between which the number approaches `most_facts`.
+    strangers_share: of the contexts, hold several documents.
+    unrelated_share: of the questions, are about the encyclopedia. unanswerable_share: of the rest, have no answer in
+        the document. kinds: of all others (None: all kinds).
     """
 
     shortest_chunk: int
     longest_chunk: int
     single_chunk_share: float
-    contexts: int
     questions: int
-    l1: float
-    steps: int
-    learning_rate: float
-    warmup_steps: int
-    distil: bool = True
-    last_layer: bool = False
-    seed: int = 0
+    chunk_tokens: int = 64
     chunks: int = 1024
     least_facts: int = 1
     most_facts: int = 12
@@ -168,8 +199,6 @@ class DistillationPreset(TrainingPreset):
     strangers_share: float = 0.0
     unrelated_share: float = 0.1
     unanswerable_share: float = 0.17
-    chunk_tokens: int = 64
-    muon_rate: float | None = None
     chunk_probabilities: dict[int, float] | None = None
     question_tokens: int | None = None
 
@@ -185,7 +214,7 @@ class QAPreset:
     hypernetwork, so their sizes must be the same. The warm-up is of the layers that the stage after it trains.
     """
 
-    readout: ReadoutPreset | None
+    readout: WarmUpPreset | None
     recall: DistillationPreset | None
     world: DistillationPreset | None
     polish: DistillationPreset | None
@@ -197,6 +226,11 @@ class QAPreset:
         """The stages after the warm-up, in order."""
         named = {name: getattr(self, name) for name in ("recall", "world", "polish", *SHARD_STAGES)}
         return {name: settings for name, settings in named.items() if settings is not None}
+
+    @property
+    def first(self) -> DistillationPreset:
+        """The first stage after the warm-up."""
+        return next(iter(self.stages.values()))
 
 
 @dataclass(frozen=True)
@@ -279,6 +313,7 @@ PRESETS = {
             head_dim=64,
             intermediate_size=512,
             rope_theta=100_000.0,
+            adam_beta2=0.98,
             steps=3000,
             batch_tokens=4096,
             learning_rate=2e-3,
@@ -303,10 +338,10 @@ PRESETS = {
             chunk_tokens=256,
             polish_steps=400,
             polish_learning_rate=3e-4,
-            readout=ReadoutPreset(steps=200, sentences=48, learning_rate=1e-3, warmup_steps=50),
+            readout=WarmUpPreset(steps=200, sentences=48, learning_rate=1e-3, warmup_steps=50),
         ),
         qa=QAPreset(
-            readout=ReadoutPreset(steps=2400, sentences=32, learning_rate=2e-3, warmup_steps=60, muon_rate=4e-3),
+            readout=WarmUpPreset(steps=2400, sentences=32, learning_rate=2e-3, warmup_steps=60, muon_rate=4e-3),
             recall=_TINY_RECALL,
             world=_TINY_QA,
             polish=replace(_TINY_QA, steps=800, most_facts=12, unrelated_share=0.2, unanswerable_share=0.35),
@@ -471,7 +506,7 @@ def changed(settings, changes: Sequence[str]):
     return replace(settings, **values)
 
 
-def shortened(settings: TrainingPreset | ReadoutPreset | QAPreset | None, steps: int | None):
+def shortened(settings: Schedule | QAPreset | None, steps: int | None):
     """`settings` with `steps` optimizer steps in each of their stages, in place of their own (None: unchanged).
 
     settings: of one training, with its warm-up and its polish where it has them; of the warm-up alone; or of all stages
@@ -484,7 +519,7 @@ def shortened(settings: TrainingPreset | ReadoutPreset | QAPreset | None, steps:
     if isinstance(settings, QAPreset):
         stages = {field.name: shortened(getattr(settings, field.name), steps) for field in fields(settings)}
         return replace(settings, **stages)
-    batches = steps * getattr(settings, "batches_per_step", 1)
+    batches = steps * settings.batches_per_step
     changes = {"steps": batches, "warmup_steps": min(settings.warmup_steps, batches // 10)}
     if isinstance(settings, NeedlePreset):
         changes["readout"] = shortened(settings.readout, steps)

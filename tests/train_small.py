@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from d2l_lib.formats.checkpoints import save_checkpoint
-from d2l_lib.presets import ReadoutPreset, preset
-from d2l_lib.training import loop, step
+from d2l_lib.presets import WarmUpPreset, preset
+from d2l_lib.training import contexts, loop, recipes
 from d2l_lib.training.pretraining import build_tokenizer
 
 STEPS = 16
@@ -21,11 +21,11 @@ SMALL = replace(
     preset("tiny").needle,
     latent_size=16, n_latent_queries=4, n_blocks=1, n_heads=2, n_kv_heads=1, head_dim=8, rank=2, encoder_layer=1,
     shortest=32, longest=64, steps=STEPS, contexts=3, warmup_steps=2, polish_steps=4,
-    readout=ReadoutPreset(steps=4, sentences=4, learning_rate=1e-3, warmup_steps=1),
+    readout=WarmUpPreset(steps=4, sentences=4, learning_rate=1e-3, warmup_steps=1),
 )  # fmt: skip
 
 
-class SlowBatches(step.NeedleBatches):
+class SlowBatches(contexts.NeedleBatches):
     """Batches that take their time, so that a test can kill the run between two of them."""
 
     seconds = 0.0
@@ -49,9 +49,9 @@ def small_base():
 def main() -> None:
     run = Path(sys.argv[1])
     SlowBatches.seconds = float(sys.argv[2])
-    step.NeedleBatches = SlowBatches
-    base_model, tokenizer = small_base()
-    hypernetwork = step.train_needle(SMALL, base_model, tokenizer, run, 0, "small", save_steps=4, report_steps=2)
+    recipes.NeedleBatches = SlowBatches
+    base = recipes.Base(*small_base(), "small")
+    hypernetwork = recipes.train_needle(SMALL, base, loop.Run(run, save_steps=4, report_steps=2))
     if loop.is_first_process():
         save_checkpoint(run / "final", hypernetwork, {})
 

@@ -28,7 +28,8 @@ from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.tasks.scores import summarise
 from d2l_lib.training import selfgen
-from d2l_lib.training.recipes import train_qa
+from d2l_lib.training.loop import Run
+from d2l_lib.training.recipes import Base, train_qa
 
 FACTS = (8, 20)  # facts of a document, where one-hop questions are asked
 SHARDS = selfgen.Settings(documents=1000, questions=8)  # the self-generated data of the variants that learn from it
@@ -59,18 +60,11 @@ def _score_briefly(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
     return samples[["task", "facts", "question", "answer", "prediction", "correct"]]
 
 
-def run_variant(
-    p: QAPreset, base: tuple, run: Path, seed: int, n: int, shards: Path | None = None, **options
-) -> pd.DataFrame:
-    """Train one variant (resumable in `run`) and score it: task, facts, n, exact_match, low, high, seconds trained.
-
-    base: (base model, tokenizer, its name). shards and options: see `train_qa`.
-    """
-    base_model, tokenizer, name = base
-    hypernetwork = train_qa(p, base_model, tokenizer, run, seed, name, shards, **options)
-    chunk_tokens = next(iter(p.stages.values())).chunk_tokens
-    model = DocToLoRA(base_model, tokenizer, hypernetwork.eval().requires_grad_(False), chunk_tokens=chunk_tokens)
-    logs = [read_rows(path) for path in sorted(run.glob("*/log.jsonl"))]
+def run_variant(p: QAPreset, base: Base, run: Run, n: int, shards: Path | None = None) -> pd.DataFrame:
+    """Train one variant (resumable) and score it: task, facts, n, exact_match, low, high, seconds trained."""
+    hypernetwork = train_qa(p, base, run, shards).eval().requires_grad_(False)
+    model = DocToLoRA(base.model, base.tokenizer, hypernetwork, chunk_tokens=p.first.chunk_tokens)
+    logs = [read_rows(path) for path in sorted(run.folder.glob("*/log.jsonl"))]
     seconds = sum(log[-1]["seconds"] for log in logs if log)
     return summarise(_score_briefly(model, n, seed=0), ["task", "facts"]).assign(seconds=round(seconds))
 
@@ -90,7 +84,7 @@ def read_records() -> pd.DataFrame:
 def _share_warm_up(variant: str, run: Path, ours: Path) -> None:
     """Let `run` begin with the finished warm-up in `ours` where the variant's own would be the same, step by step."""
     p, q = qa_variant(variant), qa_variant("ours")
-    settings, known = (next(iter(one.stages.values())) for one in (p, q))
+    settings, known = p.first, q.first
     sizes = [field.name for field in fields(HypernetworkPreset)] + ["last_layer"]
     same = p.readout == q.readout and all(getattr(settings, name) == getattr(known, name) for name in sizes)
     if same and (ours / "recall").exists() and not run.exists():
@@ -101,8 +95,7 @@ def run(
     n: int, seed: int, variant: str | None, seeds: Sequence[int] | None, runs: Path
 ) -> Iterator[dict[str, pd.DataFrame]]:
     """The records: variants of the recipe, trained on the bundled base model one after another and scored."""
-    base_model, tokenizer = load_base_model("tiny")
-    base = (base_model, tokenizer, "tiny")
+    base = Base(*load_base_model("tiny"), "tiny")
     for one in seeds or [seed]:
         for name in [variant] if variant else QA_VARIANTS:
             file = record_name(name, one)
@@ -112,10 +105,10 @@ def run(
             shards = None
             if QA_VARIANTS[name].get("shards"):
                 shards = runs / "selfgen" / "ablation"
-                selfgen.generate(SHARDS, shards, TransformersEngine("tiny", base_model, tokenizer))
+                selfgen.generate(SHARDS, shards, TransformersEngine("tiny", base.model, base.tokenizer))
             folder = runs / "tiny" / "ablation" / Path(file).name
             _share_warm_up(name, folder, folder.with_name(f"ours_seed{one}"))
-            table = run_variant(qa_variant(name), base, folder, one, n, shards)
+            table = run_variant(qa_variant(name), base, Run(folder, one), n, shards)
             print(table.to_string(), flush=True)
             command = f'd2l study ablations --variant "{name}" --seed {one} --n {n}'
             facts = {"variant": name, "seed": one, "threads": torch.get_num_threads(), "command": command}

@@ -24,7 +24,7 @@ from d2l_lib.records import append_jsonl, read_appended, read_json
 from d2l_lib.studies.needle_scores import needle_samples
 from d2l_lib.tasks import qa
 from d2l_lib.training.loop import checkpoints, is_whole, step_of
-from d2l_lib.training.step import HYPERNETWORK
+from d2l_lib.training.recipes import HYPERNETWORK
 
 _BEGINS = b'{"checkpoint"'  # every line of scores
 _PREFIX = "hypernetwork."  # of its tensors within a training step

@@ -1,12 +1,149 @@
-"""Documents into chunks for training, and the shares of data sets in a mixture."""
+"""A training batch: what one step reads, as values with names, and how documents are cut and padded for it.
+
+`contexts` draws batches, `step` and `warm_up` learn from them.
+"""
+
+from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from d2l_lib.engine import pad_rows
+from d2l_lib.presets import TrainingPreset
 
 IGNORED = -100  # label of a token that is not part of an answer
 
 
+# ------------------------------------------------------------------------------------------------------------- batches
+class _OnDevice:
+    """A value whose tensors, also those in its lists and dicts, go to a device together."""
+
+    def to(self, device, **options):
+        """The same on `device`; options are those of `Tensor.to`."""
+        moved = {field.name: _moved(getattr(self, field.name), device, options) for field in fields(self)}
+        return replace(self, **moved)
+
+
+def _moved(value, device, options: dict):
+    if isinstance(value, list):
+        return [_moved(one, device, options) for one in value]
+    if isinstance(value, dict):
+        return {name: _moved(one, device, options) for name, one in value.items()}
+    return value.to(device, **options) if isinstance(value, Tensor | _OnDevice) else value
+
+
+@dataclass(frozen=True)
+class Chunks(_OnDevice):
+    """The chunks of all contexts of a batch, in groups of like length.
+
+    ids, mask: of each group, [chunks, tokens], padded on the right.
+    order: [chunks], where the chunks, context by context, stand in the concatenated groups.
+    counts: [contexts], how many each has.
+    images: of each group, what else the encoder reads: {} or the pixels of its images (`encoder.image_inputs` without
+        input_ids and attention_mask); None: nothing.
+    """
+
+    ids: list[Tensor]
+    mask: list[Tensor]
+    order: Tensor
+    counts: Tensor
+    images: list[dict[str, Tensor]] | None = None
+
+    @classmethod
+    def of(cls, chunks: Sequence[Sequence[int]], counts: Sequence[int], pad_id: int) -> Chunks:
+        """chunks: token ids of the chunks of all contexts, in order; counts: how many each context has."""
+        groups, order = group_by_length(chunks)
+        padded = [pad_rows(group, pad_id) for group in groups]
+        ids, mask = ([pair[i] for pair in padded] for i in (0, 1))
+        return cls(ids, mask, torch.tensor(order), torch.tensor(counts))
+
+    def groups(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """(ids, mask, images) of each group."""
+        return zip(self.ids, self.mask, self.images or [{}] * len(self.ids), strict=True)
+
+    def rows(self) -> list[list[int]]:
+        """The token ids of each chunk, without padding, context by context."""
+        rows = [
+            row[real.bool()].tolist()
+            for ids, mask in zip(self.ids, self.mask, strict=True)
+            for row, real in zip(ids, mask, strict=True)
+        ]
+        return [rows[place] for place in self.order]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(_OnDevice):
+    """Contexts in chunks, and questions with their answers about each.
+
+    input_ids, labels: [questions, length], those of a context one after another; labels are IGNORED but for answers.
+    n_questions: [contexts].
+    repeats: [chunks], how often a chunk's block counts (None: once).
+    l1_share: of the L1 term's weight.
+    teacher_log_probs, teacher_indices: [answer tokens, k], the teacher's largest log-probabilities and their tokens.
+    """
+
+    chunks: Chunks
+    input_ids: Tensor
+    labels: Tensor
+    n_questions: Tensor
+    repeats: Tensor | None = None
+    l1_share: Tensor | float = 1.0
+    teacher_log_probs: Tensor | None = None
+    teacher_indices: Tensor | None = None
+
+    @property
+    def n_contexts(self) -> int:
+        """How many contexts there are."""
+        return len(self.n_questions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceBatch(_OnDevice):
+    """Sentences, each a chunk, with a question and its answer about each.
+
+    answer_ids: [sentences, tokens], the answer and its stop token, IGNORED behind it.
+    question_ids: [sentences, tokens] without chat wrapping, IGNORED behind it.
+    input_ids: [sentences, length], chat-formatted question and answer. starts: [sentences], where the answer begins.
+    """
+
+    chunks: Chunks
+    answer_ids: Tensor
+    question_ids: Tensor
+    input_ids: Tensor
+    starts: Tensor
+
+
+def exceeds(p: TrainingPreset, chunks: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> bool:
+    """Whether chunks, or questions with their answers, are more tokens than a batch may have."""
+    limits = ((p.context_tokens, chunks), (p.input_tokens, rows))
+    return any(limit is not None and sum(map(len, ids)) > limit for limit, ids in limits)
+
+
+def group_by_length(
+    chunks: Sequence[Sequence[int]], most_padding: float = 0.4
+) -> tuple[list[list[Sequence[int]]], list[int]]:
+    """Chunks sorted into groups whose lengths differ by at most `most_padding`, and where each chunk went.
+
+    The concatenated groups taken at `order` are the chunks as given.
+    """
+    by_length = sorted(range(len(chunks)), key=lambda c: -len(chunks[c]))
+    groups: list[list[Sequence[int]]] = []
+    for c in by_length:
+        if not groups or len(chunks[c]) < (1 - most_padding) * len(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(chunks[c])
+    order = [0] * len(chunks)
+    for place, c in enumerate(by_length):
+        order[c] = place
+    return groups, order
+
+
+# ------------------------------------------------------------------------------------------------------------- cutting
 def count_chunks(
     length: int,
     max_length: int,

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from d2l_lib.presets import NEEDLE_VARIANTS, PRESETS, Preset, changed, preset, shortened
-from d2l_lib.training import recipes, step, text_to_lora
 
 STAGES = ("all", "base", "needle", "qa", "text-to-lora")
 
@@ -56,28 +55,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> None:
     """Do what the options say."""
+    from d2l_lib.training import recipes, text_to_lora  # torch and transformers: not for --help
+
     p = preset(a.preset)
-    own = step.is_own_run(a, p)
-    check(a, own)
-    if a.stage == "qa":
-        _run_qa(a, p, own)
-        return
-    seed = p.needle.seed if a.seed is None else a.seed
-    if a.stage == "text-to-lora":
+    own = _is_own(a, p)
+    _check(a, own)
+    if own or a.shards:
+        _run_own(a, p)
+    elif a.stage == "qa":
+        recipes.remake_qa(p, a.runs, a.data, p.qa.first.seed if a.seed is None else a.seed)
+    elif a.stage == "text-to-lora":
         text_to_lora.remake_text_to_lora(p, a.runs, a.data, a.seed or 0)
-    elif own:
-        settings = step.settle_encoder(shortened(changed(p.needle, a.set), a.steps))
-        folder, source = a.runs / p.name / f"needle_own_seed{seed}", step.base_source(a, p)
-        step.say_what_is_trained(settings, source, folder)
-        step.make_needle(settings, source, folder, seed, folder / "final", {"preset": p.name}, **step.fit_options(a))
     else:
         if a.stage != "needle":
-            step.remake_base(p, a.runs, a.data, a.fast)
+            recipes.remake_base(p, a.runs, a.data, a.fast)
         if a.stage != "base":
-            step.remake_needle(p, a.runs, a.data, seed, a.variant)
+            seed = p.needle.seed if a.seed is None else a.seed
+            recipes.remake_needle(p, a.runs, a.data, seed, a.variant)
 
 
-def check(a: argparse.Namespace, own: bool) -> None:
+def _is_own(a: argparse.Namespace, p: Preset) -> bool:
+    """Whether these options ask for something else than a bundled model."""
+    return isinstance(p.base, str) or a.base is not None or a.steps is not None or bool(a.set)
+
+
+def _check(a: argparse.Namespace, own: bool) -> None:
     """Status 2 for options that this stage does not have."""
     if own and (a.stage in ("base", "text-to-lora") or a.fast or a.variant != "ours"):
         a.error(
@@ -88,16 +90,42 @@ def check(a: argparse.Namespace, own: bool) -> None:
         a.error(f"--shards and --cache are for --stage qa, not for {a.stage}")
 
 
-def _run_qa(a: argparse.Namespace, p: Preset, own: bool) -> None:
-    seed = next(iter(p.qa.stages.values())).seed if a.seed is None else a.seed
-    if not own and not a.shards:
-        recipes.remake_qa(p, a.runs, a.data, seed)
+def _run_own(a: argparse.Namespace, p: Preset) -> None:
+    """A training for a base model of the user's, or on data of the user's."""
+    import torch
+
+    from d2l_lib.training import recipes
+    from d2l_lib.training.loop import Run
+
+    stage = "qa" if a.stage == "qa" else "needle"
+    seed = (p.qa.first if stage == "qa" else p.needle).seed if a.seed is None else a.seed
+    run = Run(
+        a.runs / p.name / f"{stage}_own_seed{seed}",
+        seed,
+        save_steps=a.save_steps,
+        report_steps=a.report_steps,
+        keep=a.keep or None,
+        bf16=torch.cuda.is_available() if a.bf16 is None else a.bf16,
+        recompute=a.recompute,
+        compiled=a.compile,
+    )
+
+    def settled(settings):
+        return recipes.settle_encoder(shortened(changed(settings, a.set), a.steps))
+
+    source = _base_source(a, p)
+    if stage == "needle":
+        recipes.own_needle(settled(p.needle), source, run, p.name)
         return
-    stages = {name: step.settle_encoder(changed(stage, a.set)) for name, stage in p.qa.stages.items()}
-    stages = {name: shortened(stage, a.steps) for name, stage in stages.items()}
-    source, folder = step.base_source(a, p), a.runs / p.name / f"qa_own_seed{seed}"
-    for name, stage in stages.items():
-        step.say_what_is_trained(stage, source, folder / name)
+    stages = {name: settled(settings) for name, settings in p.qa.stages.items()}
     settings = replace(p.qa, readout=shortened(p.qa.readout, a.steps), **stages)
-    cache = a.cache or a.runs / "shards"
-    recipes.train_own(settings, source, folder, seed, {"preset": p.name}, a.shards, cache, **step.fit_options(a))
+    recipes.own_qa(settings, source, run, p.name, a.shards, a.cache or a.runs / "shards")
+
+
+def _base_source(a: argparse.Namespace, p: Preset) -> str:
+    """What the base model is found by, now and when the checkpoint is loaded: a folder in full."""
+    from d2l_lib.base_model import bundled_path
+
+    source = a.base or p.base_source
+    is_folder = Path(source).is_dir() and not (bundled_path(source) / "base_model").is_dir()
+    return str(Path(source).resolve()) if is_folder else source

@@ -112,8 +112,8 @@ def _distillation_loss(base_model, tokenizer, pairs: Sequence[tuple[list[int], R
     input_ids, _ = pad_rows([[*ids, *reply.ids] for ids, reply in pairs], pad_id_of(tokenizer))
     labels, _ = pad_rows([[IGNORED] * len(ids) + reply.ids for ids, reply in pairs], IGNORED)
     device = base_model.device
-    logits, answers, here = answer_logits(base_model, input_ids.to(device), labels.to(device))
+    logits, answers = answer_logits(base_model, input_ids.to(device), labels.to(device))
     values = torch.cat([torch.from_numpy(reply.values).float() for _, reply in pairs]).to(device)
     indices = torch.cat([torch.from_numpy(reply.indices) for _, reply in pairs]).to(device)
-    per_token = distillation(logits, here, values, indices)
+    per_token = distillation(logits, answers.among_answers(), values, indices)
     return context_average(per_token, answers, torch.tensor([len(pairs)]))

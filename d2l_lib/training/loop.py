@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,13 +21,12 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from d2l_lib.documents import check_texts
-from d2l_lib.engine import pad_rows
 from d2l_lib.formats.writing import FolderKind, name_failed_writes, remove_output
 from d2l_lib.hypernetwork import names_without_decay
+from d2l_lib.presets import Schedule
 from d2l_lib.records import append_jsonl, read_appended, read_json, write_jsonl
 
-LOG = "log.jsonl"
+_LOG = "log.jsonl"
 _STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole
 # What the Trainer writes into a checkpoint.
 TRAINING_CHECKPOINT = FolderKind(
@@ -40,15 +40,15 @@ TRAINING_CHECKPOINT = FolderKind(
 )
 
 
-class Report(TrainerCallback):
+class _Report(TrainerCallback):
     """One JSON line per report in `run`/log.jsonl, and one printed line: step, seconds trained, loss and the
     model's own report. Where the package tensorboard is installed the same numbers go to `run`/tensorboard.
 
     Seconds count on over interruptions. After a resumed start, lines of steps that will be trained again are dropped.
     """
 
-    def __init__(self, path: Path, model: nn.Module, stop_at: int | None = None):
-        self.path, self.model, self.stop_at = path, model, stop_at
+    def __init__(self, path: Path, model: nn.Module):
+        self.path, self.model = path, model
 
     def on_train_begin(self, args, state, control, **kwargs):
         kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
@@ -89,12 +89,19 @@ class Report(TrainerCallback):
         if self.board is not None:
             self.board.close()
 
+
+class _Stop(TrainerCallback):
+    """Ends a run after a step, with a checkpoint."""
+
+    def __init__(self, step: int):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self.stop_at is not None and state.global_step >= self.stop_at:
+        if state.global_step >= self.step:
             control.should_save = control.should_training_stop = True
 
 
-class Together(torch.optim.Optimizer):
+class _Together(torch.optim.Optimizer):
     """Several optimizers, each with parameters of its own, that step and are saved as one."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
@@ -154,14 +161,14 @@ class InOrderTrainer(Trainer):
         muon = torch.optim.Muon(
             matrices, lr=self.muon_rate, weight_decay=a.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
-        self.optimizer = Together([adam, muon])
+        self.optimizer = _Together([adam, muon])
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, and, where the model asks for it, how many contexts they have in all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.model_accepts_loss_kwargs:
-            own = torch.tensor(sum(len(batch["n_chunks"]) for batch in batches), device=device)
+            own = torch.tensor(sum(inputs["batch"].n_contexts for inputs in batches), device=device)
             items = self.accelerator.gather(own).sum()
         return batches, items
 
@@ -186,120 +193,121 @@ class InOrderTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in self.without_decay]
 
 
-def first(items: list) -> dict:
-    """Collator for data sets whose items are whole batches."""
-    return items[0]
+@dataclass(frozen=True)
+class Run:
+    """How this machine trains: where a run is kept, its seed, and what changes no number of it.
 
-
-def fit(
-    model: nn.Module,
-    batches: Dataset,
-    run: Path,
-    *,
-    steps: int,
-    learning_rate: float,
-    warmup_steps: int,
-    seed: int,
-    save_steps: int = 250,
-    report_steps: int = 50,
-    stop_at: int | None = None,
-    without_decay: Sequence[str] = (),
-    muon_rate: float | None = None,
-    min_learning_rate: float | None = None,
-    batches_per_step: int = 1,
-    keep: int | None = 2,
-    **options,
-) -> None:
-    """Train `model` (its forward returns {"loss": ...}) on `batches` in order, going on from the last checkpoint in
-    `run`.
-
-    `steps`, warmup_steps, save_steps, report_steps and stop_at count batches: of W processes each takes every W-th one,
-    and an optimizer step is made of W batches, as one process makes it with gradient_accumulation_steps=W. stop_at ends
-    this call early with a checkpoint; the schedule is that of `steps`. `batches_per_step` makes a step of so many
-    batches, whatever the number of processes, which must divide it (1: W batches, as above). `muon_rate`: see
-    InOrderTrainer. `min_learning_rate`: where the cosine ends (None: at 2% of the rate). `keep`: of the checkpoints
-    only so many last ones (None: all).
-
-    A model with `accepts_loss_kwargs` is given num_items_in_batch, the number of contexts in a step, and has to divide
-    its sums by it; so batches of any number of contexts can be accumulated. FloatingPointError when the loss is not a
-    number; the checkpoints written before it are kept. RuntimeError where one process sees several GPUs.
-    FileExistsError where `run` holds checkpoints or a log of another program. OSError names the checkpoint that cannot
-    be written.
+    folder: checkpoints and log; a run that was killed goes on there.
+    save_steps, report_steps: optimizer steps from checkpoint to checkpoint, and from log line to log line. Where a
+        schedule makes a step of one batch of each process, they count the steps of one process, as its `steps` do.
+    stop_at: end after so many steps with a checkpoint; the schedule stays that of all steps.
+    keep: of the checkpoints only so many last ones (None: all).
+    bf16: bfloat16 autocast around float32 parameters. recompute: see `step.Internalization`. compiled: torch.compile
+        for the Perceiver; needs a compiler.
+    arguments: others of transformers' TrainingArguments.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    check_run(run)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if batches_per_step > 1:
-        options["gradient_accumulation_steps"] = accumulation(batches_per_step, processes)
-    together = processes * options.get("gradient_accumulation_steps", 1)
-    steps, warmup_steps, save_steps, report_steps = (
-        max(1, round(count / together)) for count in (steps, warmup_steps, save_steps, report_steps)
+
+    folder: Path
+    seed: int = 0
+    save_steps: int = 250
+    report_steps: int = 50
+    stop_at: int | None = None
+    keep: int | None = 2
+    bf16: bool = False
+    recompute: bool = False
+    compiled: bool = False
+    arguments: Mapping[str, object] = field(default_factory=dict)
+
+    def stage(self, name: str, **changes) -> Run:
+        """This run's stage in a folder of its own, with other options changed."""
+        return replace(self, folder=self.folder / name, **changes)
+
+
+def fit(model: nn.Module, batches: Dataset, schedule: Schedule, run: Run) -> None:
+    """Train `model` on `batches` in order, going on from the last checkpoint in `run.folder`.
+
+    model: its forward takes `batch` (the fields of a batch that is a dict) and returns {"loss": ...}; `report` gives
+        numbers for the log. With `accepts_loss_kwargs` it also takes num_items_in_batch, the number of contexts in a
+        step, and has to divide its sums by it; so batches of any number of contexts can be accumulated.
+    schedule: `steps` and `warmup_steps` count batches. Of W processes each takes every W-th one, and an optimizer step
+        is made of W batches, as one process makes it with gradient_accumulation_steps=W, or of `batches_per_step`.
+
+    FloatingPointError when the loss is not a number; the checkpoints written before it are kept. RuntimeError where one
+    process sees several GPUs. FileExistsError where the folder holds checkpoints or a log of another program. OSError
+    names the checkpoint that cannot be written.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    _check_run(run.folder)
+    trainer = InOrderTrainer(
+        model=model,
+        args=_training_arguments(schedule, run),
+        train_dataset=batches,
+        data_collator=_named_batch,
+        callbacks=[_Report(run.folder / _LOG, model)],
     )
-    stop_at = None if stop_at is None else max(1, round(stop_at / together))
+    trainer.keep, trainer.muon_rate = run.keep, schedule.muon_rate
+    if run.stop_at is not None:
+        trainer.add_callback(_Stop(_optimizer_steps(run.stop_at * schedule.batches_per_step, schedule, run)))
+    if hasattr(model, "hypernetwork"):
+        names = names_without_decay(model.hypernetwork)
+        trainer.without_decay = frozenset(f"hypernetwork.{name}" for name in names)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(run.folder))
+
+
+def _training_arguments(schedule: Schedule, run: Run) -> TrainingArguments:
+    """The Trainer's settings; its steps are optimizer steps. RuntimeError where one process sees several GPUs."""
+    floor, each = schedule.min_learning_rate, schedule.batches_per_step
+    options = {"ddp_find_unused_parameters": False} | dict(run.arguments)
     arguments = TrainingArguments(
-        output_dir=str(run),
-        max_steps=steps,
+        output_dir=str(run.folder),
+        max_steps=_optimizer_steps(schedule.steps, schedule, run),
         per_device_train_batch_size=1,
-        learning_rate=learning_rate,
+        learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.02} if min_learning_rate is None else {"min_lr": min_learning_rate},
-        warmup_steps=warmup_steps,
-        logging_steps=report_steps,
+        lr_scheduler_kwargs={"min_lr_rate": 0.02} if floor is None else {"min_lr": floor},
+        warmup_steps=_optimizer_steps(schedule.warmup_steps, schedule, run),
+        weight_decay=0.01,
+        adam_beta2=schedule.adam_beta2,
+        logging_steps=_optimizer_steps(run.report_steps * each, schedule, run),
         logging_nan_inf_filter=False,
-        save_steps=save_steps,
-        seed=seed,
+        save_steps=_optimizer_steps(run.save_steps * each, schedule, run),
+        seed=run.seed,
+        bf16=run.bf16,
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),  # else the Trainer refuses bfloat16 there
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         remove_unused_columns=False,
-        **{"ddp_find_unused_parameters": False} | options,
+        **options | {"gradient_accumulation_steps": _accumulation(schedule, run)},
     )
     if arguments.n_gpu > 1:
         raise RuntimeError(
             "one process sees several GPUs: start one for each with torchrun --nproc_per_node, or show it one with "
             "CUDA_VISIBLE_DEVICES"
         )
-    trainer = InOrderTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=batches,
-        data_collator=first,
-        callbacks=[Report(run / LOG, model, stop_at)],
-    )
-    trainer.without_decay = frozenset(check_texts(without_decay, "names without weight decay"))
-    trainer.muon_rate, trainer.keep = muon_rate, keep
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(run))
+    return arguments
 
 
-def fit_step(step: nn.Module, p, batches: Dataset, run: Path, seed: int, **options) -> None:
-    """`fit` for a step that trains its `hypernetwork`: steps and rates are those of `p`, weight decay as published."""
-    fit(
-        step,
-        batches,
-        run,
-        steps=p.steps,
-        learning_rate=p.learning_rate,
-        warmup_steps=p.warmup_steps,
-        seed=seed,
-        weight_decay=0.01,
-        without_decay=[f"hypernetwork.{name}" for name in names_without_decay(step.hypernetwork)],
-        muon_rate=getattr(p, "muon_rate", None),
-        min_learning_rate=getattr(p, "min_learning_rate", None),
-        batches_per_step=getattr(p, "batches_per_step", 1),
-        **options,
-    )
+def _optimizer_steps(batches: int, schedule: Schedule, run: Run) -> int:
+    return max(1, round(batches / (_processes() * _accumulation(schedule, run))))
 
 
-def accumulation(batches_per_step: int, processes: int) -> int:
-    """Batches that each process takes for a step of `batches_per_step`; ValueError where they do not come out even."""
-    if batches_per_step % processes:
-        raise ValueError(
-            f"{processes} processes cannot share out {batches_per_step} batches evenly: start a number that divides "
-            "it, or change batches_per_step"
-        )
-    return batches_per_step // processes
+def _accumulation(schedule: Schedule, run: Run) -> int:
+    """Batches of a step that one process takes."""
+    if schedule.batches_per_step > 1:
+        return schedule.accumulation(_processes())
+    return run.arguments.get("gradient_accumulation_steps", 1)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _named_batch(items: list) -> dict:
+    """Collator for data sets whose items are whole batches: what `forward` takes."""
+    (batch,) = items
+    return batch if isinstance(batch, dict) else {"batch": batch}
 
 
 def own_device() -> str | None:
@@ -344,16 +352,16 @@ def is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def check_run(run: Path) -> None:
+def _check_run(run: Path) -> None:
     """FileExistsError where a folder holds checkpoints or a log that no training of this project wrote."""
-    log = run / LOG
+    log = run / _LOG
     try:
         read_log(log)
     except (OSError, ValueError) as error:
         raise FileExistsError(f"{log} is no log of a training ({error}): choose another folder for this run") from error
-    if not log.exists() and (found := checkpoints(run)):
+    if not log.exists() and (others := checkpoints(run)):
         raise FileExistsError(
-            f"{run} holds {found[0].name} but no {LOG}: these are checkpoints of another program, choose another "
+            f"{run} holds {others[0].name} but no {_LOG}: these are checkpoints of another program, choose another "
             "folder for this run"
         )
 
@@ -372,7 +380,7 @@ def step_of(checkpoint: Path) -> int:
     return check(TrainerState, read_json(path), path, "delete this checkpoint, it is damaged").global_step
 
 
-def last_whole_checkpoint(run: Path) -> str | None:
+def _last_whole_checkpoint(run: Path) -> str | None:
     """The newest checkpoint folder in `run` that is whole; newer half-written ones (a killed run) are deleted."""
     for folder in reversed(checkpoints(run)):
         if is_whole(folder):
@@ -380,37 +388,3 @@ def last_whole_checkpoint(run: Path) -> str | None:
         with suppress(FileNotFoundError):  # another process of the run may be deleting it too
             _delete(folder)
     return None
-
-
-# -------------------------------------------------------------------------------------------------- batches of chunks
-def chunk_batch(chunks: Sequence[Sequence[int]], n_chunks: Sequence[int], pad_id: int) -> dict:
-    """chunk_ids, chunk_mask, order and n_chunks of a batch (see NeedleBatches), for the chunks of all contexts in
-    order.
-    """
-    groups, order = group_by_length(chunks)
-    padded = [pad_rows(group, pad_id) for group in groups]
-    return {
-        "chunk_ids": [ids for ids, _ in padded],
-        "chunk_mask": [mask for _, mask in padded],
-        "order": torch.tensor(order),
-        "n_chunks": torch.tensor(n_chunks),
-    }
-
-
-def group_by_length(
-    chunks: Sequence[Sequence[int]], most_padding: float = 0.4
-) -> tuple[list[list[Sequence[int]]], list[int]]:
-    """Chunks sorted into groups whose lengths differ by at most `most_padding`, and where each chunk went.
-
-    The concatenated groups taken at `order` are the chunks as given.
-    """
-    by_length = sorted(range(len(chunks)), key=lambda c: -len(chunks[c]))
-    groups: list[list[Sequence[int]]] = []
-    for c in by_length:
-        if not groups or len(chunks[c]) < (1 - most_padding) * len(groups[-1][0]):
-            groups.append([])
-        groups[-1].append(chunks[c])
-    order = [0] * len(chunks)
-    for place, c in enumerate(by_length):
-        order[c] = place
-    return groups, order

@@ -4,7 +4,9 @@ Only answer tokens are looked at: `find_answer_tokens` says where they are, the 
 positions, and the averages weigh them per token or per context.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,34 +20,38 @@ from d2l_lib.training.batches import IGNORED
 class AnswerTokens:
     """The n answer tokens of a batch, in order.
 
-    token i is `label[i]`, predicted by the logits at [`row[i]`, `position[i]`] and part of question `question[i]`
-    (0 .. n_questions - 1). `scored` [all labels] is False for labels that no position of their question precedes.
+    Token i is `label[i]` of question `row[i]`, predicted by the logits at [`row[i]`, `position[i]`]. `scored` [all
+    labels] is False for labels that no position of their question precedes.
     """
 
     row: Tensor
     position: Tensor
     label: Tensor
-    question: Tensor
     scored: Tensor
     n_questions: int
 
     def __len__(self) -> int:
         return len(self.label)
 
+    def among_answers(self) -> AnswerTokens:
+        """The same tokens as places in logits [n, 1, vocabulary] that hold nothing else."""
+        row = torch.arange(len(self), device=self.row.device)
+        return replace(self, row=row, position=torch.zeros_like(self.position))
+
 
 def find_answer_tokens(labels: Tensor) -> AnswerTokens:
-    """Where the labels [batch, length] that are not -100 are predicted from: one position before each.
+    """Where the labels [questions, length] that are not IGNORED are predicted from: one position before each.
 
-    A row is a question. A label at its first token has nothing before it and is not scored.
+    A label at a question's first token has nothing before it and is not scored.
     """
     row, place = (labels != IGNORED).nonzero(as_tuple=True)
     scored = place > 0
     row, place = row[scored], place[scored]
-    return AnswerTokens(row, place - 1, labels[row, place], row, scored, len(labels))
+    return AnswerTokens(row, place - 1, labels[row, place], scored, len(labels))
 
 
 def cross_entropy(logits: Tensor, answers: AnswerTokens) -> Tensor:
-    """-log q(label) of each answer token, [n]; q is the softmax of logits [batch, length, vocabulary]."""
+    """-log q(label) of each answer token, [n]; q is the softmax of logits [questions, length, vocabulary]."""
     return F.cross_entropy(_predicting(logits, answers), answers.label, reduction="none")
 
 
@@ -75,20 +81,18 @@ def loss_of_contexts(per_token: Tensor, answers: AnswerTokens, n_questions: Tens
     n_questions = torch.as_tensor(n_questions, device=per_token.device)
     if int(n_questions.sum()) != answers.n_questions:
         raise ValueError(f"n_questions adds up to {int(n_questions.sum())}, the batch has {answers.n_questions}")
-    tokens = torch.bincount(answers.question, minlength=answers.n_questions)
-    of_question = per_token.new_zeros(answers.n_questions).index_add(0, answers.question, per_token)
+    tokens = torch.bincount(answers.row, minlength=answers.n_questions)
+    of_question = per_token.new_zeros(answers.n_questions).index_add(0, answers.row, per_token)
     of_question = of_question / tokens.clamp_min(1)
     context = torch.arange(len(n_questions), device=per_token.device).repeat_interleave(n_questions)
     answered = torch.bincount(context[tokens > 0], minlength=len(n_questions))
     return per_token.new_zeros(len(n_questions)).index_add(0, context, of_question) / answered.clamp_min(1)
 
 
-def context_average(
-    per_token: Tensor, answers: AnswerTokens, n_questions: Tensor, n_contexts: int | Tensor | None = None
-) -> Tensor:
-    """Sum of `loss_of_contexts` / number of contexts; `n_contexts` is the number over all accumulated batches."""
+def context_average(per_token: Tensor, answers: AnswerTokens, n_questions: Tensor) -> Tensor:
+    """The mean of `loss_of_contexts` over the contexts."""
     of_context = loss_of_contexts(per_token, answers, n_questions)
-    return of_context.sum() / (max(len(of_context), 1) if n_contexts is None else n_contexts)
+    return of_context.sum() / max(len(of_context), 1)
 
 
 def l1_penalty(loras: Loras, n_chunks: Tensor, rank: int, *, has_bias: bool = True) -> Tensor:

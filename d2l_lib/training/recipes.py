@@ -1,328 +1,379 @@
-"""Question answering: a hypernetwork learns what the base model answers with the document in its prompt.
+"""The recipes: which data train what, in which order.
 
-    single sentences, questions  ->  `readout.KeysAndValues`: a block's rows as keys and values
-    documents of the world       ->  `training.Internalization`, the last layer alone: many facts side by side
-    documents of the world       ->  \
-                                      batches of documents in chunks, with questions  ->  `training.Internalization`
-    self-generated shards        ->  /
+    train_base      the tiny base model, from nothing: `pretraining.Curriculum` in two stages
+    train_needle    warm-up on single sentences, then haystacks with a needle in two stages
+    train_qa        warm-up on single sentences (`warm_up.KeysAndValues`); documents of the world, first with the last
+                    layer alone: many facts side by side; self-generated shards
 
-The paper's main stage is the last line: the teacher's answers and their top-16 log-probabilities are read from
-`selfgen` shards (or published ones), and the student sees the question alone. The world's documents are drawn fresh,
-with the right answers. Batch i is a function of (seed, i), as everywhere.
-
-    d2l train --stage qa               # the bundled hypernetwork, from nothing
-    d2l train --stage qa --preset paper-gemma --shards FOLDER ...    # the published recipe on shards
+The paper's main stage is the last: the teacher's answers and their top-16 log-probabilities are read from `selfgen`
+shards (or published ones), and the student sees the question alone. `remake_...` train what is bundled, `own_...`
+train for a base model of one's own. The command is `d2l train` (see `command`); runs can be killed and go on.
 """
 
 from __future__ import annotations
 
-import math
-import random
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import pyarrow.compute as pc
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from d2l_lib.base_model import load_base_model
-from d2l_lib.documents import chat_affixes, chunk_document, context_ids, question_ids, stop_ids
-from d2l_lib.engine import TOP_K, pad_rows
+from d2l_lib.base_model import default_modules, load_base_model, module_sizes
+from d2l_lib.encoder import ContextEncoder
 from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.formats.shards import find_shards, read_shards
-from d2l_lib.hypernetwork import Hypernetwork
-from d2l_lib.presets import SHARD_STAGES, DistillationPreset, Preset, QAPreset
-from d2l_lib.records import read_rows, write_jsonl
-from d2l_lib.tasks import world
-from d2l_lib.training.batches import IGNORED, count_chunks, dataset_probabilities, split_into_chunks
-from d2l_lib.training.loop import chunk_batch, is_first_process, own_device
-from d2l_lib.training.pretraining import QUESTION_WEIGHTS
-from d2l_lib.training.step import (
-    exceeds,
-    fit_hypernetwork,
-    hypernetwork_config,
-    load_encoder,
-    train_hypernetwork,
-    without_step_options,
+from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder
+from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
+from d2l_lib.presets import (
+    NEEDLE_VARIANTS,
+    SHARD_STAGES,
+    HypernetworkPreset,
+    NeedlePreset,
+    Preset,
+    QAPreset,
+    TrainingPreset,
 )
+from d2l_lib.records import read_json, read_rows, write_json, write_jsonl
+from d2l_lib.training import pretraining
+from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
+from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, read_log
+from d2l_lib.training.step import Internalization
 from d2l_lib.training.warm_up import (
     KeysAndValues,
+    Readout,
     ReadoutBatches,
+    fit_scalers,
     key_whitening,
-    let_blocks_act,
-    plain_keys,
+    needle_sentences,
     spread_to_all_layers,
     start_linear,
     train_readout,
+    unwhiten_keys,
 )
 
-MOST_REFUSED = 1000  # documents in a row that are too long for a batch
-CERTAIN = [0.0] + [-1e4] * (TOP_K - 1)  # log-probabilities of a teacher that has no doubt
+HYPERNETWORK = "hypernetwork.json"
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
-class WorldDocuments:
-    """A source of fresh documents of the world, with the right answers in place of a teacher's (cross-entropy).
+# ----------------------------------------------------------------------------------------------------- the base model
+def train_base(p: Preset, run: Run, fast: bool = False) -> None:
+    """The tiny base model from nothing; tokenizer and weights end in `run.folder`/final.
 
-    A question is about the encyclopedia with `p.unrelated_share`, has no answer with `p.unanswerable_share` of the
-    rest, and is of one of the other kinds (those in `p.kinds`, if given) otherwise. With `p.strangers_share` the facts
-    are shared out among several documents, one after another in one context.
+    `fast`: bfloat16 arithmetic on float32 weights, and compiled code; needs a C++ compiler.
+    """
+    sizes = p.base
+    tokenizer = pretraining.build_tokenizer(sizes.vocab_size, sizes.window, run.seed)
+    torch.manual_seed(run.seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            sizes.architecture,
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.hidden_size,
+            num_hidden_layers=sizes.n_layers,
+            num_attention_heads=sizes.n_heads,
+            num_key_value_heads=sizes.n_heads,
+            head_dim=sizes.head_dim,
+            intermediate_size=sizes.intermediate_size,
+            max_position_embeddings=sizes.window,
+            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    for stage, schedule in {"first": sizes, "polish": sizes.polish}.items():
+        step = pretraining.AnswerLoss(model.model, compiled=fast)
+        limits = (schedule.steps, sizes.batch_tokens, sizes.window)
+        batches = pretraining.Curriculum(tokenizer, *limits, run.seed, polish=stage == "polish")
+        fit(step, batches, schedule, run.stage(stage, bf16=fast))
+    with atomic_folder(run.folder / "final", _base_folder(model.config.to_dict())) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _base_folder(config: dict) -> FolderKind:
+    """An earlier base model of these sizes, which a new one may replace."""
+    sizes = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "head_dim")
+
+    def recognise(folder: Path) -> list[str]:
+        before = read_json(folder / "config.json")
+        return PRETRAINED_FILES if all(before.get(name) == config.get(name) for name in sizes) else []
+
+    return FolderKind("base model of these sizes", tuple(PRETRAINED_FILES), recognise)
+
+
+# ----------------------------------------------------------------------------------------------------- hypernetworks
+@dataclass(frozen=True)
+class Base:
+    """The frozen base model that a hypernetwork is trained for.
+
+    name: what it is found by when the checkpoint is loaded.
+    encoder: what reads the documents (None: the base model). encoder_name: of another model than the base model; the
+        chunks of batches are in that model's tokens.
     """
 
-    def __init__(self, tokenizer, p: DistillationPreset, split: str = "train"):
-        self.tokenizer, self.p, self.split = tokenizer, p, split
-        self.kinds = [kind for kind in p.kinds or QUESTION_WEIGHTS if kind != "unanswerable"]
-        self.weights = [QUESTION_WEIGHTS[kind] for kind in self.kinds]
-        self.stop = stop_ids(tokenizer)[-1]  # that of the chat template, where it has one of its own
+    model: torch.nn.Module
+    tokenizer: object
+    name: str
+    encoder: torch.nn.Module | None = None
+    encoder_name: str | None = None
 
-    def draw_size(self, rng: random.Random, progress: float) -> int:
-        """How many facts the contexts of a batch have: log-uniform, so that each doubling is as likely; `progress` (0
-        to 1) decides up to how many.
-        """
-        p, (start, end) = self.p, self.p.facts_grow
-        growth = min(1.0, max(0.0, (progress - start) / max(1e-9, end - start)))
-        return max(1, round(p.least_facts * (p.most_facts / p.least_facts) ** (growth * rng.random())))
-
-    def draw(self, rng: random.Random, n_facts: int) -> dict:
-        """A row as in `selfgen` shards, of a context of `n_facts` facts."""
-        p = self.p
-        count = round(n_facts ** rng.random()) if rng.random() < p.strangers_share else 1  # of documents
-        sizes = [n_facts // count + (i < n_facts % count) for i in range(count)]
-        distractors = rng.choice((0.0, 0.2, 0.5))
-        documents = [world.draw_document(rng, self.split, size, distractors) for size in sizes]
-        asked: list[world.Question] = []
-        while len(asked) < min(p.questions, n_facts + 2):
-            if rng.random() < p.unrelated_share:
-                asked += world.encyclopedia_questions(rng, 1)
-                continue
-            (document,) = rng.choices(documents, sizes)
-            unanswerable = rng.random() < p.unanswerable_share
-            kind = "unanswerable" if unanswerable else rng.choices(self.kinds, self.weights)[0]
-            question = world.ask(rng, document, kind)
-            asked.append(question or world.question_about(rng, rng.choice(document.facts)))
-        text = "\n".join(document.text for document in documents)
-        questions = question_ids(self.tokenizer, [question.text for question in asked])
-        answers = self.tokenizer([question.answer for question in asked], add_special_tokens=False)["input_ids"]
-        answers = [ids + [self.stop] for ids in answers]
-        return {
-            "document": text,
-            "ctx_ids": context_ids(self.tokenizer, text),
-            "input_ids": [q + a for q, a in zip(questions, answers, strict=True)],
-            "response_start_end": [[len(q), len(q) + len(a)] for q, a in zip(questions, answers, strict=True)],
-            "logprobs_vals": [[CERTAIN] * len(ids) for ids in answers],
-            "logprobs_indices": [[[token] + [0] * (TOP_K - 1) for token in ids] for ids in answers],
-        }
+    @classmethod
+    def load(cls, source: str, p: TrainingPreset) -> Base:
+        """The base model `source`, with a copy in 4-bit weights that reads documents where `p` says so."""
+        model, tokenizer = load_base_model(source, device=own_device())
+        return cls(model, tokenizer, source, load_encoder(p, source))
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
-class DistillationBatches(Dataset):
-    """Batches of documents in chunks and questions about them; item i is a function of (seed, i).
+def hypernetwork_config(
+    p: HypernetworkPreset, base_model, base_name: str, encoder_model=None, encoder_name: str | None = None
+) -> HypernetworkConfig:
+    """The hypernetwork's sizes for this preset and base model; it writes the MLP down projections.
 
-    sources: data sets as `selfgen.read_shards` returns them, or `WorldDocuments`, drawn from with `weights` (default:
-    by size, see `batches.dataset_probabilities`; needed where a source has no size). In the first `single_chunk_share`
-    of the steps a document is one chunk, and of data sets only documents of at most `longest_chunk` tokens are drawn;
-    after that each context is cut into chunks of its own random size, or, with `chunk_probabilities`, into a random
-    number of equal ones. A batch is full at `contexts` documents or `chunks` chunks, or where the next document would
-    exceed `context_tokens` or `input_tokens`. ValueError where no document is short enough to begin with or for a
-    batch, or where weights and sources differ in number.
-
-    Item: chunk_ids, chunk_mask, order, n_chunks [contexts] as in `training.NeedleBatches`; n_questions [contexts];
-    input_ids, labels [questions, length]; teacher_log_probs, teacher_indices [answer tokens, k].
+    encoder_model: the context encoder, loaded from encoder_name, where it is not the base model. With
+        per_layer_activations it gives one hidden state for each layer of the base model, so it must have as many.
     """
-
-    def __init__(
-        self, tokenizer, p: DistillationPreset, sources: Sequence, seed: int, weights: Sequence[float] | None = None
-    ):
-        if weights is not None and len(weights) != len(sources):
-            raise ValueError(f"{len(weights)} weights for {len(sources)} data sets: give one for each")
-        self.tokenizer, self.p, self.sources, self.seed = tokenizer, p, list(sources), seed
-        endless = [isinstance(source, WorldDocuments) for source in sources]
-        if weights is None and any(endless):
-            raise ValueError("documents of the world have no end: give weights for the sources")
-        self.weights = list(weights or dataset_probabilities([len(source) for source in sources]))
-        self.prefix, self.suffix = chat_affixes(tokenizer)
-        wrapping = len(self.prefix) + len(self.suffix)
-        longest = min(p.longest_chunk + wrapping, p.context_tokens or math.inf)
-        self.short = [
-            range(1) if is_endless else np.flatnonzero(context_lengths(source) <= longest).tolist()
-            for source, is_endless in zip(self.sources, endless, strict=True)
-        ]
-        if p.single_chunk_share > 0 and not any(self.short):
-            raise ValueError(
-                f"no document has at most {p.longest_chunk} tokens: training begins with documents of one chunk, so "
-                "add shorter ones, raise longest_chunk or set single_chunk_share to 0"
-            )
-
-    def __len__(self) -> int:
-        return self.p.steps
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        rng, p = random.Random(f"distillation/{self.seed}/{i}"), self.p
-        single = i < p.single_chunk_share * p.steps
-        chunks: list[list[int]] = []
-        rows, labels, n_chunks, n_questions, values, indices = [], [], [], [], [], []
-        sizes = [
-            source.draw_size(rng, i / p.steps) if isinstance(source, WorldDocuments) else 0 for source in self.sources
-        ]
-        refused = 0
-        while len(n_chunks) < p.contexts and len(chunks) < p.chunks:
-            sample = self._draw(rng, single, sizes)
-            ends = [end for _, end in sample["response_start_end"]]
-            usable = [q for q, end in enumerate(ends) if p.question_tokens is None or end <= p.question_tokens]
-            pieces = [sample["ctx_ids"]] if single else self._cut(rng, sample)
-            asked = rng.sample(usable, min(p.questions, len(usable), len(pieces) + 1))
-            own = [sample["input_ids"][q][: ends[q]] for q in asked]
-            if not asked or exceeds(p, chunks + pieces, rows + own):
-                if asked and n_chunks:
-                    break
-                refused += 1
-                if refused == MOST_REFUSED:
-                    raise ValueError(
-                        f"of {refused} documents none fits into a batch of {p.context_tokens} tokens with questions of "
-                        f"{p.question_tokens}, {p.input_tokens} in all: raise context_tokens, question_tokens, "
-                        "input_tokens, or cut the documents"
-                    )
-                continue
-            chunks += pieces
-            n_chunks.append(len(pieces))
-            n_questions.append(len(asked))
-            rows += own
-            for q, ids in zip(asked, own, strict=True):
-                start = sample["response_start_end"][q][0]
-                labels.append([IGNORED] * start + ids[start:])
-                values += sample["logprobs_vals"][q]
-                indices += sample["logprobs_indices"][q]
-        return {
-            **chunk_batch(chunks, n_chunks, self.tokenizer.pad_token_id),
-            "n_questions": torch.tensor(n_questions),
-            "input_ids": pad_rows(rows, self.tokenizer.pad_token_id)[0],
-            "labels": pad_rows(labels, IGNORED)[0],
-            "teacher_log_probs": torch.tensor(values, dtype=torch.float32),
-            "teacher_indices": torch.tensor(indices),
-        }
-
-    def _draw(self, rng: random.Random, single: bool, sizes: list[int]) -> dict:
-        weights = [
-            weight if len(own) or not single else 0.0 for weight, own in zip(self.weights, self.short, strict=True)
-        ]
-        place = rng.choices(range(len(weights)), weights)[0]
-        source = self.sources[place]
-        if isinstance(source, WorldDocuments):
-            return source.draw(rng, sizes[place])
-        return source[rng.choice(self.short[place]) if single else rng.randrange(len(source))]
-
-    def _cut(self, rng: random.Random, sample: dict) -> list[list[int]]:
-        """The document in chunks of at most a random number of tokens: at sentence ends where its text is known, else
-        at any token, as published; or in a random number of chunks.
-        """
-        p, ids = self.p, sample["ctx_ids"]
-        if p.chunk_probabilities is not None:
-            n = count_chunks(
-                len(ids), p.longest_chunk, min_length=p.shortest_chunk, probabilities=p.chunk_probabilities, rng=rng
-            )
-            return split_into_chunks(ids, n, self.prefix, self.suffix)
-        size = rng.randint(p.shortest_chunk, p.longest_chunk)
-        if text := sample.get("document"):
-            return context_ids(self.tokenizer, [chunk.text for chunk in chunk_document(text, self.tokenizer, size)])
-        return split_into_chunks(ids, -(-len(ids) // size), self.prefix, self.suffix)
+    d_in, d_out = module_sizes(base_model, default_modules(base_model))
+    n_layers = base_model.config.get_text_config().num_hidden_layers
+    encoder_layer = p.encoder_layer
+    if encoder_model is not None and p.encoder_type == "per_layer_activations" and encoder_layer is None:
+        encoder_layer = n_layers
+    encoder = ContextEncoder(base_model if encoder_model is None else encoder_model, p.encoder_type, encoder_layer)
+    return HypernetworkConfig(
+        n_layers=n_layers,
+        d_in=d_in,
+        d_out=d_out,
+        feature_size=encoder.feature_size,
+        latent_size=p.latent_size,
+        rank=p.rank,
+        encoder_type=p.encoder_type,
+        encoder_layer=encoder_layer,
+        use_bias=p.use_bias,
+        n_latent_queries=p.n_latent_queries,
+        n_blocks=p.n_blocks,
+        n_heads=p.n_heads,
+        n_kv_heads=p.n_kv_heads,
+        head_dim=p.head_dim,
+        per_layer_processing=True,
+        base_model=base_name,
+        encoder_model=encoder_name,
+        encoder_4bit=p.encoder_bits == 4,
+    )
 
 
-def context_lengths(source) -> np.ndarray:
-    """Tokens of each document of a data set as `selfgen.read_shards` returns it; no document is read."""
-    if source._indices is None:
-        return pc.list_value_length(source.data.column("ctx_ids")).to_numpy()
-    return np.array([len(ids) for ids in source["ctx_ids"]])
+def new_hypernetwork(p: HypernetworkPreset, base: Base, seed: int) -> Hypernetwork:
+    """A fresh hypernetwork of these sizes, a function of the seed."""
+    encoder = None if base.encoder_name is None else base.encoder  # a copy of the base model has no name of its own
+    torch.manual_seed(seed)
+    return Hypernetwork(hypernetwork_config(p, base.model, base.name, encoder, base.encoder_name))
 
 
-def train_distillation(
-    p: DistillationPreset,
-    base_model,
-    tokenizer,
-    sources: Sequence,
-    run: Path,
-    seed: int,
-    base_name: str,
-    weights: Sequence[float] | None = None,
-    **options,
-) -> Hypernetwork:
-    """A hypernetwork for `base_model` that learned the answers in `sources` (see DistillationBatches), resumable in
-    `run`; `options` go to `trainer.fit`.
+def train_hypernetwork(p: TrainingPreset, base: Base, batches: Dataset, run: Run) -> Hypernetwork:
+    """A new hypernetwork for the base model, trained on `batches`."""
+    hypernetwork = new_hypernetwork(p, base, run.seed)
+    fit_hypernetwork(p, base, hypernetwork, batches, run)
+    return hypernetwork
+
+
+def fit_hypernetwork(p: TrainingPreset, base: Base, hypernetwork: Hypernetwork, batches: Dataset, run: Run) -> None:
+    """Train `hypernetwork` on `batches` in place, resumable; steps, rates and loss are those of `p`.
+
+    What the hypernetwork is goes to `run.folder`/hypernetwork.json, so that checkpoints can be read while the run goes
+    on (see `studies.watch`); ValueError where the run already has checkpoints of another one.
     """
-    batches = DistillationBatches(tokenizer, p, sources, seed, weights)
-    return train_hypernetwork(p, base_model, batches, run, seed, base_name, **options)
+    if run.compiled:
+        hypernetwork.aggregator.perceiver.compile(dynamic=True)
+    step = Internalization(base.model, hypernetwork, p, base.encoder, run.recompute)
+    if is_first_process():
+        _write_down(hypernetwork, run.folder, p.chunk_tokens)
+    fit(step, batches, p, run)
 
 
-# --------------------------------------------------------------------------------------------------------- the command
-def train_qa(
-    p: QAPreset, base_model, tokenizer, run: Path, seed: int, base_name: str, shards: Path | Sequence | None, **options
-) -> Hypernetwork:
-    """A question-answering hypernetwork in the stages of `p`, each resumable in a folder of `run`.
+def _write_down(hypernetwork: Hypernetwork, folder: Path, chunk_tokens: int) -> None:
+    """`folder`/hypernetwork.json; ValueError where one of another hypernetwork is there, with checkpoints."""
+    facts = {"hypernetwork": hypernetwork.config.to_dict(), "chunk_tokens": chunk_tokens}
+    path = folder / HYPERNETWORK
+    if checkpoints(folder) and path.exists() and read_json(path) != facts:
+        raise ValueError(
+            f"{folder} has checkpoints of a hypernetwork of other sizes: choose another folder for this run"
+        )
+    write_json(path, facts)
+
+
+def train_needle(p: NeedlePreset, base: Base, run: Run) -> Hypernetwork:
+    """A hypernetwork trained on needles: the warm-up, if `p` has one, then two stages (see `NeedleBatches`).
+
+    run.stop_at ends the first stage after the warm-up early, and with it this call.
+    """
+    hypernetwork = new_hypernetwork(p, base, run.seed)
+    if p.readout is not None:
+        start_linear(hypernetwork, base.model, base.tokenizer, run.seed)
+        sentences = ReadoutBatches(base.tokenizer, p.readout, run.seed, needle_sentences)
+        torch.manual_seed(run.seed)
+        train_readout(p.readout, Readout(base.model, hypernetwork), sentences, run.stage("readout", stop_at=None))
+    fit_hypernetwork(p, base, hypernetwork, NeedleBatches(base.tokenizer, p, run.seed), run)
+    if p.polish_steps and run.stop_at is None:
+        batches = NeedleBatches(base.tokenizer, p, run.seed, polish=True)
+        fit_hypernetwork(p.polish, base, hypernetwork, batches, run.stage("polish"))
+    return hypernetwork
+
+
+def train_qa(p: QAPreset, base: Base, run: Run, shards: str | Path | Sequence | None = None) -> Hypernetwork:
+    """A question-answering hypernetwork in the stages of `p`, each resumable in a folder of its own.
 
     shards: a finished folder of `selfgen`, or data sets as `read_shards` returns them; None leaves out the stages that
-    need them. `options` go to `training.fit_hypernetwork`.
+    need them.
     """
-    torch.manual_seed(seed)
-    first = next(iter(p.stages.values()))
-    hypernetwork = Hypernetwork(hypernetwork_config(first, base_model, base_name))
+    hypernetwork = new_hypernetwork(p.first, base, run.seed)
     if p.readout is not None:
-        start_linear(hypernetwork, base_model, tokenizer, seed)
-        sentences = ReadoutBatches(tokenizer, p.readout, seed)
+        start_linear(hypernetwork, base.model, base.tokenizer, run.seed)
+        sentences = ReadoutBatches(base.tokenizer, p.readout, run.seed)
         (module,) = hypernetwork.config.modules
-        whitening = key_whitening(base_model, module, sentences, directions=p.readout.whiten)
-        warm_up = KeysAndValues(base_model, hypernetwork, whitening, last_layer=first.last_layer)
-        train_readout(p.readout, warm_up, sentences, run / "readout", seed, **without_step_options(options))
-        let_blocks_act(warm_up, sentences[0])
-    only_last = first.last_layer
+        whitening = key_whitening(base.model, module, sentences, directions=p.readout.whiten)
+        warm_up = KeysAndValues(base.model, hypernetwork, whitening, last_layer=p.first.last_layer)
+        train_readout(p.readout, warm_up, sentences, run.stage("readout"))
+        fit_scalers(warm_up, sentences[0])
+    only_last = p.first.last_layer
     for stage, settings in p.stages.items():
         if stage in SHARD_STAGES and shards is None:
             continue
         if only_last and not settings.last_layer and p.readout is not None:
-            spread_to_all_layers(KeysAndValues(base_model, hypernetwork, whitening), sentences)
+            spread_to_all_layers(KeysAndValues(base.model, hypernetwork, whitening), sentences)
         only_last = settings.last_layer
         if stage not in SHARD_STAGES:
-            sources = [WorldDocuments(tokenizer, settings)]
+            sources = [WorldDocuments(base.tokenizer, settings)]
         else:
             sources = [read_shards(shards)] if isinstance(shards, str | Path) else shards
         weights = [1.0] if len(sources) == 1 else None
-        batches = DistillationBatches(tokenizer, settings, sources, seed, weights)
-        fit_hypernetwork(settings, base_model, hypernetwork, batches, run / stage, seed, **options)
+        batches = DistillationBatches(base.tokenizer, settings, sources, run.seed, weights)
+        fit_hypernetwork(settings, base, hypernetwork, batches, run.stage(stage))
     if p.readout is not None:
-        plain_keys(hypernetwork)
+        unwhiten_keys(hypernetwork)
     return hypernetwork
+
+
+# ---------------------------------------------------------------------------------------------------- what is bundled
+def remake_base(p: Preset, runs: Path, data: Path, fast: bool) -> None:
+    """Train the base model and put it and its training log into `data`."""
+    run = Run(runs / p.name / "base", p.base.seed)
+    train_base(p, run, fast)
+    if not is_first_process():
+        return
+    kind = _base_folder(read_json(run.folder / "final" / "config.json"))
+    with atomic_folder(data / p.name / "base_model", kind) as folder:
+        shutil.copytree(run.folder / "final", folder, dirs_exist_ok=True)
+    log = [{"seed": run.seed, **line} for line in _whole_log(run.folder / "first", run.folder / "polish")]
+    write_jsonl(data / "full_runs" / "base_model_training.jsonl", log)
+
+
+def _whole_log(*stages: Path) -> list[dict]:
+    """The training logs of stages that followed each other as one: steps and seconds count on."""
+    lines: list[dict] = []
+    for stage in stages:
+        before = {name: lines[-1][name] if lines else 0 for name in ("step", "seconds")}
+        later = read_log(stage / "log.jsonl")
+        lines += [{**line, **{name: round(line[name] + start, 1) for name, start in before.items()}} for line in later]
+    return lines
+
+
+def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) -> None:
+    """Train a needle hypernetwork on the bundled base model; logs go to `data`, and the bundled one's weights too."""
+    settings = replace(p.needle, **NEEDLE_VARIANTS[variant])
+    name = f"needle_{variant}_seed{seed}"
+    run = Run(runs / p.name / name, seed)
+    base = Base.load(p.name, settings)
+    hypernetwork = train_needle(settings, base, run)
+    if not is_first_process():
+        return
+    bundled = (seed, variant) == (p.needle.seed, "ours")
+    final = data / p.name / "hypernetwork" if bundled else run.folder / "final"
+    facts = {"preset": p.name, "variant": variant, "seed": seed}
+    save_checkpoint(final, hypernetwork, facts | {"chunk_tokens": settings.chunk_tokens, "base_model": p.name})
+    facts = {"seed": seed, "variant": variant, "threads": torch.get_num_threads()}
+    log = [facts | line for line in _whole_log(run.folder / "readout", run.folder, run.folder / "polish")]
+    write_jsonl(data / "full_runs" / f"{name}_training.jsonl", log)
 
 
 def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
     """Train the bundled question-answering hypernetwork on the bundled base model; logs go to `data` too."""
-    base_model, tokenizer = load_base_model(p.name)
-    run = runs / p.name / f"qa_seed{seed}"
-    hypernetwork = train_qa(p.qa, base_model, tokenizer, run, seed, p.name, None)
+    run = Run(runs / p.name / f"qa_seed{seed}", seed)
+    hypernetwork = train_qa(p.qa, Base(*load_base_model(p.name), p.name), run)
     if not is_first_process():
         return
     meta = {"preset": p.name, "seed": seed, "chunk_tokens": p.qa.world.chunk_tokens, "base_model": p.name}
-    folder = data / p.name / "qa" if seed == p.qa.world.seed else run / "final"
+    folder = data / p.name / "qa" if seed == p.qa.world.seed else run.folder / "final"
     save_checkpoint(folder, hypernetwork, meta, torch.float16)
     for stage in ("readout", *p.qa.stages):
-        if (run / stage / "log.jsonl").exists():
-            log = [{"seed": seed, **line} for line in read_rows(run / stage / "log.jsonl")]
+        if (path := run.folder / stage / "log.jsonl").exists():
+            log = [{"seed": seed, **line} for line in read_rows(path)]
             write_jsonl(data / "full_runs" / f"qa_seed{seed}_{stage}_training.jsonl", log)
 
 
-def train_own(
-    p: QAPreset, source: str, run: Path, seed: int, meta: dict, shards: Sequence[Path], cache: Path, **options
-):
-    """Train a hypernetwork for the base model `source`, in the stages of `p`; it ends in `run`/final."""
+# -------------------------------------------------------------------------------------------- base models of one's own
+def own_needle(p: NeedlePreset, source: str, run: Run, preset_name: str) -> None:
+    """Train a needle hypernetwork for the base model `source`; it ends in `run.folder`/final."""
+    _print_run(p, source, run.folder)
+    hypernetwork = train_needle(p, Base.load(source, p), run)
+    _save_own(hypernetwork, source, run, preset_name, p.chunk_tokens)
+
+
+def own_qa(p: QAPreset, source: str, run: Run, preset_name: str, shards: Sequence[Path], cache: Path) -> None:
+    """Train a question-answering hypernetwork for the base model `source`; it ends in `run.folder`/final.
+
+    shards: folders or files of self-generated data; cache: where they are unpacked to. ValueError where all stages need
+    such data and there are none.
+    """
+    for name, stage in p.stages.items():
+        _print_run(stage, source, run.folder / name)
     needs_shards = [stage for stage in p.stages if stage in SHARD_STAGES]
     if needs_shards and not shards and len(needs_shards) == len(p.stages):
         raise ValueError(f"the stages {', '.join(needs_shards)} learn from self-generated data: give --shards")
     stages = list(p.stages.values())
-    base_model, tokenizer = load_base_model(source, device=own_device())
-    known = base_model.get_input_embeddings().num_embeddings
+    base = Base.load(source, stages[0])
+    known = base.model.get_input_embeddings().num_embeddings
     files_of = find_shards(shards).values() if shards else []
     data = [read_shards(files, cache, vocabulary=known) for files in files_of] or None
-    encoder = load_encoder(stages[0], source)
-    hypernetwork = train_qa(p, base_model, tokenizer, run, seed, source, data, encoder_model=encoder, **options)
+    hypernetwork = train_qa(p, base, run, data)
+    _save_own(hypernetwork, source, run, preset_name, stages[-1].chunk_tokens)
+
+
+def _save_own(hypernetwork: Hypernetwork, source: str, run: Run, preset_name: str, chunk_tokens: int) -> None:
     if is_first_process():
-        meta = meta | {"seed": seed, "chunk_tokens": stages[-1].chunk_tokens, "base_model": source}
-        save_checkpoint(run / "final", hypernetwork, meta)
+        meta = {"preset": preset_name, "seed": run.seed, "chunk_tokens": chunk_tokens, "base_model": source}
+        save_checkpoint(run.folder / "final", hypernetwork, meta)
+
+
+def _print_run(p: TrainingPreset, base_name: str, folder: Path) -> None:
+    """One line, from the first process."""
+    if is_first_process():
+        steps = f"{p.steps // p.batches_per_step} steps of {p.batches_per_step} batches"
+        print(f"{folder}: a hypernetwork for {base_name}, {steps}", flush=True)
+
+
+def settle_encoder(p: TrainingPreset) -> TrainingPreset:
+    """`p` with the encoder that this machine can run: without a GPU none in 4 bits, which one printed line says.
+
+    ValueError where there is a GPU but not the package bitsandbytes.
+    """
+    if p.encoder_bits is None:
+        return p
+    if p.encoder_bits != 4:
+        raise ValueError(f"encoder_bits is {p.encoder_bits}: 4, or None for the base model itself")
+    if not torch.cuda.is_available():
+        if is_first_process():
+            print("no GPU: documents are read by the base model itself, not by a copy in 4-bit weights", flush=True)
+        return replace(p, encoder_bits=None)
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "a 4-bit context encoder needs the package bitsandbytes: install it, or --set encoder_bits=None"
+        )
+    return p
+
+
+def load_encoder(p: TrainingPreset, source: str):
+    """The copy of the base model in 4-bit weights that reads documents for `p`, or None: the base model reads them."""
+    return None if p.encoder_bits is None else load_base_model(source, device=own_device(), four_bit=True)[0]

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 from d2l_lib.documents import check_texts
 from d2l_lib.presets import PRESETS, SHARD_STAGES, preset
-from d2l_lib.training.loop import accumulation
 
 STAGES = ("needle", "qa")
 
@@ -49,7 +48,7 @@ def sbatch_script(
         )
     for settings in [p.needle] if stage == "needle" else p.qa.stages.values():
         if settings.batches_per_step > 1:
-            accumulation(settings.batches_per_step, nodes * gpus)
+            settings.accumulation(nodes * gpus)
     if stage == "qa" and not shards and all(one in SHARD_STAGES for one in p.qa.stages):
         raise ValueError("this preset learns from self-generated data: give its folders as shards")
     command = ["-m", "d2l_lib", "train", "--stage", stage, "--preset", name, "--runs", runs]

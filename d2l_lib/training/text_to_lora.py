@@ -3,7 +3,7 @@
     features [n, T, F] --mean over tokens--> [n, F] --MLP, told which layer and module--> A, B of that layer and module
 
 The mean keeps what a text is about, not which name stands beside which: what Doc-to-LoRA's Perceiver is for. It is
-trained on the same documents with the same loss (`training.Internalization`), each document in one chunk.
+trained on the same documents with the same loss (`step.Internalization`), each document in one chunk.
 
     d2l train --stage text-to-lora                                        # trained, into runs/
     d2l study methods --text-to-lora runs/tiny/text_to_lora_seed0/final   # compared
@@ -28,9 +28,9 @@ from d2l_lib.hypernetwork import HypernetworkConfig, Loras, zero_padding
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import DistillationPreset, Preset
 from d2l_lib.records import read_json, read_rows, write_jsonl
-from d2l_lib.training.loop import is_first_process
-from d2l_lib.training.recipes import DistillationBatches, WorldDocuments
-from d2l_lib.training.step import fit_hypernetwork, hypernetwork_config
+from d2l_lib.training.contexts import DistillationBatches, WorldDocuments
+from d2l_lib.training.loop import Run, is_first_process
+from d2l_lib.training.recipes import Base, fit_hypernetwork, hypernetwork_config
 
 
 class TextToLoRA(nn.Module):
@@ -74,15 +74,13 @@ class TextToLoRA(nn.Module):
         return
 
 
-def train_text_to_lora(
-    p: DistillationPreset, base_model, tokenizer, run: Path, seed: int, base_name: str, **options
-) -> TextToLoRA:
-    """A text-to-LoRA hypernetwork trained on fresh documents of the world, resumable in `run`."""
+def train_text_to_lora(p: DistillationPreset, base: Base, run: Run) -> TextToLoRA:
+    """A text-to-LoRA hypernetwork trained on fresh documents of the world, resumable."""
     p = replace(p, single_chunk_share=1.0, use_bias=False, last_layer=False)
-    torch.manual_seed(seed)
-    network = TextToLoRA(replace(hypernetwork_config(p, base_model, base_name), scale=1.0))
-    batches = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p)], seed, [1.0])
-    fit_hypernetwork(p, base_model, network, batches, run, seed, **options)
+    torch.manual_seed(run.seed)
+    network = TextToLoRA(replace(hypernetwork_config(p, base.model, base.name), scale=1.0))
+    batches = DistillationBatches(base.tokenizer, p, [WorldDocuments(base.tokenizer, p)], run.seed, [1.0])
+    fit_hypernetwork(p, base, network, batches, run)
     return network
 
 
@@ -124,10 +122,9 @@ def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
 
 def remake_text_to_lora(p: Preset, runs: Path, data: Path, seed: int) -> None:
     """Train the hypernetwork to compare with, into `runs`; its log goes to `data` too."""
-    base_model, tokenizer = load_base_model(p.name)
-    run = runs / p.name / f"text_to_lora_seed{seed}"
-    network = train_text_to_lora(p.qa.world, base_model, tokenizer, run, seed, p.name)
+    run = Run(runs / p.name / f"text_to_lora_seed{seed}", seed)
+    network = train_text_to_lora(p.qa.world, Base(*load_base_model(p.name), p.name), run)
     if is_first_process():
-        save_text_to_lora(run / "final", network)
-        log = [{"seed": seed, **line} for line in read_rows(run / "log.jsonl")]
+        save_text_to_lora(run.folder / "final", network)
+        log = [{"seed": seed, **line} for line in read_rows(run.folder / "log.jsonl")]
         write_jsonl(data / "full_runs" / f"text_to_lora_seed{seed}_training.jsonl", log)

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -26,21 +26,22 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
-from d2l_lib.base_model import final_norm
+from d2l_lib.base_model import default_modules, final_norm
 from d2l_lib.documents import chunk_document, context_ids, question_ids
 from d2l_lib.encoder import ContextEncoder, check_writes_residual, linear_inputs
 from d2l_lib.engine import pad_rows
 from d2l_lib.hypernetwork import Hypernetwork, PerLayerLinear
 from d2l_lib.lora import hooked
-from d2l_lib.presets import ReadoutPreset
+from d2l_lib.presets import WarmUpPreset
 from d2l_lib.tasks import needles, world
-from d2l_lib.training.batches import IGNORED
-from d2l_lib.training.loop import chunk_batch, fit_step
+from d2l_lib.training.batches import IGNORED, Chunks, SentenceBatch
+from d2l_lib.training.loop import Run, fit
 
-Sentence = tuple[str, str, str]  # a text, a question about it, the answer
+_Sentence = tuple[str, str, str]  # a text, a question about it, the answer
+_SHARPNESS, _KEY_WEIGHT = 20.0, 10.0  # of values among all tokens; of the keys' loss
 
 
-def fact_sentences(rng: random.Random, tokenizer, chunk_tokens: int = 20) -> Iterator[Sentence]:
+def fact_sentences(rng: random.Random, tokenizer, chunk_tokens: int = 20) -> Iterator[_Sentence]:
     """Chunks of documents of the world that state one fact each, in one sentence or with a distractor, without end."""
     while True:
         document = world.draw_document(rng, "train", 4, distractors=rng.choice((0.0, 0.3)))
@@ -52,7 +53,7 @@ def fact_sentences(rng: random.Random, tokenizer, chunk_tokens: int = 20) -> Ite
                 yield chunk.text, question.text, question.answer
 
 
-def needle_sentences(rng: random.Random, tokenizer) -> Iterator[Sentence]:
+def needle_sentences(rng: random.Random, tokenizer) -> Iterator[_Sentence]:
     """Needles among a few lines of filler, without end."""
     while True:
         number = needles.draw_number(rng, "train")
@@ -61,34 +62,28 @@ def needle_sentences(rng: random.Random, tokenizer) -> Iterator[Sentence]:
 
 
 class ReadoutBatches(Dataset):
-    """Batches of sentences with a question about each, from `draw`; item i is a function of (seed, i).
+    """Batches of sentences with a question about each, from `draw`; item i is a function of (seed, i)."""
 
-    Item: chunk_ids, chunk_mask, order as in `training.NeedleBatches`; answer_ids [sentences, tokens], the answer and
-    its stop token, IGNORED behind it; question_ids [sentences, tokens] without chat wrapping, IGNORED behind it;
-    input_ids [sentences, length], chat-formatted question and answer, in which the answer begins at starts [sentences].
-    """
-
-    def __init__(self, tokenizer, p: ReadoutPreset, seed: int, draw: Callable = fact_sentences):
+    def __init__(self, tokenizer, p: WarmUpPreset, seed: int, draw: Callable = fact_sentences):
         self.tokenizer, self.p, self.seed, self.draw = tokenizer, p, seed, draw
 
     def __len__(self) -> int:
         return self.p.steps
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
+    def __getitem__(self, i: int) -> SentenceBatch:
         rng = random.Random(f"readout/{self.seed}/{i}")
         sentences, questions, answers = zip(*islice(self.draw(rng, self.tokenizer), self.p.sentences), strict=True)
         answer_rows = [ids + [self.tokenizer.eos_token_id] for ids in self._plain_ids(answers)]
         chunks = context_ids(self.tokenizer, list(sentences))
-        asked = question_ids(self.tokenizer, list(questions))
-        batch = chunk_batch(chunks, [1] * len(chunks), self.tokenizer.pad_token_id)
-        return {name: batch[name] for name in ("chunk_ids", "chunk_mask", "order")} | {
-            "answer_ids": pad_rows(answer_rows, IGNORED)[0],
-            "question_ids": pad_rows(self._plain_ids(questions), IGNORED)[0],
-            "input_ids": pad_rows(
-                [q + a for q, a in zip(asked, answer_rows, strict=True)], self.tokenizer.pad_token_id
-            )[0],
-            "starts": torch.tensor([len(ids) for ids in asked]),
-        }
+        prompts = question_ids(self.tokenizer, list(questions))
+        rows = [prompt + answer for prompt, answer in zip(prompts, answer_rows, strict=True)]
+        return SentenceBatch(
+            chunks=Chunks.of(chunks, [1] * len(chunks), self.tokenizer.pad_token_id),
+            answer_ids=pad_rows(answer_rows, IGNORED)[0],
+            question_ids=pad_rows(self._plain_ids(questions), IGNORED)[0],
+            input_ids=pad_rows(rows, self.tokenizer.pad_token_id)[0],
+            starts=torch.tensor([len(ids) for ids in prompts]),
+        )
 
     def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -107,24 +102,17 @@ class Readout(nn.Module):
         self._frozen = (ContextEncoder.from_config(base_model, hypernetwork.config),)
         self._right, self._scored, self._losses = 0, 0, []
 
-    def forward(
-        self, chunk_ids, chunk_mask, order, answer_ids: Tensor, question_ids: Tensor, input_ids=None, starts=None
-    ) -> dict[str, Tensor]:
-        """See `ReadoutBatches`; input_ids and starts are not needed here."""
+    def forward(self, batch: SentenceBatch) -> dict[str, Tensor]:
+        """{"loss": ...} of a batch."""
         (encoder,) = self._frozen
-        encoder.model.to(answer_ids.device)
-        latents = []
-        for ids, mask in zip(chunk_ids, chunk_mask, strict=True):
-            taps: dict[str, Tensor] = {}
-            self.hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, taps=taps)
-            latents.append(taps["lora_emb"])
-        rows = torch.cat(latents)[order].flatten(2, 3)  # [n, L, M * r, d]
-        rows = unit_rows(rows)
-        n_slots = min(rows.shape[2], answer_ids.shape[1])
+        encoder.model.to(batch.answer_ids.device)
+        latents, _ = _write(self.hypernetwork, encoder, batch.chunks)
+        rows = _unit_rows(latents.flatten(2, 3))  # [n, L, M * r, d]
+        n_slots = min(rows.shape[2], batch.answer_ids.shape[1])
         logits = self.answer(rows[:, :, :n_slots])  # [n, L, slots, vocabulary]
-        targets = answer_ids[:, None, :n_slots].expand(logits.shape[:3])
+        targets = batch.answer_ids[:, None, :n_slots].expand(logits.shape[:3])
         answer_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED)
-        words = word_shares(question_ids, logits.shape[-1])
+        words = _word_shares(batch.question_ids, logits.shape[-1])
         question_loss = -(words[:, None] * self.question(rows.mean(2)).log_softmax(-1)).sum(-1).mean()
         scored = targets != IGNORED
         self._right += int(((logits.argmax(-1) == targets) & scored).sum())
@@ -189,27 +177,19 @@ class KeysAndValues(nn.Module):
     is the one that all others match least. The words of the question are read from the latents as in `Readout`. There
     is no backward pass through the base model.
 
-    While this step is trained, the hypernetwork writes whitened keys; `let_blocks_act` then makes them plain ones. For
+    While this step is trained, the hypernetwork writes whitened keys; `fit_scalers` then makes them plain ones. For
     a hypernetwork with one target module that writes into the residual stream, as published. `last_layer`: the last
     base layer alone is written and learned.
     """
 
-    def __init__(
-        self,
-        base_model,
-        hypernetwork: Hypernetwork,
-        whitening: Tensor,
-        sharpness: float = 20.0,
-        key_weight: float = 10.0,
-        last_layer: bool = False,
-    ):
+    def __init__(self, base_model, hypernetwork: Hypernetwork, whitening: Tensor, last_layer: bool = False):
         super().__init__()
         config = hypernetwork.config
         (self.module,) = config.modules
         check_writes_residual(base_model, self.module)
         self.layer = config.n_layers - 1 if last_layer else None
         self.layers = slice(self.layer, None)
-        self.hypernetwork, self.sharpness, self.key_weight = hypernetwork, sharpness, key_weight
+        self.hypernetwork = hypernetwork
         self.question = nn.Linear(config.latent_size, base_model.get_input_embeddings().num_embeddings)
         embeddings = base_model.get_output_embeddings().weight.detach().float()
         directions = F.normalize(embeddings * final_norm(base_model).weight.detach().float(), dim=-1)
@@ -218,54 +198,46 @@ class KeysAndValues(nn.Module):
         self._frozen = (base_model, ContextEncoder.from_config(base_model, config))
         self._sums, self._n = {}, 0
 
-    def forward(
-        self, chunk_ids, chunk_mask, order, answer_ids: Tensor, question_ids: Tensor, input_ids: Tensor, starts: Tensor
-    ) -> dict[str, Tensor]:
-        """See `ReadoutBatches`."""
-        latents, A, B = self.rows(chunk_ids, chunk_mask, order)
-        n_slots = min(A.shape[2], answer_ids.shape[1])
-        answer_ids = answer_ids[:, :n_slots]
+    def forward(self, batch: SentenceBatch) -> dict[str, Tensor]:
+        """{"loss": ...} of a batch."""
+        latents, A, B = self.rows(batch.chunks)
+        n_slots = min(A.shape[2], batch.answer_ids.shape[1])
+        answer_ids = batch.answer_ids[:, :n_slots]
         scored = answer_ids != IGNORED  # [n, slots]
 
-        logits = self.sharpness * F.normalize(B[:, :, :n_slots], dim=-1) @ self.directions.T
+        logits = _SHARPNESS * F.normalize(B[:, :, :n_slots], dim=-1) @ self.directions.T
         targets = answer_ids[:, None].expand(logits.shape[:3])
         value_loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED)
 
-        inputs = self.whitened_inputs(input_ids, starts, n_slots).to(A.dtype)[:, scored]  # [L, queries, d_in]
+        inputs = self.whitened_inputs(batch, n_slots).to(A.dtype)[:, scored]  # [L, queries, d_in]
         keys = F.normalize(A[:, :, :n_slots].transpose(0, 1)[:, scored], dim=-1)
         cosines = F.cosine_similarity(keys, inputs, dim=-1)  # [L, queries]
         key_loss = (1 - cosines).mean()
 
-        words = word_shares(question_ids, len(self.directions))
-        read = self.question(unit_rows(latents).mean(2)).log_softmax(-1)
+        words = _word_shares(batch.question_ids, len(self.directions))
+        read = self.question(_unit_rows(latents).mean(2)).log_softmax(-1)
         question_loss = -(words[:, None] * read).sum(-1).mean()
         with torch.no_grad():
             matches = (keys @ inputs.transpose(1, 2)).sum(0)  # [keys, queries]
-            found = matches.argmax(0) == torch.arange(len(matches), device=matches.device)
+            own_wins = matches.argmax(0) == torch.arange(len(matches), device=matches.device)
             right = ((logits.argmax(-1) == targets) & scored[:, None]).sum() / scored.sum() / logits.shape[1]
         self._add(
-            loss=value_loss, key_cosine=cosines.mean(), question_loss=question_loss, keys_found=found.float().mean(),
+            loss=value_loss, key_cosine=cosines.mean(), question_loss=question_loss, keys_found=own_wins.float().mean(),
             values_right=right,
         )  # fmt: skip
-        return {"loss": value_loss + self.key_weight * key_loss + question_loss}
+        return {"loss": value_loss + _KEY_WEIGHT * key_loss + question_loss}
 
-    def rows(self, chunk_ids, chunk_mask, order) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
         """(latents [n, L, r, d], keys [n, L, r, d_in], values [n, L, r, d_out]) of the chunks, before the scalers."""
-        _, encoder = self._frozen
+        encoder = self._frozen[1]
+        encoder.model.to(chunks.order.device)
+        latents, rows = (part[:, :, 0] for part in _write(self.hypernetwork, encoder, chunks, layer=self.layer))
         d_in = self.hypernetwork.config.d_in[self.module]
-        encoder.model.to(order.device)
-        latents, rows = [], []
-        for ids, mask in zip(chunk_ids, chunk_mask, strict=True):
-            taps: dict[str, Tensor] = {}
-            features = encoder.encode(ids, attention_mask=mask)
-            self.hypernetwork(features, attention_mask=mask, taps=taps, layer=self.layer)
-            latents.append(taps["lora_emb"])
-            rows.append(taps["flat_loras"])
-        latents, rows = (torch.cat(parts)[order][:, :, 0] for parts in (latents, rows))
         return latents, rows[..., :d_in], rows[..., d_in:]
 
-    def whitened_inputs(self, input_ids: Tensor, starts: Tensor, n_slots: int) -> Tensor:
-        """W x of the target linears where answer token j is predicted: [L, n, slots, d_in]; starts [n] of answers."""
+    def whitened_inputs(self, batch: SentenceBatch, n_slots: int) -> Tensor:
+        """W x of the target linears where answer token j is predicted: [L, n, slots, d_in]."""
+        input_ids, starts = batch.input_ids, batch.starts
         x = linear_inputs(self._frozen[0], self.module, input_ids)[self.layers]  # [L, n, length, d_in]
         places = starts[:, None] - 1 + torch.arange(n_slots, device=starts.device)
         places = places.clamp_max(input_ids.shape[1] - 1)
@@ -297,8 +269,8 @@ def key_whitening(
     total, count = 0.0, 0
     for i in range(n_batches):
         batch = batches[i]
-        x = linear_inputs(base_model, module, batch["input_ids"].to(base_model.device))
-        for row, (start, answer) in enumerate(zip(batch["starts"], batch["answer_ids"], strict=True)):
+        x = linear_inputs(base_model, module, batch.input_ids.to(base_model.device))
+        for row, (start, answer) in enumerate(zip(batch.starts, batch.answer_ids, strict=True)):
             here = x[:, row, start - 1 : start - 1 + int((answer != IGNORED).sum())].double().cpu()
             total, count = total + here.transpose(1, 2) @ here, count + here.shape[1]
     values, vectors = torch.linalg.eigh(total / count)
@@ -309,7 +281,7 @@ def key_whitening(
 
 
 def key_limits(
-    base_model, tokenizer, n_facts: int, seed: int, whiten: bool = True, n_documents: int = 8, module: str = "down_proj"
+    base_model, tokenizer, n_facts: int, seed: int, whiten: bool = True, n_documents: int = 8
 ) -> pd.DataFrame:
     """How well linear keys can tell the facts of a document apart, whatever hypernetwork writes them.
 
@@ -318,7 +290,8 @@ def key_limits(
     the right token wins for its whole answer. Test split. Columns: whitened, layers ("0", ..., "all"), facts, n,
     exact_match.
     """
-    p = ReadoutPreset(steps=1, sentences=32, learning_rate=0.0, warmup_steps=0)
+    (module,) = default_modules(base_model)
+    p = WarmUpPreset(steps=1, sentences=32, learning_rate=0.0, warmup_steps=0)
     whitening = key_whitening(base_model, module, ReadoutBatches(tokenizer, p, seed), directions=whiten)
     rng = random.Random(f"key limits/{seed}")
     right: dict[str, int] = {}
@@ -327,20 +300,20 @@ def key_limits(
         answers = tokenizer([fact.value for fact in facts], add_special_tokens=False)["input_ids"]
         answers = [ids + [tokenizer.eos_token_id] for ids in answers]
         of_fact = torch.tensor([i for i, ids in enumerate(answers) for _ in ids])
-        said = torch.tensor([token for ids in answers for token in ids])
+        tokens = torch.tensor([token for ids in answers for token in ids])
         worded = []
         for texts in zip(*(world.wordings(fact) for fact in facts), strict=True):
-            asked = question_ids(tokenizer, list(texts))
-            ids = pad_rows([q + a for q, a in zip(asked, answers, strict=True)], tokenizer.pad_token_id)[0]
-            places = [len(q) - 1 + j for q, a in zip(asked, answers, strict=True) for j in range(len(a))]
+            prompts = question_ids(tokenizer, list(texts))
+            ids = pad_rows([q + a for q, a in zip(prompts, answers, strict=True)], tokenizer.pad_token_id)[0]
+            places = [len(q) - 1 + j for q, a in zip(prompts, answers, strict=True) for j in range(len(a))]
             x = linear_inputs(base_model, module, ids.to(base_model.device)).cpu()
             worded.append(x[:, of_fact, torch.tensor(places)] @ whitening)
-        *known, asked_x = worded
-        matches = F.normalize(torch.stack(known).mean(0), dim=-1) @ asked_x.transpose(1, 2)  # [L, keys, queries]
+        *known, last = worded
+        matches = F.normalize(torch.stack(known).mean(0), dim=-1) @ last.transpose(1, 2)  # [L, keys, queries]
         layers = {str(layer): of_layer for layer, of_layer in enumerate(matches)} | {"all": matches.sum(0)}
         for name, of_layer in layers.items():
-            votes = torch.zeros(len(said), len(tokenizer)).index_add(1, said, of_layer.T)
-            wrong = torch.bincount(of_fact, weights=(votes.argmax(1) != said).float(), minlength=n_facts)
+            votes = torch.zeros(len(tokens), len(tokenizer)).index_add(1, tokens, of_layer.T)
+            wrong = torch.bincount(of_fact, weights=(votes.argmax(1) != tokens).float(), minlength=n_facts)
             right[name] = right.get(name, 0) + int((wrong == 0).sum())
     n = n_documents * n_facts
     rows = [{"layers": name, "facts": n_facts, "n": n, "exact_match": count / n} for name, count in right.items()]
@@ -360,25 +333,25 @@ class WhitenedKeys(nn.Module):
 
 
 @torch.no_grad()
-def let_blocks_act(step: KeysAndValues, batch: dict, size: float = 0.3) -> None:
+def fit_scalers(step: KeysAndValues, batch: SentenceBatch, size: float = 0.3) -> None:
     """End the warm-up: plain keys, and scalers with which blocks act, in the layers that the step has learned.
 
     scaler_A becomes such that an own key matches with 1 on average, scaler_B such that the values of one match are
     `size` times as large, in each of these layers, as the residual stream behind the last one. The head's weight stays
     a function of whitened keys (`WhitenedKeys`), so that training goes on in coordinates that suit them, until
-    `plain_keys` is called.
+    `unwhiten_keys` is called.
     """
     hypernetwork, (base_model, _) = step.hypernetwork, step._frozen
-    batch = _to(batch, next(hypernetwork.parameters()).device)
+    batch = batch.to(next(hypernetwork.parameters()).device)
     config, module = hypernetwork.config, step.module
     norms: list[Tensor] = []
-    note_norm = lambda _, given: norms.append(given[0].norm(dim=-1).mean())  # noqa: E731
+    note_norm = lambda _, inputs: norms.append(inputs[0].norm(dim=-1).mean())  # noqa: E731
     with hooked(final_norm(base_model).register_forward_pre_hook, note_norm):
-        _, A, B = step.rows(batch["chunk_ids"], batch["chunk_mask"], batch["order"])
+        _, A, B = step.rows(batch.chunks)
         norms.clear()  # those of the context encoder
-        scored = batch["answer_ids"][:, : A.shape[2]] != IGNORED
+        scored = batch.answer_ids[:, : A.shape[2]] != IGNORED
         n_slots = scored.shape[1]
-        inputs = step.whitened_inputs(batch["input_ids"], batch["starts"], n_slots)[:, scored]
+        inputs = step.whitened_inputs(batch, n_slots)[:, scored]
     matches = (A[:, :, :n_slots].transpose(0, 1)[:, scored] * inputs).sum(-1).mean(1)  # [L]
     if (matches <= 0).any():
         raise ValueError("keys do not match their own questions yet: give the warm-up more steps")
@@ -394,7 +367,7 @@ def spread_to_all_layers(step: KeysAndValues, batches: Dataset, n_batches: int =
 
     Their rows get the last layer's latents and values, and the keys that a linear map of these latents can give: W x of
     their own layer, by least squares over the answer tokens of `n_batches` batches. An own key matches as it does in
-    the last layer, and a match adds `share` of what it adds there. To be called after `let_blocks_act`, with a step of
+    the last layer, and a match adds `share` of what it adds there. To be called after `fit_scalers`, with a step of
     all layers.
     """
     hypernetwork, module = step.hypernetwork, step.module
@@ -408,10 +381,10 @@ def spread_to_all_layers(step: KeysAndValues, batches: Dataset, n_batches: int =
             linear.bias.copy_(linear.bias[:, last:].clone().expand_as(linear.bias))
     latents, inputs = [], []
     for i in range(n_batches):
-        batch = _to(batches[i], queries.device)
-        rows, _, _ = step.rows(batch["chunk_ids"], batch["chunk_mask"], batch["order"])
-        scored = batch["answer_ids"][:, :r] != IGNORED
-        x = step.whitened_inputs(batch["input_ids"], batch["starts"], scored.shape[1])
+        batch = batches[i].to(queries.device)
+        rows, _, _ = step.rows(batch.chunks)
+        scored = batch.answer_ids[:, :r] != IGNORED
+        x = step.whitened_inputs(batch, scored.shape[1])
         latents.append(F.normalize(rows[:, last, : scored.shape[1]][scored], dim=-1).double())
         inputs.append(x[:, scored].double())
     unit, x = torch.cat(latents), torch.cat(inputs, dim=1)  # [n, d], [L, n, d_in]
@@ -428,32 +401,36 @@ def spread_to_all_layers(step: KeysAndValues, batches: Dataset, n_batches: int =
         hypernetwork.scaler_B[module][0, layer] = share * hypernetwork.scaler_B[module][0, last]
 
 
-def plain_keys(hypernetwork: Hypernetwork) -> None:
+def unwhiten_keys(hypernetwork: Hypernetwork) -> None:
     """Make the head's weight a parameter again, as published; it does what it did before."""
     parametrize.remove_parametrizations(hypernetwork.head, "weight")
 
 
-def _to(batch: dict, device) -> dict:
-    move = {True: lambda several: [one.to(device) for one in several], False: lambda one: one.to(device)}
-    return {name: move[isinstance(value, list)](value) for name, value in batch.items()}
+def _write(hypernetwork: Hypernetwork, encoder: ContextEncoder, chunks: Chunks, **options) -> tuple[Tensor, Tensor]:
+    """(latents [n, L, M, r, d], flat rows of A and B [n, L, M, r, D]) of all chunks in their order."""
+    latents, rows = [], []
+    for ids, mask, _ in chunks.groups():
+        taps: dict[str, Tensor] = {}
+        hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask, taps=taps, **options)
+        latents.append(taps["lora_emb"])
+        rows.append(taps["flat_loras"])
+    return torch.cat(latents)[chunks.order], torch.cat(rows)[chunks.order]
 
 
-def unit_rows(latents: Tensor) -> Tensor:
+def _unit_rows(latents: Tensor) -> Tensor:
     """Each latent scaled to a root mean square of 1."""
     return F.normalize(latents, dim=-1) * latents.shape[-1] ** 0.5
 
 
-def word_shares(question_ids: Tensor, vocabulary: int) -> Tensor:
+def _word_shares(question_ids: Tensor, vocabulary: int) -> Tensor:
     """[n, vocabulary]: each different token of a question as likely as every other (see ReadoutBatches)."""
     words = torch.zeros(len(question_ids), vocabulary, device=question_ids.device)
-    asked = question_ids != IGNORED
-    words[asked.nonzero()[:, 0], question_ids[asked]] = 1.0
+    real = question_ids != IGNORED
+    words[real.nonzero()[:, 0], question_ids[real]] = 1.0
     return words / words.sum(1, keepdim=True)
 
 
-def train_readout(
-    p: ReadoutPreset, step: Readout | KeysAndValues, batches: ReadoutBatches, run: Path, seed: int, **options
-) -> None:
-    """Warm the hypernetwork of `step` up in place, resumable in `run`; `options` go to `trainer.fit`."""
-    options = {"ddp_find_unused_parameters": True} | options  # only the blocks themselves need some of them
-    fit_step(step, p, batches, run, seed, **options)
+def train_readout(p: WarmUpPreset, step: Readout | KeysAndValues, batches: ReadoutBatches, run: Run) -> None:
+    """Warm the hypernetwork of `step` up in place, resumable."""
+    unused = {"ddp_find_unused_parameters": True}  # only the blocks themselves need some parameters
+    fit(step, batches, p, replace(run, arguments=unused | dict(run.arguments)))
