@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from d2l_lib.formats.checkpoints import convert, export, save_checkpoint
 from d2l_lib.formats.shards import COUNTS, SCHEMA, shard_path, shard_problem, write_shard
 from d2l_lib.formats.writing import read_whole
+from d2l_lib.presets import Schedule
 from d2l_lib.training import loop
 
 HEADS = {"n_heads": 16, "n_kv_heads": 4, "head_dim": 128}  # of the published code
@@ -225,9 +226,9 @@ def kill_training(folder: Path, n: int, rng: random.Random) -> Counter:
     run = folder / "run"
 
     def train() -> None:
-        options = {"steps": 10_000, "learning_rate": 1e-3, "warmup_steps": 1, "seed": 0, "keep": 2}
+        schedule = Schedule(steps=10_000, learning_rate=1e-3, warmup_steps=1)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            loop.fit(_Small(), _Batches(), run, save_steps=1, report_steps=1, **options)
+            loop.fit(_Small(), _Batches(), schedule, loop.Run(run, save_steps=1, report_steps=1))
 
     found, last, noted = Counter(), 0, None
     while sum(found.values()) < n:

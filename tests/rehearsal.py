@@ -23,7 +23,7 @@ from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.loading import load
 from d2l_lib.presets import preset
 from d2l_lib.studies import notebooks
-from d2l_lib.training.step import hypernetwork_config
+from d2l_lib.training.recipes import hypernetwork_config
 
 ROOT = Path(__file__).resolve().parent.parent
 REVISION = "0" * 40

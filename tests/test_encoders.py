@@ -33,9 +33,11 @@ from d2l_lib.formats.peft import merge
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import HypernetworkPreset, preset
-from d2l_lib.training.batches import IGNORED
-from d2l_lib.training.loop import chunk_batch
-from d2l_lib.training.step import Internalization, NeedleBatches, hypernetwork_config, train_hypernetwork
+from d2l_lib.training.batches import IGNORED, Batch, Chunks
+from d2l_lib.training.contexts import NeedleBatches
+from d2l_lib.training.loop import Run
+from d2l_lib.training.recipes import Base, hypernetwork_config, train_hypernetwork
+from d2l_lib.training.step import Internalization
 
 TEXT = "Ada keeps 3 cats. The oldest is Tom. Tom is 19."
 OTHER_TEXT = "Bob has a boat. It is called Wave."
@@ -188,9 +190,9 @@ def test_configuration_for_an_encoder():
 def test_needle_batches_hold_the_encoders_tokens():
     p, tokenizer, reader = preset("tiny").needle, build_tokenizer(), other_tokenizer()
     ours, theirs = NeedleBatches(tokenizer, p, 0, encoder_tokenizer=reader)[5], NeedleBatches(tokenizer, p, 0)[5]
-    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    assert torch.equal(ours.input_ids, theirs.input_ids)
     prefix, suffix = documents.chat_affixes(reader)
-    for ids, mask in zip(ours["chunk_ids"], ours["chunk_mask"], strict=True):
+    for ids, mask in zip(ours.chunks.ids, ours.chunks.mask, strict=True):
         for row, real in zip(ids.tolist(), mask.sum(1).tolist(), strict=True):
             assert row[: len(prefix)] == prefix and row[real - len(suffix) : real] == suffix
             assert max(row) < len(reader)
@@ -349,18 +351,20 @@ def test_images_in_bfloat16():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train(model: DocToLoRA, batch: dict, steps: int) -> list[float]:
+def train(model: DocToLoRA, batch: Batch, steps: int) -> list[float]:
     """The losses of so many training steps of the model's hypernetwork on one batch.
 
     They cannot reach 0: the random base model's normed states and small output matrix bound its logits.
     """
     torch.manual_seed(0)
-    step = Internalization(model.base_model, model.hypernetwork, l1=0.0, encoder_model=model.encoder.model)
+    step = Internalization(
+        model.base_model, model.hypernetwork, replace(preset("tiny").needle, l1=0.0), model.encoder.model
+    )
     model.hypernetwork.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.hypernetwork.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
-        loss = step(**batch)["loss"]
+        loss = step(batch)["loss"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.hypernetwork.parameters(), 1.0)
@@ -370,14 +374,16 @@ def train(model: DocToLoRA, batch: dict, steps: int) -> list[float]:
     return losses
 
 
-def question_batch(model: DocToLoRA, answers: str) -> dict[str, torch.Tensor]:
-    """input_ids and labels: the same question, for each context its own one-token answer."""
+def question_batch(model: DocToLoRA, answers: str, chunks: Chunks) -> Batch:
+    """The same question, for each context its own one-token answer."""
     question = documents.question_ids(model.tokenizer, "Which?")
     rows = [[model.tokenizer.convert_tokens_to_ids(answer), model.tokenizer.eos_token_id] for answer in answers]
-    return {
-        "input_ids": torch.tensor([question + row for row in rows]),
-        "labels": torch.tensor([[IGNORED] * len(question) + row for row in rows]),
-    }
+    return Batch(
+        chunks=chunks,
+        input_ids=torch.tensor([question + row for row in rows]),
+        labels=torch.tensor([[IGNORED] * len(question) + row for row in rows]),
+        n_questions=torch.ones(len(rows), dtype=torch.long),
+    )
 
 
 def fresh(model: DocToLoRA) -> DocToLoRA:
@@ -398,7 +404,7 @@ def test_training_through_another_encoder():
     """Two documents, one question, two answers."""
     model = fresh(with_encoder())
     chunks = documents.context_ids(model.encoder_tokenizer, [TEXT, OTHER_TEXT])
-    batch = chunk_batch(chunks, [1, 1], 0) | question_batch(model, "AB")
+    batch = question_batch(model, "AB", Chunks.of(chunks, [1, 1], 0))
     losses = train(model, batch, 50)
     assert losses[-1] < 0.1 * losses[0]
     adapters = model.internalize_each([TEXT, OTHER_TEXT])
@@ -412,8 +418,8 @@ def test_the_whole_training_takes_an_encoder(tmp_path):
     p = replace(preset("tiny").needle, **SIZES, rank=2, **settings)
     model = with_encoder()
     batches = NeedleBatches(model.tokenizer, p, 0, encoder_tokenizer=model.encoder_tokenizer)
-    parts = {"encoder_model": model.encoder.model, "encoder_name": "some/encoder"}
-    trained = train_hypernetwork(p, model.base_model, batches, tmp_path, 0, "some/base", **parts)
+    base = Base(model.base_model, model.tokenizer, "some/base", model.encoder.model, "some/encoder")
+    trained = train_hypernetwork(p, base, batches, Run(tmp_path))
     assert (trained.config.encoder_model, trained.config.feature_size) == ("some/encoder", 48)
     assert trained.scaler_B["down_proj"].abs().max() > 0
 
@@ -424,11 +430,11 @@ def test_training_on_images(family):
     model = fresh(with_vision_encoder(family))
     pictures = [picture(0), picture(1)]
     read = [image_inputs(model.encoder.processor, one) for one in pictures]
-    batch = chunk_batch([one["input_ids"][0].tolist() for one in read], [1, 1], 0) | question_batch(model, "AB")
-    assert len(batch["chunk_ids"]) == 1  # both of one length
+    chunks = Chunks.of([one["input_ids"][0].tolist() for one in read], [1, 1], 0)
+    assert len(chunks.ids) == 1  # both of one length
     others = [name for name in read[0] if name not in ("input_ids", "attention_mask")]
-    batch["chunk_images"] = [{name: torch.cat([one[name] for one in read]) for name in others}]
-    losses = train(model, batch, 50)
+    images = [{name: torch.cat([one[name] for one in read]) for name in others}]
+    losses = train(model, question_batch(model, "AB", replace(chunks, images=images)), 50)
     assert losses[-1] < 0.1 * losses[0]
     adapters = model.internalize_each(pictures)
     assert model.answer(["Which?", "Which?"], adapters, max_new_tokens=3) == ["A", "B"]

@@ -142,9 +142,9 @@ def _random_chunks(rng: random.Random, text: str, length_tokens: int, p: NeedleP
 class WorldDocuments:
     """A source of fresh documents of the world, with the right answers in place of a teacher's (cross-entropy).
 
-    A question is about the encyclopedia with `p.unrelated_share`, has no answer with `p.unanswerable_share` of the
-    rest, and is of one of the other kinds (those in `p.kinds`, if given) otherwise. With `p.strangers_share` the facts
-    are shared out among several documents, one after another in one context.
+    The kind of a question is drawn: encyclopedia (`p.unrelated_share`), else unanswerable (`p.unanswerable_share`),
+    else one of `p.kinds` (None: of all). In `p.strangers_share` of the contexts the facts are shared out among several
+    documents, one after another.
     """
 
     def __init__(self, tokenizer, p: DistillationPreset, split: str = "train"):
@@ -194,18 +194,18 @@ class WorldDocuments:
 
 # ------------------------------------------------------------------------------------------------------------- batches
 class DistillationBatches(Dataset):
-    """Batches of documents in chunks and questions about them; item i is a function of (seed, i).
+    """Batches of documents in chunks and questions about them; item i is a `Batch`, a function of (seed, i).
 
-    sources: data sets as `shards.read_shards` returns them, or `WorldDocuments`, drawn from with `weights` (default:
-    by size, see `dataset_probabilities`; needed where a source has no size). In the first `single_chunk_share`
-    of the steps a document is one chunk, and of data sets only documents of at most `longest_chunk` tokens are drawn;
-    after that each context is cut into chunks of its own random size, or, with `chunk_probabilities`, into a random
-    number of equal ones. A batch is full at `contexts` documents or `chunks` chunks, or where the next document would
-    exceed `context_tokens` or `input_tokens`. ValueError where no document is short enough to begin with or for a
-    batch, or where weights and sources differ in number.
+    In the first `single_chunk_share` of the steps a document is one chunk, and of data sets only documents of at most
+    `longest_chunk` tokens are drawn; after that each context is cut into chunks of its own random size, or, with
+    `chunk_probabilities`, into a random number of equal ones. A batch is full at `contexts` documents or `chunks`
+    chunks, or where the next document would exceed its tokens.
 
-    Item: chunk_ids, chunk_mask, order, n_chunks [contexts] as in `training.NeedleBatches`; n_questions [contexts];
-    input_ids, labels [questions, length]; teacher_log_probs, teacher_indices [answer tokens, k].
+    sources: `WorldDocuments`, or data sets as `shards.read_shards` returns them.
+    weights: of the sources (None: by size, see `dataset_probabilities`; needed where a source has no size).
+
+    ValueError where no document is short enough to begin with or for a batch, or where weights and sources differ in
+    number.
     """
 
     def __init__(

@@ -22,8 +22,9 @@ from d2l_lib.adapter import Adapter
 from d2l_lib.formats import pickles, writing
 from d2l_lib.formats.checkpoints import convert, export, load_checkpoint, read_published, save_checkpoint
 from d2l_lib.formats.writing import FolderKind, atomic_folder, read_whole
+from d2l_lib.presets import Schedule
 from d2l_lib.studies import watch
-from d2l_lib.training import loop, selfgen, step, text_to_lora
+from d2l_lib.training import loop, recipes, selfgen, text_to_lora
 
 HEADS = {"n_heads": 16, "n_kv_heads": 4, "head_dim": 128}  # of the published code
 KIND = FolderKind("sample", ("mark", "part/*.bin"), lambda folder: ("mark", "part/*.bin"))
@@ -495,8 +496,9 @@ class Ones(torch.utils.data.Dataset):
 
 
 def train(run: Path, stop_at: int, keep: int = 2) -> None:
-    options = {"learning_rate": 1e-3, "warmup_steps": 1, "seed": 0, "report_steps": 1, "save_steps": 1}
-    loop.fit(Small(), Ones(), run, steps=100, stop_at=stop_at, keep=keep, **options)
+    schedule = Schedule(steps=100, learning_rate=1e-3, warmup_steps=1)
+    options = {"stop_at": stop_at, "keep": keep, "report_steps": 1, "save_steps": 1}
+    loop.fit(Small(), Ones(), schedule, loop.Run(run, **options))
 
 
 def test_a_training_deletes_only_what_a_training_wrote(tmp_path, capsys):
@@ -532,9 +534,9 @@ def test_a_base_model_of_other_sizes_is_not_replaced(tmp_path):
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     config = model.config.to_dict()
-    writing.check_folder(tmp_path / "base", step._base_folder(config))
+    writing.check_folder(tmp_path / "base", recipes._base_folder(config))
     with pytest.raises(FileExistsError, match="config.json"):
-        writing.check_folder(tmp_path / "base", step._base_folder(config | {"hidden_size": 64}))
+        writing.check_folder(tmp_path / "base", recipes._base_folder(config | {"hidden_size": 64}))
 
 
 def test_a_log_that_was_cut_off_goes_on(tmp_path):
@@ -610,7 +612,7 @@ def test_a_training_on_a_full_disk_names_the_checkpoint(tmp_path):
     with full_disk(1000), pytest.raises(OSError, match="File too large|disk full") as failed:
         train(tmp_path, 3)
     assert "checkpoint-2" in failed.value.filename
-    assert Path(loop.last_whole_checkpoint(tmp_path)).name == "checkpoint-1"
+    assert Path(loop._last_whole_checkpoint(tmp_path)).name == "checkpoint-1"
 
 
 def test_every_command_ends_in_one_line(project_folder):

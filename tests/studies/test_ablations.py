@@ -8,6 +8,8 @@ import train_small
 from d2l_lib import presets, studies
 from d2l_lib.presets import QA_VARIANTS, SHORT_QA, qa_variant
 from d2l_lib.studies import ablations
+from d2l_lib.training.loop import Run
+from d2l_lib.training.recipes import Base
 
 
 def differences(first, second) -> dict:
@@ -29,7 +31,7 @@ def test_each_variant_changes_what_it_says_and_nothing_else():
 
 
 def test_a_variant_is_trained_scored_and_its_record_is_found(tmp_path, monkeypatch):
-    base_model, tokenizer = train_small.small_base()
+    base = Base(*train_small.small_base(), "small")
     sizes = {"latent_size": 16, "n_latent_queries": 2, "n_blocks": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8}
     recall = replace(
         SHORT_QA.recall, **sizes, rank=2, encoder_layer=1, steps=2, contexts=2, chunks=4, most_facts=5, warmup_steps=1
@@ -38,7 +40,7 @@ def test_a_variant_is_trained_scored_and_its_record_is_found(tmp_path, monkeypat
     world = replace(recall, last_layer=False, kinds=None)
     p = replace(SHORT_QA, readout=readout, recall=recall, world=world)
     monkeypatch.setattr(ablations, "FACTS", (1, 3))
-    table = ablations.run_variant(p, (base_model, tokenizer, "small"), tmp_path / "run", 0, n=3)
+    table = ablations.run_variant(p, base, Run(tmp_path / "run"), n=3, shards=None)
     assert list(table["task"]) == ["one hop", "one hop", "unanswerable", "encyclopedia"]
     assert (table["n"] == 3).all() and (table["seconds"] >= 0).all()
     monkeypatch.setattr(studies, "project_root", lambda: tmp_path)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from d2l_lib.__main__ import main
 from d2l_lib.records import read_jsonl
 from d2l_lib.studies import watch
-from d2l_lib.training import step
+from d2l_lib.training.loop import Run
+from d2l_lib.training.recipes import Base, train_needle
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def run(tmp_path_factory):
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     p = replace(train_small.SMALL, readout=None, polish_steps=0, steps=4, warmup_steps=1, learning_rate=1e-2)
-    hypernetwork = step.train_needle(p, model, tokenizer, folder / "run", 0, str(base), save_steps=2, keep=None)
+    hypernetwork = train_needle(p, Base(model, tokenizer, str(base)), Run(folder / "run", save_steps=2, keep=None))
     return folder / "run", model, tokenizer, hypernetwork
 
 

@@ -19,26 +19,30 @@ from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
 from d2l_lib.records import read_jsonl
 from d2l_lib.tasks import needles
-from d2l_lib.training import loop, step
+from d2l_lib.training import step
+from d2l_lib.training.batches import group_by_length
+from d2l_lib.training.contexts import NeedleBatches, _random_chunks
+from d2l_lib.training.loop import InOrderTrainer, Run, read_log
+from d2l_lib.training.recipes import Base, hypernetwork_config, train_needle
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def base():
-    return train_small.small_base()
+    return Base(*train_small.small_base(), "small")
 
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
     """(hypernetwork, folder) of an uninterrupted run of SMALL."""
     folder = tmp_path_factory.mktemp("whole")
-    return step.train_needle(train_small.SMALL, *base, folder, 0, "small", save_steps=4, report_steps=2), folder
+    return train_needle(train_small.SMALL, base, Run(folder, save_steps=4, report_steps=2)), folder
 
 
 @pytest.fixture
 def batches(base):
-    return step.NeedleBatches(base[1], train_small.SMALL, 0)
+    return NeedleBatches(base.tokenizer, train_small.SMALL, 0)
 
 
 def start(run: Path, seconds_per_batch: float) -> subprocess.Popen:
@@ -79,38 +83,37 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(whole, tmp_
 
 
 def test_stopping_early_and_going_on_changes_nothing(base, whole, tmp_path):
-    step.train_needle(train_small.SMALL, *base, tmp_path, 0, "small", stop_at=5)
-    two = step.train_needle(train_small.SMALL, *base, tmp_path, 0, "small")
+    train_needle(train_small.SMALL, base, Run(tmp_path, stop_at=5))
+    two = train_needle(train_small.SMALL, base, Run(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), two.parameters(), strict=True))
 
 
 def test_tensorboard_shows_what_the_log_says_also_after_a_resumed_start(base, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    base_model, tokenizer = base
     p = replace(train_small.SMALL, readout=None, polish_steps=0)
     for stop_at in (6, None):
-        step.train_needle(p, base_model, tokenizer, tmp_path, 0, "small", stop_at, report_steps=2, save_steps=4)
+        train_needle(p, base, Run(tmp_path, stop_at=stop_at, report_steps=2, save_steps=4))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    log = step.read_log(tmp_path / "log.jsonl")
+    log = read_log(tmp_path / "log.jsonl")
     shown = [(event.step, round(event.value, 4)) for event in events.Scalars("loss")]
     assert shown == [(line["step"], pytest.approx(line["loss"], abs=1e-3)) for line in log]
 
 
 def test_batches_are_functions_of_seed_and_step(base, batches):
-    again = step.NeedleBatches(base[1], train_small.SMALL, 0)[7]
-    other = step.NeedleBatches(base[1], train_small.SMALL, 1)[7]
+    again = NeedleBatches(base.tokenizer, train_small.SMALL, 0)[7]
+    other = NeedleBatches(base.tokenizer, train_small.SMALL, 1)[7]
     batch = batches[7]
-    assert all(torch.equal(a, b) for a, b in zip(batch["chunk_ids"], again["chunk_ids"], strict=True))
-    assert torch.equal(batch["labels"], again["labels"]) and not torch.equal(batch["labels"], other["labels"])
+    assert all(torch.equal(a, b) for a, b in zip(batch.chunks.ids, again.chunks.ids, strict=True))
+    assert torch.equal(batch.labels, again.labels) and not torch.equal(batch.labels, other.labels)
 
 
 def test_chunks_are_whole_sentences_and_together_the_haystack(base):
     rng = random.Random(0)
     p = replace(train_small.SMALL, longest=256)
     for _ in range(100):
-        haystack = needles.build_haystack(base[1], rng.randint(40, 256), rng.random(), "4217")
-        pieces = step.random_chunks(rng, haystack.text, haystack.length_tokens, p)
+        haystack = needles.build_haystack(base.tokenizer, rng.randint(40, 256), rng.random(), "4217")
+        pieces = _random_chunks(rng, haystack.text, haystack.length_tokens, p)
         assert " ".join(pieces).split() == haystack.text.split()
         assert all(piece.endswith(".") for piece in pieces)
         assert sum("The special magic number is 4217." in piece for piece in pieces) == 1, "the needle is never cut"
@@ -118,13 +121,13 @@ def test_chunks_are_whole_sentences_and_together_the_haystack(base):
 
 def test_only_needle_free_chunks_are_repeated_and_only_late(base):
     p = replace(train_small.SMALL, longest=256, steps=100, contexts=8, empty_share=0.0)
-    batches = step.NeedleBatches(base[1], p, 0)
+    batches = NeedleBatches(base.tokenizer, p, 0)
     early, late = batches[10], batches[95]
-    assert (early["repeats"] == 1).all() and late["repeats"].max() > 8
+    assert (early.repeats == 1).all() and late.repeats.max() > 8
     # in every context at least one chunk, the needle's, counts once
     start = 0
-    for n in late["n_chunks"].tolist():
-        assert (late["repeats"][start : start + n] == 1).any()
+    for n in late.chunks.counts.tolist():
+        assert (late.repeats[start : start + n] == 1).any()
         start += n
 
 
@@ -132,8 +135,8 @@ def test_a_repeated_block_is_that_many_equal_blocks(base):
     """The reason why repeats stand for a long haystack: weight K equals K copies (in exact arithmetic; here to
     1e-5).
     """
-    model, tokenizer = base
-    hypernetwork = Hypernetwork(step.hypernetwork_config(train_small.SMALL, model, "small"))
+    model, tokenizer = base.model, base.tokenizer
+    hypernetwork = Hypernetwork(hypernetwork_config(train_small.SMALL, model, "small"))
     torch.nn.init.normal_(hypernetwork.scaler_B["down_proj"], std=0.3)
     encoder = ContextEncoder.from_config(model, hypernetwork.config)
     ids = torch.tensor([tokenizer(needles.FILLER_LINE)["input_ids"]])
@@ -151,43 +154,41 @@ def test_a_repeated_block_is_that_many_equal_blocks(base):
 
 def test_group_by_length_puts_every_chunk_back():
     chunks = [[1] * n for n in (5, 200, 7, 30, 6, 190, 31)]
-    groups, order = loop.group_by_length(chunks)
+    groups, order = group_by_length(chunks)
     flat = [c for group in groups for c in group]
     assert [flat[i] for i in order] == chunks
     assert all(len(group[-1]) >= 0.6 * len(group[0]) for group in groups) and len(groups) == 3
 
 
 def test_loss_that_is_not_a_number_stops_the_run_and_says_so(base, tmp_path):
-    model, tokenizer = base
-    step.train_needle(train_small.SMALL, model, tokenizer, tmp_path, 0, "small", stop_at=4)
+    train_needle(train_small.SMALL, base, Run(tmp_path, stop_at=4))
     kept = sorted(tmp_path.glob("checkpoint-*"))
     with pytest.raises(FloatingPointError, match="not a number: lower the learning rate"):
-        step.train_needle(replace(train_small.SMALL, l1=float("nan")), model, tokenizer, tmp_path, 0, "small")
+        train_needle(replace(train_small.SMALL, l1=float("nan")), base, Run(tmp_path))
     assert kept and sorted(tmp_path.glob("checkpoint-*")) == kept
 
 
 def test_gradients_reach_every_parameter_and_never_the_base(base, batches):
-    model, _ = base
-    hypernetwork = Hypernetwork(step.hypernetwork_config(train_small.SMALL, model, "small"))
+    model = base.model
+    hypernetwork = Hypernetwork(hypernetwork_config(train_small.SMALL, model, "small"))
     torch.nn.init.normal_(hypernetwork.scaler_B["down_proj"], std=0.3)
     torch.nn.init.normal_(hypernetwork.bias_B["down_proj"], std=0.3)
     before = [parameter.clone() for parameter in model.parameters()]
-    step.Internalization(model, hypernetwork, l1=0.1)(**batches[3])["loss"].backward()
+    step.Internalization(model, hypernetwork, train_small.SMALL)(batches[3])["loss"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in hypernetwork.parameters())
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp_path, monkeypatch):
-    model, tokenizer = base
     seen = {}
-    original = loop.InOrderTrainer.get_decay_parameter_names
+    original = InOrderTrainer.get_decay_parameter_names
     monkeypatch.setattr(
-        loop.InOrderTrainer,
+        InOrderTrainer,
         "get_decay_parameter_names",
         lambda self, m: seen.setdefault("names", original(self, m)),
     )
-    step.train_needle(train_small.SMALL, model, tokenizer, tmp_path, 0, "small", stop_at=1)
+    train_needle(train_small.SMALL, base, Run(tmp_path, stop_at=1))
     assert seen["names"] and not any(
         part in n for n in seen["names"] for part in ("scaler", "bias", "norm", "latents_q")
     )
@@ -196,15 +197,15 @@ def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp
 @pytest.mark.slow
 def test_two_processes_train_to_the_curve_of_one(base, tmp_path):
     """Two processes with a batch each make the steps of one process with two batches."""
-    options = {"save_steps": 4, "report_steps": 2, "gradient_accumulation_steps": 2}
-    alone = step.train_needle(train_small.SMALL, *base, tmp_path / "one", 0, "small", **options)
+    run = Run(tmp_path / "one", save_steps=4, report_steps=2, arguments={"gradient_accumulation_steps": 2})
+    alone = train_needle(train_small.SMALL, base, run)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                train_small.__file__, str(tmp_path / "two"), "0"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
     one, two = dict(alone.named_parameters()), weights(tmp_path / "two")
     assert one.keys() == two.keys()
-    start = Hypernetwork(step.hypernetwork_config(train_small.SMALL, base[0], "x")).state_dict()
+    start = Hypernetwork(hypernetwork_config(train_small.SMALL, base.model, "x")).state_dict()
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     assert any((one[name] - start[name]).abs().max() > 1e-2 for name in one)
     logs = [read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two")]

@@ -20,8 +20,9 @@ from d2l_lib.documents import stop_ids
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.presets import changed, preset, shortened
 from d2l_lib.records import read_json, read_jsonl
-from d2l_lib.training import loop, recipes, step
-from d2l_lib.training.batches import IGNORED
+from d2l_lib.training import command, contexts, recipes, step
+from d2l_lib.training.batches import IGNORED, Batch, Chunks
+from d2l_lib.training.loop import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"paper-gemma": "gemma2", "paper-mistral": "mistral", "paper-qwen": "qwen3"}
@@ -44,7 +45,7 @@ def bases(tmp_path_factory):
 
 
 def load(folder):
-    return step.load_base_model(folder)
+    return recipes.load_base_model(folder)
 
 
 def falls(log) -> bool:
@@ -127,22 +128,22 @@ def small_needle(**changes):
 
 def test_needle_batches_keep_to_their_limits_and_end_turns_as_the_template_does(bases):
     _, tokenizer = load(bases["gemma2"])
-    batches = step.NeedleBatches(tokenizer, small_needle(), 0)
+    batches = contexts.NeedleBatches(tokenizer, small_needle(), 0)
     counts, chunk_lengths = set(), []
     for i in range(8):
         batch = batches[i]
-        tokens = sum(int(mask.sum()) for mask in batch["chunk_mask"])
-        assert tokens <= 1200 and batch["l1_share"] == 1 and (batch["repeats"] == 1).all()
-        counts.add(len(batch["n_chunks"]))
-        chunk_lengths += [int(row.sum()) for mask in batch["chunk_mask"] for row in mask]
-        ends = (batch["labels"] != IGNORED).int().cumsum(-1).argmax(-1)
-        assert (batch["labels"].gather(1, ends[:, None]) == stop_ids(tokenizer)[-1]).all()
+        tokens = sum(int(mask.sum()) for mask in batch.chunks.mask)
+        assert tokens <= 1200 and batch.l1_share == 1 and (batch.repeats == 1).all()
+        counts.add(len(batch.chunks.counts))
+        chunk_lengths += [int(row.sum()) for mask in batch.chunks.mask for row in mask]
+        ends = (batch.labels != IGNORED).int().cumsum(-1).argmax(-1)
+        assert (batch.labels.gather(1, ends[:, None]) == stop_ids(tokenizer)[-1]).all()
         assert stop_ids(tokenizer)[-1] != tokenizer.eos_token_id
     assert len(counts) > 1 and max(counts) > 1, "as many contexts as fit"
-    wrapping = sum(map(len, step.chat_affixes(tokenizer)))
+    wrapping = sum(map(len, contexts.chat_affixes(tokenizer)))
     assert min(chunk_lengths) >= 20 and max(chunk_lengths) <= 256 + 2 * wrapping
     with pytest.raises(ValueError, match="set max_repeats to 1"):
-        step.NeedleBatches(tokenizer, small_needle(max_repeats=4), 0)
+        contexts.NeedleBatches(tokenizer, small_needle(max_repeats=4), 0)
 
 
 def test_distillation_batches_keep_to_their_limits(bases, tmp_path):
@@ -151,20 +152,20 @@ def test_distillation_batches_keep_to_their_limits(bases, tmp_path):
     shards = recipes.read_shards(path)
     qa = preset("paper-gemma").qa
     p = replace(changed(qa.chunked, MAIN), shortest_chunk=25, longest_chunk=200, context_tokens=2500, input_tokens=300)
-    batches = recipes.DistillationBatches(tokenizer, p, [shards], 0)
+    batches = contexts.DistillationBatches(tokenizer, p, [shards], 0)
     n_chunks = []
     for i in range(6):
         batch = batches[i]
-        assert sum(int(mask.sum()) for mask in batch["chunk_mask"]) <= 2500
-        ends = (batch["labels"] != IGNORED).int().cumsum(-1).argmax(-1) + 1
-        assert ends.sum() <= 300 and (batch["n_questions"] == 1).all()
-        n_chunks += batch["n_chunks"].tolist()
+        assert sum(int(mask.sum()) for mask in batch.chunks.mask) <= 2500
+        ends = (batch.labels != IGNORED).int().cumsum(-1).argmax(-1) + 1
+        assert ends.sum() <= 300 and (batch.n_questions == 1).all()
+        n_chunks += batch.chunks.counts.tolist()
     assert len(set(n_chunks)) > 2 and max(n_chunks) <= 8
     with pytest.raises(ValueError, match="of 1000 documents none fits into a batch of 30 tokens"):
-        recipes.DistillationBatches(tokenizer, replace(p, context_tokens=30), [shards], 0)[0]
+        contexts.DistillationBatches(tokenizer, replace(p, context_tokens=30), [shards], 0)[0]
     short = replace(changed(qa.self_generated, MAIN), context_tokens=30)
     with pytest.raises(ValueError, match="no document has at most"):
-        recipes.DistillationBatches(tokenizer, short, [shards], 0)
+        contexts.DistillationBatches(tokenizer, short, [shards], 0)
 
 
 def test_lengths_without_reading_are_the_lengths(bases, tmp_path):
@@ -172,7 +173,7 @@ def test_lengths_without_reading_are_the_lengths(bases, tmp_path):
     rows = published_data.shard_rows(tokenizer, 5)
     shards = recipes.read_shards(published_data.write_shards(tmp_path / "a.parquet", rows))
     for data in (shards, shards.select([3, 1])):
-        assert recipes.context_lengths(data).tolist() == [len(ids) for ids in data["ctx_ids"]]
+        assert contexts._context_lengths(data).tolist() == [len(ids) for ids in data["ctx_ids"]]
 
 
 # ------------------------------------------------------------------------------------------------ steps of many batches
@@ -187,34 +188,32 @@ class Merged(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         pair = [self.batches[2 * i], self.batches[2 * i + 1]]
-        chunks = [row[mask.bool()].tolist() for b in pair for row, mask in rows_in_order(b)]
-        n_chunks = [n for b in pair for n in b["n_chunks"].tolist()]
-        width = max(b["labels"].shape[1] for b in pair)
+        chunks = [row for b in pair for row in b.chunks.rows()]
+        n_chunks = [n for b in pair for n in b.chunks.counts.tolist()]
+        width = max(b.labels.shape[1] for b in pair)
         wide = [
-            {n: torch.nn.functional.pad(b[n], (0, width - b[n].shape[1]), value=v) for n, v in PADS.items()}
+            {
+                n: torch.nn.functional.pad(getattr(b, n), (0, width - b.labels.shape[1]), value=v)
+                for n, v in PADS.items()
+            }
             for b in pair
         ]
-        return {
-            **loop.chunk_batch(chunks, n_chunks, 0),
+        return Batch(
+            chunks=Chunks.of(chunks, n_chunks, 0),
             **{name: torch.cat([one[name] for one in wide]) for name in PADS},
-            "repeats": torch.cat([b["repeats"] for b in pair]),
-            "l1_share": pair[0]["l1_share"],
-        }
+            n_questions=torch.cat([b.n_questions for b in pair]),
+            repeats=torch.cat([b.repeats for b in pair]),
+            l1_share=pair[0].l1_share,
+        )
 
 
 PADS = {"input_ids": 0, "labels": IGNORED}
 
 
-def rows_in_order(batch):
-    pairs = [pair for ids, mask in zip(batch["chunk_ids"], batch["chunk_mask"], strict=True)
-             for pair in zip(ids, mask, strict=True)]  # fmt: skip
-    return [pairs[place] for place in batch["order"]]
-
-
 def train(base, p, batches, run, **options):
-    torch.manual_seed(0)
-    hypernetwork = Hypernetwork(step.hypernetwork_config(p, base, "x"))
-    step.fit_hypernetwork(p, base, hypernetwork, batches, run, 0, report_every=1, **options)
+    hypernetwork = recipes.train_hypernetwork(
+        p, recipes.Base(base, None, "x"), batches, Run(run, report_steps=1, **options)
+    )
     return hypernetwork, [line["total_loss"] for line in read_jsonl(run / "log.jsonl")]
 
 
@@ -222,8 +221,8 @@ def test_two_batches_a_step_are_one_batch_twice_as_large(bases, tmp_path):
     """Also where they have different numbers of contexts: every context counts alike."""
     base, tokenizer = load(bases["gemma2"])
     p = small_needle()
-    batches = step.NeedleBatches(tokenizer, p, 0)
-    assert any(len(batches[2 * i]["n_chunks"]) != len(batches[2 * i + 1]["n_chunks"]) for i in range(4))
+    batches = contexts.NeedleBatches(tokenizer, p, 0)
+    assert any(len(batches[2 * i].chunks.counts) != len(batches[2 * i + 1].chunks.counts) for i in range(4))
     two, curve = train(base, p, batches, tmp_path / "two")
     large = replace(p, steps=4, warmup_steps=1, batches_per_step=1)
     one, other = train(base, replace(large, warmup_steps=0), Merged(batches), tmp_path / "one")
@@ -249,10 +248,10 @@ def test_two_processes_share_out_a_step_and_end_where_one_does(bases, tmp_path):
 
 
 def test_computing_activations_again_changes_no_number(bases, tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "RECOMPUTED_TOKENS", 300)
+    monkeypatch.setattr(step, "_RECOMPUTED_TOKENS", 300)
     base, tokenizer = load(bases["gemma2"])
     p = small_needle(neftune=0.0)
-    batches = step.NeedleBatches(tokenizer, p, 0)
+    batches = contexts.NeedleBatches(tokenizer, p, 0)
     kept, curve = train(base, p, batches, tmp_path / "kept")
     again, other = train(base, p, batches, tmp_path / "again", recompute=True)
     assert curve == pytest.approx(other, rel=1e-5)
@@ -263,30 +262,30 @@ def test_noise_is_on_answering_alone_and_only_in_training(bases):
     base, tokenizer = load(bases["gemma2"])
     p = small_needle()
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(step.hypernetwork_config(p, base, "x"))
-    batch = step.NeedleBatches(tokenizer, p, 0)[0]
-    plain = step.Internalization(base, hypernetwork, 0.0)
-    noisy = step.Internalization(base, hypernetwork, 0.0, neftune=5.0)
-    without = plain(**batch)["loss"].item()
+    hypernetwork = Hypernetwork(recipes.hypernetwork_config(p, base, "x"))
+    batch = contexts.NeedleBatches(tokenizer, p, 0)[0]
+    plain = step.Internalization(base, hypernetwork, replace(p, l1=0.0))
+    noisy = step.Internalization(base, hypernetwork, replace(p, l1=0.0, neftune=5.0))
+    without = plain(batch)["loss"].item()
     with torch.no_grad():
-        drawn = {noisy(**batch)["loss"].item() for _ in range(2)}
+        drawn = {noisy(batch)["loss"].item() for _ in range(2)}
         assert len(drawn) == 2 and without not in drawn
         assert all(value == pytest.approx(without, rel=0.5) for value in drawn)
-        assert noisy.eval()(**batch)["loss"].item() == without, "and the hook is gone"
+        assert noisy.eval()(batch)["loss"].item() == without, "and the hook is gone"
     ids = torch.tensor([[5, 6, 7]])
     before = base.get_input_embeddings()(ids)
-    with step.noisy_embeddings(base, 5.0, n_tokens=100):
+    with step._noisy_embeddings(base, 5.0, n_tokens=100):
         noise = base.get_input_embeddings()(ids) - before
     most = 5.0 / (100 * before.shape[-1]) ** 0.5
     assert 0.5 * most < noise.abs().max() <= most * 1.001
     assert torch.equal(base.get_input_embeddings()(ids), before)
-    assert step.n_real_tokens(torch.tensor([[IGNORED, 3, 4, IGNORED], [IGNORED, 3, IGNORED, IGNORED]])) == 5
+    assert step._n_real_tokens(torch.tensor([[IGNORED, 3, 4, IGNORED], [IGNORED, 3, IGNORED, IGNORED]])) == 5
 
 
 def test_the_rate_ends_where_the_preset_says(bases, tmp_path):
     base, tokenizer = load(bases["gemma2"])
     p = small_needle(min_learning_rate=1e-7)
-    train(base, p, step.NeedleBatches(tokenizer, p, 0), tmp_path)
+    train(base, p, contexts.NeedleBatches(tokenizer, p, 0), tmp_path)
     # the last of four steps is two thirds down the cosine: a quarter is left of the way to the end
     rate = read_jsonl(tmp_path / "log.jsonl")[-1]["learning_rate"]
     assert rate == pytest.approx(0.25 * p.learning_rate + 0.75 * 1e-7, rel=1e-9)
@@ -317,9 +316,10 @@ def test_settings_are_changed_by_name_and_wrong_ones_are_named():
 
 
 def test_batches_are_shared_out_evenly_or_not_at_all():
-    assert loop.accumulation(64, 16) == 4 and loop.accumulation(16, 1) == 16
+    p = preset("paper-gemma").needle
+    assert replace(p, batches_per_step=64).accumulation(16) == 4 and p.accumulation(1) == 16
     with pytest.raises(ValueError, match="3 processes cannot share out 16 batches"):
-        loop.accumulation(16, 3)
+        p.accumulation(3)
 
 
 def test_wrong_commands_say_what_to_do(bases, tmp_path, capsys):
@@ -342,29 +342,29 @@ def test_wrong_commands_say_what_to_do(bases, tmp_path, capsys):
 def test_a_run_of_other_sizes_is_not_continued(bases, tmp_path):
     base, tokenizer = load(bases["gemma2"])
     p = small_needle()
-    train(base, p, step.NeedleBatches(tokenizer, p, 0), tmp_path, save_every=2)
+    train(base, p, contexts.NeedleBatches(tokenizer, p, 0), tmp_path, save_steps=2)
     with pytest.raises(ValueError, match="has checkpoints of a hypernetwork of other sizes"):
-        train(base, replace(p, rank=4), step.NeedleBatches(tokenizer, p, 0), tmp_path)
+        train(base, replace(p, rank=4), contexts.NeedleBatches(tokenizer, p, 0), tmp_path)
 
 
 def test_4_bit_needs_a_gpu_and_says_so(monkeypatch, capsys):
     p = preset("paper-gemma").qa.self_generated
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    settled = step.settle_encoder(p)
+    settled = recipes.settle_encoder(p)
     assert settled == replace(p, encoder_bits=None) and "no GPU" in capsys.readouterr().out
-    assert step.settle_encoder(settled) is settled and step.load_encoder(settled, "x") is None
+    assert recipes.settle_encoder(settled) is settled and recipes.load_encoder(settled, "x") is None
     with pytest.raises(ValueError, match="4, or None"):
-        step.settle_encoder(replace(p, encoder_bits=8))
+        recipes.settle_encoder(replace(p, encoder_bits=8))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(step, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipes, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package bitsandbytes"):
-        step.settle_encoder(p)
-    monkeypatch.setattr(step, "find_spec", lambda name: object())
-    assert step.settle_encoder(p) is p
+        recipes.settle_encoder(p)
+    monkeypatch.setattr(recipes, "find_spec", lambda name: object())
+    assert recipes.settle_encoder(p) is p
 
 
 def test_presets_are_complete():
     assert set(presets.PRESETS) == {"tiny", *FAMILIES}
     assert preset("tiny").base_source == "tiny"
     a = SimpleNamespace(base=None, steps=None, set=[])
-    assert not step.is_own_run(a, preset("tiny")) and step.is_own_run(a, preset("paper-gemma"))
+    assert not command._is_own(a, preset("tiny")) and command._is_own(a, preset("paper-gemma"))

@@ -17,9 +17,11 @@ from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
 from d2l_lib.presets import DistillationPreset
 from d2l_lib.tasks import world
-from d2l_lib.training import selfgen, step
+from d2l_lib.training import recipes, selfgen, step
 from d2l_lib.training.batches import IGNORED
-from d2l_lib.training.recipes import DistillationBatches, WorldDocuments, train_distillation
+from d2l_lib.training.contexts import DistillationBatches, WorldDocuments
+from d2l_lib.training.loop import Run, read_log
+from d2l_lib.training.recipes import Base, hypernetwork_config
 
 SMALL = DistillationPreset(
     latent_size=16, n_latent_queries=4, n_blocks=1, n_heads=2, n_kv_heads=1, head_dim=8, rank=2, encoder_layer=1,
@@ -54,23 +56,12 @@ def row_of(shards, question: list[int]) -> tuple[dict, int]:
     )  # fmt: skip
 
 
-def real(ids: torch.Tensor, mask: torch.Tensor) -> list[int]:
-    return ids[mask.bool()].tolist()
-
-
-def chunks_of(batch: dict) -> list[list[int]]:
-    """The batch's chunks in their own order."""
-    rows = [real(*pair) for ids, mask in zip(batch["chunk_ids"], batch["chunk_mask"], strict=True)
-            for pair in zip(ids, mask, strict=True)]  # fmt: skip
-    return [rows[place] for place in batch["order"]]
-
-
 @pytest.mark.parametrize("i", [0, 5])
 def test_every_context_stands_with_its_own_questions_and_their_teacher(base, shards, i):
     tokenizer = base[1]
     batch = DistillationBatches(tokenizer, SMALL, [shards], seed=0)[i]
-    chunks, questions, at = chunks_of(batch), iter(zip(batch["input_ids"], batch["labels"], strict=True)), 0
-    for n_chunks, n_questions in zip(batch["n_chunks"].tolist(), batch["n_questions"].tolist(), strict=True):
+    chunks, questions, at = batch.chunks.rows(), iter(zip(batch.input_ids, batch.labels, strict=True)), 0
+    for n_chunks, n_questions in zip(batch.chunks.counts.tolist(), batch.n_questions.tolist(), strict=True):
         own, chunks = chunks[:n_chunks], chunks[n_chunks:]
         documents = set()
         for _ in range(n_questions):
@@ -81,25 +72,25 @@ def test_every_context_stands_with_its_own_questions_and_their_teacher(base, sha
             start = row["response_start_end"][q][0]
             assert labels[:end].tolist() == [IGNORED] * start + ids[start:end].tolist()
             values = torch.tensor(row["logprobs_vals"][q])
-            assert torch.equal(batch["teacher_log_probs"][at : at + end - start], values)
-            assert batch["teacher_indices"][at : at + end - start].tolist() == row["logprobs_indices"][q]
+            assert torch.equal(batch.teacher_log_probs[at : at + end - start], values)
+            assert batch.teacher_indices[at : at + end - start].tolist() == row["logprobs_indices"][q]
             at += end - start
         (document,) = documents
         text = "".join(tokenizer.decode(ids, skip_special_tokens=True).removeprefix("user\n") for ids in own)
         assert all(word in text for word in document.split())
         assert (i == 0) <= (own == [context_ids(tokenizer, document)]), "one chunk to begin with"
-    assert not chunks and at == len(batch["teacher_indices"])
+    assert not chunks and at == len(batch.teacher_indices)
 
 
 def test_batches_are_functions_of_seed_and_step(base, shards):
     batches, again, other = (DistillationBatches(base[1], SMALL, [shards], seed) for seed in (0, 0, 1))
-    assert torch.equal(batches[4]["input_ids"], again[4]["input_ids"])
-    assert batches[4]["input_ids"].tolist() not in (other[4]["input_ids"].tolist(), batches[5]["input_ids"].tolist())
+    assert torch.equal(batches[4].input_ids, again[4].input_ids)
+    assert batches[4].input_ids.tolist() not in (other[4].input_ids.tolist(), batches[5].input_ids.tolist())
 
 
 def test_later_chunks_end_at_sentence_ends_and_keep_to_their_size(base, shards):
     tokenizer = base[1]
-    several = [chunks_of(DistillationBatches(tokenizer, SMALL, [shards], 0)[i]) for i in (3, 4, 5)]
+    several = [DistillationBatches(tokenizer, SMALL, [shards], 0)[i].chunks.rows() for i in (3, 4, 5)]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for chunks in several for ids in chunks]
     assert len(texts) > 9, "more chunks than contexts"
     assert all(text.rstrip().removesuffix("assistant").rstrip().endswith(".") for text in texts)
@@ -108,8 +99,8 @@ def test_later_chunks_end_at_sentence_ends_and_keep_to_their_size(base, shards):
 def test_published_files_without_text_are_cut_anywhere(base, shards):
     published = shards.select_columns(list(PUBLISHED))
     batch = DistillationBatches(base[1], SMALL, [published], 0)[5]
-    assert batch["n_chunks"].max() > 1
-    assert max(map(len, chunks_of(batch))) <= SMALL.longest_chunk + len(context_ids(base[1], "x")) - 1
+    assert batch.chunks.counts.max() > 1
+    assert max(map(len, batch.chunks.rows())) <= SMALL.longest_chunk + len(context_ids(base[1], "x")) - 1
 
 
 def test_mixture_follows_its_weights(base, shards):
@@ -120,8 +111,8 @@ def test_mixture_follows_its_weights(base, shards):
                  for ids, (_, end) in zip(row["input_ids"], row["response_start_end"], strict=True)}  # fmt: skip
     for i in range(6):
         batch = batches[i]
-        ends = (batch["labels"] != IGNORED).int().cumsum(-1).argmax(-1) + 1
-        assert all(tuple(ids[:end].tolist()) in of_second for ids, end in zip(batch["input_ids"], ends, strict=True))
+        ends = (batch.labels != IGNORED).int().cumsum(-1).argmax(-1) + 1
+        assert all(tuple(ids[:end].tolist()) in of_second for ids, end in zip(batch.input_ids, ends, strict=True))
     with pytest.raises(ValueError, match="1 weights for 2 data sets"):
         DistillationBatches(base[1], p, [first, second], 0, weights=[1.0])
 
@@ -136,16 +127,16 @@ def test_loss_is_the_plain_formula(base, shards, distil):
     """One context and question after another, without padding: the same number."""
     model, tokenizer = base
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(step.hypernetwork_config(SMALL, model, "random"))
+    hypernetwork = Hypernetwork(hypernetwork_config(SMALL, model, "random"))
     with torch.no_grad():
         for parameter in hypernetwork.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     batch = DistillationBatches(tokenizer, SMALL, [shards], 0)[5]
-    loss = step.Internalization(model, hypernetwork, l1=0.0, distil=distil)(**batch)["loss"]
+    loss = step.Internalization(model, hypernetwork, replace(SMALL, distil=distil))(batch)["loss"]
 
     encoder = ContextEncoder.from_config(model, hypernetwork.config)
-    chunks, row, at, of_contexts = chunks_of(batch), 0, 0, []
-    for n_chunks, n_questions in zip(batch["n_chunks"].tolist(), batch["n_questions"].tolist(), strict=True):
+    chunks, row, at, of_contexts = batch.chunks.rows(), 0, 0, []
+    for n_chunks, n_questions in zip(batch.chunks.counts.tolist(), batch.n_questions.tolist(), strict=True):
         parts = []
         for ids in chunks[:n_chunks]:
             mask = torch.ones(1, len(ids), dtype=torch.long)
@@ -156,14 +147,14 @@ def test_loss_is_the_plain_formula(base, shards, distil):
         loras = combine(blocks, hypernetwork.bias(), torch.tensor([n_chunks]))
         of_questions = []
         for _ in range(n_questions):
-            labels = batch["labels"][row]
+            labels = batch.labels[row]
             places = (labels != IGNORED).nonzero().flatten()
-            ids = batch["input_ids"][row, : places[-1] + 1]
+            ids = batch.input_ids[row, : places[-1] + 1]
             with apply_lora(model, loras, hypernetwork.config.scale), torch.no_grad():
                 log_q = model(ids[None]).logits[0, places - 1].log_softmax(-1)
             own = slice(at, at + len(places))
             if distil:
-                teacher, indices = batch["teacher_log_probs"][own].exp(), batch["teacher_indices"][own]
+                teacher, indices = batch.teacher_log_probs[own].exp(), batch.teacher_indices[own]
                 per_token = -(teacher * log_q.gather(-1, indices)).sum(-1)
             else:
                 per_token = -log_q.gather(-1, labels[places][:, None])
@@ -174,15 +165,14 @@ def test_loss_is_the_plain_formula(base, shards, distil):
 
 
 def test_training_lowers_the_loss_and_resumes_to_the_same_weights(base, shards, tmp_path):
-    model, tokenizer = base
     p = replace(SMALL, steps=24, learning_rate=5e-3)
-    options = {"save_steps": 8, "report_steps": 4}
-    train_distillation(p, model, tokenizer, [shards], tmp_path / "whole", 0, "random", **options)
-    train_distillation(p, model, tokenizer, [shards], tmp_path / "twice", 0, "random", stop_at=10, **options)
-    train_distillation(p, model, tokenizer, [shards], tmp_path / "twice", 0, "random", **options)
+    batches = DistillationBatches(base[1], p, [shards], 0)
+    for name, stop_at in (("whole", None), ("twice", 10), ("twice", None)):
+        run = Run(tmp_path / name, save_steps=8, report_steps=4, stop_at=stop_at)
+        recipes.train_hypernetwork(p, Base(*base, "random"), batches, run)
     whole, twice = (load_file(tmp_path / run / "checkpoint-24" / "model.safetensors") for run in ("whole", "twice"))
     assert all(torch.equal(whole[name], twice[name]) for name in whole)
-    log = step.read_log(tmp_path / "whole" / "log.jsonl")
+    log = read_log(tmp_path / "whole" / "log.jsonl")
     assert log[-1]["loss"] < log[0]["loss"]
 
 
@@ -262,46 +252,46 @@ def test_world_and_shards_are_mixed_by_weight_and_world_needs_one(base, shards):
     with pytest.raises(ValueError, match="give weights"):
         DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p), shards], seed=0)
     only_shards = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p), shards], 0, [0.0, 1.0])
-    certain = only_shards[0]["teacher_log_probs"][:, 0] == 0
+    certain = only_shards[0].teacher_log_probs[:, 0] == 0
     assert not certain.all()
     only_world = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p), shards], 0, [1.0, 0.0])
     batch = only_world[0]
-    assert (batch["teacher_log_probs"][:, 0] == 0).all()
-    labels = batch["labels"][batch["labels"] != IGNORED]
-    assert torch.equal(batch["teacher_indices"][:, 0], labels)
+    assert (batch.teacher_log_probs[:, 0] == 0).all()
+    labels = batch.labels[batch.labels != IGNORED]
+    assert torch.equal(batch.teacher_indices[:, 0], labels)
     losses = [loss_of(model, batch, distil) for distil in (True, False)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # with a teacher who has no doubt it is cross-entropy
 
 
-def loss_of(model, batch: dict, distil: bool) -> float:
+def loss_of(model, batch, distil: bool) -> float:
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(step.hypernetwork_config(SMALL, model, "x"))
-    return step.Internalization(model, hypernetwork, 0.0, distil)(**batch)["loss"].item()
+    hypernetwork = Hypernetwork(hypernetwork_config(SMALL, model, "x"))
+    return step.Internalization(model, hypernetwork, replace(SMALL, distil=distil))(batch)["loss"].item()
 
 
 def test_the_last_layer_alone_gives_the_logits_and_gradients_of_the_whole_model(base):
     """Where the other layers have no blocks, nothing but the last layer's own output changes."""
     model, tokenizer = base
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(step.hypernetwork_config(SMALL, model, "x"))
+    hypernetwork = Hypernetwork(hypernetwork_config(SMALL, model, "x"))
     with torch.no_grad():
         hypernetwork.scaler_B["down_proj"][:, -1] = 3.0
         hypernetwork.bias_B["down_proj"][-1].normal_()
     p = replace(SMALL, contexts=4, most_facts=5, facts_grow=(0.0, 0.0), single_chunk_share=0.0, questions=5)
     batch = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p)], 0, [1.0])[1]
-    assert len(batch["n_chunks"].unique()) > 1 or len(batch["n_questions"].unique()) > 1
+    assert len(batch.chunks.counts.unique()) > 1 or len(batch.n_questions.unique()) > 1
     losses, gradients = [], []
     for last_layer in (False, True):
         hypernetwork.zero_grad()
-        loss = step.Internalization(model, hypernetwork, 0.0, last_layer=last_layer)(**batch)["loss"]
+        loss = step.Internalization(model, hypernetwork, replace(SMALL, last_layer=last_layer))(batch)["loss"]
         loss.backward()
         losses.append(loss.item())
         gradients.append(hypernetwork.head.weight.grad[-1].clone())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
     hypernetwork.scaler_B["down_proj"].data[:, 0] = 3.0  # now the other layers would count, and are left out
-    assert step.Internalization(model, hypernetwork, 0.0)(**batch)["loss"].item() != pytest.approx(losses[1])
-    alone = step.Internalization(model, hypernetwork, 0.0, last_layer=True)(**batch)["loss"].item()
+    assert step.Internalization(model, hypernetwork, SMALL)(batch)["loss"].item() != pytest.approx(losses[1])
+    alone = step.Internalization(model, hypernetwork, replace(SMALL, last_layer=True))(batch)["loss"].item()
     assert alone == pytest.approx(losses[1])
 
 
@@ -309,6 +299,6 @@ def test_a_batch_is_full_at_so_many_chunks(base):
     tokenizer = base[1]
     p = replace(SMALL, contexts=50, chunks=12, most_facts=8, facts_grow=(0.0, 0.0), single_chunk_share=0.0, questions=9)
     batch = DistillationBatches(tokenizer, p, [WorldDocuments(tokenizer, p)], 0, [1.0])[0]
-    n_chunks = batch["n_chunks"].tolist()
+    n_chunks = batch.chunks.counts.tolist()
     assert sum(n_chunks) >= 12 and sum(n_chunks[:-1]) < 12
-    assert (batch["n_questions"] <= batch["n_chunks"] + 1).all() and batch["n_questions"].max() <= 9
+    assert (batch.n_questions <= batch.chunks.counts + 1).all() and batch.n_questions.max() <= 9

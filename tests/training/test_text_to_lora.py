@@ -9,7 +9,9 @@ from tiny_models import build_base_model, build_tokenizer
 from d2l_lib.presets import DistillationPreset
 from d2l_lib.records import read_jsonl
 from d2l_lib.studies import baselines
-from d2l_lib.training import step, text_to_lora
+from d2l_lib.training import text_to_lora
+from d2l_lib.training.loop import Run
+from d2l_lib.training.recipes import Base, hypernetwork_config
 from d2l_lib.training.text_to_lora import TextToLoRA, load_text_to_lora, save_text_to_lora, train_text_to_lora
 
 SMALL = DistillationPreset(
@@ -27,7 +29,7 @@ def base():
 
 def network_for(base_model) -> TextToLoRA:
     torch.manual_seed(0)
-    return TextToLoRA(step.hypernetwork_config(SMALL, base_model, "x"))
+    return TextToLoRA(hypernetwork_config(SMALL, base_model, "x"))
 
 
 def test_it_reads_the_mean_of_the_real_tokens_and_nothing_else(base):
@@ -55,9 +57,8 @@ def test_it_learns_is_saved_and_answers_as_a_method(base, tmp_path):
     base_model, tokenizer = base
     base_model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    network = train_text_to_lora(
-        SMALL, base_model, tokenizer, tmp_path / "run", 0, str(tmp_path / "base"), report_steps=5
-    )
+    base = Base(base_model, tokenizer, str(tmp_path / "base"))
+    network = train_text_to_lora(SMALL, base, Run(tmp_path / "run", report_steps=5))
     log = read_jsonl(tmp_path / "run" / "log.jsonl")
     assert log[-1]["loss"] < log[0]["loss"]
     save_text_to_lora(tmp_path / "final", network)
@@ -75,6 +76,6 @@ def test_it_learns_is_saved_and_answers_as_a_method(base, tmp_path):
 def test_bad_places_are_named(base, tmp_path):
     with pytest.raises(FileNotFoundError, match="train one with"):
         load_text_to_lora(tmp_path)
-    config = step.hypernetwork_config(replace(SMALL, encoder_layer=None), base[0], "x")
+    config = hypernetwork_config(replace(SMALL, encoder_layer=None), base[0], "x")
     with pytest.raises(ValueError, match="one hidden state"):
         text_to_lora.TextToLoRA(replace(config, encoder_type="per_layer_activations"))

@@ -12,26 +12,27 @@ from d2l_lib.base_model import load_base_model
 from d2l_lib.documents import context_ids
 from d2l_lib.encoder import ContextEncoder, linear_inputs
 from d2l_lib.hypernetwork import Hypernetwork
-from d2l_lib.presets import ReadoutPreset
-from d2l_lib.training import step
-from d2l_lib.training.batches import IGNORED
+from d2l_lib.presets import WarmUpPreset
+from d2l_lib.training.batches import IGNORED, Chunks
+from d2l_lib.training.loop import Run, read_log
+from d2l_lib.training.recipes import hypernetwork_config
 from d2l_lib.training.warm_up import (
     KeysAndValues,
     Readout,
     ReadoutBatches,
     WhitenedKeys,
     fact_sentences,
+    fit_scalers,
     key_limits,
     key_whitening,
-    let_blocks_act,
     needle_sentences,
-    plain_keys,
     spread_to_all_layers,
     start_linear,
     train_readout,
+    unwhiten_keys,
 )
 
-P = ReadoutPreset(steps=20, sentences=6, learning_rate=1e-3, warmup_steps=2)
+P = WarmUpPreset(steps=20, sentences=6, learning_rate=1e-3, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def base():
 def fresh(base_model, rank=2) -> Hypernetwork:
     torch.manual_seed(0)
     p = replace(train_small.SMALL, rank=rank, latent_size=32)
-    return Hypernetwork(step.hypernetwork_config(p, base_model, "small"))
+    return Hypernetwork(hypernetwork_config(p, base_model, "small"))
 
 
 def warm_up(base, hypernetwork, kind=Readout):
@@ -58,13 +59,11 @@ def test_batches_hold_the_answer_and_the_question_of_their_sentence(base, draw):
     tokenizer = base[1]
     batches = ReadoutBatches(tokenizer, P, 3, draw)
     batch, again, other = batches[4], ReadoutBatches(tokenizer, P, 3, draw)[4], batches[5]
-    assert torch.equal(batch["answer_ids"], again["answer_ids"]) and len(batches) == 20
-    assert not torch.equal(batch["order"], other["order"]) or batch["answer_ids"].shape != other["answer_ids"].shape
-    chunks = [ids[mask.bool()].tolist() for group, masks in zip(batch["chunk_ids"], batch["chunk_mask"], strict=True)
-              for ids, mask in zip(group, masks, strict=True)]  # fmt: skip
-    chunks = [chunks[place] for place in batch["order"]]
-    assert len(chunks) == len(batch["answer_ids"]) == len(batch["question_ids"]) == 6
-    for chunk, answer, question in zip(chunks, batch["answer_ids"], batch["question_ids"], strict=True):
+    assert torch.equal(batch.answer_ids, again.answer_ids) and len(batches) == 20
+    assert not torch.equal(batch.chunks.order, other.chunks.order) or batch.answer_ids.shape != other.answer_ids.shape
+    chunks = batch.chunks.rows()
+    assert len(chunks) == len(batch.answer_ids) == len(batch.question_ids) == 6
+    for chunk, answer, question in zip(chunks, batch.answer_ids, batch.question_ids, strict=True):
         answer = answer[answer != IGNORED].tolist()
         assert answer[-1] == tokenizer.eos_token_id
         value = tokenizer.decode(answer[:-1]).strip()
@@ -81,11 +80,11 @@ def test_the_step_scores_token_j_from_row_j_and_moves_nothing_of_the_base_model(
     with torch.no_grad():  # answer readouts that always say one token, whatever the latents are
         step.answer.weight.zero_()
         step.answer.bias.zero_()
-        said = int(batch["answer_ids"][0, 0])
+        said = int(batch.answer_ids[0, 0])
         step.answer.bias[said] = 50.0
-    loss = step(**batch)["loss"]
+    loss = step(batch)["loss"]
     loss.backward()
-    slots = batch["answer_ids"][:, :2]
+    slots = batch.answer_ids[:, :2]
     expected = float((slots[slots != IGNORED] == said).float().mean())
     assert step.report()["answer_tokens_right"] == pytest.approx(expected, abs=1e-4)
     assert all(parameter.grad is None for parameter in base_model.parameters())
@@ -101,14 +100,14 @@ def test_the_warm_up_learns_to_read_and_goes_on_where_it_was(base, tmp_path, kin
     p = replace(P, steps=120, sentences=24, learning_rate=5e-3, muon_rate=muon_rate)
     whole, two = fresh(base_model, rank=4), fresh(base_model, rank=4)
     batches = ReadoutBatches(tokenizer, p, 0, needle_sentences)
-    options = {"report_steps": 20, "save_steps": 50}
-    train_readout(p, warm_up(base, whole, kind), batches, tmp_path / "whole", 0, **options)
-    train_readout(p, warm_up(base, two, kind), batches, tmp_path / "two", 0, stop_at=50, **options)
+    run = Run(tmp_path, report_steps=20, save_steps=50)
+    train_readout(p, warm_up(base, whole, kind), batches, run.stage("whole"))
+    train_readout(p, warm_up(base, two, kind), batches, run.stage("two", stop_at=50))
     two = fresh(base_model, rank=4)  # a new process would start from nothing too
-    train_readout(p, warm_up(base, two, kind), batches, tmp_path / "two", 0, **options)
+    train_readout(p, warm_up(base, two, kind), batches, run.stage("two"))
     for (name, a), b in zip(whole.named_parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b), name
-    log = step.read_log(tmp_path / "whole" / "log.jsonl")
+    log = read_log(tmp_path / "whole" / "log.jsonl")
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["question_loss"] < log[0]["question_loss"]
 
 
@@ -140,21 +139,21 @@ def test_keys_and_values_score_the_rows_that_act(base):
     hypernetwork = fresh(base_model)
     step = warm_up(base, hypernetwork, KeysAndValues)
     batch = ReadoutBatches(tokenizer, P, 0)[0]
-    step(**batch)
+    step(batch)
     said = step.report()
     assert 0 <= said["values_right"] < 0.2 and said["key_cosine"] < 0.5
     d_in = hypernetwork.config.d_in["down_proj"]
-    answers = batch["answer_ids"][:, :2]
-    inputs = step.whitened_inputs(batch["input_ids"], batch["starts"], 2)
+    answers = batch.answer_ids[:, :2]
+    inputs = step.whitened_inputs(batch, 2)
     assert inputs.shape == (2, 6, 2, d_in)
     # x where token j is predicted is the input of down_proj at the position before it
     seen = []
     hook = base_model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    base_model(batch["input_ids"], use_cache=False)
+    base_model(batch.input_ids, use_cache=False)
     hook.remove()
-    place = int(batch["starts"][4])
+    place = int(batch.starts[4])
     torch.testing.assert_close(inputs[1, 4, 1], seen[0][4, place] @ step.whitening[1])
-    assert int(batch["input_ids"][4, place]) == int(answers[4, 0])
+    assert int(batch.input_ids[4, place]) == int(answers[4, 0])
 
     class Known(torch.nn.Module):
         """Writes, for sentence k, the rows that solve the batch."""
@@ -168,9 +167,8 @@ def test_keys_and_values_score_the_rows_that_act(base):
             taps.update(lora_emb=torch.zeros(len(answers), 2, 1, 2, 32), flat_loras=rows)
 
     step.hypernetwork = Known()
-    together = {name: batch[name] for name in ("answer_ids", "question_ids", "input_ids", "starts")}
     ids = torch.ones(6, 3, dtype=torch.long)
-    step(chunk_ids=[ids], chunk_mask=[ids], order=torch.arange(6), **together)
+    step(replace(batch, chunks=Chunks([ids], [ids], torch.arange(6), torch.ones(6, dtype=torch.long))))
     said = step.report()
     assert said["values_right"] == pytest.approx(1.0) and said["key_cosine"] == pytest.approx(1.0)
     assert said["keys_found"] > 0.9
@@ -184,8 +182,8 @@ def test_whitened_inputs_have_the_unit_matrix_as_second_moment(base):
     rows = []
     for i in range(40):
         batch = batches[i]
-        x = linear_inputs(base_model, "down_proj", batch["input_ids"])
-        for row, (start, answer) in enumerate(zip(batch["starts"], batch["answer_ids"], strict=True)):
+        x = linear_inputs(base_model, "down_proj", batch.input_ids)
+        for row, (start, answer) in enumerate(zip(batch.starts, batch.answer_ids, strict=True)):
             rows.append(x[:, row, start - 1 : start - 1 + (answer != IGNORED).sum()])
     x = torch.cat(rows, dim=1) @ whitening
     moment = x.transpose(1, 2) @ x / x.shape[1]
@@ -199,32 +197,32 @@ def test_blocks_act_with_the_size_that_was_asked_for_and_keys_become_plain(base)
     step = warm_up(base, hypernetwork, KeysAndValues)
     batches = ReadoutBatches(tokenizer, P, 0)
     batch = batches[0]
-    _, A, _ = step.rows(batch["chunk_ids"], batch["chunk_mask"], batch["order"])
-    scored = batch["answer_ids"][:, :4] != IGNORED
-    inputs = step.whitened_inputs(batch["input_ids"], batch["starts"], 4)[:, scored]
+    _, A, _ = step.rows(batch.chunks)
+    scored = batch.answer_ids[:, :4] != IGNORED
+    inputs = step.whitened_inputs(batch, 4)[:, scored]
     matches = (A[:, :, :4].transpose(0, 1)[:, scored] * inputs).sum(-1).mean(1)
     with torch.no_grad():  # keys that match on average, as a warm-up leaves them
         weight = hypernetwork.head.weight
         weight[..., : A.shape[-1]] *= matches.sign()[:, None, None]
     assert not hypernetwork.scaler_B["down_proj"].any()
-    let_blocks_act(step, batch, size=0.5)
+    fit_scalers(step, batch, size=0.5)
     assert (hypernetwork.scaler_B["down_proj"] > 0).all() and (hypernetwork.scaler_A["down_proj"] > 0).all()
 
     # what the linears of the base model really read, with plain keys: an own key matches with 1 on average
     def own_matches():
         rows = []
-        for ids, mask in zip(batch["chunk_ids"], batch["chunk_mask"], strict=True):
+        for ids, mask in zip(batch.chunks.ids, batch.chunks.mask, strict=True):
             encoder = ContextEncoder.from_config(base_model, hypernetwork.config)
             rows.append(hypernetwork(encoder.encode(ids, attention_mask=mask), attention_mask=mask)["down_proj"][0])
-        A = torch.cat(rows)[batch["order"]]
-        x = linear_inputs(base_model, "down_proj", batch["input_ids"])
-        places = (batch["starts"][:, None] - 1 + torch.arange(4)).clamp_max(x.shape[2] - 1)
+        A = torch.cat(rows)[batch.chunks.order]
+        x = linear_inputs(base_model, "down_proj", batch.input_ids)
+        places = (batch.starts[:, None] - 1 + torch.arange(4)).clamp_max(x.shape[2] - 1)
         own = x[:, torch.arange(6)[:, None], places][:, scored]
         return (A.transpose(0, 1)[:, scored] * own).sum(-1).mean(1)
 
     with torch.no_grad():
         torch.testing.assert_close(own_matches(), torch.ones(2), atol=1e-4, rtol=0)
-        plain_keys(hypernetwork)
+        unwhiten_keys(hypernetwork)
         torch.testing.assert_close(own_matches(), torch.ones(2), atol=1e-4, rtol=0)
     assert "head.weight" in hypernetwork.state_dict()  # the published names again
 
@@ -235,18 +233,17 @@ def test_the_last_layer_alone_is_warmed_up_where_that_is_asked_for(base):
     batch = ReadoutBatches(tokenizer, P, 0)[0]
     whitening = key_whitening(base_model, "down_proj", ReadoutBatches(tokenizer, P, 0), n_batches=30)
     both, last = (KeysAndValues(base_model, hypernetwork, whitening, last_layer=alone) for alone in (False, True))
-    together = {name: batch[name] for name in ("chunk_ids", "chunk_mask", "order")}
-    for rows, of_last in zip(both.rows(**together), last.rows(**together), strict=True):
+    for rows, of_last in zip(both.rows(batch.chunks), last.rows(batch.chunks), strict=True):
         torch.testing.assert_close(of_last, rows[:, -1:])
-    inputs = [step.whitened_inputs(batch["input_ids"], batch["starts"], 4) for step in (both, last)]
+    inputs = [step.whitened_inputs(batch, 4) for step in (both, last)]
     assert torch.equal(inputs[1], inputs[0][-1:])
-    last(**batch)["loss"].backward()
+    last(batch)["loss"].backward()
     assert hypernetwork.head.weight.grad[-1].any() and not hypernetwork.head.weight.grad[:-1].any()
-    scored = batch["answer_ids"][:, :4] != IGNORED
+    scored = batch.answer_ids[:, :4] != IGNORED
     with torch.no_grad():
-        matches = (last.rows(**together)[1][:, :, :4].transpose(0, 1)[:, scored] * inputs[1][:, scored]).sum(-1)
+        matches = (last.rows(batch.chunks)[1][:, :, :4].transpose(0, 1)[:, scored] * inputs[1][:, scored]).sum(-1)
         hypernetwork.head.weight[-1, :, : whitening.shape[-1]] *= matches.mean().sign()
-    let_blocks_act(last, batch)
+    fit_scalers(last, batch)
     assert hypernetwork.scaler_B["down_proj"][0, -1].all() and not hypernetwork.scaler_B["down_proj"][0, :-1].any()
 
 
@@ -260,18 +257,17 @@ def test_the_earlier_layers_begin_as_copies_of_the_last(base):
     with torch.no_grad():
         hypernetwork.scaler_B["down_proj"][:, -1] = 2.0
     batch = batches[7]
-    together = {name: batch[name] for name in ("chunk_ids", "chunk_mask", "order")}
-    last = [rows[:, -1].clone() for rows in step.rows(**together)]
+    last = [rows[:, -1].clone() for rows in step.rows(batch.chunks)]
     spread_to_all_layers(step, batches, n_batches=20, share=0.1)
-    latents, A, B = step.rows(**together)
+    latents, A, B = step.rows(batch.chunks)
     for now, before in zip((latents, A, B), last, strict=True):
         torch.testing.assert_close(now[:, -1], before)  # the last layer is what it was
     torch.testing.assert_close(latents[:, 0], latents[:, -1])
     torch.testing.assert_close(B[:, 0], B[:, -1])
     torch.testing.assert_close(hypernetwork.scaler_B["down_proj"][0, 0], torch.full((4, 1), 0.2))
-    scored = batch["answer_ids"][:, :4] != IGNORED
-    x = linear_inputs(base_model, "down_proj", batch["input_ids"])[0]
-    places = (batch["starts"][:, None] - 1 + torch.arange(4)).clamp_max(x.shape[1] - 1)
+    scored = batch.answer_ids[:, :4] != IGNORED
+    x = linear_inputs(base_model, "down_proj", batch.input_ids)[0]
+    places = (batch.starts[:, None] - 1 + torch.arange(4)).clamp_max(x.shape[1] - 1)
     x = x[torch.arange(6)[:, None], places]
     cosines = torch.nn.functional.cosine_similarity(A[:, 0, :4][scored], x[scored] @ whitening[0], dim=-1)
     assert cosines.mean() > 0.3, "keys of the first layer point to what it reads"
