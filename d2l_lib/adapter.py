@@ -439,6 +439,22 @@ class Adapter:
         A = torch.cat([A if weight == 1 else A * weight for A, _, weight in parts], dim=1)
         return A, torch.cat([B for _, B, _ in parts], dim=1)
 
+    @cached_property
+    def stacked(self) -> Factors:
+        """{module: (A [L, K, r, d_in], B [L, K, r, d_out])} of the K blocks without their weights; not the bias.
+
+        r: the largest rank; the rows of others are filled up with zeros. Built once and kept: it takes as much memory
+        as the blocks. Not free to change.
+        """
+        rank = max((block.rank for block in self.blocks), default=0)
+
+        def stack(side: str, module: str, size: int) -> Tensor:
+            whole = [getattr(block, side)[module] for block in self.blocks]
+            padded = [torch.nn.functional.pad(one, (0, 0, 0, rank - one.shape[1])) for one in whole]
+            return torch.stack(padded, dim=1) if padded else torch.zeros(self.n_layers, 0, rank, size)
+
+        return {m: (stack("A", m, d_in), stack("B", m, d_out)) for m, (d_in, d_out) in self.sizes.items()}
+
     def compressed(self, rank: int) -> Adapter:
         """The best approximation of the summed update (bias included) of at most this rank, as one block.
 

@@ -18,19 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2l_lib.base_model import target_linears
+from d2l_lib.base_model import decoder_body, target_linears
 from d2l_lib.hypernetwork import Loras
 
 
 class OpenBlock:
     """One open `with` block of this module: for which model, and what surrounds it in its thread.
 
-    owner, adapter: what `DocToLoRA.applied` notes for calls that leave out `adapter=`. shared: a thread that is started
-    inside the block, and opens none itself, sees the block too.
+    owner, adapter, reading: what `DocToLoRA.applied` notes for calls that leave out `adapter=`. shared: a thread that
+    is started inside the block, and opens none itself, sees the block too.
     """
 
-    def __init__(self, model: nn.Module, owner: Any = None, adapter: Any = None, shared: bool = True):
-        self.model, self.owner, self.adapter, self.shared = model, owner, adapter, shared
+    def __init__(
+        self, model: nn.Module, owner: Any = None, adapter: Any = None, reading: Any = None, shared: bool = True
+    ):
+        self.model, self.owner, self.adapter, self.reading, self.shared = model, owner, adapter, reading, shared
         self.around = _opened_here.get()
         self.is_open = True
         # threads that were there before; those of torch's own (backward passes) have no entry that could be relied on
@@ -158,11 +160,17 @@ def apply_lora(
 
 @contextmanager
 def add_deltas(
-    model: nn.Module, deltas: Sequence[tuple[nn.Linear, Callable[[Tensor], Tensor]]], scale: float, **notes: Any
+    model: nn.Module,
+    deltas: Sequence[tuple[nn.Linear, Callable[[Tensor], Tensor]]],
+    scale: float,
+    *,
+    before: Callable[[dict[str, Any]], None] | None = None,
+    **notes: Any,
 ) -> Iterator[None]:
     """Inside the `with` block each of these linears of `model` returns y + scale * delta(x), in this thread.
 
-    Blocks nest: the innermost one counts. The model on exit is the model on entry. notes: see OpenBlock.
+    before: called before each forward pass with the keyword arguments of the decoder. notes: see OpenBlock. Blocks
+    nest: the innermost one counts. The model on exit is the model on entry.
     """
     block = OpenBlock(model, **notes)
     with ExitStack() as stack:
@@ -174,6 +182,9 @@ def add_deltas(
             for linear, delta in deltas:
                 hook = partial(_add_delta, delta=delta, scale=scale, block=block)
                 handles.append(linear.register_forward_hook(hook))
+            if before is not None:
+                begin = partial(_begin, before=before, block=block)
+                handles.append(decoder_body(model).register_forward_pre_hook(begin, with_kwargs=True))
         stack.enter_context(_uncompiled())
         stack.enter_context(_opened_block(block))
         yield
@@ -205,6 +216,12 @@ def _uncompiled() -> Iterator[None]:
             _stance.pop()
             if len(_stance) == 1:
                 _stance.pop().__exit__(None, None, None)
+
+
+def _begin(body, inputs, arguments, *, before, block):
+    """Forward pre-hook of the decoder; acts only where its block is the innermost of the calling thread."""
+    if innermost(block.model) is block:
+        before(arguments)
 
 
 def _add_delta(linear, inputs, output, *, delta, scale, block):

@@ -52,6 +52,7 @@ from d2l_lib.formats.checkpoints import (
 from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, Loras
 from d2l_lib.lora import apply_lora, noted_adapter, without_lora
+from d2l_lib.reading import Reading, read_sparsely
 from d2l_lib.routing import Gate, route
 
 # Longest chunk that the published models are used with (needle evaluation, section 2).
@@ -68,6 +69,7 @@ class _Current:
 _CURRENT = _Current()
 Adapters = Adapter | Sequence[Adapter | None] | None
 _Progress = Callable[[int, int], None] | bool | None
+_Read = str | Reading | None
 _LENGTH_STEP = 24  # tokens: chunks that are encoded together are padded to a multiple of it
 _BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -86,6 +88,7 @@ class DocToLoRA:
         least_relevance: where a number of `blocks` is to answer, a block of fewer nats stays out (see `routing`); minus
             infinity unless the checkpoint names it.
         gate: what `routing.gated` asks of blocks where the base model has an answer of its own (a Gate, or None).
+        reading: how `read="sparse"` chooses the block that each token of an answer reads (a Reading).
         iterative: write blocks one base layer after another: less memory, the same numbers (False).
 
     Chunks of like length are encoded together. A batch has one shape for each length, filled up where chunks are
@@ -119,7 +122,7 @@ class DocToLoRA:
         self._check_base_model()
         self.current: Adapter | None = None
         self.iterative = False
-        self.least_relevance, self.gate = least_relevance, gate
+        self.least_relevance, self.gate, self.reading = least_relevance, gate, Reading()
         self._evaluating = 0  # how many threads internalize now
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
@@ -383,29 +386,44 @@ class DocToLoRA:
         self.current = None
 
     @contextmanager
-    def applied(self, adapter: Adapters | _Current = _CURRENT) -> Iterator[nn.Module]:
+    def applied(
+        self, adapter: Adapters | _Current = _CURRENT, *, read: _Read = None, starts: Tensor | None = None
+    ) -> Iterator[nn.Module]:
         """Inside the `with` block the base model (also the plain transformers object) answers with the adapter.
 
         Left out, it is the current one. A list gives one adapter (or None) per batch row; None is the plain base
         model. Blocks nest, the innermost counts, also for calls without `adapter=`. On exit, also after an
         exception, weights and hooks are what they were, bit for bit.
 
+        read: as in `answer`. Sparse reading follows prompts that are padded on the left and their answers token by
+        token with a cache; starts [batch], the columns of the last prompt tokens, lets a pass hold prompts with their
+        answers (see `reading.read_sparsely`).
+
         The block belongs to the thread (or asyncio task) that opens it. Calls of this model in other threads do not
         see it: without `adapter=` they use their own block, else `model.current`. A thread that is started inside the
         block and opens none (as for a streamer) sees it when it calls the plain transformers object; RuntimeError
         where blocks of several threads could be meant.
         """
-        with self._with_applied(self._chosen(adapter), shared=True):
+        reading = self._reading(read, adapter)
+        with self._with_applied(self._chosen(adapter), shared=True, reading=reading, starts=starts):
             yield self.base_model
 
     @contextmanager
-    def _with_applied(self, adapter: Adapters, shared: bool) -> Iterator[None]:
-        """Inside the `with` block this thread's passes have the adapter; shared: see lora.OpenBlock."""
+    def _with_applied(
+        self, adapter: Adapters, shared: bool, *, reading: Reading | None = None, starts: Tensor | None = None
+    ) -> Iterator[None]:
+        """Inside the `with` block this thread's passes have the adapter, as the published sum where `reading` is None.
+
+        shared: see lora.OpenBlock.
+        """
         contexts, rows = _distinct(adapter) if isinstance(adapter, (list, tuple)) else ([adapter], None)
         self._check_adapters(contexts)
         notes = {"owner": self, "adapter": adapter, "shared": shared}
         if all(one is None for one in contexts):
-            with without_lora(self.base_model, **notes):
+            with without_lora(self.base_model, reading=reading, **notes):
+                yield
+        elif reading is not None:
+            with read_sparsely(self.base_model, contexts, reading, rows=rows, starts=starts, **notes):
                 yield
         else:
             loras, scale = stack_factors(contexts)
@@ -464,6 +482,17 @@ class DocToLoRA:
             return adapter
         raise TypeError(f"expected an Adapter, a list of them or None, not {type(adapter).__name__}")
 
+    def _reading(self, read: _Read, adapter: Adapters | _Current) -> Reading | None:
+        """How a call reads its adapter; None is the published sum. ValueError for another word."""
+        if read is None:
+            around = noted_adapter(self.base_model, self) if adapter is _CURRENT else None
+            return None if around is None else around.reading
+        if isinstance(read, Reading):
+            return read
+        if read not in ("sum", "sparse"):
+            raise ValueError(f"read must be 'sum', 'sparse' or a Reading, not {read!r}")
+        return self.reading if read == "sparse" else None
+
     # --- answers out ------------------------------------------------------------------------------------------------
 
     def answer(
@@ -474,6 +503,7 @@ class DocToLoRA:
         max_new_tokens: int = 64,
         system: str = "",
         blocks: int | None = None,
+        read: _Read = None,
     ) -> str | list[str]:
         """The greedy answer to a question, or a list of answers to a list.
 
@@ -482,6 +512,9 @@ class DocToLoRA:
         system: the text of a system turn before the question.
         blocks: None, all blocks of an adapter answer. A number: that many of them, the most relevant to each question
             (see `routing`), which keeps out the noise of the others and costs a forward pass per block.
+        read: "sum", the published sum of the blocks. "sparse", at each token the block that matches, all in one pass
+            (see `reading`), as `model.reading` says; or a Reading. Left out: the sum, or as the adapter that is applied
+            around is read.
 
         Questions are wrapped in the chat template and batched; answers are those of one-by-one calls. The base model's
         own generation settings (sampling, penalties, ...) do not count. Several threads may answer at once, also while
@@ -498,7 +531,7 @@ class DocToLoRA:
         for index, prompt in enumerate(prompts):
             which = "the question" if single else f"question {index + 1} of {len(prompts)}"
             self._check_window(len(prompt), f"{which} takes {len(prompt)} tokens with its chat wrapping")
-        chosen = self._chosen(adapter)
+        chosen, reading = self._chosen(adapter), self._reading(read, adapter)
         per_row = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen] * len(questions)
         if len(per_row) != len(questions):
             raise ValueError(
@@ -512,14 +545,20 @@ class DocToLoRA:
         answers: list[str] = []
         for start in range(0, len(questions), self.answer_batch):
             batch = slice(start, start + self.answer_batch)
-            answers += self._answer_batch(prompts[batch], per_row[batch], max_new_tokens)
+            answers += self._answer_batch(prompts[batch], per_row[batch], max_new_tokens, reading)
         return answers[0] if single else answers
 
-    def _answer_batch(self, prompts: list[list[int]], adapters: list[Adapter | None], max_new_tokens: int) -> list[str]:
+    def _answer_batch(
+        self,
+        prompts: list[list[int]],
+        adapters: list[Adapter | None],
+        max_new_tokens: int,
+        reading: Reading | None,
+    ) -> list[str]:
         """Greedy answers of one left-padded batch."""
         limits = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
         several = any(one is not adapters[0] for one in adapters)
-        with self._with_applied(adapters if several else adapters[0], shared=False):
+        with self._with_applied(adapters if several else adapters[0], shared=False, reading=reading):
             return greedy_texts(self.base_model, self.tokenizer, prompts, limits)
 
     @torch.no_grad()
@@ -530,12 +569,14 @@ class DocToLoRA:
         max_new_tokens: int = 64,
         adapter: Adapters | _Current = _CURRENT,
         attention_mask: Tensor | None = None,
+        read: _Read = None,
         **options: Any,
     ) -> Tensor:
         """transformers' `generate` with an adapter applied: token ids [batch, length] in, prompt and new ids out.
 
         adapter: left out, the current one; None, the base model alone; a list, one (or None) per row.
         attention_mask: 0 at padding (None: there is none). ValueError for padding on the right, where new tokens go.
+        read: as in `answer`. ValueError for sparse reading without a cache, or with a prompt in parts.
         options: passed on to transformers. Settings are fresh, not the base model's own: greedy, to the end of the
             model's turn, unless options say otherwise.
 
@@ -551,7 +592,10 @@ class DocToLoRA:
         length = int(attention_mask.sum(1).max())
         self._check_window(length, f"input_ids holds {length} tokens")
         ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
-        with self._with_applied(self._chosen(adapter), shared=False):
+        reading = self._reading(read, adapter)
+        if reading is not None:
+            _check_followed(options)
+        with self._with_applied(self._chosen(adapter), shared=False, reading=reading):
             return generate(self.base_model, self.tokenizer, ids, mask, max_new_tokens=max_new_tokens, **options)
 
     def _check_window(self, length: int, what: str) -> None:
@@ -627,6 +671,15 @@ def _checked_ids(ids: Tensor, mask: Tensor | None, network: nn.Module) -> tuple[
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask is {list(mask.shape)}, the token ids are {list(ids.shape)}")
     return ids, mask
+
+
+def _check_followed(options: Mapping[str, Any]) -> None:
+    """ValueError for options of `generate` under which sparse reading would not see where an answer begins."""
+    config = options.get("generation_config")
+    for name, wrong in (("use_cache", (False,)), ("prefill_chunk_size", None)):
+        value = options.get(name, getattr(config, name, None))
+        if value is not None and (wrong is None or value in wrong):
+            raise ValueError(f"sparse reading cannot follow {name}={value!r}: leave it out, or read='sum'")
 
 
 def _distinct(adapters: Sequence[Adapter | None]) -> tuple[list[Adapter | None], Tensor]:

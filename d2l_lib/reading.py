@@ -1,0 +1,298 @@
+"""Read an adapter like attention: at each token of an answer the one block that matches adds its part.
+
+    score     s(k, t) = |A_k x(t)|, at every linear that reads; x(t) is its input at token t
+    over time Z(k, t) = decay * Z(k, t - 1) + s(k, t), from t0, the last token of the prompt, on
+    so far    S(k, t) = sum of Z(k, t) over the linears that the model has run through
+    reading   y = W x + scale * (bias + weight_k B_k^T (A_k x)) with k = argmax of S(k, t)
+
+The sum over time keeps an answer with the block that its first token chose. Before t0, and in layers that do not read,
+the bias alone acts. `adapter.Adapter` and `lora.apply_lora` are the published sum, in which all blocks act at every
+token: its noise grows with the number of blocks. Both take one forward pass.
+
+A score uses this token and earlier ones at the same linear, and earlier linears at the same token. So a prompt with its
+answer in one pass, and token by token with a cache, read the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from d2l_lib.adapter import Adapter
+from d2l_lib.base_model import target_linears
+from d2l_lib.lora import add_deltas
+
+_NOT_FOLLOWED = (
+    "{}: sparse reading follows one generation, from its empty cache on and one token at a time (nothing assisted, no "
+    "prompt in parts; read='sum' has no such limit)"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How blocks are chosen.
+
+    layers: those that read, by number (None: all but the first quarter, whose inputs do not tell blocks apart).
+    decay: what is left of the evidence one token later, from 0 (each token chooses anew) to 1.
+    thresholds, gate_weights: one number for each layer that reads, or none, for adapters of one module. Layer l reads
+    where gate(l), the sum over layers so far of gate_weight * log(s(k, t0) / |x(t0)|) for the block k that it would
+    read at t0, exceeds its threshold. So a question that no block is about gets the bias alone.
+
+    ValueError for a decay out of range and for lists of different lengths.
+    """
+
+    layers: tuple[int, ...] | None = None
+    decay: float = 0.5
+    thresholds: tuple[float, ...] = ()
+    gate_weights: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be from 0 to 1, not {self.decay!r}")
+        if self.thresholds and not self.gate_weights:
+            object.__setattr__(self, "gate_weights", (1.0,) * len(self.thresholds))
+        if len(self.gate_weights) != len(self.thresholds):
+            raise ValueError(f"{len(self.thresholds)} thresholds but {len(self.gate_weights)} gate_weights: one each")
+
+    def layers_of(self, n_layers: int) -> tuple[int, ...]:
+        """The layers that read in a model of so many. ValueError where it has none of a number, or too few."""
+        layers = tuple(range(n_layers // 4, n_layers)) if self.layers is None else tuple(sorted(self.layers))
+        if wrong := [layer for layer in layers if not 0 <= layer < n_layers]:
+            raise ValueError(f"this model has layers 0 to {n_layers - 1}; layer {wrong[0]} cannot read")
+        if self.thresholds and len(self.thresholds) != len(layers):
+            raise ValueError(f"{len(self.thresholds)} thresholds for {len(layers)} layers that read: give one for each")
+        return layers
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one linear read at some tokens, for the rows of one adapter.
+
+    rows: the batch rows [n]. start: the column (token) of the first one, counted with the cache. blocks [n, tokens]:
+    places in `adapter.blocks`; -1 before the answer and where the gate was shut. evidence, lead [n, tokens]: S of the
+    chosen block, and by how much it exceeds the second best.
+    """
+
+    layer: int
+    module: str
+    adapter: Adapter
+    rows: list[int]
+    start: int
+    blocks: Tensor
+    evidence: Tensor
+    lead: Tensor
+
+
+@dataclass
+class Generation:
+    """The state of what is being generated: evidence so far, verdicts of the gate, and the choices that were made.
+
+    It starts anew with each pass that has an empty cache (or none). `choices` are those since then; None once beam
+    search has exchanged rows.
+    """
+
+    adapters: Sequence[Adapter | None]
+    reading: Reading
+    rows: Tensor | None
+    starts: Tensor | None
+    choices: list[Choice] | None = field(default_factory=list)
+    before: int = 0  # tokens that the cache holds
+    length: int = 0  # and with those of the pass
+    over_time: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # Z [rows, K] at the last token
+    is_open: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # [rows]
+    so_far: dict[int, Tensor] = field(default_factory=dict)  # S [rows, tokens, K] of this pass, by adapter
+    gate: dict[int, Tensor] = field(default_factory=dict)  # [rows, K] of this pass, by adapter
+    factors: dict[tuple[int, str, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # where x is
+    cache: Any = None
+
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """Called before each pass with the decoder's keyword arguments.
+
+        RuntimeError where the cache is not the one that the last pass left: it was cut, or holds a prompt of before.
+        """
+        cache = arguments.get("past_key_values")
+        self.before = 0 if cache is None else int(cache.get_seq_length())
+        if self.before == 0:
+            self.choices, self.over_time, self.is_open = [], {}, {}
+            if cache is not None and cache is not self.cache:
+                self._follow(cache)
+        elif self.before != self.length:
+            raise RuntimeError(_NOT_FOLLOWED.format(f"the cache holds {self.before} tokens, {self.length} were read"))
+        self.so_far, self.gate = {}, {}
+
+    def _follow(self, cache) -> None:
+        """Lets beam search exchange rows of the evidence along with those of the cache."""
+        self.cache, exchange = cache, cache.reorder_cache
+
+        def exchange_both(chosen: Tensor) -> None:
+            exchange(chosen)
+            if cache is self.cache:
+                self._exchange(chosen.tolist())
+
+        cache.reorder_cache = exchange_both
+
+    def _exchange(self, chosen: list[int]) -> None:
+        self.choices = None
+        for (layer, module, context), evidence in self.over_time.items():
+            own = self._rows_of(context, len(chosen))
+            place = {row: index for index, row in enumerate(own)}
+            self.over_time[layer, module, context] = evidence[[place[chosen[row]] for row in own]]
+
+    def _rows_of(self, context: int, batch: int) -> list[int]:
+        """The rows of a batch that an adapter answers. Several rows per entry of `rows` are beams or samples."""
+        if self.rows is None:
+            return list(range(batch))
+        if batch % len(self.rows):
+            raise ValueError(f"a batch of {batch} rows does not fit adapters for {len(self.rows)} rows: pass rows=")
+        rows = self.rows.repeat_interleave(batch // len(self.rows)).tolist()
+        return [row for row, its in enumerate(rows) if its == context]
+
+    def delta(self, x: Tensor, *, layer: int, module: str, reads: bool) -> Tensor:
+        """What the adapters add at one linear, scale included: [rows, tokens, d_out] for x [rows, tokens, d_in]."""
+        self.length = self.before + x.shape[1]
+        if self.before and x.shape[1] > 1:
+            raise RuntimeError(_NOT_FOLLOWED.format(f"{x.shape[1]} tokens come after a cache of {self.before}"))
+        present = [one for one in self.adapters if one is not None and module in one.sizes]
+        dtype = reduce(torch.promote_types, [one.stacked[module][0].dtype for one in present])
+        added = x.new_zeros(*x.shape[:2], present[0].sizes[module][1], dtype=dtype)
+        for context, adapter in enumerate(self.adapters):
+            if adapter is None or module not in adapter.sizes:
+                continue
+            rows = self._rows_of(context, len(x))
+            own = x[rows].to(dtype)
+            if adapter.bias is not None:
+                A, B = (one[layer].to(own) for one in adapter.bias[module])
+                added[rows] = adapter.scale * adapter.bias_weight * (own @ A.T @ B)
+            if reads and rows and any(block.weight for block in adapter.blocks):
+                first, read = self._read(own, (layer, module, context), rows)
+                added[rows, first:] += adapter.scale * read
+        return added
+
+    def _read(self, x: Tensor, place: tuple[int, str, int], rows: list[int]) -> tuple[int, Tensor]:
+        """(first column of an answer, what the blocks add from there on) for the rows of one adapter."""
+        layer, module, context = place
+        adapter = self.adapters[context]
+        if place not in self.factors:
+            weights = torch.tensor([block.weight for block in adapter.blocks])
+            self.factors[place] = tuple(one.to(x) for one in (*(f[layer] for f in adapter.stacked[module]), weights))
+        A, B, weights = self.factors[place]  # [K, r, d_in], [K, r, d_out], [K]
+        starts = torch.zeros(len(rows), dtype=torch.long)  # columns of t0 in this pass
+        if self.before == 0:
+            starts += x.shape[1] - 1
+            if self.starts is not None:
+                starts = self.starts[rows]
+        first = int(starts.min())
+        x, starts = x[:, first:], starts - first
+        answers = torch.arange(x.shape[1]) >= starts[:, None]
+        products = (x @ A.flatten(0, 1).T).unflatten(2, A.shape[:2])  # [rows, tokens, K, r]
+        scores = products.float().norm(dim=-1)
+        so_far = self._evidence(scores * answers.to(scores.device).unsqueeze(-1), place)
+        allowed = so_far.masked_fill(weights == 0, -math.inf)
+        best = allowed.topk(min(2, allowed.shape[-1]), dim=-1)
+        chosen = best.indices[..., 0]
+        if self.before == 0 and self.reading.thresholds:
+            self._decide(scores, x, chosen, starts, place)
+        is_open = self.is_open.get(place, torch.ones(len(rows), dtype=torch.bool))
+        acts = answers & is_open[:, None]
+        own = products.gather(2, chosen[..., None, None].expand(-1, -1, 1, products.shape[-1]))  # [rows, tokens, 1, r]
+        read = (own @ B[chosen]).squeeze(2) * (weights[chosen] * acts.to(weights)).unsqueeze(-1)
+        if self.choices is not None:
+            second = best.values[..., -1] if best.values.shape[-1] > 1 else torch.zeros_like(best.values[..., 0])
+            blocks = chosen.cpu().masked_fill(~acts, -1)
+            evidence, lead = best.values[..., 0].cpu(), (best.values[..., 0] - second).cpu()
+            self.choices.append(Choice(layer, module, adapter, rows, self.before + first, blocks, evidence, lead))
+        return first, read
+
+    def _evidence(self, scores: Tensor, place: tuple[int, str, int]) -> Tensor:
+        """S [rows, tokens, K] of scores [rows, tokens, K] at one linear."""
+        last, steps = self.over_time.get(place), []
+        for score in scores.unbind(1):
+            last = score if last is None else self.reading.decay * last + score
+            steps.append(last)
+        self.over_time[place] = last
+        over_time = torch.stack(steps, 1)
+        context = place[2]
+        self.so_far[context] = over_time + self.so_far[context] if context in self.so_far else over_time
+        return self.so_far[context]
+
+    def _decide(self, scores: Tensor, x: Tensor, chosen: Tensor, starts: Tensor, place: tuple[int, str, int]) -> None:
+        """The verdict of the gate on each row, once per answer and layer that reads, at t0."""
+        layer, _, context = place
+        adapter, every = self.adapters[context], torch.arange(len(x))
+        layers = self.reading.layers_of(adapter.n_layers)
+        weight = self.reading.gate_weights[layers.index(layer)]
+        ratio = scores[every, starts].log() - x[every, starts].float().norm(dim=-1, keepdim=True).log()  # [rows, K]
+        self.gate[context] = weight * ratio + self.gate.get(context, 0.0)
+        value = self.gate[context][every, chosen[every, starts]]
+        self.is_open[place] = (value > self.reading.thresholds[layers.index(layer)]).cpu()
+
+
+@contextmanager
+def read_sparsely(
+    model: nn.Module,
+    adapters: Sequence[Adapter | None],
+    reading: Reading,
+    *,
+    rows: Tensor | None = None,
+    starts: Tensor | None = None,
+    **notes: Any,
+) -> Iterator[Generation]:
+    """Inside the `with` block the base model reads these adapters sparsely; yields the state, which keeps the choices.
+
+    adapters: those of a batch, None for the plain base model.
+    rows: [batch], for each row of the batch which adapter it has (None: one adapter for all rows).
+    starts: [batch], the column of each row's last prompt token, where a pass without a cache holds prompts with their
+    answers (None: the last column, as where an answer is generated from prompts that are padded on the left).
+    notes: see lora.OpenBlock.
+
+    Weights, hooks and threads are as in `lora.apply_lora`. ValueError where an adapter and the reading do not fit.
+    """
+    present = [one for one in adapters if one is not None]
+    modules = sorted({module for one in present for module in one.sizes})
+    if rows is None and len(adapters) != 1:
+        raise ValueError(f"{len(adapters)} adapters need rows=, which of them each row of the batch has")
+    linears = target_linears(model, modules)
+    reading_layers = reading.layers_of(len(linears[modules[0]]))
+    if reading.thresholds and len(modules) > 1:
+        raise ValueError(f"thresholds are for adapters of one module, these write {', '.join(modules)}")
+    state = Generation(adapters, reading, rows, starts)
+    deltas = [
+        (linear, partial(state.delta, layer=layer, module=module, reads=layer in reading_layers))
+        for module in modules
+        for layer, linear in enumerate(linears[module])
+    ]
+    with add_deltas(model, deltas, 1.0, before=state.begin, reading=reading, **notes):
+        yield state
+
+
+def choices_table(state: Generation) -> pd.DataFrame:
+    """What each token of the answers read, one line for each row, token and linear that reads.
+
+    Columns: row, token (column in the batch, padding counted; the first is the last one of the prompt, which chooses
+    the answer's first token), layer, module, block (place in the adapter, -1: none), document, chunk, evidence (S) and
+    lead (by how much S exceeds the second best block's). It is what was read, and no cause: leave a block out to see
+    what it does. RuntimeError after beam search, whose rows are exchanged on the way.
+    """
+    if state.choices is None:
+        raise RuntimeError("beam search exchanges rows while it reads: give the answer and read it again in one pass")
+    lines = []
+    for one in state.choices:
+        for index, row in enumerate(one.rows):
+            start = 0 if state.starts is None else int(state.starts[row])
+            for step, block in enumerate(one.blocks[index].tolist()):
+                if (token := one.start + step) < start:
+                    continue
+                chosen = None if block < 0 else one.adapter.blocks[block]
+                label = (None, None) if chosen is None else (chosen.document, chosen.chunk)
+                numbers = (float(one.evidence[index, step]), float(one.lead[index, step]))
+                lines.append((row, token, one.layer, one.module, block, *label, *numbers))
+    columns = ["row", "token", "layer", "module", "block", "document", "chunk", "evidence", "lead"]
+    return pd.DataFrame(lines, columns=columns)
