@@ -275,7 +275,8 @@ def test_a_debugger_keeps_its_place_while_templates_are_rendered():
 
 @pytest.mark.parametrize(("template", "problem"), [(ESCAPES[0], "may do"), (FAILURES[0], "failed"), (NESTED, "end")])
 def test_hostile_templates_of_processors_are_refused(template, problem, monkeypatch):
-    monkeypatch.setattr(documents, "TEMPLATE_SECONDS", 0.1)
+    if "end" in problem:
+        monkeypatch.setattr(documents, "TEMPLATE_SECONDS", 0.1)
     _, processor = build_vision_model("llava")
     picture = Image.new("RGB", (16, 16))
     assert "input_ids" in image_inputs(processor, picture)
