@@ -410,14 +410,21 @@ class DocToLoRA:
 
     @contextmanager
     def _with_applied(
-        self, adapter: Adapters, shared: bool, *, reading: Reading | None = None, starts: Tensor | None = None
+        self,
+        adapter: Adapters,
+        shared: bool,
+        *,
+        reading: Reading | None = None,
+        starts: Tensor | None = None,
+        checked: bool = False,
     ) -> Iterator[None]:
         """Inside the `with` block this thread's passes have the adapter, as the published sum where `reading` is None.
 
-        shared: see lora.OpenBlock.
+        shared: see lora.OpenBlock. checked: the adapters are known to fit this model.
         """
         contexts, rows = _distinct(adapter) if isinstance(adapter, (list, tuple)) else ([adapter], None)
-        self._check_adapters(contexts)
+        if not checked:
+            self._check_adapters(contexts)
         notes = {"owner": self, "adapter": adapter, "shared": shared}
         if all(one is None for one in contexts):
             with without_lora(self.base_model, reading=reading, **notes):

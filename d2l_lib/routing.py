@@ -6,12 +6,16 @@ A sum of many blocks carries the noise of all of them. With one block at a time,
 matters. A block that holds nothing about a question does not change the first token of the answer. A block that holds
 something similar changes it with doubts. Nothing is trained for this and nothing is added to an adapter. It costs one
 short forward pass per block and question.
+
+`key_scores` needs one pass for all blocks: how strongly the keys A of each answer to what the last layer sees. It ranks
+blocks as well and says nothing about whether any of them holds an answer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +23,10 @@ import torch
 from torch import Tensor
 
 from d2l_lib.adapter import Adapter
+from d2l_lib.base_model import target_linears
 from d2l_lib.documents import check_count, check_texts, question_ids
+from d2l_lib.engine import pad_id_of, pad_rows
+from d2l_lib.lora import hooked
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
@@ -80,6 +87,7 @@ def leads_and_divergences(
         together.setdefault(id(adapter), []).append(place)
     for places in together.values():
         adapter = adapters[places[0]]
+        model._check_adapters([adapter])  # its blocks are not checked one by one
         before = _first_token(model, [prompts[place] for place in places], [replace(adapter, blocks=())])
         at_once = max(1, TOKENS_AT_ONCE // max(len(prompts[place]) for place in places))
         parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in places]
@@ -106,12 +114,93 @@ def _lead(none: Tensor, each: Tensor) -> Tensor:
 def _first_token(model: DocToLoRA, prompts: Sequence[list[int]], adapters: list[Adapter]) -> list[Tensor]:
     """Log-probabilities [adapters, vocabulary] of the token after each prompt, with each adapter."""
     results = []
-    with model.applied(adapters):
+    with model._with_applied(adapters, shared=True, checked=True):
         for ids in prompts:
             rows = torch.tensor([ids] * len(adapters), device=model.device)
             logits = model.base_model(rows, use_cache=False, logits_to_keep=1).logits[:, -1]
             results.append(torch.log_softmax(logits.float(), -1).cpu())
     return results
+
+
+@torch.no_grad()
+def key_scores(
+    model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter], *, system: str = ""
+) -> list[Tensor]:
+    """How strongly each block's keys answer to each question: one float32 tensor [n_blocks] per question, on the CPU.
+
+    |A_k x| with x the input of the target linears (all of them, where there are several) of the last layer that reads
+    (see `reading`) at the last token of the prompt, from one pass of the question with the bias alone. Weights of
+    blocks do not count, but a block of weight 0 scores 0. A pass of many questions serves adapters of any size; their
+    stacked keys are kept (`Adapter.stacked`).
+
+    adapters: one per question. ValueError where there are more or fewer adapters than questions.
+    """
+    questions = check_texts(questions, "questions")
+    if len(questions) != len(adapters):
+        raise ValueError(f"{len(questions)} questions but {len(adapters)} adapters: give one adapter per question")
+    prompts = question_ids(model.tokenizer, list(questions), system)
+    model._check_adapters(list({id(one): one for one in adapters}.values()))
+    biases = {id(one): replace(one, blocks=()) for one in adapters}
+    scores: list[Tensor] = []
+    for start in range(0, len(prompts), model.answer_batch):
+        batch = slice(start, start + model.answer_batch)
+        inputs = _last_inputs(model, prompts[batch], [biases[id(one)] for one in adapters[batch]])
+        for row, adapter in enumerate(adapters[batch]):
+            scores.append(_key_norms(adapter, {module: x[row] for module, x in inputs.items()}, _last_layer(model)))
+    return scores
+
+
+def _last_layer(model: DocToLoRA) -> int:
+    return model.reading.layers_of(model.config.n_layers)[-1]
+
+
+def _last_inputs(model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """{module: [rows, d_in]}: what its linear in the last layer that reads gets at the last token of each prompt."""
+    ids, mask = (one.to(model.device) for one in pad_rows(prompts, pad_id_of(model.tokenizer), side="left"))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs: dict[str, Tensor] = {}
+    modules = sorted({module for one in adapters for module in one.sizes})
+    with ExitStack() as stack:
+        stack.enter_context(model._with_applied(list(adapters), shared=True, checked=True))
+        for module, linears in target_linears(model.base_model, modules).items():
+
+            def keep(_, arguments, module=module):
+                inputs[module] = arguments[0][:, -1]
+
+            stack.enter_context(hooked(linears[_last_layer(model)].register_forward_pre_hook, keep))
+        model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+    return inputs
+
+
+def _key_norms(adapter: Adapter, inputs: dict[str, Tensor], layer: int) -> Tensor:
+    """|A_k x| of every block [n_blocks] in one layer, over all of its modules."""
+    if not adapter.blocks:
+        return torch.zeros(0)
+    squares = []
+    for module, (A, _) in adapter.stacked.items():
+        keys = A[layer]  # [K, r, d_in]
+        products = keys.flatten(0, 1) @ inputs[module].to(keys)
+        squares.append(products.view(keys.shape[:2]).float().square().sum(-1))
+    weights = torch.tensor([block.weight for block in adapter.blocks])
+    return torch.stack(squares).sum(0).sqrt().cpu().masked_fill(weights == 0, 0.0)
+
+
+def route_by_keys(
+    model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter | None], blocks: int = 1, *, system: str = ""
+) -> list[Adapter | None]:
+    """For each question the bias and the `blocks` of its adapter with the largest `key_scores`, in their order.
+
+    None, and an adapter with no more blocks, come back as they are. As `route`, in one pass whatever the number of
+    blocks, and without a threshold.
+    """
+    check_count(blocks, "blocks")
+    questions = check_texts(questions, "questions")
+    many = [place for place, one in enumerate(adapters) if one is not None and len(one.blocks) > blocks]
+    scores = key_scores(model, [questions[i] for i in many], [adapters[i] for i in many], system=system)
+    routed = list(adapters)
+    for place, score in zip(many, scores, strict=True):
+        routed[place] = most_relevant(adapters[place], score, blocks)
+    return routed
 
 
 def route(

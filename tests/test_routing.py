@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import d2l_lib as d2l
+from d2l_lib.base_model import target_linears
 from d2l_lib.documents import question_ids
-from d2l_lib.routing import _lead, relevance, route
+from d2l_lib.routing import _lead, key_scores, most_relevant, relevance, route, route_by_keys
 from d2l_lib.tasks import world
 
 
@@ -149,3 +150,39 @@ def test_bad_numbers_are_named(model, adapter):
         model.answer("Who?", adapter, blocks=0)
     with pytest.raises(ValueError, match="2 questions but 1 adapters"):
         relevance(model, ["Who?", "Where?"], [adapter])
+
+
+@torch.no_grad()
+def test_key_scores_come_from_one_pass_and_find_the_block_of_the_evidence(model, adapter, document):
+    questions = asked(document, 8)
+    texts = [one.text for one in questions]
+    weighed = replace(adapter, blocks=(adapter.blocks[0].weighted(0.0), *adapter.blocks[1:]))
+    scores = key_scores(model, [*texts, texts[0]], [adapter] * 8 + [weighed])
+    assert [tuple(one.shape) for one in scores] == [(len(adapter.blocks),)] * 9
+    assert scores[8][0] == 0 and torch.allclose(scores[8][1:], scores[0][1:], rtol=1e-5)
+    seen, linear = [], target_linears(model.base_model, ["down_proj"])["down_proj"][3]
+    handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -1]))
+    with model.applied(replace(adapter, blocks=())):
+        model.base_model(torch.tensor(question_ids(model.tokenizer, texts[:1])))
+    handle.remove()
+    expected = [float((block.A["down_proj"][3] @ seen[0]).norm()) for block in adapter.blocks]
+    torch.testing.assert_close(scores[0], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    first = [adapter.blocks[int(score.argmax())].span for score in scores[:8]]
+    right = [
+        any(s < end and start < e for s, e in q.evidence) for (start, end), q in zip(first, questions, strict=True)
+    ]
+    assert sum(right) >= 7
+
+
+def test_routing_by_keys_keeps_the_best_blocks_and_one_by_one_is_as_in_a_batch(model, adapter, document):
+    texts = [one.text for one in asked(document, 3)]
+    small = replace(adapter, blocks=adapter.blocks[:2])
+    routed = route_by_keys(model, [*texts, texts[0], texts[0]], [adapter] * 3 + [small, None], 2)
+    assert routed[3] is small and routed[4] is None
+    for text, score, one in zip(texts, key_scores(model, texts, [adapter] * 3), routed, strict=False):
+        assert one == most_relevant(adapter, score, 2) and len(one.blocks) == 2
+        assert route_by_keys(model, [text], [adapter], 2) == [one]
+    with pytest.raises(ValueError, match="one adapter per question"):
+        key_scores(model, texts, [adapter])
+    with pytest.raises(ValueError, match="blocks"):
+        route_by_keys(model, texts, [adapter] * 3, 0)
