@@ -32,14 +32,14 @@ from d2l_lib.formats.writing import name_failed_writes
 from d2l_lib.records import iter_jsonl, write_jsonl
 from d2l_lib.tasks import qa
 
-PASSAGE_TOKENS = 2000  # the longest passage, as published
+_PASSAGE_TOKENS = 2000  # the longest passage, as published
 OPEN_DOCUMENTS = 1000  # whose questions are waited for at a time
 TRAINING_SETS = ("squad", "ropes", "drop", "pwc")
 LONG_SETS = ("qasper", "2wikimqa", "multifieldqa_en")
 PASSAGES, SHARDS = "fineweb-edu", "self-generated"
 CORPORA = (PASSAGES, *TRAINING_SETS, *LONG_SETS, SHARDS)
 FINEWEB, FINEWEB_CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
-SELF_GENERATED = "SakanaAI/self_gen_qa_d2l"
+_SELF_GENERATED = "SakanaAI/self_gen_qa_d2l"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def stream(
     *,
     split: str | None = None,
     model: str = "google/gemma-2-2b-it",
-    most_tokens: int = PASSAGE_TOKENS,
+    most_tokens: int = _PASSAGE_TOKENS,
     tokenizer=None,
 ) -> Iterator[dict]:
     """The documents of a corpus, one by one, from `source` (file or folder) or else from the hub.
@@ -174,7 +174,7 @@ def _shard_rows(source: str | Path | None, model: str) -> Iterator[dict]:
     try:
         _check_online()
         names = training_files([Path(name) for name in _hub_shards(model)])
-        files = [f"hf://datasets/{SELF_GENERATED}/{name.as_posix()}" for name in names]
+        files = [f"hf://datasets/{_SELF_GENERATED}/{name.as_posix()}" for name in names]
         rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise FileNotFoundError(_shards_advice(model, error)) from error
@@ -189,7 +189,7 @@ def _hub_folder(model: str) -> str:
 def _shards_advice(model: str, error: Exception) -> str:
     return (
         f"the self-generated data of {model} could not be reached ({_first_line(error)}). They are the folders "
-        f"{_hub_folder(model)} of the data set {SELF_GENERATED} on the Hugging Face hub: download them where there is "
+        f"{_hub_folder(model)} of the data set {_SELF_GENERATED} on the Hugging Face hub: download them where there is "
         "a connection and pass the folder as source (d2l train --stage qa: as --shards)"
     )
 
@@ -262,7 +262,7 @@ def _hub_place(name: str) -> tuple[str, str | None, str | None]:
     if name == PASSAGES:
         return FINEWEB, FINEWEB_CONFIG, None
     if name == SHARDS:
-        return SELF_GENERATED, None, None
+        return _SELF_GENERATED, None, None
     dataset = qa.DATASETS[name]
     return dataset.hub, dataset.config, dataset.revision
 
@@ -273,16 +273,16 @@ def _hub_shards(model: str) -> dict[str, int]:
 
     from huggingface_hub import HfApi
 
-    info = HfApi().dataset_info(SELF_GENERATED, files_metadata=True, timeout=20)
+    info = HfApi().dataset_info(_SELF_GENERATED, files_metadata=True, timeout=20)
     pattern = f"{_hub_folder(model)}/*.parquet"
     files = {file.rfilename: file.size or 0 for file in info.siblings if fnmatch(file.rfilename, pattern)}
     if not files:
-        raise ValueError(f"{SELF_GENERATED} has no folder {_hub_folder(model)}")
+        raise ValueError(f"{_SELF_GENERATED} has no folder {_hub_folder(model)}")
     return files
 
 
 # --------------------------------------------------------------------------------------------------------- the command
-def write_texts(path: str | Path, documents: Iterable[dict], n: int | None = None) -> int:
+def _write_texts(path: str | Path, documents: Iterable[dict], n: int | None = None) -> int:
     """The first `n` documents (None: all) as the .jsonl file that `selfgen` takes as --source: {"text"} a line, and
     {"questions", "answers"} where there are any. How many there were.
     """
@@ -310,7 +310,7 @@ def download(folder: str | Path, model: str) -> Path:
         _check_online()
         with name_failed_writes(folder):
             snapshot_download(
-                SELF_GENERATED, repo_type="dataset", local_dir=str(folder), allow_patterns=[f"{_hub_folder(model)}/*"]
+                _SELF_GENERATED, repo_type="dataset", local_dir=str(folder), allow_patterns=[f"{_hub_folder(model)}/*"]
             )
     except (OSError, HfHubHTTPError) as error:
         if getattr(error, "filename", None) is not None:  # a file of this machine, not the hub
@@ -340,6 +340,6 @@ def run(a: argparse.Namespace) -> None:
         print(size(name, a.source, split=a.split, model=a.model), flush=True)
     if a.what == "write":
         documents = stream(a.name, a.source, split=a.split)
-        print(f"{a.out}: {write_texts(a.out, documents, a.documents):,} documents")
+        print(f"{a.out}: {_write_texts(a.out, documents, a.documents):,} documents")
     elif a.what == "download":
         print(f"{download(a.out, a.model)}: complete")

@@ -29,7 +29,7 @@ from d2l_lib.records import append_jsonl, read_appended, read_json, write_jsonl
 _LOG = "log.jsonl"
 _STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole
 # What the Trainer writes into a checkpoint.
-TRAINING_CHECKPOINT = FolderKind(
+_TRAINING_CHECKPOINT = FolderKind(
     "checkpoint of a training",
     (
         _STATE,
@@ -368,7 +368,7 @@ def _check_run(run: Path) -> None:
 
 def _delete(checkpoint: Path) -> None:
     """Delete a checkpoint, trainer_state.json first, so that a part of one is never taken for a whole."""
-    if left := remove_output(checkpoint, TRAINING_CHECKPOINT):
+    if left := remove_output(checkpoint, _TRAINING_CHECKPOINT):
         print(f"{checkpoint} stays, for it holds {', '.join(left[:5])}", flush=True)
 
 

@@ -21,7 +21,7 @@ from d2l_lib.engine import pad_rows
 from d2l_lib.tasks import needles, world
 from d2l_lib.training.batches import IGNORED
 
-SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+_SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' }}"
@@ -48,7 +48,7 @@ def build_tokenizer(vocab_size: int, window: int, seed: int) -> PreTrainedTokeni
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(_SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -99,10 +99,10 @@ QUESTION_WEIGHTS = {
     "unanswerable": 17,
 }  # fmt: skip
 # To say "I do not know" is learned last: a stated relation of somebody else tempts.
-POLISH_WEIGHTS = QUESTION_WEIGHTS | {"number": 8, "date": 8, "unanswerable": 28}
+_POLISH_WEIGHTS = QUESTION_WEIGHTS | {"number": 8, "date": 8, "unanswerable": 28}
 
-ROW_KINDS = ("recital", "documents", "closed_book", "haystack")
-RECITE = "Repeat the text."
+_ROW_KINDS = ("recital", "documents", "closed_book", "haystack")
+_RECITE = "Repeat the text."
 
 
 class Curriculum(Dataset):
@@ -118,7 +118,7 @@ class Curriculum(Dataset):
         self.seed, self.polish = seed, polish
         self.lm_share = 0.05 if polish else 0.25
         self.document_share = (0.25, 0.65) if polish else (0.2, 0.55)
-        self.question_weights = POLISH_WEIGHTS if polish else QUESTION_WEIGHTS
+        self.question_weights = _POLISH_WEIGHTS if polish else QUESTION_WEIGHTS
         self.assistant, self.end, self.pad = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>", "<|pad|>"])
 
     def __len__(self) -> int:
@@ -131,7 +131,7 @@ class Curriculum(Dataset):
             kind = rng.choices(("recital", "documents", "haystack"), (60, 25, 15))[0]
             length = 64 if kind == "documents" or progress < 0.05 else 128
         else:
-            kind = rng.choices(ROW_KINDS, (2, 82, 8, 8) if self.polish else (4, 68, 16, 12))[0]
+            kind = rng.choices(_ROW_KINDS, (2, 82, 8, 8) if self.polish else (4, 68, 16, 12))[0]
             document_lengths = (5, 35, 45, 15) if progress > 0.4 else (25, 55, 20, 0)
             longest = self.window if self.polish or progress > 0.3 else 256
             length = {
@@ -148,12 +148,12 @@ class Curriculum(Dataset):
         }[kind]
         rows = [make(rng, length) for _ in range(max(1, self.batch_tokens // length))]
         batch = self.collate(rng, rows, length, lm_share=self.lm_share if kind == "documents" else 0.0)
-        return batch | {"kind": torch.tensor(ROW_KINDS.index(kind))}
+        return batch | {"kind": torch.tensor(_ROW_KINDS.index(kind))}
 
     def recital_row(self, rng: random.Random, length: int) -> str:
         """A text and its repetition: every token of the answer can be copied, which is how copying is learned fast."""
         text = world.draw_document(rng, "train", max(1, int((length / 2 - 8) / 15)), distractors=0.0).text
-        return conversation([(RECITE, text)], text)
+        return conversation([(_RECITE, text)], text)
 
     def document_row(self, rng: random.Random, length: int) -> str:
         n_facts = max(1, round(length * rng.uniform(*self.document_share) / 16))
@@ -241,7 +241,7 @@ class AnswerLoss(nn.Module):
         self.body = body
         if compiled:
             body.compile(dynamic=False)
-        self._right, self._scored = [0] * len(ROW_KINDS), [0] * len(ROW_KINDS)
+        self._right, self._scored = [0] * len(_ROW_KINDS), [0] * len(_ROW_KINDS)
 
     def forward(self, input_ids: Tensor, labels: Tensor, kind: Tensor) -> dict[str, Tensor]:
         hidden = self.body(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
@@ -255,7 +255,7 @@ class AnswerLoss(nn.Module):
     def report(self) -> dict[str, float]:
         """Share of labelled tokens predicted right since the last report, by kind of row."""
         shares = {
-            f"right_{k}": round(r / n, 4) for k, r, n in zip(ROW_KINDS, self._right, self._scored, strict=True) if n
+            f"right_{k}": round(r / n, 4) for k, r, n in zip(_ROW_KINDS, self._right, self._scored, strict=True) if n
         }
-        self._right, self._scored = [0] * len(ROW_KINDS), [0] * len(ROW_KINDS)
+        self._right, self._scored = [0] * len(_ROW_KINDS), [0] * len(_ROW_KINDS)
         return shares

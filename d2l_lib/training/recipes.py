@@ -1,6 +1,6 @@
 """The recipes: which data train what, in which order.
 
-    train_base      the tiny base model, from nothing: `pretraining.Curriculum` in two stages
+    _train_base      the tiny base model, from nothing: `pretraining.Curriculum` in two stages
     train_needle    warm-up on single sentences, then haystacks with a needle in two stages
     train_qa        warm-up on single sentences (`warm_up.KeysAndValues`); documents of the world, first with the last
                     layer alone: many facts side by side; self-generated shards
@@ -59,7 +59,7 @@ HYPERNETWORK = "hypernetwork.json"
 
 
 # ----------------------------------------------------------------------------------------------------- the base model
-def train_base(p: Preset, run: Run, fast: bool = False) -> None:
+def _train_base(p: Preset, run: Run, fast: bool = False) -> None:
     """The tiny base model from nothing; tokenizer and weights end in `run.folder`/final.
 
     `fast`: bfloat16 arithmetic on float32 weights, and compiled code; needs a C++ compiler.
@@ -165,7 +165,7 @@ def hypernetwork_config(
     )
 
 
-def new_hypernetwork(p: HypernetworkPreset, base: Base, seed: int) -> Hypernetwork:
+def _new_hypernetwork(p: HypernetworkPreset, base: Base, seed: int) -> Hypernetwork:
     """A fresh hypernetwork of these sizes, a function of the seed."""
     encoder = None if base.encoder_name is None else base.encoder  # a copy of the base model has no name of its own
     torch.manual_seed(seed)
@@ -174,7 +174,7 @@ def new_hypernetwork(p: HypernetworkPreset, base: Base, seed: int) -> Hypernetwo
 
 def train_hypernetwork(p: TrainingPreset, base: Base, batches: Dataset, run: Run) -> Hypernetwork:
     """A new hypernetwork for the base model, trained on `batches`."""
-    hypernetwork = new_hypernetwork(p, base, run.seed)
+    hypernetwork = _new_hypernetwork(p, base, run.seed)
     fit_hypernetwork(p, base, hypernetwork, batches, run)
     return hypernetwork
 
@@ -209,7 +209,7 @@ def train_needle(p: NeedlePreset, base: Base, run: Run) -> Hypernetwork:
 
     run.stop_at ends the first stage after the warm-up early, and with it this call.
     """
-    hypernetwork = new_hypernetwork(p, base, run.seed)
+    hypernetwork = _new_hypernetwork(p, base, run.seed)
     if p.readout is not None:
         start_linear(hypernetwork, base.model, base.tokenizer, run.seed)
         sentences = ReadoutBatches(base.tokenizer, p.readout, run.seed, needle_sentences)
@@ -228,7 +228,7 @@ def train_qa(p: QAPreset, base: Base, run: Run, shards: str | Path | Sequence | 
     shards: a finished folder of `selfgen`, or data sets as `read_shards` returns them; None leaves out the stages that
     need them.
     """
-    hypernetwork = new_hypernetwork(p.first, base, run.seed)
+    hypernetwork = _new_hypernetwork(p.first, base, run.seed)
     if p.readout is not None:
         start_linear(hypernetwork, base.model, base.tokenizer, run.seed)
         sentences = ReadoutBatches(base.tokenizer, p.readout, run.seed)
@@ -260,7 +260,7 @@ def train_qa(p: QAPreset, base: Base, run: Run, shards: str | Path | Sequence | 
 def remake_base(p: Preset, runs: Path, data: Path, fast: bool) -> None:
     """Train the base model and put it and its training log into `data`."""
     run = Run(runs / p.name / "base", p.base.seed)
-    train_base(p, run, fast)
+    _train_base(p, run, fast)
     if not is_first_process():
         return
     kind = _base_folder(read_json(run.folder / "final" / "config.json"))

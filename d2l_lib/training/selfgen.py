@@ -73,7 +73,7 @@ CLOSED_WORDINGS = (
     "Give just the answer, in as few words as possible.",
     "Reply with nothing but the answer: no sentence around it, no explanation.",
 )
-WRITER_PROMPTS = (
+_WRITER_PROMPTS = (
     "Here is a text.\n\n{document}\n\nWrite {n} questions that this text answers. A reader who cannot see the text "
     "must understand each of them, so call people, places and things by their full names. Cover different parts of the "
     "text. Reply with a numbered list of questions and nothing else.",
@@ -195,7 +195,7 @@ class VllmEngine:
 
 # ----------------------------------------------------------------------------------------------------------- questions
 @dataclass(frozen=True)
-class Asked:
+class _Asked:
     """A question as student and teacher read it; `reference`: the right answer, where known.
 
     `with_document`: whether the teacher sees the document. It does not for unrelated questions: there the student
@@ -211,14 +211,14 @@ class Asked:
     evidence: Sequence[tuple[int, int]] | None = None
 
 
-def world_documents(rng: random.Random, settings: Settings, n: int) -> list[tuple[str, list[Asked]]]:
+def world_documents(rng: random.Random, settings: Settings, n: int) -> list[tuple[str, list[_Asked]]]:
     """`n` documents of the world and distinct questions on each; unrelated ones are from the encyclopedia."""
     kinds = [kind for kind in world.KINDS if kind != "unanswerable"]
     drawn = []
     for _ in range(n):
         n_facts = rng.randint(settings.shortest, settings.longest)
         document = world.draw_document(rng, settings.split, n_facts, distractors=rng.choice((0.0, 0.2, 0.5)))
-        asked: dict[str, Asked] = {}
+        asked: dict[str, _Asked] = {}
         for _ in range(settings.questions):
             sort = _draw_sort(rng, settings)
             for _ in range(16):  # not every document supports every kind, and questions repeat
@@ -229,7 +229,7 @@ def world_documents(rng: random.Random, settings: Settings, n: int) -> list[tupl
                 if question is not None and question.text not in asked:
                     kind = "encyclopedia" if sort == "unrelated" else question.kind
                     about = sort != "unrelated"  # an encyclopedia's evidence is not in this document
-                    asked[question.text] = Asked(
+                    asked[question.text] = _Asked(
                         *(question.text, kind, question.answer),
                         with_document=about,
                         evidence=question.evidence if about else (),
@@ -245,7 +245,7 @@ def _draw_sort(rng: random.Random, settings: Settings) -> str:
     return rng.choices(("unrelated", "unanswerable", "about"), weights)[0]
 
 
-def _maybe_closed(rng: random.Random, settings: Settings, question: Asked) -> Asked:
+def _maybe_closed(rng: random.Random, settings: Settings, question: _Asked) -> _Asked:
     """The question, in `closed_share` of the cases with one of CLOSED_WORDINGS behind it."""
     if rng.random() >= settings.closed_share:
         return question
@@ -254,15 +254,15 @@ def _maybe_closed(rng: random.Random, settings: Settings, question: Asked) -> As
 
 def written_documents(
     rng: random.Random, settings: Settings, texts: Sequence[str], writer, counts: Counter
-) -> list[tuple[str, list[Asked]]]:
+) -> list[tuple[str, list[_Asked]]]:
     """The texts and the questions that `writer` (an engine) wrote on them in two rounds; kinds level_0 and level_1.
 
     Unrelated and unanswerable ones are questions that were written on another text of the same shard. What was dropped
     is added to `counts`.
     """
     texts = check_texts(texts, "texts")
-    written: list[list[Asked]] = [[] for _ in texts]
-    for level, template in enumerate(WRITER_PROMPTS):
+    written: list[list[_Asked]] = [[] for _ in texts]
+    for level, template in enumerate(_WRITER_PROMPTS):
         earlier = [[question.text for question in questions] for questions in written]
         prompts = [
             template.format(document=text, n=settings.questions, earlier="\n".join(f"- {q}" for q in known) or "- none")
@@ -276,7 +276,7 @@ def written_documents(
                 continue
             said = writer.tokenizer.decode(reply.ids, skip_special_tokens=True)
             found, dropped = parse_questions(said, settings.questions, known, complete=reply.finished)
-            questions += [Asked(text, f"level_{level}") for text in found]
+            questions += [_Asked(text, f"level_{level}") for text in found]
             counts.update({f"writer_{reason}": n for reason, n in dropped.items()})
     mixed = []
     for text, own in zip(texts, written, strict=True):
@@ -285,7 +285,7 @@ def written_documents(
         for question in own:
             sort = _draw_sort(rng, settings)
             if sort != "about" and others:
-                question = Asked(rng.choice(others), sort, with_document=sort != "unrelated")
+                question = _Asked(rng.choice(others), sort, with_document=sort != "unrelated")
             asked.setdefault(question.text, question)
         mixed.append((text, list(asked.values())))
     return mixed
@@ -524,7 +524,7 @@ def _identity(settings: Settings, teacher, texts: Sequence[str] | None, writer) 
         "prompts": {
             "answer": PROMPTS[settings.prompt],
             "closed": list(CLOSED_WORDINGS),
-            "writer": None if writer is None else list(WRITER_PROMPTS),
+            "writer": None if writer is None else list(_WRITER_PROMPTS),
         },
         "n_shards": settings.n_shards,
     }

@@ -114,7 +114,7 @@ class Internalization(nn.Module):
         context = torch.arange(len(n_questions), device=n_questions.device).repeat_interleave(n_questions)
         if self.layer is not None:
             (module,) = self.hypernetwork.config.modules
-            return last_layer_logits(base_model, _LastLayer(module, *loras[module], scale), context, batch)
+            return _last_layer_logits(base_model, _LastLayer(module, *loras[module], scale), context, batch)
         strength = self.p.neftune if self.training else 0.0
         n_tokens = _n_real_tokens(labels) if strength else 1
 
@@ -174,7 +174,7 @@ class _LastLayer:
     scale: float
 
 
-def last_layer_logits(base_model, loras: _LastLayer, context: Tensor, batch: Batch) -> tuple[Tensor, AnswerTokens]:
+def _last_layer_logits(base_model, loras: _LastLayer, context: Tensor, batch: Batch) -> tuple[Tensor, AnswerTokens]:
     """`answer_logits` of a model in which only the last layer has adapters, without a backward pass through it.
 
     What a module that writes into the residual stream adds there goes straight to the final norm, and its inputs are
