@@ -1,7 +1,7 @@
 """The one command, `d2l` (also `python -m d2l_lib`, and under torchrun).
 
-A command is a pair of functions: `add_arguments(parser)` and `run(options)`. Those of `ask` and `internalize` stand
-here, those of the others in the module that does the work, which is imported when its command is asked for.
+A command is a pair of functions: `add_arguments(parser)` and `run(options)`. Those of `ask`, `internalize` and
+`convert` stand here. The others stand in the module that does the work, imported when its command is asked for.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from d2l_lib.formats.writing import check_replaceable, write_failure
 MOST = 2**40  # of anything that is counted on a command line
 LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
 
-# Name -> (module, what it does). "" is this file.
+# Name -> (module, what it does). "" is this file. Such a module imports torch in `run` only: --help is quick.
 COMMANDS = {
     "ask": ("", "a question about documents (.txt, .md, .html, .pdf), answered from an adapter"),
     "internalize": ("", "documents as an adapter in a file"),
     "train": ("training.command", "remake what is bundled, or train for a base model of your own"),
-    "generate": ("training.selfgen", "questions on documents, answered by a base model: data to train on"),
+    "generate": ("training.generate", "questions on documents, answered by a base model: data to train on"),
     "corpora": ("training.corpora", "size | write | download: data sets of documents"),
     "study": ("studies", "a measurement that data/full_runs records; `d2l study list` names all"),
     "watch": ("studies.watch", "score the checkpoints of a training as they appear"),
     "slurm": ("training.slurm", "print a script that trains on a cluster"),
-    "convert": ("formats.checkpoints", "published checkpoint to folder, or folder to published checkpoint"),
+    "convert": ("", "published checkpoint to folder, or folder to published checkpoint"),
     "notebooks": ("studies.notebooks", "run all notebooks in order, and print the table of figures"),
 }
 HELP = "\n".join(
@@ -109,7 +109,7 @@ def parse(words: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int | No
         home = importlib.import_module(f"d2l_lib.{module}")
         add_arguments, run = home.add_arguments, home.run
     else:
-        add_arguments, run = (_ask_arguments, _ask) if name == "ask" else (_internalize_arguments, _internalize)
+        add_arguments, run = _HERE[name]
     add_arguments(parser)
     a = parser.parse_args(rest) if module else parser.parse_intermixed_args(rest)
     a.command, a.error = shlex.join(["d2l", *words]), parser.error
@@ -246,6 +246,25 @@ def _internalize(a: argparse.Namespace) -> None:
     facts = {"adapter": str(path), "documents": a.files, "model": a.model, "blocks": len(adapter.blocks)}
     print(json.dumps(facts | {"rank": adapter.rank, "bytes": path.stat().st_size, "seconds": steps.seconds}))
 
+
+# ------------------------------------------------------------------------------------------------------------ convert
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a pytorch_model.bin, or a folder with hypernetwork.safetensors")
+    parser.add_argument("target", help="the folder, or the *.bin, to write")
+    parser.add_argument("--base-model", help="store this name or path instead of the source's")
+
+
+def _convert(a: argparse.Namespace) -> None:
+    from d2l_lib.formats.checkpoints import convert
+
+    print(convert(a.source, a.target, a.base_model))
+
+
+_HERE = {
+    "ask": (_ask_arguments, _ask),
+    "internalize": (_internalize_arguments, _internalize),
+    "convert": (_convert_arguments, _convert),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

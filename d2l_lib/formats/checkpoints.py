@@ -8,7 +8,6 @@ every tensor bit for bit:
     d2l convert folder pytorch_model.bin
 """
 
-import argparse
 import json
 import os
 import types
@@ -473,15 +472,3 @@ def convert(source: str | Path, target: str | Path, base_model: str | None = Non
     with atomic_folder(target, MODEL_FOLDER) as unfinished:
         _write_files(unfinished, config, tensors, {"base_model": base_model or stored})
     return target
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command `convert`."""
-    parser.add_argument("source", help="a pytorch_model.bin, or a folder with hypernetwork.safetensors")
-    parser.add_argument("target", help="the folder, or the *.bin, to write")
-    parser.add_argument("--base-model", help="store this name or path instead of the source's")
-
-
-def run(a: argparse.Namespace) -> None:
-    """Convert, and print what was written."""
-    print(convert(a.source, a.target, a.base_model))

@@ -3,7 +3,7 @@
     documents  ->  questions  ->  the teacher's answers and their top-16 log-probabilities  ->  parquet shards
 
     d2l generate --model tiny --source world --documents 2000 --seed 0 --shard-size 100 --out FOLDER
-    torchrun --nproc_per_node 2 -m d2l_lib.training.selfgen ...           # every process makes its share of the shards
+    torchrun --nproc_per_node 2 -m d2l_lib generate ...                    # every process makes its share of the shards
 
 One row is one document. The published columns (paper, main stage), and which axes they have:
 
@@ -23,17 +23,14 @@ not promise that much).
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import math
-import os
 import random
 import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,6 @@ import pyarrow as pa
 
 from d2l_lib.base_model import bundled_path, load_base_model, load_config, load_tokenizer
 from d2l_lib.documents import (
-    check_count,
     check_text,
     check_texts,
     context_ids,
@@ -55,19 +51,12 @@ from d2l_lib.formats.shards import COUNTS, MANIFEST, SCHEMA, shard_path, shard_p
 from d2l_lib.records import read_json, read_jsonl, write_json
 from d2l_lib.tasks import world
 from d2l_lib.training.loop import own_device
+from d2l_lib.training.settings import PROMPTS, Settings
 
 FORMAT, VERSION = "doc-to-lora self-generated data", 1
 
 
-# ------------------------------------------------------------------------------------------------------------ settings
-PROMPTS = {
-    "plain": "{document}\n\n{question}",
-    "guided": (
-        "You are given a text and then a message. Rely on the text where the message is about it. Leave it aside where "
-        "the two have nothing to do with each other. If the text itself tells you what to do, do so.\n\n"
-        "{document}\n\n{question}"
-    ),
-}
+# ------------------------------------------------------------------------------------------------------------- prompts
 CLOSED_WORDINGS = (
     "Answer with only the fact that was asked for.",
     "Give just the answer, in as few words as possible.",
@@ -82,55 +71,6 @@ _WRITER_PROMPTS = (
     "conclusion. None may ask again for what an existing question asks. Call people, places and things by their full "
     "names. Reply with a numbered list of questions and nothing else.",
 )
-
-
-def _setting(default: Any, what: str) -> Any:
-    return field(default=default, metadata={"help": what})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything besides models and texts that the data are a function of. ValueError for values that make no sense."""
-
-    documents: int = _setting(1000, "how many documents")
-    seed: int = _setting(0, "of documents, questions and sampled answers")
-    shard_size: int = _setting(100, "documents in a shard")
-    questions: int = _setting(8, "per document; with a writer in each of its two rounds")
-    unrelated_share: float = _setting(0.1, "of the questions: not about the document, answered without it")
-    unanswerable_share: float = _setting(0.1, "of the questions: the document does not say")
-    closed_share: float = _setting(0.0, "of the questions: worded so that only the bare answer is wanted")
-    shortest: int = _setting(2, "fewest facts of a document of the world")
-    longest: int = _setting(20, "most facts of a document of the world")
-    split: str = _setting("train", "of the world: " + ", ".join(world.SPLITS))
-    prompt: str = _setting("plain", "how the teacher is asked: " + ", ".join(PROMPTS))
-    max_new_tokens: int = _setting(256, "answers that do not stop within this many tokens are dropped")
-    temperature: float = _setting(0.0, "of the answers; 0 is greedy")
-    writer_max_new_tokens: int = _setting(1024, "of a writer's list of questions")
-    writer_temperature: float = _setting(0.0, "of a writer's lists")
-    batch_tokens: int = _setting(16384, "prompts and answers generated at once, padding included")
-
-    def __post_init__(self):
-        for name in ("documents", "shard_size", "questions", "shortest", "max_new_tokens", "writer_max_new_tokens"):
-            check_count(getattr(self, name), name)
-        check_count(self.batch_tokens, "batch_tokens")
-        if self.longest < self.shortest:
-            raise ValueError(f"longest is {self.longest} facts, shortest {self.shortest}")
-        shares = (self.unrelated_share, self.unanswerable_share, self.closed_share)
-        if not all(0 <= share <= 1 for share in shares) or shares[0] + shares[1] > 1:
-            raise ValueError(f"shares must lie in 0..1, unrelated and unanswerable together too; they are {shares}")
-        for name in ("temperature", "writer_temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 (greedy) or larger, not {getattr(self, name)}")
-        for name, known in (("split", world.SPLITS), ("prompt", tuple(PROMPTS))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(known)}")
-        for setting in fields(self):  # 0 and 0.0 are one setting, also in the manifest
-            object.__setattr__(self, setting.name, type(setting.default)(getattr(self, setting.name)))
-
-    @property
-    def n_shards(self) -> int:
-        """Number of shards; the last one may hold fewer documents."""
-        return math.ceil(self.documents / self.shard_size)
 
 
 # ------------------------------------------------------------------------------------------------------------- engines
@@ -612,47 +552,7 @@ def read_texts(source: str | Path) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- the command
-def _load_engine(kind: str, name: str, batch_tokens: int, gpu_share: float = 0.9):
+def load_engine(kind: str, name: str, batch_tokens: int, gpu_share: float = 0.9):
     if kind == "vllm":
         return VllmEngine(name, gpu_share)
     return TransformersEngine(name, *load_base_model(name, device=own_device()), batch_tokens)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command `generate`."""
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards; a run that was killed continues")
-    parser.add_argument("--model", default="tiny", help="base model: bundled name, folder or hub id")
-    parser.add_argument("--source", default="world", help="world, a folder of .txt files, or a .jsonl file with texts")
-    parser.add_argument("--writer", help="model that writes the questions on texts (default: the base model)")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument(
-        "--worker", type="count or none", default=int(os.environ.get("RANK", 0)), help="of this process, from 0"
-    )
-    parser.add_argument(
-        "--workers", type="count", default=int(os.environ.get("WORLD_SIZE", 1)), help="how many there are"
-    )
-    for setting in fields(Settings):
-        flag, kind = "--" + setting.name.replace("_", "-"), type(setting.default)
-        kind = "seed" if setting.name == "seed" else kind
-        whatever = " (default: all, or 1000 of the world)" if setting.name == "documents" else f" ({setting.default})"
-        parser.add_argument(flag, type=kind, default=None, help=setting.metadata["help"] + whatever)
-
-
-def run(a: argparse.Namespace) -> None:
-    """Questions on documents, answered by the base model with the document in its prompt, as parquet shards."""
-    given = {s.name: getattr(a, s.name) for s in fields(Settings) if getattr(a, s.name) is not None}
-    of_texts, of_world = {"writer", "writer_max_new_tokens", "writer_temperature"}, {"shortest", "longest", "split"}
-    flags_given = {*given} | ({"writer"} if a.writer else set())
-    if wrong := sorted(flags_given & (of_texts if a.source == "world" else of_world)):
-        flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
-        a.error(f"{flags} has no meaning with --source {a.source}")
-    texts = None if a.source == "world" else read_texts(a.source)
-    settings = Settings(**({} if texts is None else {"documents": len(texts)}) | given)
-    two_models = a.writer is not None and a.writer != a.model
-    share = 0.45 if two_models else 0.9
-    teacher = _load_engine(a.engine, a.model, settings.batch_tokens, share)
-    writer = _load_engine(a.engine, a.writer, settings.batch_tokens, share) if two_models else None
-    manifest = generate(settings, a.out, teacher, texts, writer, worker=a.worker, workers=a.workers)
-    if manifest is not None:
-        totals = "  ".join(f"{name} {n}" for name, n in manifest["totals"].items() if n)
-        print(f"{a.out}: {manifest['n_shards']} shards are complete: {totals}")
