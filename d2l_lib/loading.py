@@ -22,6 +22,7 @@ from d2l_lib.formats.hub import BASE_MODEL_FILES, checkpoint_in, from_hub
 from d2l_lib.formats.writing import read_whole
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
+from d2l_lib.reading import Reading
 from d2l_lib.routing import Gate
 
 
@@ -115,6 +116,7 @@ def assemble(
         chunk_tokens=meta.get("chunk_tokens"),
         least_relevance=meta.get("least_relevance", -math.inf),
         gate=_gate_of(meta),
+        reading=_reading_of(meta),
         base_source=base_source,
         encoder=encoder,
         encoder_tokenizer=encoder_tokenizer,
@@ -156,6 +158,17 @@ def _gate_of(meta: dict) -> Gate | None:
         raise ValueError(
             f"this checkpoint's gate is damaged ({named!r}): it needs known, growth and refusal"
         ) from error
+
+
+def _reading_of(meta: dict) -> Reading | None:
+    """How a checkpoint says that its blocks are read sparsely; ValueError where it says nothing that can be."""
+    named = meta.get("reading")
+    try:
+        if named is None:
+            return None
+        return Reading(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"this checkpoint's reading is damaged ({named!r}): {error}") from error
 
 
 def _base_source(folder: Path | None, meta: dict, config: HypernetworkConfig, base_model: str | Path | None) -> str:

@@ -104,6 +104,7 @@ class DocToLoRA:
         chunk_tokens: int | None = None,
         least_relevance: float = -math.inf,
         gate: Gate | None = None,
+        reading: Reading | None = None,
         base_source: str | None = None,
         encoder: ContextEncoder | None = None,
         encoder_tokenizer=None,
@@ -122,7 +123,8 @@ class DocToLoRA:
         self._check_base_model()
         self.current: Adapter | None = None
         self.iterative = False
-        self.least_relevance, self.gate, self.reading = least_relevance, gate, Reading()
+        self.least_relevance, self.gate = least_relevance, gate
+        self.reading = Reading() if reading is None else reading
         self._evaluating = 0  # how many threads internalize now
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
@@ -632,6 +634,8 @@ class DocToLoRA:
             meta["least_relevance"] = self.least_relevance
         if self.gate is not None:
             meta["gate"] = asdict(self.gate)
+        if self.reading != Reading():
+            meta["reading"] = asdict(self.reading)
         included, kept = [], []
         for name, (_, _, source) in models.items():
             include = source is None if include_base is None else include_base

@@ -287,3 +287,18 @@ def test_a_document_of_twenty_facts_is_read_where_the_sum_drowns():
             answers = model.answer([one.text for one in questions], adapter, read=read)
             right[read] += sum(a == q.answer for a, q in zip(answers, questions, strict=True))
     assert right["sparse"] >= 18 and right["sparse"] - right["sum"] >= 5, right
+
+
+def test_a_checkpoint_says_how_its_blocks_are_read(tmp_path):
+    model = build_model(modules=("down_proj",))
+    for number, reading in enumerate((Reading(), Reading((0, 2), 0.25, (-1.0, 2.0), (1.0, 3.0)))):
+        model.reading = reading
+        folder = model.save(tmp_path / str(number), include_base=True)
+        assert d2l.load(folder).reading == reading
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("0.25", "1.25"))
+    with pytest.raises(ValueError, match="decay"):
+        d2l.load(folder)
+    config.write_text(config.read_text().replace("1.25", "0.25").replace("2.0", '"2"'))
+    with pytest.raises(ValueError, match="thresholds"):
+        d2l.load(folder)

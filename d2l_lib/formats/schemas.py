@@ -287,6 +287,15 @@ class GateSettings(_Closed):
     refusal: _Name
 
 
+class ReadingSettings(_Closed):
+    """How blocks are read sparsely, in a checkpoint (see `reading.Reading`)."""
+
+    layers: list[_Some] | None = None
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.5
+    thresholds: list[float] = []
+    gate_weights: list[float] = []
+
+
 class _CheckpointMeta(_Open):
     """What a checkpoint says beside its sizes; whoever saves one may add to it."""
 
@@ -295,6 +304,7 @@ class _CheckpointMeta(_Open):
     encoder_model: _ModelName | None = None
     least_relevance: float = 0.0
     gate: GateSettings | None = None
+    reading: ReadingSettings | None = None
 
 
 class CheckpointSettings(_Closed):

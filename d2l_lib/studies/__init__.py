@@ -111,6 +111,18 @@ STUDIES = {
         "how the relevance of a block is best measured",
         *(400, "questions, half of each condition"),
     ),
+    "reading": Study(
+        "reading:run",
+        ("reading",),
+        "the sum of many blocks against sparse reading, in one pass",
+        *(200, "questions of each condition"),
+    ),
+    "router": Study(
+        "router:run",
+        ("router",),
+        "blocks found and answers given by keys, of 64 to 10,000 blocks",
+        *(200, "questions for each number of blocks"),
+    ),
     "gate": Study(
         "gate:run",
         ("gate", "gate_ideas"),

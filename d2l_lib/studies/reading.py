@@ -1,0 +1,122 @@
+"""One pass, many blocks: the published sum and sparse reading, by size of the document and kind of question."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pandas as pd
+
+from d2l_lib.adapter import Adapter
+from d2l_lib.model import DocToLoRA
+from d2l_lib.tasks import qa, world
+from d2l_lib.tasks.questions import disjoint_documents, marked, one_hop_question
+from d2l_lib.tasks.scores import summarise
+
+_SIZES = (8, 20, 40)  # facts in a document
+_TOGETHER = (16, 64)  # documents in an adapter
+_KINDS = ("two_hop", "paraphrase", "unanswerable", "which_of", "yes_no", "list")
+_ENCYCLOPEDIA = "encyclopedia beside 20 facts"
+_AT_ONCE = 25  # questions on documents that stand together
+
+
+class Group:
+    """Questions of one condition on one adapter; document: its text where a prompt can hold it."""
+
+    def __init__(self, condition: str, adapter: Adapter, document: str | None, questions: list[world.Question]):
+        self.condition, self.adapter, self.document, self.questions = condition, adapter, document, questions
+
+
+def _groups(model: DocToLoRA, n: int, seed: int, split: str) -> Iterator[Group]:
+    """All conditions, `n` questions of each."""
+    for n_facts in _SIZES:
+        rng = random.Random(f"reading/{n_facts} facts/{split}/{seed}")
+        for start in range(0, n, 5):
+            document = world.draw_document(rng, split, n_facts)
+            facts = rng.sample(document.facts, min(5, n - start))
+            (adapter,) = model.internalize_each([document.text])
+            yield Group(f"{n_facts} facts", adapter, document.text, [world.question_about(rng, one) for one in facts])
+    for count in _TOGETHER:
+        rng = random.Random(f"reading/{count} documents/{split}/{seed}")
+        for start in range(0, n, _AT_ONCE):
+            documents = list(disjoint_documents(rng, count, 5, split))
+            each = model.internalize_each({f"document {i}": one.text for i, one in enumerate(documents)})
+            places = [rng.randrange(count) for _ in range(min(_AT_ONCE, n - start))]
+            questions = [one_hop_question(rng, documents[place]) for place in places]
+            yield Group(f"{count} documents", sum(each), None, questions)
+            for place, question in zip(places, questions, strict=True):
+                yield Group(f"one of the {count} documents", each[place], documents[place].text, [question])
+    rng = random.Random(f"reading/kinds/{split}/{seed}")
+    of_kind: dict[str, list[Group]] = {kind: [] for kind in _KINDS}
+    while any(len(groups) < n for groups in of_kind.values()):
+        document = world.draw_document(rng, split, 12)
+        (adapter,) = model.internalize_each([document.text])
+        for kind, groups in of_kind.items():
+            if len(groups) < n and (question := world.ask(rng, document, kind)) is not None:
+                groups.append(Group(kind, adapter, document.text, [question]))
+    for groups in of_kind.values():
+        yield from groups
+    rng = random.Random(f"reading/encyclopedia/{split}/{seed}")
+    for start in range(0, n, 5):
+        (adapter,) = model.internalize_each([world.draw_document(rng, split, 20).text])
+        yield Group(_ENCYCLOPEDIA, adapter, None, list(world.encyclopedia_questions(rng, min(5, n - start))))
+
+
+def _answered(model: DocToLoRA, groups: list[Group]) -> pd.DataFrame:
+    """Rows of `marked` with condition, method and the seconds that the questions of a batch took, each."""
+    questions = [one for group in groups for one in group.questions]
+    texts, rows = [one.text for one in questions], []
+    adapters = [group.adapter for group in groups for _ in group.questions]
+    documents = [group.document for group in groups for _ in group.questions]
+    conditions = [group.condition for group in groups for _ in group.questions]
+    methods = {
+        "bias alone": ({id(one): replace(one, blocks=()) for one in adapters}, "sum"),
+        "published sum": ({}, "sum"),
+        "sparse": ({}, model.reading),
+        "sparse, no gate": ({}, replace(model.reading, thresholds=(), gate_weights=())),
+    }
+    for method, (others, read) in methods.items():
+        began = time.perf_counter()
+        predictions = model.answer(texts, [others.get(id(one), one) for one in adapters], read=read)
+        seconds = (time.perf_counter() - began) / len(texts)
+        rows += [row | {"method": method, "seconds": seconds} for row in marked(questions, predictions)]
+    prompts = [
+        text if document is None else qa.with_document(document, [text], model.tokenizer, model.window, 64)[0]
+        for text, document in zip(texts, documents, strict=True)
+    ]
+    began = time.perf_counter()
+    predictions = model.answer(prompts, None)
+    seconds = (time.perf_counter() - began) / len(texts)
+    rows += [row | {"method": "in context", "seconds": seconds} for row in marked(questions, predictions)]
+    return pd.DataFrame(rows).assign(condition=conditions * (len(methods) + 1))
+
+
+def measure_reading(model: DocToLoRA, n: int, seed: int, split: str = "test") -> pd.DataFrame:
+    """Exact match of greedy answers: condition, method, n, exact_match, low, high, milliseconds (of a question).
+
+    Conditions: `n` one-hop questions on documents of 8, 20 and 40 facts, and on sixteen and sixty-four documents of
+    5 facts in one adapter and on the one of them alone; `n` of each other kind on documents of 12 facts; `n` of the
+    encyclopedia beside a document of 20 facts. "in context" is the base model with the document in its prompt, or
+    alone where there is none (encyclopedia); the sum of sixteen or more documents has no counterpart in one prompt.
+    """
+    tables, waiting = [], []
+    for group in _groups(model, n, seed, split):
+        if waiting and (group.condition != waiting[-1].condition or len(waiting) >= 16):
+            tables.append(_answered(model, waiting))
+            waiting = []
+        waiting.append(group)
+    tables.append(_answered(model, waiting))
+    samples = pd.concat(tables, ignore_index=True)
+    together = samples["condition"].isin([f"{count} documents" for count in _TOGETHER])
+    samples = samples[~(together & (samples["method"] == "in context"))]
+    by = ["condition", "method"]
+    seconds = samples.groupby(by, sort=False, as_index=False)["seconds"].mean()
+    table = summarise(samples, by).merge(seconds)
+    return table.assign(milliseconds=(1000 * table["seconds"]).round(1)).drop(columns="seconds").assign(split=split)
+
+
+def run(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
+    """The record: `measure_reading` on test documents."""
+    return measure_reading(model, n, seed)

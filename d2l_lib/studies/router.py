@@ -1,0 +1,121 @@
+"""The router in one pass: which block a question is about, and what is answered, from 64 to 10,000 blocks."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from d2l_lib.adapter import Adapter
+from d2l_lib.model import DocToLoRA
+from d2l_lib.routing import key_scores, route_by_keys
+from d2l_lib.tasks import world
+from d2l_lib.tasks.scores import wilson
+
+_SHORTLIST = 8
+_MOST_TRIED = 600  # blocks of an adapter that are still tried one by one
+_TRIED = 40  # questions for which that is done
+
+
+def _pool(model: DocToLoRA, n_blocks: int, seed: int, split: str) -> tuple[Adapter, list[tuple[world.Question, set]]]:
+    """(an adapter of that many blocks, questions with the places of the blocks that hold their evidence).
+
+    Documents of 8 facts of one split; their names are not disjoint, for there are not so many. Questions are about
+    those (subject, relation) that occur once.
+    """
+    rng = random.Random(f"router/{split}/{seed}")  # a larger pool begins with the smaller one's documents
+    documents, adapters, total = [], [], 0
+    while total < n_blocks:
+        some = [world.draw_document(rng, split, 8) for _ in range(min(64, 1 + (n_blocks - total) // 9))]
+        each = model.internalize_each([one.text for one in some])
+        documents, adapters, total = documents + some, adapters + each, total + sum(map(len, each))
+    blocks = [block for one in adapters for block in one.blocks][:n_blocks]
+    count: dict[tuple[str, str], int] = {}
+    for document in documents:
+        for fact in document.facts:
+            count[fact.subject, fact.relation] = count.get((fact.subject, fact.relation), 0) + 1
+    questions, start = [], 0
+    for document, adapter in zip(documents, adapters, strict=True):
+        for fact in document.facts:
+            right = {start + place for place, block in enumerate(adapter.blocks) if _overlap(block.span, fact.span)}
+            if count[fact.subject, fact.relation] == 1 and right and max(right) < n_blocks:
+                questions.append((world.question_about(rng, fact), right))
+        start += len(adapter)
+    return model.adapter_of(blocks), questions
+
+
+def _overlap(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    return first[0] < second[1] and second[0] < first[1]
+
+
+def _timed(answer: Callable[[], list[str]]) -> tuple[list[str], float]:
+    """(answers, milliseconds of each)."""
+    began = time.perf_counter()
+    answers = answer()
+    return answers, 1000 * (time.perf_counter() - began) / len(answers)
+
+
+def measure_router(
+    model: DocToLoRA, n: int, seed: int, sizes: Sequence[int] = (64, 564, 2000, 10000), split: str = "test"
+) -> pd.DataFrame:
+    """One row for each number of blocks and measure: blocks, measure, n, share, low, high, milliseconds, megabytes.
+
+    Measures: "right block first", "among 4" and "among 8" by `routing.key_scores`; exact match of greedy answers with
+    the first block ("best block"), with sparse reading of the best 8 and of all blocks, with the most relevant of all
+    blocks (where there are few enough to try), and with the bias alone for its time. megabytes: of all stacked keys and
+    values, and of the keys of the one layer that the router needs.
+    """
+    rows = []
+    for size in sizes:
+        adapter, pool = _pool(model, size, seed, split)
+        rng = random.Random(f"router/questions/{size}/{seed}")
+        chosen = rng.sample(pool, min(n, len(pool)))
+        texts, adapters = [question.text for question, _ in chosen], [adapter] * len(chosen)
+        keys = next(iter(adapter.stacked.values()))[0]
+        sizes_mb = {"megabytes": adapter.nbytes / 1e6, "megabytes_of_keys": keys[0].nbytes / 1e6}
+        key_scores(model, texts[:1], adapters[:1])  # what is built once is no cost of a question
+
+        def add(measure: str, right: list[bool], milliseconds: float, size=size, facts=sizes_mb) -> None:
+            low, high = wilson(sum(right), len(right))
+            share = {"n": len(right), "share": sum(right) / len(right), "low": low, "high": high}
+            rows.append({"blocks": size, "measure": measure} | share | {"milliseconds": round(milliseconds, 2)} | facts)
+
+        scores, ms = _timed(lambda: key_scores(model, texts, adapters))  # noqa: B023
+        ranks = [
+            min(score.argsort(descending=True).tolist().index(place) for place in right)
+            for score, (_, right) in zip(scores, chosen, strict=True)
+        ]
+        for most, name in ((1, "right block first"), (4, "among 4"), (8, "among 8")):
+            add(name, [rank < most for rank in ranks], ms)
+        for name, count, answer in _answers(model, adapter, size):
+            some = chosen[:count]
+            answers, ms = _timed(lambda: answer([question.text for question, _ in some]))  # noqa: B023
+            add(name, [a == question.answer for a, (question, _) in zip(answers, some, strict=True)], ms)
+        print(f"{size} blocks: {len(chosen)} questions", flush=True)
+    return pd.DataFrame(rows).assign(split=split)
+
+
+def _answers(model: DocToLoRA, adapter: Adapter, size: int) -> list[tuple[str, int | None, Callable]]:
+    """(what is measured, of how many questions, the answers to texts)."""
+    bias = replace(adapter, blocks=())
+
+    def routed(texts, blocks, read):
+        return model.answer(texts, route_by_keys(model, texts, [adapter] * len(texts), blocks), read=read)
+
+    ways = [
+        ("bias alone", None, lambda texts: model.answer(texts, bias)),
+        ("best block", None, lambda texts: routed(texts, 1, "sum")),
+        ("sparse reading of the best 8", None, lambda texts: routed(texts, _SHORTLIST, "sparse")),
+        ("sparse reading of all", None, lambda texts: model.answer(texts, adapter, read="sparse")),
+    ]
+    if size <= _MOST_TRIED:
+        ways.append(("every block tried", _TRIED, lambda texts: model.answer(texts, adapter, blocks=1)))
+    return ways
+
+
+def run(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
+    """The record: `measure_router` on test documents."""
+    return measure_router(model, n, seed)
