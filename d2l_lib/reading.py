@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -28,7 +28,11 @@ from torch import Tensor, nn
 
 from d2l_lib.adapter import Adapter
 from d2l_lib.base_model import target_linears
+from d2l_lib.documents import question_ids, stop_ids
 from d2l_lib.lora import add_deltas
+
+if TYPE_CHECKING:
+    from d2l_lib.model import DocToLoRA
 
 _NOT_FOLLOWED = (
     "{}: sparse reading follows one generation, from its empty cache on and one token at a time (nothing assisted, no "
@@ -296,3 +300,32 @@ def choices_table(state: Generation) -> pd.DataFrame:
                 lines.append((row, token, one.layer, one.module, block, *label, *numbers))
     columns = ["row", "token", "layer", "module", "block", "document", "chunk", "evidence", "lead"]
     return pd.DataFrame(lines, columns=columns)
+
+
+@torch.no_grad()
+def answer_reads(
+    model: DocToLoRA, question: str, adapter: Adapter, answer: str | None = None, *, read: Reading | None = None
+) -> pd.DataFrame:
+    """What each token of an answer reads: the columns of `choices_table` without row, token counted from 0, and text.
+
+    text: the token of the answer that is chosen while this is read; the last one is the end of the turn, where the
+    answer has one. answer: None, the greedy one of sparse reading. read: None, `model.reading`. The answer is read in
+    one pass, which reads the same as writing it. It says what was read, and is no proof of a cause.
+    """
+    reading = model.reading if read is None else read
+    (prompt,) = question_ids(model.tokenizer, [question])
+    stops = stop_ids(model.tokenizer)
+    if answer is None:
+        ids = torch.tensor([prompt])
+        written = model.generate(ids, max_new_tokens=64, adapter=adapter, read=reading)[0, len(prompt) :].tolist()
+        end = next((place + 1 for place, token in enumerate(written) if token in stops), len(written))
+        written = written[:end]
+    else:
+        written = model.tokenizer(answer, add_special_tokens=False)["input_ids"] + list(stops[-1:])
+    ids = torch.tensor([prompt + written[:-1]], device=model.device)
+    with read_sparsely(model.base_model, [adapter], reading, starts=torch.tensor([len(prompt) - 1])) as state:
+        model.base_model(ids, use_cache=False, logits_to_keep=1)
+    table = choices_table(state).drop(columns="row")
+    table["token"] -= len(prompt) - 1
+    table.insert(1, "text", [model.tokenizer.decode([written[token]]) for token in table["token"]])
+    return table

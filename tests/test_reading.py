@@ -13,7 +13,7 @@ from d2l_lib.adapter import Block
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import question_ids
 from d2l_lib.engine import pad_rows
-from d2l_lib.reading import Reading, choices_table, read_sparsely
+from d2l_lib.reading import Reading, answer_reads, choices_table, read_sparsely
 from d2l_lib.tasks import world
 
 TEXTS = {"a": "Ada paints lamps. Bo sells maps.", "b": "Cy keeps bees in Dun.", "c": "Eve rows boats. Fay bakes."}
@@ -239,6 +239,24 @@ def test_the_table_says_what_each_token_read(model, adapter):
         model.base_model(ids, attention_mask=mask, use_cache=False)
         table = choices_table(state)
     assert (table.block == -1).all() and table.document.isna().all()
+
+
+def test_what_an_answer_reads_is_the_block_of_its_evidence():
+    model = d2l.load("tiny/qa")
+    document = world.draw_document(random.Random("reads"), "validation", 12)
+    (adapter,) = model.internalize_each([document.text])
+    right = 0
+    for fact in document.facts[:6]:
+        question = world.question_about(random.Random(0), fact).text
+        answer = model.answer(question, adapter, read="sparse")
+        table, given = answer_reads(model, question, adapter), answer_reads(model, question, adapter, answer)
+        assert table.equals(given)
+        assert "".join(table[table["layer"] == 3]["text"][:-1]).strip() == answer
+        assert table["token"].min() == 0 and set(table["layer"]) == {1, 2, 3}
+        first = table[(table["token"] == 0) & (table["layer"] == 3)]["block"].item()
+        span = adapter.blocks[first].span
+        right += first >= 0 and span[0] < fact.span[1] and fact.span[0] < span[1]
+    assert right >= 5
 
 
 @pytest.mark.parametrize(
