@@ -6,7 +6,8 @@ the pooled questions.
 
 To add a plot, write one function `plot_<what>_by_<what>` under `@_styled`: `_need` its columns, draw on `_figure` or
 `_panels`, end with `_caption` and return the figure. Give it a table in `tests/views/test_plots.py`: the tests there
-ask every plot for labels with units, for the same bytes twice, and for clear errors.
+ask every plot for labels with units, for the same bytes twice, and for clear errors. A plot whose rows have names
+instead of a scale stands in `NAMED_ROWS` there.
 """
 
 import functools

@@ -241,6 +241,16 @@ def test_every_function_draws_the_same_bytes_twice_and_leaves_its_table_and_sett
         assert dict(matplotlib.rcParams) == settings, plot.__name__
 
 
+# Their rows have names, and so no unit.
+NAMED_ROWS = (
+    plots.plot_base_model_scores,
+    plots.plot_exact_match_by_condition,
+    plots.plot_ablation,
+    plots.plot_margin_by_condition,
+    plots.plot_hit_rate_by_method,
+)
+
+
 def test_every_axis_is_labelled_with_its_unit(tables):
     units = (
         "tokens",
@@ -264,16 +274,9 @@ def test_every_axis_is_labelled_with_its_unit(tables):
             shared = axes.get_shared_x_axes().get_siblings(axes)
             x = next(sibling.get_xlabel() for sibling in shared if sibling.get_xlabel())
             assert any(unit in x for unit in units), (plot.__name__, x)
-            names_rows = plot in (
-                plots.plot_base_model_scores,
-                plots.plot_exact_match_by_condition,
-                plots.plot_ablation,
-                plots.plot_margin_by_condition,
-                plots.plot_hit_rate_by_method,
-            )
             shared = axes.get_shared_y_axes().get_siblings(axes)
             y = next((sibling.get_ylabel() for sibling in shared if sibling.get_ylabel()), "")
-            assert names_rows or any(unit in y for unit in units), (plot.__name__, y)
+            assert plot in NAMED_ROWS or any(unit in y for unit in units), (plot.__name__, y)
 
 
 def test_needle_lines_show_every_method_at_its_measured_share(needles):
