@@ -922,6 +922,30 @@ def plot_parts_by_layer(
 
 
 @_styled
+def plot_block_norm_by_document(blocks: pd.DataFrame, *, title: str = "How large each document's blocks are") -> Figure:
+    """A row of dots per document of one adapter, a dot per block, first chunk on top; the median as a black bar.
+
+    blocks: document (str; drawn top to bottom in table order), chunk, norm (Frobenius, all layers and modules
+    together), as `weights.block_norms` gives them. ValueError for several rows of a chunk.
+    """
+    _need(blocks, "document", "chunk", "norm")
+    if blocks.duplicated(["document", "chunk"]).any():
+        raise ValueError("several rows of a document's chunk: give the rows of one adapter, one per block")
+    documents = dict(list(blocks.sort_values("chunk", kind="stable").groupby("document", sort=False)["norm"]))
+    documents = {name: documents[name] for name in blocks["document"].unique()}
+    figure, axes = _figure(title, (7.2, 1.8 + 0.5 * len(documents)))
+    for position, norms in enumerate(documents.values()):
+        spread = 0.5 * (np.arange(len(norms)) - (len(norms) - 1) / 2) / max(1, len(norms) - 1)
+        axes.plot(norms, position + spread, "o", color=COLORS[0], markersize=3, alpha=0.6)
+        axes.vlines(np.median(norms), position - 0.36, position + 0.36, color="black", linewidth=2.4)
+    _names_down(axes, (f"{_plain(name)}\n(n = {len(norms)})" for name, norms in documents.items()))
+    axes.set(xlim=(0, None), xlabel="norm of the block's update (Frobenius)")
+    plural = "" if len(documents) == 1 else "s"
+    _caption(figure, f"n = {len(blocks)} blocks of {len(documents)} document{plural}; black: median")
+    return figure
+
+
+@_styled
 def plot_similarity_by_document(
     similarity: pd.DataFrame, *, label: str = "cosine of the updates", title: str = "How alike adapters are"
 ) -> Figure:

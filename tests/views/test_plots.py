@@ -56,6 +56,9 @@ def tables(needles) -> dict:
     blocks = pd.DataFrame(
         {"chunk": range(6), "norm": [0.5, 0.4, 7.0, 0.5, 0.6, 0.4], "holds_needle": [i == 2 for i in range(6)]}
     )
+    composed = pd.DataFrame(
+        {"document": ["report", "report", "memo", "report"], "chunk": [2, 0, 0, 1], "norm": [3.0, 1.0, 5.0, 2.0]}
+    )
     scores = pd.DataFrame(
         {"task": ["needle", "one-hop"], "n": [500, 800], "exact_match": [0.99, 0.05], "seed": 0, "aim": [0.99, np.nan]}
     )
@@ -148,6 +151,7 @@ def tables(needles) -> dict:
         plots.plot_singular_values_by_index: layers,
         plots.plot_norms_by_layer: by_layer,
         plots.plot_parts_by_layer: by_layer,
+        plots.plot_block_norm_by_document: composed,
         plots.plot_similarity_by_document: alike,
         plots.plot_intruders_by_index: layers,
         plots.plot_margin_by_condition: conditions,
@@ -247,6 +251,7 @@ NAMED_ROWS = (
     plots.plot_exact_match_by_condition,
     plots.plot_ablation,
     plots.plot_margin_by_condition,
+    plots.plot_block_norm_by_document,
     plots.plot_hit_rate_by_method,
 )
 
@@ -460,6 +465,19 @@ def test_margins_are_dots_with_a_median_in_table_order(tables):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["own", "other"]
     assert [list(line.get_xdata()) for line in axes.get_lines()[:2]] == [[4.0, 2.0], [-3.0]]
     assert [bar.get_segments()[0][0][0] for bar in axes.collections] == [3.0, -3.0]
+
+
+def test_blocks_are_dots_in_chunk_order_beside_their_document(tables):
+    table = tables[plots.plot_block_norm_by_document]
+    figure = plots.plot_block_norm_by_document(table)
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["report\n(n = 3)", "memo\n(n = 1)"]
+    dots = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
+    assert dots == [([1.0, 2.0, 3.0], [-0.25, 0.0, 0.25]), ([5.0], [1.0])]
+    assert [bar.get_segments()[0][0][0] for bar in axes.collections] == [2.0, 5.0]
+    assert figure.get_supxlabel() == "n = 4 blocks of 2 documents; black: median"
+    with pytest.raises(ValueError, match="one adapter, one per block"):
+        plots.plot_block_norm_by_document(pd.concat([table, table]))
 
 
 def test_recompression_marks_the_adapter_of_which_nothing_was_cut(tables):
