@@ -57,7 +57,7 @@ def tables(needles) -> dict:
         {"chunk": range(6), "norm": [0.5, 0.4, 7.0, 0.5, 0.6, 0.4], "holds_needle": [i == 2 for i in range(6)]}
     )
     composed = pd.DataFrame(
-        {"document": ["report", "report", "memo", "report"], "chunk": [2, 0, 0, 1], "norm": [3.0, 1.0, 5.0, 2.0]}
+        {"document": ["report", "report", "memo", "report"], "chunk": [2, 1, 0, 0], "norm": [3.0, 2.0, 5.0, 1.0]}
     )
     scores = pd.DataFrame(
         {"task": ["needle", "one-hop"], "n": [500, 800], "exact_match": [0.99, 0.05], "seed": 0, "aim": [0.99, np.nan]}
