@@ -1,8 +1,8 @@
 """An adapter is a sum of labelled blocks: W x  ->  W x + scale * sum over blocks of weight * B^T (A x).
 
-Each chunk of each document is one low-rank block per layer and module; one learned, document-independent bias block is
-added. Composing documents is adding blocks, forgetting one is dropping its blocks, export is writing them down.
-Adapters are values: no operation changes its operand, and blocks are shared between adapters, never copied.
+Each chunk of each document is one low-rank block per layer and module. One learned bias block, the same for all
+documents, is added. Composing documents adds blocks; forgetting a document drops its blocks.
+Adapters are values: no operation changes its operand. Adapters share blocks and never copy them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FORMAT = "d2l-adapter"
 _FORMAT_VERSION = 1
 _USUAL_ENDINGS = ("", ".safetensors", ".st", ".sft", ".adapter", ".lora", ".d2l")  # of files that `save` may replace
-# Where a target module sits in a decoder layer; used for export when the adapter does not carry its own paths.
+# Where a target module sits in a decoder layer, for an adapter without paths of its own.
 _USUAL_PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
 _USUAL_PARENTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 
@@ -41,7 +41,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 def _may_replace(path: Path) -> bool:
-    """Whether `save` may replace a file: an adapter, or what is no tensors and not named as another kind of file."""
+    """Whether `save` may replace a file: an adapter, an empty file, or no tensors under a usual ending."""
     metadata = safetensors_metadata(path)
     if metadata is not None:
         return FORMAT in metadata
@@ -52,8 +52,8 @@ def _may_replace(path: Path) -> bool:
 class Block:
     """What one chunk of one document adds: weight * B^T A in every layer and module.
 
-    A[module] is [n_layers, r, d_in], B[module] is [n_layers, r, d_out]. `span` is the chunk's (start, end) in
-    characters of its document, or None where only token ids were given.
+    A[module] is [n_layers, r, d_in], B[module] is [n_layers, r, d_out].
+    span: the chunk's (start, end) in characters of its document; None for a chunk of token ids alone.
     """
 
     document: str
@@ -72,7 +72,7 @@ class Block:
         return next(iter(self.A.values())).shape[1]
 
     def weighted(self, weight: float) -> Block:
-        """This block counting `weight` times as much; ValueError where that is no finite number."""
+        """This block with its weight times `weight`; ValueError where the product is not finite."""
         product = self.weight * weight
         if not math.isfinite(product):
             _finite(product, f"the weight of {self!r}")
@@ -95,7 +95,7 @@ class Block:
 
 
 def _equal(first: Factors | None, second: Factors | None) -> bool:
-    """True where both hold the same numbers (or both are None)."""
+    """Whether both hold the same numbers, or both are None."""
     if first is None or second is None:
         return first is second
     return first.keys() == second.keys() and all(
@@ -106,7 +106,7 @@ def _equal(first: Factors | None, second: Factors | None) -> bool:
 
 
 def _finite(weight: float, what: str) -> float:
-    """`weight` as a float; ValueError where it is no finite number."""
+    """`weight` as a float; ValueError unless it is a finite number."""
     if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
         raise ValueError(f"{what} must be a finite number, not {weight!r}")
     return float(weight)
@@ -114,9 +114,9 @@ def _finite(weight: float, what: str) -> float:
 
 @dataclass(frozen=True)
 class _Names:
-    """What an adapter's documents are called: their chunks' numbers, in order of first appearance.
+    """An adapter's documents: {name: its chunks' numbers}, in order of first appearance.
 
-    `taken`: for the names of which copies were added, the highest n such that "name (2)" to "name (n)" are all there.
+    taken: for each name with copies, the highest n such that "name (2)" to "name (n)" all exist.
     """
 
     chunks: dict[str, frozenset[int]]
@@ -130,7 +130,7 @@ class _Names:
         return cls({document: frozenset(numbers) for document, numbers in chunks.items()}, {})
 
     def added(self, other: _Names) -> tuple[_Names, dict[str, str]]:
-        """(the names of both, {document of `other`: what it is called beside these})."""
+        """(the names of both, {document of `other`: its name in the sum})."""
         chunks, taken, new_names = dict(self.chunks), dict(self.taken), {}
         for document, numbers in other.chunks.items():
             name = document
@@ -156,13 +156,12 @@ def _as_set(choice: object, kind: type, what: str) -> set:
 class Adapter:
     """Labelled blocks, the bias block, and the scale s of y = W x + s B^T (A x).
 
-    Print it to see what is inside. `a + b` composes, `only` and `without` select documents and chunks, `scaled` and
-    `scaled_bias` weigh (linearly), `factors` gives the summed matrices, `compressed` makes them smaller, `save`,
-    `Adapter.load` and `export_peft` write it down.
+    Print it to see its contents. `a + b` composes; `only` and `without` select documents and chunks; `scaled` and
+    `scaled_bias` change weights linearly; `factors` gives the summed matrices; `compressed` lowers their rank.
 
-    `n_layers` and `sizes` ({module: (d_in, d_out)}) describe the base model; they are read off the blocks when not
-    given. `base_model`, `base_key` and `hypernetwork_key` say what made the adapter, `paths` where each
-    module sits in the base model ("model.layers.{layer}.mlp.down_proj").
+    n_layers, sizes: of the base model, sizes as {module: (d_in, d_out)}. Without sizes the blocks (or the bias) tell.
+    base_model, base_key, hypernetwork_key: what made the adapter.
+    paths: where each module sits in the base model ("model.layers.{layer}.mlp.down_proj").
     """
 
     blocks: tuple[Block, ...]
@@ -201,14 +200,14 @@ class Adapter:
             self._check_shapes("the bias", self.bias)
 
     def _with(self, **changes: object) -> Adapter:
-        """This adapter with other blocks or bias weight that need no check: the operations' own results."""
+        """This adapter with these fields changed, unchecked: for results of its own operations."""
         new = object.__new__(type(self))
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         new.__dict__.update(values | changes)
         return new
 
     def _check_shapes(self, part: Block | str, factors: Factors) -> None:
-        """ValueError where a block's or the bias's tensors do not have this adapter's modules, layers and sizes."""
+        """ValueError unless the tensors have this adapter's modules, layers and sizes."""
         if factors.keys() != self.sizes.keys():
             raise ValueError(f"{_label(part)} has modules {sorted(factors)}, the adapter has {self.modules}")
         for module, (A, B) in factors.items():
@@ -238,7 +237,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """Rows of the summed factors: the blocks' ranks and the bias's together."""
+        """Rows of the summed factors: the ranks of all blocks and of the bias."""
         return sum(block.rank for block in self.blocks) + self._bias_rank
 
     @property
@@ -247,7 +246,7 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors; tensors that several blocks share count once."""
+        """Bytes of all tensors; a shared tensor counts once."""
         return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in self._tensors()}.values())
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -272,17 +271,17 @@ class Adapter:
         return len(self.blocks)
 
     def __bool__(self) -> bool:
-        return True  # an adapter with no blocks left still has its bias
+        return True  # an adapter without blocks still has its bias
 
     # --- sums and selections ----------------------------------------------------------------------------------------
 
     def __add__(self, other: Adapter) -> Adapter:
-        """The blocks of both, the bias once: what internalizing both sets of documents would give.
+        """The blocks of both and the bias once, as if both sets of documents were internalized together.
 
-        A document of `other` that has a name (and a chunk number) which is taken already is renamed "name (2)".
-        ValueError when the two come from different base models or hypernetworks or differ in bias or scale. An adapter
-        that no hypernetwork made (`from_peft`) takes over the other's bias and scale, its update stays what it is;
-        modules that only one of the two writes get zero rows in the other.
+        A document of `other` is renamed "name (2)" where its name and one of its chunk numbers are taken.
+        An adapter that no hypernetwork made (`from_peft`) takes over the other's bias and scale; its update stays.
+        Modules that only one of the two writes get zero rows in the other.
+        ValueError for different base models, hypernetworks, biases, scales or precisions.
         """
         if not isinstance(other, Adapter):
             return NotImplemented
@@ -302,9 +301,9 @@ class Adapter:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def as_lora(self) -> Adapter:
-        """The same update as an ordinary LoRA that no hypernetwork answers for: its bias becomes a block named "bias".
+        """The same update as an ordinary LoRA of no hypernetwork; its bias becomes a block named "bias".
 
-        So an adapter of another hypernetwork for the same base model can be applied, and added to others, knowingly.
+        It can be added to adapters of another hypernetwork for the same base model.
         """
         if self._is_foreign:
             return self
@@ -319,7 +318,7 @@ class Adapter:
 
     @property
     def _is_foreign(self) -> bool:
-        """Whether no hypernetwork made it: there is no bias that both would have to share."""
+        """Whether no hypernetwork made it, so that it has no bias to share."""
         return not self.hypernetwork_key and self.bias is None and not self.bias_inside
 
     def _check_summable(self, other: Adapter) -> None:
@@ -358,23 +357,24 @@ class Adapter:
             )
 
     def only(self, document: str | Iterable[str] | None = None, chunk: int | Iterable[int] | None = None) -> Adapter:
-        """The adapter with only the blocks of these documents and chunks (each a name or number, or several).
+        """The adapter with only the blocks of these documents and chunks; the bias stays.
 
-        Both given: blocks that match both. The bias stays. ValueError for a name or number that is not inside.
+        document, chunk: one or several. With both, a block must match both.
+        ValueError for a name or number that the adapter lacks.
         """
         chosen = self._chosen(document, chunk)
         return self._with(blocks=tuple(b for b, inside in zip(self.blocks, chosen, strict=True) if inside))
 
     def without(self, document: str | Iterable[str] | None = None, chunk: int | Iterable[int] | None = None) -> Adapter:
-        """The adapter without the blocks of these documents and chunks: exactly as if they had never been added.
+        """The adapter without the blocks of these documents and chunks, exactly as if they were never added.
 
-        Both given: only blocks that match both are dropped. ValueError for a name or number that is not inside.
+        Arguments and errors as in `only`.
         """
         chosen = self._chosen(document, chunk)
         return self._with(blocks=tuple(b for b, inside in zip(self.blocks, chosen, strict=True) if not inside))
 
     def _chosen(self, document: str | Iterable[str] | None, chunk: int | Iterable[int] | None) -> list[bool]:
-        """For each block whether it matches. ValueError lists what is inside when a choice matches nothing."""
+        """For each block whether it matches; the ValueError for an unknown choice lists the contents."""
         if document is None and chunk is None:
             raise ValueError(f"name a document or a chunk; {self._contents()}")
         documents = None if document is None else _as_set(document, str, "a document's name")
@@ -390,7 +390,7 @@ class Adapter:
         return inside
 
     def _contents(self) -> str:
-        """One line for error messages."""
+        """The documents and their numbers of chunks in one line, for errors."""
         if not self.blocks:
             return "the adapter holds no documents"
         chunks = dict.fromkeys(islice(self._names.chunks, MOST_SHOWN), 0)
@@ -402,9 +402,9 @@ class Adapter:
         return "it holds " + ", ".join([*counts, *([f"... and {rest:,} more"] if rest else [])])
 
     def scaled(self, weight: float, document: str | Iterable[str] | None = None) -> Adapter:
-        """The adapter with its blocks (or those of `document`) counting `weight` times; the bias stays.
+        """The adapter with the weights of its blocks (or those of `document`) times `weight`; the bias stays.
 
-        Linear: scaled(0.5) halves the documents' update, scaled(0.5).scaled(2) is the adapter itself.
+        Linear: scaled(0.5) halves the documents' update; scaled(0.5).scaled(2) is the adapter itself.
         """
         weight = _finite(weight, "weight")
         chosen = [True] * len(self.blocks) if document is None else self._chosen(document, None)
@@ -415,7 +415,7 @@ class Adapter:
         )
 
     def scaled_bias(self, weight: float) -> Adapter:
-        """The adapter with its bias block counting `weight` times (linearly); 0 switches it off."""
+        """The adapter with its bias weight times `weight` (linear); 0 switches the bias off."""
         weight = _finite(weight, "weight")
         if self.bias is None:
             reason = "it was folded into the compressed block" if self.bias_inside else "its hypernetwork has none"
@@ -427,7 +427,7 @@ class Adapter:
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """(A [n_layers, R, d_in], B [n_layers, R, d_out]) of the whole sum, R = rank; the update of W is scale * B^T A.
 
-        Rows in the order of the blocks, the bias last. Weights are folded into A. New tensors: free to change.
+        Rows follow the order of the blocks, the bias last. A contains the weights. The tensors are new: free to change.
         """
         if module not in self.sizes:
             raise ValueError(f"no module {module!r} in this adapter; it has {', '.join(self.modules)}")
@@ -443,8 +443,8 @@ class Adapter:
     def stacked(self) -> Factors:
         """{module: (A [L, K, r, d_in], B [L, K, r, d_out])} of the K blocks without their weights; not the bias.
 
-        r: the largest rank; the rows of others are filled up with zeros. Built once and kept: it takes as much memory
-        as the blocks. Not free to change.
+        r is the largest rank; zero rows fill up the others. Built once and kept, at the memory of the blocks.
+        Do not change the tensors.
         """
         rank = max((block.rank for block in self.blocks), default=0)
 
@@ -458,8 +458,8 @@ class Adapter:
     def compressed(self, rank: int) -> Adapter:
         """The best approximation of the summed update (bias included) of at most this rank, as one block.
 
-        Per layer and module the truncated decomposition B^T A = U S V^T (see `singular_vectors`); then A' = sqrt(S) V^T
-        and B' = sqrt(S) U^T. Documents can no longer be told apart afterwards.
+        Per layer and module: B^T A = U S V^T, truncated (see `singular_vectors`); A' = sqrt(S) V^T, B' = sqrt(S) U^T.
+        The result no longer tells documents apart.
         """
         check_count(rank, "rank")
         if self.rank == 0:
@@ -482,9 +482,9 @@ class Adapter:
         return torch.nn.functional.pad(rows, (0, 0, 0, missing)).to(dtype).contiguous()
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> Adapter:
-        """The adapter with its tensors on another device or in another precision; shared tensors stay shared.
+        """The adapter on another device or in another precision; shared tensors stay shared.
 
-        ValueError for a dtype that holds whole numbers only.
+        ValueError for a dtype that is not floating-point.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(
@@ -508,10 +508,10 @@ class Adapter:
     # --- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the labels as JSON in its header; complete or not there at all.
+        """Write one safetensors file with the labels as JSON in its header, completely or not at all.
 
-        path: a file of this name is replaced; FileExistsError where it holds the tensors of something else (a model's
-        weights), or has the ending of another kind of file (.pdf, .txt).
+        A file of this name is replaced. FileExistsError where it holds other tensors (a model's weights) or has the
+        ending of another kind of file (.pdf, .txt).
         """
         from safetensors.torch import save_file
 
@@ -519,7 +519,7 @@ class Adapter:
         names: dict[int, str] = {}
 
         def keep(prefix: str, factors: Mapping[str, Tensor]) -> dict[str, str]:
-            """Names under which tensors are stored; a tensor that several blocks share is stored once."""
+            """{module: the name its tensor is stored under}; a shared tensor is stored once."""
             for module, tensor in factors.items():
                 if id(tensor) not in names:
                     names[id(tensor)] = f"{prefix}.{module}"
@@ -544,9 +544,9 @@ class Adapter:
     def load(cls, path: str | Path) -> Adapter:
         """The adapter that `save` wrote, on the CPU, bit for bit.
 
-        FileNotFoundError where there is no such file, or a folder; ValueError for one that is cut off, corrupted, or no
-        adapter: labels of another kind (see `formats.schemas.AdapterHeader`), tensors that are missing, left over, of
-        other shapes, or no finite floating numbers.
+        FileNotFoundError for a missing file or a folder. ValueError for a file that is cut off, corrupted or no
+        adapter: wrong labels (see `formats.schemas.AdapterHeader`), or tensors that are missing, left over, of other
+        shapes, or no finite floating numbers.
         """
         from d2l_lib.formats.schemas import AdapterHeader, check
         from d2l_lib.formats.tensors import read_tensors
@@ -611,8 +611,9 @@ class Adapter:
     ) -> Path:
         """Write a PEFT LoRA folder of the whole sum, bias included; see `peft.export_peft`.
 
-        rank and dtype make it smaller, `peft.export_errors(folder)` then tells what was lost. loader: "peft", "vllm"
-        or "llama.cpp" must be able to load it. Documents cannot be removed from it: change the adapter, export again.
+        rank, dtype: make it smaller; `peft.export_errors(folder)` tells the loss.
+        loader: "peft", "vllm" or "llama.cpp", which must be able to load it.
+        Documents cannot be removed from the folder: change the adapter and export again.
         """
         from d2l_lib.formats import peft
 
@@ -622,19 +623,19 @@ class Adapter:
     def from_peft(
         cls, folder: str | Path, base_model: nn.Module | DocToLoRA | None = None, *, name: str | None = None
     ) -> Adapter:
-        """A PEFT LoRA folder as an adapter of one block, to be applied, weighed, traced, and added to others (`+`).
+        """A PEFT LoRA folder as an adapter of one block.
 
-        base_model: its names and sizes are checked, its layers counted; a DocToLoRA also marks the adapter as one for
-        its base model. Without it the highest layer that the LoRA adapts counts as the last.
+        base_model: checks names and sizes and tells the number of layers; a DocToLoRA also tells the base model's key.
+            None: the highest layer that the LoRA adapts counts as the last.
         name: of the block's document (None: the folder's name).
 
-        alpha / r (or alpha / sqrt(r)), rank_pattern and alpha_pattern are folded into B, so that its scale is 1; what
-        it lacks of layers and rows is zero. A folder by `export_peft` knows its base model; with a bias block in it, it
-        cannot be added to others, no more than a compressed adapter can.
+        B contains alpha / r (or alpha / sqrt(r)), rank_pattern and alpha_pattern, so the scale is 1. Layers and rows
+        that the LoRA lacks are zero. A folder by `export_peft` knows its base model; with the bias inside it cannot be
+        added to others, like a compressed adapter.
 
-        Only safetensors files are read. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases,
+        Reads safetensors files only. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases,
         modules_to_save, ...) or lies outside the decoder layers: merge such an adapter into the base model with peft.
-        ValueError, too, for an export that was made for another base model.
+        ValueError also for an export for another base model.
         """
         from d2l_lib.formats import peft
 
@@ -669,7 +670,7 @@ class Adapter:
     def _rows(self) -> tuple[list[tuple[str, str, str, str]], int]:
         """((document, chunks, rank, weight) of the first documents and of the bias, how many documents are left out).
 
-        One document more than MOST_SHOWN is shown, too: its row takes no more room than a line about it.
+        MOST_SHOWN + 1 documents are all shown: the last row takes the room of "... 1 more".
         """
         names = self._names.chunks
         shown = list(names if len(names) <= MOST_SHOWN + 1 else islice(names, MOST_SHOWN))
@@ -742,7 +743,7 @@ def _shapes(sizes: Mapping[str, tuple[int, int]]) -> str:
 
 
 def _size(n_bytes: int) -> str:
-    """Bytes in a readable unit (1 kB = 1000 bytes)."""
+    """A number of bytes in a readable unit (1 kB = 1000 bytes)."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= size:
             return f"{n_bytes / size:.1f} {unit}"
@@ -750,9 +751,9 @@ def _size(n_bytes: int) -> str:
 
 
 def _made_alike(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
-    """Both with one scale, bias and set of modules, where no hypernetwork made one of them; their updates stay.
+    """Both adapters with one scale, bias and set of modules; their updates stay. At least one is foreign.
 
-    ValueError where they are for different base models.
+    ValueError for different base models.
     """
     host = second if first._is_foreign and not second._is_foreign else first
     shared = [module for module in first.modules if module in second.sizes]
@@ -796,7 +797,7 @@ def _made_alike(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
 def _widened(
     factors: Factors, sizes: Mapping[str, tuple[int, int]], zeros: dict[tuple, tuple[Tensor, Tensor]]
 ) -> Factors:
-    """The factors with zero rows, as many, in the modules that they lack; `zeros` keeps them, so that blocks share."""
+    """The factors with zero rows in the modules that they lack; `zeros` keeps these for other blocks to share."""
     A, B = next(iter(factors.values()))
     for module in sizes.keys() - factors.keys():
         key = (module, A.shape[1], A.dtype, A.device)
@@ -811,8 +812,8 @@ def _widened(
 def singular_vectors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(U [L, d_out, k], S [L, k], V [L, d_in, k]) of B^T A = U S V^T, float64, k = min(R, d_in, d_out).
 
-    A [L, R, d_in], B [L, R, d_out]. On the factors alone: A^T = Q_A R_A, B^T = Q_B R_B, the small
-    R_B R_A^T = U' S V'^T, and U = Q_B U', V = Q_A V'; [d_out, d_in] is never formed.
+    A [L, R, d_in], B [L, R, d_out]. A^T = Q_A R_A and B^T = Q_B R_B; then R_B R_A^T = U' S V'^T is small, and
+    U = Q_B U', V = Q_A V'. The product [d_out, d_in] is never formed.
     """
     Q_A, R_A = torch.linalg.qr(A.double().mT)
     Q_B, R_B = torch.linalg.qr(B.double().mT)
@@ -828,9 +829,9 @@ def same_base(first: str, second: str) -> bool:
 def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float]:
     """Several adapters side by side: ({module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}, scale).
 
-    R is the largest rank among them; the others are filled up with zero rows, and None (the plain base model), like
-    a module that an adapter does not write, is zero rows only. The precision is the highest among them. Adapters of
-    different scales have theirs folded into A, and the common scale is then 1.
+    R is the largest rank; zero rows fill up the others. None (the plain base model) is zero rows only, and so is a
+    module that an adapter does not write. The precision is the highest among them. Where scales differ, A contains
+    them and the common scale is 1. ValueError where all are None.
     """
     present = [adapter for adapter in adapters if adapter is not None]
     if not present:
@@ -842,7 +843,7 @@ def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float]:
     sizes = {module: size for adapter in present for module, size in adapter.sizes.items()}
     stacked = {}
     for module in sorted(sizes):
-        if len(adapters) == 1:  # nothing to fill up: spares a copy
+        if len(adapters) == 1:  # spares a copy
             A, B = first.factors(module)
             stacked[module] = (A.unsqueeze(0), B.unsqueeze(0))
             continue
@@ -861,8 +862,7 @@ _Decomposition = tuple[Tensor, Tensor, Tensor]
 
 
 def decompose(adapter: Adapter, module: str) -> _Decomposition:
-    """(U [L, d_out, k], S [L, k], V [L, d_in, k]) of the update of every layer, the scale included, float64 (see
-    `adapter.singular_vectors`).
+    """(U [L, d_out, k], S [L, k], V [L, d_in, k]) of each layer's update, with the scale; see `singular_vectors`.
 
     ValueError for an adapter of rank 0 and for numbers that are not finite.
     """
@@ -876,10 +876,10 @@ def decompose(adapter: Adapter, module: str) -> _Decomposition:
 
 
 def singular_part(adapter: Adapter, start: int = 0, stop: int | None = None) -> Adapter:
-    """The adapter with only the singular directions `start` to `stop` (0 = largest; stop left out) of every layer.
+    """The singular directions `start` to `stop` (0 = largest, stop excluded) of each layer as one block, bias inside.
 
-    `singular_part(a, 0, r)` is `a.compressed(r)`, `singular_part(a, r)` is what that leaves out: their sum is `a`.
-    One block, the bias inside. ValueError where no direction is left.
+    `singular_part(a, 0, r)` is `a.compressed(r)` and `singular_part(a, r)` the rest: their sum is `a`.
+    ValueError where no direction is left.
     """
     A, B = {}, {}
     for module in adapter.modules:
@@ -893,7 +893,7 @@ def singular_part(adapter: Adapter, start: int = 0, stop: int | None = None) -> 
         A[module] = (sign * root * V[:, :, chosen].mT).to(dtype)
         B[module] = (root * U[:, :, chosen].mT).to(dtype)
     ranks = {module: rows.shape[1] for module, rows in A.items()}
-    for module, rank in ranks.items():  # modules of fewer directions are filled up with zero rows
+    for module, rank in ranks.items():  # zero rows fill up modules of fewer directions
         missing = (0, 0, 0, max(ranks.values()) - rank)
         A[module], B[module] = (nn.functional.pad(rows[module], missing) for rows in (A, B))
     name = f"directions {start} to {'the last' if stop is None else stop}"
@@ -903,9 +903,9 @@ def singular_part(adapter: Adapter, start: int = 0, stop: int | None = None) -> 
 
 
 def only_layers(adapter: Adapter, layers: Sequence[int]) -> Adapter:
-    """The adapter with its update, bias included, in these layers only (0 = first) and nothing in the others.
+    """The adapter with its update, bias included, in these layers only (0 = first).
 
-    ValueError for a layer that it does not have.
+    ValueError for a layer that the adapter lacks.
     """
     if unknown := sorted(set(layers) - set(range(adapter.n_layers))):
         raise ValueError(f"no layer {unknown} in this adapter: it has 0 to {adapter.n_layers - 1}")
@@ -916,11 +916,11 @@ def only_layers(adapter: Adapter, layers: Sequence[int]) -> Adapter:
 
 
 def scaled_layers(adapter: Adapter, weights: Sequence[float] | Mapping[int, float]) -> Adapter:
-    """The adapter with its blocks counting weights[layer] times in each layer; the bias stays.
+    """The adapter with its blocks times weights[layer] in each layer; the bias stays.
 
-    The update of W in layer l becomes scale * (weights[l] * sum over blocks of weight * B_l^T A_l + bias). weights: one
-    per layer, or {layer: weight} with 1 for the others. Linear, and equal weights are `adapter.scaled(weight)`.
-    ValueError for a layer that there is not, for too few or too many weights, and for one that is no finite number.
+    The update of W in layer l becomes scale * (weights[l] * sum over blocks of weight * B_l^T A_l + bias).
+    weights: one per layer, or {layer: weight} with 1 for the others. Equal weights are `adapter.scaled(weight)`.
+    ValueError for an unknown layer, a wrong number of weights, and a weight that is not finite.
     """
     if isinstance(weights, Mapping):
         if unknown := sorted(layer for layer in weights if layer not in range(adapter.n_layers)):

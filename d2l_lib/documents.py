@@ -3,8 +3,7 @@
     text  ->  sentences  ->  chunks of at most `chunk_tokens` tokens  ->  token ids (prefix + chunk + suffix)
 
 The wrapping is the base model's own chat format: an empty system turn, the chunk as the user's turn, and the
-opening of the model's turn (the method's section 3.1). It is derived from the tokenizer's chat template,
-so it needs no table of models.
+opening of the model's turn (the method's section 3.1). The tokenizer's chat template tells it; no table of models does.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ Documents = Document | Sequence[Document] | Mapping[str, Document]
 
 SENTINEL, _SYSTEM_SENTINEL = "d2lcontentgoeshere", "d2lsystemgoeshere"
 LONGEST_SHOWN, MOST_SHOWN = 60, 10  # characters of a name, and names, that a display or an error shows
-TEMPLATE_SECONDS = 10.0  # a chat template that takes longer does not end
-_LONGEST_PATH = 500  # characters of a text that may be meant as the name of a file
+TEMPLATE_SECONDS = 10.0  # a chat template that takes longer is stopped
+_LONGEST_PATH = 500  # characters of a text that may be the name of a file
 _NOT_IN_NAMES = {"Cs": "an unpaired surrogate", "Cc": "a control character", "Zl": "a line end", "Zp": "a line end"}
 
-# Sentence ends: Latin marks need white space after them; CJK marks do not; a blank line always ends a sentence.
-# (The look-behind and the possessive `++` keep the search linear on long runs of marks.)
+# Sentence ends: Latin marks before white space, CJK marks anywhere, blank lines.
+# The look-behind and the possessive `++` keep the search linear on long runs of marks.
 _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+\s+|[。！？]+[”’」』）]*\s*|\n[^\S\n]*+\n\s*")
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\"'“‘])(?:[A-Z]|[Dd]r|Mr|Mrs|Ms|Prof|Sr|Jr|St|Mt|vs|cf|[Ff]igs?|Eq|Vol|pp|ca|e\.g|i\.e)\.$"
@@ -60,11 +59,10 @@ class Chunk:
 
 
 def check_text(text: object, name: str) -> str:
-    """`text` itself, if it is a text with something to read in it.
+    """`text` itself, unchanged, if it has something to read in it.
 
-    TypeError for anything but str. ValueError for a text that holds only white space, control or other invisible
-    characters, and for one with an unpaired surrogate (which no tokenizer can encode). Control characters and
-    emoji inside a text are kept as they are.
+    TypeError for anything but str. ValueError for a text of white space, control or other invisible characters alone,
+    and for an unpaired surrogate, which no tokenizer can encode.
     """
     if not isinstance(text, str):
         hint = "decode it first, e.g. data.decode('utf-8')" if isinstance(text, bytes) else "pass a str"
@@ -83,18 +81,18 @@ def check_text(text: object, name: str) -> str:
 
 
 def check_count(value: object, name: str) -> None:
-    """ValueError for anything but a whole number (Python's or numpy's) of at least 1."""
+    """ValueError unless `value` is a whole number (Python's or numpy's) of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def shorten(text: str, longest: int = LONGEST_SHOWN) -> str:
-    """The text itself, or its beginning with an ellipsis where it has more than `longest` characters."""
+    """The text, cut to at most `longest` characters with an ellipsis."""
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 
 def some_of(names: Collection[object], most: int = MOST_SHOWN, quoted: bool = False) -> str:
-    """Names in one line: the first `most` of them, each shortened (and `quoted`), and how many more there are."""
+    """The first `most` names in one line, each shortened (and `quoted`), and the number of the others."""
     short = (shorten(str(name)) for name in islice(names, most))
     shown = ", ".join(repr(name) if quoted else name for name in short)
     return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
@@ -103,12 +101,12 @@ def some_of(names: Collection[object], most: int = MOST_SHOWN, quoted: bool = Fa
 def check_name(name: object, what: str = "document name") -> str:
     """`name` itself, if it can be the name of a document.
 
-    TypeError for anything but str, and for a blank one. ValueError for a name with an unpaired surrogate (which no file
-    can hold), control characters or line ends (which no list of names can show).
+    TypeError for anything but str, and for a blank name. ValueError for an unpaired surrogate (no file can hold it),
+    a control character or a line end (no list of names can show it).
     """
     if not isinstance(name, str):
         raise TypeError(f"{what} {shorten(repr(name))} must be a text that is not blank, not {type(name).__name__}")
-    if name and name.isprintable() and not name.isspace():  # the usual case, at once
+    if name and name.isprintable() and not name.isspace():  # the usual case, quickly
         return name
     kinds = [unicodedata.category(character) for character in name]
     if all(kind in ("Zs", "Zl", "Zp", "Cc", "Cf") for kind in kinds):
@@ -124,8 +122,8 @@ def check_name(name: object, what: str = "document name") -> str:
 def check_texts(texts: object, what: str) -> list[str]:
     """Several texts as a list.
 
-    what: what they are, in the plural, for the error. TypeError for one text alone, for bytes and mappings, for what is
-    no list, and for a list with anything but texts in it.
+    what: their name in errors, in the plural.
+    TypeError for one text alone, bytes, a mapping, a set, what cannot be iterated, and a member that is no text.
     """
     if isinstance(texts, str):
         raise TypeError(f"{what} must be a list of texts, not one text: put it into a list, [{shorten(texts)!r}]")
@@ -141,17 +139,17 @@ def check_texts(texts: object, what: str) -> list[str]:
 def name_documents(documents: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str]:
     """Every input of `internalize` as {name: text}, checked.
 
-    A text is called "document", a list's texts "document 1", "document 2", ...; a mapping brings its names. A Path is
-    read (see `read_document`); alone or in a list it is called by the file's name.
-    TypeError for other values, ValueError for none at all, for texts without content (see check_text), for names that
-    cannot be kept (see check_name), and for a text, given without a name, that names a file.
+    A text is named "document", the texts of a list "document 1", "document 2", ...; a mapping brings its names.
+    A Path is read (see `read_document`); without a name it takes the file's.
+    TypeError for other values. ValueError for no document, a text without content (see check_text), a wrong name (see
+    check_name), and a text without a name that is the name of a file.
     """
     texts_have_names = isinstance(documents, Mapping)
     return {name: _checked_text(one, name, texts_have_names) for name, one in _name_each(documents).items()}
 
 
 def _checked_text(document: object, name: str, has_name: bool) -> str:
-    """The text of one named document, read if it is a Path; has_name: the caller has named it. See `name_documents`."""
+    """The text of one document, read if it is a Path; has_name: whether the caller named it. See `name_documents`."""
     check_name(name)
     if isinstance(document, PurePath):
         document = read_document(document)
@@ -166,10 +164,10 @@ def is_image(document: object) -> bool:
 
 
 def name_texts_and_images(documents: Documents) -> dict[str, Document]:
-    """Every input of `internalize` as {name: text or RGB picture}, checked.
+    """Every input of `internalize` as {name: text or RGB picture}, checked as `name_documents` does.
 
-    As `name_documents`; a picture alone is called "image", in a list it counts like a text ("document 2"). ValueError
-    names a picture that cannot be read.
+    A picture alone is named "image"; in a list it counts like a text ("document 2").
+    ValueError names a picture that cannot be read.
     """
     if is_image(documents):
         documents = {"image": documents}
@@ -181,7 +179,7 @@ def name_texts_and_images(documents: Documents) -> dict[str, Document]:
 
 
 def _in_colours(image: Image.Image, name: str) -> Image.Image:
-    """The picture in three colours, as every processor reads it."""
+    """The picture in RGB, as every processor reads it."""
     try:
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
@@ -189,10 +187,10 @@ def _in_colours(image: Image.Image, name: str) -> Image.Image:
 
 
 def _name_each(documents: object) -> dict[str, object]:
-    """One document, a list of them or {name: document} as {name: document}; the documents themselves are not looked at.
+    """One document, a list or {name: document} as {name: document}, the documents unchecked.
 
-    Paths are called by the file's name; in a list, a name that is taken gets a number: "name (2)". TypeError for what
-    is none of these, ValueError for none at all.
+    A Path takes the file's name; in a list, a repeated name gets a number: "name (2)".
+    TypeError for other values, ValueError for no document.
     """
     if isinstance(documents, str):
         named = {"document": documents}
@@ -213,7 +211,7 @@ def _name_each(documents: object) -> dict[str, object]:
 
 
 def _all_different(names: Sequence[str]) -> list[str]:
-    """The names, where the second, third, ... of one name are called "name (2)", "name (3)", ..."""
+    """The names; a repeated one becomes "name (2)", "name (3)", ..."""
     used, last, different = set(names), {}, []
     for name in names:
         one = name
@@ -230,7 +228,7 @@ def _all_different(names: Sequence[str]) -> list[str]:
 
 
 def _check_no_file(text: str) -> None:
-    """ValueError for a text that is the name of a file: the letters of a name are hardly ever what is to be read."""
+    """ValueError for a text that is the name of a file: a name is hardly ever the text to read."""
     name = text.strip()
     if not name or len(name) > _LONGEST_PATH or not name.isprintable():
         return
@@ -253,10 +251,10 @@ class TemplateRefuses(ValueError):
 
 
 def from_template(chat, messages: list[dict], **options):
-    """What the chat template of a tokenizer or processor makes of these messages, as its `apply_chat_template`.
+    """The result of `chat.apply_chat_template` (a tokenizer's or processor's) for these messages.
 
-    TemplateRefuses where the template, or its damage, stops it. ValueError for a template that reaches for what its
-    sandbox keeps from it, and for one that does not end within TEMPLATE_SECONDS.
+    TemplateRefuses where the template refuses the messages or is damaged. ValueError for a template that reaches
+    outside its sandbox, and for one that takes longer than TEMPLATE_SECONDS.
     """
     from jinja2.exceptions import SecurityError, TemplateError
 
@@ -276,9 +274,9 @@ def from_template(chat, messages: list[dict], **options):
 
 @contextmanager
 def _stopped_after(seconds: float) -> Iterator[None]:
-    """Inside the `with` block a chat template that this thread renders has so long, then TimeoutError.
+    """Inside the `with` block a chat template of this thread that takes longer raises TimeoutError.
 
-    It looks at the clock at each line of the template. Where a debugger watches the thread there is no limit.
+    A trace function checks the clock at each line of the template. Under a debugger there is no limit.
     """
     if sys.gettrace() is not None:
         yield
@@ -302,7 +300,7 @@ def _stopped_after(seconds: float) -> Iterator[None]:
 
 
 def _render(tokenizer, messages: list[dict[str, str]], generation_prompt: bool = True) -> str:
-    """The chat template's text for these messages. Options that only some templates read: no thinking, a fixed date."""
+    """The chat template's text for these messages, without thinking and with a fixed date where it knows these."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "this tokenizer has no chat template, and the method reads documents in chat format: use the "
@@ -313,7 +311,7 @@ def _render(tokenizer, messages: list[dict[str, str]], generation_prompt: bool =
     rendered = from_template(tokenizer, messages, **options)
     if SENTINEL in rendered:
         return rendered
-    # Some vision-language models' templates show nothing but a list of parts.
+    # Some vision-language models' templates show a list of parts only.
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     try:
         return from_template(tokenizer, parts, **options)
@@ -332,8 +330,8 @@ def _around_sentinel(rendered: str) -> tuple[str, str]:
 def _document_wrapping(tokenizer) -> tuple[str, str]:
     """The text around a document: empty system turn, user turn, generation prompt.
 
-    A template that refuses a system turn (Gemma-2's) gets what the others make of an empty one that they fold
-    into the user's turn: a blank line before the text. This gives the affixes of the published checkpoints.
+    A template that refuses a system turn (Gemma-2's) gets a blank line before the text instead, as in the published
+    checkpoints.
     """
     user = {"role": "user", "content": SENTINEL}
     try:
@@ -344,12 +342,12 @@ def _document_wrapping(tokenizer) -> tuple[str, str]:
 
 
 def _ids(tokenizer, text: str) -> list[int]:
-    """Token ids of a text, no special tokens added."""
+    """Token ids of a text, without added special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _special_texts(tokenizer) -> set[str]:
-    """The texts that the tokenizer turns into special (control) tokens, e.g. "<end_of_turn>"."""
+    """The names of the tokenizer's special (control) tokens, e.g. "<end_of_turn>"."""
     added = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added | set(tokenizer.all_special_tokens)
 
@@ -357,7 +355,7 @@ def _special_texts(tokenizer) -> set[str]:
 def _plain_ids(tokenizer, text: str) -> list[int]:
     """Token ids of a text in which special tokens' names are ordinary text.
 
-    Each name is cut after its first character, so that no piece is a name; nothing is added or lost.
+    Each name is cut after its first character, so no piece is a name.
     """
     names = sorted(_special_texts(tokenizer), key=len, reverse=True)
     pieces = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
@@ -370,7 +368,7 @@ def _plain_ids(tokenizer, text: str) -> list[int]:
 
 
 def _wrap(tokenizer, before: str, texts: Sequence[str], after: str) -> list[list[int]]:
-    """Ids of before + text + after in one piece, as the template gives them; special tokens only from the template."""
+    """Token ids of before + text + after for each text; only the template gives special tokens."""
     names = _special_texts(tokenizer)
     texts = [text.strip() for text in texts]
     plain = [not any(name in text for name in names) for text in texts]
@@ -383,7 +381,7 @@ def _wrap(tokenizer, before: str, texts: Sequence[str], after: str) -> list[list
 
 
 def chat_affixes(tokenizer) -> tuple[list[int], list[int]]:
-    """(prefix, suffix) token ids that the method puts around every chunk, from the tokenizer's own chat template."""
+    """(prefix, suffix): token ids around every chunk, from the tokenizer's chat template."""
     before, after = _document_wrapping(tokenizer)
     return _ids(tokenizer, before), _ids(tokenizer, after)
 
@@ -391,7 +389,7 @@ def chat_affixes(tokenizer) -> tuple[list[int], list[int]]:
 def context_ids(tokenizer, texts: str | Sequence[str]) -> list[int] | list[list[int]]:
     """Token ids of a chunk (or of each of several) as the context encoder reads it.
 
-    Names of special tokens in the text ("<end_of_turn>") stay plain text.
+    Special tokens' names in the text ("<end_of_turn>") stay plain text.
     """
     before, after = _document_wrapping(tokenizer)
     ids = _wrap(tokenizer, before, [texts] if isinstance(texts, str) else texts, after)
@@ -401,8 +399,8 @@ def context_ids(tokenizer, texts: str | Sequence[str]) -> list[int] | list[list[
 def question_ids(tokenizer, questions: str | Sequence[str], system: str = "") -> list[int] | list[list[int]]:
     """Token ids of a question (or of each of several): user turn and generation prompt, no system turn.
 
-    A `system` message stands before them in the template's own way; where the template refuses one (Gemma-2's), at the
-    head of the user's turn. ValueError where the template leaves it out without a word. Raises as check_text does.
+    system: a message at the template's place for it; a template without one (Gemma-2's) gets it in the user's turn.
+    ValueError where the template silently drops the system message. Raises as check_text does.
     """
     several = [questions] if isinstance(questions, str) else questions
     if isinstance(several, (bytes, bytearray, Mapping, Set)) or not isinstance(several, Iterable):
@@ -426,7 +424,7 @@ def _question_wrapping(tokenizer, system: str) -> tuple[str, str]:
         raise ValueError("the system message holds the name of a special token of the chat template: leave it out")
     try:
         rendered = _render(tokenizer, [{"role": "system", "content": system}, user])
-        # A short message may also be a word of the template, so another one tells whether there is a place for any.
+        # A short message may be a word of the template, so a rare word tests whether system messages show.
         probe = _render(tokenizer, [{"role": "system", "content": _SYSTEM_SENTINEL}, user])
     except TemplateRefuses:
         before, after = _around_sentinel(_render(tokenizer, [user]))
@@ -440,7 +438,7 @@ def _question_wrapping(tokenizer, system: str) -> tuple[str, str]:
 
 
 def stop_ids(tokenizer) -> list[int]:
-    """Tokens that end an answer: the end-of-text token and the special token after the model's turn in the template."""
+    """Tokens that end an answer: end of text, and the special token after the model's turn in the template."""
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": SENTINEL}]
     after = _ids(tokenizer, _around_sentinel(_render(tokenizer, turns, generation_prompt=False))[1].lstrip())
@@ -460,18 +458,15 @@ def _cut(start: int, end: int, ends: list[int]) -> list[tuple[int, int]]:
 
 
 def sentence_number(place: int) -> int:
-    """The number of a sentence in texts, tables and figures: they count from 1, on through all documents.
-
-    place: its position among them, from 0.
-    """
+    """The number of a sentence in texts, tables and figures, from 1 on through all documents; place: from 0."""
     return place + 1
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-    """Character spans (start, end) of the sentences; together they are the whole text, white space goes to the left.
+    """Character spans (start, end) of the sentences, which cover the text; white space belongs to the sentence before.
 
-    Rules, not a model: `.`, `!`, `?` before white space, CJK stops, and blank lines. Not a sentence end: common
-    abbreviations and initials ("Dr. M. Finch"), and a full stop before a lower-case word.
+    A sentence ends at `.`, `!`, `?` before white space, at CJK stops and at blank lines. It does not end at common
+    abbreviations and initials ("Dr. M. Finch") or at a full stop before a lower-case word.
     """
     if not text:
         return []
@@ -494,7 +489,7 @@ class _TokenCounter:
         self.has_special = any(name in text for name in _special_texts(tokenizer))
 
     def count(self, spans: list[tuple[int, int]], joined: bool = False) -> list[int]:
-        """Tokens in each span without the white space around it (which is not encoded); `joined`: with that before."""
+        """Tokens of each span without the white space around it; joined: with the white space before it."""
         texts = [self.text[start:end].strip() for start, end in spans]
         if joined:
             texts = [self._space_before(start) + text for (start, _), text in zip(spans, texts, strict=True)]
@@ -507,7 +502,7 @@ class _TokenCounter:
         return [self.known[text] for text in texts]
 
     def _space_before(self, start: int) -> str:
-        """The white space that separates a stretch from the text before it."""
+        """The white space before a stretch."""
         first = start
         while first > 0 and self.text[first - 1].isspace():
             first -= 1
@@ -515,7 +510,7 @@ class _TokenCounter:
 
 
 def _fill(sizes: list[int], limit: int) -> list[int]:
-    """Greedy filling in order: the index at which each group ends, each group's sum at most `limit`."""
+    """The end index of each group of neighbours, filled greedily up to a sum of `limit`."""
     groups, total = [], 0
     for index, size in enumerate(sizes):
         if index and total + size > limit:
@@ -526,7 +521,7 @@ def _fill(sizes: list[int], limit: int) -> list[int]:
 
 
 def _balanced(sizes: list[int], limit: int) -> list[int]:
-    """As _fill, with as few groups but of sizes as equal as possible: the smallest limit that needs no group more."""
+    """As _fill with the smallest limit that needs no more groups, so that their sizes are as equal as possible."""
     groups = _fill(sizes, limit)
     low, high = max(sizes), limit
     while low < high:
@@ -548,7 +543,7 @@ def _group(spans: list[tuple[int, int]], sizes: list[int], limit: int) -> list[t
 
 
 def _split_long(counter: _TokenCounter, span: tuple[int, int], limit: int) -> list[tuple[int, int]]:
-    """A stretch of more than `limit` tokens as stretches that fit: at line ends, else at white space, else anywhere."""
+    """A stretch of more than `limit` tokens, cut to fit: at line ends, else at white space, else anywhere."""
     start, end = span
     for pattern in (_LINE_END, _WORD_END):
         pieces = _cut(start, end, [match.end() for match in pattern.finditer(counter.text, start, end)])
@@ -566,12 +561,12 @@ def _split_long(counter: _TokenCounter, span: tuple[int, int], limit: int) -> li
 
 
 def _fit(counter: _TokenCounter, spans: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
-    """Spans joined into groups of at most `limit` tokens, too long ones split first; checked by counting."""
+    """Spans joined into groups of at most `limit` tokens, as counted; spans that are too long are split first."""
     fitting: list[tuple[int, int]] = []
     for span, size in zip(spans, counter.count(spans), strict=True):
         fitting += [span] if size <= limit else _split_long(counter, span, limit)
     groups = _group(fitting, counter.count(fitting, joined=True), limit)
-    # Joined text can, rarely, take more tokens than its parts (where tokens merge differently).
+    # Rarely a joined text takes more tokens than its parts, where tokens merge differently.
     counts = counter.count(groups)
     if max(counts) <= limit:
         return groups
@@ -587,10 +582,10 @@ def _fit(counter: _TokenCounter, spans: list[tuple[int, int]], limit: int) -> li
 
 
 def chunk_document(text: str, tokenizer, chunk_tokens: int, name: str = "document") -> list[Chunk]:
-    """The document as chunks of at most `chunk_tokens` tokens each (the chat wrapping comes on top).
+    """The document as chunks of at most `chunk_tokens` tokens each, without the chat wrapping.
 
-    Cuts lie at sentence ends. A sentence is cut only when it does not fit into a chunk: at line ends, else between
-    words, else between characters. As few chunks as these rules allow by greedy filling, of sizes as equal as possible.
+    Cuts lie at sentence ends. Only a sentence that exceeds a chunk is cut: at line ends, else between words, else
+    between characters. Greedy filling sets the number of chunks; their sizes are as equal as possible.
     The spans follow each other and cover the whole text. Raises as check_text does; ValueError for a
     `chunk_tokens` that is no positive whole number or smaller than one character's tokens.
     """
@@ -603,7 +598,7 @@ def chunk_document(text: str, tokenizer, chunk_tokens: int, name: str = "documen
 
 
 def _join_blank(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans of white space alone joined to the span before (the first one to the span after): no chunk is blank."""
+    """The spans, each blank one joined to the span before it, a blank first one to the span after it."""
     joined: list[tuple[int, int]] = []
     for start, end in spans:
         if joined and (not text[start:end].strip() or not text[slice(*joined[-1])].strip()):
@@ -614,7 +609,7 @@ def _join_blank(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]
 
 
 def open_turn(tokenizer, text: str) -> list[int]:
-    """Token ids of a chat in which the user has begun to say `text` and may go on."""
+    """Token ids of a chat whose user's turn begins with `text` and is still open."""
     whole, empty = question_ids(tokenizer, [f"{text}x", f"{text}y"])
     n = next(i for i, (a, b) in enumerate(zip(whole, empty, strict=False)) if a != b)
     return whole[:n]
@@ -623,6 +618,6 @@ def open_turn(tokenizer, text: str) -> list[int]:
 def tokenizer_fingerprint(tokenizer) -> str:
     """A hash of what turns text into tokens: vocabulary, rules, special tokens and chat template."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
-    rules |= {"padding": None, "truncation": None}  # which the last call left behind
+    rules |= {"padding": None, "truncation": None}  # the last call sets these
     whole = [rules, tokenizer.get_vocab(), tokenizer.chat_template, sorted(map(str, tokenizer.all_special_tokens))]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
