@@ -1,10 +1,10 @@
 """Look at self-generated training data: each document, its questions, and the teacher's answers token by token.
 
-    folder of parquet shards (see `selfgen`)  ->  ShardFile, which reads what is looked at  ->  Sample  ->  a page
+    folder of parquet shards (see `training.selfgen`)  ->  ShardFile  ->  Sample  ->  page
 
-A sample is one question on one document. Files without our text columns work too: their texts are decoded.
-Opening a file reads its footer and its two lightest columns; a page reads the rows up to its own in one row group; a
-filter reads the columns that it needs, once. Every text from data is escaped, and a page needs no JavaScript.
+A sample is one question on one document. Texts are decoded where a file lacks our text columns. Opening a file reads
+its footer and its two lightest columns. A page reads the rows up to its own in one row group. A filter reads its
+columns once. Every text from data is escaped; a page needs no JavaScript.
 """
 
 import math
@@ -78,7 +78,7 @@ CSS = """
 
 
 class Decoder:
-    """From token ids to text. ValueError for a tokenizer without chat template, and for ids that it does not have."""
+    """From token ids to text. ValueError for a tokenizer without chat template, and for unknown ids."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.stops = tokenizer, stop_ids(tokenizer)
@@ -98,7 +98,7 @@ class Decoder:
         return self.tokenizer.batch_decode(sequences, **options)
 
     def unwrap(self, wrapping: Callable, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """The texts inside the chat format of `context_ids` or `question_ids`, as far as it is the tokenizer's own."""
+        """The texts inside the chat format of `context_ids` or `question_ids`, if it is the tokenizer's own."""
         before, after = self._affixes[wrapping]
         inner = []
         for ids in sequences:
@@ -107,13 +107,13 @@ class Decoder:
         return [text.strip() for text in self.decode(inner, skip_special_tokens=True)]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token writes within a text, its space included; part of a character writes "\ufffd"."""
+        """The text of each token within a text, its space included; "\ufffd" for part of a character."""
         first = len(self.decode([self._anchor])[0])
         return [text[first:] for text in self.decode([[*self._anchor, i] for i in ids])]
 
 
 class Rows:
-    """Some rows of a shard, one value per question. ValueError names file, column and row where counts do not agree."""
+    """Some rows of a shard, one value per question. ValueError names file, column and row of a wrong count."""
 
     def __init__(self, file: str, first_row: int, batch: pa.RecordBatch, decoder: Decoder):
         self._file, self._first_row, self._batch, self._decoder = file, first_row, batch, decoder
@@ -160,12 +160,12 @@ class Rows:
         return questions, [answer.strip() for answer in answers]
 
     def stored(self, column: str) -> list[str | None]:
-        """A text column [questions]; None where the file does not say."""
+        """A text column [questions]; None for a missing text."""
         known = column in self._batch.schema.names
         return self._each(column).to_pylist() if known else [None] * len(self._row_of)
 
     def evidence(self) -> list[list[list[int]] | None]:
-        """Character spans of each answer's evidence in its document [questions]; None where the file does not say."""
+        """Character spans of each answer's evidence in its document [questions]; None if the file holds none."""
         rows = np.arange(len(self.n_questions))
         if "evidence" not in self._batch.schema.names:
             return [None] * len(self._row_of)
@@ -187,7 +187,7 @@ class Rows:
         return np.array([*map(agreement, self.stored("answers"), self.stored("references"))], dtype=object)
 
     def contain(self, needle: str) -> np.ndarray:
-        """Whether document, question, answer or reference hold `needle`, in any case [questions]."""
+        """Whether document, question, answer or reference holds `needle`, in any case [questions]."""
         needle = needle.casefold()
         holds = np.array([needle in text.casefold() for text in self.documents()], dtype=bool)[self._row_of]
         for texts in (*self.questions_and_answers(), self.stored("references")):
@@ -195,9 +195,7 @@ class Rows:
         return holds
 
     def teacher(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(answer tokens of each question [questions]; then of all of these, in order, their ids [tokens],
-        log-probabilities [tokens, k] and the ids that these belong to [tokens, k]).
-        """
+        """(number of answer tokens [questions], their ids [tokens], log-probabilities and their ids [tokens, k])."""
         ids, spans = self._spans()
         n = spans[:, 1] - spans[:, 0]
         tables = []
@@ -216,7 +214,7 @@ class Rows:
         return n, chosen, tables[0].astype(np.float32), tables[1]
 
     def lowest(self) -> np.ndarray:
-        """The lowest probability of the answer's tokens, 0..1 [questions]; see `probabilities`."""
+        """The lowest probability of the answer's tokens, 0 to 1 [questions]; see `probabilities`."""
         n, chosen, values, indices = self.teacher()
         return np.minimum.reduceat(probabilities(chosen, values, indices)[0], _starts(n)) if len(n) else np.zeros(0)
 
@@ -230,10 +228,11 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 
 
 def probabilities(chosen: np.ndarray, values: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the probability of each chosen token [tokens], its rank from 1 among the k alternatives [tokens]).
+    """(probability of each chosen token [tokens], its rank from 1 among the k alternatives [tokens]).
 
-    values, indices: log-probabilities and their token ids [tokens, k]. A token that is not among them has rank 0, and
-    its probability is that of the last alternative, which is an upper bound.
+    values, indices: log-probabilities and their token ids [tokens, k].
+
+    A token that is no alternative has rank 0 and the probability of the last alternative, an upper bound.
     """
     hit = indices == chosen[:, None]
     listed = hit.any(1)
@@ -242,7 +241,7 @@ def probabilities(chosen: np.ndarray, values: np.ndarray, indices: np.ndarray) -
 
 
 def agreement(answer: str | None, reference: str | None) -> str:
-    """One of AGREEMENTS; case, punctuation and articles do not count (see `metrics.normalize_answer`)."""
+    """One of AGREEMENTS; case, punctuation and articles do not count (see `tasks.scores.normalize_answer`)."""
     if reference is None:
         return "no reference"
     answer, reference = normalize_answer(answer or ""), normalize_answer(reference)
@@ -252,9 +251,9 @@ def agreement(answer: str | None, reference: str | None) -> str:
 
 
 def matching_sentences(document: str, answer: str) -> list[tuple[int, int]]:
-    """Character spans of the sentences that hold `answer` as whole words, in any case; for a list, one of its items.
+    """Character spans of the sentences that hold `answer`, else an item of its list, as whole words in any case.
 
-    A match of text, not knowledge of what the answer rests on. None for "yes" and "no".
+    This compares text; it does not know what the answer rests on. Empty for "yes" and "no".
     """
     wanted, hits = answer.strip().rstrip("."), []
     for parts in ([wanted], re.split(r",\s*(?:and\s+)?|\s+and\s+", wanted)):
@@ -266,16 +265,16 @@ def matching_sentences(document: str, answer: str) -> list[tuple[int, int]]:
 
 
 class AnswerToken(NamedTuple):
-    """A token of an answer. At rank 0 it is not among the alternatives, and its probability is an upper bound."""
+    """A token of an answer. At rank 0 it is no alternative, and its probability is an upper bound."""
 
     text: str
-    probability: float  # 0..1
+    probability: float  # 0 to 1
     rank: int
     alternatives: tuple[tuple[str, float], ...]  # (text, probability), most likely first
 
 
 class Sample(NamedTuple):
-    """One question on one document, ready to be shown. kind and reference: None where the file does not say."""
+    """One question on one document, ready to be shown. kind and reference: None if the file holds none."""
 
     document: str
     document_tokens: int
@@ -285,10 +284,10 @@ class Sample(NamedTuple):
     reference: str | None
     finished: bool  # the answer ends with a stop token
     tokens: tuple[AnswerToken, ...]
-    spans: Sequence[Sequence[int]] | None = None  # of the evidence in the document, where the file says
+    spans: Sequence[Sequence[int]] | None = None  # of the evidence in the document, if the file holds them
 
     def evidence(self) -> tuple[list[tuple[int, int]], str]:
-        """(character spans to mark in the document, what they are in words)."""
+        """(character spans to mark in the document, their meaning in words)."""
         if self.kind in _UNRELATED:
             return [], "nothing is marked: the question is not about the document, and the teacher did not see it"
         if self.spans is not None:
@@ -300,8 +299,7 @@ class Sample(NamedTuple):
         return spans, f"marked by a search for the words of the {whose} answer (no evidence is stored): {n}"
 
 
-# What a filter looks at: the columns that it reads (the last ones where texts are not stored), and one value for each
-# question of some rows. Cheapest first.
+# quantity: (columns, columns where texts are not stored, one value per question of some rows). Cheapest first.
 _QUANTITIES: dict[str, tuple[Sequence[str], Sequence[str], Callable[[Rows, str], np.ndarray]]] = {
     "kind": (["kinds"], [], lambda rows, _: np.array(rows.stored("kinds"), dtype=object)),
     "agreement": (["questions", "answers", "references"], [], lambda rows, _: rows.agreements()),
@@ -313,8 +311,10 @@ _QUANTITIES: dict[str, tuple[Sequence[str], Sequence[str], Callable[[Rows, str],
 
 @dataclass(frozen=True)
 class Filters:
-    """What samples are looked for; the defaults leave all. document_tokens, probability (the lowest of an answer's
-    tokens): least and most.
+    """Which samples to show; the defaults keep all.
+
+    document_tokens: least and most.
+    probability: least and most of the lowest of an answer's tokens.
     """
 
     text: str = ""
@@ -324,7 +324,7 @@ class Filters:
     probability: tuple[float, float] = (0, 1)
 
     def tests(self) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-        """{quantity: which of its values pass}, of those that do not leave all; the cheapest first."""
+        """{quantity: test of its values} of the filters that are set, the cheapest first."""
         (fewest, most), (least, highest) = self.document_tokens, self.probability
         tests = {
             "kind": (self.kind != ALL_KINDS, lambda values: values == self.kind),
@@ -337,10 +337,10 @@ class Filters:
 
 
 class ShardFile:
-    """The samples of one parquet file, read as far as they are looked at.
+    """The samples of one parquet file, read on demand.
 
-    `n_samples`, `n_documents`, `has_texts` (all of TEXTS), `kinds` (sorted; empty where it stores no texts).
-    ValueError names a file that is not readable or not of this format.
+    Attributes: `n_samples`, `n_documents`, `has_texts` (all of TEXTS), `kinds` (sorted; empty without stored texts).
+    ValueError names a file that is unreadable or of another format.
     """
 
     def __init__(self, path: str | Path, decoder: Decoder):
@@ -364,7 +364,7 @@ class ShardFile:
         self.kinds = sorted({kind for values in kinds for kind in values} - {None})
 
     def _batches(self, group: int, names: Collection[str], size: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(number of its first row, rows) of a row group, in order: only these columns, in the types of SCHEMA."""
+        """(number of the first row, rows) of a row group, in order: these columns, in the types of SCHEMA."""
         schema = pa.schema([SCHEMA.field(name) for name in SCHEMA.names if name in names])
         first = int(self._first_row[group])
         try:
@@ -380,7 +380,7 @@ class ShardFile:
             yield Rows(self.path.name, first, batch, self._decoder)
 
     def cost(self, quantity: str) -> int:
-        """Compressed bytes of the columns that a filter by `quantity` (of _QUANTITIES) needs."""
+        """Compressed bytes of the columns that a filter by `quantity` (of _QUANTITIES) reads."""
         needed = {*_QUANTITIES[quantity][0 if self.has_texts else 1], "response_start_end"}
         groups = map(self._file.metadata.row_group, range(self.n_groups))
         chunks = (group.column(number) for group in groups for number in range(group.num_columns))
@@ -389,7 +389,7 @@ class ShardFile:
     def _values(
         self, quantity: str, argument: str, group: int, report: Callable[[int], None] = lambda n_rows: None
     ) -> np.ndarray:
-        """One value for each sample of a row group, kept from then on. report(n_rows): called after so many more."""
+        """One value per sample of a row group, kept for later. report(n_rows) is called after so many more rows."""
         key = (quantity, argument, group)
         if key not in self._known:
             ours, published, compute = _QUANTITIES[quantity]
@@ -405,9 +405,11 @@ class ShardFile:
     ) -> np.ndarray:
         """Numbers of the samples that pass all of these `Filters` [matches], in order.
 
-        A row group is read for a filter once, and only if cheaper ones leave a sample of it. tell(quantity, row group)
-        is called before it is read, report(done, total) meanwhile, which counts rows. ValueError names what is damaged
-        or ragged.
+        tell: called as tell(quantity, row group) before a row group is read.
+        report: called as report(done, total) meanwhile, in rows.
+
+        A filter reads a row group once, and only if cheaper filters leave a sample of it. ValueError names what is
+        damaged or ragged.
         """
         wanted = chosen(Filters, "a search", filters)
         tests = wanted.tests()
@@ -482,12 +484,12 @@ def _lowest(sample: Sample) -> str:
 
 
 def _visible(text: str) -> str:
-    """Text of a token as HTML: a line end or tab becomes a sign, and so does nothing at all."""
+    """Text of a token as HTML: line ends, tabs and the empty text become signs."""
     return markup.inline(visible(text) or "∅")
 
 
 def render_token(token: AnswerToken, number: int) -> str:
-    """A token coloured by its probability, with that in % below it; hover and focus open its alternatives."""
+    """A token coloured by its probability, which stands below in %; hover and focus open its alternatives."""
     k = len(token.alternatives)
     rank = f"rank {token.rank} of {k}" if token.rank else f"at most: it is not among the {k} most likely"
     title = markup.escape(f"token {number}: {_percent(token.probability, 1)} %, {rank}")
@@ -509,7 +511,8 @@ def render_token(token: AnswerToken, number: int) -> str:
 def render_shard_sample(sample: Sample, position: int, n_matches: int, n_samples: int, file: str, dropped: str) -> str:
     """One sample as a page: question, answers, the answer token by token, the document.
 
-    position: from 0, within the n_matches of n_samples that the filters leave. dropped: see `_describe_dropped`.
+    position: from 0, within the n_matches of n_samples that pass the filters.
+    dropped: see `_describe_dropped`.
     """
     spans, marked = sample.evidence()
     text = render_document(sample.document, [start for start, _ in spans], [end for _, end in spans])
@@ -545,7 +548,7 @@ def render_shard_sample(sample: Sample, position: int, n_matches: int, n_samples
 
 
 def _render_shard_table(samples: Sequence[Sample | str], n_samples: int, file: str) -> str:
-    """The first samples of a file as a plain table. A text in place of a sample says why it cannot be shown."""
+    """The first samples of a file as a plain table. A text in place of a sample is the reason for its absence."""
     names = ("kind", "question", "teacher's answer", "lowest probability", "reference", "document (evidence marked)")
     rows = []
     for sample in samples:
@@ -564,7 +567,7 @@ def _render_shard_table(samples: Sequence[Sample | str], n_samples: int, file: s
 
 
 def _describe_dropped(path: Path, manifest: dict[str, Any]) -> str:
-    """In words, what the making of the shard `path` left out and why, as the record beside it or the manifest says."""
+    """What the making of the shard `path` left out and why, in words, from the record beside it or the manifest."""
     shards = manifest.get("shards")
     records = [_read_dict(path.with_suffix(".json")), *(shards if isinstance(shards, list) else [])]
     named = [record for record in records if isinstance(record, dict) and record.get("file") == path.name]
@@ -585,7 +588,7 @@ def _describe_dropped(path: Path, manifest: dict[str, Any]) -> str:
 
 
 def _read_dict(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none that can be read."""
+    """A JSON object, empty if none can be read."""
     try:
         value = read_json(path)
     except (OSError, ValueError):
@@ -647,7 +650,7 @@ class _ShardViewer(Viewer):
     # --- opening --------------------------------------------------------------------------------------------------
 
     def _open(self, name: str | None = None) -> None:
-        """Opens a file of the folder; None: the first one that can be read."""
+        """Open a file of the folder; None: the first readable one."""
         folder = Path(self._where.value)
         with self.work.lock:
             self._close()
@@ -667,7 +670,7 @@ class _ShardViewer(Viewer):
             )
 
     def _read(self, folder: Path, name: str | None, report: Report) -> tuple:
-        """(manifest, names of the files, the name of the one that was opened, it, what could not be opened)."""
+        """(manifest, names of the files, name of the open file, the open file, unreadable files)."""
         manifest, names, unreadable = _read_dict(folder / MANIFEST), [*self._name.options], []
         if name is not None:
             return manifest, names, name, ShardFile(folder / name, self._decoder), unreadable
@@ -737,7 +740,7 @@ class _ShardViewer(Viewer):
             )
 
     def _scan(self, file: ShardFile, report: Report) -> tuple[np.ndarray, str]:
-        """(the samples that pass the filters as they are now, what was found and read, in words)."""
+        """(numbers of the samples that pass the filters, what was found and read in words)."""
         scanned: list[str] = []
         matches = file.find(
             text=self._search.value,
@@ -795,9 +798,11 @@ class _ShardViewer(Viewer):
 def view_shards(folder: str | Path, tokenizer) -> Viewer:
     """A viewer for the self-generated data in `folder`, of ours or with the published columns only.
 
-    tokenizer: of the base model that made the data; ValueError if it has no chat template. A folder, file, filter or
-    sample that cannot be used is told on the page, and everything else stays usable. Keys: Tab moves between controls
-    and answer tokens, Enter in a field applies it, the arrow keys move sliders, space presses a button.
+    tokenizer: of the base model that made the data. ValueError if it has no chat template.
+
+    The page tells of a folder, file, filter or sample that cannot be used; everything else stays usable. Keys: Tab
+    moves between controls and answer tokens, Enter applies a field, the arrow keys move sliders, space presses a
+    button.
     """
     return _ShardViewer(folder, tokenizer)
 
@@ -814,7 +819,7 @@ def _size(n_bytes: int) -> str:
 
 
 def _describe(file: ShardFile, manifest: dict[str, Any], tokenizer) -> str:
-    """What a person should know before looking at this file, as HTML."""
+    """The facts of a file that a person should know first, as HTML."""
     filters = [name for name in _QUANTITIES if name != "kind" and _QUANTITIES[name][not file.has_texts]]
     costs = ", ".join(f"{name} {_size(file.cost(name))}" for name in filters)
     facts = (

@@ -1,10 +1,10 @@
 """See where an answer came from: its document shaded by what each sentence contributes, and the answer without it.
 
-    Trace (documents, question, answer; tables of `attribution`; answers without some sentences)  ->  pages
+    Trace (documents, question, answer; tables of `analysis.attribution`; answers without some sentences)  ->  pages
 
-Renderers are pure functions from tables to HTML, all of whose text is escaped. The viewer is a set of widgets around
-them; every sentence is a checkbox, so a click or the space key takes it out of the adapter and puts it back. A saved
-page holds the same without kernel and without scripts: its choices are radio buttons, its answers made beforehand.
+Renderers are pure functions from tables to HTML; they escape every text. The viewer puts widgets around them. Every
+sentence is a checkbox: a click or the space key takes it out of the adapter or puts it back. A saved page holds the
+same without kernel and scripts: its choices are radio buttons, its answers are made beforehand.
 """
 
 from __future__ import annotations
@@ -120,7 +120,11 @@ CSS = """
 
 @dataclass(frozen=True)
 class Options:
-    """wrong: the adapter of another document, a control. attribute: what makes the tables, called as `attribute`."""
+    """What one can choose of a trace.
+
+    wrong: the adapter of another document, a control.
+    attribute: makes the tables; called as `analysis.attribution.attribute`.
+    """
 
     wrong: Any = None
     attribute: Callable[..., pd.DataFrame] = attribution.attribute
@@ -128,15 +132,18 @@ class Options:
 
 @dataclass(frozen=True)
 class ViewOptions(Options):
-    """background: whether work runs in a thread beside the page (see `page.Work`); None: what a person starts on it."""
+    """`Options`, and background: whether work runs in a thread (None: what a person starts on the page does)."""
 
     background: bool | None = None
 
 
 @dataclass(frozen=True)
 class PageOptions(Options):
-    """views: the pairs (level, method) to choose from. removals: for how many sentences, the largest contributions of
-    the first view first, the answer without it is made beforehand (each costs an internalization of its chunk).
+    """`Options`, and what a saved page holds.
+
+    views: the pairs (level, method) to choose from.
+    removals: how many sentences can be taken out, those of largest contribution in the first view. Each costs an
+        internalization of its chunk.
     """
 
     views: Sequence[tuple[str, str]] = _SAVED_VIEWS
@@ -146,14 +153,18 @@ class PageOptions(Options):
 class Trace:
     """Documents inside an adapter, a question, and what there is to know of its answer. No widgets and no HTML.
 
-    model: a DocToLoRA, or anything with its `answer`, `internalize_each` and `encoder_tokenizer`; its own current
-        adapter stays what it was.
+    model: a DocToLoRA, or anything with its `answer`, `internalize_each` and `encoder_tokenizer`. Its current adapter
+        stays what it was.
     answer: the text to explain (None: the model's own).
     evidence: the (start, end) spans of the true evidence in characters; {document: spans} for several documents.
     options: those of `Options`.
 
-    Attributes: `texts` {document: text}, `units` (the table of `sentence_units`), `true` (numbers of the sentences that
-    hold evidence), `said` (what the model answers), `answer` (what is explained).
+    Attributes:
+        texts: {document: text}.
+        units: the table of `sentence_units`.
+        true: numbers of the sentences that hold evidence.
+        said: what the model answers.
+        answer: what is explained.
     """
 
     def __init__(
@@ -189,7 +200,7 @@ class Trace:
     def adapter_without(self, removed: Collection[int]) -> Any:
         """The adapter as if these sentences (numbers of `units`) did not stand in their chunks.
 
-        A chunk of which nothing is left is dropped, which needs no model; others are written anew from what is left.
+        Chunks are written anew from what is left of them. An empty one is dropped, which needs no model.
         """
         blocks, gone = [], self.units.loc[sorted(removed)]
         for number, block in enumerate(self.adapter.blocks):
@@ -221,8 +232,9 @@ class Trace:
 def true_sentences(units: pd.DataFrame, texts: Mapping[str, str], evidence: _Evidence) -> set[int]:
     """Numbers of the sentences that share a character with the evidence.
 
-    evidence: (start, end) spans in the one document, or {document: spans}. ValueError for a span outside it, for an
-    unknown document, and for spans that do not say which of several documents they are in.
+    evidence: (start, end) spans in the one document, or {document: spans}.
+
+    ValueError for a span outside its document, an unknown document, or spans that name none of several documents.
     """
     if not isinstance(evidence, Mapping):
         evidence = list(evidence)
@@ -246,7 +258,7 @@ def true_sentences(units: pd.DataFrame, texts: Mapping[str, str], evidence: _Evi
 
 
 def contributions(table: pd.DataFrame, token: int | None = None) -> list[float]:
-    """Of each row: to the whole answer (None), or to its token of this number."""
+    """The contribution of each row to the whole answer (None), or to its token of this number."""
     if token is None:
         return [float(value) for value in table["contribution"]]
     return [float(values[token]) for values in table["by_token"]]
@@ -258,9 +270,9 @@ def has_tokens(table: pd.DataFrame) -> bool:
 
 
 def sentence_values(units: pd.DataFrame, table: pd.DataFrame, token: int | None = None) -> list[float]:
-    """The contribution of each sentence, or of the chunk that holds it; NaN at the levels that have no place in a text.
+    """The contribution of each sentence, or of the chunk that holds it; NaN at levels without a place in the text.
 
-    units: the sentences, as `attribution.sentence_units` gives them.
+    units: the sentences, from `attribution.sentence_units`.
     """
     places = {"sentence": ("document", "start", "end"), "chunk": ("document", "chunk")}.get(table.attrs["level"])
     if places is None:
@@ -274,12 +286,12 @@ def sentence_values(units: pd.DataFrame, table: pd.DataFrame, token: int | None 
 
 
 def color_limit(values: Iterable[float]) -> float:
-    """The contribution of the strongest colour: the largest size among the values, at least LEAST_LIMIT."""
+    """The contribution (nats) of the strongest colour: the largest absolute value, at least LEAST_LIMIT."""
     return max([LEAST_LIMIT, *(abs(value) for value in values if math.isfinite(value))])
 
 
 def shade(value: float, limit: float) -> str:
-    """A CSS colour: white at 0 to the full colour of its sign at `limit`; transparent where there is no value."""
+    """A CSS colour: white at 0, the full colour of its sign at `limit`, transparent for NaN."""
     if not math.isfinite(value):
         return "transparent"
     share = min(1.0, abs(value) / limit)
@@ -288,19 +300,19 @@ def shade(value: float, limit: float) -> str:
 
 
 def _signed(value: float) -> str:
-    """A contribution with its sign and two digits behind the point; one that is 0 to them has no sign."""
+    """A contribution with its sign and two decimals; "0.00" has no sign."""
     if not math.isfinite(value):
         return "–"
     return f"{value:+.2f}".replace("-", "−") if _counts(value) else "0.00"
 
 
 def _counts(value: float) -> bool:
-    """False for what is 0 to two digits, and for no value."""
+    """Whether a contribution is shown: False for NaN and for what rounds to 0.00."""
     return math.isfinite(value) and abs(value) >= 0.005
 
 
 def measure(table: pd.DataFrame, token: int | None = None) -> str:
-    """In words, what the contributions are measured in."""
+    """The unit of the contributions, in words."""
     what = (
         "the whole answer" if token is None else f"answer token {token + 1}, {_visible(table.attrs['tokens'][token])}"
     )
@@ -320,7 +332,7 @@ def _cell(value: float, limit: float, title: str = "", css: str = "") -> str:
 
 
 def render_legend(limit: float, unit: str, evidence: bool = False) -> str:
-    """The colours with their values and what these are measured in; `evidence`: explains the outline too."""
+    """The colours with their values and unit; with `evidence`, also the outline."""
     steps = [limit * step / 4 for step in range(-4, 5)]
     cells = "".join(
         f'<span class="d2l-legend" style="background: {shade(step, limit)}">{_signed(step)}</span>' for step in steps
@@ -332,7 +344,7 @@ def render_legend(limit: float, unit: str, evidence: bool = False) -> str:
 
 
 def _shading(trace: Trace, table: pd.DataFrame, token: int | None) -> tuple[list[float], str, bool]:
-    """(value of each sentence, the legend, whether the level has a place in the text: else all values are NaN)."""
+    """(values of the sentences, legend, whether the level has a place in the text: else all values are NaN)."""
     values = sentence_values(trace.units, table, token)
     in_text = any(map(math.isfinite, values))
     limit = color_limit(values if in_text else contributions(table, token))
@@ -340,9 +352,9 @@ def _shading(trace: Trace, table: pd.DataFrame, token: int | None) -> tuple[list
 
 
 def sentence_style(values: Sequence[float], show: Sequence[bool]) -> str:
-    """CSS rules that shade the sentences `.d2l-unit-<number>`, to be nested in one that says where.
+    """CSS rules that shade the sentences `.d2l-unit-<number>`, to nest in a rule that says where.
 
-    show: after which sentences their contribution is written, unless it is 0.00.
+    show: the sentences whose contribution is written behind them, unless it is 0.00.
     """
     limit, rules = color_limit(values), []
     for number, (value, shown) in enumerate(zip(values, show, strict=True)):
@@ -353,7 +365,7 @@ def sentence_style(values: Sequence[float], show: Sequence[bool]) -> str:
 
 
 def last_of_unit(units: pd.DataFrame, level: str) -> list[bool]:
-    """After which sentences a number belongs: all of them, or the last one of each chunk."""
+    """Which sentences have a number behind them: all, or the last one of each chunk."""
     if level != "chunk":
         return [level == "sentence"] * len(units)
     blocks = list(units["block"])
@@ -361,7 +373,7 @@ def last_of_unit(units: pd.DataFrame, level: str) -> list[bool]:
 
 
 def pieces(units: pd.DataFrame, texts: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(text of a sentence, what stands between it and the next one) of each sentence; "[…]" for text not inside."""
+    """For each sentence (its text, the text up to the next one); "[…]" for text that is not inside."""
     starts, documents = [*units["start"]], [*units["document"]]
     parts = []
     for number, (start, end, document) in enumerate(zip(starts, units["end"], documents, strict=True)):
@@ -375,8 +387,9 @@ def pieces(units: pd.DataFrame, texts: Mapping[str, str]) -> list[tuple[str, str
 
 
 def _headings(units: pd.DataFrame, first: int = 0) -> list[str]:
-    """Of each sentence the heading above it, if any: where there are several documents the name of its own, above its
-    first sentence and above the `first` that is shown.
+    """The heading above each sentence, or "".
+
+    Of several documents, each name stands above its first sentence, and above sentence `first`, where the page begins.
     """
     documents = list(units["document"])
     if len(set(documents)) == 1:
@@ -389,9 +402,7 @@ def _headings(units: pd.DataFrame, first: int = 0) -> list[str]:
 def render_sentences(
     units: pd.DataFrame, texts: Mapping[str, str], values: Sequence[float], true: Collection[int], show: Sequence[bool]
 ) -> str:
-    """The documents as text, every sentence shaded by its value, with it in small print unless it is 0.00; evidence
-    outlined.
-    """
+    """The documents as text: sentences shaded by value, the value in small print unless 0.00, evidence outlined."""
     limit, parts = color_limit(values), []
     rows = zip(_headings(units), pieces(units, texts), values, show, strict=True)
     for number, (heading, (sentence, between), value, shown) in enumerate(rows):
@@ -407,7 +418,7 @@ def render_sentences(
 
 
 def render_heat_map(table: pd.DataFrame, token: int | None = None) -> str:
-    """Layers by rank directions (one table for each module), or layers by modules; nothing at the other levels."""
+    """Layers by rank directions (a table per module), or layers by modules; "" at the other levels."""
     level = table.attrs["level"]
     if level not in ("layer", "rank"):
         return ""
@@ -444,13 +455,13 @@ def render_heat_map(table: pd.DataFrame, token: int | None = None) -> str:
 
 
 def _strongest(table: pd.DataFrame, token: int | None) -> list[int]:
-    """The rows of the units by their contribution, the largest first."""
+    """Row numbers of the units, the largest contribution first."""
     values = contributions(table, token)
     return sorted(range(len(values)), key=lambda row: -values[row] if math.isfinite(values[row]) else math.inf)
 
 
 def _unit_name(table: pd.DataFrame, texts: Mapping[str, str], row: int) -> str:
-    """What a unit is called, and how its text begins."""
+    """The name of a unit, and how its text begins."""
     name, document, start, end = (table[column].iloc[row] for column in ("unit", "document", "start", "end"))
     if pd.isna(document):
         return markup.inline(short(str(name), 80))
@@ -461,7 +472,7 @@ def _unit_name(table: pd.DataFrame, texts: Mapping[str, str], row: int) -> str:
 
 
 def _token_cells(table: pd.DataFrame) -> tuple[str, list[str]]:
-    """(the answer's tokens as heads of columns, of each unit its contributions to them); empty where all are one."""
+    """(heads of columns: the answer's tokens; cells of each unit); empty if the method does not tell tokens apart."""
     if not has_tokens(table):
         return "", [""] * len(table)
     head = "".join(
@@ -473,7 +484,7 @@ def _token_cells(table: pd.DataFrame) -> tuple[str, list[str]]:
 
 
 def _scrolled(rows: str) -> str:
-    """A table of units beside which _COLUMNS_AT_ONCE tokens are seen at once; the others are scrolled to."""
+    """A table of units that shows _COLUMNS_AT_ONCE tokens at once and scrolls to the others."""
     width = f"max-width: min(100%, {20 + 5.8 * _COLUMNS_AT_ONCE + 2:g}em)"
     table = f'<table class="d2l-cells d2l-units">{rows}</table>'
     return f'<div class="d2l-scroll" tabindex="0" style="{width}">{table}</div>'
@@ -482,8 +493,9 @@ def _scrolled(rows: str) -> str:
 def render_units(
     table: pd.DataFrame, texts: Mapping[str, str], token: int | None = None, each_token: bool = True
 ) -> str:
-    """The units that contribute most to the answer, or to one of its tokens; with `each_token` also what each of them
-    contributes to each token.
+    """The units that contribute most to the answer, or to one of its tokens.
+
+    each_token: adds what each of them contributes to each token.
     """
     values, order = contributions(table, token), _strongest(table, token)
     limit = color_limit(values)
@@ -510,7 +522,7 @@ def render_units(
 
 
 def _render_each_token(table: pd.DataFrame, texts: Mapping[str, str]) -> str:
-    """What the units contribute to each answer token: those that are among the strongest for one, in their order."""
+    """The units among the strongest for any answer token, in their order, with their contribution to each token."""
     if not has_tokens(table):
         return ""
     n_tokens = len(table.attrs["tokens"])
@@ -527,7 +539,7 @@ def _render_each_token(table: pd.DataFrame, texts: Mapping[str, str]) -> str:
 
 
 def render_controls(table: pd.DataFrame) -> str:
-    """The answer with all blocks beside the controls: zero adapter, wrong document, random units left out."""
+    """The answer with all blocks, beside the controls: zero adapter, wrong document, random units left out."""
     controls = table.attrs.get("controls")
     if not controls:
         return "<h4>Controls</h4>none were computed"
@@ -558,7 +570,7 @@ def _number(value: float) -> str:
 
 
 def _render_answer(question: str, answer: str, said: str, now: str, n_removed: int) -> str:
-    """The question, what is explained, and what the model says with everything inside and with sentences removed."""
+    """The question, the answer to explain, and the model's answers with all sentences and with some removed."""
     changed = now != said
     if n_removed:
         label = f"Answer now, without {plural(n_removed, 'sentence')} ({'changed' if changed else 'the same'})"
@@ -578,7 +590,7 @@ def _render_answer(question: str, answer: str, said: str, now: str, n_removed: i
 
 
 def _render_parts(table: pd.DataFrame, texts: Mapping[str, str], token: int | None = None) -> str:
-    """All that stands below the documents: heat map, units, controls."""
+    """What stands below the documents: heat map, units, controls."""
     body = (
         f"{render_heat_map(table, token)}{render_units(table, texts, token)}<div class='d2l-side'>"
         f"<div>{render_controls(table)}</div></div>"
@@ -590,7 +602,7 @@ def _render_parts(table: pd.DataFrame, texts: Mapping[str, str], token: int | No
 
 
 def render_trace(trace: Trace, level: str, method: str, token: int | None = None) -> str:
-    """The whole as one plain page: answer, shaded documents, heat map, strongest units, controls."""
+    """One plain page: answer, shaded documents, heat map, strongest units, controls."""
     table = trace.table(level, method)
     values, legend, _ = _shading(trace, table, token)
     shown = last_of_unit(trace.units, level)
@@ -605,8 +617,9 @@ def render_trace(trace: Trace, level: str, method: str, token: int | None = None
 
 
 class _AttributionViewer(Viewer):
-    """The page of `view_attribution`. Whatever a person changes while something is computed counts: it is done next,
-    and what it makes superfluous is left out.
+    """The page of `view_attribution`.
+
+    A change during a computation counts: it is computed next, and work that it makes superfluous is left out.
     """
 
     def __init__(self, question: str, answer: str | None, make_trace: Callable[..., Trace], background: bool | None):
@@ -667,14 +680,14 @@ class _AttributionViewer(Viewer):
     # --- question and answer --------------------------------------------------------------------------------------
 
     def _ask_anew(self, _: Any) -> None:
-        """Another question: the answer to the one before is not explained any more, but the model's own."""
+        """Another question: explain the model's own answer to it."""
         with self.work.lock:
             with quietly():
                 self._explained.value = ""
             self._ask()
 
     def _ask(self, _: Any = None) -> None:
-        """Another question or answer: everything anew, all sentences inside."""
+        """Another question or answer: compute everything anew, with all sentences inside."""
         with self.work.lock:
             self._trace = self._table = None
             self._removed.clear()
@@ -711,7 +724,7 @@ class _AttributionViewer(Viewer):
     # --- contributions --------------------------------------------------------------------------------------------
 
     def _select_level(self, _: Any = None) -> None:
-        """The methods of this level; the one that is chosen stays if it has it."""
+        """Offer the methods of this level; the current method stays if it is one of them."""
         with self.work.lock:
             names = METHODS[self._level.value]
             chosen = self._method.value if self._method.value in names else names[0]
@@ -721,9 +734,9 @@ class _AttributionViewer(Viewer):
             self._compute()
 
     def _compute(self, _: Any = None) -> None:
-        """The table of this level and method, then the page of it."""
+        """Compute the table of this level and method, then draw it."""
         with self.work.lock:
-            if self._trace is None:  # it is computed when there is an answer
+            if self._trace is None:  # computed once there is an answer
                 return
             trace, level, method = self._trace, self._level.value, self._method.value
 
@@ -745,7 +758,7 @@ class _AttributionViewer(Viewer):
         self._legend.value = self._parts.value = ""
 
     def _draw(self, _: Any = None) -> None:
-        """Shades the sentences and draws what is below them, for the token that is chosen."""
+        """Shade the sentences and draw what is below them, for the chosen token."""
         with self.work.lock:
             trace, table = self._trace, self._table
             if table is None:
@@ -771,7 +784,7 @@ class _AttributionViewer(Viewer):
     # --- sentences ------------------------------------------------------------------------------------------------
 
     def _fill(self, change: Any = None) -> None:
-        """A checkbox for each sentence of the part that is shown."""
+        """Show a checkbox for each sentence of this part."""
         with self.work.lock:
             trace, children = self._trace, []
             if trace is None:
@@ -785,7 +798,7 @@ class _AttributionViewer(Viewer):
                 self._draw()
 
     def _sentence(self, number: int, text: str) -> W.Checkbox:
-        """The checkbox of a sentence. Labels are typeset, so one with signs of formulas is given as HTML."""
+        """The checkbox of a sentence. Labels are typeset: one with signs of formulas is HTML."""
         has_signs = "$" in text or "\\" in text
         label = markup.without_formulas(text) if has_signs else text.replace("\0", "\u2400")
         box = W.Checkbox(
@@ -804,10 +817,10 @@ class _AttributionViewer(Viewer):
         return box
 
     def _answer(self) -> None:
-        """The answer without the sentences that are out now."""
+        """Ask again without the sentences that are out now."""
         trace, removed = self._trace, frozenset(self._removed)
 
-        def drop(reason: str) -> None:  # never an answer that does not belong to the sentences shown
+        def drop(reason: str) -> None:  # an answer always belongs to the sentences on the page
             self._answers.value = render_message(f"no answer without these sentences: {reason}", is_error=True)
 
         self.work.start(
@@ -822,7 +835,7 @@ class _AttributionViewer(Viewer):
     def _put_back(self, _: Any = None) -> None:
         with self.work.lock:
             if self._trace is None:
-                if not self.work.has("ask"):  # it was stopped, or failed
+                if not self.work.has("ask"):  # stopped or failed
                     self._ask()
                 return
             self._removed.clear()
@@ -843,10 +856,12 @@ def view_attribution(
 ) -> Viewer:
     """A viewer of where an answer came from, by chunk, sentence, layer or rank direction.
 
-    Arguments as of `Trace`; options: those of `ViewOptions`. A click on a sentence takes it out of the adapter and asks
-    again; another puts it back. Another question is asked anew: `answer` is explained for the first question only. What
-    cannot be done is told on the page. Keys: Tab moves between controls and sentences, space presses a button or takes
-    a sentence out and puts it back, the arrow keys change a list, Enter in a field applies it.
+    Arguments: as of `Trace`; `answer` counts for the first question only.
+    options: those of `ViewOptions`.
+
+    A click on a sentence takes it out of the adapter and asks again; another puts it back. The page tells its errors.
+    Keys: Tab moves between controls and sentences, space presses a button or switches a sentence, the arrow keys
+    change a list, Enter applies a field.
     """
     view = chosen(ViewOptions, "this viewer", options)
     known = evidence if isinstance(evidence, Mapping) or not isinstance(evidence, Iterable) else [*evidence]
@@ -884,9 +899,11 @@ def save_html(
 ) -> Path:
     """Write what `view_attribution` shows as one HTML file, complete or not there at all.
 
-    Arguments after `path` as of `Trace`; options: those of `PageOptions`. The page needs no kernel, no network and no
-    scripts: views (level, method), answer tokens and the sentence that is taken out are chosen by radio buttons. Raises
-    as `attribution.attribute` does.
+    Arguments after `path`: as of `Trace`.
+    options: those of `PageOptions`.
+
+    The page needs no kernel, network or scripts. Radio buttons choose the view (level, method), the answer token and
+    the sentence to take out. Fails as `attribution.attribute` does.
     """
     page = chosen(PageOptions, "a saved page", options)
     if not page.views or any(isinstance(view, str) for view in page.views):
@@ -900,7 +917,7 @@ def save_html(
 
 
 def render_page(trace: Trace, tables: Sequence[pd.DataFrame], without: Mapping[int, str]) -> str:
-    """A whole HTML page. tables: one for each view; without: {sentence: the answer once it is taken out}."""
+    """A whole HTML page. tables: one per view. without: {sentence: the answer without it}."""
     views = [_saved_view(trace, view, table) for view, table in enumerate(tables)]
     rules, legends, panels = ("".join(parts) for parts in zip(*views, strict=True))
     names = [f"{table.attrs['level']}, {table.attrs['method'].replace('_', ' ')}" for table in tables]
@@ -937,7 +954,7 @@ def render_page(trace: Trace, tables: Sequence[pd.DataFrame], without: Mapping[i
 
 
 def _saved_view(trace: Trace, view: int, table: pd.DataFrame) -> tuple[str, str, str]:
-    """(CSS rules, legends, what stands below the text) of a view: all that one can choose of it, one part shown."""
+    """(CSS rules, legends, what stands below the text) of a view: all its choices, of which one is shown."""
     level, tokens = table.attrs["level"], table.attrs["tokens"] if has_tokens(table) else []
     chosen, name = f".d2l-saved:has(#view-{view}:checked)", f"d2l-choice-{view}"
     rules, legends, panels = f"{chosen} .{name} {{ display: block; }}\n", "", ""
