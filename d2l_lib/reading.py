@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +31,8 @@ from d2l_lib.documents import question_ids, stop_ids
 from d2l_lib.lora import add_deltas
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from d2l_lib.model import DocToLoRA
 
 _NOT_FOLLOWED = (
@@ -287,6 +288,8 @@ def choices_table(state: Generation) -> pd.DataFrame:
     """
     if state.choices is None:
         raise RuntimeError("beam search exchanges rows while it reads: give the answer and read it again in one pass")
+    import pandas as pd  # only tables need it: asking starts sooner without
+
     lines = []
     for one in state.choices:
         for index, row in enumerate(one.rows):
