@@ -1,4 +1,4 @@
-"""A training batch: what one step reads, as values with names, and how documents are cut and padded for it.
+"""A training batch: what one step reads, as named values; and how documents are cut and padded for it.
 
 `contexts` draws batches, `step` and `warm_up` learn from them.
 """
@@ -21,7 +21,7 @@ IGNORED = -100  # label of a token that is not part of an answer
 
 # ------------------------------------------------------------------------------------------------------------- batches
 class _OnDevice:
-    """A value whose tensors, also those in its lists and dicts, go to a device together."""
+    """A value whose tensors go to a device together, also those in its lists and dicts."""
 
     def to(self, device, **options):
         """The same on `device`; options are those of `Tensor.to`."""
@@ -39,13 +39,13 @@ def _moved(value, device, options: dict):
 
 @dataclass(frozen=True)
 class Chunks(_OnDevice):
-    """The chunks of all contexts of a batch, in groups of like length.
+    """The chunks of all contexts of a batch, in groups of similar length.
 
     ids, mask: of each group, [chunks, tokens], padded on the right.
-    order: [chunks], where the chunks, context by context, stand in the concatenated groups.
-    counts: [contexts], how many each has.
-    images: of each group, what else the encoder reads: {} or the pixels of its images (`encoder.image_inputs` without
-        input_ids and attention_mask); None: nothing.
+    order: [chunks], the place of each chunk, context by context, in the concatenated groups.
+    counts: [contexts], chunks of each.
+    images: of each group, the encoder's other inputs: {} or the pixels of its images (`encoder.image_inputs` without
+        input_ids and attention_mask). None: nothing.
     """
 
     ids: list[Tensor]
@@ -56,7 +56,11 @@ class Chunks(_OnDevice):
 
     @classmethod
     def of(cls, chunks: Sequence[Sequence[int]], counts: Sequence[int], pad_id: int) -> Chunks:
-        """chunks: token ids of the chunks of all contexts, in order; counts: how many each context has."""
+        """The chunks of contexts, padded.
+
+        chunks: their token ids, context by context, in order.
+        counts: chunks of each context.
+        """
         groups, order = group_by_length(chunks)
         padded = [pad_rows(group, pad_id) for group in groups]
         ids, mask = ([pair[i] for pair in padded] for i in (0, 1))
@@ -78,12 +82,12 @@ class Chunks(_OnDevice):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch(_OnDevice):
-    """Contexts in chunks, and questions with their answers about each.
+    """Contexts in chunks, with questions and answers about each.
 
-    input_ids, labels: [questions, length], those of a context one after another; labels are IGNORED but for answers.
+    input_ids, labels: [questions, length], context by context; labels are IGNORED outside answers.
     n_questions: [contexts].
     repeats: [chunks], how often a chunk's block counts (None: once).
-    l1_share: of the L1 term's weight.
+    l1_share: share of the L1 term's weight.
     teacher_log_probs, teacher_indices: [answer tokens, k], the teacher's largest log-probabilities and their tokens.
     """
 
@@ -98,17 +102,18 @@ class Batch(_OnDevice):
 
     @property
     def n_contexts(self) -> int:
-        """How many contexts there are."""
+        """The number of contexts."""
         return len(self.n_questions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceBatch(_OnDevice):
-    """Sentences, each a chunk, with a question and its answer about each.
+    """Sentences, each a chunk, with one question and its answer about each.
 
-    answer_ids: [sentences, tokens], the answer and its stop token, IGNORED behind it.
-    question_ids: [sentences, tokens] without chat wrapping, IGNORED behind it.
-    input_ids: [sentences, length], chat-formatted question and answer. starts: [sentences], where the answer begins.
+    answer_ids: [sentences, tokens], the answer and its stop token, then IGNORED.
+    question_ids: [sentences, tokens] without chat wrapping, then IGNORED.
+    input_ids: [sentences, length], chat-formatted question and answer.
+    starts: [sentences], the answer's first position in input_ids.
     """
 
     chunks: Chunks
@@ -119,7 +124,7 @@ class SentenceBatch(_OnDevice):
 
 
 def exceeds(p: TrainingPreset, chunks: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> bool:
-    """Whether chunks, or questions with their answers, are more tokens than a batch may have."""
+    """Whether chunks, or questions with their answers, have more tokens than a batch may have."""
     limits = ((p.context_tokens, chunks), (p.input_tokens, rows))
     return any(limit is not None and sum(map(len, ids)) > limit for limit, ids in limits)
 
@@ -127,9 +132,9 @@ def exceeds(p: TrainingPreset, chunks: Sequence[Sequence[int]], rows: Sequence[S
 def group_by_length(
     chunks: Sequence[Sequence[int]], most_padding: float = 0.4
 ) -> tuple[list[list[Sequence[int]]], list[int]]:
-    """Chunks sorted into groups whose lengths differ by at most `most_padding`, and where each chunk went.
+    """(groups of chunks whose lengths differ by at most the share `most_padding`, the order of the chunks).
 
-    The concatenated groups taken at `order` are the chunks as given.
+    The concatenated groups taken at `order` are the original chunks.
     """
     by_length = sorted(range(len(chunks)), key=lambda c: -len(chunks[c]))
     groups: list[list[Sequence[int]]] = []
@@ -152,12 +157,12 @@ def count_chunks(
     probabilities: dict[int, float] | None = None,
     rng: random.Random | None = None,
 ) -> int:
-    """Into how many chunks a document of `length` tokens is cut.
+    """The number of chunks for a document of `length` tokens.
 
-    Without `probabilities` the fewest that keep pieces within `max_length`. With them (training) one is drawn from
-    those between ceil(length / max_length) and ceil(length / min_length); where none lies there, the allowed number
-    nearest to the given ones is taken, so a document is never cut into longer pieces than allowed. max_length < 1
-    means one chunk, min_length < 1 no shortest chunk.
+    Without `probabilities`: the fewest that keep chunks within `max_length`. With them (training): a draw among those
+    from ceil(length / max_length) to ceil(length / min_length). If there are none, the allowed number nearest to a key
+    of `probabilities`. Chunks are never longer than `max_length`. max_length < 1 means one chunk, min_length < 1 no
+    shortest chunk.
     """
     fewest = math.ceil(length / max_length) if max_length > 0 else 1
     fewest = max(1, fewest)
@@ -176,8 +181,8 @@ def split_into_chunks(
 ) -> list[list[int]]:
     """A chat-formatted document as pieces of ceil(length / n_chunks) tokens, each chat-formatted again.
 
-    The document carries its own outer wrapping, so the first piece gets the suffix, the last the prefix and those
-    between both. Rounding may leave fewer than `n_chunks` pieces, and the wrapping comes on top of a piece's length.
+    The document has its own outer wrapping: the first piece gets the suffix, the last the prefix, all others both. The
+    wrapping comes on top of a piece's length. Rounding may leave fewer than `n_chunks` pieces.
     """
     if n_chunks < 1:
         raise ValueError(f"n_chunks is {n_chunks}; a document has at least one chunk")
@@ -190,7 +195,7 @@ def split_into_chunks(
 
 
 def dataset_probabilities(sizes: Sequence[int], floor: float = 0.01) -> list[float]:
-    """Share of each data set in a mixture: proportional to size, at least `floor`; the largest makes room for it."""
+    """The share of each data set in a mixture: by size, at least `floor`, for which the largest ones make room."""
     if not sizes or min(sizes) < 0 or sum(sizes) == 0:
         raise ValueError(f"data set sizes {list(sizes)}: at least one must be positive and none negative")
     floor = min(floor, 1 / len(sizes))

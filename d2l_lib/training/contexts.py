@@ -1,11 +1,10 @@
 """The contexts that a hypernetwork is trained on, drawn batch by batch.
 
     haystacks with a needle                                 ->  NeedleBatches
-    fresh documents of the world, with the right answers    ->  WorldDocuments \
-                                                                                DistillationBatches
-    shards, with a teacher's answers and log-probabilities  ->  read_shards    /
+    fresh documents of the world, with the right answers    ->  WorldDocuments  ->  DistillationBatches
+    shards, with a teacher's answers and log-probabilities  ->  read_shards     ->  DistillationBatches
 
-Batch i is a function of (seed, i), so a run that was killed goes on with the batches it would have seen.
+Batch i is a function of (seed, i): a killed run continues with the batches it would have seen.
 """
 
 from __future__ import annotations
@@ -42,16 +41,17 @@ _CERTAIN = [0.0] + [-1e4] * (TOP_K - 1)  # log-probabilities of a teacher that h
 class NeedleBatches(Dataset):
     """Batches of needle contexts, cut into chunks at sentence ends; item i is a `Batch`, a function of (seed, i).
 
-    In the course of the first stage (with `p.gradual`; else all is as at its end):
+    With `p.gradual` the first stage grows (without it, all is as at the end):
 
-    - up to 30%: contexts grow from `shortest` to `longest` tokens;
-    - from 50% to 90%: chunks without the needle count up to `max_repeats` times instead of once, and `l1_share` grows
-      from 0 to 1. Both are for filler, and the L1 term from the start delays the digits.
+    - up to 30% of the steps: contexts grow from `shortest` to `longest` tokens;
+    - from 50% to 90%: chunks without the needle are repeated ever more, in the end up to `max_repeats` times in all, as
+      a stand-in for filler; `l1_share` grows from 0 to 1, as the L1 term from the start delays the digits.
 
-    In the second stage, `polish`, contexts are of all lengths, repeats of a context add up to between a sixteenth of
-    and four times `max_repeats` (unless that is 1), and `l1_share` is 1. A batch has `contexts` contexts, or fewer
-    where the next one would exceed its tokens. Chunks are written in the tokens and the chat format of
-    `encoder_tokenizer` (None: the base model's).
+    In the second stage, `polish`, contexts have all lengths, and `l1_share` is 1. Unless `max_repeats` is 1, the
+    repeats of a context add up to 1/16 to 4 times `max_repeats`.
+
+    A batch has `contexts` contexts, or fewer if the next one would exceed its tokens. Chunks are in the tokens and chat
+    format of `encoder_tokenizer` (None: the base model's).
     """
 
     def __init__(self, tokenizer, p: NeedlePreset, seed: int, polish: bool = False, encoder_tokenizer=None):
@@ -105,7 +105,10 @@ class NeedleBatches(Dataset):
         )
 
     def _chunks(self, rng: random.Random, haystack, length: int) -> tuple[list[list[int]], list[bool]]:
-        """(the haystack's chunks in chat format, which of them holds the needle); none does where cuts lie anywhere."""
+        """(chunks of the haystack in chat format, whether each holds the needle).
+
+        All False where cuts may lie anywhere.
+        """
         p = self.p
         if p.max_chunk_tokens is not None:
             ids = context_ids(self.encoder_tokenizer, haystack.text)
@@ -140,11 +143,11 @@ def _random_chunks(rng: random.Random, text: str, length_tokens: int, p: NeedleP
 
 # ------------------------------------------------------------------------------------------------------------- sources
 class WorldDocuments:
-    """A source of fresh documents of the world, with the right answers in place of a teacher's (cross-entropy).
+    """A source of fresh documents of the world; the right answers replace a teacher's (cross-entropy).
 
     The kind of a question is drawn: encyclopedia (`p.unrelated_share`), else unanswerable (`p.unanswerable_share`),
-    else one of `p.kinds` (None: of all). In `p.strangers_share` of the contexts the facts are shared out among several
-    documents, one after another.
+    else one of `p.kinds` (None: all). In `p.strangers_share` of the contexts, several documents in a row share the
+    facts.
     """
 
     def __init__(self, tokenizer, p: DistillationPreset, split: str = "train"):
@@ -154,17 +157,15 @@ class WorldDocuments:
         self.stop = stop_ids(tokenizer)[-1]  # that of the chat template, where it has one of its own
 
     def draw_size(self, rng: random.Random, progress: float) -> int:
-        """How many facts the contexts of a batch have: log-uniform, so that each doubling is as likely; `progress` (0
-        to 1) decides up to how many.
-        """
+        """The number of facts per context of a batch, log-uniform; its maximum grows with `progress` (0 to 1)."""
         p, (start, end) = self.p, self.p.facts_grow
         growth = min(1.0, max(0.0, (progress - start) / max(1e-9, end - start)))
         return max(1, round(p.least_facts * (p.most_facts / p.least_facts) ** (growth * rng.random())))
 
     def draw(self, rng: random.Random, n_facts: int) -> dict:
-        """A row as in `selfgen` shards, of a context of `n_facts` facts."""
+        """A row as in `selfgen` shards, for a context of `n_facts` facts."""
         p = self.p
-        count = round(n_facts ** rng.random()) if rng.random() < p.strangers_share else 1  # of documents
+        count = round(n_facts ** rng.random()) if rng.random() < p.strangers_share else 1  # documents
         sizes = [n_facts // count + (i < n_facts % count) for i in range(count)]
         distractors = rng.choice((0.0, 0.2, 0.5))
         documents = [world.draw_document(rng, self.split, size, distractors) for size in sizes]
@@ -194,18 +195,18 @@ class WorldDocuments:
 
 # ------------------------------------------------------------------------------------------------------------- batches
 class DistillationBatches(Dataset):
-    """Batches of documents in chunks and questions about them; item i is a `Batch`, a function of (seed, i).
+    """Batches of documents in chunks with questions; item i is a `Batch`, a function of (seed, i).
 
-    In the first `single_chunk_share` of the steps a document is one chunk, and of data sets only documents of at most
-    `longest_chunk` tokens are drawn; after that each context is cut into chunks of its own random size, or, with
-    `chunk_probabilities`, into a random number of equal ones. A batch is full at `contexts` documents or `chunks`
-    chunks, or where the next document would exceed its tokens.
+    In the first `single_chunk_share` of the steps a document is one chunk; data sets then give only documents of at
+    most `longest_chunk` tokens. Later each document is cut into chunks of a random size, or, with
+    `chunk_probabilities`, into a random number of equal chunks. A batch is full at `contexts` documents, at `chunks`
+    chunks, or if the next document would exceed its tokens.
 
-    sources: `WorldDocuments`, or data sets as `shards.read_shards` returns them.
-    weights: of the sources (None: by size, see `dataset_probabilities`; needed where a source has no size).
+    sources: `WorldDocuments`, or data sets of `formats.shards.read_shards`.
+    weights: of the sources. None: by size (see `dataset_probabilities`), which `WorldDocuments` do not have.
 
-    ValueError where no document is short enough to begin with or for a batch, or where weights and sources differ in
-    number.
+    ValueError if no document is short enough for the first steps or for a batch, or if weights are missing or their
+    number differs from that of the sources.
     """
 
     def __init__(
@@ -290,8 +291,9 @@ class DistillationBatches(Dataset):
         return source[rng.choice(self.short[place]) if single else rng.randrange(len(source))]
 
     def _cut(self, rng: random.Random, sample: dict) -> list[list[int]]:
-        """The document in chunks of at most a random number of tokens: at sentence ends where its text is known, else
-        at any token, as published; or in a random number of chunks.
+        """The document in chunks: in a random number of them with `chunk_probabilities`, else of a random size.
+
+        Chunks of a random size end at sentence ends if the text is known, else at any token, as published.
         """
         p, ids = self.p, sample["ctx_ids"]
         if p.chunk_probabilities is not None:
@@ -306,7 +308,7 @@ class DistillationBatches(Dataset):
 
 
 def _context_lengths(source) -> np.ndarray:
-    """Tokens of each document of a data set as `shards.read_shards` returns it; no document is read."""
+    """Tokens of each document of a data set of `read_shards`, without reading documents."""
     if source._indices is None:
         return pc.list_value_length(source.data.column("ctx_ids")).to_numpy()
     return np.array([len(ids) for ids in source["ctx_ids"]])

@@ -1,4 +1,4 @@
-"""The data sets of the paper to train on: how large each is, its documents one by one, and files for `selfgen`.
+"""The paper's training data sets: their sizes, their documents one by one, and files for `selfgen`.
 
     d2l corpora size                                             # what there is, and how large
     d2l corpora size squad --source FOLDER
@@ -12,8 +12,8 @@
 | qasper, 2wikimqa, multifieldqa_en | LongBench-E, split test | the same, for evaluation |
 | self-generated | SakanaAI/self_gen_qa_d2l, a folder for each base model | a row as in `selfgen` |
 
-Each is read from a folder in its own format, or streamed from the hub. Documents and bytes are told before anything is
-fetched. Where the hub is not reached (or must not be: HF_HUB_OFFLINE=1), the error says which files to put where.
+Each is read from a folder in its own format, or streamed from the hub. If the hub is out of reach (or
+HF_HUB_OFFLINE=1), the error says which files to put where.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from d2l_lib.records import iter_jsonl, write_jsonl
 from d2l_lib.tasks import qa
 
 _PASSAGE_TOKENS = 2000  # the longest passage, as published
-OPEN_DOCUMENTS = 1000  # whose questions are waited for at a time
+OPEN_DOCUMENTS = 1000  # documents that wait for further questions at a time
 TRAINING_SETS = ("squad", "ropes", "drop", "pwc")
 LONG_SETS = ("qasper", "2wikimqa", "multifieldqa_en")
 PASSAGES, SHARDS = "fineweb-edu", "self-generated"
@@ -44,8 +44,10 @@ _SELF_GENERATED = "SakanaAI/self_gen_qa_d2l"
 
 @dataclass(frozen=True)
 class Size:
-    """How much there is: `documents` and `rows` (of a table; a question each in question sets) and bytes of its files;
-    None where nobody tells, with the reason in `note`.
+    """The size of a corpus; None where it is unknown, with the reason in `note`.
+
+    documents, rows: of its table; in question sets a row is a question.
+    bytes: of its files.
     """
 
     name: str
@@ -78,12 +80,16 @@ def stream(
 ) -> Iterator[dict]:
     """The documents of a corpus, one by one, from `source` (file or folder) or else from the hub.
 
-    Passages: {"document"}, of at most `most_tokens` tokens, as `tokenizer` counts them (None: as the file says).
-    Question sets: {"document", "questions", "answers"}; questions on one text are put together while at most
-    OPEN_DOCUMENTS other texts lie between them. Self-generated data: rows with the published columns, checked file by
-    file; on the hub those of base model `model`. `split` defaults to what is trained on (LongBench-E: to test).
+    Passages: {"document"}. Question sets: {"document", "questions", "answers"}; questions on one text are put together
+    if at most OPEN_DOCUMENTS other texts lie between them. Self-generated data: rows with the published columns,
+    checked file by file.
 
-    ValueError for an unknown name and files that are not in the format; FileNotFoundError where there is nothing.
+    split: default: the training split (LongBench-E: test).
+    model: base model of the self-generated data on the hub.
+    most_tokens: longest passage.
+    tokenizer: counts the passage's tokens (None: the file's own count).
+
+    ValueError for an unknown name, or files that are not in the format. FileNotFoundError if there is nothing.
     """
     _check_name(name)
     if name == PASSAGES:
@@ -103,7 +109,7 @@ def _split(name: str) -> str:
 
 
 def _grouped(rows: Iterable[dict]) -> Iterator[dict]:
-    """Rows of one question each as documents with their questions, in order of first appearance."""
+    """Documents with all their questions, from rows of one question each, in order of first appearance."""
     waiting: OrderedDict[str, dict] = OrderedDict()
     for row in rows:
         text = row["document"]
@@ -182,7 +188,7 @@ def _shard_rows(source: str | Path | None, model: str) -> Iterator[dict]:
 
 
 def _hub_folder(model: str) -> str:
-    """Where the published data of a base model lie: greedy answers, with answer-only instructions."""
+    """The hub folder of a base model's published data: greedy answers, with answer-only instructions."""
     return f"{model}_temp_0.0_closed_qa_prob_*"
 
 
@@ -195,7 +201,7 @@ def _shards_advice(model: str, error: Exception) -> str:
 
 
 def _check_online() -> None:
-    """OSError where the hub must not be asked: asking would only fail, slowly."""
+    """OSError if the hub must not be asked: a request would only fail, slowly."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -210,10 +216,10 @@ def _first_line(error: Exception) -> str:
 def size(
     name: str, source: str | Path | None = None, *, split: str | None = None, model: str = "google/gemma-2-2b-it"
 ) -> Size:
-    """How large a corpus is, without reading or fetching more than is needed to tell.
+    """The size of a corpus, with as little reading and fetching as possible.
 
-    Of files here: rows and bytes; documents too, for which the texts of question sets are read. On the hub, what it
-    says about itself, in one request; unknown, with the reason, where it does not answer or must not be asked.
+    Local files give rows and bytes; question sets are read to count documents. The hub gives what it states, in one
+    request. If it does not answer or must not be asked, the size is unknown, with the reason.
     """
     _check_name(name)
     split = split or _split(name)
@@ -268,7 +274,7 @@ def _hub_place(name: str) -> tuple[str, str | None, str | None]:
 
 
 def _hub_shards(model: str) -> dict[str, int]:
-    """{file: bytes} of the published data of a base model; ValueError where there are none."""
+    """{file: bytes} of a base model's published data; ValueError if there are none."""
     from fnmatch import fnmatch
 
     from huggingface_hub import HfApi
@@ -283,8 +289,9 @@ def _hub_shards(model: str) -> dict[str, int]:
 
 # --------------------------------------------------------------------------------------------------------- the command
 def _write_texts(path: str | Path, documents: Iterable[dict], n: int | None = None) -> int:
-    """The first `n` documents (None: all) as the .jsonl file that `selfgen` takes as --source: {"text"} a line, and
-    {"questions", "answers"} where there are any. How many there were.
+    """The number of documents written: the first `n` (None: all), as the .jsonl file that `selfgen` takes as --source.
+
+    A line is {"text"}, plus {"questions", "answers"} where there are any.
     """
     count = 0
 
@@ -300,8 +307,9 @@ def _write_texts(path: str | Path, documents: Iterable[dict], n: int | None = No
 
 
 def download(folder: str | Path, model: str) -> Path:
-    """The published self-generated data of base model `model`, downloaded into `folder`; FileNotFoundError says what
-    to do where the hub is not reached, OSError names a file that cannot be written.
+    """`folder` with the published self-generated data of base model `model`.
+
+    FileNotFoundError says what to do if the hub is out of reach. OSError names a file that cannot be written.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,9 +1,8 @@
-"""The tiny base model: its tokenizer, the curriculum that teaches it the world, and its scores.
+"""The tiny base model, trained from nothing: its tokenizer, its curriculum on the world, and its loss.
 
-A stock decoder of `transformers` and a BPE tokenizer of `tokenizers`, trained here from nothing. The curriculum is
-a list of batches; batch i is a function of (seed, i), so an interrupted run continues with exactly the batches it
-would have seen. A row is one conversation filled up to the row's length: a text to recite, a document and questions
-about it, closed-book questions, or a haystack.
+It is a stock decoder of `transformers` with a BPE tokenizer of `tokenizers`. The curriculum is a list of batches. Batch
+i is a function of (seed, i), so an interrupted run continues with the same batches. A row is one conversation up to the
+row's length: a text to recite, a document with questions, closed-book questions, or a haystack.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ CHAT_TEMPLATE = (
 def build_tokenizer(vocab_size: int, window: int, seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on world text, with a chat template that marks what the model says.
 
-    Digits are single tokens; the first of a number keeps the space before it, so that numbers begin differently.
+    Digits are single tokens. The first digit of a number keeps the space before it, so numbers begin differently.
     """
     bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.Prepend(" ")  # a word has the same tokens at the start of a text and inside it
+    bpe.normalizer = normalizers.Prepend(" ")  # the same tokens at the start of a text as inside it
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r" ?\d"), behavior="isolated"),
@@ -81,10 +80,9 @@ def _tokenizer_corpus(seed: int, n_documents: int = 6000):
 
 
 def conversation(turns: Sequence[tuple[str, str]], context: str = "") -> str:
-    """The chat-formatted text of (question, answer) turns, `context` standing before the first question.
+    """The chat-formatted text of (question, answer) turns, with `context` before the first question.
 
-    Equal to the tokenizer's chat template on the same messages (tested); written out because the curriculum makes
-    millions.
+    It equals the tokenizer's chat template on the same messages, but is fast enough for millions of rows.
     """
     text = "<|bos|>"
     for i, (question, answer) in enumerate(turns):
@@ -98,7 +96,7 @@ QUESTION_WEIGHTS = {
     "one_hop": 26, "number": 10, "date": 10, "paraphrase": 16, "two_hop": 8, "yes_no": 5, "which_of": 5, "list": 3,
     "unanswerable": 17,
 }  # fmt: skip
-# To say "I do not know" is learned last: a stated relation of somebody else tempts.
+# "I do not know" is learned last: the same relation of another subject tempts.
 _POLISH_WEIGHTS = QUESTION_WEIGHTS | {"number": 8, "date": 8, "unanswerable": 28}
 
 _ROW_KINDS = ("recital", "documents", "closed_book", "haystack")
@@ -108,9 +106,9 @@ _RECITE = "Repeat the text."
 class Curriculum(Dataset):
     """`steps` batches of about `batch_tokens` tokens: texts to recite, documents, closed-book questions, haystacks.
 
-    Item i: {input_ids [rows, length], labels [rows, length], kind}, a function of (seed, i). Labels cover the answers,
-    and every token in `lm_share` of the document rows. The first stage begins with copying and goes on to longer rows;
-    the second, `polish`, is mostly documents of up to 512 tokens.
+    Item i: {input_ids [rows, length], labels [rows, length], kind}, a function of (seed, i). Labels cover the answers;
+    in `lm_share` of the document rows, every token. The first stage starts with copying and goes on to longer rows. The
+    second, `polish`, is mostly documents of up to 512 tokens.
     """
 
     def __init__(self, tokenizer, steps: int, batch_tokens: int, window: int, seed: int, polish: bool = False):
@@ -127,7 +125,7 @@ class Curriculum(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         rng = random.Random(f"curriculum/{self.seed}/{'polish/' if self.polish else ''}{i}")
         progress = i / self.steps
-        if not self.polish and progress < 0.15:  # copying first: texts recited, one fact, one needle
+        if not self.polish and progress < 0.15:  # copying first: recitals, one fact, one needle
             kind = rng.choices(("recital", "documents", "haystack"), (60, 25, 15))[0]
             length = 64 if kind == "documents" or progress < 0.05 else 128
         else:
@@ -151,7 +149,7 @@ class Curriculum(Dataset):
         return batch | {"kind": torch.tensor(_ROW_KINDS.index(kind))}
 
     def recital_row(self, rng: random.Random, length: int) -> str:
-        """A text and its repetition: every token of the answer can be copied, which is how copying is learned fast."""
+        """A text and its repetition: the answer is a copy, so copying is learned fast."""
         text = world.draw_document(rng, "train", max(1, int((length / 2 - 8) / 15)), distractors=0.0).text
         return conversation([(_RECITE, text)], text)
 
@@ -197,7 +195,7 @@ class Curriculum(Dataset):
         return conversation([(needles.QUESTION, haystack.answer or world.UNKNOWN)], haystack.text)
 
     def collate(self, rng: random.Random, rows: list[str], length: int, lm_share: float) -> dict[str, Tensor]:
-        """Token ids cut after the last whole answer that fits, right-padded, and labels on the answers.
+        """Token ids [rows, length], cut after the last whole answer that fits and right-padded; labels on the answers.
 
         In a share `lm_share` of the rows every token is labelled.
         """
@@ -217,7 +215,7 @@ class Curriculum(Dataset):
         }
 
     def answer_mask(self, ids: Tensor) -> Tensor:
-        """True on the tokens of every answer and on the end token that closes it; ids [length]."""
+        """True on the tokens of every answer, its end token included; ids [length]."""
         marks = (ids == self.assistant) | (ids == self.end)
         last_mark = torch.cummax(torch.where(marks, torch.arange(len(ids)), -1), 0).values
         before = torch.cat([torch.tensor([-1]), last_mark[:-1]])
@@ -225,15 +223,15 @@ class Curriculum(Dataset):
 
 
 def _collides(question: world.Question, stated: set[tuple[str, str]]) -> bool:
-    """Whether an encyclopedia question asks for a subject that the document also speaks of."""
+    """Whether an encyclopedia question asks about a subject that the document mentions too."""
     return any(subject in question.text for subject, _ in stated)
 
 
 class AnswerLoss(nn.Module):
-    """Next-token cross-entropy with logits computed at the labelled positions only (same value, far less memory).
+    """Next-token cross-entropy with logits at labelled positions only: the same value in far less memory.
 
-    `body` is the decoder without its head; the output matrix is the tied embedding. `compiled`: run it through
-    torch.compile, once for every row length.
+    body: the decoder without its head; the output matrix is the tied embedding.
+    compiled: run `body` through torch.compile, once per row length.
     """
 
     def __init__(self, body, compiled: bool = False):

@@ -32,18 +32,18 @@ from d2l_lib.training.losses import (
     l1_penalty,
 )
 
-_RECOMPUTED_TOKENS = 4096  # at a time, where activations are computed again in the backward pass
+_RECOMPUTED_TOKENS = 4096  # per piece with recomputed activations
 
 
 class Internalization(nn.Module):
-    """Read chunks, write blocks, answer without the document: {"loss": ...} of a `Batch`.
+    """The loss {"loss": ...} of a `Batch`: read chunks, write blocks, answer without the document.
 
-    Only the hypernetwork is a parameter; the frozen models stay outside this module's state.
+    Only the hypernetwork has parameters here; the frozen models stay outside this module's state.
 
-    p: settings. Where `p.by_context`, losses are divided by the contexts of the whole step, not by those of the batch.
-    encoder_model: what reads the chunks, where it is not the base model.
-    recompute: keep no activations but compute them again in the backward pass, a few thousand tokens at a time; the
-        numbers are the same.
+    p: settings. With `p.by_context`, losses are divided by the contexts of the whole step, not of the batch.
+    encoder_model: the model that reads the chunks (None: the base model).
+    recompute: compute activations again in the backward pass, a few thousand tokens at a time; same numbers, less
+        memory.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Internalization(nn.Module):
     ):
         super().__init__()
         self.hypernetwork, self.p, self.recompute = hypernetwork, p, recompute
-        self.accepts_loss_kwargs = p.by_context  # as the Trainer calls it
+        self.accepts_loss_kwargs = p.by_context  # the Trainer's name
         self.layer = hypernetwork.config.n_layers - 1 if p.last_layer else None
         encoder_model = base_model if encoder_model is None else encoder_model
         self._frozen = (base_model, ContextEncoder.from_config(encoder_model, hypernetwork.config))
         self._losses, self._right, self._n_questions = [], 0, 0
 
     def forward(self, batch: Batch, num_items_in_batch: Tensor | int | None = None) -> dict[str, Tensor]:
-        """num_items_in_batch: contexts of the whole step, over all batches and processes; None: of this batch."""
+        """num_items_in_batch: contexts of the whole step, over all batches and processes (None: of this batch)."""
         for model in (self._frozen[0], self._frozen[1].model):
             model.to(batch.input_ids.device)
         blocks, bias = self._read(batch), self._bias()
@@ -78,7 +78,7 @@ class Internalization(nn.Module):
         return {"loss": loss}
 
     def _read(self, batch: Batch) -> Loras:
-        """The blocks of all chunks, in their order."""
+        """The blocks of all chunks, in order."""
         encoder = self._frozen[1]
         groups = [
             blocks
@@ -91,7 +91,7 @@ class Internalization(nn.Module):
         }
 
     def _write(self, features: Tensor, mask: Tensor) -> Iterator[Loras]:
-        """The blocks of a group of chunks: in one piece, or in several whose activations are not kept."""
+        """The blocks of a group of chunks: in one piece, or in several with recomputed activations."""
         if not self.recompute:
             yield self.hypernetwork(features, attention_mask=mask, layer=self.layer)
             return
@@ -101,7 +101,7 @@ class Internalization(nn.Module):
             yield checkpoint(self.hypernetwork, features_piece, use_reentrant=False, **options)
 
     def _bias(self) -> Loras | None:
-        """The block that every adapter has, in the layers that are written."""
+        """The block that every adapter has, restricted to the written layers."""
         bias = self.hypernetwork.bias()
         if self.layer is None or bias is None:
             return bias
@@ -131,7 +131,7 @@ class Internalization(nn.Module):
         return torch.cat(logits), find_answer_tokens(labels)
 
     def _size(self, blocks: Loras, bias: Loras | None, batch: Batch) -> Tensor:
-        """The L1 term of what is written: every block counts once, however often it is repeated."""
+        """The L1 term of the written blocks; each counts once, without its repeats."""
         counts = batch.chunks.counts
         written = combine(blocks, bias, counts)
         return l1_penalty(written, counts, self.hypernetwork.config.rank, has_bias=bias is not None)
@@ -145,7 +145,7 @@ class Internalization(nn.Module):
         self._losses.append(loss.item())
 
     def report(self) -> dict[str, float]:
-        """Of the batches since the last report: nats per answer token, and exact match (every answer token right)."""
+        """Means since the last report: nats per answer token, and exact match (every answer token right)."""
         loss = sum(self._losses) / max(1, len(self._losses))
         share = self._right / max(1, self._n_questions)
         self._losses, self._right, self._n_questions = [], 0, 0
@@ -154,10 +154,10 @@ class Internalization(nn.Module):
 
 # ------------------------------------------------------------------------------------------- logits of answer tokens
 def answer_logits(base_model, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, AnswerTokens]:
-    """(logits [n, 1, vocabulary] from which the n answer tokens are predicted, the answer tokens in the batch).
+    """(logits [n, 1, vocabulary] that predict the n answer tokens, the answer tokens in the batch).
 
-    No other logits are computed; `AnswerTokens.among_answers` are the places in these. input_ids, labels: [questions,
-    length].
+    No other logits are computed; `AnswerTokens.among_answers` gives the places in these. input_ids and labels are
+    [questions, length].
     """
     hidden = decoder_body(base_model)(input_ids=input_ids, use_cache=False).last_hidden_state
     answers = find_answer_tokens(labels)
@@ -175,11 +175,14 @@ class _LastLayer:
 
 
 def _last_layer_logits(base_model, loras: _LastLayer, context: Tensor, batch: Batch) -> tuple[Tensor, AnswerTokens]:
-    """`answer_logits` of a model in which only the last layer has adapters, without a backward pass through it.
+    """`answer_logits` of a model with adapters in the last layer only, without a backward pass through the model.
 
-    What a module that writes into the residual stream adds there goes straight to the final norm, and its inputs are
-    those of the plain model. context: [questions], which adapter each has, in rising order. ValueError where the module
-    does not write straight into the residual stream.
+    The module's inputs are those of the plain model, and what it adds to the residual stream goes straight to the final
+    norm.
+
+    context: [questions], the adapter of each, in rising order.
+
+    ValueError if the module does not write straight into the residual stream.
     """
     check_writes_residual(base_model, loras.module)
     answers = find_answer_tokens(batch.labels)
@@ -194,7 +197,7 @@ def _last_layer_logits(base_model, loras: _LastLayer, context: Tensor, batch: Ba
 
 
 def _logits_of(base_model, hidden: Tensor) -> Tensor:
-    """[n, 1, vocabulary]; hidden [n, d] are the normed states of the places that predict."""
+    """Logits [n, 1, vocabulary]; hidden [n, d] holds the normed states of the predicting positions."""
     logits = base_model.get_output_embeddings()(hidden)
     if cap := getattr(base_model.config.get_text_config(), "final_logit_softcapping", None):  # Gemma-2
         logits = cap * torch.tanh(logits / cap)
@@ -209,10 +212,10 @@ def _n_real_tokens(labels: Tensor) -> int:
 
 @contextmanager
 def _noisy_embeddings(model, strength: float, n_tokens: int) -> Iterator[None]:
-    """Inside the `with` block embeddings of `model` have noise from -m to m on them, m = strength / sqrt(n_tokens * d).
+    """Inside the `with` block embeddings of `model` get uniform noise in [-m, m], m = strength / sqrt(n_tokens * d).
 
-    NEFTune (Jain et al. 2023) as published for this method: n_tokens counts all questions of the batch, as they would
-    lie in one packed row. Nothing happens at strength 0.
+    NEFTune (Jain et al. 2023) as published for this method: n_tokens counts all questions of the batch, as in one
+    packed row. Strength 0 adds nothing.
     """
 
     def add_noise(_, inputs, output: Tensor) -> Tensor:
