@@ -3,10 +3,10 @@
     d2l train                                        # base model and needle hypernetwork, from nothing
     d2l train --stage needle --seed 1
     d2l train --stage qa --preset paper-gemma --shards FOLDER ...       # the published recipe on shards
-    torchrun --nproc_per_node 8 -m d2l_lib train ...                    # batches are shared out among processes
+    torchrun --nproc_per_node 8 -m d2l_lib train ...                    # processes share the batches
 
-Runs can be killed and go on where they were (see `loop`). A preset of a published base model takes --base (a folder or
-another hub name), --steps and --set for runs of another size; its hypernetwork ends in a folder that `d2l.load` reads.
+Killed runs continue (see `loop`). A preset of a published base model takes --base (a folder or another hub name), and
+--steps and --set for runs of another size. Its hypernetwork ends in a folder that `d2l.load` reads.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run(a: argparse.Namespace) -> None:
 
 
 def _is_own(a: argparse.Namespace, p: Preset) -> bool:
-    """Whether these options ask for something else than a bundled model."""
+    """Whether these options ask for something other than a bundled model."""
     return isinstance(p.base, str) or a.base is not None or a.steps is not None or bool(a.set)
 
 
@@ -91,7 +91,7 @@ def _check(a: argparse.Namespace, own: bool) -> None:
 
 
 def _run_own(a: argparse.Namespace, p: Preset) -> None:
-    """A training for a base model of the user's, or on data of the user's."""
+    """Train for the user's base model, or on the user's data."""
     import torch
 
     from d2l_lib.training import recipes
@@ -123,7 +123,7 @@ def _run_own(a: argparse.Namespace, p: Preset) -> None:
 
 
 def _base_source(a: argparse.Namespace, p: Preset) -> str:
-    """What the base model is found by, now and when the checkpoint is loaded: a folder in full."""
+    """The source of the base model, now and when the checkpoint is loaded; a folder as an absolute path."""
     from d2l_lib.base_model import bundled_path
 
     source = a.base or p.base_source

@@ -1,4 +1,4 @@
-"""Context distillation: a LoRA trained by gradient descent for one document, to compare Doc-to-LoRA with.
+"""Context distillation, a baseline for Doc-to-LoRA: a LoRA trained by gradient descent for one document.
 
 document -> questions -> answers of the base model with the document in its prompt -> LoRA that gives them without
 """
@@ -26,8 +26,10 @@ from d2l_lib.training.step import answer_logits
 
 
 def sample_questions(model: DocToLoRA, document: str, n: int, seed: int, rounds: int = 8) -> list[str]:
-    """Up to `n` different questions that the base model itself asks after the document: samples of how the user's turn
-    goes on (temperature 1). For base models that saw questions behind documents in training, as the bundled one did.
+    """Up to `n` different questions on the document, which the base model itself asks: samples at temperature 1.
+
+    It continues the user's turn after the document. It must have seen questions after documents in training, as the
+    bundled one has.
     """
     tokenizer = model.tokenizer
     document = qa.truncate_document(document, "?", tokenizer, model.window, 64)
@@ -46,12 +48,13 @@ def sample_questions(model: DocToLoRA, document: str, n: int, seed: int, rounds:
 
 @dataclass
 class ContextDistillation:
-    """A LoRA trained by gradient descent for one document: it learns what the base model answers with the document.
+    """A LoRA trained by gradient descent on the base model's answers with the document in its prompt.
 
-    queries: "oracle" trains on the very questions that are asked later; a number, on that many questions which
-    `questions_from(model, document, n, seed)` gives. The teacher's answers and top-16 log-probabilities are those of
-    self-generated data, and so are the target linears, rank and scale of the LoRA those of the model's hypernetwork.
-    `steps` of AdamW on batches of at most `batch` questions (published: 300 steps).
+    queries: "oracle" (the questions that are asked later), or a number for `questions_from(model, document, n, seed)`.
+    steps: of AdamW (published: 300), on at most `batch` questions each.
+
+    Answers and top-16 log-probabilities are as in self-generated data. Target linears, rank and scale are those of the
+    model's hypernetwork.
     """
 
     model: DocToLoRA
@@ -82,7 +85,7 @@ class ContextDistillation:
         return self._train([(ids, reply) for ids, reply in pairs if reply and reply.finished])
 
     def _train(self, pairs: list[tuple[list[int], Reply]]) -> Adapter:
-        """One block of the hypernetwork's rank, scale and modules, trained on (question ids, teacher's reply)."""
+        """One block of the hypernetwork's rank, scale and modules, trained on (question ids, teacher's reply) pairs."""
         config, base_model = self.model.config, self.model.base_model
         generator = torch.Generator().manual_seed(self.seed)
         d_in, d_out = module_sizes(base_model, config.modules)

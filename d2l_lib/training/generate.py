@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    """Questions on documents, answered by the base model with the document in its prompt, as parquet shards."""
+    """Write questions on documents, and the base model's answers with the document in its prompt, as parquet shards."""
     from d2l_lib.training import selfgen  # torch and transformers: not for --help
 
     given = {s.name: getattr(a, s.name) for s in fields(Settings) if getattr(a, s.name) is not None}

@@ -1,4 +1,4 @@
-"""What self-generated data are a function of, besides models and texts."""
+"""The settings of self-generated data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _setting(default: Any, what: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything besides models and texts that the data are a function of. ValueError for values that make no sense."""
+    """What the data depend on, besides models and texts; ValueError for values that make no sense."""
 
     documents: int = _setting(1000, "how many documents")
     seed: int = _setting(0, "of documents, questions and sampled answers")

@@ -1,11 +1,11 @@
-"""A ready sbatch script for a training on several GPUs and nodes.
+"""An sbatch script for a training on several GPUs and nodes.
 
     d2l slurm --preset paper-gemma --nodes 2 --gpus 8 --shards /data/self_gen > train.sbatch
     sbatch train.sbatch
 
-One task per node starts torchrun, which starts one process per GPU; batches are shared out among all of them, and the
-steps are those of one process. A job that runs into its time limit, or loses a node, is put back into the queue and
-goes on from the last checkpoint, which is why RUNS must lie on a disk that all nodes share.
+One task per node starts torchrun, which starts one process per GPU. All processes share the batches; the steps are
+those of one process. A job that hits its time limit or loses a node goes back into the queue and continues from the
+last checkpoint. So RUNS must lie on a disk that all nodes share.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ def sbatch_script(
     runs: str = "runs",
     extra: Sequence[str] = (),
 ) -> str:
-    """The script for preset `name`, stage "needle" or "qa"; `extra` are further options of that training's command.
+    """The script for preset `name` and stage "needle" or "qa".
 
-    gpus and cpus: of a node, and of each of its GPUs. ValueError where the processes cannot share out the preset's
-    batches evenly, and where shards are missing.
+    gpus, cpus: per node, and per GPU.
+    extra: further options of `d2l train`.
+
+    ValueError if the processes cannot share the preset's batches evenly, or if shards are missing.
     """
     shards, extra = check_texts(shards, "shards"), check_texts(extra, "extra options")
     p = preset(name)
@@ -71,7 +73,7 @@ def sbatch_script(
         "# Near the time limit: back into the queue; the training goes on from its last checkpoint.",
         """trap 'scontrol requeue "$SLURM_JOB_ID"' USR1""",
         'cd "$SLURM_SUBMIT_DIR"',
-        # Not through `head`: under pipefail a scontrol that is still printing would end the script with SIGPIPE.
+        # No pipe into `head`: under pipefail, SIGPIPE in scontrol would end the script.
         'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         "head_node=${hosts%%$'\\n'*}",
         "export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false",
@@ -89,7 +91,7 @@ def sbatch_script(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command `slurm`. What follows "--" goes to the training's own command."""
+    """The options of the command `slurm`; those after "--" go to `d2l train`."""
     parser.add_argument("--preset", default="paper-gemma", choices=sorted(PRESETS))
     parser.add_argument("--stage", choices=STAGES, default="qa")
     parser.add_argument("--nodes", type="count", default=1)

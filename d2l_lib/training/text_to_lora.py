@@ -1,9 +1,9 @@
-"""A hypernetwork that reads a text as one vector, to compare with: Text-to-LoRA (Charakorn et al., arXiv 2506.06105).
+"""A baseline that reads a text as one vector: Text-to-LoRA (Charakorn et al., arXiv 2506.06105).
 
     features [n, T, F] --mean over tokens--> [n, F] --MLP, told which layer and module--> A, B of that layer and module
 
-The mean keeps what a text is about, not which name stands beside which: what Doc-to-LoRA's Perceiver is for. It is
-trained on the same documents with the same loss (`step.Internalization`), each document in one chunk.
+The mean keeps a text's topic, but not which value belongs to which name; Doc-to-LoRA's Perceiver keeps both. Documents
+and loss are the same (`step.Internalization`), with each document in one chunk.
 
     d2l train --stage text-to-lora                                        # trained, into runs/
     d2l study methods --text-to-lora runs/tiny/text_to_lora_seed0/final   # compared
@@ -54,7 +54,7 @@ class TextToLoRA(nn.Module):
     def forward(self, features: Tensor, attention_mask: Tensor, **options) -> Loras:
         """Blocks {module: (A [n, L, r, d_in], B [n, L, r, d_out])}; features [n, T, F], attention_mask [n, T].
 
-        A fresh one writes B = 0. `options` of `Hypernetwork.forward` that change no number are ignored.
+        A fresh network writes B = 0. `options` of `Hypernetwork.forward` that change no number are ignored.
         """
         features, mask = zero_padding(features.float(), attention_mask)
         weight = torch.ones(features.shape[:2], device=features.device) if mask is None else mask.float()
@@ -70,7 +70,7 @@ class TextToLoRA(nn.Module):
         return blocks
 
     def bias(self) -> None:
-        """There is no block that belongs to no text."""
+        """None: every block belongs to a text."""
         return
 
 
@@ -88,20 +88,23 @@ _FILES = ("config.json", "model.safetensors")
 
 
 def _written_files(folder: Path) -> tuple[str, ...]:
-    """The files of an earlier model; its settings are those of a hypernetwork."""
+    """The files of an earlier model, after a check that its settings are a hypernetwork's."""
     HypernetworkConfig.from_dict(read_json(folder / "config.json"))
     return _FILES
 
 
 def save_text_to_lora(folder: Path, network: TextToLoRA) -> None:
-    """Write weights and sizes into `folder`, complete or not at all."""
+    """Write weights and sizes into `folder`, completely or not at all."""
     with atomic_folder(folder, FolderKind("text-to-LoRA model", _FILES, _written_files)) as temporary:
         save_file({name: t.contiguous() for name, t in network.state_dict().items()}, temporary / "model.safetensors")
         (temporary / "config.json").write_text(json.dumps(network.config.to_dict(), indent=1))
 
 
 def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
-    """A model that internalizes each document, up to the base model's window, as one block from one vector."""
+    """A model that turns each document, up to the base model's window, into one block from one vector.
+
+    FileNotFoundError if `folder` has no model. ValueError if the tensors do not fit config.json.
+    """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no text-to-LoRA model in {folder}: train one with d2l train --stage text-to-lora")
@@ -121,7 +124,7 @@ def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
 
 
 def remake_text_to_lora(p: Preset, runs: Path, data: Path, seed: int) -> None:
-    """Train the hypernetwork to compare with, into `runs`; its log goes to `data` too."""
+    """Train the baseline into `runs`; its log also goes to `data`."""
     run = Run(runs / p.name / f"text_to_lora_seed{seed}", seed)
     network = train_text_to_lora(p.qa.world, Base(*load_base_model(p.name), p.name), run)
     if is_first_process():
