@@ -1,9 +1,8 @@
-"""Training runs on top of `transformers.Trainer`: batches in their order, one report line per so many steps, and runs
-that go on where they were killed.
+"""Training runs on `transformers.Trainer`: batches in order, one report line per so many steps, resumable.
 
-Batches are functions of (seed, step), and the Trainer saves the optimiser: a run that was killed goes on from its last
+Batches are functions of (seed, step), and the Trainer saves the optimizer. A killed run continues from its last
 checkpoint and ends with the weights of an uninterrupted one. Under torchrun every process takes its share of the
-batches, on several nodes too (`slurm` writes the script for that).
+batches, also on several nodes (`slurm` writes the script).
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ _TRAINING_CHECKPOINT = FolderKind(
 
 
 class _Report(TrainerCallback):
-    """One JSON line per report in `run`/log.jsonl, and one printed line: step, seconds trained, loss and the
-    model's own report. Where the package tensorboard is installed the same numbers go to `run`/tensorboard.
+    """Report lines, printed and (as JSON) in `run`/log.jsonl: step, seconds trained, loss, the model's own report.
 
-    Seconds count on over interruptions. After a resumed start, lines of steps that will be trained again are dropped.
+    The same numbers go to `run`/tensorboard if the package tensorboard is installed. Seconds count on over
+    interruptions. A resumed start drops the lines of steps that will be trained again.
     """
 
     def __init__(self, path: Path, model: nn.Module):
@@ -68,7 +67,7 @@ class _Report(TrainerCallback):
         line = {
             "step": state.global_step,
             "seconds": round(self.seconds_before + time.monotonic() - self.start, 1),
-            "loss": round(logs["loss"], 5),  # a model may report its loss without penalties in its place
+            "loss": round(logs["loss"], 5),  # the model's report may replace it with the loss without penalties
             "total_loss": round(logs["loss"], 5),
             "learning_rate": logs["learning_rate"],
             **self.model.report(),
@@ -102,7 +101,7 @@ class _Stop(TrainerCallback):
 
 
 class _Together(torch.optim.Optimizer):
-    """Several optimizers, each with parameters of its own, that step and are saved as one."""
+    """Several optimizers with disjoint parameters that step and are saved as one."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
         self.optimizers, self.defaults = list(optimizers), {}
@@ -132,12 +131,10 @@ class _Together(torch.optim.Optimizer):
 
 
 class InOrderTrainer(Trainer):
-    """A Trainer that takes the batches of a curriculum in their order, and spares `without_decay` from weight decay.
+    """A Trainer that takes batches in order and exempts `without_decay` from weight decay.
 
-    Of its checkpoints the last `keep` stay (None: all); only files that a Trainer writes are deleted.
-
-    With `muon_rate` the matrices among the other parameters follow Muon (Jordan et al. 2024) at that rate, all else
-    AdamW.
+    keep: number of last checkpoints to keep (None: all). Only files that a Trainer writes are deleted.
+    muon_rate: learning rate of Muon (Jordan et al. 2024) for the matrices with weight decay; all else follows AdamW.
     """
 
     without_decay: frozenset[str] = frozenset()
@@ -165,7 +162,7 @@ class InOrderTrainer(Trainer):
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of a step, and, where the model asks for it, how many contexts they have in all processes."""
+        """The batches of a step, and their number of contexts in all processes if the model asks for it."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.model_accepts_loss_kwargs:
             own = torch.tensor(sum(inputs["batch"].n_contexts for inputs in batches), device=device)
@@ -195,16 +192,17 @@ class InOrderTrainer(Trainer):
 
 @dataclass(frozen=True)
 class Run:
-    """How this machine trains: where a run is kept, its seed, and what changes no number of it.
+    """How this machine trains: where a run is kept, its seed, and options that leave its result unchanged.
 
-    folder: checkpoints and log; a run that was killed goes on there.
-    save_steps, report_steps: optimizer steps from checkpoint to checkpoint, and from log line to log line. Where a
-        schedule makes a step of one batch of each process, they count the steps of one process, as its `steps` do.
-    stop_at: end after so many steps with a checkpoint; the schedule stays that of all steps.
-    keep: of the checkpoints only so many last ones (None: all).
-    bf16: bfloat16 autocast around float32 parameters. recompute: see `step.Internalization`. compiled: torch.compile
-        for the Perceiver; needs a compiler.
-    arguments: others of transformers' TrainingArguments.
+    folder: checkpoints and log; a killed run continues there.
+    save_steps, report_steps: optimizer steps between checkpoints, and between log lines. Where a step is one batch of
+        each process, they count the steps of one process, as the schedule's `steps` do.
+    stop_at: end with a checkpoint after so many steps of the full schedule.
+    keep: number of last checkpoints to keep (None: all).
+    bf16: bfloat16 autocast around float32 parameters.
+    recompute: see `step.Internalization`.
+    compiled: torch.compile for the Perceiver; needs a compiler.
+    arguments: further TrainingArguments of transformers.
     """
 
     folder: Path
@@ -219,22 +217,22 @@ class Run:
     arguments: Mapping[str, object] = field(default_factory=dict)
 
     def stage(self, name: str, **changes) -> Run:
-        """This run's stage in a folder of its own, with other options changed."""
+        """This run with a folder of its own for stage `name`, and other changes."""
         return replace(self, folder=self.folder / name, **changes)
 
 
 def fit(model: nn.Module, batches: Dataset, schedule: Schedule, run: Run) -> None:
-    """Train `model` on `batches` in order, going on from the last checkpoint in `run.folder`.
+    """Train `model` on `batches` in order, from the last checkpoint in `run.folder` on.
 
-    model: its forward takes `batch` (the fields of a batch that is a dict) and returns {"loss": ...}; `report` gives
-        numbers for the log. With `accepts_loss_kwargs` it also takes num_items_in_batch, the number of contexts in a
-        step, and has to divide its sums by it; so batches of any number of contexts can be accumulated.
-    schedule: `steps` and `warmup_steps` count batches. Of W processes each takes every W-th one, and an optimizer step
-        is made of W batches, as one process makes it with gradient_accumulation_steps=W, or of `batches_per_step`.
+    model: its forward takes `batch` (or the fields of a batch that is a dict) and returns {"loss": ...}. `report` gives
+        numbers for the log. With `accepts_loss_kwargs` it also takes num_items_in_batch, the contexts of a step, and
+        divides its sums by it: then batches of unequal numbers of contexts can be accumulated.
+    schedule: `steps` and `warmup_steps` count batches. Each of W processes takes every W-th batch. An optimizer step
+        has `batches_per_step` batches; if that is 1 it has W, as in one process with gradient_accumulation_steps=W.
 
-    FloatingPointError when the loss is not a number; the checkpoints written before it are kept. RuntimeError where one
-    process sees several GPUs. FileExistsError where the folder holds checkpoints or a log of another program. OSError
-    names the checkpoint that cannot be written.
+    FloatingPointError if the loss is not a number; earlier checkpoints are kept. RuntimeError if one process sees
+    several GPUs. FileExistsError if the folder holds checkpoints or a log of another program. OSError names a
+    checkpoint that cannot be written.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     _check_run(run.folder)
@@ -256,7 +254,7 @@ def fit(model: nn.Module, batches: Dataset, schedule: Schedule, run: Run) -> Non
 
 
 def _training_arguments(schedule: Schedule, run: Run) -> TrainingArguments:
-    """The Trainer's settings; its steps are optimizer steps. RuntimeError where one process sees several GPUs."""
+    """The Trainer's settings, in optimizer steps; RuntimeError if one process sees several GPUs."""
     floor, each = schedule.min_learning_rate, schedule.batches_per_step
     options = {"ddp_find_unused_parameters": False} | dict(run.arguments)
     arguments = TrainingArguments(
@@ -294,7 +292,7 @@ def _optimizer_steps(batches: int, schedule: Schedule, run: Run) -> int:
 
 
 def _accumulation(schedule: Schedule, run: Run) -> int:
-    """Batches of a step that one process takes."""
+    """Batches per step that one process takes."""
     if schedule.batches_per_step > 1:
         return schedule.accumulation(_processes())
     return run.arguments.get("gradient_accumulation_steps", 1)
@@ -305,26 +303,26 @@ def _processes() -> int:
 
 
 def _named_batch(items: list) -> dict:
-    """Collator for data sets whose items are whole batches: what `forward` takes."""
+    """What `forward` takes, from a data set whose items are whole batches."""
     (batch,) = items
     return batch if isinstance(batch, dict) else {"batch": batch}
 
 
 def own_device() -> str | None:
-    """The GPU of this process under torchrun; None, which lets the loader choose, in all other cases."""
+    """The GPU of this process under torchrun; else None, and the loader chooses."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes results: the only one, or torchrun's first."""
+    """Whether this process writes results: the only one, or torchrun's first."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a training's log, none where there is no file; ValueError names one without step and seconds.
+    """The lines of a training log, [] without a file; ValueError names a line without step and seconds.
 
-    A last line that was cut off is left out: the process was killed as it wrote it.
+    A last line that was cut off is left out: the process was killed while it wrote.
     """
     from d2l_lib.formats.schemas import LogLine, check
 
@@ -335,16 +333,13 @@ def read_log(path: Path) -> list[dict]:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders in `run`, whole or not, the oldest first."""
+    """The checkpoint folders in `run`, whole or not, oldest first."""
     folders = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
     return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint folder was written to its end.
-
-    The Trainer writes trainer_state.json last: a folder without it, or with a part of it, is not whole.
-    """
+    """Whether a checkpoint folder is complete: the Trainer writes trainer_state.json last."""
     try:
         step_of(checkpoint)
     except (OSError, ValueError):
@@ -353,7 +348,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def _check_run(run: Path) -> None:
-    """FileExistsError where a folder holds checkpoints or a log that no training of this project wrote."""
+    """FileExistsError if a folder holds checkpoints or a log that no training of this project wrote."""
     log = run / _LOG
     try:
         read_log(log)
@@ -367,13 +362,13 @@ def _check_run(run: Path) -> None:
 
 
 def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint, trainer_state.json first, so that a part of one is never taken for a whole."""
+    """Delete a checkpoint, trainer_state.json first: a part of one never looks whole."""
     if left := remove_output(checkpoint, _TRAINING_CHECKPOINT):
         print(f"{checkpoint} stays, for it holds {', '.join(left[:5])}", flush=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step at which a checkpoint was written; ValueError where its trainer_state.json does not say."""
+    """The optimizer step of a checkpoint; ValueError if its trainer_state.json does not say."""
     from d2l_lib.formats.schemas import TrainerState, check
 
     path = checkpoint / _STATE
@@ -381,7 +376,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _last_whole_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint folder in `run` that is whole; newer half-written ones (a killed run) are deleted."""
+    """The newest whole checkpoint folder in `run`; newer half-written ones (a killed run) are deleted."""
     for folder in reversed(checkpoints(run)):
         if is_whole(folder):
             return str(folder)

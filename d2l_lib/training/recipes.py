@@ -1,13 +1,15 @@
 """The recipes: which data train what, in which order.
 
-    _train_base      the tiny base model, from nothing: `pretraining.Curriculum` in two stages
+    _train_base     the tiny base model, from nothing: `pretraining.Curriculum` in two stages
     train_needle    warm-up on single sentences, then haystacks with a needle in two stages
     train_qa        warm-up on single sentences (`warm_up.KeysAndValues`); documents of the world, first with the last
                     layer alone: many facts side by side; self-generated shards
 
-The paper's main stage is the last: the teacher's answers and their top-16 log-probabilities are read from `selfgen`
-shards (or published ones), and the student sees the question alone. `remake_...` train what is bundled, `own_...`
-train for a base model of one's own. The command is `d2l train` (see `command`); runs can be killed and go on.
+The last stage is the paper's main stage: the student sees the question alone, and learns from the teacher's answers and
+their top-16 log-probabilities in `selfgen` or published shards.
+
+`remake_...` train what is bundled, `own_...` train for a base model of one's own. The command is `d2l train` (see
+`command`). Runs can be killed and continue.
 """
 
 from __future__ import annotations
@@ -60,9 +62,9 @@ HYPERNETWORK = "hypernetwork.json"
 
 # ----------------------------------------------------------------------------------------------------- the base model
 def _train_base(p: Preset, run: Run, fast: bool = False) -> None:
-    """The tiny base model from nothing; tokenizer and weights end in `run.folder`/final.
+    """Train the tiny base model from nothing; tokenizer and weights end in `run.folder`/final.
 
-    `fast`: bfloat16 arithmetic on float32 weights, and compiled code; needs a C++ compiler.
+    fast: bfloat16 arithmetic on float32 weights, and compiled code; needs a C++ compiler.
     """
     sizes = p.base
     tokenizer = pretraining.build_tokenizer(sizes.vocab_size, sizes.window, run.seed)
@@ -96,7 +98,7 @@ def _train_base(p: Preset, run: Run, fast: bool = False) -> None:
 
 
 def _base_folder(config: dict) -> FolderKind:
-    """An earlier base model of these sizes, which a new one may replace."""
+    """What a new base model may replace: an earlier one of these sizes."""
     sizes = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "head_dim")
 
     def recognise(folder: Path) -> list[str]:
@@ -111,9 +113,9 @@ def _base_folder(config: dict) -> FolderKind:
 class Base:
     """The frozen base model that a hypernetwork is trained for.
 
-    name: what it is found by when the checkpoint is loaded.
-    encoder: what reads the documents (None: the base model). encoder_name: of another model than the base model; the
-        chunks of batches are in that model's tokens.
+    name: the source from which `d2l.load` takes it later.
+    encoder: the model that reads the documents (None: the base model).
+    encoder_name: the source of an encoder other than the base model; chunks are then in its tokens.
     """
 
     model: torch.nn.Module
@@ -124,7 +126,7 @@ class Base:
 
     @classmethod
     def load(cls, source: str, p: TrainingPreset) -> Base:
-        """The base model `source`, with a copy in 4-bit weights that reads documents where `p` says so."""
+        """The base model `source`; with `p.encoder_bits`, also a copy in 4-bit weights that reads documents."""
         model, tokenizer = load_base_model(source, device=own_device())
         return cls(model, tokenizer, source, load_encoder(p, source))
 
@@ -134,8 +136,8 @@ def hypernetwork_config(
 ) -> HypernetworkConfig:
     """The hypernetwork's sizes for this preset and base model; it writes the MLP down projections.
 
-    encoder_model: the context encoder, loaded from encoder_name, where it is not the base model. With
-        per_layer_activations it gives one hidden state for each layer of the base model, so it must have as many.
+    encoder_model, encoder_name: the context encoder and its source, if it is not the base model. With
+        per_layer_activations it needs as many layers as the base model: one hidden state for each.
     """
     d_in, d_out = module_sizes(base_model, default_modules(base_model))
     n_layers = base_model.config.get_text_config().num_hidden_layers
@@ -182,8 +184,8 @@ def train_hypernetwork(p: TrainingPreset, base: Base, batches: Dataset, run: Run
 def fit_hypernetwork(p: TrainingPreset, base: Base, hypernetwork: Hypernetwork, batches: Dataset, run: Run) -> None:
     """Train `hypernetwork` on `batches` in place, resumable; steps, rates and loss are those of `p`.
 
-    What the hypernetwork is goes to `run.folder`/hypernetwork.json, so that checkpoints can be read while the run goes
-    on (see `studies.watch`); ValueError where the run already has checkpoints of another one.
+    Its configuration goes to `run.folder`/hypernetwork.json, so that `studies.watch` can load checkpoints during the
+    run. ValueError if the run already has checkpoints of another hypernetwork.
     """
     if run.compiled:
         hypernetwork.aggregator.perceiver.compile(dynamic=True)
@@ -194,7 +196,7 @@ def fit_hypernetwork(p: TrainingPreset, base: Base, hypernetwork: Hypernetwork, 
 
 
 def _write_down(hypernetwork: Hypernetwork, folder: Path, chunk_tokens: int) -> None:
-    """`folder`/hypernetwork.json; ValueError where one of another hypernetwork is there, with checkpoints."""
+    """Write `folder`/hypernetwork.json; ValueError if it describes another hypernetwork that has checkpoints there."""
     facts = {"hypernetwork": hypernetwork.config.to_dict(), "chunk_tokens": chunk_tokens}
     path = folder / HYPERNETWORK
     if checkpoints(folder) and path.exists() and read_json(path) != facts:
@@ -207,7 +209,7 @@ def _write_down(hypernetwork: Hypernetwork, folder: Path, chunk_tokens: int) -> 
 def train_needle(p: NeedlePreset, base: Base, run: Run) -> Hypernetwork:
     """A hypernetwork trained on needles: the warm-up, if `p` has one, then two stages (see `NeedleBatches`).
 
-    run.stop_at ends the first stage after the warm-up early, and with it this call.
+    run.stop_at ends the call early, after so many steps of the first stage.
     """
     hypernetwork = _new_hypernetwork(p, base, run.seed)
     if p.readout is not None:
@@ -223,10 +225,9 @@ def train_needle(p: NeedlePreset, base: Base, run: Run) -> Hypernetwork:
 
 
 def train_qa(p: QAPreset, base: Base, run: Run, shards: str | Path | Sequence | None = None) -> Hypernetwork:
-    """A question-answering hypernetwork in the stages of `p`, each resumable in a folder of its own.
+    """A question-answering hypernetwork trained in the stages of `p`, each resumable in a folder of its own.
 
-    shards: a finished folder of `selfgen`, or data sets as `read_shards` returns them; None leaves out the stages that
-    need them.
+    shards: a finished folder of `selfgen`, or data sets of `read_shards`; None skips the stages that need them.
     """
     hypernetwork = _new_hypernetwork(p.first, base, run.seed)
     if p.readout is not None:
@@ -258,7 +259,7 @@ def train_qa(p: QAPreset, base: Base, run: Run, shards: str | Path | Sequence | 
 
 # ---------------------------------------------------------------------------------------------------- what is bundled
 def remake_base(p: Preset, runs: Path, data: Path, fast: bool) -> None:
-    """Train the base model and put it and its training log into `data`."""
+    """Train the base model; put it and its training log into `data`."""
     run = Run(runs / p.name / "base", p.base.seed)
     _train_base(p, run, fast)
     if not is_first_process():
@@ -271,7 +272,7 @@ def remake_base(p: Preset, runs: Path, data: Path, fast: bool) -> None:
 
 
 def _whole_log(*stages: Path) -> list[dict]:
-    """The training logs of stages that followed each other as one: steps and seconds count on."""
+    """The training logs of consecutive stages as one: steps and seconds count on."""
     lines: list[dict] = []
     for stage in stages:
         before = {name: lines[-1][name] if lines else 0 for name in ("step", "seconds")}
@@ -281,7 +282,7 @@ def _whole_log(*stages: Path) -> list[dict]:
 
 
 def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) -> None:
-    """Train a needle hypernetwork on the bundled base model; logs go to `data`, and the bundled one's weights too."""
+    """Train a needle hypernetwork on the bundled base model; its log, and the bundled one's weights, go to `data`."""
     settings = replace(p.needle, **NEEDLE_VARIANTS[variant])
     name = f"needle_{variant}_seed{seed}"
     run = Run(runs / p.name / name, seed)
@@ -299,7 +300,7 @@ def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) ->
 
 
 def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
-    """Train the bundled question-answering hypernetwork on the bundled base model; logs go to `data` too."""
+    """Train a question-answering hypernetwork on the bundled base model; logs and the bundled weights go to `data`."""
     run = Run(runs / p.name / f"qa_seed{seed}", seed)
     hypernetwork = train_qa(p.qa, Base(*load_base_model(p.name), p.name), run)
     if not is_first_process():
@@ -324,8 +325,10 @@ def own_needle(p: NeedlePreset, source: str, run: Run, preset_name: str) -> None
 def own_qa(p: QAPreset, source: str, run: Run, preset_name: str, shards: Sequence[Path], cache: Path) -> None:
     """Train a question-answering hypernetwork for the base model `source`; it ends in `run.folder`/final.
 
-    shards: folders or files of self-generated data; cache: where they are unpacked to. ValueError where all stages need
-    such data and there are none.
+    shards: folders or files of self-generated data.
+    cache: where they are unpacked.
+
+    ValueError if all stages need such data and there are none.
     """
     for name, stage in p.stages.items():
         _print_run(stage, source, run.folder / name)
@@ -355,9 +358,9 @@ def _print_run(p: TrainingPreset, base_name: str, folder: Path) -> None:
 
 
 def settle_encoder(p: TrainingPreset) -> TrainingPreset:
-    """`p` with the encoder that this machine can run: without a GPU none in 4 bits, which one printed line says.
+    """`p` with an encoder that this machine can run: without a GPU the base model reads documents, and a line says so.
 
-    ValueError where there is a GPU but not the package bitsandbytes.
+    ValueError if `p.encoder_bits` is neither 4 nor None, or if there is a GPU but no package bitsandbytes.
     """
     if p.encoder_bits is None:
         return p
@@ -375,5 +378,5 @@ def settle_encoder(p: TrainingPreset) -> TrainingPreset:
 
 
 def load_encoder(p: TrainingPreset, source: str):
-    """The copy of the base model in 4-bit weights that reads documents for `p`, or None: the base model reads them."""
+    """A copy of the base model in 4-bit weights that reads documents for `p`; None if the base model reads them."""
     return None if p.encoder_bits is None else load_base_model(source, device=own_device(), four_bit=True)[0]

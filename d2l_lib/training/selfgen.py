@@ -1,24 +1,23 @@
-"""Self-generated data: what the frozen base model answers with a document in its prompt, for training without it.
+"""Self-generated data: answers of the frozen base model to questions on a document in its prompt.
 
     documents  ->  questions  ->  the teacher's answers and their top-16 log-probabilities  ->  parquet shards
 
     d2l generate --model tiny --source world --documents 2000 --seed 0 --shard-size 100 --out FOLDER
     torchrun --nproc_per_node 2 -m d2l_lib generate ...                    # every process makes its share of the shards
 
-One row is one document. The published columns (paper, main stage), and which axes they have:
+One row is one document. The published columns (paper, main stage) and their axes:
 
     ctx_ids              [tokens]                     the document alone, in chat format (`documents.context_ids`)
     input_ids            [questions][tokens]          chat-formatted question and its answer, without the document
     response_start_end   [questions][2]               the answer within input_ids, as [start, end)
     logprobs_vals        [questions][end - start][16] float16, natural logarithms, largest first
-    logprobs_indices     [questions][end - start][16] the token ids that they belong to
+    logprobs_indices     [questions][end - start][16] their token ids
 
-An answer ends with its stop token, which is learned like any other. Our shards have text columns besides (document,
-questions, answers, references, kinds, closed, evidence); a reader of the published ones does not need them.
+An answer includes its stop token. Our shards also have text columns: document, questions, answers, references, kinds,
+closed, evidence. Readers of the published columns can ignore them.
 
-A shard is a function of the settings, the models and its index: workers make shards independently, and a killed run
-continues to the same bytes (on one kind of machine, with the same library versions and number of threads; vLLM does
-not promise that much).
+A shard is a function of the settings, the models and its index. Workers make shards independently, and a killed run
+continues to the same bytes on the same kind of machine, library versions and number of threads (not with vLLM).
 """
 
 from __future__ import annotations
@@ -77,10 +76,12 @@ _WRITER_PROMPTS = (
 
 
 class VllmEngine:
-    """The same by vLLM, which is far faster for large models. ImportError says how to get it.
+    """The interface of `TransformersEngine` on vLLM, which is far faster for large models.
 
-    vLLM takes a whole GPU for each process: start every worker with its own CUDA_VISIBLE_DEVICES, --worker and
-    --workers instead of torchrun. `gpu_share`: of the GPU's memory.
+    gpu_share: share of the GPU's memory.
+
+    vLLM takes a whole GPU per process. Start each worker with its own CUDA_VISIBLE_DEVICES, --worker and --workers, not
+    with torchrun. ImportError says how to install vLLM.
     """
 
     def __init__(self, name: str, gpu_share: float = 0.9):
@@ -101,7 +102,7 @@ class VllmEngine:
         self._llm = vllm.LLM(model=location, **options)
 
     def facts(self) -> dict[str, Any]:
-        """As TransformersEngine.facts; vLLM keeps the weights to itself, so the fingerprint is the configuration's."""
+        """As `TransformersEngine.facts`, but with the hash of the configuration: vLLM does not show the weights."""
         return {
             "engine": f"vllm {self._vllm.__version__}",
             "name": self.name,
@@ -110,7 +111,7 @@ class VllmEngine:
         }
 
     def reply(self, prompts: Prompts, max_new_tokens: int, temperature: float, seed: int) -> list[Reply | None]:
-        """As TransformersEngine.reply."""
+        """As `TransformersEngine.reply`."""
         fitting = [i for i, ids in enumerate(prompts) if len(ids) < self.window]
         common = {"temperature": temperature, "logprobs": TOP_K, "stop_token_ids": self.stops}
         limits = [min(max_new_tokens, self.window - len(prompts[i])) for i in fitting]
@@ -123,7 +124,7 @@ class VllmEngine:
         for i, output in zip(fitting, outputs, strict=True):
             written = output.outputs[0]
             ids = list(written.token_ids)
-            # A step lists the chosen token too where it is not among the first 16.
+            # A step also lists the chosen token, even outside the top 16.
             steps = [
                 sorted(((p.logprob, token) for token, p in step.items()), key=lambda pair: (-pair[0], pair[1]))[:TOP_K]
                 for step in written.logprobs
@@ -136,11 +137,12 @@ class VllmEngine:
 # ----------------------------------------------------------------------------------------------------------- questions
 @dataclass(frozen=True)
 class _Asked:
-    """A question as student and teacher read it; `reference`: the right answer, where known.
+    """A question as student and teacher read it.
 
-    `with_document`: whether the teacher sees the document. It does not for unrelated questions: there the student
-    is to do what the base model does alone. `evidence`: the characters of the document that the answer rests on, where
-    the source knows them.
+    reference: the right answer, where known.
+    with_document: whether the teacher sees the document. False for unrelated questions: there the student learns what
+        the base model does alone.
+    evidence: the characters of the document that the answer rests on, where the source knows them.
     """
 
     text: str
@@ -152,7 +154,7 @@ class _Asked:
 
 
 def world_documents(rng: random.Random, settings: Settings, n: int) -> list[tuple[str, list[_Asked]]]:
-    """`n` documents of the world and distinct questions on each; unrelated ones are from the encyclopedia."""
+    """`n` documents of the world with distinct questions on each; unrelated questions are from the encyclopedia."""
     kinds = [kind for kind in world.KINDS if kind != "unanswerable"]
     drawn = []
     for _ in range(n):
@@ -186,7 +188,7 @@ def _draw_sort(rng: random.Random, settings: Settings) -> str:
 
 
 def _maybe_closed(rng: random.Random, settings: Settings, question: _Asked) -> _Asked:
-    """The question, in `closed_share` of the cases with one of CLOSED_WORDINGS behind it."""
+    """The question; with probability `closed_share`, one of CLOSED_WORDINGS follows it."""
     if rng.random() >= settings.closed_share:
         return question
     return replace(question, text=f"{question.text} {rng.choice(CLOSED_WORDINGS)}", closed=True)
@@ -195,10 +197,10 @@ def _maybe_closed(rng: random.Random, settings: Settings, question: _Asked) -> _
 def written_documents(
     rng: random.Random, settings: Settings, texts: Sequence[str], writer, counts: Counter
 ) -> list[tuple[str, list[_Asked]]]:
-    """The texts and the questions that `writer` (an engine) wrote on them in two rounds; kinds level_0 and level_1.
+    """The texts with the questions that `writer` (an engine) wrote on them in two rounds: kinds level_0 and level_1.
 
-    Unrelated and unanswerable ones are questions that were written on another text of the same shard. What was dropped
-    is added to `counts`.
+    Unrelated and unanswerable questions were written on another text of the same shard. `counts` gains what was
+    dropped.
     """
     texts = check_texts(texts, "texts")
     written: list[list[_Asked]] = [[] for _ in texts]
@@ -255,11 +257,16 @@ _QUOTES = "\"'“”‘’«»„`"
 def parse_questions(
     text: str, limit: int | None = None, earlier: Sequence[str] = (), complete: bool = True
 ) -> tuple[list[str], dict[str, int]]:
-    """(the questions in a model's reply, how many items were dropped for which of the reasons DROPPED).
+    """(the questions in a model's reply, {reason: number of dropped items}).
 
-    Reads numbers and bullets of any style, quotes, bold type, JSON lists and plain lines; thinking, introductions and
-    answers go. Unmarked lines count only where no item is marked. Duplicates, also of `earlier`, differ in nothing but
-    case and punctuation. At most `limit` are kept. Not `complete` (the reply was cut off): the last item is dropped.
+    The reasons are those of `formats.shards.DROPPED`. Reads numbers and bullets of any style, quotes, bold type, JSON
+    lists and plain lines. Thinking, introductions and answers are dropped. Unmarked lines count only where no item is
+    marked.
+
+    limit: most questions to keep.
+    earlier: existing questions. A duplicate differs from one of them, or from another item, only in case and
+        punctuation.
+    complete: False where the reply was cut off; the last item is then dropped.
     """
     dropped: Counter[str] = Counter()
     text, dropped["thinking"] = _THOUGHT.subn("", text)
@@ -288,7 +295,7 @@ def parse_questions(
 
 
 def _json_items(text: str) -> list[tuple[bool, str]] | None:
-    """The items of a JSON list of texts, or of objects with a question; None where the text is none."""
+    """The items of a JSON list of texts, or of objects with a question; None if the text is no such list."""
     try:
         value = json.loads(text) if text[:1] in ("[", "{") else None
     except (ValueError, RecursionError):  # no JSON, or nested too deeply
@@ -301,7 +308,7 @@ def _json_items(text: str) -> list[tuple[bool, str]] | None:
 
 
 def _line_items(lines: Sequence[str]) -> list[tuple[bool, str]]:
-    """(whether a list mark stood before it, text) of each item; a line that goes on with an item is joined to it."""
+    """(has a list mark, text) of each item; continuation lines are joined to their item."""
     items: list[tuple[bool, str]] = []
     open_item = pending_mark = False
     for line in lines:
@@ -321,7 +328,7 @@ def _line_items(lines: Sequence[str]) -> list[tuple[bool, str]]:
 
 
 def _tidy(item: str) -> str:
-    """An item without bold type, the quotes around it, and an answer behind it."""
+    """An item without bold type, surrounding quotes and a following answer."""
     item = re.sub(r"\s+", " ", item).strip().rstrip(",").strip("*_ ")
     if len(item) > 1 and item[0] in _QUOTES and item[-1] in _QUOTES:
         item = item[1:-1].strip("*_ ")
@@ -346,11 +353,11 @@ def _essence(question: str) -> str:
 def make_shard(
     settings: Settings, index: int, teacher, texts: Sequence[str] | None = None, writer=None
 ) -> tuple[pa.Table, dict[str, int]]:
-    """(the rows of shard `index`, how many of everything): of documents of the world, or of its share of `texts`.
+    """(the rows of shard `index`, its counts): documents of the world, or the shard's share of `texts`.
 
-    Counts (COUNTS): documents kept and dropped (no answer of theirs was kept); questions asked, kept, unfinished (no
-    stop token in time) and too long (the prompt fills the teacher's window); tokens of the kept answers; and what was
-    dropped of the writer's lists.
+    Counts (`formats.shards.COUNTS`): documents kept and dropped (none of their answers was kept); questions asked,
+    kept, unfinished (no stop token in time) and too long (the prompt fills the teacher's window); tokens of the kept
+    answers; dropped items of the writer's lists.
     """
     rng = random.Random(f"self-generated/{settings.seed}/{index}")
     counts: Counter[str] = Counter()
@@ -408,12 +415,13 @@ def generate(
     worker: int = 0,
     workers: int = 1,
 ) -> dict[str, Any] | None:
-    """Make the shards `worker`, `worker` + `workers`, ... that `folder` lacks; the manifest once all are there.
+    """Make the missing shards `worker`, `worker` + `workers`, ...; the manifest if all are there then, else None.
 
-    teacher, writer: engines. Without `texts` documents are drawn from the world; with them `writer` (default: the
-    teacher) asks the questions. Shards that are whole are kept; a damaged one is named in a printed line and made
-    again. The last worker to finish writes the manifest, which is returned (None: others still work). ValueError when
-    the folder holds other data, and for settings that do not fit the texts.
+    teacher, writer: engines. The writer (default: the teacher) asks the questions on `texts`.
+    texts: the documents; None draws them from the world.
+
+    Whole shards are kept. A damaged one is made again, and a printed line names it. The last worker to finish writes
+    the manifest. ValueError if the folder holds other data, or if the settings do not fit the texts.
     """
     if not 0 <= worker < workers:
         raise ValueError(f"worker {worker} of {workers}: workers are numbered from 0")
@@ -471,7 +479,7 @@ def _identity(settings: Settings, teacher, texts: Sequence[str] | None, writer) 
 
 
 def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Make the folder ours, or see that it is: ValueError says what differs."""
+    """Start or continue a run in `folder`; ValueError says how an earlier run there differs."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder for the shards")
     path = folder / MANIFEST
@@ -509,7 +517,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "")
 
 
 def _finish(folder: Path, identity: dict[str, Any], run: str, n_shards: int) -> dict[str, Any] | None:
-    """Write the complete manifest if every shard is there: the same bytes, whoever does it."""
+    """Write and return the complete manifest if every shard is there, else None; any worker writes the same bytes."""
     records = []
     for path in (shard_path(folder, index) for index in range(n_shards)):
         record = shard_record(path)
@@ -526,9 +534,9 @@ def _finish(folder: Path, identity: dict[str, Any], run: str, n_shards: int) -> 
 
 
 def read_texts(source: str | Path) -> list[str]:
-    """The documents of a folder of .txt files (sorted by name) or of a .jsonl file with a "text" in every line.
+    """The documents of a folder of .txt files (sorted by name), or of a .jsonl file with a "text" in every line.
 
-    FileNotFoundError and ValueError name the file or line that is missing, blank, no text or not UTF-8.
+    FileNotFoundError and ValueError name the file or line that is missing, blank, not text or not UTF-8.
     """
     from d2l_lib.formats.schemas import TextLine, check
 

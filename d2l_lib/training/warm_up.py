@@ -1,15 +1,15 @@
-"""A warm-up for hypernetworks: what one sentence says must be readable from the latents that its block is made of.
+"""A warm-up of the hypernetwork: the latents of a block must tell what its one sentence says.
 
     sentence -> context encoder -> hypernetwork's latents -> two linear readouts -> answer tokens, words of the question
 
-Learning to answer starts slowly, because an answer's tokens are found one after another, each through the whole frozen
-base model. Here no base model answers: row j of every layer has to give token j of the answer at once, and the mean of
-the rows the words of the question (which subject, which relation: what a block has to be found by). The readouts are
-thrown away afterwards; the hypernetwork stays as published.
+Without it, learning starts slowly: the answer's tokens are learned one after another, each through the whole frozen
+base model. Here no base model answers. Row j of every layer gives token j of the answer at once. The mean of the rows
+gives the words of the question: the subject and relation by which a block is found. The readouts are then dropped, and
+the hypernetwork stays as published.
 
-`KeysAndValues` goes further, for documents of many facts: the rows of A and B themselves have to be keys that their own
-question finds, and values that point to the answer's tokens. The base model is frozen, so what its target linears read
-at every answer token is known before training, and keys can be learned by regression.
+`KeysAndValues` is for documents of many facts. There the rows of A are keys that match their own question, and the rows
+of B are values that point to the answer's tokens. The base model is frozen, so the inputs of its target linears at the
+answer tokens are known before training, and keys are learned by regression.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from d2l_lib.training.batches import IGNORED, Chunks, SentenceBatch
 from d2l_lib.training.loop import Run, fit
 
 _Sentence = tuple[str, str, str]  # a text, a question about it, the answer
-_SHARPNESS, _KEY_WEIGHT = 20.0, 10.0  # of values among all tokens; of the keys' loss
+_SHARPNESS, _KEY_WEIGHT = 20.0, 10.0  # logit scale of the values; weight of the keys' loss
 
 
 def fact_sentences(rng: random.Random, tokenizer, chunk_tokens: int = 20) -> Iterator[_Sentence]:
-    """Chunks of documents of the world that state one fact each, in one sentence or with a distractor, without end."""
+    """An endless stream of chunks that state one fact of the world each, in one sentence or with a distractor."""
     while True:
         document = world.draw_document(rng, "train", 4, distractors=rng.choice((0.0, 0.3)))
         for chunk in chunk_document(document.text, tokenizer, chunk_tokens):
@@ -54,7 +54,7 @@ def fact_sentences(rng: random.Random, tokenizer, chunk_tokens: int = 20) -> Ite
 
 
 def needle_sentences(rng: random.Random, tokenizer) -> Iterator[_Sentence]:
-    """Needles among a few lines of filler, without end."""
+    """An endless stream of needles among a few lines of filler."""
     while True:
         number = needles.draw_number(rng, "train")
         haystack = needles.build_haystack(tokenizer, rng.randint(20, 80), rng.random(), number)
@@ -62,7 +62,7 @@ def needle_sentences(rng: random.Random, tokenizer) -> Iterator[_Sentence]:
 
 
 class ReadoutBatches(Dataset):
-    """Batches of sentences with a question about each, from `draw`; item i is a function of (seed, i)."""
+    """Batches of sentences from `draw` with one question each; item i is a function of (seed, i)."""
 
     def __init__(self, tokenizer, p: WarmUpPreset, seed: int, draw: Callable = fact_sentences):
         self.tokenizer, self.p, self.seed, self.draw = tokenizer, p, seed, draw
@@ -90,8 +90,10 @@ class ReadoutBatches(Dataset):
 
 
 class Readout(nn.Module):
-    """The training step: cross-entropy of answer token j from row j of each layer, and of the question's words from the
-    mean of the rows, each word as likely as every other.
+    """The warm-up step of `train_readout`: the sum of two cross-entropies.
+
+    Row j of each layer predicts token j of the answer. The mean of the rows predicts the words of the question, all
+    equally likely.
     """
 
     def __init__(self, base_model, hypernetwork: Hypernetwork):
@@ -121,7 +123,7 @@ class Readout(nn.Module):
         return {"loss": answer_loss + question_loss}
 
     def report(self) -> dict[str, float]:
-        """Since the last report: nats per answer token and per word of the question, share of answer tokens right."""
+        """Means since the last report: nats per answer token and per question word, share of answer tokens right."""
         answer, question = (sum(column) / len(column) for column in zip(*self._losses or [(0.0, 0.0)], strict=True))
         right = self._right / max(1, self._scored)
         self._right, self._scored, self._losses = 0, 0, []
@@ -132,10 +134,10 @@ class Readout(nn.Module):
 def start_linear(hypernetwork: Hypernetwork, base_model, tokenizer, seed: int, n_documents: int = 64) -> None:
     """Start the modality projection of a fresh hypernetwork as a linear map of whitened features.
 
-    The published projection begins as a random quadratic function of the features (SwiGLU without a bias). Features
-    have a common mean; with gates along it, every gate is open by nearly the same amount, and what the rest lets
-    through is the features without their mean, all directions of like size. The encoder's features of `n_documents`
-    documents of the world decide which directions these are.
+    The published projection (SwiGLU without a bias) starts as a random quadratic function of the features. Features
+    have a common mean. With the gates along it, all gates open by nearly the same amount, and the rest passes the
+    features without their mean, with equal variance in all directions. The encoder's features of `n_documents`
+    documents of the world give mean and directions.
     """
     encoder = ContextEncoder.from_config(base_model, hypernetwork.config)
     rng = random.Random(f"start/{seed}")
@@ -168,18 +170,18 @@ def start_linear(hypernetwork: Hypernetwork, base_model, tokenizer, seed: int, n
 
 # ----------------------------------------------------------------------------------------------------- keys and values
 class KeysAndValues(nn.Module):
-    """The warm-up step for many facts: row j of a block, s * B_j (A_j x), as a key A_j and a value B_j.
+    """The warm-up step for many facts: row j of a block, s * B_j (A_j x), is a key A_j and a value B_j.
 
-    Values: B_j points to the output embedding (behind the final norm's weights) of token j of the answer. Keys: A_j
-    points to x, the input of the target linear in the base model without an adapter where token j of the answer to the
-    block's own question is predicted; loss 1 - cos(A_j, x). Both live in whitened coordinates W x, in which the x of
-    many questions have the unit matrix as second moment (see `key_whitening`): there the key that points to its own x
-    is the one that all others match least. The words of the question are read from the latents as in `Readout`. There
-    is no backward pass through the base model.
+    values: B_j points to the output embedding (times the final norm's weights) of token j of the answer.
+    keys: A_j points to x; the loss is 1 - cos(A_j, x). x is the target linear's input in the base model without an
+        adapter, where it predicts token j of the answer to the block's own question.
+    words: the latents give the words of the question, as in `Readout`.
 
-    While this step is trained, the hypernetwork writes whitened keys; `fit_scalers` then makes them plain ones. For
-    a hypernetwork with one target module that writes into the residual stream, as published. `last_layer`: the last
-    base layer alone is written and learned.
+    Keys and x live in whitened coordinates W x, where the x of many questions have the unit matrix as second moment
+    (see `key_whitening`). There a key along its own x matches all others least. No backward pass runs through the base
+    model. The hypernetwork writes whitened keys until `fit_scalers` makes them plain. It must have one target module,
+    which writes into the residual stream, as published. With `last_layer` only the last base layer is written and
+    learned.
     """
 
     def __init__(self, base_model, hypernetwork: Hypernetwork, whitening: Tensor, last_layer: bool = False):
@@ -236,7 +238,7 @@ class KeysAndValues(nn.Module):
         return latents, rows[..., :d_in], rows[..., d_in:]
 
     def whitened_inputs(self, batch: SentenceBatch, n_slots: int) -> Tensor:
-        """W x of the target linears where answer token j is predicted: [L, n, slots, d_in]."""
+        """W x [L, n, slots, d_in] of the target linears at the positions that predict answer token j."""
         input_ids, starts = batch.input_ids, batch.starts
         x = linear_inputs(self._frozen[0], self.module, input_ids)[self.layers]  # [L, n, length, d_in]
         places = starts[:, None] - 1 + torch.arange(n_slots, device=starts.device)
@@ -250,8 +252,12 @@ class KeysAndValues(nn.Module):
             self._sums[name] = self._sums.get(name, 0.0) + value.item()
 
     def report(self) -> dict[str, float]:
-        """Means since the last report: two losses, the cosine between keys and what they are for, and the shares of
-        keys that match their own question best in the batch and of values that point to the right token.
+        """Means since the last report.
+
+        loss, question_loss: nats of the values and of the question's words.
+        key_cosine: cosine between a key and its x.
+        keys_found: share of keys with the best match for their own question in the batch.
+        values_right: share of values that point to the right token.
         """
         means = {name: round(total / max(1, self._n), 5) for name, total in self._sums.items()}
         self._sums, self._n = {}, 0
@@ -263,8 +269,8 @@ def key_whitening(
 ) -> Tensor:
     """W [L, d_in, d_in], symmetric, with W S W = 1 for the second moment S of x at the answer tokens of `batches`.
 
-    Directions in which x hardly varies are magnified no more than those with `floor` times the mean variance.
-    `directions` False: all are treated alike, W is a multiple of the unit matrix.
+    floor: variances below `floor` times the mean variance count as that much.
+    directions: False treats all directions alike; W is a multiple of the unit matrix.
     """
     total, count = 0.0, 0
     for i in range(n_batches):
@@ -285,10 +291,11 @@ def key_limits(
 ) -> pd.DataFrame:
     """How well linear keys can tell the facts of a document apart, whatever hypernetwork writes them.
 
-    The key of an answer token is the mean x of three wordings of its question; a fourth is asked, the right tokens
-    before each answer token given. Every key matches it, and adds its match to its own token; a fact is right where
-    the right token wins for its whole answer. Test split. Columns: whitened, layers ("0", ..., "all"), facts, n,
-    exact_match.
+    The key of an answer token is the mean x of all wordings of its question but the last, which is asked. The right
+    tokens stand before each answer token. Every key votes for its own token with its match. A fact is right if the
+    right token wins at each position of its answer. Test split.
+
+    Columns: whitened, layers ("0", ..., "all"), facts, n, exact_match.
     """
     (module,) = default_modules(base_model)
     p = WarmUpPreset(steps=1, sentences=32, learning_rate=0.0, warmup_steps=0)
@@ -321,7 +328,7 @@ def key_limits(
 
 
 class WhitenedKeys(nn.Module):
-    """A head's weight as it is trained, keys in whitened coordinates: the plain one is (G_A W, G_B)."""
+    """A head's weight (G_A, G_B), trained with whitened keys, as the plain weight (G_A W, G_B)."""
 
     def __init__(self, whitening: Tensor):
         super().__init__()
@@ -336,10 +343,11 @@ class WhitenedKeys(nn.Module):
 def fit_scalers(step: KeysAndValues, batch: SentenceBatch, size: float = 0.3) -> None:
     """End the warm-up: plain keys, and scalers with which blocks act, in the layers that the step has learned.
 
-    scaler_A becomes such that an own key matches with 1 on average, scaler_B such that the values of one match are
-    `size` times as large, in each of these layers, as the residual stream behind the last one. The head's weight stays
-    a function of whitened keys (`WhitenedKeys`), so that training goes on in coordinates that suit them, until
-    `unwhiten_keys` is called.
+    scaler_A: an own key matches with 1 on average.
+    scaler_B: the values of one match are `size` times as large as the residual stream behind the last layer.
+
+    The head's weight stays a function of whitened keys (`WhitenedKeys`) for further training, until `unwhiten_keys`.
+    ValueError if the keys do not match their own questions yet.
     """
     hypernetwork, (base_model, _) = step.hypernetwork, step._frozen
     batch = batch.to(next(hypernetwork.parameters()).device)
@@ -363,12 +371,11 @@ def fit_scalers(step: KeysAndValues, batch: SentenceBatch, size: float = 0.3) ->
 
 @torch.no_grad()
 def spread_to_all_layers(step: KeysAndValues, batches: Dataset, n_batches: int = 60, share: float = 0.03) -> None:
-    """Let the earlier layers begin as copies of the last one, where that alone has learned anything.
+    """Start the earlier layers as copies of the last one, which alone has learned so far.
 
-    Their rows get the last layer's latents and values, and the keys that a linear map of these latents can give: W x of
-    their own layer, by least squares over the answer tokens of `n_batches` batches. An own key matches as it does in
-    the last layer, and a match adds `share` of what it adds there. To be called after `fit_scalers`, with a step of
-    all layers.
+    Their rows get the last layer's latents and values. Their keys are the linear map of these latents to W x of their
+    own layer, by least squares over the answer tokens of `n_batches` batches. An own key matches as in the last layer.
+    A match adds `share` of what it adds there. Call it after `fit_scalers`, with a step of all layers.
     """
     hypernetwork, module = step.hypernetwork, step.module
     config = hypernetwork.config
@@ -402,12 +409,12 @@ def spread_to_all_layers(step: KeysAndValues, batches: Dataset, n_batches: int =
 
 
 def unwhiten_keys(hypernetwork: Hypernetwork) -> None:
-    """Make the head's weight a parameter again, as published; it does what it did before."""
+    """Make the head's weight a plain parameter again; the function stays the same."""
     parametrize.remove_parametrizations(hypernetwork.head, "weight")
 
 
 def _write(hypernetwork: Hypernetwork, encoder: ContextEncoder, chunks: Chunks, **options) -> tuple[Tensor, Tensor]:
-    """(latents [n, L, M, r, d], flat rows of A and B [n, L, M, r, D]) of all chunks in their order."""
+    """(latents [n, L, M, r, d], flat rows of A and B [n, L, M, r, D]) of all chunks, in order."""
     latents, rows = [], []
     for ids, mask, _ in chunks.groups():
         taps: dict[str, Tensor] = {}
@@ -423,7 +430,7 @@ def _unit_rows(latents: Tensor) -> Tensor:
 
 
 def _word_shares(question_ids: Tensor, vocabulary: int) -> Tensor:
-    """[n, vocabulary]: each different token of a question as likely as every other (see ReadoutBatches)."""
+    """[n, vocabulary]: the different tokens of a question, all equally likely."""
     words = torch.zeros(len(question_ids), vocabulary, device=question_ids.device)
     real = question_ids != IGNORED
     words[real.nonzero()[:, 0], question_ids[real]] = 1.0
@@ -431,6 +438,6 @@ def _word_shares(question_ids: Tensor, vocabulary: int) -> Tensor:
 
 
 def train_readout(p: WarmUpPreset, step: Readout | KeysAndValues, batches: ReadoutBatches, run: Run) -> None:
-    """Warm the hypernetwork of `step` up in place, resumable."""
+    """Warm up the hypernetwork of `step` in place, resumable."""
     unused = {"ddp_find_unused_parameters": True}  # only the blocks themselves need some parameters
     fit(step, batches, p, replace(run, arguments=unused | dict(run.arguments)))
