@@ -613,7 +613,8 @@ class Adapter:
 
         rank, dtype: make it smaller; `peft.export_errors(folder)` tells the loss.
         loader: "peft", "vllm" or "llama.cpp", which must be able to load it.
-        Documents cannot be removed from the folder: change the adapter and export again.
+        Documents cannot be removed from the folder: change the adapter and export again. PEFT carries only the sum, and
+        reads no blocks sparsely: of many blocks export what `routing.route` chose, or one of smaller `rank`.
         """
         from d2l_lib.formats import peft
 

@@ -78,7 +78,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Choice:
+class _Choice:
     """What one linear read at some tokens, for the rows of one adapter.
 
     rows: the batch rows [n]. start: the column (token) of the first one, counted with the cache. blocks [n, tokens]:
@@ -97,7 +97,7 @@ class Choice:
 
 
 @dataclass
-class Generation:
+class _Generation:
     """The state of what is being generated: evidence so far, verdicts of the gate, and the choices that were made.
 
     It starts anew with each pass that has an empty cache (or none). `choices` are those since then; None once beam
@@ -108,7 +108,7 @@ class Generation:
     reading: Reading
     rows: Tensor | None
     starts: Tensor | None
-    choices: list[Choice] | None = field(default_factory=list)
+    choices: list[_Choice] | None = field(default_factory=list)
     before: int = 0  # tokens that the cache holds
     length: int = 0  # and with those of the pass
     over_time: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # Z [rows, K] at the last token
@@ -213,7 +213,7 @@ class Generation:
             second = best.values[..., -1] if best.values.shape[-1] > 1 else torch.zeros_like(best.values[..., 0])
             blocks = chosen.cpu().masked_fill(~acts, -1)
             evidence, lead = best.values[..., 0].cpu(), (best.values[..., 0] - second).cpu()
-            self.choices.append(Choice(layer, module, adapter, rows, self.before + first, blocks, evidence, lead))
+            self.choices.append(_Choice(layer, module, adapter, rows, self.before + first, blocks, evidence, lead))
         return first, read
 
     def _evidence(self, scores: Tensor, place: tuple[int, str, int]) -> Tensor:
@@ -249,7 +249,7 @@ def read_sparsely(
     rows: Tensor | None = None,
     starts: Tensor | None = None,
     **notes: Any,
-) -> Iterator[Generation]:
+) -> Iterator[_Generation]:
     """Inside the `with` block the base model reads these adapters sparsely; yields the state, which keeps the choices.
 
     adapters: those of a batch, None for the plain base model.
@@ -268,7 +268,7 @@ def read_sparsely(
     reading_layers = reading.layers_of(len(linears[modules[0]]))
     if reading.thresholds and len(modules) > 1:
         raise ValueError(f"thresholds are for adapters of one module, these write {', '.join(modules)}")
-    state = Generation(adapters, reading, rows, starts)
+    state = _Generation(adapters, reading, rows, starts)
     deltas = [
         (linear, partial(state.delta, layer=layer, module=module, reads=layer in reading_layers))
         for module in modules
@@ -278,7 +278,7 @@ def read_sparsely(
         yield state
 
 
-def choices_table(state: Generation) -> pd.DataFrame:
+def choices_table(state: _Generation) -> pd.DataFrame:
     """What each token of the answers read, one line for each row, token and linear that reads.
 
     Columns: row, token (column in the batch, padding counted; the first is the last one of the prompt, which chooses

@@ -22,14 +22,14 @@ _ENCYCLOPEDIA = "encyclopedia beside 20 facts"
 _AT_ONCE = 25  # questions on documents that stand together
 
 
-class Group:
+class _Group:
     """Questions of one condition on one adapter; document: its text where a prompt can hold it."""
 
     def __init__(self, condition: str, adapter: Adapter, document: str | None, questions: list[world.Question]):
         self.condition, self.adapter, self.document, self.questions = condition, adapter, document, questions
 
 
-def _groups(model: DocToLoRA, n: int, seed: int, split: str) -> Iterator[Group]:
+def _groups(model: DocToLoRA, n: int, seed: int, split: str) -> Iterator[_Group]:
     """All conditions, `n` questions of each."""
     for n_facts in _SIZES:
         rng = random.Random(f"reading/{n_facts} facts/{split}/{seed}")
@@ -37,7 +37,7 @@ def _groups(model: DocToLoRA, n: int, seed: int, split: str) -> Iterator[Group]:
             document = world.draw_document(rng, split, n_facts)
             facts = rng.sample(document.facts, min(5, n - start))
             (adapter,) = model.internalize_each([document.text])
-            yield Group(f"{n_facts} facts", adapter, document.text, [world.question_about(rng, one) for one in facts])
+            yield _Group(f"{n_facts} facts", adapter, document.text, [world.question_about(rng, one) for one in facts])
     for count in _TOGETHER:
         rng = random.Random(f"reading/{count} documents/{split}/{seed}")
         for start in range(0, n, _AT_ONCE):
@@ -45,26 +45,26 @@ def _groups(model: DocToLoRA, n: int, seed: int, split: str) -> Iterator[Group]:
             each = model.internalize_each({f"document {i}": one.text for i, one in enumerate(documents)})
             places = [rng.randrange(count) for _ in range(min(_AT_ONCE, n - start))]
             questions = [one_hop_question(rng, documents[place]) for place in places]
-            yield Group(f"{count} documents", sum(each), None, questions)
+            yield _Group(f"{count} documents", sum(each), None, questions)
             for place, question in zip(places, questions, strict=True):
-                yield Group(f"one of the {count} documents", each[place], documents[place].text, [question])
+                yield _Group(f"one of the {count} documents", each[place], documents[place].text, [question])
     rng = random.Random(f"reading/kinds/{split}/{seed}")
-    of_kind: dict[str, list[Group]] = {kind: [] for kind in _KINDS}
+    of_kind: dict[str, list[_Group]] = {kind: [] for kind in _KINDS}
     while any(len(groups) < n for groups in of_kind.values()):
         document = world.draw_document(rng, split, 12)
         (adapter,) = model.internalize_each([document.text])
         for kind, groups in of_kind.items():
             if len(groups) < n and (question := world.ask(rng, document, kind)) is not None:
-                groups.append(Group(kind, adapter, document.text, [question]))
+                groups.append(_Group(kind, adapter, document.text, [question]))
     for groups in of_kind.values():
         yield from groups
     rng = random.Random(f"reading/encyclopedia/{split}/{seed}")
     for start in range(0, n, 5):
         (adapter,) = model.internalize_each([world.draw_document(rng, split, 20).text])
-        yield Group(_ENCYCLOPEDIA, adapter, None, list(world.encyclopedia_questions(rng, min(5, n - start))))
+        yield _Group(_ENCYCLOPEDIA, adapter, None, list(world.encyclopedia_questions(rng, min(5, n - start))))
 
 
-def _answered(model: DocToLoRA, groups: list[Group]) -> pd.DataFrame:
+def _answered(model: DocToLoRA, groups: list[_Group]) -> pd.DataFrame:
     """Rows of `marked` with condition, method and the seconds that the questions of a batch took, each."""
     questions = [one for group in groups for one in group.questions]
     texts, rows = [one.text for one in questions], []
