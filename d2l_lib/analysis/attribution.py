@@ -1,7 +1,9 @@
 """Where an answer came from: which chunk, sentence, layer or direction of an adapter carries it.
 
 To add a method, write one function under `@register("chunk", ...)` in the section "methods" below: it takes `Trials`
-and returns `Scores`. `METHODS`, the viewer and the tests of all methods then know it by the function's name.
+and returns `Scores`. `METHODS`, the viewer, the errors and the study `attribution` then know it by the function's
+name, in the order of this file. Test in `tests/analysis/test_attribution.py` what it computes and that it ranks the
+evidence first. If it is slow, `trust.EVERY` says for every how many questions the study asks it.
 What an adapter's parts are, and how an answer is scored without them, is in `trials`.
 """
 
@@ -44,8 +46,9 @@ _RANDOM_UNITS = 4  # how many are left out as a control
 
 
 class Scores(NamedTuple):
-    """What a method gives: contributions [units, answer tokens] in nats, margin contributions [units] in logits, and
-    the nats that belong to no unit. A method that does not tell tokens apart leaves all but the first NaN.
+    """What a method gives: contributions [units, answer tokens] in nats, margin contributions [units] in logits (of the
+    token whose margin is least), and the nats that belong to no unit. A method that does not tell tokens apart leaves
+    all but the first NaN.
     """
 
     by_token: Tensor
