@@ -56,11 +56,7 @@ class Chunks(_OnDevice):
 
     @classmethod
     def of(cls, chunks: Sequence[Sequence[int]], counts: Sequence[int], pad_id: int) -> Chunks:
-        """The chunks of contexts, padded.
-
-        chunks: their token ids, context by context, in order.
-        counts: chunks of each context.
-        """
+        """chunks: token ids of the chunks of all contexts, in order; counts: chunks per context."""
         groups, order = group_by_length(chunks)
         padded = [pad_rows(group, pad_id) for group in groups]
         ids, mask = ([pair[i] for pair in padded] for i in (0, 1))

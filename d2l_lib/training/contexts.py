@@ -105,10 +105,7 @@ class NeedleBatches(Dataset):
         )
 
     def _chunks(self, rng: random.Random, haystack, length: int) -> tuple[list[list[int]], list[bool]]:
-        """(chunks of the haystack in chat format, whether each holds the needle).
-
-        All False where cuts may lie anywhere.
-        """
+        """(chunks in chat format, whether each holds the needle); all False if cuts may lie anywhere."""
         p = self.p
         if p.max_chunk_tokens is not None:
             ids = context_ids(self.encoder_tokenizer, haystack.text)

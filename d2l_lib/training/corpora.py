@@ -44,11 +44,7 @@ _SELF_GENERATED = "SakanaAI/self_gen_qa_d2l"
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a corpus; None where it is unknown, with the reason in `note`.
-
-    documents, rows: of its table; in question sets a row is a question.
-    bytes: of its files.
-    """
+    """The size of a corpus; `rows` are questions in question sets, None is unknown, and `note` says why."""
 
     name: str
     place: str
@@ -219,7 +215,7 @@ def size(
     """The size of a corpus, with as little reading and fetching as possible.
 
     Local files give rows and bytes; question sets are read to count documents. The hub gives what it states, in one
-    request. If it does not answer or must not be asked, the size is unknown, with the reason.
+    request. The size is unknown, with the reason, if the hub does not answer or must not be asked.
     """
     _check_name(name)
     split = split or _split(name)
@@ -289,9 +285,9 @@ def _hub_shards(model: str) -> dict[str, int]:
 
 # --------------------------------------------------------------------------------------------------------- the command
 def _write_texts(path: str | Path, documents: Iterable[dict], n: int | None = None) -> int:
-    """The number of documents written: the first `n` (None: all), as the .jsonl file that `selfgen` takes as --source.
+    """Write the first `n` documents (None: all) as the .jsonl file of `selfgen --source`; how many there were.
 
-    A line is {"text"}, plus {"questions", "answers"} where there are any.
+    A line is {"text"}, with {"questions", "answers"} where known.
     """
     count = 0
 
