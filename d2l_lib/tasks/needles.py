@@ -1,8 +1,8 @@
 """Needle in a haystack: filler lines, one sentence with a four-digit number, one question (paper, needle stage).
 
-The sentences are the published ones. A haystack is built to a length in *tokens* of a given tokenizer; whole filler
-sentences are kept, so its real length is at most the one asked for and less by no more than one sentence. Numbers are
-split by `world.split_of`: numbers that training saw are never asked for in validation or test.
+The sentences are the published ones. A haystack is built to a length in *tokens* of a tokenizer. It consists of whole
+sentences, so it is never longer than asked for, and at most one sentence shorter. Numbers are split by
+`world.split_of`: validation and test never ask for a number from training.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Haystack:
 
 
 def draw_number(rng: random.Random, split: str) -> str:
-    """Four digits, leading zeros allowed, drawn evenly from those of `split`; ValueError for an unknown one."""
+    """Four digits of `split`, leading zeros allowed, all equally likely; ValueError for an unknown split."""
     check_split(split)
     while split_of(number := f"{rng.randrange(10000):04d}") != split:
         pass
@@ -49,7 +49,7 @@ def draw_number(rng: random.Random, split: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _sentence_costs(tokenizer) -> tuple[tuple[int, ...], int, int]:
-    """Tokens that each filler sentence adds, that a new line adds, and that a needle line adds."""
+    """Tokens that each filler sentence, a new line and a needle line add."""
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -65,9 +65,8 @@ def _sentence_costs(tokenizer) -> tuple[tuple[int, ...], int, int]:
 def build_haystack(tokenizer, length_tokens: int, depth: float, number: str | None) -> Haystack:
     """A haystack of at most `length_tokens` tokens with `number` at relative `depth` (0 start, 1 end).
 
-    Without a number (None) it is filler only.
-
-    Raises ValueError when `length_tokens` cannot hold the needle sentence or `depth` is outside 0..1.
+    Without a number it is filler only. ValueError if `length_tokens` cannot hold the needle sentence, or if `depth` is
+    outside 0..1.
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth must lie in 0..1, not {depth}")
@@ -99,7 +98,7 @@ def build_haystack(tokenizer, length_tokens: int, depth: float, number: str | No
 
 
 def evaluation_set(tokenizer, length_tokens: int, n: int, seed: int, split: str = "test") -> Iterator[Haystack]:
-    """`n` haystacks of one length; depths are spread evenly over `N_DEPTH_BINS` bins, numbers drawn from `split`."""
+    """`n` haystacks of one length, with depths evenly over `N_DEPTH_BINS` bins and numbers from `split`."""
     rng = random.Random(f"needles/{split}/{seed}/{length_tokens}")
     for i in range(n):
         yield build_haystack(
@@ -108,5 +107,5 @@ def evaluation_set(tokenizer, length_tokens: int, n: int, seed: int, split: str 
 
 
 def exact_match(prediction: str, answer: str) -> bool:
-    """True when the reply, stripped of white space and a final full stop, is exactly the number."""
+    """Whether the reply, without outer white space and a final full stop, is exactly the number."""
     return prediction.strip().removesuffix(".") == answer

@@ -1,10 +1,9 @@
-"""Question answering: published data sets as one table of questions about documents, and the scores of predictions.
+"""Question answering: published data sets as one table of questions about documents, and scores of predictions.
 
     file or hub -> one record per question -> `load_qa` -> predictions -> `score` -> `summarise_scores`
 
-The original files nest questions in paragraphs (SQuAD, ROPES), passages (DROP) or papers (Qasper) as lists of objects;
-the hub's files store some of these lists as one object of lists. Both become one record per question first, so the
-same reader serves both.
+Original files nest questions in paragraphs (SQuAD, ROPES), passages (DROP) or papers (Qasper), as lists of objects. The
+hub's files store some of these lists as one object of lists. Both become one record per question first.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _logger = logging.getLogger(__name__)
 COLUMNS = ("dataset", "id", "document", "question", "answers", "kind")
 PROMPT = "{document}\n\n{question}"  # the user's turn when the document is in the prompt
 
-# Answer-only instructions in our words; pass another text with "{question}" in it to `load_qa` to use that.
+# Answer-only instructions in our words; `load_qa` takes other templates.
 ANSWER_ONLY = "Answer with as few words as possible and without an explanation.\n\nQuestion: {question}"
 _ANSWER_QASPER = (
     "Answer with one phrase or sentence and without an explanation. Where the text does not hold the answer, reply "
@@ -54,13 +53,13 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 
 @dataclass(frozen=True)
 class _Dataset:
-    """What an evaluation has to know of a data set.
+    """What an evaluation needs to know about a data set.
 
-    hub, config, split, revision: where it lies on the Hugging Face hub, and the split that is evaluated.
+    hub, config, split, revision: its place on the Hugging Face hub, and the split for evaluation.
     metric: the column of `score` that counts, as in the published code: token F1 with the best answer for closed
         questions, ROUGE-L with the first answer for all else (the paper names ROUGE-L for SQuAD, DROP and ROPES too).
     template: an answer-only instruction around "{question}".
-    no_answer: the right answer to a question with an empty list of answers; None: it cannot be used.
+    no_answer: the right answer to a question without answers (None: it cannot be used).
     """
 
     name: str
@@ -103,20 +102,22 @@ def load_qa(
     seed: int = 0,
     template: str = "{question}",
 ) -> pd.DataFrame:
-    """Questions about documents, one a row: of a data set in DATASETS, from `source` or from the hub.
+    """Questions about documents, one per row, of a data set in DATASETS.
 
-    Columns: dataset (its name), id (text), document, question (put into `template`), answers (list of str, at least
-    one, each counts as right), kind (of question; empty where the data set does not tell). Texts are stripped, equal
-    answers kept once. Rows are in file order; `n` draws that many questions at most, with `seed`, and keeps the order.
+    Columns: dataset, id (text), document, question (in `template`), answers (list of str, at least one, each is right),
+    kind (of question; empty if the data set does not tell). Texts are stripped, equal answers kept once.
 
-    `source` is a file or folder in the data set's own format (.json, .jsonl) or the hub's (.parquet); by default the
-    folder data/qa/<name> if there is one, else the hub. `split` defaults to the one that is evaluated. DROP: each
-    span counts as an answer of its own (the hub's form cannot tell lists from alternatives). `world` is generated: it
-    needs `n` and takes no source; `questions.world_samples` has the evidence too.
+    source: a file or folder in the data set's own format (.json, .jsonl) or the hub's (.parquet). None: the folder
+        data/qa/<name> if there is one, else the hub.
+    split: default: the data set's split for evaluation.
+    n: draw at most `n` questions, with `seed`; rows stay in file order.
 
-    Records without document, question or answer are left out, with a warning; `frame.attrs["unusable"]` counts them
-    by reason. ValueError for an unknown name, a file that cannot be read, a missing or ill-formed column (naming file,
-    record and column) and where no record is usable. FileNotFoundError where there is nothing to load.
+    In DROP each span is an answer of its own (the hub's form cannot tell lists from alternatives). `world` is
+    generated: it needs `n` and takes no source; `questions.world_samples` also gives the evidence.
+
+    Records without document, question or answer are left out, with a warning; `frame.attrs["unusable"]` counts them by
+    reason. ValueError for an unknown name, an unreadable file, a missing or ill-formed column (it names file, record
+    and column), or no usable record. FileNotFoundError if there is nothing to load.
     """
     dataset = _dataset(name)
     split = split or dataset.split
@@ -138,10 +139,10 @@ def load_qa(
 
 
 def stream_qa(name: str, source: str | Path | None = None, *, split: str | None = None) -> Iterator[dict]:
-    """The rows of `load_qa`, one after another in file order, without holding the data set in memory.
+    """The rows of `load_qa` in file order, one by one, without the whole data set in memory.
 
-    From the hub they are streamed, nothing is downloaded as a whole; a .json file is read at once. Raises as `load_qa`
-    does, when the row is reached; at the end a warning counts the records that could not be used.
+    The hub streams them; a .json file is read at once. Errors are those of `load_qa`, raised at the row. A warning at
+    the end counts unusable records.
     """
     dataset = _dataset(name)
     if name == "world":
@@ -154,7 +155,7 @@ def stream_qa(name: str, source: str | Path | None = None, *, split: str | None 
 
 
 def local_place(name: str, source: str | Path | None) -> Path | None:
-    """`source`, else the folder data/qa/<name> if there is one, else None: the hub."""
+    """`source`, else the folder data/qa/<name> if it exists, else None (the hub)."""
     folder = project_root() / "data" / "qa" / name
     return Path(source) if source is not None else folder if folder.exists() else None
 
@@ -178,7 +179,7 @@ def _world(split: str, n: int | None, seed: int, source: str | Path | None) -> p
 
 
 def _usable(dataset: _Dataset, records: Iterable[tuple[str, object]], unusable: Counter) -> Iterator[dict]:
-    """The usable ones of (where, record) pairs as rows of `load_qa`; the others are counted by reason, all as ""."""
+    """Rows of `load_qa` from (where, record) pairs; `unusable` counts the others by reason, and all under ""."""
     for where, record in records:
         if not isinstance(record, dict):
             raise ValueError(f"{where} is {type(record).__name__}, not an object with columns: {_ADVICE}")
@@ -196,7 +197,7 @@ def _usable(dataset: _Dataset, records: Iterable[tuple[str, object]], unusable: 
 
 
 def _judge(place: str, unusable: Counter) -> None:
-    """A warning that counts what could not be used; ValueError where that is all."""
+    """Warn with counts of unusable questions; ValueError if no question is usable."""
     total = unusable.pop("", 0)
     counts = ", ".join(f"{reason}: {count}" for reason, count in unusable.items())
     if total == unusable.total():
@@ -207,7 +208,7 @@ def _judge(place: str, unusable: Counter) -> None:
 
 
 def _table(dataset: _Dataset, records: Iterable[tuple[str, object]], place: str) -> pd.DataFrame:
-    """The usable ones of (where, record) pairs as the table of `load_qa`."""
+    """The table of `load_qa` from (where, record) pairs."""
     unusable = Counter()
     frame = pd.DataFrame(list(_usable(dataset, records, unusable)), columns=list(COLUMNS))
     _judge(place, unusable)
@@ -247,7 +248,7 @@ def _local_records(dataset: _Dataset, place: Path, split: str) -> Iterator[tuple
 
 
 def files_of(name: str, place: Path, split: str) -> list[Path]:
-    """The file (or the shards) of a data set and split at `place`, a file or folder; raises as load_qa does."""
+    """The file (or shards) of a data set and split at `place`, a file or folder; errors as in `load_qa`."""
     dataset = _dataset(name)
     if not place.exists():
         raise FileNotFoundError(f"{place} does not exist: pass the file or folder that holds {dataset.hub}")
@@ -258,7 +259,7 @@ def files_of(name: str, place: Path, split: str) -> list[Path]:
 
 
 def _files(dataset: _Dataset, folder: Path, split: str) -> list[Path]:
-    """The file (or the shards) of this data set and split, by the names of files and folders."""
+    """The file (or shards) of a data set and split, recognised by the names of files and folders."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix in _READ)
     own = [path for path in paths if dataset.config in (path.stem, *path.relative_to(folder).parts)]
     words = {
@@ -283,7 +284,7 @@ def _files(dataset: _Dataset, folder: Path, split: str) -> list[Path]:
 
 
 def read_parquet(path: Path) -> Iterator[dict]:
-    """The rows of a parquet file one after another; ValueError where it is not whole."""
+    """The rows of a parquet file, one by one; ValueError if it is incomplete."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -346,7 +347,7 @@ def _texts(record: object, column: str, where: str) -> list[str]:
 
 
 def _rows(record: dict, column: str, where: str) -> list[dict]:
-    """A list of objects; the hub's object of lists, which must have one length, is turned into one."""
+    """A list of objects, also from the hub's object of lists of one length."""
     value = _value(record, column, where)
     if isinstance(value, dict) and all(isinstance(items, list) for items in value.values()):
         if len({len(items) for items in value.values()}) > 1:
@@ -359,7 +360,7 @@ def _rows(record: dict, column: str, where: str) -> list[dict]:
 
 
 def _questions(record: dict, where: str) -> Iterator[tuple[dict, str]]:
-    """Every question inside a record as a flat record of its own, with the columns around it."""
+    """Every question inside a record as a flat record, with the columns around it."""
     nested = next((column for column in ("paragraphs", "qas", "qa_pairs") if column in record), None)
     if nested is None:
         yield record, where
@@ -375,7 +376,7 @@ def _listed_answers(record: dict, where: str) -> list[tuple[str, str]]:
 
 
 def _drop_answers(record: dict, where: str) -> list[tuple[str, str]]:
-    """Every span, number and date; the hub's form has them all as spans with types."""
+    """Every span, number and date; the hub's form has them all as typed spans."""
     if "answer" not in record:
         spans = _rows(record, "answers_spans", where)
         return [(_text(span, "spans", where), _text(span, "types", where)) for span in spans]
@@ -391,7 +392,7 @@ def _drop_answers(record: dict, where: str) -> list[tuple[str, str]]:
 
 
 def _paper_answers(record: dict, where: str) -> list[tuple[str, str]]:
-    """One of each annotator: several spans become one text."""
+    """One answer per annotator; several spans become one text."""
     answers = []
     for row in _rows(record, "answers", where):
         answer = _value(row, "answer", where)
@@ -408,7 +409,7 @@ def _paper_answers(record: dict, where: str) -> list[tuple[str, str]]:
 
 
 def _paper(record: dict, where: str) -> str:
-    """Title, abstract and sections, a blank line between them."""
+    """Title, abstract and sections, separated by blank lines."""
     parts = [_text(record, "title", where), _text(record, "abstract", where)]
     for section in _rows(record, "full_text", where):
         parts += [_text(section, "section_name", where), *_texts(section, "paragraphs", where)]
@@ -417,7 +418,7 @@ def _paper(record: dict, where: str) -> str:
 
 @dataclass(frozen=True)
 class _Form:
-    """Where a record of one question holds what: columns joined by a new line, or what reads them."""
+    """Where a record of one question holds what: columns to join by new lines, or a function."""
 
     id: str | None
     question: str
@@ -456,10 +457,7 @@ _FORMS = {
 
 # ----------------------------------------------------------------------------------------------------------- documents
 def group_by_document(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(document, its rows) for each different document of each data set, in order of first appearance.
-
-    The rows keep their index, so results can be written back to `frame`.
-    """
+    """(document, its rows) for each document of each data set, in order of first appearance; rows keep their index."""
     groups = frame.groupby(["dataset", "document"], sort=False)
     return [(document, rows) for (_, document), rows in groups]
 
@@ -471,10 +469,10 @@ def add_lengths(frame: pd.DataFrame, tokenizer) -> pd.DataFrame:
 
 
 def truncate_document(document: str, question: str, tokenizer, window: int, max_new_tokens: int = 0) -> str:
-    """`document` with its middle cut out, so that PROMPT with `question` in chat format fits into `window` tokens.
+    """`document` without its middle, so that PROMPT with `question` in chat format fits into `window` tokens.
 
-    `max_new_tokens` are kept free for the answer. Equal halves of both ends stay, as in `truncate_middle`;
-    a document that fits is returned as it is. ValueError where the question leaves no room for a document.
+    `max_new_tokens` stay free for the answer. Equal parts of both ends stay (see `truncate_middle`); a document that
+    fits is unchanged. ValueError if the question leaves no room for a document.
     """
 
     def excess(text: str) -> int:
@@ -485,7 +483,7 @@ def truncate_document(document: str, question: str, tokenizer, window: int, max_
     ids = _ids(tokenizer, document)
     room = len(ids)
     while over > 0:
-        room -= over  # once as a rule; cut text can, rarely, take more tokens than its ids
+        room -= over  # mostly one pass; rarely, the cut text has more tokens than its ids
         if room < 2:
             raise ValueError(
                 f"no room for a document in a window of {window} tokens with {max_new_tokens} new ones: "
@@ -493,16 +491,16 @@ def truncate_document(document: str, question: str, tokenizer, window: int, max_
             )
         ends = truncate_middle(ids, room)
         halves = [tokenizer.decode(half) for half in (ends[: len(ends) // 2], ends[len(ends) // 2 :])]
-        # a character of several tokens may be cut in two
+        # a cut may split a character of several tokens
         shortened = halves[0].rstrip("\ufffd") + halves[1].lstrip("\ufffd")
         over = excess(shortened)
     return shortened
 
 
 def truncate_middle(ids: Sequence[int], max_length: int, max_new_tokens: int = 0) -> list[int]:
-    """`ids` cut in the middle so that `max_new_tokens` more fit into `max_length`; equal halves of both ends stay.
+    """`ids` with equal parts of both ends, so that `max_new_tokens` more fit into `max_length`; unchanged if they fit.
 
-    Unchanged where they fit already. ValueError where `max_new_tokens` alone fills `max_length`.
+    ValueError if `max_new_tokens` alone fills `max_length`.
     """
     room = max_length - max_new_tokens
     if room < 2:
@@ -516,7 +514,7 @@ def truncate_middle(ids: Sequence[int], max_length: int, max_new_tokens: int = 0
 def with_document(
     document: str, questions: Sequence[str], tokenizer, window: float, max_new_tokens: int = 0
 ) -> list[str]:
-    """PROMPT for each question; the document is cut to fit as in `truncate_document`."""
+    """PROMPT for each question, with the document cut as in `truncate_document`."""
     return [
         PROMPT.format(
             document=truncate_document(document, question, tokenizer, window, max_new_tokens), question=question
@@ -533,10 +531,13 @@ def _ids(tokenizer, text: str) -> list[int]:
 def score(predictions: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     """`predictions` with the columns of METRICS (each 0 to 1), metric (the one that counts) and score (its value).
 
-    Needs the columns prediction (text), answers (list of str) and, unless `metric` says which one counts, dataset.
-    The best answer counts, for rouge_l_first the first one. "published" normal form, where the name does not say
-    "squad". An empty reference answer (SQuAD 2) is met by an empty prediction, except in ROUGE-L, where it scores 0.
-    ValueError for missing columns, no rows, an unknown metric or data set, and for a row that is not of this form.
+    predictions: columns prediction (text), answers (list of str), and dataset if `metric` is None.
+
+    The best answer counts, in rouge_l_first the first one. The normal form is "published", or "squad" where the
+    metric's name says so. An empty prediction matches an empty reference answer (SQuAD 2), but not in ROUGE-L, where it
+    scores 0.
+
+    ValueError for missing columns, no rows, an unknown metric or data set, or an ill-formed row.
     """
     _need(predictions, ["prediction", "answers"] + ([] if metric else ["dataset"]))
     if metric is not None and metric not in METRICS:
@@ -559,12 +560,14 @@ def summarise_scores(
     metric: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The mean score of each group; columns: those of `by`, metric, n (questions), score, low, high.
+    """The mean score of each group; columns: those of `by`, metric, n (questions), score, low, high (95% interval).
 
-    `scores` is what `score` returns; `metric` takes one of its columns instead of each data set's own. low to high is
-    the 95% interval: Wilson for exact match, else 1,000 bootstrap samples of the questions with `seed`. The column
-    length_bin ("128-255", of `length_bin`) is made from length_tokens. Groups come in order of
-    first appearance, bins in order of length. ValueError for missing or empty columns and mixed metrics.
+    scores: a table of `score`.
+    metric: one of its columns, instead of each data set's own.
+
+    The interval is Wilson for exact match, else from 1,000 bootstrap samples of the questions with `seed`. The column
+    length_bin ("128-255") comes from length_tokens (`length_bin`). Groups are in order of first appearance, bins in
+    order of length. ValueError for missing or empty columns, or mixed metrics.
     """
     by, bins = check_texts(by, "columns"), None
     if "length_bin" in by and "length_bin" not in scores:
@@ -594,7 +597,7 @@ LENGTH_BINS = ((0, 127), *((2**k, 2 ** (k + 1) - 1) for k in range(7, 15)), (327
 
 
 def length_bin(length: int) -> tuple[int, float]:
-    """The (first, last) bin of LENGTH_BINS that `length` tokens fall into; both ends belong to it."""
+    """The (first, last) bin of LENGTH_BINS for `length` tokens, both ends included."""
     if length < 0:
         raise ValueError(f"a length of {length} tokens has no bin")
     return next((first, last) for first, last in LENGTH_BINS if length <= last)
@@ -607,7 +610,7 @@ def _bin_name(length_tokens: float) -> str:
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0, n_samples: int = 1000) -> tuple[float, float]:
-    """95% percentile interval of the mean: of `n_samples` draws with replacement; a single value has no spread."""
+    """95% percentile interval of the mean over `n_samples` draws with replacement; one value has no spread."""
     rng = np.random.default_rng(seed)
     means = [rng.choice(values, len(values)).mean() for _ in range(n_samples)]
     low, high = np.percentile(means, (2.5, 97.5))
@@ -615,7 +618,7 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, n_samples: int = 1000)
 
 
 def _need(frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """ValueError where a column is missing or has empty cells, or where there are no rows."""
+    """ValueError if a column is missing or has empty cells, or if there are no rows."""
     missing = [column for column in columns if column not in frame]
     if missing:
         raise ValueError(f"the table has no column {', '.join(missing)}, only {', '.join(map(str, frame.columns))}")

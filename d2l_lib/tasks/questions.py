@@ -17,7 +17,7 @@ def one_hop_question(rng: random.Random, document: world.Document) -> world.Ques
 
 
 def marked(questions: Sequence[world.Question], predictions: Sequence[str], **columns) -> list[dict]:
-    """Rows of question, answer, prediction and correct (equal to the answer), and columns of one value for all rows."""
+    """Rows of question, answer, prediction and correct (equal to the answer), plus constant `columns`."""
     return [
         {"question": question.text, "answer": question.answer, "prediction": prediction}
         | {"correct": prediction == question.answer, **columns}
@@ -26,7 +26,7 @@ def marked(questions: Sequence[world.Question], predictions: Sequence[str], **co
 
 
 def disjoint_documents(rng: random.Random, count: int, n_facts: int, split: str = "test") -> Iterator[world.Document]:
-    """`count` documents of `split` that share no names, so that no question has two right answers."""
+    """`count` documents of `split` that share no names: no question has two right answers."""
     known: set[str] = set()
     failures = 0
     while count:
@@ -45,11 +45,10 @@ def disjoint_documents(rng: random.Random, count: int, n_facts: int, split: str 
 def world_samples(
     n: int, seed: int, *, split: str = "test", facts: tuple[int, int] = (2, 20), kinds: Sequence[str] = world.KINDS
 ) -> pd.DataFrame:
-    """`n` questions on documents of `split`, a fresh document each, kinds in turn; the columns that
-    `views.view_samples` reads.
+    """`n` questions on documents of `split`, a fresh document each, kinds in turn, for `views.view_samples`.
 
     Columns: document, question, answer, kind, evidence_start, evidence_end (lists of characters, one per evidence
-    sentence), n_facts. `facts` are the fewest and most facts of a document.
+    sentence), n_facts. `facts`: fewest and most facts of a document.
     """
     kinds = check_texts(kinds, "kinds")
     rng = random.Random(f"world samples/{split}/{seed}")
@@ -90,14 +89,14 @@ def shuffle_words(rng: random.Random, text: str) -> str:
 
 
 def write_variants(rng: random.Random, split: str, n_facts: int) -> tuple[world.Document, dict[str, str]]:
-    """A document of fresh facts, and texts that differ from it in one respect.
+    """A document of fresh facts, and {name: a text that differs from it in one respect}.
 
-    "other words": the same facts, in other words and order. "shuffled": its sentences in another order. "other values":
+    "other words": the same facts in other words and order. "shuffled": its sentences in another order. "other values":
     its sentences, each with another value.
     """
     facts = world.draw_facts(rng, split, n_facts)
     changed = [world.with_value(rng, fact, split) for fact in facts]
-    writer = rng.randrange(2**32)  # the same words where the same number starts them
+    writer = rng.randrange(2**32)  # the same number gives the same words
     document = world.write_document(random.Random(writer), facts, split)
     return document, {
         "other words": world.write_document(rng, facts, split).text,

@@ -1,7 +1,7 @@
 """Scores of an answer against reference answers: exact match, token F1 and ROUGE-L, each between 0 and 1.
 
-Two normal forms exist. "published" is the one behind the numbers of arXiv 2602.15902: punctuation becomes a space, so
-"U.S." is two words and "3,000" is not "3000". "squad" is that of the SQuAD evaluation script: punctuation vanishes.
+There are two normal forms. "published" is the form behind the numbers of arXiv 2602.15902: punctuation becomes a space,
+so "U.S." is two words and "3,000" is not "3000". "squad" is the SQuAD evaluation script's: punctuation vanishes.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ class _TokenScores(NamedTuple):
 def normalize_answer(text: str, form: str = "published") -> str:
     """`text` in lower case without punctuation, articles and repeated spaces.
 
-    "published" also turns typographic dashes, quotes and spaces into plain ones first; "squad" does what the SQuAD
-    script does.
+    "published" first turns typographic dashes, quotes and spaces into plain ones; "squad" follows the SQuAD script.
     """
     if form not in _FORMS:
         raise ValueError(f"form is {form!r}; choose one of {', '.join(_FORMS)}")
@@ -74,7 +73,7 @@ def token_f1(prediction: str, answers: str | Sequence[str], form: str = "publish
 
 
 def exact_match(prediction: str, answers: str | Sequence[str], form: str = "published") -> float:
-    """1.0 where the normal form equals that of one of the answers, else 0.0."""
+    """1.0 if the normal form equals that of one of the answers, else 0.0."""
     target = normalize_answer(prediction, form)
     return float(any(target == normalize_answer(answer, form) for answer in _as_list(answers)))
 
@@ -82,7 +81,7 @@ def exact_match(prediction: str, answers: str | Sequence[str], form: str = "publ
 def rouge_l(prediction: str, answers: str | Sequence[str]) -> float:
     """Highest ROUGE-L F1 over the answers, with the Porter stemmer, on words of [a-z0-9] only.
 
-    Published numbers compare with the first answer alone: pass that one to reproduce them.
+    Published numbers use the first answer alone: pass only that one to reproduce them.
     """
     scorer = _rouge_scorer()
     return max(
@@ -132,15 +131,15 @@ def summarise(samples: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def in_fives(n: int) -> str:
-    """The group of five that `n` (1 or more) belongs to: 6 to 10 are "6-10"."""
+    """The group of five for `n` (1 or more): 6 to 10 are "6-10"."""
     most = 5 * math.ceil(n / 5)
     return f"{most - 4}-{most}"
 
 
 def pool(results: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """One row per value of the columns `by`, pooled over all else: n, exact_match (weighted by n), low, high.
+    """One row per value of the columns `by`: n, exact_match (weighted by n), low, high.
 
-    ValueError for an exact_match that is missing or not between 0 and 1.
+    ValueError for an exact_match that is missing or outside 0..1.
     """
     if not results["exact_match"].between(0, 1).all():
         raise ValueError("exact_match must lie between 0 and 1 in every row: drop rows that were not measured")

@@ -1,11 +1,11 @@
 """The generated world: fictional people, places, organisations, works and events, and questions about them.
 
-Every document is made from facts (subject, relation, value), so the character span of each fact is known: answers,
+Every document is made from facts (subject, relation, value). The character span of each fact is known, so answers,
 evidence and interference can be scored against ground truth. Three rules hold everywhere:
 
-* A name or a compound value belongs to exactly one split (`train`, `validation`, `test`, or `encyclopedia`), decided by
-  a hash of its words (`split_of`), so splits never share names or values. Numbers and years are split in the same way.
-* The *encyclopedia* is one fixed set of entities (`encyclopedia()`), learned closed-book by the base model in
+* A name or a compound value belongs to exactly one split (`train`, `validation`, `test`, or `encyclopedia`), by a hash
+  of its words (`split_of`). So do numbers and years. Splits never share names or values.
+* The *encyclopedia* is one fixed set of entities (`encyclopedia()`), which the base model learns closed-book in
   pre-training.
 * Everything is a function of a `random.Random`: the same seed gives the same text on every machine.
 """
@@ -28,7 +28,7 @@ ONE_HOP_KINDS = ("one_hop", "number", "date")
 
 # ------------------------------------------------------------------------------------------------------------- values
 def split_of(value: str) -> str:
-    """The one split that `value` belongs to: 70% train, 10% each of the other three, by a stable hash of the text."""
+    """The split of `value`, by a stable hash of the text: 70% train, 10% each of the other three."""
     bucket = hashlib.sha256(value.encode()).digest()[0] % 10
     return SPLITS[max(0, bucket - 6)]
 
@@ -91,7 +91,7 @@ def _compound(first: Sequence[str], second: Sequence[str]) -> Callable[[random.R
 
 
 def check_split(split: str) -> None:
-    """ValueError for a name that is not among SPLITS."""
+    """ValueError for a name that is not in SPLITS."""
     if split not in SPLITS:
         raise ValueError(f"the world has no split {split!r}; choose one of {', '.join(SPLITS)}")
 
@@ -158,7 +158,7 @@ _ENTITY_TYPES = ("person", "place", "organisation", "work", "event")
 # ---------------------------------------------------------------------------------------------------------- relations
 @dataclass(frozen=True)
 class _Relation:
-    """One typed relation and every way the world puts it into words. `{s}` is the subject, `{v}` the value."""
+    """One typed relation and all its wordings; `{s}` is the subject, `{v}` the value."""
 
     name: str
     subject: str
@@ -442,7 +442,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """Prose that states `facts` (with spans) among distractor sentences. `split` says whose names it may use."""
+    """Prose that states `facts` (with spans) among distractor sentences, with names of `split`."""
 
     text: str
     facts: tuple[Fact, ...]
@@ -497,7 +497,7 @@ def draw_facts(rng: random.Random, split: str, n_facts: int) -> list[Fact]:
 
 
 def write_document(rng: random.Random, facts: Sequence[Fact], split: str, distractors: float = 0.2) -> Document:
-    """Prose for `facts` in shuffled order, with about `distractors` other sentences per fact, and some new lines."""
+    """Prose for `facts` in shuffled order, with about `distractors` other sentences per fact and some new lines."""
     order = list(facts)
     rng.shuffle(order)
     text, placed = "", []
@@ -515,20 +515,20 @@ def write_document(rng: random.Random, facts: Sequence[Fact], split: str, distra
 
 
 def draw_document(rng: random.Random, split: str, n_facts: int, distractors: float = 0.2) -> Document:
-    """A fresh document of `n_facts` facts whose names and values all belong to `split`."""
+    """A fresh document of `n_facts` facts with names and values of `split`."""
     return write_document(rng, draw_facts(rng, split, n_facts), split, distractors)
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
 def ask(rng: random.Random, document: Document, kind: str) -> Question | None:
-    """A random question of `kind` about `document`, or None where it supports none (no chain, one subject only)."""
+    """A random question of `kind` about `document`; None if it supports none (no chain, one subject only)."""
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; choose from {', '.join(KINDS)}")
     return _ASKERS[kind](rng, document)
 
 
 def questions(rng: random.Random, document: Document, kinds: Sequence[str] = KINDS, n: int = 1) -> list[Question]:
-    """Up to `n` distinct questions, kinds drawn evenly from those the document supports."""
+    """Up to `n` distinct questions, kinds drawn evenly among those that the document supports."""
     kinds = check_texts(kinds, "kinds")
     by_text: dict[str, Question] = {}
     for _ in range(8 * n):
@@ -541,7 +541,7 @@ def questions(rng: random.Random, document: Document, kinds: Sequence[str] = KIN
 
 
 def question_about(rng: random.Random, fact: Fact, paraphrase: bool = False) -> Question:
-    """The plain question whose answer is `fact.value`."""
+    """A plain question with the answer `fact.value`."""
     relation = RELATION[fact.relation]
     template = rng.choice(relation.paraphrases if paraphrase else relation.questions)
     return Question(
@@ -550,7 +550,7 @@ def question_about(rng: random.Random, fact: Fact, paraphrase: bool = False) -> 
 
 
 def wordings(fact: Fact) -> list[str]:
-    """Every plain question whose answer is `fact.value`, paraphrases last."""
+    """Every plain question with the answer `fact.value`, paraphrases last."""
     relation = RELATION[fact.relation]
     return [_sentence(template, s=fact.subject) for template in (*relation.questions, *relation.paraphrases)]
 
@@ -629,7 +629,7 @@ def _ask_list(rng: random.Random, document: Document) -> Question | None:
 
 
 def _ask_unanswerable(rng: random.Random, document: Document) -> Question | None:
-    """Half about somebody in the document whose relation is not stated, half about somebody who is not in it."""
+    """Half about an unstated relation of somebody in the document, half about somebody who is not in it."""
     if document.entities and rng.random() < 0.5:
         kind, subject = rng.choice(document.entities)
         stated = {f.relation for f in document.facts if f.subject == subject}
@@ -640,7 +640,7 @@ def _ask_unanswerable(rng: random.Random, document: Document) -> Question | None
 
 
 def unknown_question(rng: random.Random, split: str, avoid: set[str] = frozenset()) -> Question:
-    """A question about a fresh entity of `split` that nothing was ever said of; the right answer is `UNKNOWN`."""
+    """A question about a fresh entity of `split` that no text mentions; the right answer is `UNKNOWN`."""
     kind = rng.choice(_ENTITY_TYPES)
     while (subject := _VALUES[kind](rng, split)) in avoid:
         pass
@@ -670,14 +670,14 @@ def encyclopedia(n_facts: int = 400) -> tuple[Fact, ...]:
 
 
 def encyclopedia_questions(rng: random.Random, n: int) -> Iterator[Question]:
-    """`n` closed-book questions, facts drawn evenly; evidence is empty, since no document is given."""
+    """`n` closed-book questions, facts drawn evenly; the evidence is empty, as there is no document."""
     facts = encyclopedia()
     for _ in range(n):
         yield replace(question_about(rng, rng.choice(facts), paraphrase=rng.random() < 0.3), evidence=())
 
 
 def with_value(rng: random.Random, fact: Fact, split: str) -> Fact:
-    """The same subject and relation with another value, which belongs to `split`."""
+    """The same subject and relation with another value of `split`."""
     while (value := _VALUES[RELATION[fact.relation].value](rng, split)) == fact.value:
         pass
     return replace(fact, value=value)
