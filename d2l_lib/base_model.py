@@ -1,4 +1,4 @@
-"""The frozen language model: loading it, finding its layers and linears, and what its weights are known by."""
+"""The frozen language model: loading, its layers and linears, and the fingerprint of its weights."""
 
 import hashlib
 import sys
@@ -24,7 +24,7 @@ from d2l_lib.documents import check_texts
 MOST_LAYERS = 1000  # of any model
 # transformers has no correct fused attention with soft-capped scores for these.
 EAGER_ATTENTION = ("gemma2",)
-# What the families call the norm after the last layer, and the linear with which a layer's MLP ends (Phi: fc2).
+# Names, by family, of the norm after the last layer and of the last linear in a layer's MLP (Phi: fc2).
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 _MLP_OUTPUTS = ("down_proj", "fc2", "dense_4h_to_h")
 _DATA = Path(__file__).resolve().parent.parent / "data"
@@ -52,11 +52,14 @@ def load_base_model(
 ):
     """(model, tokenizer) of a bundled name ("tiny"), a local folder or a hub id; frozen, in eval mode.
 
-    device: None picks CUDA, MPS or CPU. dtype: None is bfloat16 on CUDA and float32 elsewhere. device_map, instead of
-    device, spreads the model over several devices, main memory and the disk: "auto" or transformers' {module: device};
-    weights that it puts on the "disk" stay in the model's own safetensors files. four_bit: its linears hold 4-bit
-    numbers (needs bitsandbytes). A model that also reads images is loaded whole. Raises FileNotFoundError that says
-    what is missing and where to put it, ValueError for damaged files. Code that comes with a model is never run.
+    device: None picks CUDA, MPS or CPU.
+    dtype: None is bfloat16 on CUDA and float32 elsewhere.
+    device_map: instead of device; "auto" or transformers' {module: device} over devices, main memory and the disk.
+        Weights on the "disk" stay in the model's own safetensors files.
+    four_bit: the linears hold 4-bit numbers (needs bitsandbytes).
+
+    A model that also reads images is loaded whole. Code that comes with a model is never run.
+    FileNotFoundError says what is missing and where to put it. ValueError for damaged files.
     """
     device, dtype = check_place(device, dtype, device_map)
     location = _locate(source)
@@ -95,7 +98,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_layers(config) -> None:
-    """ValueError for a number of layers that no model has: building one would take ages."""
+    """ValueError for a number of layers that no model has, before it is built."""
     inner = config.get_text_config()
     n_layers = getattr(inner, "num_hidden_layers", 1)
     if isinstance(n_layers, bool) or not isinstance(n_layers, int) or not 1 <= n_layers <= MOST_LAYERS:
@@ -104,12 +107,13 @@ def _check_layers(config) -> None:
 
 
 class NeedsCode(ValueError):
-    """The files of a model ask for code that comes with them (or from the hub), which is never run."""
+    """The files of a model ask for code of their own or from the hub, which is never run."""
 
 
 def without_code(kind: Any, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained(source)` for one of transformers' Auto classes; code of the source is neither run nor asked
-    about. NeedsCode, a ValueError, where the source cannot be read without it; otherwise raises as transformers does.
+    """`kind.from_pretrained(source)` of one of transformers' Auto classes, without running code of the source.
+
+    NeedsCode where the source cannot be read without its code; otherwise raises as transformers does.
     """
     try:
         return kind.from_pretrained(source, trust_remote_code=False, **options)
@@ -123,19 +127,19 @@ def without_code(kind: Any, source: str, **options: Any) -> Any:
 
 
 def load_config(source: str):
-    """The configuration of the model at a folder or hub id. NeedsCode, a ValueError, where it asks for foreign code."""
+    """The configuration of the model at a folder or hub id; NeedsCode where it asks for foreign code."""
     config = without_code(AutoConfig, source)
     _refuse_hub_kernels(config, source)
     return config
 
 
 def load_tokenizer(source: str, **options: Any):
-    """The tokenizer at a folder or hub id. NeedsCode, a ValueError, for one that is written in code of its own."""
+    """The tokenizer at a folder or hub id; NeedsCode where it has code of its own."""
     return without_code(AutoTokenizer, source, **options)
 
 
 def _refuse_hub_kernels(config, source: str) -> None:
-    """NeedsCode where a configuration names an attention that would be loaded from the hub ("owner/name")."""
+    """NeedsCode where a configuration names an attention from the hub ("owner/name")."""
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {})]
     for part in parts:
         named = getattr(part, "_attn_implementation_internal", None)
@@ -150,8 +154,9 @@ def _refuse_hub_kernels(config, source: str) -> None:
 def check_place(
     device: str | torch.device | None, dtype: torch.dtype | None, device_map: object = None
 ) -> tuple[torch.device, torch.dtype]:
-    """(device, dtype) with the defaults filled in. ValueError for what is not here or unknown, TypeError for what is
-    neither; both say what may be given.
+    """(device, dtype) with the defaults filled in; errors say what is allowed.
+
+    ValueError for a device that is unknown or not here and a dtype that no model runs in; TypeError for anything else.
     """
     if device is not None and device_map is not None:
         raise ValueError("give device (everything in one place) or device_map (spread over several), not both")
@@ -166,7 +171,7 @@ def check_place(
 
 
 def _device(named: object) -> torch.device:
-    """The device of that name. TypeError for what is no name, ValueError for one that is unknown or not here."""
+    """The device of that name; TypeError for what is no name, ValueError for one that is unknown or not here."""
     here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     here += ["mps"] if torch.backends.mps.is_available() else []
     advice = f"devices here: {', '.join(here)} (None takes the fastest)"
@@ -182,7 +187,7 @@ def _device(named: object) -> torch.device:
         return device
     if device.type in ("cpu", "cuda", "mps", "meta"):
         raise ValueError(f"device {str(device)!r} is not here; {advice}")
-    try:  # a back end of its own, such as xpu: it is here if a tensor can lie on it
+    try:  # another back end, such as xpu: it is here if a tensor can lie on it
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used here; {advice}") from error
@@ -190,12 +195,12 @@ def _device(named: object) -> torch.device:
 
 
 def window_of(model: nn.Module) -> int:
-    """Tokens that a model reads at most (no limit where its configuration names none)."""
+    """The most tokens that a model reads; sys.maxsize where its configuration names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def _four_bit_config() -> BitsAndBytesConfig:
-    """As the published models' context encoders were quantized in training."""
+    """The quantization of the published models' context encoders in training."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -225,9 +230,9 @@ def _locate(source: str | Path) -> str:
 
 
 def load_processor(source: str | Path):
-    """What turns images and their chat into inputs of the vision-language model at `source` (see load_base_model).
+    """The processor of the vision-language model at `source` (see load_base_model).
 
-    Raises FileNotFoundError where the model comes without one, ImportError where it needs a package that is not here.
+    FileNotFoundError for a model without one, ImportError where it needs a package that is not here.
     """
     try:
         processor = without_code(AutoProcessor, _locate(source))
@@ -252,7 +257,7 @@ def reads_images(model: nn.Module) -> bool:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the model's inputs belong: where its embeddings are computed, also if their weights wait elsewhere."""
+    """The device of the model's inputs: that of its embeddings, also where their weights wait elsewhere."""
     embeddings = model.get_input_embeddings()
     planned = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)  # set by a device_map
     return embeddings.weight.device if planned is None else torch.device(planned)
@@ -260,7 +265,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def present(module: nn.Module) -> Iterator[None]:
-    """Inside the `with` block a linear, norm or embedding has its weights, also where a device_map keeps them away."""
+    """Inside the `with` block a linear, norm or embedding has its weights, also with a device_map."""
     if any(weight.is_meta for weight in module.parameters(recurse=False)):
         from accelerate.utils import align_module_device
 
@@ -271,7 +276,7 @@ def present(module: nn.Module) -> Iterator[None]:
 
 
 def decoder_body(model: nn.Module) -> nn.Module:
-    """The stack of embeddings, layers and final norm below the language-model head (and beside a vision part)."""
+    """The embeddings, layers and final norm below the language-model head; ValueError for a model without these."""
     body = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "model", model)
     if not hasattr(body, "layers") or not any(hasattr(body, name) for name in _FINAL_NORMS):
         raise ValueError(
@@ -282,7 +287,7 @@ def decoder_body(model: nn.Module) -> nn.Module:
 
 
 def final_norm_name(model: nn.Module) -> str:
-    """What this model's family calls the norm after its last layer."""
+    """The attribute name of the norm after the last layer."""
     body = decoder_body(model)
     return next(name for name in _FINAL_NORMS if hasattr(body, name))
 
@@ -298,7 +303,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def target_linears(model: nn.Module, modules: list[str]) -> dict[str, list[nn.Linear]]:
-    """{module: its linear in every layer}. ValueError for a name that a layer lacks lists the names that exist."""
+    """{module: its linear in every layer}; ValueError for a name that a layer lacks, with those that exist."""
     modules = check_texts(modules, "modules")
     linears: dict[str, list[nn.Linear]] = {module: [] for module in modules}
     for index, layer in enumerate(decoder_layers(model)):
@@ -316,9 +321,9 @@ def target_linears(model: nn.Module, modules: list[str]) -> dict[str, list[nn.Li
 
 
 def default_modules(model: nn.Module) -> list[str]:
-    """The target module that the published models use, under this family's name: the last linear of each layer's MLP.
+    """The published models' target module under this family's name: the last linear of each layer's MLP.
 
-    ["down_proj"] for Gemma, Qwen, Mistral, Llama and Phi-3, ["fc2"] for Phi. ValueError where a model has none.
+    ["down_proj"] for Gemma, Qwen, Mistral, Llama and Phi-3, ["fc2"] for Phi. ValueError for a model without one.
     """
     problems = []
     for name in _MLP_OUTPUTS:
@@ -332,7 +337,7 @@ def default_modules(model: nn.Module) -> list[str]:
 
 
 def module_sizes(model: nn.Module, modules: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """(d_in, d_out) of each target module; ValueError where layers differ, for one head width serves all layers."""
+    """({module: d_in}, {module: d_out}); ValueError where layers differ, as one head width serves all layers."""
     d_in, d_out = {}, {}
     for module, linears in target_linears(model, modules).items():
         shapes = {(linear.in_features, linear.out_features) for linear in linears}
@@ -352,19 +357,19 @@ def module_paths(model: nn.Module, modules: list[str]) -> dict[str, str]:
     }
 
 
-# --- what weights are known by --------------------------------------------------------------------------------------
+# --- fingerprints of weights ----------------------------------------------------------------------------------------
 
 
 class Fingerprint:
     """Keys of a base model: a hash of some embeddings and the final norm, "-", a hash of some values of all layers.
 
-    A key is the same in float32 and bfloat16; in float16 rounding can make it another one. Keys are compared by
-    `adapter.same_base`: of a quantised model, and in older files, there is the first half only. Values are read anew
-    each time, so that no way of writing to the weights goes unseen; weights that a device_map keeps away are read once.
+    A key is the same in float32 and bfloat16; rounding to float16 can change it. `adapter.same_base` compares keys: a
+    quantised model and older files have the first half only. Each call reads the values anew, so every change of the
+    weights shows; weights that a device_map keeps away are read once.
     """
 
     def __init__(self):
-        # of weights that are kept on the disk: {(id of a part, name): (the part, which keeps the id its own, values)}
+        # of weights on the disk: {(id of a part, name): (the part, so that no other gets its id, values)}
         self._waiting: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
 
     def key(self, model: nn.Module) -> str:
@@ -375,7 +380,7 @@ class Fingerprint:
         head = model.get_output_embeddings()
         for part in _leaves(decoder_body(model), head):
             inner |= {one: (part, name) for name, one in _lasting_tensors(part) if one not in outer}
-        if model.config.get_text_config().tie_word_embeddings:  # placeholders do not show what is one weight
+        if model.config.get_text_config().tie_word_embeddings:  # placeholders do not show shared weights
             inner = {one: place for one, place in inner.items() if not one.is_meta or place != (head, "weight")}
         key = self._hash_of(outer)
         if not all(one.dtype.is_floating_point and one.dtype.itemsize > 1 for one in inner):
@@ -383,14 +388,14 @@ class Fingerprint:
         return f"{key}-{self._hash_of(inner)}"
 
     def _hash_of(self, places: Mapping[Tensor, tuple[nn.Module, str]]) -> str:
-        """A hash of some values of each of these weights: {weight: (part, name in it)}."""
+        """A hash of some values of each weight; places: {weight: (part, name in it)}."""
         return _hash([(one.shape, self._values(one, *place)) for one, place in places.items()], torch.bfloat16)
 
     def _values(self, tensor: Tensor, part: nn.Module, name: str) -> Tensor:
-        """Some values of a weight, `name` of `part`; of one that a device_map keeps away those of the first time."""
+        """Some values of the weight `name` of `part`; those of the first call where a device_map keeps it away."""
         if not tensor.is_meta:
             return _spread_values(tensor)
-        key = (id(part), name)  # not the tensor's: reading a weight puts another placeholder into its place
+        key = (id(part), name)  # not the tensor's id: each reading makes a new placeholder
         if key not in self._waiting:
             with present(part):
                 self._waiting[key] = part, _spread_values(getattr(part, name)).clone()
@@ -398,12 +403,12 @@ class Fingerprint:
 
 
 def parameters_key(network: nn.Module) -> str:
-    """A hash of some values of each parameter of a network, in their order."""
+    """A hash of some values of each parameter of a network, in order."""
     return _hash([(one.shape, _spread_values(one)) for one in network.parameters()], torch.float32)
 
 
 def _spread_values(tensor: Tensor) -> Tensor:
-    """Up to 64 values spread over a tensor: a view of it where it is contiguous."""
+    """Up to 64 values spread over a tensor, a view where it is contiguous."""
     tensor, n = tensor.detach(), tensor.numel()
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
@@ -412,9 +417,9 @@ def _spread_values(tensor: Tensor) -> Tensor:
 
 
 def _hash(sampled: Sequence[tuple[torch.Size, Tensor]], precision: torch.dtype) -> str:
-    """A hash of sizes and values (shape of a tensor, some of its values), rounded to `precision`.
+    """A hash of shapes and values, rounded to `precision`; one copy to main memory per device and dtype.
 
-    Values come to the main memory once for each device and dtype.
+    sampled: (a tensor's shape, some of its values).
     """
     digest, together = hashlib.sha256(), {}
     for place, (shape, values) in enumerate(sampled):
@@ -433,7 +438,7 @@ def _hash(sampled: Sequence[tuple[torch.Size, Tensor]], precision: torch.dtype) 
 
 
 def _leaves(*modules: nn.Module | None) -> Iterator[nn.Module]:
-    """The parts of these modules that hold tensors themselves, in order; quicker than `modules()`."""
+    """The parts of these modules that hold tensors, in order; faster than `modules()`."""
     waiting = [*reversed(modules)]
     while waiting:
         part = waiting.pop()
@@ -444,7 +449,7 @@ def _leaves(*modules: nn.Module | None) -> Iterator[nn.Module]:
 
 
 def _lasting_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a module itself holds and a file of weights would, by name: parameters and persistent buffers."""
+    """(name, tensor) of a module's own parameters and persistent buffers."""
     yield from ((name, one) for name, one in part._parameters.items() if one is not None)
     for name, one in part._buffers.items():
         if one is not None and name not in part._non_persistent_buffers_set:

@@ -1,4 +1,4 @@
-"""Reading hidden states out of the base model, or of another model: what the hypernetwork reads of a document."""
+"""Hidden states of the base model, or of another model, as the hypernetwork reads a document."""
 
 import copy
 from collections import OrderedDict
@@ -25,17 +25,17 @@ from d2l_lib.lora import hooked, without_lora
 
 
 class ContextEncoder:
-    """Reads the features of chunks out of the base model (or of another model), without a second copy of its weights.
+    """The features of chunks from the base model (or another model), without a second copy of its weights.
 
     - early_exit: the first `encoder_layer` layers and the final norm -> [n, T, F]
     - per_layer_activations: hidden states 0 .. L-1 -> [n, L, T, F]; state 0 is the embeddings, the last one has passed
       the final norm, as in the authors' code
     - embed_only: the embeddings -> [n, T, F]
 
-    Values at padded positions mean nothing. An adapter applied to the model at the time is ignored. Of a
-    vision-language model these are the states of its language part, an image's features in their places.
+    source: the name or path that the model was loaded by, if any.
 
-    `source` is the name or path that the model was loaded by, if any.
+    Values at padded positions mean nothing. Applied adapters are ignored. A vision-language model gives the states of
+    its language part, with an image's features in their places.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ContextEncoder:
 
     @classmethod
     def from_config(cls, model: nn.Module, config: HypernetworkConfig, source: str | None = None) -> "ContextEncoder":
-        """The encoder that a hypernetwork was made for, reading from `model`."""
+        """The encoder of a hypernetwork's config, on `model`."""
         return cls(model, config.encoder_type, config.encoder_layer, source)
 
     @property
@@ -72,14 +72,14 @@ class ContextEncoder:
 
     @property
     def n_states(self) -> int:
-        """How many hidden states of each token are read."""
+        """Number of hidden states per token."""
         return self.n_layers_run + 1 if self.encoder_type == "per_layer_activations" else 1
 
     @cached_property
     def processor(self):
-        """The vision-language model's processor, loaded from `source` when it is first needed (or set by hand).
+        """The vision-language model's processor, loaded from `source` on first use, or set by hand.
 
-        ValueError where the model reads text only; raises as load_processor does.
+        ValueError for a model that reads text only and for one without a source; raises as load_processor does.
         """
         if not reads_images(self.model):
             raise ValueError(
@@ -99,7 +99,7 @@ class ContextEncoder:
     ) -> Tensor:
         """Features of chunk token ids [n, T]; `attention_mask` [n, T] is 0 at padding.
 
-        images: what else a vision-language model's processor made of a chat with images (pixel_values, ...).
+        images: the processor's other outputs for a chat with images (pixel_values, ...).
         """
         states: list[Tensor] = []
         body = self._shortened_body(states)
@@ -116,8 +116,9 @@ class ContextEncoder:
         return torch.stack([*(state.to(last.device) for state in states), last], dim=1)
 
     def _shortened_body(self, states: list[Tensor] | None = None) -> nn.Module:
-        """The body with its first layers only; the modules, and so the weights, are the model's own. With
-        "per_layer_activations" a forward pass leaves what goes into each layer in `states`.
+        """The body with its first layers only; modules and weights are the model's own.
+
+        With "per_layer_activations" a forward pass leaves the input of each layer in `states`.
         """
         layers = list(decoder_body(self.model).layers)[: self.n_layers_run]
         if self.encoder_type == "per_layer_activations" and states is not None:
@@ -129,7 +130,7 @@ class ContextEncoder:
         return body
 
     def _around(self, body: nn.Module) -> nn.Module:
-        """The vision-language model below its head, with `body` for its language part."""
+        """The vision-language model below its head, with `body` as its language part."""
         original, whole = decoder_body(self.model), _with_own_parts(self.model.base_model)
         path = next(name for name, module in whole.named_modules() if module is original)
         *above, name = path.split(".")
@@ -142,17 +143,18 @@ class ContextEncoder:
 
 
 def _with_own_parts(module: nn.Module) -> nn.Module:
-    """A copy whose parts, the same modules, can be exchanged without changing the original."""
+    """A copy with the same parts, which can be replaced without a change to the original."""
     module = copy.copy(module)
     module._modules = dict(module._modules)
-    if "_old_forward" in vars(module):  # a device_map's `forward` runs the original, with all of its layers
+    if "_old_forward" in vars(module):  # a device_map's `forward` runs all layers of the original
         del module.forward
     return module
 
 
 def _watched(layer: nn.Module, states: list[Tensor]) -> nn.Module:
-    """A copy of the layer, its parts the same modules, that leaves its input in `states`. The original gets no hook, so
-    forward passes of other threads leave nothing there.
+    """A copy of the layer, with the same parts, that leaves its input in `states`.
+
+    The original gets no hook, so forward passes of other threads leave nothing there.
     """
     layer = copy.copy(layer)
     layer._forward_pre_hooks = OrderedDict(layer._forward_pre_hooks)
@@ -161,10 +163,10 @@ def _watched(layer: nn.Module, states: list[Tensor]) -> nn.Module:
 
 
 def image_inputs(processor, image: Image.Image) -> dict[str, Tensor]:
-    """What the encoder of this processor reads for one picture: input_ids, attention_mask [1, T], pixel_values, ...
+    """The encoder's inputs for one picture: input_ids, attention_mask [1, T], pixel_values, ...
 
-    The chat is that of a text chunk (see `documents`): an empty system turn where the template has one, the picture as
-    the user's turn, the opening of the model's turn. ValueError where the processor has no chat template.
+    The chat is that of a text chunk (see `documents`) with the picture as the user's turn.
+    ValueError for a processor without a chat template.
     """
     if not getattr(processor, "chat_template", None):
         raise ValueError(
@@ -182,7 +184,7 @@ def image_inputs(processor, image: Image.Image) -> dict[str, Tensor]:
 
 
 def check_writes_residual(base_model, module: str) -> None:
-    """ValueError where what `module` puts out is not simply added to the residual stream."""
+    """ValueError unless the output of `module` is added to the residual stream as it is."""
     _, d_out = module_sizes(base_model, [module])
     if d_out[module] != base_model.config.get_text_config().hidden_size:
         usual = " or ".join(default_modules(base_model))
@@ -195,7 +197,7 @@ def check_writes_residual(base_model, module: str) -> None:
 
 @torch.no_grad()
 def linear_inputs(base_model, module: str, input_ids: Tensor) -> Tensor:
-    """x of the target linears in the base model without an adapter: [L, n, length, d_in]."""
+    """x [L, n, length, d_in] of the target linears in the base model, without an adapter."""
     base_model.to(input_ids.device)
     seen: list[Tensor] = []
     with ExitStack() as stack:

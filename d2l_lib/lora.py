@@ -3,8 +3,8 @@
 The adapter acts through forward hooks inside a `with` block. No weight is touched, and the hooks are gone on exit, so
 the model after the block equals the model before it, bit for bit.
 
-Threads: which adapter acts is a matter of the calling thread (or asyncio task) alone. A forward pass sees the innermost
-block that its own thread has opened; what other threads have opened at the same time does not reach it.
+Threads: a forward pass sees the innermost block that its own thread (or asyncio task) has opened. Blocks of other
+threads do not reach it.
 """
 
 import sys
@@ -23,10 +23,10 @@ from d2l_lib.hypernetwork import Loras
 
 
 class OpenBlock:
-    """One open `with` block of this module: for which model, and what surrounds it in its thread.
+    """One open `with` block of this module: its model and the blocks around it in its thread.
 
-    owner, adapter, reading: what `DocToLoRA.applied` notes for calls that leave out `adapter=`. shared: a thread that
-    is started inside the block, and opens none itself, sees the block too.
+    owner, adapter, reading: notes of `DocToLoRA.applied` for calls without `adapter=`.
+    shared: whether a thread that starts inside the block and opens none itself sees the block.
     """
 
     def __init__(
@@ -35,23 +35,22 @@ class OpenBlock:
         self.model, self.owner, self.adapter, self.reading, self.shared = model, owner, adapter, reading, shared
         self.around = _opened_here.get()
         self.is_open = True
-        # threads that were there before; those of torch's own (backward passes) have no entry that could be relied on
+        # threads from before the block; torch's own threads (backward passes) have no reliable entry
         self.elders = {one for one in threading.enumerate() if not isinstance(one, threading._DummyThread)}
 
 
-# Blocks that the calling thread or task has opened, outermost first.
+# Open blocks of the calling thread or task, outermost first.
 _opened_here: ContextVar[tuple[OpenBlock, ...]] = ContextVar("d2l_opened_here", default=())
-_opened: list[OpenBlock] = []  # those of all threads, in the order in which they were opened
+_opened: list[OpenBlock] = []  # of all threads, in order of opening
 _lock = threading.Lock()  # of the list, of hooks on shared modules, and of the stance below
-_stance: list = []  # what ends the eager stance of torch.compile, then one entry for each open block
+_stance: list = []  # the end of torch.compile's eager stance, then one entry per open block
 
 
 def innermost(model: nn.Module) -> OpenBlock | None:
     """The block that a forward pass of `model` in the calling thread sees.
 
-    It is the last one that this thread opened. A thread that has opened none, and was started while a block was open (a
-    streamer's thread, torch's thread of a backward pass), sees that block; RuntimeError where it could be one of
-    several threads' blocks.
+    It is the last one that this thread opened. A thread without blocks sees the block in which it started (a
+    streamer's thread, torch's thread of a backward pass). RuntimeError where blocks of several threads were open then.
     """
     for block in reversed(_opened_here.get()):
         if block.model is model and block.is_open:
@@ -72,7 +71,7 @@ def innermost(model: nn.Module) -> OpenBlock | None:
 
 
 def noted_adapter(model: nn.Module, owner: Any) -> OpenBlock | None:
-    """The innermost block of the calling thread that `owner` opened for `model`; never one of another thread."""
+    """The innermost block that `owner` opened for `model` in the calling thread, or None."""
     blocks = [b for b in _opened_here.get() if b.owner is owner and b.model is model and b.is_open]
     return blocks[-1] if blocks else None
 
@@ -85,14 +84,14 @@ def is_applied(model: nn.Module) -> bool:
 
 @contextmanager
 def _opened_block(block: OpenBlock) -> Iterator[None]:
-    """Inside the `with` block the calling thread sees `block`. Blocks need not be left in the order of entering."""
+    """Inside the `with` block the calling thread sees `block`. Blocks may end in any order."""
     with _lock:
         _opened.append(block)
     _opened_here.set((*block.around, block))
     try:
         yield
     finally:
-        block.is_open = False  # also for tasks that began inside the block and go on after it
+        block.is_open = False  # for tasks that outlive the block
         _opened_here.set(tuple(one for one in _opened_here.get() if one is not block and one.is_open))
         with _lock:
             _opened.remove(block)
@@ -100,20 +99,20 @@ def _opened_block(block: OpenBlock) -> Iterator[None]:
 
 @contextmanager
 def without_lora(model: nn.Module, **notes: Any) -> Iterator[None]:
-    """Inside the `with` block the model is the plain base model, even within `apply_lora`; notes: see OpenBlock."""
+    """Inside the `with` block the model is the plain base model, even in `apply_lora`; notes: see OpenBlock."""
     with _opened_block(OpenBlock(model, **({"shared": False} | notes))):
         yield
 
 
 def _in_this_thread(hook: Callable) -> Callable:
-    """A hook that acts in the thread that made it and ignores the forward passes of others."""
+    """A hook that acts in the calling thread only."""
     mine = threading.get_ident()
     return lambda *arguments: hook(*arguments) if threading.get_ident() == mine else None
 
 
 @contextmanager
 def hooked(register: Callable[[Callable], Any], hook: Callable) -> Iterator[None]:
-    """Inside the `with` block `hook` is on a module for this thread alone; register: its register_..._hook method."""
+    """Inside the `with` block `hook` acts in this thread; register: the module's register_..._hook method."""
     with _lock:
         handle = register(_in_this_thread(hook))
     try:
@@ -135,14 +134,13 @@ def apply_lora(
     """Inside the `with` block every target linear returns y + scale * B^T (A x).
 
     loras: {module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}.
-    rows: [batch], the context of each batch row (None: row i is context i, or one context serves all rows). A batch
-    that is a multiple of `rows` (beam search) repeats each entry.
+    rows: [batch], the context of each batch row (None: row i is context i, or one context serves all rows). Beam
+        search repeats each entry: the batch is a multiple of `rows`.
     notes: see OpenBlock.
 
     A and B are never copied per token. Arithmetic runs in A's dtype; the sum has the base output's. Gradients reach A
-    and B: call backward inside the block when activations are recomputed (gradient checkpointing). Blocks nest: the
-    innermost adapter replaces the outer ones. Other threads do not see the block, except one that is started inside it
-    and opens none itself (see `innermost`). ValueError where A and B do not fit the model or the batch.
+    and B; with gradient checkpointing, call backward inside the block. Blocks nest: the innermost adapter replaces the
+    outer ones. `innermost` says which threads see the block. ValueError where A and B do not fit the model or batch.
     """
     linears = target_linears(model, sorted(loras))
     for module, (A, B) in loras.items():
@@ -150,7 +148,7 @@ def apply_lora(
     deltas = []
     for module, (A, B) in loras.items():
         for layer, linear in enumerate(linears[module]):
-            # weights that wait on the disk or in main memory come to x; the factors are then moved with each call
+            # a weight that waits elsewhere comes to x: `_delta` then moves the factors with each call
             place = A.device if linear.weight.is_meta else linear.weight.device
             factors = {"A": A[:, layer].to(place), "B": B[:, layer].to(place)}
             deltas.append((linear, partial(_delta, **factors, rows=rows)))
@@ -169,15 +167,16 @@ def add_deltas(
 ) -> Iterator[None]:
     """Inside the `with` block each of these linears of `model` returns y + scale * delta(x), in this thread.
 
-    before: called before each forward pass with the keyword arguments of the decoder. notes: see OpenBlock. Blocks
-    nest: the innermost one counts. The model on exit is the model on entry.
+    before: called before each forward pass with the decoder's keyword arguments.
+    notes: see OpenBlock.
+    Blocks nest: the innermost one counts. The model on exit is the model on entry.
     """
     block = OpenBlock(model, **notes)
     with ExitStack() as stack:
         handles: list = []
         stack.callback(_remove, handles)
-        # One lock for all: torch numbers hooks by a counter of its own, which two threads could read at once. A forward
-        # pass of another thread reads a module's hooks in one step of the interpreter, so it needs no lock.
+        # Torch numbers hooks by one counter, so registering needs a lock. A forward pass of another thread reads a
+        # module's hooks in one step of the interpreter, so it needs none.
         with _lock:
             for linear, delta in deltas:
                 hook = partial(_add_delta, delta=delta, scale=scale, block=block)
@@ -198,9 +197,9 @@ def _remove(handles: Sequence) -> None:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Inside the `with` block models that torch.compile made run as they are: compiled code does not see hooks that
-    came later, and would answer without the adapter. The stance is one for all threads: it holds while any block is
-    open.
+    """Inside the `with` block models from torch.compile run uncompiled: compiled code ignores later hooks.
+
+    All threads share the stance; it holds while any block is open.
     """
     if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
         yield
@@ -219,13 +218,13 @@ def _uncompiled() -> Iterator[None]:
 
 
 def _begin(body, inputs, arguments, *, before, block):
-    """Forward pre-hook of the decoder; acts only where its block is the innermost of the calling thread."""
+    """Forward pre-hook of the decoder; acts if its block is the innermost of the calling thread."""
     if innermost(block.model) is block:
         before(arguments)
 
 
 def _add_delta(linear, inputs, output, *, delta, scale, block):
-    """Forward hook of one linear; acts only where its block is the innermost of the calling thread."""
+    """Forward hook of one linear; acts if its block is the innermost of the calling thread."""
     if innermost(block.model) is not block:
         return None
     return (output + scale * delta(inputs[0].to(output.device))).to(output.dtype)
@@ -239,7 +238,7 @@ def _delta(x: Tensor, *, A: Tensor, B: Tensor, rows: Tensor | None) -> Tensor:
     if rows is None and len(x) == len(A):
         return x @ A.transpose(1, 2) @ B
     if rows is not None and len(rows) == len(x) and _in_equal_groups(rows, len(A)):
-        # questions of one context side by side: one product per context, and no copy of A and B per question
+        # one product per context, and no copy of A and B per question
         return (x.reshape(len(A), -1, x.shape[2]) @ A.transpose(1, 2) @ B).view(*x.shape[:2], -1)
     rows = torch.arange(len(A), device=x.device) if rows is None else rows.to(x.device)
     if len(x) % len(rows):
@@ -249,7 +248,7 @@ def _delta(x: Tensor, *, A: Tensor, B: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _in_equal_groups(rows: Tensor, contexts: int) -> bool:
-    """Whether `rows` is 0, 0, .. 1, 1, .. with as many of each of the contexts."""
+    """Whether `rows` is 0, 0, .. 1, 1, .. with equal counts of all contexts."""
     if len(rows) % contexts:
         return False
     each = torch.arange(contexts, device=rows.device).repeat_interleave(len(rows) // contexts)
