@@ -1,6 +1,6 @@
 """Find a checkpoint, load the models that it names, and put them together.
 
-source -> find_checkpoint -> (hypernetwork, what it says of its models) -> assemble -> DocToLoRA
+source -> find_checkpoint -> (hypernetwork, meta) -> assemble -> DocToLoRA
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from d2l_lib.routing import Gate
 
 @dataclass(frozen=True)
 class Choices:
-    """What the caller of `load` says about the models of a checkpoint; None where the checkpoint decides."""
+    """The options of `load` for the models of a checkpoint; None leaves the choice to the checkpoint."""
 
     device: str | torch.device | None = None
     dtype: torch.dtype | None = None
@@ -58,20 +58,20 @@ def load(
     source: one of
         - a bundled name: "tiny", or "tiny/<name>" for another hypernetwork of it,
         - a folder that `model.save` wrote,
-        - a published checkpoint: `*.bin`, or a folder that holds one (of several steps the latest, with a warning),
+        - a published checkpoint: `*.bin`, or a folder with one (of several steps the latest, with a warning),
         - a hub id: "owner/name", or "owner/name/folder/in/it"; the published ones are SakanaAI/doc-to-lora/gemma_demo,
           .../gemma_2b_d2l, .../mistral_7b_d2l and .../qwen_4b_d2l.
     device: None picks CUDA, MPS or CPU.
     dtype: of the base model (None: bfloat16 on CUDA, else float32).
-    base_model, encoder_model: names or paths that replace those which the checkpoint names. A folder base_model/ or
-        encoder_model/ beside the checkpoint replaces them too.
+    base_model, encoder_model: names or paths in place of the checkpoint's. Without them, folders base_model/ and
+        encoder_model/ beside the checkpoint replace its names.
     device_map: instead of device, spreads the base model over several devices (see load_base_model); a word ("auto")
-        spreads a context encoder of its own too.
+        also spreads a separate context encoder.
 
-    An encoder that was trained in 4-bit precision runs so on CUDA with bitsandbytes; elsewhere it runs, with a warning,
-    in full precision. No code out of a checkpoint or base model is ever run. FileNotFoundError says what is missing and
-    where to put it. ValueError for a damaged checkpoint, one that was made for another base model, a base model that
-    needs code of its own, and a device that is not here.
+    An encoder for 4-bit precision runs in it on CUDA with bitsandbytes, elsewhere in full precision with a warning.
+    Code from a checkpoint or base model is never run. FileNotFoundError says what is missing and where to put it.
+    ValueError for a damaged checkpoint, a checkpoint for another base model, a base model that needs code of its own,
+    and a device that is not here.
     """
     choices = Choices(device, dtype, base_model, encoder_model, device_map)
     place = find_checkpoint(source)
@@ -89,9 +89,9 @@ def assemble(
     kind: type[DocToLoRA] = DocToLoRA,
     folder: Path | None = None,
 ) -> DocToLoRA:
-    """A model of this `kind`: the hypernetwork with the base model and context encoder that it was made for.
+    """A model of this `kind`: the hypernetwork with its base model and context encoder.
 
-    meta: what its checkpoint says beside the config.
+    meta: the checkpoint's facts beside the config.
     folder: where base_model/ and encoder_model/ may lie.
 
     Raises as `load` does.
@@ -124,7 +124,7 @@ def assemble(
 
 
 def _load_for(source: str, **options: Any):
-    """`load_base_model`; where the model is missing, the error also says where to put it."""
+    """`load_base_model`; the error for a missing hub model also says where to put it."""
     try:
         return load_base_model(source, **options)
     except FileNotFoundError as error:
@@ -150,7 +150,7 @@ def _can_quantize(device: torch.device) -> bool:
 
 
 def _gate_of(meta: dict) -> Gate | None:
-    """The gate that a checkpoint names; ValueError where it is none."""
+    """The gate in a checkpoint's meta, if any; ValueError where it is damaged."""
     named = meta.get("gate")
     try:
         return None if named is None else Gate(float(named["known"]), float(named["growth"]), str(named["refusal"]))
@@ -161,7 +161,7 @@ def _gate_of(meta: dict) -> Gate | None:
 
 
 def _reading_of(meta: dict) -> Reading | None:
-    """How a checkpoint says that its blocks are read sparsely; ValueError where it says nothing that can be."""
+    """The sparse reading in a checkpoint's meta, if any; ValueError where it is damaged."""
     named = meta.get("reading")
     try:
         if named is None:
@@ -172,7 +172,7 @@ def _reading_of(meta: dict) -> Reading | None:
 
 
 def _base_source(folder: Path | None, meta: dict, config: HypernetworkConfig, base_model: str | Path | None) -> str:
-    """Which base model to load: the caller's, else the one in the folder, else the one that the checkpoint names."""
+    """The base model to load: the caller's, else the one in the folder, else the one that the checkpoint names."""
     if base_model is not None:
         chosen = str(base_model)
     elif folder is not None and (folder / "base_model").is_dir():
@@ -187,7 +187,7 @@ def _base_source(folder: Path | None, meta: dict, config: HypernetworkConfig, ba
 def _encoder_source(
     folder: Path | None, meta: dict, config: HypernetworkConfig, encoder_model: str | Path | None
 ) -> str | None:
-    """Which model to load as context encoder, chosen as _base_source does; None where it is the base model."""
+    """The context encoder to load, chosen as in `_base_source`; None where it is the base model."""
     if encoder_model is not None:
         return _lasting(str(encoder_model))
     if folder is not None and (folder / "encoder_model").is_dir():
@@ -197,13 +197,13 @@ def _encoder_source(
 
 
 def _lasting(chosen: str) -> str:
-    """A model's name as it is, a folder by a path that holds wherever the program is started."""
-    is_bundled = (bundled_path(chosen) / "base_model").is_dir()  # also where a folder of that name is at hand
+    """A model's name unchanged, a folder as an absolute path."""
+    is_bundled = (bundled_path(chosen) / "base_model").is_dir()  # even beside a folder of that name
     return chosen if is_bundled or not Path(chosen).is_dir() else str(Path(chosen).resolve())
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """The checkpoint file or folder that `source` means."""
+    """The checkpoint file or folder of `source` (see `load`); FileNotFoundError says what may be named."""
     if not isinstance(source, (str, Path)) or not str(source).strip():
         raise TypeError(f"source must be a name or path, not {source!r}")
     bundle, _, name = str(source).partition("/")

@@ -1,10 +1,11 @@
-"""The names that the original's Python example imports, so that it runs here with only its import lines changed:
+"""The names that the original's Python example imports (SakanaAI/doc-to-lora, examples/python_api.py).
+
+One line in place of its three imports runs it here:
 
     from d2l_lib.original import ModulatedPretrainedModel, get_tokenizer, torch
 
-in place of its three imports (SakanaAI/doc-to-lora, examples/python_api.py). `torch.load` is the restricted reader
-whatever `weights_only` says, so a checkpoint's pickle is never run; a document may be longer than a chunk; everything
-that a `DocToLoRA` does, this model does too.
+`torch.load` is the restricted reader whatever `weights_only` says: a checkpoint's pickle is never run. A document may
+be longer than a chunk. The model does everything that a `DocToLoRA` does.
 """
 
 from __future__ import annotations
@@ -32,10 +33,9 @@ class _Torch:
 
     @staticmethod
     def load(f: str | Path | BinaryIO, map_location: Any = None, **_: Any) -> dict[str, Any]:
-        """What a published checkpoint holds, tensors on the CPU; other options than the file are not needed.
+        """The content of a published checkpoint, tensors on the CPU; all options but the file are ignored.
 
-        Where a folder base_model/ lies beside the file, its path takes the place of the stored one. Raises as
-        `pickles.read` does.
+        The path of a folder base_model/ beside the file replaces the stored one. Raises as `pickles.read` does.
         """
         content = pickles.read(f)
         if isinstance(f, (str, Path)) and (beside := Path(f).absolute().parent / "base_model").is_dir():
@@ -47,7 +47,7 @@ torch = _Torch()
 
 
 def get_tokenizer(name: str | Path, **options: Any):
-    """The tokenizer of a base model, padding on the left; its chat template gives token ids as in transformers 4."""
+    """The tokenizer of a base model, with padding on the left and chats as token ids, as in transformers 4."""
     tokenizer = load_tokenizer(_locate(name), padding_side="left", truncation_side="left", **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -56,7 +56,7 @@ def get_tokenizer(name: str | Path, **options: Any):
 
 
 class ModulatedPretrainedModel(DocToLoRA):
-    """A DocToLoRA under its original name; `base_model`, `device`, `internalize` and `reset` are as they were there."""
+    """A DocToLoRA under its original name, with the original's `base_model`, `device`, `internalize` and `reset`."""
 
     @classmethod
     def from_state_dict(
@@ -70,10 +70,9 @@ class ModulatedPretrainedModel(DocToLoRA):
         device: str | _torch.device | None = None,
         dtype: _torch.dtype | None = None,
     ) -> ModulatedPretrainedModel:
-        """The model of what `torch.load` gave, which stays as it is; base_model, device, dtype: as in `d2l_lib.load`.
+        """The model of `torch.load`'s content, which stays unchanged; base_model, device, dtype: as in `d2l_lib.load`.
 
-        Packing and flash attention change no answer and are not needed. ValueError for train=True: training is
-        `d2l_lib.training.recipes`.
+        Options for packing and flash attention are ignored: they change no answer. ValueError for train=True.
         """
         if train:
             raise ValueError("this model only answers: pass train=False, and train with d2l_lib.training.recipes")
@@ -82,7 +81,7 @@ class ModulatedPretrainedModel(DocToLoRA):
         return assemble(hypernetwork, {"base_model": stored}, Choices(device, dtype, base_model), kind=cls)
 
     def generate(self, *, input_ids: Tensor | Mapping[str, Tensor], **options: Any) -> Tensor:
-        """`DocToLoRA.generate`; input_ids may also be what a tokenizer of transformers 5 makes of a chat."""
+        """`DocToLoRA.generate`; input_ids may also be the mapping that transformers 5 makes of a chat."""
         if isinstance(input_ids, Mapping):
             options = {"attention_mask": input_ids.get("attention_mask")} | options
             input_ids = input_ids["input_ids"]
