@@ -1,7 +1,7 @@
 """One dial: a preset's name decides every size, rate and seed.
 
-`tiny` is the bundled system; `paper-gemma`, `paper-mistral` and `paper-qwen` are the published recipes (paper, sections
-on the needle and the main experiment; packing and accumulation as in the authors' scripts) for published base models.
+`tiny` is the bundled system. `paper-gemma`, `paper-mistral` and `paper-qwen` are the published recipes for published
+base models (paper, sections on the needle and the main experiment; packing and accumulation from the authors' scripts).
 Sizes are in tokens, batches or units of the model; rates are AdamW learning rates.
 """
 
@@ -21,8 +21,7 @@ class HypernetworkPreset:
     """The sizes of a hypernetwork.
 
     encoder_layer: the layer after which the context encoder stops; None with an `encoder_type` that reads all layers.
-    encoder_bits: 4 reads documents with a copy of the base model in 4-bit weights (on a GPU); None: with the base model
-        itself.
+    encoder_bits: 4 reads documents with a 4-bit copy of the base model (on a GPU), None with the base model itself.
     """
 
     latent_size: int
@@ -40,12 +39,13 @@ class HypernetworkPreset:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long a training is and how fast it learns. `steps` and `warmup_steps` count batches.
+    """The length and the rates of a training.
 
-    batches_per_step: batches that make an optimizer step, over all processes together; 1: one batch of each process.
-    min_learning_rate: where the cosine ends; None: at 2% of the rate.
-    muon_rate: the rate of Muon for the matrices; None: AdamW for all.
-    adam_beta2: the second moment's decay in AdamW.
+    steps, warmup_steps: in batches.
+    batches_per_step: batches per optimizer step, over all processes; 1: one batch of each process.
+    min_learning_rate: the end of the cosine; None: 2% of the rate.
+    muon_rate: Muon's rate for the matrices; None: AdamW for all.
+    adam_beta2: AdamW's decay of the second moment.
     """
 
     steps: int
@@ -57,7 +57,7 @@ class Schedule:
     adam_beta2: float = 0.999
 
     def accumulation(self, processes: int) -> int:
-        """Batches that each process takes for a step of several; ValueError where they do not come out even."""
+        """Batches of each process in one optimizer step; ValueError where the processes cannot share them evenly."""
         if self.batches_per_step % processes:
             raise ValueError(
                 f"{processes} processes cannot share out {self.batches_per_step} batches evenly: start a number that "
@@ -68,7 +68,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class TwoStages(Schedule):
-    """A training and its second stage, of other length and rate; 0 steps: none."""
+    """A training and its second stage, of another length and rate; 0 steps: none."""
 
     polish_steps: int = 0
     polish_learning_rate: float = 0.0
@@ -81,9 +81,9 @@ class TwoStages(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelPreset(TwoStages):
-    """A base model of a `transformers` architecture (its model type), trained from nothing on the generated world.
+    """A base model, trained from nothing on the generated world; its second stage has longer documents.
 
-    The second stage is about longer documents (see `pretraining.Curriculum`).
+    architecture: the model type in `transformers`. See `pretraining.Curriculum`.
     """
 
     architecture: str
@@ -101,16 +101,16 @@ class BaseModelPreset(TwoStages):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPreset(Schedule, HypernetworkPreset):
-    """What needles and questions have in common beside sizes.
+    """The settings that needles and questions share.
 
-    l1: weight of the penalty on what is written. distil: learn the teacher's log-probabilities where a batch has them;
-        False: its answers alone (cross-entropy). last_layer: only the last layer's blocks act and learn (see
-        `step.Internalization`).
-    contexts: of a batch, at most. input_tokens, context_tokens: a batch is full where the next document would take its
-        questions and answers, or its chunks, beyond so many tokens. With neither, a batch counts as much as every
-        other, however many contexts it has.
+    l1: weight of the L1 penalty on the blocks.
+    contexts: the most in a batch.
+    chunk_tokens: the default of `internalize`.
+    distil: learn the teacher's log-probabilities where a batch has them; False: its answers alone (cross-entropy).
+    last_layer: only the last layer's blocks act and learn (see `step.Internalization`).
+    input_tokens, context_tokens: the most tokens of questions with answers, and of chunks, in a batch. With neither,
+        all batches have equal weight, whatever their number of contexts.
     neftune: strength of the noise on the base model's embeddings while it answers (NEFTune, Jain et al. 2023).
-    chunk_tokens: what `internalize` takes by default.
     """
 
     l1: float
@@ -125,15 +125,16 @@ class TrainingPreset(Schedule, HypernetworkPreset):
 
     @property
     def by_context(self) -> bool:
-        """Whether losses are averaged over the contexts of a whole step, as batches differ in their number."""
+        """Whether losses are averaged over all contexts of a step, as batches differ in their number."""
         return self.context_tokens is not None or self.input_tokens is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUpPreset(Schedule):
-    """The warm-up of a hypernetwork (see `training.warm_up`): `sentences` a batch.
+    """The warm-up of a hypernetwork (see `training.warm_up`).
 
-    whiten: keys are learned in whitened coordinates (see `warm_up.KeysAndValues`).
+    sentences: in a batch.
+    whiten: learn keys in whitened coordinates (see `warm_up.KeysAndValues`).
     """
 
     sentences: int
@@ -142,18 +143,18 @@ class WarmUpPreset(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class NeedlePreset(TwoStages, TrainingPreset):
-    """A hypernetwork trained on needles: its sizes, the contexts it sees and the rates.
+    """A hypernetwork trained on needles; its second stage is about filler (see `contexts.NeedleBatches`).
 
-    shortest, longest: contexts, in tokens. empty_share: contexts without a needle.
-    max_chunk_tokens: contexts are cut into equal pieces of at most so many tokens at any token, as published; None: at
-        random sentence ends. min_chunk_tokens, chunk_probabilities: how often into how many pieces.
-    max_repeats: needle-free chunks count up to this many times, as in a long haystack: a block of weight K is K equal
-        blocks.
-    gradual: lengths and the L1 term grow in the course of the run; False: all of them from the first step, as
-        published.
+    shortest, longest: contexts, in tokens.
+    min_chunk_tokens: bounds the number of chunks of a context.
+    chunk_probabilities: {number of chunks: probability}.
+    max_repeats: chunks without the needle count up to this many times, as in a long haystack. (A block of weight K is
+        K equal blocks.)
+    empty_share: of the contexts, have no needle.
     readout: the warm-up; None: none.
-
-    The second stage is about filler (see `datasets.NeedleBatches`).
+    gradual: lengths and the L1 term grow during the run; False: they start in full, as published.
+    max_chunk_tokens: of the equal chunks of a context, cut at any token, as published; None: cut at random sentence
+        ends.
     """
 
     shortest: int
@@ -169,21 +170,23 @@ class NeedlePreset(TwoStages, TrainingPreset):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationPreset(TrainingPreset):
-    """A hypernetwork trained on answers to questions about documents (see `datasets.QuestionBatches`).
+    """A hypernetwork trained on answers to questions about documents (see `contexts.DistillationBatches`).
 
-    shortest_chunk, longest_chunk: chunks have at most a random number of tokens between the two. single_chunk_share:
-        in so much of the run each document is one chunk. chunk_probabilities: how often a document is cut into so many
-        equal chunks of these lengths, as published; None: as above.
-    contexts, chunks: a batch is full at so many. questions: of each document at most, and one more than it has chunks
-        at most. question_tokens: longer questions (with their answers) are left out.
+    shortest_chunk, longest_chunk: the limit of a document's chunks, in tokens, is random between the two.
+    single_chunk_share: of the run, its beginning, has documents of one chunk.
+    questions: the most of a document, which are at most one more than its chunks.
+    chunks: the most in a batch.
+    chunk_probabilities: {number of equal chunks: probability}, as published; None: chunks of random limits.
+    question_tokens: longer questions (with their answers) are left out.
 
-    Of fresh documents of the world (`datasets.WorldDocuments`):
+    For fresh documents of the world (`contexts.WorldDocuments`):
 
-    least_facts, most_facts: of a context; the contexts of a batch have one number of facts. facts_grow: the two shares
-        of the run between which the number approaches `most_facts`.
+    least_facts, most_facts: of a context; all contexts of a batch have one number of facts.
+    facts_grow: the shares of the run between which the number of facts grows up to `most_facts`.
+    kinds: of the questions with an answer (None: all kinds).
     strangers_share: of the contexts, hold several documents.
-    unrelated_share: of the questions, are about the encyclopedia. unanswerable_share: of the rest, have no answer in
-        the document. kinds: of all others (None: all kinds).
+    unrelated_share: of the questions, are about the encyclopedia.
+    unanswerable_share: of the other questions, have no answer in the document.
     """
 
     shortest_chunk: int
@@ -203,15 +206,19 @@ class DistillationPreset(TrainingPreset):
     question_tokens: int | None = None
 
 
-SHARD_STAGES = ("self_generated", "chunked")  # those that learn from self-generated data
+SHARD_STAGES = ("self_generated", "chunked")  # stages on self-generated data
 
 
 @dataclass(frozen=True)
 class QAPreset:
-    """Question answering in up to six stages: the warm-up; fresh documents of the world, to recall their facts with the
-    last layer alone; the same with all layers; smaller documents, with more questions about something else and more
-    without an answer; self-generated data; the same data in chunks. None: without that stage. All stages train one
-    hypernetwork, so their sizes must be the same. The warm-up is of the layers that the stage after it trains.
+    """Question answering in up to six stages of one hypernetwork, all of the same sizes; None leaves a stage out.
+
+    readout: the warm-up of the layers that the next stage trains.
+    recall: fresh documents of the world, with the last layer alone.
+    world: the same with all layers.
+    polish: smaller documents, more questions about something else and more without an answer.
+    self_generated: self-generated data.
+    chunked: the same data in chunks.
     """
 
     readout: WarmUpPreset | None
@@ -235,9 +242,7 @@ class QAPreset:
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a run needs to know; `base` is the base model that is trained here, or the published one's name
-    on the hub.
-    """
+    """All settings of a run; base: the base model to train, or the hub name of a published one."""
 
     name: str
     base: BaseModelPreset | str
@@ -246,12 +251,12 @@ class Preset:
 
     @property
     def base_source(self) -> str:
-        """What `load_base_model` finds the base model by."""
+        """The name of the base model for `load_base_model`."""
         return self.base if isinstance(self.base, str) else self.name
 
 
-# What each part of the needle training is for: the published recipe (but for the L1 term, which sets in half-way in
-# all of them), ours, and ours with one part taken out. Without the warm-up the rest has to take longer.
+# The needle recipe, the published one, and ours without one part. In all of them the L1 term sets in half-way.
+# Without the warm-up the rest takes longer.
 _NO_READOUT = {"readout": None, "steps": 2400, "polish_steps": 600}
 NEEDLE_VARIANTS: dict[str, dict] = {
     "ours": {},
@@ -352,10 +357,11 @@ PRESETS = {
 
 
 def _published(name: str, base: str, needle_l1: float) -> Preset:
-    """The published recipes for a base model. The needle stage is one epoch of 640,000 contexts, about 24 in a batch.
+    """The published recipes for a base model.
 
-    Main stage: 80,000 steps of 8 GPUs with 8 batches each, then 20,000 steps of 8 GPUs with 16 smaller batches, in
-    chunks; one question for each context.
+    Needles: one epoch of 640,000 contexts, about 24 in a batch.
+    Questions: 80,000 steps of 8 GPUs with 8 batches each, then 20,000 steps of 8 GPUs with 16 smaller batches, in
+    chunks; one question per context.
     """
     common = {
         "latent_size": 512, "n_heads": 16, "n_kv_heads": 4, "head_dim": 128, "rank": 8, "encoder_layer": None,
@@ -429,7 +435,7 @@ PRESETS |= {
 }
 
 
-# For comparisons of recipes: the warm-up and the recall stage of the bundled recipe, smaller and shorter.
+# For comparisons of recipes: warm-up and recall of the bundled recipe, smaller and shorter.
 SHORT_QA = QAPreset(
     readout=replace(PRESETS["tiny"].qa.readout, steps=800, warmup_steps=20),
     recall=replace(
@@ -444,7 +450,7 @@ SHORT_QA = QAPreset(
     polish=None,
     self_generated=None,
 )
-# What is changed in the warm-up and in the stage after it. `shards`: that stage learns from self-generated data.
+# Changes in the warm-up and in the stage after it. `shards`: that stage learns from self-generated data.
 QA_VARIANTS: dict[str, dict] = {
     "ours": {},
     "no warm-up": {"readout": None},
@@ -480,9 +486,9 @@ def qa_variant(name: str) -> QAPreset:
 
 
 def changed(settings, changes: Sequence[str]):
-    """`settings` (a preset of this module) with changes of the form "name=value", values written as in Python.
+    """`settings` (a preset of this module) with changes "name=value", values as in Python.
 
-    ValueError names a setting that does not exist, with those that do, and a value of another kind.
+    ValueError names an unknown setting, with the known ones, and a value of another kind.
     """
     known = {field.name: field for field in fields(settings)}
     values = {}
@@ -507,10 +513,10 @@ def changed(settings, changes: Sequence[str]):
 
 
 def shortened(settings: Schedule | QAPreset | None, steps: int | None):
-    """`settings` with `steps` optimizer steps in each of their stages, in place of their own (None: unchanged).
+    """`settings` with `steps` optimizer steps in each of their stages (None: unchanged).
 
-    settings: of one training, with its warm-up and its polish where it has them; of the warm-up alone; or of all stages
-    of question answering. The rate rises over a tenth of the steps at most. ValueError for less than one step.
+    settings: of the warm-up, of one training with its warm-up and polish, or of all stages of question answering.
+    The warm-up of the rate takes at most a tenth of the steps. ValueError unless steps is a whole number of at least 1.
     """
     if steps is None or settings is None:
         return settings

@@ -26,7 +26,7 @@ def project_root() -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write one value as indented JSON (strict: NaN and infinity raise ValueError)."""
+    """Write one value as indented JSON; ValueError for NaN and infinity."""
     return write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -40,7 +40,7 @@ def _finite_float(text: str) -> float:
 
 
 def _parse(content: str | bytes) -> Any:
-    """The value of a strict JSON text; ValueError with the reason for anything else, however it is damaged."""
+    """The value of a strict JSON text; ValueError with the reason for anything else."""
     text = content.decode("utf-8") if isinstance(content, bytes) else content
     if text.startswith("\ufeff"):
         raise ValueError("it begins with a byte order mark: save it as UTF-8 without one")
@@ -51,11 +51,11 @@ def _parse(content: str | bytes) -> Any:
 
 
 def parse_json(content: str | bytes, what: str, advice: str = "write it again") -> Any:
-    """The value of a JSON text or of its UTF-8 bytes.
+    """The value of a JSON text or of its UTF-8 bytes; of a repeated key the last value counts.
 
-    what: names the text in the error. advice: what the error says to do.
-    ValueError for what is no JSON: also for NaN and infinity, for numbers with too many digits, for values that are
-    nested too deeply, for other encodings, and after a byte order mark. Of a repeated key the last value counts.
+    what, advice: the text's name and what to do, in the error.
+    ValueError for anything else: also for NaN and infinity, numbers with too many digits, values nested too deeply,
+    other encodings, and a byte order mark.
     """
     try:
         return _parse(content)
@@ -64,7 +64,7 @@ def parse_json(content: str | bytes, what: str, advice: str = "write it again") 
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file. ValueError with the file's name, and the line, for what is no JSON (see parse_json)."""
+    """The value of a JSON file; ValueError names the file and the line of what is no JSON (see parse_json)."""
     try:
         return _parse(Path(path).read_bytes())
     except ValueError as error:
@@ -72,7 +72,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
-    """Write one JSON value per line (strict: NaN and infinity raise ValueError)."""
+    """Write one JSON value per line; ValueError for NaN and infinity."""
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -80,7 +80,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
-    """The values of a JSON-lines file; blank lines are skipped. ValueError names the line that is no JSON."""
+    """The values of a JSON-lines file without blank lines; ValueError names the line that is no JSON."""
     return list(iter_jsonl(path))
 
 
@@ -94,7 +94,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def iter_jsonl(path: str | Path) -> Iterator[Any]:
-    """The values of a JSON-lines file one after another, as `read_jsonl` gives them."""
+    """The values of `read_jsonl`, one after another."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -106,9 +106,9 @@ def iter_jsonl(path: str | Path) -> Iterator[Any]:
 
 
 def read_appended(path: str | Path) -> list[Any]:
-    """The values of a JSON-lines file that `append_jsonl` writes; a last line that was cut off (by a kill) is left out.
+    """The values of a file by `append_jsonl`, without blank lines and a last line that was cut off (by a kill).
 
-    No file: no values. Blank lines are skipped. ValueError names any other line that is not JSON.
+    No file: no values. ValueError names any other line that is not JSON.
     """
     path = Path(path)
     if not path.exists():
@@ -119,7 +119,7 @@ def read_appended(path: str | Path) -> list[Any]:
 
 
 def append_jsonl(path: str | Path, row: Any) -> None:
-    """Add one JSON value as a line, and wait until it is on the disk; where that fails the file is what it was."""
+    """Add one JSON value as a line and wait until it is on the disk; on failure the file stays as it was."""
     line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
     with name_failed_writes(path), open(path, "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
@@ -134,7 +134,7 @@ def append_jsonl(path: str | Path, row: Any) -> None:
 
 
 def save_figure(figure, name: str) -> Path:
-    """Save a matplotlib figure as `figures/<name>.png`; the same figure gives the same bytes. Name: NN_what_by_what."""
+    """Save a matplotlib figure as `figures/<name>.png`, name NN_what_by_what; the same figure gives the same bytes."""
     name = name.removesuffix(".png")
     if not _FIGURE_NAME.fullmatch(name):
         raise ValueError(f"figure name {name!r} is not of the form NN_what_by_what, e.g. '03_exact_match_by_length'")
@@ -145,10 +145,10 @@ def save_figure(figure, name: str) -> Path:
 
 
 def claim(text: str, figure: Any, aim: str = "", met: bool | None = None) -> dict[str, Any]:
-    """A row of the table of results: what is claimed, the figure reached, the aim, and whether it is met.
+    """A row of the table of results: the claim, its figure, the aim, and whether it is met.
 
-    met: read off an aim like ">= 99%" or "<= 20 minutes" where it is left out: every number of `figure` has to meet it.
-    None for any other aim. ValueError for an aim of that form and a figure without a number.
+    met: None decides an aim like ">= 99%" or "<= 20 minutes": every number of `figure` has to meet it.
+    ValueError for such an aim and a figure without a number.
     """
     bound = re.match(r"(>=|<=) (\S*\d)", aim)
     if met is None and bound:
@@ -161,16 +161,13 @@ def claim(text: str, figure: Any, aim: str = "", met: bool | None = None) -> dic
 
 
 def write_results(page: str, facts: dict[str, Any], *claims: dict[str, Any]) -> None:
-    """Write data/results/<page>.jsonl, and say so: what a notebook hands on, first its facts, then its claims."""
+    """Write a notebook's facts, then its claims, to data/results/<page>.jsonl, and print the path."""
     path = write_jsonl(project_root() / "data" / "results" / f"{page}.jsonl", [facts, *claims])
     print(f"recorded in data/results/{path.name}")
 
 
 def environment_line(preset: str, model=None) -> str:
-    """One line that says where numbers come from: preset, model, device, precision and versions.
-
-    `model` is a DocToLoRA, or any torch module, or None. A toy figure can then never pass for a paper figure.
-    """
+    """Preset, model, device, precision and versions in one line; model: a DocToLoRA, any torch module, or None."""
     import torch
     import transformers
 
