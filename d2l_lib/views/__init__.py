@@ -1,13 +1,13 @@
-"""Pages in a notebook: `d2l.viewers` is this package. What they have in common is in `page`.
+"""Pages in a notebook: `d2l.viewers` is this package, `page` holds what the pages share.
 
-Names are imported when they are first used: to look at samples needs no torch.
+Names are imported on first use: samples need no torch.
 """
 
 from importlib import import_module
 
 import pandas as pd
 
-# The tables of a notebook hold texts of documents, whose dollar signs are no formulas.
+# Tables hold texts of documents: their dollar signs start no formula.
 pd.set_option("display.html.use_mathjax", False)
 
 _EXPORTS = {

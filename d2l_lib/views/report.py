@@ -20,7 +20,7 @@ _SHADES = {"stored": "#d3f0df", "lost": "#f7c9ae", "not asked": "transparent"}
 
 
 class Report(numbers.Report):
-    """The numbers of a report. Print it, or show it in a notebook; `save_html` writes it as one page."""
+    """The numbers of a report, to print, to show in a notebook, or to write as one page (`save_html`)."""
 
     def figure(self):
         """Every sentence's margin, in document order."""
@@ -62,7 +62,7 @@ def _table(frame: pd.DataFrame) -> str:
 
 
 def _render_report(made: numbers.Report) -> str:
-    """The report as a page (see `page`): numbers, warnings, every document with its sentences shaded, the tables."""
+    """The report as a page (see `page`): numbers, warnings, documents with shaded sentences, tables."""
     table = made.table
     counts = {status: int((table["status"] == status).sum()) for status in STATUSES}
     legend = " ".join(

@@ -1,9 +1,9 @@
 """Look at samples: question, answer, and the document with its evidence marked.
 
-Renderers are pure functions from data to HTML, all of whose text is escaped. A viewer is ipywidgets around them: a
-callback computes a page and sets one `HTML.value` (an `Output` widget or `interact` can hang a headless run for ever,
-so neither is used). Pages carry the class `d2l-view` and data-* attributes that say what is shown. A viewer also has a
-plain form without JavaScript or kernel, a static table, which is what a stored notebook keeps.
+Renderers are pure functions from data to HTML; they escape every text. A viewer puts ipywidgets around them: a callback
+computes a page and sets one `HTML.value`. (`Output` widgets and `interact` can hang a headless run for ever.) Pages
+carry the class `d2l-view` and data-* attributes that say what is shown. A stored notebook keeps a viewer's plain form:
+a static table without JavaScript or kernel.
 """
 
 import math
@@ -29,8 +29,8 @@ _SEARCHED_AT_ONCE = 2_000  # samples
 def evidence_spans(start: Any, end: Any, length: int) -> list[tuple[int, int]]:
     """The (start, end) spans of evidence in a text of `length` characters: sorted, overlaps joined, clipped to it.
 
-    start and end: two ints, or two equally long lists of ints (several evidence sentences); None, NaN, infinity, a
-    negative start, or an empty span means that nothing is marked.
+    start, end: two ints, or two equally long lists of ints (several evidence sentences). None, NaN, infinity, a
+        negative start, or an empty span marks nothing.
     """
     lists = (list, tuple, np.ndarray, pd.Series)
     starts, ends = (list(value) if isinstance(value, lists) else [value] for value in (start, end))
@@ -47,7 +47,7 @@ def evidence_spans(start: Any, end: Any, length: int) -> list[tuple[int, int]]:
 
 
 def render_document(document: str, evidence_start: Any = None, evidence_end: Any = None) -> str:
-    """The document's text with its evidence inside <mark>; all of it escaped."""
+    """The document's text, escaped, with its evidence inside <mark>."""
     parts, position = [], 0
     for start, end in evidence_spans(evidence_start, evidence_end, len(document)):
         parts += [markup.escape(document[position:start]), f"<mark>{markup.escape(document[start:end])}</mark>"]
@@ -56,7 +56,7 @@ def render_document(document: str, evidence_start: Any = None, evidence_end: Any
 
 
 def render_excerpt(document: str, spans: Sequence[tuple[int, int]], width: int = 240) -> str:
-    """About `width` characters of a document around the first of these spans, which are marked."""
+    """About `width` characters of a document around the first of these spans; all spans are marked."""
     left = max(0, min((sum(spans[0]) - width) // 2 if spans else 0, len(document) - width))
     inside = [(max(0, start - left), end - left) for start, end in spans if left < end and start < left + width]
     text = render_document(document[left : left + width], [start for start, _ in inside], [end for _, end in inside])
@@ -66,8 +66,8 @@ def render_excerpt(document: str, spans: Sequence[tuple[int, int]], width: int =
 def render_sample(sample: dict, position: int, n_matches: int, n_samples: int) -> str:
     """One sample as a page: question, answer, then the document with its evidence marked.
 
-    sample: the SAMPLE_COLUMNS. position counts from 0 within the n_matches of n_samples that the search and filter
-    leave.
+    sample: the SAMPLE_COLUMNS.
+    position: from 0, within the n_matches of n_samples that pass the search and filter.
     """
     document = str(sample["document"])
     text = render_document(document, sample["evidence_start"], sample["evidence_end"])
@@ -82,7 +82,7 @@ def render_sample(sample: dict, position: int, n_matches: int, n_samples: int) -
 
 
 def render_sample_table(samples: pd.DataFrame, n_rows: int = STATIC_ROWS) -> str:
-    """The first `n_rows` samples as a plain table, with what stands around the evidence."""
+    """The first `n_rows` samples as a plain table, with the text around the evidence."""
     rows = []
     for sample in samples.head(n_rows).to_dict("records"):
         document = str(sample["document"])
@@ -110,9 +110,9 @@ def _as_text(value: Any) -> str:
 
 
 def sample_frame(samples: pd.DataFrame | Iterable[dict]) -> pd.DataFrame:
-    """The samples as a DataFrame with the SAMPLE_COLUMNS, rows numbered from 0, missing texts as empty ones.
+    """The samples as a DataFrame with the SAMPLE_COLUMNS: rows numbered from 0, missing texts empty.
 
-    ValueError names a missing column, or the sample whose evidence is not as `evidence_spans` wants it.
+    ValueError names a missing column, or the sample whose evidence `evidence_spans` refuses.
     """
     if isinstance(samples, pd.DataFrame):
         frame = samples
@@ -135,7 +135,7 @@ def sample_frame(samples: pd.DataFrame | Iterable[dict]) -> pd.DataFrame:
 def find_samples(
     samples: pd.DataFrame, text: str = "", kind: str = ALL_KINDS, report: Report | None = None
 ) -> np.ndarray:
-    """Row numbers of the samples (a sample_frame) of this kind with `text` (any case) in one of their texts.
+    """Row numbers of the samples (a `sample_frame`) of this kind with `text` (any case) in one of their texts.
 
     report(done, total) is called now and then.
     """
@@ -203,7 +203,8 @@ class SampleViewer(Viewer):
 def view_samples(samples: pd.DataFrame | Iterable[dict]) -> Viewer:
     """A viewer to page through samples, search their text and filter by kind. Columns: SAMPLE_COLUMNS.
 
-    evidence_start and evidence_end are character positions in the document (see `evidence_spans`). Keys: Tab moves
-    between the controls, Enter searches, the arrow keys move the slider, space presses a button.
+    evidence_start, evidence_end: character positions in the document (see `evidence_spans`).
+
+    Keys: Tab moves between controls, Enter searches, the arrow keys move the slider, space presses a button.
     """
     return SampleViewer(samples)
