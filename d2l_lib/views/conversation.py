@@ -13,7 +13,7 @@ from d2l_lib.views.page import Column, Report, Viewer, Work, listen, plural, ren
 
 _NAMED = 8  # documents that a line names
 LISTED = 100  # documents in the list of what is inside
-_LONG_TEXT = 20_000  # characters: a longer text shows a bar while a page is being built
+_LONG_TEXT = 20_000  # characters; a longer text shows a bar while the page is being built
 WITH_ADAPTER = "adapter, document not in the prompt"
 ROUTED = "adapter, its most relevant block alone"
 WITHOUT = "base model alone"
@@ -24,7 +24,7 @@ IN_PROMPT = "base model, document in its prompt"
 
 
 def render_inside(documents: Iterable[dict], adapter_strength: float, bias_strength: float) -> str:
-    """What is inside the model right now. documents: name, n_blocks, n_characters, weight; the first 100 are listed."""
+    """What is inside the model now. documents: name, n_blocks, n_characters, weight; the first 100 are listed."""
     documents = list(documents)
     rows = [
         f"<li><b>{markup.inline(row['name'])}</b>: {row['n_characters']:,} characters, "
@@ -44,7 +44,7 @@ def render_inside(documents: Iterable[dict], adapter_strength: float, bias_stren
 
 
 class Turn(NamedTuple):
-    """A question, its answers as (where it came from, text), and what was inside then, in words."""
+    """A question, its answers as (source, text), and what was inside then, in words."""
 
     question: str
     answers: Sequence[tuple[str, str]]
@@ -52,9 +52,9 @@ class Turn(NamedTuple):
 
 
 def render_answers(turns: Sequence[tuple]) -> str:
-    """Questions and their answers side by side, the latest first. turns: each a `Turn`, or its first two fields.
+    """Questions and their answers side by side, the latest first.
 
-    What was inside stands above a turn for which it had changed, and above the first.
+    turns: each a `Turn`, or its first two fields. What was inside stands above the first turn and above each change.
     """
     parts, before = [], ""
     for question, answers, state in (Turn(*turn) for turn in turns):
@@ -76,12 +76,12 @@ def render_answers(turns: Sequence[tuple]) -> str:
 
 
 class Conversation:
-    """What a chat holds: documents with their adapters and weights, two strengths, a system message. No widgets; `Chat`
-    draws it. Every question stands alone: earlier ones are not in the prompt.
+    """What a chat holds: documents with their adapters and weights, two strengths, a system message. No widgets.
 
-    model: a DocToLoRA, or anything with its `internalize_each` and `answer`; its own current adapter stays what it
-    was. Every document is internalized once, when it is added; weights and strengths only scale blocks. Threads may
-    share a conversation.
+    model: a DocToLoRA, or anything with its `internalize_each` and `answer`. Its current adapter stays what it was.
+
+    Every question stands alone: earlier ones are not in the prompt. Every document is internalized once, when it is
+    added; weights and strengths only scale blocks. Threads may share a conversation.
     """
 
     def __init__(self, model: Any):
@@ -95,7 +95,7 @@ class Conversation:
         self._lock = threading.RLock()
 
     def copy(self) -> "Conversation":
-        """What is held now, for an answer that takes a while."""
+        """A copy of the present state, for an answer that takes a while."""
         other = Conversation(self.model)
         with self._lock:
             other.texts, other.weights, other._adapters = dict(self.texts), dict(self.weights), dict(self._adapters)
@@ -104,31 +104,32 @@ class Conversation:
         return other
 
     def free_name(self, taken: Iterable[str] = ()) -> str:
-        """The first of "document 1", "document 2", ... that is neither inside nor one of the names `taken`."""
+        """The first of "document 1", "document 2", ... that is neither inside nor in `taken`."""
         names = {*self.texts, *check_texts(taken, "names")}
         return next(name for i in range(1, len(names) + 2) if (name := f"document {i}") not in names)
 
     def check_free(self, name: str) -> None:
-        """ValueError where a document of this name is inside."""
+        """ValueError if a document of this name is inside."""
         if name in self.texts:
             raise ValueError(f"a document named {name!r} is inside already: remove it first, or choose another name")
 
     def check_inside(self, name: str) -> None:
-        """ValueError where no document of this name is inside."""
+        """ValueError if no document of this name is inside."""
         if name not in self.texts:
             raise ValueError(f"no document named {name!r} is inside")
 
     def internalized(self, name: str, text: str, progress: Report | bool | None = None) -> Any:
-        """The adapter of a text, which is not put inside. progress: as of `internalize_each`, if the model takes it."""
+        """The adapter of a text, which is not put inside. progress: as of `internalize_each`, if it takes one."""
         internalize = self.model.internalize_each
         options = {"progress": progress} if progress is not None and takes(internalize, "progress") else {}
         [adapter] = internalize({name: text}, **options)
         return adapter
 
     def add(self, text: str, name: str = "", adapter: Any = None) -> str:
-        """The name under which `text` is now inside (counted, if none is given). ValueError for one that is taken.
+        """The name under which `text` is now inside. ValueError for a name that is taken.
 
-        adapter: that of the text (see `internalized`), made here if none is given.
+        name: "" counts the documents.
+        adapter: that of the text (see `internalized`); None: made here.
         """
         name = name.strip() or self.free_name()
         self.check_free(name)
@@ -139,7 +140,7 @@ class Conversation:
         return name
 
     def replace(self, name: str, text: str, adapter: Any = None) -> None:
-        """Another text under the same name, in the same place and at the same weight. adapter: as of `add`."""
+        """Put another text under the same name, in the same place, at the same weight. adapter: as of `add`."""
         self.check_inside(name)
         adapter = self.internalized(name, text) if adapter is None else adapter
         with self._lock:
@@ -147,13 +148,13 @@ class Conversation:
             self.texts[name], self._adapters[name] = text, adapter
 
     def remove(self, name: str) -> None:
-        """Afterwards the model is as if the document had never been added."""
+        """Take a document out: the model is then as if it had never been added."""
         with self._lock:
             for holder in (self.texts, self.weights, self._adapters):
                 del holder[name]
 
     def adapter(self) -> Any:
-        """The sum of all documents' blocks at their weights and the two strengths; None if nothing is inside."""
+        """The sum of all documents' blocks at their weights and the two strengths; None without documents."""
         held = self.copy()
         if not held._adapters:
             return None
@@ -174,7 +175,7 @@ class Conversation:
         ]
 
     def state(self) -> str:
-        """In a line: what is inside, at which weights and strengths, and the system message."""
+        """One line: documents, weights, strengths, and the system message."""
         held = self.copy()
         weights = {markup.isolated(name): held.weights[name] for name in held.texts}
         names = [name if weight == 1 else f"{name} (weight {weight:.2f})" for name, weight in weights.items()]
@@ -185,11 +186,12 @@ class Conversation:
         return line + (f"; system: {held.system.strip()}" if held.system.strip() else "")
 
     def answers(self, question: str, report: Report | None = None) -> list[tuple[str, str]]:
-        """(where it came from, answer) of the model with the adapter, without it, and with the documents in its prompt;
-        where the adapter has several blocks, also of the most relevant one alone (see `routing`).
+        """(source, answer) of the model with the adapter, without it, and with the documents in its prompt.
 
-        What one of them cannot do (documents longer than the window, say) is told in its place. report(done, total)
-        is called after each of them.
+        An adapter of several blocks adds the answer of the most relevant block alone (see `routing`). An error, as for
+        documents longer than the window, stands in place of its answer.
+
+        report: called as report(done, total) after each answer.
         """
         held = self.copy()
         adapter, in_prompt = held.adapter(), "\n\n".join([*held.texts.values(), question])
@@ -216,12 +218,13 @@ class Conversation:
 class Chat(Viewer):
     """A page to paste documents and ask: the adapter beside the base model without and with the documents.
 
-    Nothing that a person gives it is lost. A text leaves its box when it was taken to be internalized; what cannot be,
-    or is stopped, comes back into the box, or, if another text is there meanwhile, into a line of its own. Documents
-    wait for one another, and whatever changes an answer asks anew once nothing else runs.
+    Arguments: see `chat`.
 
     Attributes: `conversation` (a Conversation), `turns` (list of Turn, the oldest first), `work` (a page.Work).
-    Arguments: see `chat`.
+
+    Nothing that a person gives it is lost. A text leaves its box when it is taken to be internalized. If that fails
+    or is stopped, the text comes back: into the box, or into a line of its own if the box holds another text. Documents
+    wait for one another. A change that affects the answers asks again once nothing else runs.
     """
 
     def __init__(
@@ -236,10 +239,10 @@ class Chat(Viewer):
         super().__init__([], "")
         self.conversation, self.turns, self.work = Conversation(model), [], Work(background)
         self._editing: str | None = None
-        self._draft = ("", "")  # name and text that were in the box when the edit of a document began
-        self._coming: set[str] = set()  # names of documents that are being internalized, or wait for it
+        self._draft = ("", "")  # name and text in the box when the edit of a document began
+        self._coming: set[str] = set()  # names of documents that wait for their internalization, or are in it
         self._requested: tuple | None = None  # what the latest answers depend on
-        self._is_shown = False  # until the documents that it begins with are inside
+        self._is_shown = False  # until the first documents are inside
         self._make_controls(question)
         for name, text in texts.items():
             self._bring_in(name, name, text)
@@ -298,7 +301,7 @@ class Chat(Viewer):
     # --- questions ------------------------------------------------------------------------------------------------
 
     def _refresh(self, _: Any = None) -> None:
-        """Draws what is inside, and asks the question again if anything that its answer depends on has changed."""
+        """Draw what is inside, and ask again if anything that the answer depends on has changed."""
         with self.work.lock:
             held = self.conversation
             held.adapter_strength, held.bias_strength = self._adapter_strength.value, self._bias_strength.value
@@ -327,7 +330,7 @@ class Chat(Viewer):
     def _keep_turn(self, turn: Turn) -> None:
         kept = self.turns[:-1] if self.turns and self.turns[-1].question == turn.question else self.turns
         page = render_answers([*kept, turn])
-        self.turns[:] = [*kept, turn]  # the same question again, with something else inside, takes the last's place
+        self.turns[:] = [*kept, turn]  # the same question with something else inside replaces the last turn
         self._answers.value = page
 
     def _forget_request(self, _: str) -> None:
@@ -349,12 +352,12 @@ class Chat(Viewer):
     # --- documents ------------------------------------------------------------------------------------------------
 
     def _take(self) -> None:
-        """Takes what is in the box now, and frees the box for the next text."""
+        """Take the text out of the box, which is then free for the next."""
         with self.work.lock:
             title, text, editing = self._name.value, self._text.value, self._editing
             name = editing or title.strip() or self.conversation.free_name([*self._coming])
             if not text and editing is None:
-                if not self.work.has("add"):  # the second click of two on one text is no mistake to tell
+                if not self.work.has("add"):  # a second click on one text is no error
                     self.work.tell("The box is empty: paste a text, then add it.", key="add")
                 return
             if name in self._coming:
@@ -370,13 +373,13 @@ class Chat(Viewer):
             self._bring_in(name, title, text, editing)
 
     def _bring_in(self, name: str, title: str, text: str, editing: str | None = None) -> None:
-        """Internalizes a text under this name, or in place of the one that is `editing`. title: as a person gave it."""
+        """Internalize a text under this name, or in place of document `editing`. title: the name that a person gave."""
         self._coming.add(name)
 
         def internalize(report: Report) -> Any:
             if editing is not None:
                 self.conversation.check_inside(editing)
-            # while the page is being built nobody sees its own bar
+            # nobody sees the page's own bar while it is being built
             progress = report if self._is_shown else (len(text) > _LONG_TEXT or None)
             return self.conversation.internalized(name, text, progress)
 
@@ -398,7 +401,7 @@ class Chat(Viewer):
         self.work.start(label, internalize, put_inside, give_back, key="add", unit="chunks")
 
     def _give_back(self, title: str, text: str, editing: str | None, reason: str) -> None:
-        """A text that is not inside goes back where it came from, or into a line of its own if that is taken."""
+        """Put a text that is not inside back into the box, or into a line of its own if the box is in use."""
         if editing not in self.conversation.texts:
             editing = None
         if not (self._text.value or self._name.value or self._editing):
@@ -427,7 +430,7 @@ class Chat(Viewer):
         self._kept.add(line)
 
     def _fill(self, title: str, text: str, editing: str | None) -> None:
-        """Puts a text into the box, to be added, or (editing) to take the place of that document's."""
+        """Put a text into the box, to be added, or to replace that of document `editing`."""
         self._editing = editing
         self._name.value, self._text.value, self._name.disabled = editing or title, text, editing is not None
         self._add.description = "Replace document" if editing else "Add document"
@@ -447,7 +450,7 @@ class Chat(Viewer):
             self._fill("", self.conversation.texts[document], document)
 
     def _end_edit(self) -> None:
-        """The box holds again what it held before the edit."""
+        """Put back into the box what it held before the edit."""
         with self.work.lock:
             draft, self._draft = self._draft, ("", "")
             self.work.tell("", key="kept")
@@ -477,12 +480,12 @@ class Chat(Viewer):
 
         def drop(_: Any) -> None:
             with self.work.lock:
-                if document not in self.conversation.texts:  # the second click of two
+                if document not in self.conversation.texts:  # a second click
                     return
                 if self._editing == document:
                     if self._text.value == self.conversation.texts[document]:
                         self._end_edit()
-                    else:  # a changed text stays, as that of a document to add
+                    else:  # a changed text stays, as a document to add
                         self._fill(document, self._text.value, None)
                 self.conversation.remove(document)
                 self._listed.take_out(line)
@@ -502,10 +505,10 @@ def chat(
 ) -> Chat:
     """A page to paste documents and ask: the adapter beside the base model without and with the documents.
 
-    model: a DocToLoRA (see `Conversation` for what is used of it).
-    documents (as `internalize` takes them) are internalized at once, and `question` is asked at once, so that the page
-    has something to show.
-    background: whether work runs in a thread beside the page (see `page.Work`); None: what a person starts on the page.
+    model: a DocToLoRA; `Conversation` says what is used of it.
+    documents: as of `internalize`; internalized at once.
+    question: asked at once, so that the page has something to show.
+    background: whether work runs in a thread beside the page (see `page.Work`). None: what a person starts on it does.
     """
     return Chat(model, documents, question, background)
 
@@ -524,5 +527,5 @@ def _strength(label: str) -> W.FloatSlider:
 
 
 def _line(page: str) -> W.HTML:
-    """A text at the beginning of a row of controls."""
+    """A text that begins a row of controls."""
     return W.HTML(page, layout=W.Layout(width="auto", min_width="120px", flex="1 1 160px"))

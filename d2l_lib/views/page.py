@@ -1,8 +1,8 @@
 """The frame of every viewer: style, messages, and what a page does while it is busy.
 
-A page never loses what a person gives it. Work that an event on the page starts runs in a thread of its own, one job
-after another: the page takes text and clicks meanwhile, shows a bar, and can be stopped. The same work started by a
-program (a cell, a test, the building of the page) runs at once and has ended when the call returns.
+A page never loses what a person gives it. Work that an event on the page starts runs in a thread, one job after
+another. Meanwhile the page takes text and clicks, shows a bar, and can be stopped. Work that a program starts (a cell,
+a test, the building of the page) runs at once and ends before the call returns.
 """
 
 import inspect
@@ -38,16 +38,16 @@ CSS = """
 .d2l-view .d2l-state { border-left: 3px solid #8886; padding-left: 8px; }
 .d2l-view h4 { margin: 6px 0 2px; }
 """
-REVEAL_S = 0.3  # work that ends sooner shows no bar and takes no control away (and so no keyboard focus)
-# until text that was typed before a click has arrived: a page holds it back while an earlier one is read
+REVEAL_S = 0.3  # shorter work shows no bar and disables no control, which would lose the keyboard focus
+# Text typed before a click needs so long to arrive: a page holds it back while an earlier text is read.
 _SETTLE_S = 0.2
-REDRAW_S = 0.1  # a bar moves at most so often
+REDRAW_S = 0.1  # between two moves of a bar, at least
 
 Report = Callable[[int, int], None]
 
 
 class Stopped(Exception):
-    """Raised within work that a person stopped."""
+    """Raised in work that a person stopped."""
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class Stopped(Exception):
 def render_view(view: str, body: str, /, **data: Any) -> str:
     """A page of the class `d2l-view d2l-<view>` around `body`, which is HTML.
 
-    Each of `data` becomes an escaped data-* attribute. No dollar sign within becomes a formula.
+    data: each becomes an escaped data-* attribute. Dollar signs start no formula.
     """
     attributes = "".join(f' data-{name.replace("_", "-")}="{markup.escape(value)}"' for name, value in data.items())
     classes = f"d2l-view d2l-{view} {markup.NO_FORMULAS}"
@@ -64,12 +64,12 @@ def render_view(view: str, body: str, /, **data: Any) -> str:
 
 
 def render_message(message: str, is_error: bool = False) -> str:
-    """One line of status; an error is coloured and announced by screen readers."""
+    """One line of status; an error is coloured, and screen readers announce it."""
     return _render_messages([(message, is_error)])
 
 
 def _render_messages(messages: Sequence[tuple[str, bool]]) -> str:
-    """Lines of status, each (text, whether it is an error)."""
+    """Lines of status, one per (text, whether it is an error)."""
     lines = [
         f'<div role="{"alert" if is_error else "status"}" class="d2l-{"error" if is_error else "note"}">'
         f"{markup.escape(text)}</div>"
@@ -95,7 +95,7 @@ def plural(n: int, thing: str) -> str:
 
 
 def short(text: str, length: int) -> str:
-    """The beginning of a text that is longer."""
+    """The text, or the beginning of a longer one."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -110,13 +110,13 @@ def wrapped(children: Sequence[W.Widget]) -> W.HBox:
 
 
 class Column(W.VBox):
-    """Widgets in a column that grows: whoever adds one sends a part of the column to the page, and not all of it."""
+    """Widgets in a column that grows. Adding one sends a part of the column to the page, not all of it."""
 
     _PART = 50  # widgets
 
     @property
     def widgets(self) -> list[W.Widget]:
-        """What is in the column."""
+        """The widgets of the column."""
         return [widget for part in self.children for widget in part.children]
 
     def add(self, widget: W.Widget) -> None:
@@ -140,7 +140,7 @@ _own = threading.local()  # .changes: how many `quietly` blocks this thread is i
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Inside the `with` block this thread sets controls without what follows when a person does (see `listen`)."""
+    """Inside the `with` block this thread sets controls without calling their handlers (see `listen`)."""
     _own.changes = getattr(_own, "changes", 0) + 1
     try:
         yield
@@ -149,7 +149,7 @@ def quietly() -> Iterator[None]:
 
 
 def listen(control: W.Widget, handler: Callable[[Any], None]) -> None:
-    """Calls `handler(change)` when the value of `control` changes, but not for changes made `quietly`."""
+    """Call `handler(change)` whenever the value of `control` changes, except `quietly`."""
 
     def pass_on(change: Any) -> None:
         if not getattr(_own, "changes", 0):
@@ -176,7 +176,7 @@ def takes(function: Callable, parameter: str) -> bool:
 
 
 def from_page() -> bool:
-    """Whether this runs because of an event on a page, not in a cell or in a program without kernel."""
+    """Whether an event on a page runs this code; False in a cell and in a program without kernel."""
     kernel = getattr(sys.modules["IPython"].get_ipython(), "kernel", None) if "IPython" in sys.modules else None
     if kernel is None:
         return False
@@ -203,11 +203,14 @@ class _Job:
 class Work:
     """The jobs of a page, one after another, with a status line, a progress bar and a Stop button.
 
-    background: True runs jobs in a thread, False at once; None chooses: a thread for what an event on the page starts,
-    at once for what a program starts. held: controls that cannot be used while a job runs.
+    background: True runs jobs in a thread, False at once. None: in a thread what an event on the page starts, at once
+        what a program starts.
+    held: controls that are disabled while a job runs.
 
-    Attributes: `status` (a W.HTML) and `bar` (bar and Stop in a row), to be shown by the page; `lock`, an RLock that
-    `done` and `dropped` hold, and that handlers hold which touch the same things; `was_interrupted` (by the keyboard).
+    Attributes:
+        status, bar: a W.HTML; bar and Stop in a row. The page shows both.
+        lock: an RLock that `done` and `dropped` hold. Handlers that touch the same things must hold it too.
+        was_interrupted: whether the keyboard interrupted the work.
     """
 
     def __init__(self, background: bool | None = None, held: Sequence[W.Widget] = ()):
@@ -222,7 +225,7 @@ class Work:
         self.stop_button.on_click(lambda _: self.stop())
         self._waiting: deque[_Job] = deque()
         self._running: _Job | None = None
-        self._messages: dict[Hashable, tuple[str, bool]] = {}  # what the last job of each key left to say
+        self._messages: dict[Hashable, tuple[str, bool]] = {}  # the message that the last job of each key left
         self._ready = ""
         self._threads: list[threading.Thread] = []
         self._disabled = {control: control.disabled for control in self.held}  # when nothing runs
@@ -248,17 +251,17 @@ class Work:
         dropped: Callable[[str], None] | None = None,
         **options: Any,
     ) -> None:
-        """Puts a job behind those that wait.
+        """Put a job behind those that wait.
 
-        label: what the status says meanwhile, as in "reading ..."; "" for what is soon done.
-        work: called as work(report) without the lock. It may call report(done, total) as often as it likes: that moves
-            the bar, and raises Stopped once Stop was pressed.
-        done: called with what `work` returned.
-        dropped: called with the reason instead, where the job failed or was stopped, also before it began.
+        label: the status meanwhile, as in "reading ..."; "" for short work.
+        work: called as work(report) without the lock. It may call report(done, total) at any time, which moves the bar
+            and raises Stopped after Stop.
+        done: called with the result of `work`.
+        dropped: called with the reason instead if the job failed or was stopped, even before it began.
         options:
-            key: of jobs of one kind. What went wrong with one stays on the page until the next of its kind begins.
-            replaces: earlier jobs of this key are left out, or ended, without a word.
-            ready: what the status says afterwards.
+            key: of jobs of one kind. The error of one stays on the page until the next of its kind begins.
+            replaces: drop or end earlier jobs of this key silently.
+            ready: the status afterwards.
             unit: what `report` counts, such as "chunks".
         """
         job = _Job(label, work, done, dropped, **options)
@@ -278,7 +281,7 @@ class Work:
             self._run_all()
 
     def leave_out(self, is_meant: Callable[[Hashable], bool]) -> None:
-        """Ends the jobs whose key is meant, without a word; their `dropped` is not called."""
+        """Drop or end the jobs whose key is meant, silently: their `dropped` is not called."""
         with self.lock:
             self._waiting = deque(job for job in self._waiting if not is_meant(job.key))
             if self._running is not None and is_meant(self._running.key):
@@ -286,7 +289,7 @@ class Work:
                 self._running.stop.set()
 
     def stop(self) -> None:
-        """Ends the job that runs, at its next report, and drops those that wait."""
+        """End the current job at its next report, and drop those that wait."""
         with self.lock:
             waiting, self._waiting = self._waiting, deque()
             for job in waiting:
@@ -296,7 +299,7 @@ class Work:
             self._draw()
 
     def tell(self, text: str, is_error: bool = False, key: Hashable = None) -> None:
-        """Says `text` in the status until the next job of this key begins."""
+        """Show `text` in the status until the next job of this key begins."""
         with self.lock:
             self._messages.pop(key, None)
             if text:
@@ -304,33 +307,33 @@ class Work:
             self._draw()
 
     def soon(self, action: Callable[[], None]) -> None:
-        """Calls `action`: for an event on the page a moment later, when text typed before it has arrived."""
+        """Call `action`; after an event on the page a moment later, once the text typed before has arrived."""
         if self._in_thread():
             self._spawn(action, _SETTLE_S)
         else:
             action()
 
     def hold(self, controls: Sequence[W.Widget]) -> None:
-        """From now on these cannot be used while a job runs either."""
+        """From now on, disable these too while a job runs."""
         with self.lock:
             self.held += controls
             self._disabled |= {control: control.disabled for control in controls}
 
     def disable(self, control: W.Widget, is_disabled: bool) -> None:
-        """Sets whether one of the held controls can be used while nothing runs."""
+        """Set whether a held control is disabled while nothing runs."""
         with self.lock:
             self._disabled[control] = is_disabled
             control.disabled = is_disabled or self._is_held
 
     def wait(self) -> None:
-        """Returns when nothing runs or waits any more. Not for callbacks."""
+        """Return once nothing runs or waits. Not for callbacks."""
         while alive := [thread for thread in self._threads if thread.is_alive()]:
             alive[0].join()
 
     # --- one after another ----------------------------------------------------------------------------------------
 
     def _in_thread(self) -> bool:
-        if threading.current_thread() in self._threads:  # called by another job's `done`, say
+        if threading.current_thread() in self._threads:  # as from another job's `done`
             return True
         return from_page() if self.background is None else self.background
 
@@ -388,7 +391,7 @@ class Work:
             self.was_interrupted = True
             self._drop(job, "stopped")
             self.stop()
-        except Exception as error:  # whatever it is, the person at the page has to see it
+        except Exception as error:  # of any type: the person at the page has to see it
             if not job.is_outdated:
                 self._drop(job, _named(error), is_error=True)
 
@@ -400,7 +403,7 @@ class Work:
             if job.dropped is not None:
                 try:
                     job.dropped(reason)
-                except Exception as error:  # told too, and the page goes on
+                except Exception as error:  # shown too; the page goes on
                     self._messages[job.key, "dropped"] = (_named(error), True)
 
     def _report(self, job: _Job, done: int, total: int) -> None:
@@ -423,7 +426,7 @@ class Work:
                 self._hold(True)
 
     def _hold(self, is_held: bool) -> None:
-        """Disables the held controls, or makes them what they are while nothing runs."""
+        """Disable the held controls, or set them back to their state while nothing runs."""
         with self.lock:
             self._is_held = is_held
             for control, is_disabled in self._disabled.items():
@@ -444,10 +447,12 @@ class Work:
 
 
 class Pager:
-    """A slider and two buttons to go through numbered things. show() is called when a person moves. While a job of
-    `work` runs they cannot be used.
+    """A slider and two buttons to go through numbered things.
 
-    Attributes: `controls` (the three widgets), `n` (how many things there are), `place` (from 0; what is shown now).
+    show: called when a person moves.
+    work: the controls are disabled while one of its jobs runs.
+
+    Attributes: `controls` (the three widgets), `n` (number of things), `place` (from 0, of the current one).
     """
 
     def __init__(self, what: str, n: int, show: Callable[[], None], work: Work):
@@ -467,7 +472,7 @@ class Pager:
         return self.slider.value - 1
 
     def restart(self, n: int) -> None:
-        """To the first of now `n` things; nothing is shown by it."""
+        """Go to the first of now `n` things, without calling show."""
         with quietly():
             self.n = n
             self.slider.value, self.slider.max = 1, max(1, n)
@@ -487,13 +492,13 @@ class Pager:
 
 
 class _Interrupts:
-    """The interrupt of a kernel, which an idle kernel ignores, ends the work of its pages."""
+    """Makes the interrupt of a kernel, which an idle kernel ignores, end the work of its pages."""
 
     _pages: list[Work] = []
 
     @classmethod
     def pass_to(cls, work: Work) -> None:
-        """From the next turn of the event loop on; does nothing where none runs in this thread, the main one."""
+        """From the next turn of the event loop on; nothing without a loop, or outside the main thread."""
         import asyncio
 
         if threading.current_thread() is not threading.main_thread():
@@ -501,7 +506,7 @@ class _Interrupts:
         with suppress(RuntimeError):
             loop = asyncio.get_running_loop()
             cls._pages = [page for page in cls._pages if page.is_busy and page is not work] + [work]
-            loop.call_later(0.05, cls._install)  # after the kernel has put back what it sets around a handler
+            loop.call_later(0.05, cls._install)  # once the kernel has restored what it sets around a handler
 
     @classmethod
     def _install(cls) -> None:
