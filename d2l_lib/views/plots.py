@@ -1,13 +1,13 @@
 """Pictures of measured tables: pure functions from a pandas DataFrame to a matplotlib Figure.
 
 Every function names the columns it reads, never changes its table, sets nothing global, and draws the same bytes for
-the same table. Shares are fractions between 0 and 1; lengths are tokens. A band is the 95% Wilson score interval of
-the pooled questions.
+the same table. Shares are fractions from 0 to 1; lengths are tokens. A band is the 95% Wilson score interval of the
+pooled questions.
 
 To add a plot, write one function `plot_<what>_by_<what>` under `@_styled`: `_need` its columns, draw on `_figure` or
 `_panels`, end with `_caption` and return the figure. Give it a table in `tests/views/test_plots.py`: the tests there
-ask every plot for labels with units, for the same bytes twice, and for clear errors. A plot whose rows have names
-instead of a scale stands in `NAMED_ROWS` there.
+check every plot for labels with units, the same bytes twice, and clear errors. A plot whose rows have names instead of
+a scale stands in `NAMED_ROWS` there.
 """
 
 import functools
@@ -25,11 +25,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from d2l_lib.tasks.scores import pool
 
-# Okabe and Ito's palette (Color Universal Design, 2008) without its yellow, which is too light for a line on white.
+# Okabe and Ito's palette (Color Universal Design, 2008) without yellow, too light for a line on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REFERENCE = "#666666"
-# What says which row is which: no row may lack it.
+# Columns that identify a row: no row may lack them.
 _KEYS = ("method", "task", "condition", "variant", "length_tokens", "depth", "n", "facts", "documents", "chunk", "step")
 
 _STYLE = {
@@ -65,7 +65,7 @@ _WILSON = "band: 95% Wilson interval"
 
 
 class NotebookFigure(Figure):
-    """A matplotlib Figure that shows itself in a notebook under any backend, with the bytes that a file would get."""
+    """A matplotlib Figure that shows itself in a notebook under any backend, with the bytes of its file."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -74,7 +74,7 @@ class NotebookFigure(Figure):
 
 
 def style():
-    """A context in which the project's style holds: `with style(): ...`; outside it nothing is set."""
+    """The project's style as a context, `with style(): ...`; outside it nothing is set."""
     return matplotlib.rc_context(_STYLE)
 
 
@@ -101,7 +101,7 @@ def _figure(title: str, size: tuple[float, float] = _WIDE) -> tuple[NotebookFigu
 def _panels(
     title: str, columns: int = 2, rows: int = 1, size: tuple[float, float] = _BROAD, **shared: bool
 ) -> tuple[NotebookFigure, np.ndarray]:
-    """A figure with several panels, row by row, and its title at the left. shared: `sharex`, `sharey`."""
+    """A figure with several panels, row by row, its title on the left. shared: `sharex`, `sharey`."""
     figure = NotebookFigure(figsize=size, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure, figure.subplots(rows, columns, squeeze=False, **shared).ravel()
@@ -110,7 +110,7 @@ def _panels(
 def _panel_each(
     title: str, table: pd.DataFrame, column: str, size: tuple[float, float] = _BROAD, **shared: bool
 ) -> tuple[NotebookFigure, list[tuple[Axes, pd.DataFrame]]]:
-    """A figure with a panel for each value of a column, named after it, beside the rows of that value."""
+    """A figure with a panel for each value of a column, and for each panel (axes, rows of that value)."""
     groups = list(table.groupby(column, sort=False))
     figure, panels = _panels(title, len(groups), size=size, **shared)
     for axes, (name, _) in zip(panels, groups, strict=True):
@@ -146,23 +146,23 @@ def _line_with_band(axes: Axes, x: Iterable, rows: pd.DataFrame, i: int, method:
 
 
 def _interval(rows: pd.DataFrame, value: str) -> np.ndarray:
-    """What `errorbar` takes [2, rows] for a share between `low` and `high`; rounding can put these a hair inside it."""
+    """Lengths for `errorbar` [2, rows], from `low` to `value` and on to `high`; 0 where rounding makes one negative."""
     return np.maximum([rows[value] - rows["low"], rows["high"] - rows[value]], 0.0)
 
 
 def _legend_below(axes: Axes) -> None:
-    """Outside the plot, where it can cover no line."""
+    """A legend outside the plot, where it covers no line."""
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=4)
 
 
 def _legend_of_all(figure: Figure, panels: Iterable[Axes], **options) -> None:
-    """One legend for all panels: every label once."""
+    """One legend for all panels, with every label once."""
     lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="outside right center", **options)
 
 
 def _names_down(axes: Axes, names: Iterable[str]) -> None:
-    """A name for each row, from the top down."""
+    """Name the rows, from the top down."""
     names = list(names)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -206,7 +206,7 @@ def _mark_length(axes: Axes, length: int | None, what: str) -> None:
 
 
 def _need(table: pd.DataFrame, *columns: str) -> None:
-    """TypeError for what is no table; ValueError for one without rows, and for columns that lack or have gaps."""
+    """TypeError unless it is a table; ValueError for one without rows, and for missing columns or gaps in them."""
     if not isinstance(table, pd.DataFrame):
         raise TypeError(f"the table must be a pandas DataFrame, not {type(table).__name__}: pandas.DataFrame(rows)")
     if not len(table):
@@ -227,7 +227,7 @@ def _range(numbers: pd.Series) -> str:
 
 
 def _n(results: pd.DataFrame, by: list[str], what: str) -> str:
-    """'n = 300 needles per length, seed 0, 1': the questions of each method and `by`, pooled."""
+    """'n = 300 needles per length, seed 0, 1': the pooled questions of each method and `by`."""
     return f"n = {_range(results.groupby(['method', *by])['n'].sum())} {what}, seed {_seeds(results)}"
 
 
@@ -241,7 +241,7 @@ def _seeds(table: pd.DataFrame) -> str:
 
 
 def _plain(label: object) -> str:
-    """A name out of the data as label: its dollar signs start no formula."""
+    """A name from the data as a label: its dollar signs start no formula."""
     return str(label).replace("$", r"\$")
 
 
@@ -269,8 +269,9 @@ def plot_needle_accuracy_by_length(
     """Exact match of every method against haystack length, pooled over depths and seeds, with its 95% band.
 
     results: method (str; in order of first appearance), length_tokens, n (questions in the row), exact_match (0 to
-    1), seed. native_window and training_length (tokens) are marked by vertical lines, chance (four digits: 1e-4) by a
-    horizontal one.
+        1), seed.
+    native_window, training_length: tokens, vertical lines.
+    chance: a horizontal line (four digits: 1e-4).
     """
     _need(results, "method", "length_tokens", "n", "exact_match", "seed")
     figure, axes = _figure(title)
@@ -297,8 +298,10 @@ def plot_needle_accuracy_by_length_and_depth(
 ) -> Figure:
     """Heat map of one method's exact match (%): haystack length across, depth of the needle down.
 
-    results: method, length_tokens, depth (0 = start of the haystack, 1 = end), n, exact_match (0 to 1), seed. Without
-    `method` the table must hold a single one. A cell that was not measured stays empty.
+    results: method, length_tokens, depth (0 = start of the haystack, 1 = end), n, exact_match (0 to 1), seed.
+    method: which one (None: the table holds only one).
+
+    A cell without a measurement stays empty.
     """
     _need(results, "method", "length_tokens", "depth", "n", "exact_match", "seed")
     methods = list(results["method"].unique())
@@ -322,7 +325,7 @@ def plot_needle_accuracy_by_length_and_depth(
     axes.set_yticks(range(len(grid.index)), [f"{depth:.0%}" for depth in grid.index])
     axes.set(xlabel="haystack length (tokens)", ylabel="depth of the needle (% of the haystack)")
     if native_window is not None:
-        # between the columns: the last length inside the window, the first beyond it
+        # between the last length inside the window and the first beyond it
         axes.axvline(sum(length <= native_window for length in grid.columns) - 0.5, color="#D55E00", linewidth=2)
     figure.colorbar(image, ax=axes, format=PercentFormatter(1.0)).set_label("exact match (% of needles)")
     note = "" if native_window is None else f"; orange line: end of the native window ({_tokens(native_window)} tokens)"
@@ -336,8 +339,8 @@ def plot_training_curves(
 ) -> Figure:
     """Loss above, exact match below, one line per seed.
 
-    history: seed, step (optimizer steps), loss (nats per answer token; NaN where not logged), exact_match (0 to 1;
-    NaN where it was not evaluated).
+    history: seed, step (optimizer steps), loss (nats per answer token; NaN where not logged), exact_match (0 to 1; NaN
+        where not evaluated).
     """
     _need(history, "seed", "step", "loss", "exact_match")
     figure, above, below = _stacked(title)
@@ -364,9 +367,10 @@ def plot_curriculum_by_step(
     title: str = "Pre-training the base model, by kind of row",
     label: str = "labelled tokens predicted right (%)",
 ) -> Figure:
-    """Share of labelled tokens predicted right against training step, a line per kind of row; `label` names the shares.
+    """Share of labelled tokens predicted right against training step, a line per kind of row.
 
-    history: step, seed, and a column right_<kind> (0 to 1; NaN where no such row was seen) per kind.
+    history: step, seed, and per kind a column right_<kind> (0 to 1; NaN without such rows).
+    label: names the shares.
     """
     _need(history, "step", "seed")
     kinds = [column for column in history if column.startswith("right_")]
@@ -395,7 +399,8 @@ def plot_document_length_by_facts(
 ) -> Figure:
     """Length of documents against their number of facts: a dot per document, a line through the medians.
 
-    lengths: facts, length_tokens. native_window (tokens) is drawn as a horizontal line.
+    lengths: facts, length_tokens.
+    native_window: tokens, a horizontal line.
     """
     _need(lengths, "facts", "length_tokens")
     figure, axes = _figure(title)
@@ -417,9 +422,10 @@ def plot_internalization_cost_by_length(
 ) -> Figure:
     """Seconds (left) and peak memory (right) against document length, both axes logarithmic.
 
-    costs: length_tokens, seconds, peak_memory_mib; optional method (one line each). Several rows of one length are
-    repeats: the median is drawn, and a bar from the fastest to the slowest. The dashed line is exactly linear through
-    the longest measurement of the first method.
+    costs: length_tokens, seconds, peak_memory_mib; optional method (one line each).
+
+    Rows of the same length are repeats, drawn as their median and a bar from the fastest to the slowest. The dashed
+    line is linear, through the longest measurement of the first method.
     """
     _need(costs, "length_tokens", "seconds", "peak_memory_mib")
     table = costs if "method" in costs else costs.assign(method="internalize")
@@ -450,10 +456,10 @@ def plot_internalization_cost_by_length(
 def plot_block_norm_by_chunk(
     blocks: pd.DataFrame, *, title: str = "One block per chunk: the needle's block stands out"
 ) -> Figure:
-    """Size of every block of an adapter, in document order; chunks that hold the needle stand out by colour and mark.
+    """Norm of every block of an adapter, in document order; chunks that hold the needle differ in colour and mark.
 
-    blocks: chunk (0, 1, ...), norm (Frobenius norm of the block's update, all layers and modules together; no unit),
-    holds_needle (bool).
+    blocks: chunk (0, 1, ...), norm (Frobenius, of the block's update, all layers and modules together; no unit),
+        holds_needle (bool).
     """
     _need(blocks, "chunk", "norm", "holds_needle")
     rows = blocks.sort_values("chunk")
@@ -480,10 +486,9 @@ def plot_block_norm_by_chunk(
 def plot_base_model_scores(
     scores: pd.DataFrame, *, title: str = "The base model before any document is internalized"
 ) -> Figure:
-    """Horizontal bars of exact match per task with the 95% interval, and a black tick at a task's aim.
+    """Horizontal bars of exact match per task, in table order, with the 95% interval; a black tick marks an aim.
 
-    scores: task (str; drawn top to bottom in table order), n, exact_match (0 to 1), seed; optional aim (0 to 1, or
-    NaN).
+    scores: task (str), n, exact_match (0 to 1), seed; optional aim (0 to 1, or NaN).
     """
     _need(scores, "task", "n", "exact_match", "seed")
     pooled = pool(scores, ["task"]).set_index("task").loc[scores["task"].unique()]
@@ -510,7 +515,7 @@ def plot_base_model_scores(
 def plot_exact_match_by_facts(
     results: pd.DataFrame, *, title: str = "One-hop questions by number of facts in the document"
 ) -> Figure:
-    """Exact match of every method against the size of the document, with its 95% band.
+    """Exact match of every method against the document's number of facts, with its 95% band.
 
     results: method, facts (str, "1-5", "6-10", ...), n, exact_match (0 to 1), seed.
     """
@@ -533,9 +538,9 @@ def plot_exact_match_by_facts(
 def plot_exact_match_by_documents(
     results: pd.DataFrame, *, title: str = "One-hop questions by number of documents in one adapter"
 ) -> Figure:
-    """Exact match against how many documents share an adapter, with its 95% band.
+    """Exact match against the number of documents in one adapter, with its 95% band.
 
-    results: documents (a number), n, exact_match (0 to 1), seed; optional method.
+    results: documents (number), n, exact_match (0 to 1), seed; optional method.
     """
     _need(results, "documents", "n", "exact_match", "seed")
     results = results if "method" in results else results.assign(method="Doc-to-LoRA")
@@ -556,8 +561,9 @@ def plot_score_by_seconds(
 ) -> Figure:
     """Every method's score against the seconds it takes to prepare one document, with 95% intervals.
 
-    results: method, score, low, high (0 to 1), seconds_prepare (mean per document), documents, n, seed. Methods that
-    prepare nothing stand at the left edge, at a millisecond.
+    results: method, score, low, high (0 to 1), seconds_prepare (mean per document), documents, n, seed.
+
+    Methods without preparation stand at the left edge, at a millisecond.
     """
     _need(results, "method", "score", "low", "high", "seconds_prepare", "documents", "n", "seed")
     figure, axes = _figure(title, _TALL)
@@ -576,7 +582,7 @@ def plot_score_by_seconds(
 
 
 def plot_exact_match_by_condition(results: pd.DataFrame, *, title: str = "Exact match by condition") -> Figure:
-    """Horizontal bars of exact match per condition, with the 95% interval; drawn top to bottom in table order.
+    """Horizontal bars of exact match per condition, in table order, with the 95% interval.
 
     results: condition (str), n, exact_match (0 to 1), seed; optional aim (0 to 1, or NaN).
     """
@@ -588,10 +594,12 @@ def plot_exact_match_by_condition(results: pd.DataFrame, *, title: str = "Exact 
 
 @_styled
 def plot_ablation(results: pd.DataFrame, *, title: str = "The recipe with one part changed") -> Figure:
-    """One panel per task: each variant's exact match, a bar for the mean over its seeds and a dot for every seed.
+    """One panel per task: each variant's exact match, a bar for the mean over its seeds, a dot for every seed.
 
-    results: variant, seed, task, n, exact_match (0 to 1); several rows of a variant, seed and task (documents of
-    different sizes) are averaged. Variants are drawn top to bottom in table order; the first one's mean is the line.
+    results: variant, seed, task, n, exact_match (0 to 1).
+
+    Rows of the same variant, seed and task (documents of different sizes) are averaged. Variants keep the table's
+    order; the line is the first one's mean.
     """
     _need(results, "variant", "seed", "task", "n", "exact_match")
     tasks, variants = list(results["task"].unique()), list(results["variant"].unique())
@@ -619,9 +627,10 @@ def plot_ablation(results: pd.DataFrame, *, title: str = "The recipe with one pa
 def plot_contribution_by_chunk(
     table: pd.DataFrame, *, evidence: Iterable[int] = (), title: str = "What each chunk contributes to the answer"
 ) -> Figure:
-    """Bars of contribution by chunk for one question; `evidence`: rows of the table that hold the true evidence.
+    """Bars of contribution by chunk for one question.
 
-    table: unit, contribution (nats); what `attribution.attribute` returns for chunks or sentences.
+    table: unit, contribution (nats), from `attribution.attribute` for chunks or sentences.
+    evidence: rows of the table that hold the true evidence.
     """
     _need(table, "unit", "contribution")
     evidence = set(evidence)
@@ -645,7 +654,7 @@ def plot_contribution_by_layer_and_direction(
 ) -> Figure:
     """Heat map for one question: layers and modules down, directions of the summed update across, strongest first.
 
-    table: layer, module, direction, contribution (nats); what `attribution.attribute` returns for ranks.
+    table: layer, module, direction, contribution (nats), from `attribution.attribute` for ranks.
     """
     _need(table, "layer", "module", "direction", "contribution")
     cells = table.astype({"layer": int, "direction": int, "module": str})
@@ -667,8 +676,9 @@ def plot_probability_by_share(
 ) -> Figure:
     """Two panels, deletion and insertion: mean probability of the answer by the share of units taken away or added.
 
-    curves: method, curve, units, share (0 to 1), probability, seed; optional question. Each question's curve is read at
-    the same shares, by straight lines between its steps. The method "random" is the dashed reference.
+    curves: method, curve, units, share (0 to 1), probability, seed; optional question.
+
+    Each question's curve is interpolated linearly at the same shares. The method "random" is the dashed reference.
     """
     _need(curves, "method", "curve", "share", "probability", "seed")
     curves = curves if "question" in curves else curves.assign(question=0)
@@ -694,9 +704,9 @@ def plot_probability_by_share(
 
 @_styled
 def plot_hit_rate_by_method(results: pd.DataFrame, *, title: str = "The evidence is ranked first") -> Figure:
-    """Horizontal bars: how often a method ranks the evidence first, with its 95% interval and its chance level.
+    """Horizontal bars, in table order: how often a method ranks the evidence first, its 95% interval, chance level.
 
-    results: method, n, hit_rate, low, high, chance (0 to 1), seed; drawn top to bottom in table order.
+    results: method, n, hit_rate, low, high, chance (0 to 1), seed.
     """
     _need(results, "method", "n", "hit_rate", "low", "high", "chance", "seed")
     figure, axes = _figure(title, (7.2, 1.6 + 0.5 * len(results)))
@@ -716,11 +726,11 @@ def plot_hit_rate_by_method(results: pd.DataFrame, *, title: str = "The evidence
 def plot_margin_by_sentence(
     table: pd.DataFrame, *, title: str = "What the adapter stored, sentence by sentence"
 ) -> Figure:
-    """The margin of every sentence in document order, coloured by whether it was stored.
+    """The margin of every sentence in document order, coloured by status.
+
+    table: status ("stored", "lost", "not asked"), margin (nats; NaN for "not asked").
 
     Above the line at 0 the adapter gives the sentence's answer, below it another one.
-
-    table: status ("stored", "lost", "not asked"), margin (nats; NaN where nothing was asked).
     """
     _need(table, "status", "margin")
     places = np.arange(1, len(table) + 1)
@@ -743,10 +753,11 @@ def plot_margin_by_sentence(
 def plot_flags_by_threshold(
     curve: pd.DataFrame, *, title: str = "Flagging the facts that the adapter fails to answer"
 ) -> Figure:
-    """Two panels: precision against the share of failing facts found, and found against false alarms.
+    """Two panels: precision against recall of failing facts (found), and recall against false alarms.
 
-    curve: condition, signal, found, precision, false_alarms (0 to 1), n, failing, seed; one row per threshold. A cross
-    marks the aim, 90% found at 10% false alarms; the dashed line is flagging at random.
+    curve: condition, signal, found, precision, false_alarms (0 to 1), n, failing, seed; one row per threshold.
+
+    A cross marks the aim, 90% found at 10% false alarms. The dashed line flags at random.
     """
     _need(curve, "condition", "signal", "found", "precision", "false_alarms", "n", "failing", "seed")
     groups = list(curve.groupby(["condition", "signal"], sort=False))
@@ -781,9 +792,11 @@ def plot_gate_losses_by_threshold(
 ) -> Figure:
     """Relative losses against the gate's threshold, one panel per number of documents and rule.
 
-    curve, of one condition: documents, rule, least (nats), unrelated_loss (against the base model), answerable_loss and
-    override_loss (against no gate), unanswerable (exact match, drawn as its loss; both NaN where none were asked),
-    chosen (bool), n, seed. A vertical line marks the chosen threshold, a dotted one the aim of 1%.
+    curve: of one condition, documents, rule, least (nats), unrelated_loss (against the base model), answerable_loss and
+        override_loss (against no gate), unanswerable (exact match, drawn as its loss; both NaN where none were asked),
+        chosen (bool), n, seed.
+
+    A vertical line marks the chosen threshold, a dotted one the aim of 1%.
     """
     _need(curve, "documents", "rule", "least", "unrelated_loss", "answerable_loss", "override_loss", "unanswerable")
     _need(curve, "chosen", "n", "seed")
@@ -819,8 +832,9 @@ def plot_override_by_strength(
 ) -> Figure:
     """Shares of answers against the weight of the document's blocks, one panel without and one with the gate.
 
-    curve: layers, weight, gate (bool), override, unrelated, document (0 to 1) with their _low and _high, n, seed. Only
-    "all layers" is drawn with its intervals; for single layers the override alone is drawn, thin.
+    curve: layers, weight, gate (bool), override, unrelated, document (0 to 1) with their _low and _high, n, seed.
+
+    "all layers" has all three shares with intervals; single layers have a thin line, the override.
     """
     shares = {"override": "the document overrides", "document": "the document's other facts", "unrelated": "unrelated"}
     bounds = [f"{name}_{side}" for name in shares for side in ("low", "high")]
@@ -847,10 +861,11 @@ def plot_override_by_strength(
 def plot_singular_values_by_index(
     spectra: pd.DataFrame, *, title: str = "Singular values of the update, layer by layer"
 ) -> Figure:
-    """A panel per adapter, a line per layer (and module, where there are several): singular values, largest first.
+    """A panel per adapter, a line per layer (and module, if there are several): singular values, largest first.
 
-    spectra: adapter (str), module, layer, index (1 = largest), value (no unit), as `weights.spectra` gives them. Values
-    below a millionth of an adapter's largest are rounding and are not drawn.
+    spectra: adapter (str), module, layer, index (1 = largest), value (no unit), from `weights.spectra`.
+
+    Values below a millionth of an adapter's largest are rounding and are not drawn.
     """
     _need(spectra, "adapter", "module", "layer", "index", "value")
     modules = spectra["module"].nunique()
@@ -872,8 +887,8 @@ def plot_norms_by_layer(
 ) -> Figure:
     """Left the update's norms as a share of the base weight's, right its effective and stable rank; a line per adapter.
 
-    norms: adapter (str), layer, relative_frobenius, relative_spectral (shares), effective_rank, stable_rank, as
-    `weights.norms` gives them for one module. ValueError for several modules.
+    norms: adapter (str), layer, relative_frobenius, relative_spectral (shares), effective_rank, stable_rank, from
+        `weights.norms` for one module. ValueError for several.
     """
     columns = {"relative_frobenius": "Frobenius", "relative_spectral": "spectral"}
     ranks = {"effective_rank": "effective", "stable_rank": "stable"}
@@ -903,8 +918,8 @@ def plot_parts_by_layer(
 ) -> Figure:
     """A panel per adapter, two bars per layer: norm of the documents' part and of the bias; their cosine above.
 
-    parts: adapter (str), layer, documents, bias (Frobenius norms), cosine, as `weights.bias_and_documents` gives them
-    for one module.
+    parts: adapter (str), layer, documents, bias (Frobenius norms), cosine, from `weights.bias_and_documents` for one
+        module.
     """
     _need(parts, "adapter", "layer", "documents", "bias", "cosine")
     figure, panels = _panel_each(title, parts, "adapter", (9.2, 4.0))
@@ -923,10 +938,11 @@ def plot_parts_by_layer(
 
 @_styled
 def plot_block_norm_by_document(blocks: pd.DataFrame, *, title: str = "How large each document's blocks are") -> Figure:
-    """A row of dots per document of one adapter, a dot per block, first chunk on top; the median as a black bar.
+    """A row of dots per document of one adapter, in table order; a dot per block, first chunk on top; a black median.
 
-    blocks: document (str; drawn top to bottom in table order), chunk, norm (Frobenius, all layers and modules
-    together), as `weights.block_norms` gives them. ValueError for several rows of a chunk.
+    blocks: document (str), chunk, norm (Frobenius, all layers and modules together), from `weights.block_norms`.
+
+    ValueError for several rows of a chunk.
     """
     _need(blocks, "document", "chunk", "norm")
     if blocks.duplicated(["document", "chunk"]).any():
@@ -951,8 +967,10 @@ def plot_similarity_by_document(
 ) -> Figure:
     """Heat map of a square table of similarities, names on both sides, in the table's order; the value in each cell.
 
-    similarity: as `weights.similarity` gives it; `label` names the measure. Colours run from -1 to 1 where a value is
-    negative, else from 0 to 1.
+    similarity: from `weights.similarity`.
+    label: names the measure.
+
+    Colours run from 0 to 1, or from -1 to 1 if a value is negative.
     """
     _need(similarity)
     _need(similarity, *similarity.index)
@@ -980,8 +998,9 @@ def plot_intruders_by_index(
 ) -> Figure:
     """A panel per adapter, a line per layer: the largest cosine of each singular vector of W + dW with those of W.
 
-    intruders: adapter (str), layer, index (1 = largest), cosine (0 to 1), as `weights.intruder_dimensions` gives them
-    for one module. Points below the line at `threshold` are intruder dimensions.
+    intruders: adapter (str), layer, index (1 = largest), cosine (0 to 1), from `weights.intruder_dimensions` for one
+        module.
+    threshold: a horizontal line; points below it are intruder dimensions.
     """
     _need(intruders, "adapter", "layer", "index", "cosine")
     figure, panels = _panel_each(title, intruders, "adapter", (9.2, 4.0), sharey=True)
@@ -999,9 +1018,11 @@ def plot_intruders_by_index(
 def plot_margin_by_condition(
     margins: pd.DataFrame, *, title: str = "Does the margin depend on the document?"
 ) -> Figure:
-    """A row of dots per condition, one per question, and the median as a black bar; right of 0 the answer is said.
+    """A row of dots per condition, in table order: one per question, a black bar at the median.
 
-    margins: condition (str; drawn top to bottom in table order), margin (nats), seed.
+    margins: condition (str), margin (nats), seed.
+
+    Right of 0 the model gives the right answer.
     """
     _need(margins, "condition", "margin", "seed")
     conditions = dict(list(margins.groupby("condition", sort=False)["margin"]))
@@ -1020,10 +1041,12 @@ def plot_margin_by_condition(
 
 @_styled
 def plot_recompression_by_rank(samples: pd.DataFrame, *, title: str = "A long adapter at a small rank") -> Figure:
-    """Above the share of needles found, below the error of the update, against the rank that was kept.
+    """Share of needles found (above) and error of the update (below) against the rank; a line per length.
 
-    samples: length_tokens, rank, full (bool: nothing was cut), error (0 to 1), correct (bool), seed, as
-    `weights.recompressed_needles` gives them; a line per length. A length's full adapter stands last, as a hollow mark.
+    samples: length_tokens, rank, full (bool: nothing was cut), error (0 to 1), correct (bool), seed, from
+        `studies.recompression.recompressed_needles`.
+
+    The full adapter of a length stands last, as a hollow mark.
     """
     _need(samples, "length_tokens", "rank", "full", "error", "correct", "seed")
     figure, above, below = _stacked(title)
@@ -1065,10 +1088,11 @@ def plot_cost_by_length(
 ) -> Figure:
     """One panel per model: seconds (or memory) of every method against document length, a floor in grey.
 
-    costs: panel, method, length_tokens, n (runs), floor (bool), seed, and the column `value` ("seconds" with quartiles
-    seconds_low and seconds_high, drawn as a band, or "memory_mib"). Rows where it is NaN, because there was too little
-    memory, are crosses at the top. Seconds have a logarithmic axis, memory one from 0. published: {name: value}, level
-    lines up to `published_length` tokens.
+    costs: panel, method, length_tokens, n (runs), floor (bool), seed, and the column `value`.
+    value: "seconds" with quartiles seconds_low and seconds_high, drawn as a band, or "memory_mib".
+    published: {name: value}, level lines up to `published_length` tokens.
+
+    A cross at the top is a NaN: too little memory. Seconds have a logarithmic axis, memory one from 0.
     """
     if value not in _COST_LABELS:
         raise ValueError(f"value must be {' or '.join(_COST_LABELS)}, not {value!r}")
@@ -1109,7 +1133,7 @@ def plot_cost_by_length(
 
 @_styled
 def plot_parts_by_length(parts: pd.DataFrame, *, title: str = "Where the time goes") -> Figure:
-    """One panel per model: the share of each part in the seconds of a length, stacked, with the seconds on top.
+    """One panel per model: the share of each part in the seconds of a length, stacked, the seconds on top.
 
     parts: panel, length_tokens, part (str; stacked from below in table order), seconds, n (runs), seed.
     """
@@ -1144,10 +1168,12 @@ def plot_parts_by_length(parts: pd.DataFrame, *, title: str = "Where the time go
 def plot_documents_per_second_by_batch(
     rates: pd.DataFrame, *, title: str = "Documents internalized in one call"
 ) -> Figure:
-    """Documents per second against how many are internalized in one call, a line per model.
+    """Documents per second against the documents in one call, a line per model.
 
     rates: model, documents, seconds, seconds_low, seconds_high (of the whole call: median and quartiles), n (runs),
-    seed. The dotted line is the rate of one document per call.
+        seed.
+
+    The dotted line is the rate of one document per call.
     """
     _need(rates, "model", "documents", "seconds", "seconds_low", "seconds_high", "n", "seed")
     figure, axes = _figure(title)
@@ -1167,7 +1193,7 @@ def plot_documents_per_second_by_batch(
 
 @_styled
 def plot_adapter_file_by_length(files: pd.DataFrame, *, title: str = "An adapter on disk") -> Figure:
-    """Left the size of an adapter's file, right the seconds to save and to load it, against document length.
+    """Size of an adapter's file (left) and seconds to save and to load it (right) against document length.
 
     files: model, what ("save" or "load"), length_tokens, file_mib, seconds, seconds_low, seconds_high, n (runs), seed.
     """
