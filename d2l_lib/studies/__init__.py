@@ -1,8 +1,8 @@
-"""Studies: the programs that fill data/full_runs, `d2l study NAME`.
+"""Studies: the programs behind data/full_runs, `d2l study NAME`.
 
 A study is an entry in STUDIES and a function `run(model, n, seed, ...)`. It returns a table (a DataFrame, or rows as
-dicts), or several by the names of their files. A long one yields them instead, and goes on from its own files when it
-is started again. The recorder stands here; listing the studies needs no torch.
+dicts), or several by the names of their files. A long study yields them instead, and continues from its own files when
+it is started again. This module holds the recorder; it lists the studies without torch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from d2l_lib.records import project_root, read_rows, write_jsonl
 
 @dataclass(frozen=True)
 class Study:
-    """What the command knows of a study before it is imported.
+    """What the command knows of a study before its import.
 
-    place: its function, "module:function". files: what it fills, in data/full_runs, without ".jsonl".
-    n, of: how many of what, by default. model: what is loaded ("": it loads what it needs). load: the function that
-    loads it. options: its own, as argparse takes them.
+    place: its function, "module:function".
+    files: its files in data/full_runs, without ".jsonl".
+    n, of: default number of samples, and what is counted.
+    model: the model to load ("": the study loads what it needs).
+    load: the function that loads it.
+    options: its own, as argparse takes them.
     """
 
     place: str
@@ -172,13 +175,13 @@ def record_path(name: str) -> Path:
 
 
 def earlier_rows(name: str) -> list[dict[str, Any]]:
-    """What a record holds so far."""
+    """The rows that a record holds so far."""
     path = record_path(name)
     return read_rows(path) if path.is_file() else []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command `study`: a name, and those of that study."""
+    """The options of the command `study`: a name, and the options of that study."""
     names = parser.add_subparsers(dest="study", required=True, metavar="NAME")
     names.add_parser("list", help="all studies and their files")
     for name, study in STUDIES.items():
@@ -192,7 +195,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    """Run a study and record its tables; print what it returns."""
+    """Run a study and record its tables; print those that it returns."""
     if a.study == "list":
         for name, study in STUDIES.items():
             print(f"{name:<14} {study.about} ({', '.join(study.files)})")
@@ -215,7 +218,7 @@ def run(a: argparse.Namespace) -> None:
 
 
 def record(name: str, table, facts: dict) -> list[dict]:
-    """Write a table, each row with the `facts` that it lacks; a row that has its command is left as it is."""
+    """Write a table. Each row gains the `facts` that it lacks; a row with a command of its own stays as it is."""
     if not isinstance(table, list):
         table = table.astype(object).where(table.notna(), None).to_dict("records")
     rows = [row if "command" in row else row | {k: v for k, v in facts.items() if k not in row} for row in table]
@@ -224,7 +227,7 @@ def record(name: str, table, facts: dict) -> list[dict]:
 
 
 def _show(rows: list[dict]) -> None:
-    """Print a record: what validation chose, where there is such a column, and at most 60 rows."""
+    """Print at most 60 rows of a record; only those that validation chose, if there is such a column."""
     import pandas as pd
 
     table = pd.DataFrame(rows).drop(columns=["command", "threads"], errors="ignore")

@@ -1,10 +1,10 @@
-"""What each part of the question-answering recipe is for: the recipe with one part changed, trained briefly and scored.
+"""What each part of the question-answering recipe contributes: one part changed, a short training, scores.
 
     d2l study ablations --variant "rank 4" --seed 1     # one row of the table
     d2l study ablations --seeds 0 1 2                   # every variant and seed that has no record yet
 
-Each (variant, seed) is a file data/full_runs/qa_ablation/<variant>_seed<k>.jsonl, so that runs can be made anywhere, in
-any order, and an interrupted one goes on where it was. Variants are `presets.QA_VARIANTS`.
+Variants are `presets.QA_VARIANTS`. Each (variant, seed) is a file data/full_runs/qa_ablation/<variant>_seed<k>.jsonl.
+Runs can be made on any machine, in any order; an interrupted one continues.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ from d2l_lib.training import selfgen
 from d2l_lib.training.loop import Run
 from d2l_lib.training.recipes import Base, train_qa
 
-FACTS = (8, 20)  # facts of a document, where one-hop questions are asked
-SHARDS = selfgen.Settings(documents=1000, questions=8)  # the self-generated data of the variants that learn from it
+FACTS = (8, 20)  # facts of a document with one-hop questions
+SHARDS = selfgen.Settings(documents=1000, questions=8)  # self-generated data, for the variants with shards
 
 
 def _score_briefly(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
-    """`n` questions for each thing that a recipe may help or harm; columns task, facts, question, answer, prediction,
-    correct.
+    """`n` questions per task; columns task, facts, question, answer, prediction, correct.
 
-    Tasks: one hop, for each number of facts in FACTS; unanswerable, on 8 facts; encyclopedia, with an unrelated
-    document of 20 facts inside.
+    Tasks: one hop, for each number of facts in FACTS; unanswerable, on 8 facts; encyclopedia, with the adapter of an
+    unrelated document of 20 facts.
     """
     tables = [
         world_samples(n, seed, facts=(count, count), kinds=world.ONE_HOP_KINDS).assign(task="one hop", facts=count)
@@ -70,19 +69,19 @@ def run_variant(p: QAPreset, base: Base, run: Run, n: int, shards: Path | None =
 
 
 def record_name(variant: str, seed: int) -> str:
-    """Under which name the rows of a variant and seed are recorded."""
+    """The name of the record of a variant and seed."""
     name = variant.replace(",", "").replace(" ", "_").replace("-", "_")
     return f"qa_ablation/{name}_seed{seed}"
 
 
 def read_records() -> pd.DataFrame:
-    """All rows that are recorded: variant, seed, task, facts, n, exact_match, low, high, seconds, command."""
+    """All recorded rows: variant, seed, task, facts, n, exact_match, low, high, seconds, command."""
     paths = [record_path(record_name(variant, seed)) for variant in QA_VARIANTS for seed in range(10)]
     return pd.DataFrame([row for path in paths if path.exists() for row in read_rows(path)])
 
 
 def _share_warm_up(variant: str, run: Path, ours: Path) -> None:
-    """Let `run` begin with the finished warm-up in `ours` where the variant's own would be the same, step by step."""
+    """Copy the finished warm-up in `ours` to `run` if the variant's own would be the same, step by step."""
     p, q = qa_variant(variant), qa_variant("ours")
     settings, known = p.first, q.first
     sizes = [field.name for field in fields(HypernetworkPreset)] + ["last_layer"]
@@ -94,7 +93,7 @@ def _share_warm_up(variant: str, run: Path, ours: Path) -> None:
 def run(
     n: int, seed: int, variant: str | None, seeds: Sequence[int] | None, runs: Path
 ) -> Iterator[dict[str, pd.DataFrame]]:
-    """The records: variants of the recipe, trained on the bundled base model one after another and scored."""
+    """The records, one by one: variants of the recipe, trained on the bundled base model and scored."""
     base = Base(*load_base_model("tiny"), "tiny")
     for one in seeds or [seed]:
         for name in [variant] if variant else QA_VARIANTS:

@@ -25,7 +25,7 @@ def greedy_answers(
 ) -> list[str]:
     """The base model's greedy answers to user turns `prompts`, batched by length with left padding.
 
-    Prompts longer than the model's window are answered too: that is what the comparison beyond the window is about.
+    Prompts longer than the model's window are answered too, for the comparison beyond the window.
     """
     ids = question_ids(tokenizer, check_texts(prompts, "prompts"))
     answers = [""] * len(ids)
@@ -67,11 +67,13 @@ def _questions(tokenizer, n: int, seed: int, split: str, facts: tuple[int, int])
 def base_model_samples(
     model, tokenizer, n: int, seed: int, split: str = "test", facts: tuple[int, int] = (2, 20)
 ) -> pd.DataFrame:
-    """`n` samples of each thing the base model should do; columns task, kind, facts, length_tokens, question,
-    answer, prediction, correct.
+    """`n` samples of each task of the base model.
 
-    Documents and unknown names are from `split`, with `facts` (fewest, most) facts each. The column `facts` says how
-    many the document holds, in fives ("6-10"), or is empty where there is no document of facts.
+    Columns: task, kind, facts, length_tokens, question, answer, prediction, correct. `facts` is the document's number
+    of facts in fives ("6-10"), or empty without a document of facts.
+
+    split: of documents and unknown names.
+    facts: fewest and most facts of a document.
     """
     rows = pd.DataFrame(_questions(tokenizer, n, seed, split, facts))
     prompts = list(rows.pop("prompt"))

@@ -1,10 +1,9 @@
-"""Ways of answering questions about a document, as Doc-to-LoRA is compared with, and the comparison.
+"""Methods of answering questions about a document, and their comparison with Doc-to-LoRA.
 
-    prepare(document, questions) -> whatever it needs to answer, once per document
+    prepare(document, questions) -> whatever the method needs to answer, once per document
     answer(prepared, questions)  -> one text per question
 
-Only `ContextDistillation(queries="oracle")` (see training.context_distillation) looks at the questions while it
-prepares.
+Only `ContextDistillation(queries="oracle")` (see `training.context_distillation`) reads the questions in `prepare`.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from d2l_lib.tasks import qa
 
 
 class Method(Protocol):
-    """A way of answering questions about a document; `name` is unique within a comparison."""
+    """A method of answering questions about a document; `name` is unique within a comparison."""
 
     name: str
 
     def prepare(self, document: str, questions: Sequence[str]) -> Any:
-        """What has to be done once per document."""
+        """What `answer` needs, once per document."""
 
     def answer(self, prepared: Any, questions: Sequence[str]) -> list[str]:
         """One answer to each question, in order."""
@@ -44,8 +43,9 @@ class Method(Protocol):
 class Internalized:
     """Doc-to-LoRA: the document becomes an adapter, the prompt holds the question.
 
-    `iterative`: blocks are written layer by layer, which takes less memory and gives the same numbers. `with_context`:
-    the document is in the prompt too. `blocks`: how many blocks answer a question, the most relevant (None: all).
+    iterative: write blocks layer by layer: less memory, same numbers.
+    with_context: put the document into the prompt too.
+    blocks: how many blocks answer a question, the most relevant (None: all).
     """
 
     model: DocToLoRA
@@ -76,8 +76,9 @@ class Internalized:
 
 @dataclass
 class InContext:
-    """The base model with the document in its prompt, its middle cut out where the window asks for it, or `tokens`: of
-    the whole prompt and the answer.
+    """The base model with the document in its prompt.
+
+    The document's middle is cut out to fit prompt and answer into the window, or into `tokens`.
     """
 
     model: DocToLoRA
@@ -112,11 +113,11 @@ class NoContext:
 # ------------------------------------------------------------------------------------------------- prompt compression
 @dataclass
 class PromptCompression:
-    """The base model with a part of the document's tokens in its prompt: a share `rate` of them, the most informative.
+    """The base model with the share `rate` of the document's tokens in its prompt: the most informative ones.
 
-    With the package llmlingua (`use_llmlingua`: None takes it where it is installed) LLMLingua-2 chooses; otherwise
-    a token's information is what the base model itself did not expect: -log p(token | the document before it), as in
-    Selective Context (Li et al. 2023, arXiv 2310.06201). Documents beyond the window are scored window by window.
+    With `use_llmlingua` LLMLingua-2 chooses them (None: if the package llmlingua is installed). Otherwise a token's
+    information is -log p(token | the document before it) by the base model itself, as in Selective Context (Li et al.
+    2023, arXiv 2310.06201). Documents beyond the window are scored window by window.
     """
 
     model: DocToLoRA
@@ -161,7 +162,7 @@ class PromptCompression:
 
 @torch.no_grad()
 def token_information(model: DocToLoRA, ids: Sequence[int]) -> list[float]:
-    """-log p of each token, in nats, given those before it in the user's turn; windows overlap by half."""
+    """-log p of each token in nats, given those before it in the user's turn; windows overlap by half."""
     prefix = open_turn(model.tokenizer, "")
     room = model.window - len(prefix)
     values: list[float] = []
@@ -180,11 +181,14 @@ def token_information(model: DocToLoRA, ids: Sequence[int]) -> list[float]:
 
 # ---------------------------------------------------------------------------------------------------------- comparison
 def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = False) -> pd.DataFrame:
-    """Every method on every question, document by document; the rows of `questions` once per method, in order.
+    """Every method on every question, document by document: the rows of `questions` once per method, in order.
 
-    questions: as `qa.load_qa` returns them. Added columns: method, prediction, seconds_prepare and seconds_answer (of
-    the question's document, all its questions together), peak_memory_mib (the most that the process, or the GPU, held
-    while that document was worked on). `report` prints a line per method. ValueError for methods of the same name.
+    questions: a table of `qa.load_qa`.
+    report: print a line per method.
+
+    New columns: method, prediction, seconds_prepare and seconds_answer (of the question's document, all its questions
+    together), peak_memory_mib (the most that the process, or the GPU, held during that document). ValueError for
+    methods of the same name.
     """
     methods, questions = list(methods), questions.reset_index(drop=True)
     names = [method.name for method in methods]

@@ -1,6 +1,6 @@
-"""The dial: how strongly the blocks of an adapter speak, in all layers or in some.
+"""The dial: the strength of an adapter's blocks, in all layers or in some.
 
-It costs nothing, and is measured against what it spoils: what a document does not mention.
+It costs nothing. The study measures what it spoils: answers about what a document does not mention.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def dial_samples(
 ) -> pd.DataFrame:
     """`n` documents of `n_facts` facts, one of which contradicts the encyclopedia, at each strength of their blocks.
 
-    Columns: layers ("all layers", or "layer 2" where only that one is turned), weight, gate (whether `gated` chose who
+    Columns: layers ("all layers", or "layer 2" if only that one is turned), weight, gate (whether `gated` chose who
     answers; for all layers only), about ("the contradiction", "the document" for another fact of it, "the encyclopedia"
-    for another fact of that), question, answer (the document's value for the contradiction), prediction, correct,
+    for another fact of that), question, answer (for the contradiction: the document's value), prediction, correct,
     believed (the prediction is the encyclopedia's value).
     """
     rng = random.Random(f"dial/{split}/{seed}")
@@ -54,7 +54,7 @@ def dial_samples(
                 continue  # the same as in all layers
             strong = [scaled_layers(adapter, dict.fromkeys(turned, weight)) for adapter in adapters] * 3
             ways = {False: strong}
-            if layers == "all layers":  # one threshold, for the document is to override what the base model knows
+            if layers == "all layers":  # one threshold: the document shall override what the base model knows
                 ways[True] = gated(model, prompts, strong, least=model.least_relevance)
             for gate, chosen in ways.items():
                 rows = pd.DataFrame(marked(questions, model.answer(prompts, chosen)))
@@ -64,15 +64,15 @@ def dial_samples(
 
 
 def _turned(n_layers: int) -> dict[str, list[int]]:
-    """Which layers the dial turns, by name."""
+    """{name: the layers that the dial turns}."""
     return {"all layers": list(range(n_layers))} | {f"layer {layer}": [layer] for layer in range(n_layers)}
 
 
 def dial_curve(samples: pd.DataFrame) -> pd.DataFrame:
     """Shares by layers, weight and gate, with 95% Wilson intervals (override_low, ...), and n questions of each sort.
 
-    override: the prediction is the document's value; believed: the encyclopedia's. document, unrelated: other facts of
-    the document and of the encyclopedia that are answered rightly.
+    override, believed: the prediction is the document's value, or the encyclopedia's.
+    document, unrelated: right answers about other facts of the document, and of the encyclopedia.
     """
     rows = []
     for (layers, weight, gate), group in samples.groupby(["layers", "weight", "gate"], sort=False):
@@ -92,8 +92,9 @@ def dial_curve(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_strength(curve: pd.DataFrame, gate: bool, allowed: float = 0.01) -> tuple[str, float]:
-    """(layers, weight) with the largest share of overriding answers, among those that lose at most `allowed` of the
-    document's other facts and of the encyclopedia against weight 1.
+    """(layers, weight) with the largest share of overriding answers that loses little elsewhere.
+
+    Compared with weight 1, it loses at most `allowed` of the document's other facts, and of the encyclopedia.
     """
     rows = curve[curve["gate"] == gate]
     spared = ["document", "unrelated"]

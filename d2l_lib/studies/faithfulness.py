@@ -1,9 +1,9 @@
-"""Whether a trace can be believed: scores of attribution methods against what really happens, and against the truth.
+"""Faithfulness of traces: scores of attribution methods against ablations and against ground truth.
 
     d2l study attribution --n 500        # data/full_runs/attribution.jsonl
 
-In the generated world it is known which sentence answers a question, so a method's first unit is right or wrong. All
-else needs no such knowledge: parts are taken away, or added, in a method's order, and the answer is watched.
+The generated world tells which sentence answers a question, so a method's first unit is right or wrong. The other
+scores need no ground truth: parts are removed, or added, in a method's order, and the answer is measured.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from d2l_lib.tasks.scores import wilson
 if TYPE_CHECKING:
     from d2l_lib.adapter import Adapter
 
-SIZES = (8, 16, 24, 32, 40)  # sentences: the groups of documents, 8-16 and so on
+SIZES = (8, 16, 24, 32, 40)  # sentences: documents of 8-16 and so on
 _BATCH = 10  # questions
 _MEASURES = ("deletion", "insertion", "comprehensiveness", "sufficiency", "correlation")
 
@@ -52,7 +52,7 @@ _MEASURES = ("deletion", "insertion", "comprehensiveness", "sufficiency", "corre
 # -------------------------------------------------------------------------------------------------------- the samples
 @dataclass(frozen=True)
 class _Case:
-    """A question, the adapter of its document, the one of shuffled weights where it is needed, and the row's facts."""
+    """A question, its document's adapter (and that of shuffled weights, where needed), and the row's facts."""
 
     document: world.Document
     question: world.Question
@@ -65,14 +65,15 @@ class _Case:
 def study_one(
     model: DocToLoRA, batch: Sequence[tuple[world.Document, world.Question]], first: int, seed: int
 ) -> list[dict]:
-    """Rows of some questions: one per question and method, for those answered rightly with all blocks or routed.
+    """Rows of a batch of questions: one per question and method, if all blocks or the routed one answer rightly.
 
-    Columns: question (a number), hops, sentences, units, chance (that a random first unit is right), chance_alike (see
-    there), all_blocks, routed (whether each answers rightly), method, rank (of the evidence; the later one's of two),
-    rank_answer (of the sentence that states the answer), ms, and for methods of chunks _MEASURES. Rows of the method
-    "checks": see `_checks`; of two hops also rivals (other values that stand in the same relation in the document) and
-    in_context (whether the base model answers rightly). What is slow is done for a part of the questions (see `EVERY`);
-    questions that only routed blocks answer have the methods that need no curves.
+    Columns: question (a number), hops, sentences, units, chance (probability that a random first unit is right),
+    chance_alike (see there), all_blocks, routed (whether each answers rightly), method, rank (of the evidence; the
+    later of two), rank_answer (of the sentence that states the answer), ms, and for methods of chunks _MEASURES.
+
+    Rows of the method "checks": see `_checks`. For two hops they also have rivals (other values of the same relation in
+    the document) and in_context (whether the base model answers rightly). Slow measurements cover a part of the
+    questions (see `EVERY`). Questions that only the routed block answers skip the methods that need curves.
     """
     texts = [document.text for document, _ in batch]
     questions = [question.text for _, question in batch]
@@ -140,8 +141,11 @@ def _traces(model: DocToLoRA, other: DocToLoRA, case: _Case) -> list[dict]:
 
 
 def _measures(model: DocToLoRA, case: _Case, tables: dict[str, pd.DataFrame]) -> list[dict]:
-    """_MEASURES of each method: its curves' areas, what its first unit does alone to the probability of the answer,
-    and the rank correlation of what it predicts for random subsets with what they really do.
+    """_MEASURES of each method.
+
+    deletion, insertion: areas under its curves.
+    comprehensiveness, sufficiency: loss of the answer's probability without its first unit, and with that unit alone.
+    correlation: rank correlation of predicted and true effects of random subsets.
     """
     trials = Trials(model, case.adapter, case.question.text, case.question.answer)
     orders = {
@@ -163,7 +167,7 @@ def _measures(model: DocToLoRA, case: _Case, tables: dict[str, pd.DataFrame]) ->
 
 
 def _placing(table: pd.DataFrame, document: world.Document, question: world.Question) -> dict:
-    """Where a method's contributions put the evidence, and what chance would give."""
+    """The rank of the evidence in a method's contributions, and its chance level."""
     truth = evidence_units(table, question.evidence)
     contributions = table["contribution"]
     return {
@@ -175,7 +179,7 @@ def _placing(table: pd.DataFrame, document: world.Document, question: world.Ques
 
 
 def _chance(truth: Sequence[Sequence[int]], n_units: int) -> float:
-    """That a random order has one evidence sentence first, or two within the first three."""
+    """The probability that a random order has the evidence sentence first, or both of two in the first three."""
     if len(truth) == 1:
         return len(truth[0]) / n_units
     return min(1.0, 6 / (n_units * (n_units - 1)))
@@ -184,10 +188,11 @@ def _chance(truth: Sequence[Sequence[int]], n_units: int) -> float:
 def _checks(
     model: DocToLoRA, document: world.Document, question: world.Question, table: pd.DataFrame, facts: dict, seed: int
 ) -> dict:
-    """Whether the answer stays right when a sentence is taken out of the text, which is internalized again.
+    """Whether the answer stays right if a sentence is removed from the text, which is internalized again.
 
-    top: the first of `table`. other: a random one that is neither first nor evidence. bridge, of two hops: the first
-    hop's, which names the one that is asked about; also for the base model with the text in its prompt.
+    top: the first of `table`.
+    other: a random one that is neither first nor evidence.
+    bridge: for two hops, the first hop's, which names the subject of the second; also in context.
     """
     best = int(table["contribution"].to_numpy().argmax())
     evidence = {place for places in evidence_units(table, question.evidence) for place in places}
@@ -217,10 +222,12 @@ def study(
     kinds: Sequence[str] = world.ONE_HOP_KINDS,
     sentences: tuple[int, int] = (SIZES[0], SIZES[-1]),
 ) -> pd.DataFrame:
-    """Samples (see `study_one`) of questions until `n` are answered rightly with all blocks.
+    """Samples (see `study_one`) of questions, until `n` are answered rightly with all blocks.
 
-    folder: finished batches are kept there, and an interrupted study goes on behind them. sentences: fewest and most
-    of a document.
+    folder: for finished batches, from which an interrupted study continues.
+    sentences: fewest and most of a document.
+
+    ValueError if too few questions are answered rightly.
     """
     kinds = check_texts(kinds, "kinds")
     source, began = drawn(seed, kinds, *sentences), time.perf_counter()
@@ -246,7 +253,7 @@ def study(
 
 # --------------------------------------------------------------------------------------------------------- the record
 def size_group(sentences: int) -> str:
-    """The group of `SIZES` that a document belongs to: 17 sentences are "17-24"."""
+    """The group of `SIZES` for a document: 17 sentences are "17-24"."""
     for low, high in zip(SIZES, SIZES[1:], strict=False):
         if sentences <= high:
             return f"{low if low == SIZES[0] else low + 1}-{high}"
@@ -254,9 +261,9 @@ def size_group(sentences: int) -> str:
 
 
 def summarise(samples: pd.DataFrame, seed: int) -> list[dict]:
-    """Rows of the record, for each hops, way of answering ("all blocks" or "routed"), size of document and method.
+    """Rows of the record, by hops, way of answering ("all blocks" or "routed"), size of document and method.
 
-    what = "method": see `_of_method`. "check", "bridge" (see `_bridges`): n, share with its interval.
+    what = "method": see `_of_method`. what = "check" and "bridge" (see `_bridges`): n, share with its interval.
     """
     samples = samples.assign(size=samples["sentences"].map(size_group))
     rows = []
@@ -283,8 +290,9 @@ def summarise(samples: pd.DataFrame, seed: int) -> list[dict]:
 
 
 def _bridges(checks: pd.DataFrame, flag: str) -> list[dict]:
-    """Two-hop questions by how many rivals the answer has in its document: the share answered rightly, and the share of
-    those that stay right without the sentence of the first hop, with the adapter and in context.
+    """Shares of two-hop questions by rivals of the answer in its document, with the adapter and in context.
+
+    Rows: answered rightly, and of those, still right without the sentence of the first hop.
     """
     rows = []
     for rivals, group in checks.groupby(checks["rivals"].clip(upper=2)):
@@ -308,10 +316,11 @@ def _share(flags: pd.Series) -> dict:
 
 
 def _of_method(rows: pd.DataFrame, at_random: pd.DataFrame, hops: int, seed: int) -> dict:
-    """n, hit_rate (evidence first, or both of two in the first three) with its interval, chance, median ms, means of
-    _MEASURES, and p of the paired tests against random (`at_random`, by question), of the deletion area and the hits.
+    """Scores of a method: n, hit_rate with its interval, chance, ms (median), means of _MEASURES, p-values.
 
-    answer_first: the share whose first unit states the answer of two hops.
+    hit_rate: share with the evidence first, or both of two in the first three.
+    answer_first: of two hops, the share whose first unit states the answer.
+    p_hits, p_deletion: paired tests of hits and deletion area against random (`at_random`, by question).
     """
     depth = 1 if hops == 1 else 3
     hits = rows["rank"] <= depth
@@ -334,7 +343,7 @@ def _of_method(rows: pd.DataFrame, at_random: pd.DataFrame, hops: int, seed: int
 
 
 def _block_cost(model: DocToLoRA, n_sentences: int, seed: int) -> dict:
-    """Milliseconds per chunk of leaving it out, and of making the adapter again without it, on one document."""
+    """Milliseconds per chunk to leave it out, and to make the adapter again without it, on one document."""
     document, question = next(drawn(seed, ("one_hop",), n_sentences, n_sentences))
     (adapter,) = model.internalize_each([document.text])
     trials, chunks = Trials(model, adapter, question.text, question.answer), len(adapter.blocks)
@@ -353,12 +362,12 @@ def _block_cost(model: DocToLoRA, n_sentences: int, seed: int) -> dict:
         "sentences": n_sentences,
         "chunks": chunks,
         "ms_per_chunk_leave_one_out": median_ms(lambda: leave_one_out(trials)) / chunks,
-        "ms_per_chunk_recomputed": written * (chunks - 1) / chunks,  # without one chunk all the others are written
+        "ms_per_chunk_recomputed": written * (chunks - 1) / chunks,  # all other chunks are written
     }
 
 
 def _exactness(model: DocToLoRA, n: int, seed: int) -> dict:
-    """Largest difference in nats, over `n` documents, between leaving a chunk out and an adapter without it."""
+    """Largest difference in nats, over `n` documents, between a chunk left out and an adapter without it."""
     worst = 0.0
     for _, (document, question) in zip(range(n), drawn(seed, ("one_hop",), SIZES[0], SIZES[-1]), strict=False):
         (adapter,) = model.internalize_each([document.text])
@@ -374,8 +383,9 @@ def _exactness(model: DocToLoRA, n: int, seed: int) -> dict:
 
 
 def run(model: DocToLoRA, n: int, seed: int, n_two_hop: int) -> list[dict]:
-    """The record: see `summarise`, and rows of cost and exactness. Finished batches are kept in runs/attribution, from
-    which it goes on where it was interrupted.
+    """The record: see `summarise`, and rows of cost and exactness.
+
+    Finished batches are kept in runs/attribution; an interrupted study continues from them.
     """
     folder = project_root() / "runs" / "attribution"
     one_hop = study(model, n, seed, folder)

@@ -14,7 +14,7 @@ from d2l_lib.model import DocToLoRA
 from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import marked
 
-SIGNALS = {  # of a sentence; what is least is flagged first
+SIGNALS = {  # of a sentence; the smallest is flagged first
     "kept": kept,
     "margin of the most frequent question": lambda questions: most_frequent(questions)["margin"],
     "least margin": lambda questions: questions["margin"].min(),
@@ -25,11 +25,11 @@ _ANSWERING = {"all blocks": None, "routed": 1}
 
 
 def _flag_samples(model: DocToLoRA, n_documents: int, seed: int, split: str) -> pd.DataFrame:
-    """Every fact of `n_documents` generated documents of `split`: is its question answered, and what did the report,
-    which does not know that question, measure at its sentence?
+    """One row per fact of `n_documents` documents of `split` and condition: its answer, and the report's signals.
 
-    One row per fact and condition ("all blocks", "routed"): document, condition, sentence, question, answer,
-    prediction, correct, and the SIGNALS (NaN where no question about the sentence was found).
+    The report does not know the fact's question. Conditions: "all blocks", "routed". Columns: document, condition,
+    sentence, question, answer, prediction, correct, and SIGNALS at the sentence (NaN if the report has no question
+    about it).
     """
     rng = random.Random(f"flags/{split}/{seed}")
     rows = []
@@ -54,12 +54,14 @@ def _flag_samples(model: DocToLoRA, n_documents: int, seed: int, split: str) -> 
 
 
 def flag_curve(samples: pd.DataFrame, thresholds: Mapping[str, Sequence[float]] | None = None) -> pd.DataFrame:
-    """What is flagged below each threshold: condition, signal, threshold, n (facts), failing, found (share of the
-    failing facts that are flagged), precision (share of the flagged that fail), false_alarms (share of the answered
-    that are flagged).
+    """What is flagged below each threshold: condition, signal, threshold, n (facts), failing, and three shares.
 
-    Facts without a question are never flagged. thresholds: by signal (None: steps of 0.05 for `kept`, up to 41
-    quantiles of the values of the others).
+    found: share of the failing facts that are flagged.
+    precision: share of the flagged facts that fail.
+    false_alarms: share of the answered facts that are flagged.
+
+    Facts without a question are never flagged. `thresholds`, by signal: None takes steps of 0.05 for `kept`, and up to
+    41 quantiles of the values of the others.
     """
     rows = []
     for condition, group in samples.groupby("condition", sort=False):
@@ -86,14 +88,14 @@ def flag_curve(samples: pd.DataFrame, thresholds: Mapping[str, Sequence[float]] 
 
 
 def _best_flags(curve: pd.DataFrame) -> pd.DataFrame:
-    """The threshold of each condition and signal at which most is found over the false alarms: one row each."""
+    """One row per condition and signal: the threshold with the largest found - false_alarms."""
     gain = (curve["found"] - curve["false_alarms"]).rename("gain")
     best = gain.groupby([curve["condition"], curve["signal"]], sort=False).idxmax()
     return curve.loc[best]
 
 
 def run(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
-    """The record: `flag_curve` of `n` documents of each split; `chosen` marks what is best on validation documents."""
+    """The record: `flag_curve` of `n` documents of each split; `chosen` marks the best on validation documents."""
     curves = []
     thresholds = None
     for split in ("validation", "test"):
