@@ -3,8 +3,8 @@
 To add a method, write one function under `@register("chunk", ...)` in the section "methods" below: it takes `Trials`
 and returns `Scores`. `METHODS`, the viewer, the errors and the study `attribution` then know it by the function's
 name, in the order of this file. Test in `tests/analysis/test_attribution.py` what it computes and that it ranks the
-evidence first. If it is slow, `trust.EVERY` says for every how many questions the study asks it.
-What an adapter's parts are, and how an answer is scored without them, is in `trials`.
+evidence first. Give a slow method an entry in `trust.EVERY`: the study then skips questions. `trials` says what an
+adapter's parts are, and scores an answer without them.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ __all__ += ["Trials", "answer_target", "document_texts", "rows_of", "sentence_un
 
 METHODS: dict[str, tuple[str, ...]] = dict.fromkeys(LEVELS, ())  # {level: names of its methods}, see `register`
 _RUN: dict[str, Callable[[Trials], Scores]] = {}
-_RANDOM_UNITS = 4  # how many are left out as a control
+_RANDOM_UNITS = 4  # left out as a control
 
 
 class Scores(NamedTuple):
-    """What a method gives: contributions [units, answer tokens] in nats, margin contributions [units] in logits (of the
-    token whose margin is least), and the nats that belong to no unit. A method that does not tell tokens apart leaves
-    all but the first NaN.
+    """What a method returns; tokens but the first are NaN if it does not tell tokens apart.
+
+    by_token: contributions [units, answer tokens] in nats.
+    margin: margin contributions [units] in logits, of the token with the smallest margin.
+    elsewhere: nats that belong to no unit.
     """
 
     by_token: Tensor
@@ -57,7 +59,7 @@ class Scores(NamedTuple):
 
 
 def register(*levels: str) -> Callable:
-    """Decorates a method of these levels; its name is the function's."""
+    """A decorator for a method of these levels; its name is the function's."""
 
     def known(function: Callable[[Trials], Scores]) -> Callable[[Trials], Scores]:
         _RUN[function.__name__] = function
@@ -71,7 +73,7 @@ def register(*levels: str) -> Callable:
 # ---------------------------------------------------------------------------------------------------------- methods
 @register("chunk", "sentence", "layer", "rank")
 def leave_one_out(trials: Trials) -> Scores:
-    """What is lost without each unit. Exact."""
+    """The loss without each unit. Exact."""
     return Scores(*trials.leave_out(range(len(trials))))
 
 
@@ -85,8 +87,9 @@ def add_one_in(trials: Trials) -> Scores:
 
 @register("chunk", "sentence", "layer", "rank")
 def gradient(trials: Trials) -> Scores:
-    """The derivative by each unit's weight where all are 1: gradient times input, in one backward pass. Of sentences:
-    by their features, through the hypernetwork.
+    """Gradient times input: the derivative by each unit's weight where all are 1, in one backward pass.
+
+    Sentences: the derivative by their features, through the hypernetwork.
     """
     if trials.level == "sentence":
         return _feature_gradients(trials, [1.0], trials.options.by_token)
@@ -101,14 +104,14 @@ def gradient(trials: Trials) -> Scores:
 
 @register("sentence")
 def integrated_gradients(trials: Trials) -> Scores:
-    """The mean gradient along the straight line from the mean feature to the features, in `options.steps` steps."""
+    """The mean gradient on the straight line from the mean feature to the features, in `options.steps` steps."""
     steps = trials.options.steps
     return _feature_gradients(trials, [(step + 0.5) / steps for step in range(steps)] if steps > 1 else [1.0], False)
 
 
 @register("chunk", "layer")
 def surrogate(trials: Trials) -> Scores:
-    """Coefficients of a sparse linear model (lasso) of `options.samples` trials, each unit in or out by a coin."""
+    """Coefficients of a lasso over `options.samples` trials, each unit in or out with probability 1/2."""
     weights = torch.randint(0, 2, (trials.options.samples, len(trials)), generator=trials.generator).float()
     log_probs, margins = trials.score(weights)
     fitted = lasso(weights, torch.cat([log_probs, margins.amin(1, keepdim=True)], 1), penalty=0.05)
@@ -117,7 +120,7 @@ def surrogate(trials: Trials) -> Scores:
 
 @register("chunk")
 def relevance(trials: Trials) -> Scores:
-    """What routing ranks blocks by (nats, but of a divergence; see `routing`): of the first token only, no margin."""
+    """`routing.relevance` of each block (nats, not of the log-probability): of the first token only, no margin."""
     (first,) = routing.relevance(trials.model, [trials.question], [trials.adapter], system=trials.options.system)
     contributions = torch.full((len(trials), len(trials.target.answer)), math.nan)
     contributions[:, 0] = first
@@ -143,22 +146,28 @@ def attribute(
 ) -> pd.DataFrame:
     """How much each part of an adapter supports an answer: one row per unit of `level`, in the adapter's order.
 
-    answer: None takes the model's own greedy one.
+    answer: the one to explain (None: the model's own greedy one).
     level: "chunk", "sentence" (needs `documents`), "layer" (of each module) or "rank" (singular directions).
-    method: one of `METHODS[level]`; each is described at its function here.
+    method: one of `METHODS[level]`, each a function of this module.
     options: those of `Options`: documents, wrong, seed, samples, directions, steps, by_token, controls, system.
 
-    Columns: level, unit (a label), document, chunk, start, end (characters), layer, module, direction (missing where a
-    unit has none), contribution (nats of the answer's log-probability; positive: the unit supports it),
-    margin_contribution (logits; of the smallest margin over the answer's tokens to the best other token: while it is
-    positive, the answer is what is said), by_token (the contribution to each answer token, a list). Further columns:
-    `strength` of directions, `text` and `block` of sentences.
+    Columns:
+        level, unit (a label), document, chunk, start, end (characters), layer, module, direction: missing where a unit
+            has none.
+        contribution: nats of the answer's log-probability; positive: the unit supports the answer.
+        margin_contribution: logits of the answer's margin, the smallest over its tokens to the best other token. The
+            model gives the answer while the margin is positive.
+        by_token: the contribution to each answer token, a list.
+        strength (directions only); text, block (sentences only).
 
-    `.attrs` holds plain values: question, answer, level, method, seed, tokens (the answer's, as texts), seconds (the
-    method alone), elsewhere (nats that gradients through the hypernetwork give to the chat wrapping), and controls
-    (unless controls=False): log_prob, probability and margin of the answer with "all blocks", the "zero adapter" (the
-    bias alone), the "wrong document" (the adapter `wrong`, or None), and what leaving out a few "random units" costs on
-    average and at most.
+    `.attrs` holds plain values:
+        question, answer, level, method, seed.
+        tokens: the answer's, as texts.
+        seconds: of the method alone.
+        elsewhere: nats that gradients through the hypernetwork give to the chat wrapping.
+        controls (unless controls=False): log_prob, probability and margin of the answer with "all blocks", the "zero
+            adapter" (the bias alone) and the "wrong document" (the adapter `wrong`, or None); the mean and largest cost
+            of leaving out a few "random units".
     """
     if level in METHODS and method not in METHODS[level]:
         raise ValueError(f"level {level!r} has no method {method!r}; it has {', '.join(METHODS[level])}")
@@ -204,7 +213,7 @@ def _controls(trials: Trials) -> dict:
 
 
 def _reading(log_probs: Tensor, margins: Tensor) -> dict[str, float]:
-    """Of one trial [1, tokens]: log_prob (nats), probability, and margin (logits) of the answer."""
+    """log_prob (nats), probability and margin (logits) of the answer in one trial [1, tokens]."""
     total = float(log_probs.sum())
     return {"log_prob": total, "probability": math.exp(total), "margin": float(margins.min())}
 
@@ -216,7 +225,7 @@ def by_token(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def ranks(contributions: Sequence[float]) -> list[int]:
-    """The rank of each unit, 1 for the largest contribution; of equal ones the later comes after."""
+    """The rank of each unit, 1 for the largest contribution; ties keep their order."""
     order = torch.tensor(list(contributions), dtype=torch.float64).argsort(descending=True, stable=True)
     places = torch.empty_like(order)
     places[order] = torch.arange(1, len(order) + 1)
@@ -225,8 +234,9 @@ def ranks(contributions: Sequence[float]) -> list[int]:
 
 # ---------------------------------------------------------------------------------------- what the methods compute with
 def lasso(x: Tensor, y: Tensor, penalty: float, steps: int = 500) -> Tensor:
-    """Coefficients [features, targets] that minimise |y - x c - mean|^2 / 2 + penalty * p_max * |c|_1, each target of
-    y [samples, targets] alone; p_max is the smallest weight at which all its coefficients are 0 (FISTA).
+    """Coefficients c [features, targets] that minimise |y - x c - mean|^2 / 2 + penalty * p_max * |c|_1 (FISTA).
+
+    Each target of y [samples, targets] is fitted alone. p_max is the smallest weight at which all its c are 0.
     """
     x, y = (x - x.mean(0)).double(), (y - y.mean(0)).double()
     gram, product = x.T @ x, x.T @ y
@@ -245,9 +255,10 @@ def lasso(x: Tensor, y: Tensor, penalty: float, steps: int = 500) -> Tensor:
 def _feature_gradients(trials: Trials, positions: Sequence[float], by_token: bool) -> Scores:
     """Contributions of sentences by gradients through the hypernetwork; elsewhere: those of the chat wrapping's tokens.
 
-    Gradient times (feature - mean feature of all chunks), summed over a sentence's tokens, and averaged over these
-    `positions` on the straight line from the mean feature (0) to the features themselves (1).
-    Without `by_token` the first column holds the sum over the answer's tokens and the others are missing.
+    Gradient times (feature - mean feature of all chunks), summed over a sentence's tokens and averaged over positions.
+
+    positions: on the straight line from the mean feature (0) to the features (1).
+    by_token: False sums the answer's tokens in the first column; the others are missing.
     """
     model, adapter = trials.model, trials.adapter
     chunks = [trials.texts[block.document][slice(*block.span)].strip() for block in adapter.blocks]
@@ -276,7 +287,7 @@ def _feature_gradients(trials: Trials, positions: Sequence[float], by_token: boo
 
 
 def _likelihoods_of(trials: Trials, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`likelihoods` of the answer with the blocks that the hypernetwork writes from these features, and the bias."""
+    """`likelihoods` of the answer with the bias and the blocks that the hypernetwork writes from these features."""
     weights = torch.tensor([block.weight for block in trials.adapter.blocks], device=trials.model.device)
     n_rows = sum(block.rank for block in trials.adapter.blocks)
     factors = {}
@@ -292,7 +303,8 @@ def _likelihoods_of(trials: Trials, features: Tensor, mask: Tensor) -> tuple[Ten
 def _by_sentence(trials: Trials, values: Tensor, chunks: Sequence[str], lengths: Sequence[int]) -> Tensor:
     """Values of the chunks' tokens [k, chunks, tokens], summed over each sentence's [units, k].
 
-    chunks: their texts without spaces around them; lengths: their tokens, chat format included.
+    chunks: their texts without spaces around them.
+    lengths: their numbers of tokens, chat format included.
     """
     units = trials.units
     prefix, suffix = map(len, chat_affixes(trials.model.encoder_tokenizer))
@@ -310,9 +322,9 @@ def _by_sentence(trials: Trials, values: Tensor, chunks: Sequence[str], lengths:
 
 
 def _token_places(model: DocToLoRA, text: str, n_tokens: int) -> list[int]:
-    """The character in `text` at which each of its `n_tokens` tokens begins."""
+    """The first character in `text` of each of its `n_tokens` tokens."""
     tokenizer = model.encoder_tokenizer
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    if len(offsets) != n_tokens:  # the wrapping, or names of special tokens, cut it otherwise: spread them evenly
+    if len(offsets) != n_tokens:  # the wrapping, or names of special tokens, changed the tokens: spread them evenly
         return [len(text) * token // n_tokens for token in range(n_tokens)]
     return [min(start, len(text) - 1) + (text[start : start + 1] == " ") for start, _ in offsets]

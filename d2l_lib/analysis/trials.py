@@ -2,9 +2,9 @@
 
     y = W x + s * sum over rows r of w_r * b_r (a_r . x)
 
-An adapter is a sum of rows, so every part of it is a set of rows, and leaving a part out is a weight of 0 on its rows.
-Many such trials run in one batch that shares the rows; none needs the hypernetwork, unless a sentence is taken out of
-its chunk. What is read is the log-probability of an answer's tokens, each given the true ones before it.
+An adapter is a sum of rows. A part is a set of rows; a weight of 0 on its rows leaves it out. Many trials run in one
+batch that shares the rows. Only a sentence that leaves its chunk needs the hypernetwork. A trial yields the
+log-probability of an answer's tokens, each conditioned on the true ones before it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 LEVELS = ("chunk", "sentence", "layer", "rank")
-_TOKENS_AT_ONCE = 2048  # of questions with their answer, one copy for each trial
+_TOKENS_AT_ONCE = 2048  # of question and answer, one copy per trial
 _PLACES = ("document", "chunk", "start", "end", "layer", "module", "direction")
 
 
@@ -47,11 +47,14 @@ _PLACES = ("document", "chunk", "start", "end", "layer", "module", "direction")
 class Options:
     """What one can choose beside question, answer, level and method.
 
-    documents: the texts, which sentences need. wrong: the adapter of another document, a control.
-    samples: random ablations of the surrogate. steps: of integrated gradients.
+    documents: the texts; sentences need them.
+    wrong: the adapter of another document, a control.
+    samples: random ablations of the surrogate.
     directions: how many singular directions of each layer and module are units.
-    by_token: False spares the gradient of sentences a backward pass for each answer token.
-    controls: whether the controls are computed. system: the system message of the prompt.
+    steps: of integrated gradients.
+    by_token: False saves the gradient of sentences a backward pass per answer token.
+    controls: whether the controls are computed.
+    system: the system message of the prompt.
     """
 
     documents: str | Mapping[str, str] | None = None
@@ -82,9 +85,10 @@ class Target:
 class Rows:
     """The rows of an adapter and the unit that each belongs to.
 
-    factors {module: (A [L, R, d_in], B [L, R, d_out])}; unit {module: [L, R]}, -1 for rows that are always on; `units`
-    names them: one row each, columns `unit`, document, chunk, start, end, layer,
-    module and direction (missing where a unit has none).
+    factors: {module: (A [L, R, d_in], B [L, R, d_out])}.
+    unit: {module: [L, R]}, -1 for rows that are always on.
+    units: one row per unit, columns unit, document, chunk, start, end, layer, module, direction (missing where a unit
+        has none).
     """
 
     factors: Factors
@@ -96,14 +100,18 @@ class Rows:
 class Trials:
     """Trials of one answer: `Trials(model, adapter, question, answer, "layer").score(weights)`.
 
-    answer: None takes the model's own greedy one. options: those of `Options`.
+    answer: the one to explain (None: the model's own greedy one).
+    options: those of `Options`.
 
-    Attributes: `units` (the table of the parts, one row each; see `Rows.units` and `sentence_units`), `rows` (what is
-    weighted: the parts themselves, or at the level of sentences the chunks), `target` (question and answer as tokens),
-    `texts` ({document: text} at the level of sentences, else empty), `generator` (of random numbers, from the seed).
+    Attributes:
+        units: the table of the parts, one row each (see `Rows.units` and `sentence_units`).
+        rows: what is weighted: the parts; for sentences, the chunks.
+        target: question and answer as tokens.
+        texts: {document: text} for sentences, else empty.
+        generator: of random numbers, from the seed.
 
-    ValueError for an unknown level, for sentences without their documents or with another hypernetwork, and where the
-    window cannot hold question and answer.
+    ValueError for an unknown level, sentences without documents or with another hypernetwork, and a question and
+    answer that overflow the window.
     """
 
     def __init__(
@@ -143,21 +151,21 @@ class Trials:
     def score(self, weights: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
         """(log-probability in nats, margin in logits) of each answer token, each [trials, tokens].
 
-        weights [trials, units]: how often each part counts; 1 is the adapter as it is, 0 leaves the part out.
-        rows: other ones than `self.rows`.
+        weights: [trials, units], the factor of each part; 1 is the adapter as it is, 0 leaves the part out.
+        rows: the rows to weight (None: `self.rows`).
         """
         return likelihoods(self.model, self.rows if rows is None else rows, self.target, weights)
 
     def whole(self, rows: Rows | None = None, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-        """`score` of one trial in which all units count alike."""
+        """`score` of one trial in which all units have the same weight."""
         rows = self.rows if rows is None else rows
         return self.score(torch.full((1, len(rows.units)), weight), rows)
 
     def leave_out(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What is lost without each of these units (rows of `units`): of the log-probability of each answer token
+        """The loss without each of these units (rows of `units`): of the log-probability of each answer token
         [places, tokens], in nats, and of the smallest margin [places], in logits.
 
-        A sentence is left out by writing its chunk anew without it.
+        To leave a sentence out, its chunk is written anew without it.
         """
         if self.level == "sentence":
             rows, weights = _without_sentences(self, self.units.iloc[list(places)])
@@ -171,7 +179,7 @@ class Trials:
 
 
 def answer_target(model: DocToLoRA, question: str, answer: str, system: str = "") -> Target:
-    """Question and answer as token ids; ValueError where the window cannot hold both."""
+    """Question and answer as token ids; ValueError if the window cannot hold both."""
     check_text(answer, "the answer")
     prompt = question_ids(model.tokenizer, question, system)
     ids = model.tokenizer(answer.strip(), add_special_tokens=False)["input_ids"]
@@ -182,9 +190,11 @@ def answer_target(model: DocToLoRA, question: str, answer: str, system: str = ""
 
 @contextmanager
 def weighted(model: DocToLoRA, rows: Rows, weights: Tensor) -> Iterator[None]:
-    """Inside the `with` block batch row i of the base model has unit u counted `weights[i, u]` times.
+    """Inside the `with` block, unit u has the weight `weights[i, u]` in batch row i of the base model.
 
-    weights: [batch, units], and gradients reach it. The model on exit is the model on entry.
+    weights: [batch, units]; gradients reach it.
+
+    The model on exit is the model on entry.
     """
     of_unit = F.pad(weights, (0, 1), value=1.0)  # unit -1 is the last column
     deltas = []
@@ -213,7 +223,7 @@ def likelihoods(model: DocToLoRA, rows: Rows, target: Target, weights: Tensor) -
         with weighted(model, rows, some):
             batch = ids.expand(len(some), -1)
             logits = model.base_model(batch, use_cache=False, logits_to_keep=len(target.answer) + 1).logits
-        logits = logits[:, :-1].float()  # what predicts each answer token
+        logits = logits[:, :-1].float()  # they predict the answer tokens
         place = right.expand(len(some), -1, 1)
         own = logits.gather(-1, place)[..., 0]
         log_probs.append(own - logits.logsumexp(-1))
@@ -225,9 +235,8 @@ def likelihoods(model: DocToLoRA, rows: Rows, target: Target, weights: Tensor) -
 def rows_of(adapter: Adapter, level: str, directions: int = 8) -> Rows:
     """The rows of an adapter by "chunk", "layer" (of each module) or "rank"; the bias belongs to no unit.
 
-    At the level of ranks the rows are the singular directions of the sum of all blocks, per layer and module, and the
-    `directions` strongest of them are units (column `strength`: their singular value, the scale included); the weaker
-    ones are always on.
+    "rank": the rows are the singular directions of the sum of all blocks, per layer and module. The `directions`
+    strongest are units (column `strength`: their singular value, the scale included); weaker ones are always on.
     """
     if not adapter.blocks:
         raise ValueError("this adapter holds no document: there is nothing to trace an answer to")
@@ -283,7 +292,7 @@ def _directions(adapter: Adapter, directions: int) -> Rows:
 
 
 def _unit_table(units: list[dict]) -> pd.DataFrame:
-    """One row per unit; places that it has none of are missing values."""
+    """One row per unit, with missing values where a unit has no such place."""
     table = pd.DataFrame(units)
     for name in _PLACES:
         values = table[name] if name in table else pd.Series([None] * len(table), dtype=object)
@@ -294,17 +303,19 @@ def _unit_table(units: list[dict]) -> pd.DataFrame:
 
 # --------------------------------------------------------------------------------------------------------- sentences
 def document_texts(adapter: Adapter, documents: str | Mapping[str, str]) -> dict[str, str]:
-    """{name: text}, checked; one text alone belongs to the adapter's one document, whatever its name is."""
+    """{name: text}, checked; a single text belongs to the adapter's one document, whatever its name."""
     if isinstance(documents, str) and len(adapter.documents) == 1:
         return name_documents({adapter.documents[0]: documents})
     return name_documents(documents)
 
 
 def sentence_units(adapter: Adapter, documents: str | Mapping[str, str]) -> pd.DataFrame:
-    """The sentences of an adapter's chunks, in order: columns as of `Rows.units`, and `text` and `block`, the number
-    of the block that holds it. A sentence that was cut into several chunks is several units.
+    """The sentences of an adapter's chunks, in order.
 
-    ValueError where a document's text is missing, or a block has no span in it.
+    Columns: as of `Rows.units`, text, block (the number of the block that holds the sentence). A sentence across
+    several chunks is several units.
+
+    ValueError for a document without text, or a block without span in it.
     """
     named = document_texts(adapter, documents)
     sentences: dict[str, list[tuple[int, int]]] = {}
@@ -331,8 +342,8 @@ def sentence_units(adapter: Adapter, documents: str | Mapping[str, str]) -> pd.D
 
 
 def _without_sentences(trials: Trials, units: pd.DataFrame) -> tuple[Rows, Tensor]:
-    """(rows of all blocks and of those that were written anew, weights [units, blocks]): trial i is the adapter as if
-    sentence i did not stand in its chunk. A chunk that is one sentence is left out, without the hypernetwork.
+    """(rows of all blocks and of new ones, weights [units, blocks]): trial i is the adapter as if sentence i did not
+    stand in its chunk. A chunk of one sentence is left out, without the hypernetwork.
     """
     model, adapter = trials.model, trials.adapter
     shortened = {}
@@ -343,7 +354,7 @@ def _without_sentences(trials: Trials, units: pd.DataFrame) -> tuple[Rows, Tenso
         if rest.strip():
             shortened[number] = rest.strip()
     blocks = list(adapter.blocks)
-    of_unit: list[int] = []  # of each block that is written anew
+    of_unit: list[int] = []  # the unit of each new block
     if shortened:
         ids = model.encoder_tokenizer(list(shortened.values()), add_special_tokens=False)["input_ids"]
         anew = model.internalize_each(list(shortened.values()), chunk_tokens=max(map(len, ids)))
