@@ -1,11 +1,11 @@
 """What an adapter stored of its documents and what it lost, sentence by sentence, for any text.
 
-    sentence -> questions about it, which the base model asks -> answers with the sentence in the prompt
-             -> does the adapter give the same answers, without the sentence, and by how much?
+    sentence -> the base model's questions about it -> its answers with the sentence in the prompt
+             -> does the adapter give the same answers without the sentence, and with which margin?
 
-No question has to be known beforehand. The margin of an answer is how much more likely its tokens are than the best
-other ones, at the weakest token: above 0 the adapter says exactly this answer. The controls are the adapter
-without its documents (its bias alone) and with another document in their place.
+No question has to be known beforehand. The margin of an answer is the smallest lead of its tokens over the best other
+token: above 0 the adapter gives exactly this answer. Controls: the adapter without its documents (its bias alone), and
+with another document in their place.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from d2l_lib.model import DocToLoRA
 from d2l_lib.routing import route
 from d2l_lib.tasks import world
 
-_FLAG_BELOW = 0.5  # of `kept`: below it a sentence counts as lost; `flag_curve` says what each threshold finds
+_FLAG_BELOW = 0.5  # of `kept`: below it a sentence counts as lost; `flag_curve` tries other thresholds
 _UNSURE = ("i do not know", "i don't know", "i am not sure", "i'm not sure", "not stated", "unknown")
 _TOKENS = 48  # of a question, and of an answer
-_PUBLISHED_CHUNKS, _PUBLISHED_CHUNK_TOKENS = 8, 512  # what the published recipe trains on
+_PUBLISHED_CHUNKS, _PUBLISHED_CHUNK_TOKENS = 8, 512  # of the published recipe's training
 Ask = Callable[[DocToLoRA, Sequence[str], int, int], list[dict[str, int]]]
 
 
@@ -51,9 +51,9 @@ Ask = Callable[[DocToLoRA, Sequence[str], int, int], list[dict[str, int]]]
 def ask_about(
     model: DocToLoRA, sentences: Sequence[str], n: int, seed: int, temperature: float = 0.7
 ) -> list[dict[str, int]]:
-    """{question: how often} of `n` that the base model asks after each sentence: samples of how the user's turn ends.
+    """{question: count} of `n` questions about each sentence, sampled from the base model as ends of the user's turn.
 
-    For base models that saw questions behind documents in training, as the bundled one did; others need another `ask`.
+    For base models trained on documents followed by questions, such as the bundled one; others need another `ask`.
     """
     tokenizer, sentences = model.tokenizer, check_texts(sentences, "sentences")
     prompts = [open_turn(tokenizer, f"{sentence}\n\n") for sentence in sentences for _ in range(n)]
@@ -71,10 +71,10 @@ def _words(text: str) -> list[str]:
 
 
 def is_about(sentence: str, question: str, answer: str) -> bool:
-    """Whether the sentence, and it alone, makes the question and its answer.
+    """Whether the question and its answer come from this sentence.
 
-    Every name and number in the question (after its first word) stands in the sentence, or it was invented; and so do
-    most of the answer's words that the question does not hold.
+    Every name and number in the question (after its first word) stands in the sentence, and so do most of the answer's
+    words that the question does not hold.
     """
     inside = {word.lower() for word in _words(sentence)}
     names = {word.lower() for word in _words(question)[1:] if word[0].isupper() or word[0].isdigit()}
@@ -88,8 +88,8 @@ def score_answers(
 ) -> list[tuple[float, float]]:
     """(log-probability, margin) of each answer (token ids, end of turn included), in nats, with its adapter.
 
-    The margin is the least over the answer's tokens of log p(token) - log p(best other token), each given the tokens
-    before it. It is above 0 exactly where the greedy answer is this one.
+    The margin is the minimum over the answer's tokens of log p(token) - log p(best other token), each conditioned on
+    the tokens before it. It is above 0 exactly if the greedy answer is this one.
     """
     prompts = question_ids(model.tokenizer, check_texts(questions, "questions"))
     scores: list[tuple[float, float]] = []
@@ -116,8 +116,9 @@ def margins_by_condition(
 ) -> pd.DataFrame:
     """The margins of right answers (see `score_answers`), each with its own adapter, under several conditions.
 
-    conditions: for each one adapter per question. Columns: condition, margin (nats), norm (Frobenius, of the adapter's
-    update without its bias).
+    conditions: {name: one adapter per question}.
+
+    Columns: condition, margin (nats), norm (Frobenius, of the adapter's update without its bias).
     """
     stop = stop_ids(model.tokenizer)[-1]
     ids = [[*model.tokenizer(question.answer, add_special_tokens=False)["input_ids"], stop] for question in questions]
@@ -133,10 +134,10 @@ def margins_by_condition(
 def find_questions(
     model: DocToLoRA, sentences: Sequence[str], *, n: int = 12, seed: int = 0, ask: Ask = ask_about
 ) -> pd.DataFrame:
-    """The questions that these sentences make (`is_about`), of `n` sampled for each: one row per question.
+    """The questions about these sentences (`is_about`), of `n` sampled for each: one row per question.
 
-    Columns: sentence (its place), question, times (how often it came up), told (the base model's answer with the
-    sentence in the prompt), told_ids (its tokens, end of turn included).
+    Columns: sentence (its place), question, times (its count), told (the base model's answer with the sentence in the
+    prompt), told_ids (its tokens, end of turn included).
     """
     sentences = check_texts(sentences, "sentences")
     questions = [
@@ -164,12 +165,15 @@ def _base_replies(model: DocToLoRA, prompts: list[str]) -> list[Reply | None]:
 def probe_questions(
     model: DocToLoRA, questions: pd.DataFrame, adapter: Adapter, wrong: Adapter, blocks: int | None = None
 ) -> pd.DataFrame:
-    """What the adapter makes of these questions (`find_questions`): their rows with more columns.
+    """How well the adapter answers these questions (`find_questions`): their rows with more columns.
 
-    margin and log_prob of the answer that the sentence gives (nats), kept (the logistic function of the margin: near 1
-    where the adapter is sure of this answer, 0.5 where it hesitates, near 0 where it says another), over_zero and
-    over_wrong (how much log_prob exceeds the one with the bias alone, and the one with the adapter `wrong` of another
-    document). blocks: how many blocks answer, the most relevant (None: all).
+    wrong: the adapter of another document, a control.
+    blocks: how many blocks answer, the most relevant (None: all).
+
+    New columns:
+        margin, log_prob: nats, of the answer that the sentence gives.
+        kept: the logistic function of the margin: near 1 for a sure answer, 0.5 in doubt, near 0 for another answer.
+        over_zero, over_wrong: log_prob less that with the bias alone, and less that with `wrong` (nats).
     """
     texts, ids = questions["question"].tolist(), questions["told_ids"].tolist()
     inside, others = ([one] * len(texts) for one in (adapter, wrong))
@@ -189,21 +193,21 @@ def probe_questions(
 
 
 def kept(questions: pd.DataFrame) -> float:
-    """The average of `kept` over the questions about a sentence, each as often as it came up."""
+    """The mean of `kept` over the questions about a sentence, weighted by count."""
     return float((questions["kept"] * questions["times"]).sum() / questions["times"].sum())
 
 
 def most_frequent(questions: pd.DataFrame) -> pd.Series:
-    """The question about a sentence that came up most often (the first of several)."""
+    """The most frequent question about a sentence (of ties, the first)."""
     return questions.loc[questions["times"].idxmax()]
 
 
 def _with_answers(model: DocToLoRA, probed: pd.DataFrame, adapter: Adapter, blocks: int | None) -> pd.DataFrame:
-    """The rows with what the adapter says (said), and what the base model says without the sentence (alone) with its
-    probability (confidence).
+    """The rows with the adapter's answer (said), and the base model's without the sentence (alone) with its probability
+    (confidence).
     """
     answers = probed["told"].copy()
-    lost = probed["margin"] <= 0  # the greedy answer is another one
+    lost = probed["margin"] <= 0  # the greedy answer is another
     if lost.any():
         answers[lost] = model.answer(probed["question"][lost].tolist(), adapter, max_new_tokens=_TOKENS, blocks=blocks)
     alone, confidence = [], []
@@ -218,15 +222,14 @@ def _with_answers(model: DocToLoRA, probed: pd.DataFrame, adapter: Adapter, bloc
 class Report:
     """What was stored and what was lost, in numbers; `views.report` shows them.
 
-    table: one row per sentence: document, sentence (its number, from 1 on through all documents), start and end
-        (characters), text, chunk, asked (questions about it), kept (0 to 1, averaged over the questions as often as
-        they came up), margin, over_zero, over_wrong (nats, of the question that came up most often; see
-        `probe_questions`), status ("stored", "lost", "not asked"; then the numbers are NaN), believed (what the base
-        model alone says with confidence instead, or "").
+    table: one row per sentence: document, sentence (its number, from 1 on through all documents), start, end
+        (characters), text, chunk, asked (number of questions), kept (0 to 1, see `kept`), margin, over_zero, over_wrong
+        (nats, of the most frequent question; see `probe_questions`), status ("stored", "lost", or "not asked", with NaN
+        for the numbers), believed (the base model's confident other answer, or "").
     questions: one row per question.
     capacity: the rows of `weights.norms` without the bias, and the rank.
     unrelated: one row per question: question, alone, said, changed.
-    facts: single numbers by name.
+    facts: {name: number}.
     warnings: sentences to read.
     """
 
@@ -250,7 +253,7 @@ STATUSES = ("stored", "lost", "not asked")
 
 
 def format_fact(value: float) -> str:
-    """A count in full, another number to three digits."""
+    """A count in full, other numbers to three digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
@@ -258,15 +261,14 @@ def format_fact(value: float) -> str:
 class Options:
     """What one can choose of a report.
 
-    adapter: the one to examine, which holds the documents and perhaps others (None: it is made).
+    adapter: the one to examine; it holds the documents and perhaps others (None: made here).
     blocks: how many blocks answer a question (None: all).
     wrong: another text, internalized as a control (None: a generated document).
-    unrelated: questions that the documents have nothing to do with (None: some about the encyclopedia that the bundled
-        base model knows).
+    unrelated: questions without relation to the documents (None: some about the bundled base model's encyclopedia).
     n: questions sampled for each sentence.
-    flag_below: a sentence of which less is kept is lost.
-    belief: the probability from which on an answer of the base model alone is a belief.
-    ask: what writes the questions, called as `ask_about`.
+    flag_below: a sentence is lost if its `kept` is smaller.
+    belief: the least probability at which an answer of the base model alone is a belief.
+    ask: writes the questions; called as `ask_about`.
     """
 
     adapter: Adapter | None = None
@@ -285,7 +287,8 @@ def report(
 ) -> Report:
     """What an adapter of these documents stored of them and what it lost.
 
-    documents: as for `model.internalize`, which says what is refused. options: those of `Options`.
+    documents: as of `model.internalize`, with its errors.
+    options: those of `Options`.
     """
     chosen = options_of(Options, "a report", options)
     named = name_documents(documents)
@@ -348,7 +351,7 @@ def _blocks_by_document(adapter: Adapter) -> dict[str, list[Block]]:
 
 
 def _chunk_of(blocks: Sequence[Block], start: int) -> int:
-    """The chunk, of these of one document, in which a sentence begins; -1 where the adapter does not say."""
+    """The chunk of one document's blocks in which a sentence begins; -1 if the blocks do not say."""
     for block in blocks:
         if block.span is not None and block.span[0] <= start < block.span[1]:
             return block.chunk
@@ -356,29 +359,27 @@ def _chunk_of(blocks: Sequence[Block], start: int) -> int:
 
 
 def _belief(questions: pd.DataFrame, belief: float) -> str:
-    """What the base model alone says, with confidence, against the sentence; the most confident answer, or ""."""
+    """The base model's most confident answer against the sentence, or ""."""
     sure = questions[(questions["confidence"] >= belief) & (questions["alone"] != questions["told"])]
     sure = sure[[not answer.lower().startswith(_UNSURE) for answer in sure["alone"]]]
     return "" if sure.empty else str(sure.loc[sure["confidence"].idxmax(), "alone"])
 
 
 def _disturbed(model: DocToLoRA, unrelated: list[str], adapter: Adapter, blocks: int | None) -> pd.DataFrame:
-    """What the base model answers to each question alone and with the adapter, and whether that differs."""
+    """The base model's answer to each question alone and with the adapter, and whether they differ."""
     alone, inside = (model.answer(unrelated, one, blocks=blocks) if unrelated else [] for one in (None, adapter))
-    changed = pd.Series([a != b for a, b in zip(alone, inside, strict=True)], dtype=bool)  # bool also where empty
+    changed = pd.Series([a != b for a, b in zip(alone, inside, strict=True)], dtype=bool)  # bool even if empty
     return pd.DataFrame({"question": unrelated, "alone": alone, "said": inside, "changed": changed})
 
 
 def _capacity_table(adapter: Adapter) -> pd.DataFrame:
-    """How much of an adapter's room its documents take: the rows of `weights.norms` without the bias, and the rank."""
+    """How much of an adapter's capacity its documents take: `weights.norms` without the bias, and the rank."""
     documents = replace(adapter, bias=None)
     return norms(documents).assign(rank=documents.rank)
 
 
 def trained_on(model: DocToLoRA) -> tuple[int, int]:
-    """(chunks of a document, tokens of a chunk) that training covered: the bundled hypernetworks' presets know theirs,
-    others count as trained by the published recipe.
-    """
+    """(chunks of a document, tokens of a chunk) in training: from a bundled preset, else from the published recipe."""
     config = model.config
     for name, preset in presets.PRESETS.items():
         if config.base_model != name:
@@ -392,7 +393,7 @@ def trained_on(model: DocToLoRA) -> tuple[int, int]:
 
 
 def beyond_training(model: DocToLoRA, documents: Mapping[str, str], adapter: Adapter) -> tuple[str, ...]:
-    """A sentence for each way in which these documents go beyond what training covered (see `trained_on`)."""
+    """A sentence for each way in which these documents exceed those of training (see `trained_on`)."""
     most, longest = trained_on(model)
     warnings = []
     if len(adapter.blocks) > most:

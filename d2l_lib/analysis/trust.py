@@ -1,8 +1,8 @@
-"""Whether a trace can be believed: how well contributions predict what happens, and where they put the evidence.
+"""Whether a trace can be trusted: how well contributions predict effects, and how they rank the evidence.
 
-Without knowing the truth: the answer's probability as parts are taken away or added in a method's order, and the effect
-of leaving random subsets out. With it, in the generated world: the rank of the evidence. The control is a hypernetwork
-whose weights are shuffled.
+Without the truth: the answer's probability as parts are removed or added in a method's order, and the effect of
+removing random subsets. With the truth, in the generated world: the rank of the evidence. The control is a hypernetwork
+with shuffled weights.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from d2l_lib.tasks import world
 
 _CURVE_STEPS = (0, 1, 2, 3, 5, 8, 12, 18, 26, 36, 48)  # units taken away, or added; the last step is all of them
 _RESAMPLES = 10_000
-# what is slow, and for every how many questions it is done
+# Slow methods: computed for one question in so many.
 EVERY = {"surrogate": 2, "randomised weights": 2, "gradient, sentences": 4, "integrated_gradients, sentences": 10}
 
 
 def curves(trials: Trials, orders: Mapping[str, Sequence[int]]) -> pd.DataFrame:
-    """Probability of the answer as units are taken away ("deletion"), or added to the bias ("insertion"), in each
-    method's order (best first); columns method, curve, units, share (of all units), probability.
+    """The answer's probability as units are removed ("deletion"), or added to the bias ("insertion"), best first.
+
+    orders: {method: its order of the units}.
+
+    Columns: method, curve, units, share (of all units), probability.
     """
     n = len(trials)
     steps = sorted({step for step in _CURVE_STEPS if step < n} | {n})
@@ -49,8 +52,9 @@ def curves(trials: Trials, orders: Mapping[str, Sequence[int]]) -> pd.DataFrame:
 def curves_of(
     model: DocToLoRA, n: int, seed: int, methods: Sequence[str] = METHODS["chunk"], least: int = 8, most: int = 24
 ) -> pd.DataFrame:
-    """`curves` of `n` one-hop questions that all blocks answer rightly, on documents of `least` to `most` sentences;
-    columns question (a number) and seed besides.
+    """`curves` of `n` one-hop questions that all blocks answer right; two more columns: question (a number), seed.
+
+    least, most: sentences of a document.
     """
     methods = check_texts(methods, "methods")
     tables: list[pd.DataFrame] = []
@@ -70,28 +74,26 @@ def curves_of(
 
 
 def area(curve: pd.DataFrame) -> float:
-    """Area below one curve of `curves` over the share of units, 0 to 1: for deletion small is good, for insertion
-    large.
-    """
+    """Area below one curve of `curves` over the share of units, 0 to 1. Deletion: less is better; insertion: more."""
     curve = curve.sort_values("units")
     return float(np.trapezoid(curve["probability"], curve["share"]))
 
 
 def subset_effects(trials: Trials, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(masks [n, units], nats that the answer loses without the units of each mask); half of the units, at random."""
+    """(masks [n, units], nats that the answer loses without each mask's units: a random half)."""
     masks = torch.rand(n, len(trials), generator=generator).argsort(1) < len(trials) // 2
     log_probs = trials.score(torch.cat([torch.ones(1, len(trials)), 1.0 - masks.float()]))[0].sum(1)
     return masks, log_probs[0] - log_probs[1:]
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's: the correlation of the ranks, ties at their mean; 0 where one side does not vary."""
+    """Spearman's correlation, with ties at their mean rank; 0 where one side is constant."""
     a, b = pd.Series(list(first)).rank(), pd.Series(list(second)).rank()
     return 0.0 if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
 
 
 def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
-    """p of a paired test: how often random signs on the differences give a mean as far from 0 (two-sided)."""
+    """The two-sided p of a paired test: how often random signs give the differences a mean as far from 0."""
     values = np.asarray(list(differences), dtype=float)
     if not len(values):
         return 1.0
@@ -101,7 +103,7 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
 
 
 def randomised(model: DocToLoRA, seed: int = 0) -> DocToLoRA:
-    """The same model with the values of every tensor of its hypernetwork shuffled: same sizes, nothing learned."""
+    """The same model with shuffled values in every tensor of its hypernetwork: same sizes, nothing learned."""
     hypernetwork = copy.deepcopy(model.hypernetwork)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -120,7 +122,7 @@ def randomised(model: DocToLoRA, seed: int = 0) -> DocToLoRA:
 
 
 def evidence_units(units: pd.DataFrame, evidence: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """For each evidence sentence the units (rows of `units`) that hold some of it."""
+    """For each evidence sentence, the units (rows of `units`) that hold a part of it."""
     return [
         [place for place, (a, b) in enumerate(zip(units["start"], units["end"], strict=True)) if a < end and start < b]
         for start, end in evidence
@@ -128,7 +130,7 @@ def evidence_units(units: pd.DataFrame, evidence: Sequence[tuple[int, int]]) -> 
 
 
 def worst_rank(contributions: Sequence[float], truth: Sequence[Sequence[int]]) -> int:
-    """The rank of the evidence sentence that comes last; of one in several units its best counts."""
+    """The rank of the last evidence sentence; a sentence in several units has its best rank."""
     order = ranks(contributions)
     return max(min(order[place] for place in places) for places in truth)
 
@@ -136,8 +138,9 @@ def worst_rank(contributions: Sequence[float], truth: Sequence[Sequence[int]]) -
 def chance_alike(
     contributions: Sequence[float], units: pd.DataFrame, document: world.Document, evidence: tuple[int, int]
 ) -> float:
-    """That the first unit holds the evidence if a method could not tell facts of one kind (a date, say) apart: one by
-    their number where it holds a fact of the evidence's kind, else 0.
+    """The chance that the first unit holds the evidence, for a method that cannot tell facts of one kind (dates) apart.
+
+    1 / (number of units with a fact of the evidence's kind) if the first unit is one of them, else 0.
     """
     kind_of = {fact.span: world.RELATION[fact.relation].kind for fact in document.facts}
     alike = [span for span, kind in kind_of.items() if kind == kind_of[evidence]]
@@ -151,7 +154,7 @@ def without_sentence(text: str, start: int, end: int) -> str:
 
 
 def drawn(seed: int, kinds: Sequence[str], least: int, most: int) -> Iterator[tuple[world.Document, world.Question]]:
-    """Documents of `least` to `most` sentences, all lengths alike, with a question of these kinds (in turn) each."""
+    """Documents of `least` to `most` sentences, uniformly, each with a question of the next of these kinds."""
     kinds = check_texts(kinds, "kinds")
     for number in range(10**9):
         rng = random.Random(f"attribution/{seed}/{'+'.join(kinds)}/{number}")
