@@ -1,11 +1,11 @@
-"""What an adapter's numbers look like: the geometry of the summed update, from its factors alone.
+"""The geometry of an adapter's summed update, from its factors alone.
 
     dW = scale * B^T A = U S V^T        A [R, d_in], B [R, d_out], U [d_out, k], S [k], V [d_in, k]
 
-Rows of A and B mean nothing by themselves (A -> M A, B -> M^-T B is the same update), so everything here is a function
-of dW; the [d_out, d_in] product is formed for intruder dimensions only, which need W + dW. Norms and singular values
-have no unit: they are those of the update, with the scale and all weights inside. Geometry describes; what a part does
-is told by leaving it out (`Adapter.without`, `singular_part`, `only_layers`) and asking again (`exact_match`).
+Single rows of A and B mean nothing (A -> M A, B -> M^-T B is the same update): everything here is a function of dW. The
+[d_out, d_in] product is formed for intruder dimensions, which need W + dW, and for many blocks. Norms and singular
+values have no unit; they include the scale and all weights. Geometry only describes. To see what a part does, leave it
+out (`Adapter.without`, `singular_part`, `only_layers`) and ask again (`exact_match`).
 
 To add a measure, write one function here from an adapter to a DataFrame with named columns, and one in `views.plots`
 from that table to a figure; a notebook calls both.
@@ -73,11 +73,12 @@ def stable_rank(values: Sequence[float]) -> float:
 
 
 def norms(adapter: Adapter, base_model: nn.Module | None = None) -> pd.DataFrame:
-    """One row per module and layer: how large the update is and over how many directions it is spread.
+    """Norms and ranks of the update: one row per module and layer.
 
-    Columns: module, layer, frobenius, spectral, effective_rank, stable_rank; with `base_model` also relative_frobenius
-    and relative_spectral, the update's norm over that of the base weight (shares, not percent). ValueError for a base
-    model of other layers or sizes.
+    Columns: module, layer, frobenius, spectral, effective_rank, stable_rank. `base_model` adds relative_frobenius and
+    relative_spectral, the update's norm over that of the base weight (shares, not percent).
+
+    ValueError for a base model of other layers or sizes.
     """
     rows = []
     for (module, layer), group in spectra(adapter).groupby(["module", "layer"], sort=False):
@@ -127,7 +128,9 @@ def bias_and_documents(adapter: Adapter) -> pd.DataFrame:
     """The two parts of the update, one row per module and layer.
 
     Columns: module, layer, documents, bias, whole (Frobenius norms), cosine (of the documents' part and the bias; NaN
-    where one of them is 0). ValueError for a compressed adapter, whose parts are one.
+    where one of them is 0).
+
+    ValueError for a compressed adapter, whose parts cannot be told apart.
     """
     documents, bias = _only_documents(adapter), replace(adapter, blocks=())
     rows = []
@@ -142,11 +145,11 @@ def bias_and_documents(adapter: Adapter) -> pd.DataFrame:
 
 
 def block_energy(adapter: Adapter) -> pd.DataFrame:
-    """Where along its documents an adapter is large: one row per block, module and layer.
+    """The norm of each block and its share of the update: one row per block, module and layer.
 
-    Columns: document, chunk, start, end (characters; missing where a block has no span), module, layer, norm
-    (Frobenius, of the block's own update), share (<dW_block, dW> / ||dW||_F^2 over the blocks' sum dW, bias left out:
-    the shares of a layer add up to 1; NaN where dW is 0).
+    Columns: document, chunk, start, end (characters; missing without a span), module, layer, norm (Frobenius, of the
+    block's own update), share (<dW_block, dW> / ||dW||_F^2; NaN where dW is 0). dW is the sum of the blocks without the
+    bias, so the shares of a layer add up to 1.
     """
     documents = _only_documents(adapter)
     if not documents.blocks:
@@ -166,7 +169,7 @@ def block_energy(adapter: Adapter) -> pd.DataFrame:
 def _energies(documents: Adapter, module: str) -> tuple[Tensor, Tensor, Tensor]:
     """(<dW_block, dW_block>, <dW_block, dW>, each [blocks, L], ||dW||_F^2 [L]) in float64.
 
-    dW is formed, layer by layer, where that is less work than all pairs of rows.
+    dW is formed, layer by layer, if that is less work than all pairs of rows.
     """
     A, B = (factor.double() for factor in documents.factors(module))
     ranks = [block.rank for block in documents.blocks]
@@ -188,7 +191,7 @@ def _energies(documents: Adapter, module: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def block_norms(adapter: Adapter) -> pd.DataFrame:
-    """One row per block: document, chunk, start, end, and norm (Frobenius, over all modules and layers together)."""
+    """One row per block: document, chunk, start, end, norm (Frobenius, of all modules and layers together)."""
     energy = block_energy(adapter)
     squares = energy.assign(norm=energy["norm"] ** 2)
     names = ["document", "chunk", "start", "end"]
@@ -199,16 +202,17 @@ def block_norms(adapter: Adapter) -> pd.DataFrame:
 def similarity(
     adapters: Mapping[str, Adapter], measure: str = "cosine", *, rank: int = 8, bias: bool = False, ordered: bool = True
 ) -> pd.DataFrame:
-    """How alike the updates of named adapters are: a square table with the names on both sides.
+    """The similarity of the updates of named adapters: a square table with the names on both sides.
 
-    measure "cosine": <dW_1, dW_2> / (||dW_1|| ||dW_2||) over all layers and modules, -1 to 1. "left" and "right": the
-    share ||U_1^T U_2||_F^2 / rank of one top-`rank` singular subspace that lies in the other (0 to 1; `rank` / d by
-    chance), a mean over layers and modules; left is what is written, right is what is looked for. Measure of subspaces:
-    Hu et al., LoRA (2021), section 7.2.
+    measure:
+        "cosine": <dW_1, dW_2> / (||dW_1|| ||dW_2||) over all layers and modules, -1 to 1.
+        "left", "right": ||U_1^T U_2||_F^2 / rank, the share of one top-`rank` singular subspace that lies in the other
+            (0 to 1; `rank` / d by chance), a mean over layers and modules. Left: the outputs of dW; right: its inputs.
+    bias: include the bias, which all adapters of a hypernetwork share.
+    ordered: similar adapters stand together (see `cluster_order`); False keeps the order of `adapters`.
 
-    bias: compare with the bias, which all adapters of a hypernetwork share. ordered: alike ones stand together (see
-    `cluster_order`), else in the order given. ValueError for adapters of other sizes, for one that is zero, and for one
-    of less than `rank` directions.
+    ValueError for adapters of different sizes, a zero one, and one of fewer than `rank` directions. Subspaces: Hu et
+    al., LoRA (2021), section 7.2.
     """
     if measure not in ("cosine", "left", "right"):
         raise ValueError(f"measure must be 'cosine', 'left' or 'right', not {measure!r}")
@@ -257,9 +261,9 @@ def _overlaps(parts: Mapping[str, Adapter], side: str, rank: int) -> np.ndarray:
 
 
 def cluster_order(table: pd.DataFrame) -> list[str]:
-    """The names of a square similarity table, alike ones beside each other: the leaves of average-linkage clustering.
+    """The names of a square similarity table, similar ones side by side: the leaves of average-linkage clustering.
 
-    Sokal and Michener (1958). Of two branches the one whose end is more like what stands next to it comes there.
+    Branches are turned so that similar ends meet. Sokal and Michener (1958).
     """
     if list(table.index) != list(table.columns):
         raise ValueError("the table must be square, with the same names on both sides")
@@ -279,11 +283,12 @@ def cluster_order(table: pd.DataFrame) -> list[str]:
 def intruder_dimensions(
     adapter: Adapter, base_model: nn.Module, *, top: int = 10, threshold: float = 0.6
 ) -> pd.DataFrame:
-    """The `top` left singular vectors of W + dW, and how like each is to any of W's: one row per module, layer, index.
+    """The `top` left singular vectors of W + dW, each compared with those of W: one row per module, layer, index.
 
     Columns: module, layer, index (1 = largest singular value of W + dW), value (that singular value), cosine (the
-    largest |cosine| with a left singular vector of W), intruder (cosine < `threshold`). Shuttleworth et al., LoRA vs
-    full fine-tuning: an illusion of equivalence (2024), algorithm 1.
+    largest |cosine| with a left singular vector of W), intruder (cosine < `threshold`).
+
+    Shuttleworth et al., LoRA vs full fine-tuning: an illusion of equivalence (2024), algorithm 1.
     """
     check_count(top, "top")
     if not 0 < threshold <= 1:
@@ -302,15 +307,17 @@ def intruder_dimensions(
 
 
 def count_intruders(parts: Mapping, base_model: nn.Module) -> pd.Series:
-    """How many of `intruder_dimensions` are intruders in each of several adapters, by their names in `parts`."""
+    """The number of intruders (`intruder_dimensions`) in each of several adapters, by their names in `parts`."""
     return pd.Series({name: int(intruder_dimensions(one, base_model)["intruder"].sum()) for name, one in parts.items()})
 
 
 # --------------------------------------------------------------------------------------- taking parts, and asking again
 def exact_match(model: DocToLoRA, questions: Sequence[Question], adapter: Adapter | Sequence[Adapter] | None) -> float:
-    """The share of questions (with their `text` and `answer`) that are answered word for word, 0 to 1.
+    """The share of questions (with `text` and `answer`) that are answered word for word, 0 to 1.
 
-    adapter: as of `model.answer`: one for all questions, or a list with one for each. ValueError without a question.
+    adapter: as of `model.answer`: one for all questions, or a list with one per question.
+
+    ValueError without a question.
     """
     if not questions:
         raise ValueError("no question to ask")
@@ -342,7 +349,7 @@ def by_origin(adapter: Adapter) -> dict[str, Adapter]:
 
 
 def ask_parts(model: DocToLoRA, questions: Sequence[str], parts: Mapping, **settings) -> pd.DataFrame:
-    """What is answered with each of several adapters: one row per name in `parts`, one column per question.
+    """The answers with each of several adapters: one row per name in `parts`, one column per question.
 
     settings: as of `model.answer`.
     """
@@ -364,10 +371,10 @@ def overlap(blocks: pd.DataFrame, spans: Sequence[tuple[int, int]]) -> list[bool
 
 
 def ask_without_blocks(model: DocToLoRA, questions: Sequence[Question], adapter: Adapter) -> pd.DataFrame:
-    """Which questions on the adapter's one document stay right with some blocks left out: one row per question.
+    """Which questions on the adapter's one document are right without some blocks: one row per question.
 
-    Columns (True or False): all blocks, without the evidence, without the largest other, the evidence alone. Evidence:
-    the blocks of the question's first evidence sentence. Largest other: by norm, of all other blocks.
+    Columns (bool): all blocks, without the evidence, without the largest other, the evidence alone. Evidence: the
+    blocks of the question's first evidence sentence. Largest other: by norm, of all other blocks.
     """
     by_size = block_norms(adapter).sort_values("norm", ascending=False)
     rows = []
@@ -388,7 +395,7 @@ def ask_without_blocks(model: DocToLoRA, questions: Sequence[Question], adapter:
 def compare_variants(table: pd.DataFrame) -> pd.Series:
     """Means of a similarity table whose names are documents ("1") and variants of them ("1, shuffled").
 
-    One value for each variant, with its own document; for "another document", of all pairs of documents; for "itself".
+    Values: each variant with its own document; "another document", all pairs of documents; "itself".
     """
     originals = [name for name in table.index if ", " not in name]
     pairs = {"another document": list(combinations(originals, 2))}
@@ -403,7 +410,7 @@ def compare_variants(table: pd.DataFrame) -> pd.Series:
 def ask_variants(
     model: DocToLoRA, questions: Mapping[str, Sequence[Question]], adapters: Mapping[str, Adapter]
 ) -> pd.Series:
-    """Exact match of documents' questions with adapters of variants, a mean over documents; as `compare_variants`."""
+    """Exact match of documents' questions with adapters of variants, a mean over documents; see `compare_variants`."""
     originals = list(questions)
     chosen = {"another document": dict(zip(originals, [*originals[1:], originals[0]], strict=True))}
     for name in adapters:
@@ -419,10 +426,10 @@ def ask_variants(
 
 # ------------------------------------------------------------------------------------------------------- recompression
 def recompression(adapter: Adapter, ranks: Sequence[int]) -> pd.DataFrame:
-    """What a smaller rank loses and saves, from the singular values alone (Eckart and Young 1936).
+    """The error and size of the update at smaller ranks, from its singular values (Eckart and Young 1936).
 
     Columns: rank, error (||dW - dW_rank||_F / ||dW||_F over all layers and modules, 0 to 1; NaN where dW is 0), bytes
-    (of factors of that rank in all layers and modules, as written by `export_peft`; never more than before).
+    (of factors of that rank in all layers and modules, as of `export_peft`; never more than before).
     """
     if len(ranks) == 0:
         raise ValueError("no rank to try: give whole numbers from 1")
