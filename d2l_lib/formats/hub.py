@@ -1,8 +1,7 @@
-"""Where a checkpoint lies: in a folder, or in a repository of the Hugging Face hub (downloaded, or in its cache).
+"""Find a checkpoint in a folder, or in a repository of the Hugging Face hub (downloaded, or from its cache).
 
-The published checkpoints are one repository, SakanaAI/doc-to-lora, with a folder for each, and in it a folder
-`checkpoint-N` for each saved step N (https://huggingface.co/SakanaAI/doc-to-lora). Only the files of the one checkpoint
-that is meant are asked for.
+The published checkpoints are one repository (https://huggingface.co/SakanaAI/doc-to-lora) with a folder for each, and
+in it a folder `checkpoint-N` for each saved step N. Only the files of one checkpoint are downloaded.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from d2l_lib.formats.checkpoints import PUBLISHED, SETTINGS, WEIGHTS
 
-# Folder: (step of the checkpoint in it, base model that it was made for).
+# {folder: (step of its checkpoint, base model)}
 REPOSITORY = "SakanaAI/doc-to-lora"
 PUBLISHED_MODELS = {
     "gemma_demo": (80_000, "google/gemma-2-2b-it"),
@@ -26,9 +25,9 @@ BASE_MODEL_FILES = "config.json, *.safetensors, tokenizer.json, tokenizer_config
 
 
 def checkpoint_in(folder: Path) -> Path:
-    """A folder of our own format, or the published *.bin file in it or below it; of several steps the latest.
+    """`folder` itself in this project's format, else the published *.bin in or below it; of several steps the latest.
 
-    FileNotFoundError where there is none, ValueError where there are several that are not steps of one training.
+    FileNotFoundError for none, ValueError for several that are not steps of one training.
     """
     if (folder / WEIGHTS).is_file():
         return folder
@@ -43,8 +42,7 @@ def checkpoint_in(folder: Path) -> Path:
 def from_hub(source: str) -> Path:
     """The checkpoint of a hub repository ("owner/name") or of a folder or file inside it, downloaded or cached.
 
-    Several steps in that folder: the latest, with a warning that names it. FileNotFoundError where neither the hub nor
-    its cache has it says which files to put where.
+    Of several steps the latest, with a warning that names it. FileNotFoundError says which files to put where.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -66,7 +64,7 @@ def _fetch(repository: str, below: str) -> Path:
     place = f"{repository}/{below}".rstrip("/")
     try:
         files = HfApi().list_repo_files(repository)
-    except Exception:  # whatever keeps the hub away: its cache may have the checkpoint
+    except Exception:  # whatever fails at the hub, its cache may have the checkpoint
         snapshot = _cached(repository) or Path(snapshot_download(repository, allow_patterns=_guess(below)))
         inside = snapshot / below
         return inside if inside.is_file() else checkpoint_in(inside)
@@ -83,7 +81,7 @@ def _fetch(repository: str, below: str) -> Path:
 
 
 def _choose(files: Sequence[str], below: str, place: str) -> str | None:
-    """Which of a repository's (or folder's) files is meant by `below`: a *.bin, or the folder of our own format."""
+    """The *.bin, or the folder of this project's format, that `below` means among a repository's (folder's) files."""
     prefix = f"{below}/" if below else ""
     if (below in files and below.endswith(".bin")) or prefix + WEIGHTS in files:
         return below
@@ -108,7 +106,7 @@ def _choose(files: Sequence[str], below: str, place: str) -> str | None:
 
 
 def _guess(below: str) -> list[str]:
-    """Patterns of the files of one checkpoint in a repository that cannot be listed."""
+    """Patterns for the files of one checkpoint, where the repository cannot be listed."""
     if below.endswith(".bin"):
         return [below]
     prefix = f"{below}/" if below else ""
@@ -117,7 +115,7 @@ def _guess(below: str) -> list[str]:
 
 
 def _cached(repository: str) -> Path | None:
-    """The folder in the hub's cache that holds a repository's main revision, complete or in part."""
+    """The folder of a repository's main revision in the hub's cache, complete or in part; None without one."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -130,7 +128,7 @@ def _cached(repository: str) -> Path | None:
 
 
 def _what_to_get(repository: str, below: str) -> str:
-    """The rest of the error for one of the published checkpoints: its file, its base model, and where they belong."""
+    """The end of the error for a published checkpoint: its file, its base model, and their places."""
     if repository != REPOSITORY:
         return ""
     name = below.partition("/")[0]

@@ -1,9 +1,9 @@
-"""What a file must say before it is believed: one schema for each kind of file, and one kind of error.
+"""The contents of files, checked: one schema for each kind of file, and one form of error.
 
     <file>: <place in it>: <what is expected> is expected, not <what is there>: <what to do>
 
-Schemas are strict: a number is no text, true is no number, NaN and infinity are no numbers. Keys that a schema does not
-know are refused, except where other programs or later versions may add some.
+Schemas are strict: a number is no text, true is no number, NaN and infinity are no numbers. Unknown keys are refused,
+except where other programs or later versions may add some.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ def shown(value: Any) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's error: printable ASCII, at most 200 characters."""
+    """The first line of a library's error in printable ASCII, at most 200 characters."""
     return ascii((str(error).splitlines() or [type(error).__name__])[0])[1:-1][:200]
 
 
 def expected(file: object, place: str, what: str, value: str, advice: str) -> str:
-    """The one form of an error about the contents of a file. value: as `shown` gives it, or "missing"."""
+    """The text of an error about a file's contents; value: from `shown`, or "missing"."""
     found = "and it is missing" if value == "missing" else f"not {value}"
     return f"{file}: {f'{place}: ' if place else ''}{what} is expected, {found}: {advice}"
 
 
 def check(schema: type[Model], value: Any, file: object, advice: str, error: type[ValueError] = ValueError) -> Model:
-    """`value`, as it was read from `file`, as an object of the schema.
+    """`value` as an object of the schema; `error` names the first wrong place.
 
-    value: JSON values, or an object with attributes. file: what the error names. advice: what the error says to do.
-    Raises `error`, which names the first wrong place.
+    value: JSON values, or an object with attributes.
+    file, advice: the file's name and what to do, in the error.
     """
     try:
         return schema.model_validate(value)
@@ -143,7 +143,7 @@ _Text = Annotated[str, AfterValidator(_unicode)]
 _Name = Annotated[str, Field(min_length=1), AfterValidator(_unicode)]
 _ModelName = Annotated[str, Field(max_length=_LONGEST_PATH), AfterValidator(_printable)]
 _ModuleName = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_printable)]
-_Factor = Annotated[float, Field(ge=-1e9, le=1e9)]  # of tensors: no product overflows
+_Factor = Annotated[float, Field(ge=-1e9, le=1e9)]  # of tensors; no product overflows
 _Share = Annotated[float, Field(ge=0)]
 _Whole = Annotated[int, Field(ge=0, le=1 << 48)]  # a position or a number of things
 _Count = Annotated[int, Field(ge=1, le=_LARGEST)]  # a size
@@ -159,32 +159,32 @@ def _in_order(span: tuple[int, int]) -> tuple[int, int]:
     return span
 
 
-# JSON has lists only: the outer value may be one, the numbers in it stay strict.
+# JSON has lists only, so a tuple may be one; its numbers stay strict.
 _Span = Annotated[tuple[_Whole, _Whole], Strict(False), AfterValidator(_in_order)]
 _Sizes = Annotated[tuple[_Count, _Count], Strict(False)]
 
 
 class _Closed(BaseModel):
-    """Nothing but the fields."""
+    """An object with these keys only."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class _Open(_Closed):
-    """Other keys may be there and are left alone."""
+    """An object that may have other keys, which are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class _Record(_Open):
-    """An object with attributes, of which some are read."""
+    """An object with attributes, some of which are read."""
 
     model_config = ConfigDict(from_attributes=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
 class _AdapterSides(_Closed):
-    """{module: name of a tensor}, for A and for B."""
+    """{module: name of its tensor} for A and for B."""
 
     A: dict[_ModuleName, _Name]
     B: dict[_ModuleName, _Name]
@@ -218,7 +218,7 @@ class AdapterHeader(_Closed):
 
 
 class PeftConfig(_Open):
-    """adapter_config.json of a PEFT folder, as far as it is read."""
+    """The settings read from adapter_config.json of a PEFT folder."""
 
     peft_type: _Text | None = None
     base_model_name_or_path: _Text | None = None
@@ -237,7 +237,7 @@ class PeftConfig(_Open):
 
 
 class ExportRecord(_Open):
-    """What an export says about itself in the header of its weights."""
+    """The facts about an export in the header of its weights."""
 
     version: _FirstVersion
     documents: list[_Text] = []
@@ -280,7 +280,7 @@ class HypernetworkSettings(_Closed):
 
 
 class GateSettings(_Closed):
-    """The gate in a checkpoint: two numbers of nats and a sentence."""
+    """The gate in a checkpoint: two numbers in nats and a sentence."""
 
     known: float
     growth: float
@@ -288,7 +288,7 @@ class GateSettings(_Closed):
 
 
 class ReadingSettings(_Closed):
-    """How blocks are read sparsely, in a checkpoint (see `reading.Reading`)."""
+    """The sparse reading of blocks in a checkpoint (see `reading.Reading`)."""
 
     layers: list[_Some] | None = None
     decay: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -297,7 +297,7 @@ class ReadingSettings(_Closed):
 
 
 class _CheckpointMeta(_Open):
-    """What a checkpoint says beside its sizes; whoever saves one may add to it."""
+    """A checkpoint's facts beside its sizes; callers may save others."""
 
     chunk_tokens: _Count | None = None
     base_model: _ModelName | None = None
@@ -324,7 +324,7 @@ class TrainingFacts(_Closed):
 
 
 class _PublishedAggregator(_Record):
-    """AggregatorConfig of a published checkpoint, as far as it is read."""
+    """The fields read from a published checkpoint's AggregatorConfig."""
 
     aggregator_type: _ModelName
     num_layers: _Layers
@@ -336,14 +336,14 @@ class _PublishedAggregator(_Record):
 
 
 class _PublishedLora(_Record):
-    """LoraConfig of a published checkpoint, as far as it is read."""
+    """The fields read from a published checkpoint's LoraConfig."""
 
     r: _Count
     lora_alpha: float
 
 
 class _PublishedHypernet(_Record):
-    """HypernetConfig of a published checkpoint, as far as it is read; older files lack the fields that may be None."""
+    """The fields read from a published checkpoint's HypernetConfig; older files lack those that may be None."""
 
     latent_size: _Count
     per_rank_gen: bool
@@ -358,7 +358,7 @@ class _PublishedHypernet(_Record):
 
 
 class PublishedEncoder(_Record):
-    """CtxEncoderArguments of a published checkpoint, as far as it is read."""
+    """The fields read from a published checkpoint's CtxEncoderArguments."""
 
     ctx_encoder_model_name_or_path: _ModelName | None = None
     ctx_encoder_type: Literal["early_exit", "per_layer_activations", "embed_only"] | None = None
@@ -368,7 +368,7 @@ class PublishedEncoder(_Record):
 
 
 class PublishedCheckpoint(_Record):
-    """What a published checkpoint says beside its tensors."""
+    """The settings in a published checkpoint."""
 
     base_model_name_or_path: _ModelName
     hypernet_config: _PublishedHypernet
@@ -377,7 +377,7 @@ class PublishedCheckpoint(_Record):
 
 # ------------------------------------------------------------------------------------------------- trainings and data
 class TrainerState(_Open):
-    """trainer_state.json of a training checkpoint, as far as it is read."""
+    """The fields read from trainer_state.json of a training checkpoint."""
 
     global_step: _Whole
 
@@ -419,7 +419,7 @@ class _ManifestShard(_Open):
 
 
 class Manifest(_Open):
-    """manifest.json of self-generated data, as far as it is read back."""
+    """The fields read from manifest.json of self-generated data."""
 
     complete: bool
     n_shards: _Some

@@ -1,8 +1,8 @@
-"""Self-generated training data on disk: parquet shards in the published schema, read back with every count checked.
+"""Self-generated training data on disk: parquet shards in the published schema, checked when read.
 
-A row is a document: its token ids, and for each question the token ids, where the answer stands in them, and the
-teacher's likeliest next tokens with their log-probabilities. A folder holds shards, a .json file with a checksum
-beside each, and a manifest that says when all of them are there.
+A row is a document: its token ids, and for each question the token ids, the answer's place in them, and the teacher's
+likeliest next tokens with their log-probabilities. A folder holds shards, a .json file with a checksum beside each, and
+a manifest that says whether all of them are there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from d2l_lib.formats.writing import atomic_file
 from d2l_lib.records import read_json, write_json
 
 MANIFEST = "manifest.json"
-HIGHEST = 1e-3  # log-probabilities are at most 0; sums in another order may be above it by rounding
+HIGHEST = 1e-3  # of a log-probability: 0, and rounding above it
 _IDS = pa.list_(pa.int32())
 TEACHER_COLUMNS = ("logprobs_vals", "logprobs_indices")
 PUBLISHED = {
@@ -47,12 +47,12 @@ COUNTS = (
     "writer_too_long", *(f"writer_{reason}" for reason in DROPPED),
 )  # fmt: skip
 _LEVEL = re.compile(r"_level_(\d+)_")  # in the names of published files
-# A reader believes a file that, unpacked, is at most so much: most are 2 to 10 times as large as on disk.
+# Limits of a file's unpacked size in bytes, of which the larger counts. Most files unpack to 2 to 10 times their size.
 _MOST_UNPACKED, _UNPACKED_PER_BYTE = 1 << 28, 200
 
 
 def shard_path(folder: str | Path, index: int) -> Path:
-    """Where shard `index` lies; its checksum and counts lie beside it, in a .json file of the same name."""
+    """The path of shard `index`; a .json file of the same name beside it holds its checksum and counts."""
     return Path(folder) / f"shard-{index:05d}.parquet"
 
 
@@ -62,7 +62,7 @@ def _sha256(path: Path) -> str:
 
 
 def write_shard(path: Path, run: str, table: pa.Table, counts: dict[str, int]) -> None:
-    """Write one shard, then its checksum, settings and counts beside it: a shard without these is not trusted."""
+    """Write one shard, then its checksum, run and counts beside it."""
     with atomic_file(path) as temporary:
         with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as file:
             if table.num_rows:  # `datasets` cannot read an empty row group
@@ -72,7 +72,7 @@ def write_shard(path: Path, run: str, table: pa.Table, counts: dict[str, int]) -
 
 
 def shard_record(path: Path) -> dict[str, Any] | None:
-    """What was written beside a shard, or None where that is missing, damaged or not ours."""
+    """The record beside a shard, or None where it is missing, damaged or of another program."""
     try:
         record = read_json(path.with_suffix(".json"))
         check(ShardRecord, record, path.with_suffix(".json"), "make the shard again")
@@ -82,7 +82,7 @@ def shard_record(path: Path) -> dict[str, Any] | None:
 
 
 def shard_problem(path: Path, run: str) -> str | None:
-    """Why a shard has to be made: "" where there is nothing yet, None where it is whole."""
+    """Why a shard has to be made: "" where there is none yet; None where it is whole."""
     record = shard_record(path)
     if not path.exists():
         return "" if record is None else "the file is missing"
@@ -96,22 +96,22 @@ def shard_problem(path: Path, run: str) -> str | None:
 def read_shards(
     source: str | Path | Sequence[str | Path], cache: str | Path | None = None, *, vocabulary: int | None = None
 ):
-    """A `datasets.Dataset` of all rows with checked contents.
+    """A `datasets.Dataset` of all rows, checked.
 
-    source: a folder, a parquet file or several of either. Files need the published columns only; other columns are
-      kept where all files have them, of one type.
-    cache: a folder (None: rows are in memory). Rows are written there once, as one Arrow file, and read from it: for
-      more than fits into memory. Under torchrun one process of each machine writes it and the others wait.
-    vocabulary: how many token ids the model knows (None: any are right).
+    source: a folder, a parquet file or several of either. Files need the published columns; other columns stay where
+        all files have them, of one type.
+    cache: a folder for one Arrow file of all rows, for data beyond the memory; None: rows are in memory. Under torchrun
+        one process of each machine writes it and the others wait.
+    vocabulary: number of the model's token ids (None: any id is right).
 
-    FileNotFoundError where there is no file. ValueError names the file and the column for
+    FileNotFoundError for a missing file. ValueError names the file and the column for
     - an unfinished folder, and a file that is damaged, differs from its checksum or unpacks to far more than its size;
     - a missing column, one of another type, and empty values;
-    - log-probabilities that are no numbers or above 0 (by more than HIGHEST), and minus infinity for the first token of
-      a list (the others may have it: their probability is 0);
+    - log-probabilities that are no numbers or above HIGHEST, and minus infinity for the first token of a list (the
+      others may have it: their probability is 0);
     - token ids below 0, or from `vocabulary` on;
-    - counts that do not agree: questions in every column, answer tokens between response_start_end and the
-      log-probabilities, k everywhere.
+    - counts that differ: of questions between columns, of answer tokens between response_start_end and the
+      log-probabilities, and k.
     """
     several = [source] if isinstance(source, (str, Path)) else list(source)
     checksums = {file: checksum for path in several for file, checksum in _files_of(Path(path)).items()}
@@ -136,13 +136,13 @@ def _check_one_k(ks: Sequence[int | None]) -> None:
 
 
 def _common_columns(schemas: Sequence[pa.Schema]) -> list[str]:
-    """The columns that all files have, of one type; the published ones have been cast to theirs."""
+    """The published columns, and those that all files have of one type."""
     same = set.intersection(*({(field.name, field.type) for field in schema} for schema in schemas))
     return [field.name for field in schemas[0] if field.name in PUBLISHED or (field.name, field.type) in same]
 
 
 def _fill_cache(path: Path, checksums: dict[Path, str | None], vocabulary: int | None = None) -> None:
-    """Write the rows of these files to one Arrow file, unless it is there."""
+    """Write the rows of these files to one Arrow file, unless it exists."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         while not path.exists():
             time.sleep(1)
@@ -172,9 +172,10 @@ def _schema_of(path: Path) -> pa.Schema:
 
 
 def find_shards(places: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:
-    """{data set: its parquet files} in files and folders, each folder that holds `training_files` being one data set.
+    """{data set: its parquet files}; a file, or a folder with `training_files`, is one data set.
 
-    FileNotFoundError where a place is not there or holds none.
+    places: files, and folders to search with all folders below them.
+    FileNotFoundError for a place that is missing or holds none.
     """
     shards: dict[str, list[Path]] = {}
     for place in map(Path, [places] if isinstance(places, (str, Path)) else places):
@@ -189,8 +190,9 @@ def find_shards(places: str | Path | Sequence[str | Path]) -> dict[str, list[Pat
 
 
 def training_files(files: Sequence[Path]) -> list[Path]:
-    """Those of parquet files that are trained on as published: none that is named as validation data ("_val_"), and
-    where the files of a folder are numbered by the level of their questions only those of the last level.
+    """The parquet files for training, as published: no validation data ("_val_" in the name).
+
+    Where a folder's files are numbered by the level of their questions, only the last level.
     """
     levels = {file: _LEVEL.search(file.name) for file in files if "_val_" not in file.name}
     last: dict[Path, int] = {}
@@ -200,7 +202,7 @@ def training_files(files: Sequence[Path]) -> list[Path]:
 
 
 def _files_of(path: Path) -> dict[Path, str | None]:
-    """The files of a folder, or the one file, and their checksums as far as somebody wrote them down."""
+    """{file: its checksum, or None where none is recorded} of a folder or of one file."""
     if not path.exists():
         raise FileNotFoundError(f"no shards at {path}: give a folder or .parquet files")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -220,18 +222,19 @@ def _files_of(path: Path) -> dict[Path, str | None]:
 
 
 def _rows_of(path: Path) -> pa.Table:
-    """All rows of a parquet file; ValueError for a damaged one, and before much memory is taken for one that unpacks
-    to far more than its size on disk.
+    """All rows of a parquet file; ValueError for a damaged one.
+
+    ValueError also for a file that unpacks to far more than its size, before it takes much memory.
     """
     most = max(_MOST_UNPACKED, _UNPACKED_PER_BYTE * path.stat().st_size)
     unpacked = f"{path} would unpack to more than {most >> 20} MiB, as no shard does: is it damaged?"
     try:
         with pq.ParquetFile(path) as file:
-            # of the columns' own records nothing is asked: pyarrow ends the whole process where one is damaged
+            # not the columns' own records: pyarrow ends the whole process at a damaged one
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             if sum(max(group.total_byte_size, group.num_rows) for group in groups) > most:
                 raise ValueError(unpacked)
-            # a text that is stored once may stand in every row: few rows at a time where it may be long
+            # one stored text may stand in every row, so a long one allows few rows at a time
             largest = max((group.total_byte_size for group in groups), default=0)
             at_once, held, batches = min(4096, max(1, most // max(largest, 1))), 0, []
             for batch in file.iter_batches(at_once):
@@ -249,7 +252,7 @@ def _rows_of(path: Path) -> pa.Table:
 
 
 def _read_table(path: Path, checksum: str | None, vocabulary: int | None = None) -> tuple[pa.Table, int | None]:
-    """(table, k) of one file, with the published columns in their types; raises as read_shards says."""
+    """(table, k) of one file, with the published columns in their types; raises as `read_shards` does."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the command that made it again")
     if checksum is not None and _sha256(path) != checksum:
@@ -273,7 +276,7 @@ def _read_table(path: Path, checksum: str | None, vocabulary: int | None = None)
 
 
 def _check_shapes(path: Path, levels: dict[str, list[pa.Array]], vocabulary: int | None = None) -> int | None:
-    """k, if all counts agree. levels: per column its rows, then what they hold, and so on down to the numbers."""
+    """k, if all counts agree; levels: {column: [its rows, their members, ..., the numbers]}."""
 
     def expect(column: str, right: np.ndarray, rows: np.ndarray, what: str) -> None:
         if not right.all():
@@ -319,7 +322,7 @@ def _check_ids(path: Path, column: str, levels: list[pa.Array], vocabulary: int 
     if right.all():
         return
     place = int(np.argmin(right))
-    for level in reversed(levels[:-1]):  # up to the row that holds it
+    for level in reversed(levels[:-1]):  # up to its row
         ends = np.cumsum(level.value_lengths().to_numpy(zero_copy_only=False))
         place = int(np.searchsorted(ends, place, side="right"))
     allowed = "" if vocabulary is None else f" to {vocabulary - 1}: is it of another model's tokenizer?"

@@ -1,7 +1,6 @@
 """Documents in files, as text: plain text in UTF-8, Markdown, HTML without its tags, and PDF with an extra.
 
-Nothing is guessed: a file that is no text, or text in another encoding, is refused with the place of the first byte
-that does not fit.
+Encodings are not guessed: the error for another one, or for no text, names the first byte that does not fit.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ _BLOCKS |= {"hr", "li", "main", "nav", "ol", "p", "pre", "section", "summary", "
 def read_document(path: PurePath) -> str:
     """The text of a file, by its ending: HTML without tags, scripts and styles; the pages of a PDF; else plain text.
 
-    Files start with a byte-order mark or are UTF-8 (HTML: or what it declares). FileNotFoundError and IsADirectoryError
-    where there is no such file. ValueError names the file for what is no text, or has no text. ImportError where the
-    extra for PDF is missing.
+    The encoding is that of the byte-order mark, else UTF-8, else (HTML) what the page declares.
+    FileNotFoundError for no file, IsADirectoryError for a folder. ValueError names a file that is no text or has none.
+    ImportError where the extra for PDF is missing.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,7 +72,7 @@ def _decoded(path: Path, content: bytes, is_html: bool) -> str:
 
 
 class _Text(HTMLParser):
-    """Collects what a reader of the page sees: a line for each block, white space as one space except in <pre>."""
+    """The visible text of a page: a line for each block, white space as one space except in <pre>."""
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
@@ -110,7 +109,7 @@ class _Text(HTMLParser):
 
 
 def html_text(page: str) -> str:
-    """What a page of HTML says: tags, scripts and styles left out, entities decoded, blocks apart by blank lines."""
+    """The text of an HTML page without tags, scripts and styles; entities decoded, blank lines between blocks."""
     parser = _Text()
     parser.feed(page)
     parser.close()
