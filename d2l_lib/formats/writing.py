@@ -1,7 +1,7 @@
-"""Files and folders that are complete under their final name, and that replace nothing of others.
+"""Files and folders that are complete under their final name and replace nothing of others.
 
-What is written gets a temporary name first and is then renamed: a reader never sees half of it. `atomic_folder`
-replaces only folders that it recognises, and `read_whole` reads several files of one version.
+A write goes to a temporary name and is then renamed, so a reader never sees half of it. `atomic_folder` replaces only
+folders that it recognises. `read_whole` reads several files of one version.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from typing import TypeVar
 from d2l_lib.documents import check_texts, some_of
 
 T = TypeVar("T")
-_NEW = "new"  # a file that is being written, in a temporary folder of its own
-_LIBRARYS_OWN = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what safetensors writes before it takes the name that it was given
-_INSIDE = re.compile(r"\..+\.\d+\.[0-9a-f]{14}\.tmp")  # the folder of such a file within a temporary folder
-_written: dict[Path, tuple[int, frozenset[str]]] = {}  # folders of no declared kind that this process wrote
+_NEW = "new"  # an unfinished file, in a temporary folder of its own
+_LIBRARYS_OWN = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # the temporary files of safetensors
+_INSIDE = re.compile(r"\..+\.\d+\.[0-9a-f]{14}\.tmp")  # the folder of an unfinished file in a temporary folder
+_written: dict[Path, tuple[int, frozenset[str]]] = {}  # folders without a kind that this process wrote
 _TRIES = 1000
 
 
 # --------------------------------------------------------------------------------------------------- temporary names
 @cache
 def _place() -> str:
-    """Six hex digits for this host and process namespace, within which a process id means something."""
+    """Six hex digits for this host and process namespace, in which a process id is unique."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -48,17 +48,17 @@ def _place() -> str:
 
 
 def _stem(path: Path) -> str:
-    """The first part of a temporary's name: hidden, and cut so that the whole is no longer than a name may be."""
+    """The first part of a temporary's name: hidden, and cut to keep the whole name within the limit."""
     return "." + os.fsdecode(os.fsencode(path.name)[:200])
 
 
 def _temporary_name(path: Path, ending: str = "tmp") -> Path:
-    """A hidden sibling of `path`: on the same disk, so that the final rename is one step."""
+    """A hidden sibling of `path`, so on the same disk: the final rename is one step."""
     return path.with_name(f"{_stem(path)}.{os.getpid()}.{_place()}{uuid.uuid4().hex[:8]}.{ending}")
 
 
 def _leftovers(path: Path, ending: str, *, dead: bool) -> list[Path]:
-    """Temporaries of writes of `path` by processes of this host, the oldest first; `dead`: only of ended ones."""
+    """Temporaries of `path` by processes of this host, oldest first; dead: only by ended processes."""
     pattern = re.compile(re.escape(_stem(path)) + rf"\.(\d+)\.{_place()}[0-9a-f]{{8}}\.{ending}")
     try:
         matches = [(entry, pattern.fullmatch(entry.name)) for entry in os.scandir(path.parent)]
@@ -79,7 +79,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Delete a temporary of this process that may not exist."""
+    """Delete a temporary of this process, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -97,9 +97,9 @@ _TORCH_WRITER = ("PytorchStreamWriter failed", "unexpected pos", "basic_ios::cle
 
 
 def write_failure(error: BaseException) -> OSError | None:
-    """The operating system's error behind a failed write (a full disk, say), or None where `error` is something else.
+    """The operating system's error behind a failed write (a full disk, say), or None for any other `error`.
 
-    safetensors and torch raise errors of their own in place of OSError; the reason is in their text or their context.
+    safetensors and torch raise errors of their own; the reason is in their text or context.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -117,7 +117,7 @@ def write_failure(error: BaseException) -> OSError | None:
 
 @contextmanager
 def name_failed_writes(path: str | Path) -> Iterator[None]:
-    """Inside the block a failed write (a full disk, say) raises OSError that names `path` and the reason."""
+    """Inside the `with` block a failed write (a full disk, say) raises OSError with `path` and the reason."""
     try:
         yield
     except Exception as error:
@@ -131,27 +131,27 @@ def name_failed_writes(path: str | Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------------- single files
 def _resolved(path: str | Path) -> Path:
-    """Where a write of `path` goes: through symbolic links, so that a link stays one."""
+    """The target of a write to `path`, through symbolic links: a link stays one."""
     return Path(os.path.realpath(path))
 
 
 @contextmanager
 def atomic_file(path: str | Path, replaces: Callable[[Path], bool] | None = None) -> Iterator[Path]:
-    """A temporary path to write; it takes the name `path` when the block ends well and is deleted when it does not.
+    """A temporary path to write; on success it takes the name `path`, after an error it is deleted.
 
-    A symbolic link stays one, and the file that it means is written. A file that was there keeps its permissions.
-    replaces: whether a file that was there may be replaced (None: any may).
-    Temporaries that killed processes of this host left for the same name are deleted.
-    IsADirectoryError for a folder, FileExistsError for a device or pipe and for a file that may not be replaced,
-    PermissionError for a write-protected file;
-    OSError names the file where a write fails, and the old one is as it was.
+    replaces: whether an old file may be replaced (None: any may).
+
+    A write goes through a symbolic link. The old file's permissions stay. Temporaries of killed processes of this host
+    for the same name are deleted. IsADirectoryError for a folder, FileExistsError for a device, a pipe and a file that
+    may not be replaced, PermissionError for a write-protected file. OSError names the file where a write fails; the old
+    file then stays as it was.
     """
     target = _resolved(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     mode = check_replaceable(target, replaces)
     for stale in _leftovers(target, "tmp", dead=True):
         _remove_stale(stale)
-    # a folder around it, for some libraries write to temporary names of their own beside the name that they are given
+    # a folder of its own, as some libraries write temporary files beside the path
     folder = _temporary_name(target)
     temporary = folder / _NEW
     try:
@@ -167,7 +167,7 @@ def atomic_file(path: str | Path, replaces: Callable[[Path], bool] | None = None
 
 
 def _remove_stale(temporary: Path) -> None:
-    """Delete what a killed write of a file left; anything that such a write does not make stays."""
+    """Delete the leftovers of a killed write; all other files stay."""
     if temporary.is_symlink() or not temporary.is_dir():
         temporary.unlink(missing_ok=True)
         return
@@ -179,7 +179,7 @@ def _remove_stale(temporary: Path) -> None:
 
 
 def _flush(file: Path) -> None:
-    """Wait until a file is on the disk, and learn of a full one that says so only then."""
+    """Wait until a file is on the disk; some full disks give their error only here."""
     handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -188,7 +188,7 @@ def _flush(file: Path) -> None:
 
 
 def check_replaceable(path: str | Path, replaces: Callable[[Path], bool] | None = None) -> int | None:
-    """The permissions of the file that `atomic_file` would replace, None where there is none; its errors are raised."""
+    """The permissions of the file that `atomic_file` would replace, or None; raises as it does."""
     target = _resolved(path)
     try:
         mode = os.lstat(target).st_mode
@@ -208,11 +208,11 @@ def check_replaceable(path: str | Path, replaces: Callable[[Path], bool] | None 
 # ------------------------------------------------------------------------------------------------------------ folders
 @dataclass(frozen=True)
 class FolderKind:
-    """A kind of output folder: what it is called, which files belong to it, and how one is recognised.
+    """A kind of output folder: its name in errors, its files, and how to recognise one.
 
     files: names and patterns (`*` stays within a name) relative to the folder.
-    recognise: those of `files` that a folder was written with, as its own settings tell; () for a folder that this
-    project did not write, and so is any error.
+    recognise: the members of `files` that a folder was written with, by its own settings; () or an error for a folder
+        of others.
     """
 
     name: str
@@ -220,7 +220,7 @@ class FolderKind:
     recognise: Callable[[Path], Sequence[str]]
 
 
-# What transformers and tokenizers write as a model or tokenizer folder.
+# The files of a model or tokenizer folder by transformers.
 PRETRAINED_FILES = (
     "config.json generation_config.json model.safetensors model-*-of-*.safetensors model.safetensors.index.json "
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
@@ -230,7 +230,7 @@ PRETRAINED_FILES = (
 
 
 def _entries(folder: Path, prefix: str = "") -> list[tuple[str, os.stat_result]]:
-    """(relative name, its lstat) of every file and link below a folder, and of empty folders (with a "/" behind)."""
+    """(relative name, lstat) of every file and link below a folder, and of empty folders ("name/")."""
     entries = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name, facts = prefix + entry.name, entry.stat(follow_symlinks=False)
@@ -246,7 +246,7 @@ def _is_kept(name: str, keep: Sequence[str]) -> bool:
 
 
 def _is_own(name: str, facts: os.stat_result, patterns: Iterable[str]) -> bool:
-    """Whether an entry (see `_entries`) is an ordinary file with a name that fits one of the patterns."""
+    """Whether an entry of `_entries` is an ordinary file whose name fits one of the patterns."""
     parts = name.split("/")
     split = (pattern.split("/") for pattern in patterns)
     fits = any(len(parts) == len(own) and all(map(fnmatchcase, parts, own)) for own in split)
@@ -254,14 +254,14 @@ def _is_own(name: str, facts: os.stat_result, patterns: Iterable[str]) -> bool:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Delete the empty folders in a folder, and itself if nothing is left."""
+    """Delete the empty folders in a folder, and the folder itself if it is empty."""
     for inner, _, _ in os.walk(folder, topdown=False):
         with suppress(OSError):
             os.rmdir(inner)
 
 
 def _inspect(folder: Path, kind: FolderKind | None, keep: Sequence[str]) -> tuple[list[str], Sequence[str]]:
-    """(names in a folder that no earlier output of this kind put there, the patterns of those that one did)."""
+    """(names of a folder's other files, patterns of the files by an earlier output of this kind)."""
     entries = _entries(folder)
     patterns: Sequence[str] = ()
     if kind is None:
@@ -275,7 +275,7 @@ def _inspect(folder: Path, kind: FolderKind | None, keep: Sequence[str]) -> tupl
 
 
 def check_folder(path: str | Path, kind: FolderKind | None = None, keep: Sequence[str] = ()) -> Path:
-    """Where `atomic_folder` would write, after checking that it may; the arguments and errors are the same."""
+    """The folder that `atomic_folder` would write, after its checks; arguments and errors are the same."""
     check_texts(keep, "names to keep")
     target = _resolved(path)
     here = Path(os.path.realpath(os.getcwd()))
@@ -302,7 +302,7 @@ def check_folder(path: str | Path, kind: FolderKind | None = None, keep: Sequenc
 
 
 def _is_protected(path: Path) -> bool:
-    """Whether a file or folder may not be written; one that another writer exchanges at this moment may be absent."""
+    """Whether a file or folder is write-protected; several tries, as another writer may replace it just now."""
     return all(not os.access(path, os.W_OK) and os.path.exists(path) for _ in range(20))
 
 
@@ -316,23 +316,21 @@ def _refusal(path: str | Path, kind: FolderKind | None, others: Sequence[str]) -
 
 @contextmanager
 def atomic_folder(path: str | Path, kind: FolderKind | None = None, keep: Sequence[str] = ()) -> Iterator[Path]:
-    """A temporary folder to fill; it takes the name `path` when the block ends well and is deleted when it does not.
+    """A temporary folder to fill; on success it takes the name `path`, after an error it is deleted.
 
-    path: a new folder, an empty one, or an earlier output of the same kind, which is replaced. A symbolic link stays
-    one, and the folder that it means is written.
-    kind: how an earlier output is recognised. Without it only a folder that this process wrote is one.
-    keep: names of files and folders in the old version, whoever wrote them, that the new one has too (hard links, or
-    copies where there are none).
+    path: a new folder, an empty one, or an earlier output of the same kind, which is replaced. A write goes through a
+        symbolic link.
+    kind: recognises an earlier output; None: only a folder that this process wrote is one.
+    keep: names of files and folders that stay from the old version, whoever wrote them (hard links, else copies).
 
-    The old and the new version change places in one step (Linux, macOS), so that at every moment one of them is there,
-    whenever the process is killed and however many write. Where the system or the disk cannot do that, the old version
-    is moved aside first; a process killed between these two steps leaves it under a hidden name, from which
-    `read_whole` and the next write bring it back. What a killed process left is deleted by the next write to the same
-    name, as far as this host's processes wrote it. Only files that belong to the kind are ever deleted.
+    The versions change places in one step (Linux, macOS). So one of them is always there, whatever process is killed
+    and however many write. Other systems and disks first move the old version aside under a hidden name; if the process
+    is killed then, `read_whole` and the next write bring it back. The next write to the same name deletes what killed
+    processes of this host left. Only files of the kind are ever deleted.
 
-    FileExistsError, before anything is written, names the files that do not belong to the kind; also for the working
-    directory, folders above it, the home and where a disk is mounted. NotADirectoryError for a file, PermissionError
-    for a write-protected folder; OSError names the folder where a write fails, and the old version is as it was.
+    FileExistsError, before the first write, names files that do not belong to the kind. It also refuses the working
+    directory, folders above it, the home and a mount point. NotADirectoryError for a file, PermissionError for a
+    write-protected folder. OSError names the folder where a write fails; the old version then stays as it was.
     """
     target = check_folder(path, kind, keep)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -347,12 +345,12 @@ def atomic_folder(path: str | Path, kind: FolderKind | None = None, keep: Sequen
             yield temporary
             _put_in_place(temporary, target, path, kind, keep)
     finally:
-        if inode is not None and temporary.is_dir() and temporary.stat().st_ino == inode:  # not yet the old version
+        if inode is not None and temporary.is_dir() and temporary.stat().st_ino == inode:  # not the old version
             shutil.rmtree(temporary)
 
 
 def _carry(folder: Path, temporary: Path, keep: Sequence[str]) -> None:
-    """Give a new version the parts of the old one that stay."""
+    """Link or copy the kept parts of the old version into the new one."""
     for name in keep:
         _remove(temporary / name)
         _link(folder / name, temporary / name)
@@ -376,7 +374,7 @@ def _link(source: Path, copy: Path) -> None:
 def _put_in_place(
     temporary: Path, target: Path, path: str | Path, kind: FolderKind | None, keep: Sequence[str]
 ) -> None:
-    """Give a complete folder its name, against others that do the same."""
+    """Give a complete folder its name, also while other processes do the same."""
     entries = _entries(temporary)
     new = (temporary.stat().st_ino, frozenset(name for name, _ in entries))
     for name, facts in entries:
@@ -398,7 +396,7 @@ def _put_in_place(
 
 
 def _place_once(temporary: Path, target: Path, path: str | Path, kind: FolderKind | None, keep: Sequence[str]) -> None:
-    """One attempt; FileNotFoundError and "not empty" where another process was quicker."""
+    """One attempt; FileNotFoundError or ENOTEMPTY where another process was faster."""
     if not target.exists():
         os.rename(temporary, target)
         return
@@ -418,14 +416,14 @@ def _place_once(temporary: Path, target: Path, path: str | Path, kind: FolderKin
         except OSError:
             try:
                 os.rename(old, target)
-            except OSError:  # another process was quicker: its version is the newer one
+            except OSError:  # another process was faster: its version is newer
                 _discard(old, target, patterns, keep)
             raise
     _discard(old, target, patterns, keep)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step; False where this system or disk cannot."""
+    """Swap two folders in one step; False where this system or disk cannot."""
     library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     names = (os.fsencode(one), os.fsencode(other))
     if hasattr(library, "renameat2"):  # Linux
@@ -444,7 +442,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _discard(old: Path, target: Path, patterns: Sequence[str], keep: Sequence[str]) -> None:
-    """Delete a replaced version, file by file. What does not belong to it goes back to where it was."""
+    """Delete a replaced version, file by file; files of others go back to their place."""
     left = []
     for name, facts in _entries(old):
         file = old / name
@@ -465,7 +463,7 @@ def _discard(old: Path, target: Path, patterns: Sequence[str], keep: Sequence[st
 
 
 def _move_back(file: Path, place: Path) -> bool:
-    """Move a file that came in from elsewhere back to its name, unless something has this name now."""
+    """Move a file of others back to its name, unless the name is taken; whether it moved."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if file.is_dir():
         place.mkdir(exist_ok=True)
@@ -480,7 +478,7 @@ def _move_back(file: Path, place: Path) -> bool:
 
 
 def _sweep(target: Path, kind: FolderKind | None, keep: Sequence[str]) -> None:
-    """Delete what killed processes of this host left of writes of this folder, as far as it belongs to the kind."""
+    """Delete what killed processes of this host left of this folder, as far as it belongs to the kind."""
     if kind is None:
         return
     stale = _leftovers(target, "tmp", dead=True) + (_leftovers(target, "old", dead=True) if target.exists() else [])
@@ -497,7 +495,7 @@ def _sweep(target: Path, kind: FolderKind | None, keep: Sequence[str]) -> None:
 
 
 def _recover(target: Path) -> bool:
-    """Bring back a version that a killed process had moved aside and not yet replaced; whether there was one."""
+    """Bring back a version that a killed process moved aside; whether there was one."""
     if os.path.lexists(target):
         return False
     for aside in reversed(_leftovers(target, "old", dead=True)):
@@ -508,14 +506,14 @@ def _recover(target: Path) -> bool:
 
 
 def read_whole(folder: str | Path, read: Callable[[Path], T]) -> T:
-    """`read(folder)`, of one version of a folder that others may replace meanwhile; its errors are raised.
+    """`read(folder)`, all from one version of a folder that others may replace meanwhile; its errors are raised.
 
-    It is called again where the folder was replaced while it read. OSError where that never ends.
+    Where the folder was replaced while it read, it is called again; OSError where that never ends.
     """
     folder = Path(folder)
     for _ in range(_TRIES):
         try:
-            pin = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))  # while open, its number is not reused
+            pin = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))  # while open, its inode is not reused
         except FileNotFoundError:
             target = _resolved(folder)
             if _recover(target):
@@ -549,7 +547,7 @@ def _is_version(folder: Path, version: os.stat_result) -> bool:
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
-    """Write bytes, or text as UTF-8. On any error (a full disk, say) the file of that name is what it was before."""
+    """Write bytes, or text as UTF-8; on any error (a full disk, say) the old file stays as it was."""
     if isinstance(content, str):
         content = content.encode("utf-8")
     with atomic_file(path) as temporary:
@@ -558,9 +556,9 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
 
 
 def remove_output(folder: Path, kind: FolderKind) -> list[str]:
-    """Delete those files of a folder that belong to the kind, the first of `kind.files` first, and then the folder.
+    """Delete a folder's files of the kind, in the order of `kind.files`, then the folder unless it holds others.
 
-    Names of other files, for which the folder stays, are returned.
+    The names of the other files are returned.
     """
     for pattern in kind.files:
         for name, facts in _entries(folder) if folder.is_dir() else []:
