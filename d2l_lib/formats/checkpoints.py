@@ -1,8 +1,8 @@
 """Hypernetworks on disk: this project's folder format, the published `pytorch_model.bin`, and the way between them.
 
-A folder holds `hypernetwork.safetensors` (tensors under their published names) and `config.json`: nothing in it is
-code. The published file is a pickle; `pickles` reads and writes it without running anything in it. Both ways keep
-every tensor bit for bit:
+A folder holds `hypernetwork.safetensors` (tensors under their published names) and `config.json`, and no code. The
+published file is a pickle; `pickles` reads and writes it without running its code. Both ways keep every bit of every
+tensor:
 
     d2l convert pytorch_model.bin folder
     d2l convert folder pytorch_model.bin
@@ -49,9 +49,9 @@ PARTS = ("base_model", "encoder_model")  # models that may lie in the folder too
 
 
 def _written_files(folder: Path) -> list[str]:
-    """The files that a folder of this format was written with; () where it is none.
+    """The files that a folder of this format was written with; [] for other folders.
 
-    A base model or context encoder was written into it where its settings name none; any other was put there.
+    A base model or context encoder belongs to them if the settings name none; else somebody put it there.
     """
     settings = read_json(folder / SETTINGS)
     if settings["format"] != FORMAT:
@@ -68,10 +68,10 @@ MODEL_FOLDER = FolderKind(
 
 
 def part_in(folder: str | Path, name: str, source: str | None) -> dict[str, Any] | None:
-    """{"meta": what the settings of a model folder are to say} where the model `source` is its own `name`/, else None.
+    """{"meta": the new settings' entry for `name`} where the model `source` is the folder's own `name`/, else None.
 
-    folder: as `save_checkpoint` takes it; name: one of PARTS. The settings go on naming what they named, so that a
-    model that somebody else put there is never taken for one that this project wrote.
+    folder: of `save_checkpoint`; name: one of PARTS.
+    The entry stays as it was, so a model that somebody put there is never taken for a file of this project.
     """
     place = Path(folder) / name
     if source is None or not place.is_dir() or os.path.realpath(source) != os.path.realpath(place):
@@ -88,12 +88,11 @@ def save_checkpoint(
     meta: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write the hypernetwork and `meta` (plain JSON values) as a folder; it appears complete or not at all.
+    """Write the hypernetwork and its meta as a folder, completely or not at all.
 
     folder: a new or empty one, or an earlier one of this format; FileExistsError for others (see `atomic_folder`).
-
-    `dtype`: round to this precision on disk (loading makes float32 of it again); ValueError where a value does not
-    fit into it.
+    meta: plain JSON values.
+    dtype: the precision on disk (loading gives float32 again); ValueError where a value does not fit into it.
     """
     tensors = _tensors_of(hypernetwork, dtype)
     with atomic_folder(folder, MODEL_FOLDER) as unfinished:
@@ -102,7 +101,7 @@ def save_checkpoint(
 
 
 def write_checkpoint(folder: Path, hypernetwork: Hypernetwork, meta: dict[str, Any]) -> None:
-    """Write the files of `save_checkpoint` into an unfinished folder (see `atomic_folder`)."""
+    """Write the files of `save_checkpoint` into an unfinished folder of `atomic_folder`."""
     _write_files(folder, hypernetwork.config, _tensors_of(hypernetwork, None), meta)
 
 
@@ -126,7 +125,7 @@ def _write_files(
 def load_checkpoint(folder: str | Path) -> tuple[Hypernetwork, dict[str, Any]]:
     """(hypernetwork in eval mode on the CPU, meta) of a folder that `save_checkpoint` wrote.
 
-    FileNotFoundError names the missing file; CheckpointError says what is wrong with a damaged one.
+    FileNotFoundError names the missing file; CheckpointError says what is damaged.
     """
     config, tensors, meta = read_whole(folder, _read_folder)
     return build_hypernetwork(config, tensors), meta
@@ -152,7 +151,7 @@ def _read_folder(folder: Path) -> tuple[HypernetworkConfig, dict[str, Tensor], d
 
 
 def config_of_settings(settings: Any, file: str | Path) -> HypernetworkConfig:
-    """The config that `to_dict` wrote, read from `file`; CheckpointError names the setting that is wrong."""
+    """The config of the settings that `to_dict` wrote; CheckpointError names `file` and the wrong setting."""
     check(HypernetworkSettings, settings, file, "copy the file again", CheckpointError)
     try:
         return HypernetworkConfig.from_dict(settings)
@@ -161,15 +160,15 @@ def config_of_settings(settings: Any, file: str | Path) -> HypernetworkConfig:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, finite floating numbers; CheckpointError for a damaged one."""
+    """The tensors of a safetensors file; CheckpointError for damage and for what are no finite floating numbers."""
     return read_tensors(path, CheckpointError)[0]
 
 
 def build_hypernetwork(config: HypernetworkConfig, state: dict[str, Tensor]) -> Hypernetwork:
     """A float32 hypernetwork of this config with the tensors of `state`, in eval mode.
 
-    Each shared layer may appear once or under all of its names. CheckpointError lists names and shapes that do not
-    belong together; nothing of the size that the config names is allocated before.
+    A shared layer may appear once or under all of its names.
+    CheckpointError names tensors and shapes that do not fit, before memory of the config's size is allocated.
     """
     hypernetwork = _skeleton(config)
     tensors = _once(hypernetwork, state)
@@ -179,7 +178,7 @@ def build_hypernetwork(config: HypernetworkConfig, state: dict[str, Tensor]) -> 
 
 
 def _skeleton(config: HypernetworkConfig) -> Hypernetwork:
-    """A hypernetwork that has names and shapes and no memory; CheckpointError for sizes that none has."""
+    """A hypernetwork of names and shapes without memory; CheckpointError for impossible sizes."""
     n_layers = config.n_blocks * (1 + config.n_self_attention_per_block) + config.n_pre_head_layers
     try:
         if n_layers > MOST_LAYERS:
@@ -198,8 +197,7 @@ def _few(names: list[str]) -> list[str]:
 def _once(skeleton: Hypernetwork, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `state` with each shared layer once, under its first name.
 
-    CheckpointError for names and shapes that do not belong to the skeleton, and for names of one layer that hold
-    different values.
+    CheckpointError for names and shapes that do not fit the skeleton, and for different values of one shared layer.
     """
     own = skeleton.state_dict(keep_vars=True)
     first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
@@ -221,11 +219,11 @@ def _once(skeleton: Hypernetwork, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def read_published(path: str | Path) -> tuple[HypernetworkConfig, dict[str, Tensor], str]:
-    """(config, tensors, base model name) of a checkpoint that the authors' code saved.
+    """(config, tensors, base model name) of a checkpoint by the authors' code, read without running its code.
 
-    path: `pytorch_model.bin` or the folder that holds it. Nothing in the file is executed: a pickle that asks for any
-    name outside the known ones is refused, naming it. CheckpointError for that, for a damaged file and for settings
-    that this architecture does not have.
+    path: `pytorch_model.bin` or its folder.
+    FileNotFoundError for no file. CheckpointError for a pickle that asks for an unknown name (the message has it), a
+    damaged file and settings outside this architecture.
     """
     path = Path(path)
     path = path / PUBLISHED if path.is_dir() else path
@@ -238,11 +236,11 @@ def read_published(path: str | Path) -> tuple[HypernetworkConfig, dict[str, Tens
 
 
 def parse_published(content: dict[str, Any]) -> tuple[HypernetworkConfig, dict[str, Tensor], str]:
-    """(config, tensors, base model name) of what a published checkpoint holds; `content` is left as it is."""
+    """(config, tensors, base model name) of a published checkpoint's content, which stays unchanged."""
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
         if isinstance(value, Tensor):
-            name = key.replace("_orig_mod.", "")  # compiled models have it in their names
+            name = key.replace("_orig_mod.", "")  # of compiled models
             if len(name) > LONGEST_NAME or not name.isprintable():
                 raise CheckpointError("a tensor has a name that none in a hypernetwork has")
             if name in tensors:
@@ -254,13 +252,13 @@ def parse_published(content: dict[str, Any]) -> tuple[HypernetworkConfig, dict[s
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"its configuration lacks or misstates a setting ({error})") from error
-    if not config.use_bias:  # the published code makes these all the same, and never reads them
+    if not config.use_bias:  # the published code makes these too and never reads them
         tensors = {name: value for name, value in tensors.items() if not name.startswith(("bias_A.", "bias_B."))}
     return config, tensors, config.base_model
 
 
 def _config_of(content: dict[str, Any]) -> HypernetworkConfig:
-    """Our config from the published records; fields that older files lack get the value they had then."""
+    """The config of the published records; a field that older files lack gets its value of that time."""
 
     fields = ("base_model_name_or_path", "hypernet_config", "ctx_encoder_args")
     values = types.SimpleNamespace(**{name: content[name] for name in fields if name in content})
@@ -304,10 +302,10 @@ def _config_of(content: dict[str, Any]) -> HypernetworkConfig:
     )
 
 
-# What LoraConfig held in peft 0.17 beside the settings that a hypernetwork has: its defaults, and no effect here.
+# The other fields of LoraConfig in peft 0.17: its defaults, without effect here.
 _LORA_REST: dict[str, Any] = {
     "exclude_modules": None,
-    "lora_alpha": None,  # replaced: the place in the order counts
+    "lora_alpha": None,  # replaced; this keeps its place in the order
     "lora_dropout": 0.0,
     "fan_in_fan_out": False,
     "bias": "none",
@@ -332,11 +330,12 @@ _LORA_REST: dict[str, Any] = {
 
 
 def export(hypernetwork: Hypernetwork, path: str | Path, base_model: str | None = None) -> Path:
-    """Write a checkpoint that the authors' code opens: their class names, tensors under every name that it expects.
+    """Write a checkpoint that the authors' code opens, with their class names and every tensor name that it expects.
 
-    base_model: the name or path that the file is to store and their code loads (None: the config's). ValueError where
-    there is none and for a hypernetwork that their code cannot build. Settings without effect get their defaults;
-    without a bias block their code wants bias tensors all the same, which are zeros.
+    base_model: the name or path that their code loads (None: the config's).
+
+    Settings without effect get their defaults. Without a bias block the bias tensors that their code expects are zeros.
+    ValueError without a base model, and for a hypernetwork that their code cannot build.
     """
     tensors = {name: value.detach().cpu() for name, value in hypernetwork.named_parameters()}
     return _write_published(path, hypernetwork.config, tensors, base_model)
@@ -355,9 +354,9 @@ def _write_published(
     content: OrderedDict[str, Any] = OrderedDict()
     for name, parameter in skeleton.state_dict(keep_vars=True).items():
         tensor = tensors[first[id(parameter)]]
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:  # a part of a larger one would bring that along
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:  # a view would bring its whole storage along
             tensor = tensors[first[id(parameter)]] = tensor.clone()
-        content[name] = tensor.detach()  # another tensor of the same memory, as in a shared layer's state_dict
+        content[name] = tensor.detach()  # shares memory, as in a shared layer's state_dict
     if not config.use_bias:
         for letter, sizes in (("A", config.d_in), ("B", config.d_out)):
             for module, size in sizes.items():
@@ -369,7 +368,7 @@ def _write_published(
 
 
 def _hypernet_record(config: HypernetworkConfig, base_model: str) -> Record:
-    """The published HypernetConfig of our config."""
+    """The published HypernetConfig of a config."""
     aggregator = pickles.stand_in("ctx_to_lora.modeling.aggregator.AggregatorConfig")(
         aggregator_type="perceiver",
         num_layers=config.n_layers,
@@ -423,7 +422,7 @@ def _hypernet_record(config: HypernetworkConfig, base_model: str) -> Record:
 
 
 def _base_hidden_size(config: HypernetworkConfig) -> int:
-    """Size of the base model's hidden states, as its target modules tell it."""
+    """Size of the base model's hidden states, from its target modules, else the encoder's feature size."""
     for module in config.modules:
         if module in ("down_proj", "o_proj"):
             return config.d_out[module]
@@ -433,7 +432,7 @@ def _base_hidden_size(config: HypernetworkConfig) -> int:
 
 
 def _encoder_record(config: HypernetworkConfig) -> Record:
-    """The published CtxEncoderArguments of our config; without a number of layers theirs stores a quarter of them."""
+    """The published CtxEncoderArguments of a config; without an encoder layer it stores a quarter of the layers."""
     if config.encoder_layer is None and config.encoder_type == "early_exit" and config.encoder_model:
         raise ValueError(f"the published format stores how many layers of {config.encoder_model} are read: set them")
     stored = None if config.layer_to_layer else config.encoder_layer
@@ -450,12 +449,14 @@ def _encoder_record(config: HypernetworkConfig) -> Record:
 
 
 def convert(source: str | Path, target: str | Path, base_model: str | None = None) -> Path:
-    """Turn a published file into a folder of this project's format, or such a folder into a published file.
+    """Convert a published file to a folder of this project's format, or such a folder to a published file.
 
-    source: `pytorch_model.bin`, a folder that holds it, or a folder of this project. target: a new folder, or for the
-    way back a file (or a folder to put `pytorch_model.bin` into). An earlier output is replaced; FileExistsError for
-    any other file and for a folder with other files, the source's own among them. Tensors keep their bits and
-    precision. base_model: stored instead of the name that the source has. What was written is returned.
+    source: `pytorch_model.bin`, a folder with it, or a folder of this project's format.
+    target: a folder, or for the way back a file (or a folder for `pytorch_model.bin`). An earlier output is replaced.
+    base_model: stored in place of the source's name.
+
+    Returns the path of the output. Tensors keep their bits and precision. FileExistsError for any other file and for a
+    folder with other files, also the source's.
     """
     source, target = Path(source), Path(target)
     if (source / WEIGHTS).is_file():

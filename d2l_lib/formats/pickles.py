@@ -1,13 +1,13 @@
-"""The published `pytorch_model.bin`, opened without running anything in it and written without the authors' package.
+"""The published `pytorch_model.bin`, read without running its code and written without the authors' package.
 
-Such a file is a zip of raw tensor values and one pickle, `data.pkl`. A pickle is a program for a stack machine, and
-Python's own machine imports and calls whatever the program names. The machine here knows the instructions that PyTorch
-writes, the names in KNOWN and nothing else: it imports nothing, calls nothing that the file names, and reads no
-more bytes than the file has.
+Such a file is a zip of raw tensor values and one pickle, `data.pkl`. A pickle is a program for a stack machine.
+Python's own machine imports and calls whatever the program names. The machine here knows only the instructions that
+PyTorch writes and the names in KNOWN. It imports nothing, calls nothing that the file names, and reads no more bytes
+than the file has.
 
-`torch.load(weights_only=True)` promises less. It accepts a long list of names of its own, and whatever other code has
-registered under a known one. A set of nested tuples keeps it busy for ever, and a compressed record fills the memory.
-A stride of 0 makes a tensor of 2**62 values. Checksums are not compared.
+`torch.load(weights_only=True)` promises less. It accepts a long list of names, and whatever other code has registered
+under one of them. A set of nested tuples keeps it busy for ever, and a compressed record fills the memory. A stride of
+0 makes a tensor of 2**62 values. It does not compare checksums.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from torch import Tensor
 
 from d2l_lib.formats.writing import atomic_file, check_replaceable
 
-COMMENT = b"doc-to-lora export"  # at the end of the zip files that `write` makes; torch.load passes it over
-LONGEST_PICKLE = 2 << 20  # bytes; the published ones have some tens of thousands
+COMMENT = b"doc-to-lora export"  # at the end of the zip files by `write`; torch.load ignores it
+LONGEST_PICKLE = 2 << 20  # bytes; published ones have some tens of thousands
 _REQUIRED = ("base_model_name_or_path", "hypernet_config")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, with what is wrong with it and what to do."""
+    """A checkpoint cannot be read; the message says what is wrong and what to do."""
 
 
 # --- the names that a checkpoint may use ----------------------------------------------------------------------------
@@ -63,7 +63,7 @@ class Name(str):
         return type(self), (str(self),)
 
 
-# Older files name the configuration classes in the module that came before the package was split.
+# Older files name the configuration classes in ctx_to_lora.modeling_utils.
 _RECORDS = (
     "ctx_to_lora.configs.CtxEncoderArguments",
     "ctx_to_lora.modeling.hypernet.HypernetConfig",
@@ -94,7 +94,7 @@ KNOWN = frozenset([*_STAND_INS, *_DTYPES, _TENSOR, _DICT, _SET])
 
 
 def stand_in(name: str) -> type:
-    """The class that stands in for a published configuration class, by its full name."""
+    """The stand-in for a published configuration class, by its full name."""
     return _STAND_INS[name]
 
 
@@ -107,7 +107,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Values in the zip: the number of their record, their type and how many there are."""
+    """Values in the zip: the number of their record, their type and their count."""
 
     key: str
     dtype: torch.dtype
@@ -116,7 +116,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor that has not been read yet: where in a storage it lies."""
+    """The place of an unread tensor in a storage."""
 
     storage: _Storage
     offset: int
@@ -128,10 +128,11 @@ class _Place:
 
 
 def read(source: str | Path | BinaryIO) -> OrderedDict[str, Any]:
-    """What a published checkpoint holds: tensors on the CPU by name, and its records as attribute holders.
+    """The content of a published checkpoint: tensors on the CPU by name, and records with attributes.
 
-    source: a path or an open binary file. CheckpointError, before any tensor is read, for a pickle that asks for a name
-    outside KNOWN (the message says which), for other formats and other models' files; and for damaged ones.
+    source: a path or an open binary file.
+    CheckpointError, before any tensor is read, for other formats, other models' files and a pickle that asks for a name
+    outside KNOWN (the message has the name); also for damaged files.
     """
     if isinstance(source, (str, Path)):
         with open(source, "rb") as file:
@@ -177,14 +178,15 @@ def _read(file: BinaryIO, name: str) -> OrderedDict[str, Any]:
 
 
 def _shown(text: str) -> str:
-    """One short line of plain characters: what a file says about itself is not printed as it is."""
+    """A file's text as one short line of plain characters, safe to print."""
     plain = ascii((text.splitlines() or [""])[0])[1:-1]
     return plain if len(plain) <= 120 else plain[:120] + "..."
 
 
 class _Archive:
-    """The zip around the pickle. Every record is stored, lies inside the file and inside one folder, and none is read
-    before that is checked; nothing is ever unpacked to disk.
+    """The zip around the pickle; nothing is ever unpacked to disk.
+
+    Before any record is read: every one is uncompressed and lies inside the file and inside one folder.
     """
 
     _RECORD = re.compile(r"data\.pkl|byteorder|version|data/\d+|\.\w+|\.data/\w+")
@@ -199,7 +201,7 @@ class _Archive:
             self.zip = zipfile.ZipFile(file)
             comment = self.zip.comment
             file.seek(-2 - len(comment), io.SEEK_END)
-            if int.from_bytes(file.read(2), "little") != len(comment):  # zipfile reads a comment that is cut off
+            if int.from_bytes(file.read(2), "little") != len(comment):  # zipfile accepts a comment that is cut off
                 raise zipfile.BadZipFile("the comment is shorter than it says")
         except zipfile.BadZipFile as error:
             raise CheckpointError(f"{name} is cut off or damaged (its end is missing): copy it again") from error
@@ -229,7 +231,7 @@ class _Archive:
         self.zip.close()
 
     def record(self, name: str, longest: int | None = None) -> bytearray:
-        """The bytes of a record, its checksum verified."""
+        """The bytes of a record, with its checksum compared."""
         entry = self.records[name]
         if longest is not None and entry.file_size > longest:
             raise ValueError(f"{name} has {entry.file_size} bytes, at most {longest} are expected")
@@ -246,7 +248,7 @@ class _Archive:
         return content
 
     def tensor(self, place: _Place, storages: dict[_Storage, Tensor]) -> Tensor:
-        """The tensor at `place`; tensors that share a storage share their memory."""
+        """The tensor at `place`; tensors of one storage share memory."""
         storage = place.storage
         if storage not in storages:
             expected, actual = storage.count * storage.dtype.itemsize, self.records[f"data/{storage.key}"].file_size
@@ -257,7 +259,7 @@ class _Archive:
 
 
 def _refuse_other_format(file: BinaryIO, name: str) -> None:
-    """CheckpointError for what is no zip, with the first unknown name that its pickles ask for."""
+    """CheckpointError for a file that is no zip, with the first unknown name in its pickles."""
     file.seek(0)
     start = file.read(LONGEST_PICKLE)
     if not start:
@@ -270,13 +272,13 @@ def _refuse_other_format(file: BinaryIO, name: str) -> None:
             with tarfile.open(fileobj=io.BytesIO(start), mode="r:") as archive:
                 programs = [start[member.offset_data :] for _, member in zip(range(16), archive, strict=False)]
         except (tarfile.TarError, ArithmeticError, LookupError, OSError, ValueError):
-            pass  # a damaged tar is refused all the same
+            pass  # a damaged tar is refused below
     elif start[:1] == b"\x80":
         kind = "a pickle without PyTorch's zip around it"
     for program in programs:
         stream = io.BytesIO(program)
         try:
-            while True:  # the older formats are several pickles in a row
+            while True:  # older formats are several pickles in a row
                 for full_name in _names(stream):
                     if full_name not in KNOWN:
                         raise _refusal(name, full_name)
@@ -295,7 +297,7 @@ def _refusal(name: str, full_name: str) -> CheckpointError:
 
 
 def _names(stream: BinaryIO) -> Iterator[str]:
-    """Every "module.name" that one pickle asks for, in order, whichever instruction asks."""
+    """Every "module.name" that one pickle asks for, by any instruction, in order."""
     strings: list[str] = ["?", "?"]
     memo: dict[int, str] = {}
     last: object = None
@@ -325,7 +327,7 @@ def _dotted(argument: str) -> str:
 
 
 def _check_program(program: bytes, name: str) -> None:
-    """CheckpointError for a name or an instruction that is not known, before any instruction is carried out."""
+    """CheckpointError for an unknown name or instruction, before any instruction runs."""
     for full_name in _names(io.BytesIO(program)):
         if full_name not in KNOWN:
             raise _refusal(name, full_name)
@@ -345,7 +347,7 @@ _INSTRUCTIONS = frozenset([*_CONSTANTS, *_ARGUMENTS, *_TUPLES, *_OTHERS])
 
 
 def _run(program: bytes) -> Any:
-    """The value that a checked program builds. Keys are texts, so nothing is hashed or compared that could be deep."""
+    """The value that a checked program builds; keys are texts, so hashing stays cheap."""
     stack: list[Any] = []
     outer: list[list[Any]] = []
     memo: dict[int, Any] = {}
@@ -416,7 +418,7 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def _call(name: str, arguments: tuple) -> Any:
-    """The value of one of the five things that a checkpoint calls."""
+    """The value of one of the calls in a checkpoint."""
     if name == _DICT and not arguments:
         return OrderedDict()
     if name == _SET and len(arguments) == 1:
@@ -429,7 +431,7 @@ def _call(name: str, arguments: tuple) -> Any:
 
 
 def _build(target: Any, state: dict[str, Any]) -> None:
-    """Set the attributes of a record. The dictionary of tensors brings module versions along, which are not needed."""
+    """Set the attributes of a record; the versions of modules in the dictionary of tensors are ignored."""
     if isinstance(target, Record):
         vars(target).update(state)
     elif not isinstance(target, OrderedDict) or set(state) != {"_metadata"}:
@@ -451,7 +453,7 @@ def _whole(value: Any) -> int:
 
 
 def _place(storage: Any, offset: Any, size: Any, stride: Any) -> _Place:
-    """Where a tensor lies; ValueError where that is outside its storage, or larger than it."""
+    """The place of a tensor; ValueError where it is outside its storage, or larger."""
     storage = _expect(storage, _Storage)
     size, stride = (tuple(_whole(value) for value in _expect(each, tuple)) for each in (size, stride))
     last = _whole(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -464,7 +466,7 @@ def _place(storage: Any, offset: Any, size: Any, stride: Any) -> _Place:
 
 
 class _Pickler(pickle._Pickler):
-    """Writes stand-ins under the names that they stand for; Python's C pickler insists on importing those."""
+    """Writes stand-ins under their published names, which Python's C pickler would import."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         if isinstance(obj, type) and issubclass(obj, (Record, Name)) and obj.published:
@@ -484,15 +486,12 @@ def _is_ours(path: Path) -> bool:
 
 
 def check_file(path: str | Path) -> None:
-    """FileExistsError where there is a file that `write` did not make; such a file is never replaced."""
+    """FileExistsError for a file that `write` did not make: it is never replaced."""
     check_replaceable(path, _is_ours)
 
 
 def write(path: str | Path, content: OrderedDict[str, Any]) -> Path:
-    """Write tensors and records as `torch.save` writes them where the published classes can be imported.
-
-    FileExistsError where there is a file that this function did not write.
-    """
+    """Write tensors and records as `torch.save` does with the published classes; FileExistsError as in `check_file`."""
     module = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)
     with atomic_file(path, replaces=_is_ours) as temporary:
         with open(temporary, "wb") as file:
