@@ -2,8 +2,8 @@
 
     question -> relevance of each block -> the base model alone where no block is relevant enough
 
-It costs one short forward pass per block and question (see `routing`), and is measured against what it spoils:
-questions that a document answers.
+It costs one short forward pass per block and question (see `routing`). The study measures what it spoils: answers to
+questions about the document.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import disjoint_documents, one_hop_question
 
 RULES = ("one threshold", "by what the base model knows")
-SORTS = ("the document", "the encyclopedia", "nothing", "a contradiction")  # what questions are about
+SORTS = ("the document", "the encyclopedia", "nothing", "a contradiction")  # topics of questions
 _THRESHOLDS = tuple(step / 2 for step in range(-8, 33))  # nats
-_Sample = tuple[str, world.Question, Adapter]  # what the question is about: one of SORTS
+_Sample = tuple[str, world.Question, Adapter]  # (one of SORTS, question, adapter)
 
 
 # ---------------------------------------------------------------------------------------------------------- samples
 def gate_samples(
     model: DocToLoRA, n: int, seed: int, split: str, facts: tuple[int, int] = (8, 40), per_document: int = 4
 ) -> pd.DataFrame:
-    """`n` questions of each of SORTS, with a document of `facts` (fewest, most) facts inside: one row per question and
-    condition.
+    """`n` questions of each of SORTS on documents of `facts` (fewest, most) facts, a row per question and condition.
 
     Columns: about (one of SORTS), condition ("all blocks" or "routed"), question, answer, n_blocks, relevance and
-    divergence (nats, of the block where it is highest), knows (the base model does not say that it does not know),
-    base_correct (the base model alone), correct (the adapter, no gate). Whatever the threshold, the gate's answer is
-    one of these two.
+    divergence (nats, each of the block where it is highest), knows (the base model does not say that it does not know),
+    base_correct (the base model alone), correct (the adapter, no gate). For any threshold, the gate's answer is one of
+    these two.
     """
     rng = random.Random(f"gate/{split}/{seed}")
     samples: list[_Sample] = []
@@ -62,10 +61,10 @@ def gate_samples(
 def many_documents_samples(
     model: DocToLoRA, n: int, seed: int, split: str, count: int = 64, per_adapter: int = 16
 ) -> pd.DataFrame:
-    """The same of the first two SORTS with `count` documents of five facts, which share no names, in one adapter.
+    """As `gate_samples`, for the first two SORTS, with `count` documents of five facts in one adapter.
 
-    One more column: single_document (whether the adapter of the question's own document, all blocks of it, answers
-    right).
+    The documents share no names. One more column: single_document (whether all blocks of the question's own document
+    alone answer right).
     """
     rng = random.Random(f"gate, many documents/{split}/{seed}")
     samples: list[_Sample] = []
@@ -84,7 +83,7 @@ def many_documents_samples(
 
 
 def _of_sorts(adapter: Adapter, *groups: Sequence[world.Question]) -> list[_Sample]:
-    """Questions of the first SORTS, a group each."""
+    """Samples of the first SORTS, a group of questions each."""
     return [(sort, question, adapter) for sort, group in zip(SORTS, groups, strict=False) for question in group]
 
 
@@ -115,10 +114,10 @@ def gate_curve(
     score: str = "relevance",
     least: float | None = None,
 ) -> pd.DataFrame:
-    """What each threshold costs, a row per condition and threshold: condition, least (the threshold, nats), and the
-    columns of `_gate_scores`.
+    """What each threshold costs: condition, least (the threshold, nats), and the columns of `_gate_scores`.
 
-    score: the column that has to reach it. least: the threshold of questions that the base model has no answer to.
+    score: the column that has to reach the threshold.
+    least: the threshold of questions that the base model has no answer to (None: the same).
     """
     rows = []
     for condition, group in samples.groupby("condition", sort=False):
@@ -131,11 +130,13 @@ def gate_curve(
 
 
 def _gate_scores(samples: pd.DataFrame, passes: pd.Series) -> dict[str, float]:
-    """What a gate costs that lets the adapter answer where `passes` holds.
+    """Scores of a gate that lets the adapter answer where `passes` holds.
 
     unrelated, answerable, unanswerable, override: exact match on questions about the encyclopedia, the document,
-    nothing, and a contradiction, where the document's value is right (NaN where there are none). unrelated_loss:
-    relative to the base model. answerable_loss and override_loss: relative to no gate. n: questions of each sort.
+        nothing, and a contradiction, where the document's value is right (NaN without such questions).
+    unrelated_loss: relative to the base model.
+    answerable_loss, override_loss: relative to no gate.
+    n: questions of each sort.
     """
     right = samples["correct"].where(passes, samples["base_correct"]).astype(float)
     score = {sort: right[samples["about"] == sort].mean() for sort in SORTS}
@@ -153,18 +154,19 @@ def _gate_scores(samples: pd.DataFrame, passes: pd.Series) -> dict[str, float]:
 
 
 def _stricter(samples: pd.DataFrame, least: float, known: float | pd.Series) -> np.ndarray:
-    """The threshold of each question: `known`, if it is higher than `least`, where the base model knows an answer."""
+    """The threshold of each question: max(`known`, `least`) if the base model knows an answer, else `least`."""
     return np.where(samples["knows"], np.maximum(known, least), least)
 
 
 def _loss(before: float, after: float) -> float:
-    """The relative loss of a score; 0 where there was nothing to lose."""
+    """The relative loss of a score; 0 if there was nothing to lose."""
     return (before - after) / before if before else 0.0
 
 
 def best_threshold(curve: pd.DataFrame, condition: str, allowed: float = 0.01) -> float:
-    """The threshold with the least unrelated loss, among those that cost answerable questions at most `allowed`; the
-    lowest one of several.
+    """The threshold with the least unrelated loss that costs answerable questions at most `allowed`.
+
+    Of several it is the lowest. ValueError if every threshold costs more.
     """
     rows = curve[curve["condition"] == condition].sort_values("least")
     harmless = rows[rows["answerable_loss"] <= allowed]
@@ -174,7 +176,7 @@ def best_threshold(curve: pd.DataFrame, condition: str, allowed: float = 0.01) -
 
 
 def _lowest_that_spares(curve: pd.DataFrame, allowed: float = 0.005) -> float:
-    """The lowest threshold that loses at most `allowed` of the questions about the encyclopedia."""
+    """The lowest threshold that loses at most `allowed` of the encyclopedia questions; ValueError if there is none."""
     sparing = curve[curve["unrelated_loss"] <= allowed]
     if sparing.empty:
         raise ValueError(f"every threshold loses more than {allowed:.1%} of the encyclopedia: try higher ones")
@@ -182,7 +184,7 @@ def _lowest_that_spares(curve: pd.DataFrame, allowed: float = 0.005) -> float:
 
 
 def _line(sizes: Mapping[int, float], thresholds: Mapping[int, float]) -> tuple[float, float]:
-    """(a, b) of a + b * size, from the thresholds at two sizes."""
+    """(a, b) of a + b * size, through the thresholds at two sizes."""
     one, many = sizes
     growth = (thresholds[many] - thresholds[one]) / (sizes[many] - sizes[one])
     return thresholds[one] - growth * sizes[one], growth
@@ -196,15 +198,14 @@ def _log_blocks(samples: pd.DataFrame) -> pd.Series:
 def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[pd.DataFrame, pd.DataFrame, Gate]:
     """The gate on validation and test documents: (curves, ideas, the gate that validation gives).
 
-    n: questions of each sort with one document inside; half as many with `many` documents in one adapter.
+    n: questions of each sort with one document; half as many with `many` documents in one adapter.
 
-    Curves: `gate_curve` by split, documents and rule: one threshold for all questions, or one for those that the base
-    model has an answer to, where the others keep the first rule's. `chosen` marks the threshold that validation takes;
-    single_document is exact match where each question's own document is inside alone, all blocks answering. Ideas: see
-    `_ideas`.
+    Curves: `gate_curve` by split, documents and rule. The first rule is one threshold for all questions; the second has
+    a stricter one for questions that the base model can answer. `chosen` marks validation's threshold. single_document
+    is exact match with each question's own document alone, all blocks. Ideas: see `_ideas`.
 
-    Where the base model knows an answer, a stricter threshold costs no answerable question (but contradictions). The
-    lowest is taken that loses at most half a per cent of the encyclopedia on validation.
+    Where the base model knows an answer, a stricter threshold costs no answerable question (but contradictions). It is
+    the lowest that loses at most 0.5% of the encyclopedia on validation.
     """
     samples = {}
     for split in ("validation", "test"):
@@ -235,12 +236,11 @@ def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[p
 
 
 def _ideas(samples: Mapping[int, pd.DataFrame], lines: Sequence[tuple[float, float]], least: float) -> pd.DataFrame:
-    """What each way to gate comes to, by number of documents, with a threshold of at_one_block + growth *
-    log2(n_blocks) nats: the four `lines`, through what validation takes at the two sizes.
+    """Scores of four gates by number of documents; the threshold is at_one_block + growth * log2(n_blocks) nats.
 
-    divergence: one threshold for the divergence alone. relevance: one for `routing.relevance`; more for more blocks:
-    one that grows with log2(n_blocks); more where the base model knows: `least` where it does not, a routing.Gate where
-    it does.
+    `lines` gives (at_one_block, growth) of each: divergence, one threshold for the divergence alone; relevance, one for
+    `routing.relevance`; "more for more blocks", a threshold that grows; "more where the base model knows", a
+    `routing.Gate`, and `least` where it does not know.
     """
     names = ("divergence", "relevance", "relevance, more for more blocks", "relevance, more where the base model knows")
     table = []
@@ -255,10 +255,9 @@ def _ideas(samples: Mapping[int, pd.DataFrame], lines: Sequence[tuple[float, flo
 
 
 def keep_thresholds(folder: Path, least: float, gate: Gate | None = None) -> None:
-    """Write the threshold, and the gate, into a model's folder: its `model.least_relevance` and `model.gate` from then
-    on.
+    """Write the threshold, and the gate, into a model's folder as its `model.least_relevance` and `model.gate`.
 
-    ValueError for a published checkpoint file, which has no place for it.
+    ValueError for a published checkpoint file, which has no place for them.
     """
     from d2l_lib.formats.schemas import CheckpointSettings, check
 
@@ -272,7 +271,7 @@ def keep_thresholds(folder: Path, least: float, gate: Gate | None = None) -> Non
 
 
 def run(model: DocToLoRA, n: int, seed: int, keep: str | None) -> dict[str, pd.DataFrame]:
-    """The records: curves and ideas of `measure_gate`. keep: a model whose folder takes the thresholds over."""
+    """The records: curves and ideas of `measure_gate`; the folder of model `keep` takes the thresholds."""
     table, ideas, gate = measure_gate(model, n, seed)
     if keep is not None:
         chosen = table[table["chosen"] & (table["condition"] == "routed")]

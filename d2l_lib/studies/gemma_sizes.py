@@ -1,4 +1,4 @@
-"""Gemma-2-2B's sizes with random weights: time, memory and operations do not depend on what the numbers are."""
+"""Gemma-2-2B's sizes with random weights: time, memory and operations do not depend on the numbers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ _CHUNK_TOKENS = 1024  # of the published evaluation
 def random_model(
     recipe: str, layers: int | None, vocabulary: int | None, dtype: torch.dtype, device: str, seed: int
 ) -> DocToLoRA:
-    """A model of these sizes, with the bundled tokenizer.
+    """A random model of these sizes, with the bundled tokenizer.
 
-    recipe: one of RECIPES. layers: of the base model. vocabulary: its tokens. None: as published.
+    recipe: one of RECIPES.
+    layers: of the base model (None: as published).
+    vocabulary: number of tokens (None: as published).
     """
     with torch.device(device):
         torch.manual_seed(seed)
@@ -82,16 +84,16 @@ def parameter_counts(recipe: str, layers: int | None = None) -> dict[str, int]:
 
 
 def n_parameters(module: torch.nn.Module) -> int:
-    """How many numbers a module holds."""
+    """The number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 @torch.no_grad()
 def operations(recipe: str, layers: int | None = None, tokens: int = _CHUNK_TOKENS) -> pd.DataFrame:
-    """Floating-point operations for each document token, counted without computing anything.
+    """Floating-point operations per document token, by shapes alone.
 
-    Columns: part (encoder, Perceiver, head, all layers), gflop_per_token (billions; one multiplication and one addition
-    are two). One chunk of `tokens` tokens is read; "all layers" is the base model with the chunk in its prompt, its
+    Columns: part (encoder, Perceiver, head, all layers), gflop_per_token (billions; a multiplication and an addition
+    are two). One chunk of `tokens` tokens is read. "all layers" is the base model with the chunk in its prompt, and its
     language-model head for the last token alone.
     """
     check_count(tokens, "tokens")

@@ -10,11 +10,11 @@ from d2l_lib.tasks.questions import world_samples
 
 
 def _samples(n: int, seed: int) -> pd.DataFrame:
-    """`n` one-hop questions and a fifth as many of each other kind, a fresh document of up to 40 facts for each."""
+    """`n` one-hop questions and n / 5 of each other kind, with a fresh document of up to 40 facts for each."""
     others = [(kind,) for kind in world.KINDS if kind not in world.ONE_HOP_KINDS]
     tables = []
     for kinds in (world.ONE_HOP_KINDS, *others):
-        fewest = 4 if kinds[0] in ("which_of", "list", "two_hop") else 1  # these need several facts
+        fewest = 4 if kinds[0] in ("which_of", "list", "two_hop") else 1  # need several facts
         one_hop = kinds == world.ONE_HOP_KINDS
         samples = world_samples(n if one_hop else max(1, n // 5), seed, facts=(fewest, 40), kinds=kinds)
         tables.append(samples.assign(one_hop=one_hop))
@@ -28,8 +28,10 @@ def _samples(n: int, seed: int) -> pd.DataFrame:
 
 
 def _question_kinds(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
-    """In context, Doc-to-LoRA (all blocks, and routed to one) and no context; the columns of `qa.load_qa`, method,
-    prediction, one_hop, facts ("6-10"), correct. Many questions are answered at once, so nothing is timed here.
+    """Answers in context, by Doc-to-LoRA (all blocks, and routed to one) and without context.
+
+    Columns: those of `qa.load_qa`, method, prediction, one_hop, facts ("6-10"), correct. Questions are answered in
+    batches, so nothing is timed.
     """
     samples = qa.add_lengths(_samples(n, seed), model.tokenizer)
     tables = []

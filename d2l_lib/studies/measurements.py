@@ -1,6 +1,6 @@
-"""What internalizing and answering cost, one `Measurement` at a time: seconds by part and the most memory held.
+"""The costs of internalizing and answering, one `Measurement` at a time: seconds by part and peak memory.
 
-`measure` does it here, `measure_alone` in a process of its own, so that the peak memory of one does not hold another's.
+`measure` runs in this process. `measure_alone` runs in a process of its own, so that peak memories stay apart.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ MODES = {
     "save": ("",),
     "load": ("",),
 }
-NEW_TOKENS = 16  # of every answer, so that answers of different length compare
-DOCUMENT_FACTS = 20  # of each document that is internalized along with others
-# Imported once by the process from which those of the measurements are forked: importing takes longer than measuring.
+NEW_TOKENS = 16  # of every answer, so that answers compare
+DOCUMENT_FACTS = 20  # of each document in "documents"
+# Imported once, before the fork: imports take longer than measurements.
 _PRELOAD = [
     "d2l_lib.model",
     "torch.utils.flop_counter",
@@ -56,12 +56,14 @@ _PRELOAD = [
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured; two equal ones are the same measurement.
+    """What is measured; equal values are the same measurement.
 
-    what and mode: one of MODES. model: what `d2l.load` takes, or "gemma-2-2b/<recipe>" (see gemma_sizes) with `layers`
-    base layers and a vocabulary of `vocabulary` (None: all of them). length_tokens: of the document (of the adapter's
-    document where a question is answered or a file is written; 0 without one). documents: how many are internalized in
-    one call, for "documents". device, dtype and threads: None is this machine's own.
+    what, mode: one of MODES.
+    model: what `d2l.load` takes, or "gemma-2-2b/<recipe>" (see `gemma_sizes`).
+    length_tokens: of the document, also of an adapter's (0: none).
+    documents: how many one call internalizes, for "documents".
+    layers, vocabulary: of a gemma-2-2b base model (None: all).
+    device, dtype, threads: None is this machine's default.
     """
 
     what: str
@@ -105,7 +107,7 @@ class Measurement:
 
 # ---------------------------------------------------------------------------------------------- models and documents
 def build(m: Measurement) -> DocToLoRA:
-    """The model that a measurement is about."""
+    """The model of a measurement."""
     m = m.here()
     name, _, recipe = m.model.partition("/")
     dtype = getattr(torch, m.dtype)
@@ -115,7 +117,7 @@ def build(m: Measurement) -> DocToLoRA:
 
 
 def distinct_text(tokenizer, length_tokens: int, seed: int) -> str:
-    """A text of `length_tokens` tokens (one more or less) out of documents of the generated world, no two alike."""
+    """A text of `length_tokens` tokens (give or take one) from documents of the generated world, no two alike."""
     rng = random.Random(f"speed/{seed}")
     parts, tokens = [], 0
     while tokens < length_tokens:
@@ -127,10 +129,10 @@ def distinct_text(tokenizer, length_tokens: int, seed: int) -> str:
 
 
 def adapter_of_length(model: DocToLoRA, length_tokens: int, seed: int) -> Adapter:
-    """An adapter with as many blocks, of the same sizes, as a document of that length has.
+    """An adapter with the number and sizes of blocks of a document of this length.
 
-    Only its first chunks are read; the other blocks hold copies of theirs, each its own tensors, as different chunks'
-    have: what it costs to apply, to save and to load does not depend on the numbers.
+    Only the first chunks are read. Further blocks are copies with tensors of their own: the cost to apply, save and
+    load does not depend on the numbers.
     """
     text = distinct_text(model.tokenizer, length_tokens, seed)
     chunks = chunk_document(text, model.encoder_tokenizer, model.chunk_tokens)
@@ -144,7 +146,7 @@ def adapter_of_length(model: DocToLoRA, length_tokens: int, seed: int) -> Adapte
 
 
 def adapter_bytes(model: DocToLoRA, n_chunks: int) -> int:
-    """Bytes of an adapter of so many chunks that all differ, its bias block included."""
+    """Bytes of an adapter of `n_chunks` different chunks, with its bias block."""
     config, width = model.config, next(model.hypernetwork.parameters()).element_size()
     rows = (n_chunks + config.use_bias) * config.n_layers * config.rank
     return rows * width * sum(config.d_in[module] + config.d_out[module] for module in config.modules)
@@ -178,9 +180,9 @@ def _together(model: DocToLoRA, m: Measurement) -> _Prepared:
 
 
 def _floor(model: DocToLoRA, m: Measurement) -> _Prepared:
-    """The document's tokens alone, without chat wrapping and padding, in rows of one chunk's length.
+    """The encoder on the document's tokens alone, without chat wrapping and padding, in rows of one chunk's length.
 
-    No method that reads the document with this encoder can be quicker.
+    No method that reads the document with this encoder can be faster.
     """
     text, width = distinct_text(model.encoder_tokenizer, m.length_tokens, m.seed), model.chunk_tokens
     ids = model.encoder_tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt")["input_ids"][0]
@@ -230,7 +232,7 @@ def _in_context(model: DocToLoRA, m: Measurement) -> _Prepared:
 
 @torch.no_grad()
 def _generate(network, model: DocToLoRA, prompt: list[int]) -> None:
-    """NEW_TOKENS tokens after the prompt, whatever they are."""
+    """Generate exactly NEW_TOKENS tokens after the prompt."""
     ids = torch.tensor([prompt], device=model.device)
     count = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
     generate(network, model.tokenizer, ids, torch.ones_like(ids), **count)
@@ -241,7 +243,7 @@ def _file(model: DocToLoRA, m: Measurement) -> _Prepared:
     folder = tempfile.TemporaryDirectory(prefix="d2l-speed-")
     path = adapter.save(Path(folder.name) / "adapter.safetensors")
 
-    def run(watch: Stopwatch, folder=folder) -> None:  # the folder is deleted along with this function
+    def run(watch: Stopwatch, folder=folder) -> None:  # the folder lives as long as this function
         if m.what == "save":
             adapter.save(path)
         else:
@@ -267,14 +269,16 @@ _PREPARE: dict[str, Callable[[DocToLoRA, Measurement], _Prepared]] = {
 def measure(
     m: Measurement, model: DocToLoRA | None = None, *, repeats: int = 5, least: int = 3, budget_s: float = 6.0
 ) -> dict:
-    """One row of a record, measured in this process (whose peak memory holds all that came before).
+    """One row of a record, measured in this process (peak memory includes what came before).
 
-    After a short document (the first call sets up memory pools) the thing is done `repeats` times, or, when `budget_s`
-    seconds are over, at least `least` times. Keys, besides those of `m`: status ("measured" or "out of memory"), n,
-    seconds (median), seconds_low and seconds_high (quartiles), parts ({part: seconds} of the median run),
-    peak_memory_mib, resting_memory_mib (with the model loaded, before), cpu_share (CPU seconds for each second and
-    thread: well below 1 on the CPU means that others were at work on it), what was run on, and the model's sizes.
-    model: what `build` gives, where it is at hand; its `iterative` is set by the measurement.
+    model: that of `build`, if at hand; the measurement sets its `iterative`.
+    repeats, least, budget_s: measure `repeats` times, or at least `least` times once `budget_s` seconds are over. A
+        short document comes first, as the first call sets up memory pools.
+
+    Keys besides those of `m`: status ("measured" or "out of memory"), n, seconds (median), seconds_low and seconds_high
+    (quartiles), parts ({part: seconds} of the median run), peak_memory_mib, resting_memory_mib (before, with the model
+    loaded), cpu_share (CPU seconds per second and thread; well below 1 on the CPU means that others used it too),
+    machine and model sizes.
     """
     m = m.here()
     row = asdict(m)
@@ -309,7 +313,7 @@ def measure(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says, in the words of torch or of the system, that there was no memory left."""
+    """Whether an error of torch or the system says that memory ran out."""
     text = str(error).lower()
     words = ("can't allocate", "cannot allocate", "not enough", "out of")
     no_room = isinstance(error, RuntimeError) and any(f"{word} memory" in text for word in words)
@@ -317,14 +321,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _place(m: Measurement) -> dict:
-    """What a measurement ran on: device_name and versions."""
+    """The machine and software of a measurement: device_name and versions."""
     name = torch.cuda.get_device_name(m.device) if m.device.startswith("cuda") else processor_name()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"device_name": name, "python": platform.python_version()} | versions
 
 
 def processor_name() -> str:
-    """The CPU's name as the system gives it."""
+    """The CPU's name in the system's words."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -351,9 +355,11 @@ def _sizes(model: DocToLoRA) -> dict:
 def measure_alone(m: Measurement, *, limit_s: float = 600.0, memory_limit_mib: int | None = None, **options) -> dict:
     """`measure` in a process of its own, which is ended after `limit_s` seconds.
 
-    memory_limit_mib: as much as it may allocate on the CPU beyond what it begins with (Linux; None: no limit). A
-    process that the system ends for want of memory gives a row whose status says so, one that took too long "stopped
-    after <limit> s". RuntimeError with its last words where it fails otherwise. options go to `measure`.
+    memory_limit_mib: most that it may allocate on the CPU beyond its start (Linux only; None: no limit).
+    options: of `measure`.
+
+    The status is "out of memory" if the system killed the process, and "stopped after <limit> s" if it took too long.
+    RuntimeError shows the process's last words after any other failure.
     """
     m = m.here()
     methods = multiprocessing.get_all_start_methods()
@@ -380,7 +386,7 @@ def measure_alone(m: Measurement, *, limit_s: float = 600.0, memory_limit_mib: i
 
 
 def _measure_and_send(m: Measurement, options: dict, memory_limit_mib: int | None, sender) -> None:
-    """What the process of one measurement does."""
+    """Run one measurement and send its row: the body of the process."""
     try:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
@@ -393,6 +399,6 @@ def _measure_and_send(m: Measurement, options: dict, memory_limit_mib: int | Non
 
 
 def _limit_memory(mib: int) -> None:
-    """Let this process allocate so much more than it has now."""
+    """Let this process allocate `mib` MiB more than it has now."""
     (held,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:")]
     resource.setrlimit(resource.RLIMIT_DATA, (int(held.split()[1]) * 1024 + mib * 2**20,) * 2)

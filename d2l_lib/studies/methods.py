@@ -28,7 +28,7 @@ def _document_questions(n_documents: int, seed: int) -> pd.DataFrame:
 
 
 def _all_methods(model: DocToLoRA, steps: int, text_to_lora: DocToLoRA | None) -> list[Method]:
-    """Every method; steps: of context distillation; text_to_lora: see the module of that name."""
+    """Every method; steps: of context distillation; text_to_lora: a model of `training.text_to_lora`."""
     return [
         *([] if text_to_lora is None else [Internalized(text_to_lora, "pooled text-to-LoRA")]),
         InContext(model),

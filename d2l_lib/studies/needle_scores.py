@@ -21,8 +21,7 @@ _BATCH = 20  # haystacks
 def needle_samples(
     model, lengths: Sequence[int], n: int, seed: int, *, chunk_tokens: int | None = None, split: str = "test"
 ) -> pd.DataFrame:
-    """Exact match of Doc-to-LoRA on `n` haystacks per length; the haystack is internalized, the prompt is the
-    question alone.
+    """Exact match of Doc-to-LoRA on `n` haystacks per length; the prompt is the question alone.
 
     Columns: method, length_tokens, depth (0 to 1), answer, prediction, correct, chunks, rank, seed.
     """
@@ -40,9 +39,7 @@ def needle_samples(
 
 
 def needle_in_context_samples(model, lengths: Sequence[int], n: int, seed: int) -> pd.DataFrame:
-    """The same haystacks and questions put to the base model with the haystack in its prompt, also beyond its
-    window.
-    """
+    """The same for the base model with the haystack in its prompt, also beyond its window."""
     rows = []
     for length in lengths:
         haystacks = list(needles.evaluation_set(model.tokenizer, length, n, seed))
@@ -59,14 +56,14 @@ def _needle_row(method: str, length: int, haystack: needles.Haystack, prediction
 
 
 def needle_norms(adapter: Adapter, haystack: needles.Haystack) -> pd.DataFrame:
-    """Frobenius norm of every block's update, all layers and modules together; columns chunk, norm, holds_needle."""
+    """Frobenius norm of every block's update over all layers and modules; columns chunk, norm, holds_needle."""
     norms, (start, end) = block_norms(adapter), haystack.needle_span
     inside = (norms["start"] < end) & (start < norms["end"])
     return norms.assign(holds_needle=inside)[["chunk", "norm", "holds_needle"]]
 
 
 def run(model: DocToLoRA, n: int, seed: int, variant: str, training_seed: int) -> pd.DataFrame:
-    """The record: shares by length and depth; of the bundled model also with the haystack in the prompt."""
+    """The record: shares by length and depth; for the bundled model also with the haystack in the prompt."""
     samples = needle_samples(model, _NEEDLE_LENGTHS, n, seed)
     if (variant, training_seed) == ("ours", 0):
         samples = pd.concat([samples, needle_in_context_samples(model, _IN_CONTEXT_LENGTHS, n, seed)])

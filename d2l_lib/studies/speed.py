@@ -1,9 +1,9 @@
-"""Seconds and memory: what internalizing and answering cost, beside what they cannot cost less than.
+"""Seconds and memory: the costs of internalizing and answering, beside their lower bounds.
 
     d2l study speed-tiny                                                   # the bundled models, on the CPU in minutes
     d2l study speed-gemma --layers 26 --lengths 1024 4096 32768 131072     # Gemma-2-2B's sizes, on a GPU
 
-Each of the `measurements` runs in a process of its own and adds a row; the record goes on where it was interrupted.
+Each of the `measurements` runs in a process of its own and adds a row; an interrupted record continues.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PUBLISHED = pd.DataFrame(
         {"dataset": "2WikiMultihopQA", "mode": "iterative", "seconds": 0.55, "memory_gb": 3.8},
     ]
 )
-PUBLISHED_LENGTH = 32_768  # tokens, the longest of these documents
+PUBLISHED_LENGTH = 32_768  # tokens of the longest of these documents
 
 _TINY_LENGTHS = {"tiny": (1024, 8192, 32_768, 131_072), "tiny/qa": (1024, 8192)}
 _IN_CONTEXT_LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -43,7 +43,7 @@ _GEMMA_ON_CPU = {"layers": 2, "vocabulary": 4096, "dtype": "bfloat16"}
 
 # ----------------------------------------------------------------------------------------------------------- the plans
 def tiny_measurements(seed: int = 0, lengths: Sequence[int] | None = None) -> list[Measurement]:
-    """What is measured of the bundled models; lengths replaces every list of lengths."""
+    """The measurements of the bundled models; `lengths` replaces every list of lengths."""
     plan = []
     for model, of_model in _TINY_LENGTHS.items():
         plan.append(Measurement("answer", model, mode="no adapter"))
@@ -57,8 +57,9 @@ def tiny_measurements(seed: int = 0, lengths: Sequence[int] | None = None) -> li
 
 
 def gemma_measurements(lengths: Sequence[int] | None = None, seed: int = 0, **sizes) -> list[Measurement]:
-    """What is measured at Gemma-2-2B's sizes; lengths: None is all on a GPU, a few on a CPU.
+    """The measurements at Gemma-2-2B's sizes.
 
+    lengths: None takes all on a GPU, a few on a CPU.
     sizes: layers, vocabulary and dtype of a Measurement; None is as published on a GPU, less on a CPU.
     """
     on_cpu = default_device().type == "cpu"
@@ -70,7 +71,7 @@ def gemma_measurements(lengths: Sequence[int] | None = None, seed: int = 0, **si
         for length in lengths:
             plan += [Measurement("internalize", model, length, mode) for mode in MODES["internalize"]]
             plan.append(Measurement("floor", model, length))
-    # a question costs the same whichever recipe wrote the blocks
+    # a question costs the same with the blocks of any recipe
     plan.append(Measurement("answer", "gemma-2-2b/needle", mode="no adapter"))
     for length in lengths:
         plan += [Measurement("answer", "gemma-2-2b/needle", length, mode) for mode in ("all blocks", "routed")]
@@ -80,7 +81,7 @@ def gemma_measurements(lengths: Sequence[int] | None = None, seed: int = 0, **si
 
 # ---------------------------------------------------------------------------------------------------------- the record
 def run_tiny(n: int, seed: int, lengths: Sequence[int] | None, **limits) -> Iterator[list[dict]]:
-    """The record of the bundled models; times mean something only where nothing else uses the cores."""
+    """The record of the bundled models; times are valid only if nothing else uses the cores."""
     return _recorded("speed_tiny", tiny_measurements(seed, lengths), n, **limits)
 
 
@@ -100,9 +101,10 @@ def _recorded(
 def record(
     measurements: Sequence[Measurement], rows: Sequence[dict] = (), *, again: bool = False, **options
 ) -> Iterator[list[dict]]:
-    """The rows of a record after each of the measurements that it lacks, one after another.
+    """The rows of a record, after each measurement that it lacks.
 
-    again: rows of the same models and depths on the same device are dropped first. options go to `measure_alone`.
+    again: first drop rows of the same models and depths on the same device.
+    options: of `measure_alone`.
     """
     wanted, rows = [m.here() for m in measurements], list(rows)
     if again:
@@ -120,12 +122,12 @@ def record(
 
 
 def measurement_of(row: dict) -> Measurement:
-    """The measurement that a row of a record is the result of."""
+    """The measurement behind a row of a record."""
     return Measurement(**{name: row[name] for name in Measurement.__dataclass_fields__})
 
 
 def read_records(name: str) -> pd.DataFrame:
-    """All rows recorded for "tiny" or "gemma"; FileNotFoundError says which command makes them."""
+    """All recorded rows of "tiny" or "gemma"; FileNotFoundError says which command makes them."""
     path = record_path(f"speed_{name}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: d2l study speed-{name} records it")
@@ -145,11 +147,11 @@ _METHODS = {
 
 
 def cost_table(rows: pd.DataFrame, whats: Sequence[str]) -> pd.DataFrame:
-    """What `plots.plot_cost_by_length` reads, out of the rows of a record that are of these `whats`.
+    """The table of `plots.plot_cost_by_length`, from the rows of a record with these `whats`.
 
     Columns: panel (model, and where it ran), method, length_tokens, seconds, seconds_low, seconds_high, memory_mib, n,
     floor (bool), seed. Rows that ran out of memory have NaN there. A question without an adapter is a floor at every
-    length that is answered.
+    length with answers.
     """
     chosen = rows[rows["what"].isin(check_texts(whats, "measurements"))].copy()
     chosen["panel"] = [_panel_of(row) for row in chosen.to_dict("records")]
@@ -165,7 +167,7 @@ def cost_table(rows: pd.DataFrame, whats: Sequence[str]) -> pd.DataFrame:
 
 
 def memory_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The same of internalizing, with the floor of memory: the model at rest and, on the CPU, the adapter itself."""
+    """As `cost_table` for internalizing, plus a floor: the model at rest and, on the CPU, the adapter itself."""
     least = _internalized_at_once(rows).copy()
     held = least["adapter_mib"].where(~least["device"].str.startswith("cuda"), 0.0)
     least["peak_memory_mib"] = least["resting_memory_mib"] + held
@@ -190,7 +192,7 @@ def _internalized_at_once(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _panel_of(row: dict) -> str:
-    """What a panel of a figure is called."""
+    """The title of a row's panel."""
     if not row["model"].startswith("gemma"):
         return row["model"]
     name, recipe = row["model"].split("/")
@@ -199,5 +201,5 @@ def _panel_of(row: dict) -> str:
 
 
 def layers_of(row: dict) -> int:
-    """Base layers of a row of Gemma-2-2B's sizes."""
+    """The number of base layers of a row at Gemma-2-2B's sizes."""
     return GEMMA_2_2B["num_hidden_layers"] if pd.isna(row["layers"]) else int(row["layers"])

@@ -1,4 +1,4 @@
-"""Seconds and memory of this process: seconds by part, and the most memory that was held."""
+"""Seconds by part and peak memory of this process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from d2l_lib.base_model import decoder_body
 from d2l_lib.model import DocToLoRA
 
-PARTS = ("text", "encoder", "Perceiver", "head", "moving")  # of internalizing, in the order in which they come
+PARTS = ("text", "encoder", "Perceiver", "head", "moving")  # of internalizing, in order
 
 
 class Stopwatch:
-    """Seconds by part: `lap(part)` adds the time since the last lap to that part, so that parts add up to the whole."""
+    """Seconds by part: `lap(part)` adds the time since the last lap to that part, so parts add up to the whole."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -33,7 +33,7 @@ class Stopwatch:
         self._last = now
 
     def _wait(self) -> None:
-        """Until the device has done its work: a GPU works on while Python goes on."""
+        """Wait for the device: a GPU works on while Python goes on."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
@@ -41,16 +41,18 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """All parts together."""
+        """The sum of all parts."""
         return sum(self.parts.values())
 
 
 @contextmanager
 def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
-    """Inside the `with` block what is internalized is timed by part; the model on exit is the model on entry.
+    """Inside the `with` block internalizing is timed by part; the model on exit is the model on entry.
 
-    text: cutting the document into chunks and tokens. encoder: the pass over the tokens. Perceiver. head: the layers
-    after it and the two factors. moving: checking the blocks, copying them to the CPU, and the next batch's padding.
+    text: cutting the document into chunks and tokens.
+    encoder, Perceiver: the passes of these.
+    head: the layers after the Perceiver and the two factors.
+    moving: checking the blocks, copying them to the CPU, and the next batch's padding.
     """
     hypernetwork, aggregator = model.hypernetwork, model.hypernetwork.aggregator
 
@@ -60,7 +62,7 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
     handles = [
         decoder_body(model.encoder.model).register_forward_pre_hook(lambda *_: outside()),
         hypernetwork.register_forward_pre_hook(lambda *_: watch.lap("encoder")),
-        # layer by layer the Perceiver is called again after the head of the layer before
+        # layer by layer, the Perceiver follows the head of the layer before
         aggregator.register_forward_pre_hook(lambda *_: watch.lap("head")),
         aggregator.register_forward_hook(lambda *_: watch.lap("Perceiver")),
         hypernetwork.register_forward_hook(lambda *_: watch.lap("head")),
@@ -74,10 +76,10 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
 
 
 def peak_memory_mib() -> float:
-    """The most memory that this process has held so far, or since `reset_peak_memory`, in MiB.
+    """The most memory in MiB that this process has held so far, or since `reset_peak_memory`.
 
-    On a GPU what torch allocated there; else the resident set, read from /proc where there is one: getrusage counts a
-    parent's memory too after a fork.
+    On a GPU: what torch allocated there. Else: the resident set, from /proc if it exists, as getrusage after a fork
+    includes the parent's memory.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
@@ -90,7 +92,7 @@ def peak_memory_mib() -> float:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory_mib` begin again at what is held now, where the system can (not on macOS and Windows)."""
+    """Restart `peak_memory_mib` at the memory held now, if the system can (not on macOS and Windows)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
