@@ -1,11 +1,11 @@
-"""Re-execute the project's notebooks and write their claims to data/RESULTS.md: `make notebooks`.
+"""Execute the project's notebooks again and write their claims to data/RESULTS.md: `make notebooks`.
 
     d2l notebooks                     # all of them
     d2l notebooks 3 06_trace_a_fact   # some, by number or name
 
-Each notebook runs in a process of its own through nbconvert, in `notebooks/`, and replaces the committed page only when
-it ran to its end. Two run at a time, except those that measure time; no notebook needs what another one writes. A
-notebook that stops answering (not one that fails) is started once more, and the run says so.
+Each notebook runs in a process of its own through nbconvert, in `notebooks/`, and replaces the committed page only
+after a complete run. Two run at a time, except those that measure time; no notebook needs another's files. A notebook
+that hangs (not one that fails) is started once more, and the run says so.
 """
 
 import argparse
@@ -47,19 +47,19 @@ WIDGET_PLACEHOLDER = "(interactive viewer: run this cell to use it)"
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook did not run to its end; the message names it and shows the end of what nbconvert printed."""
+    """A notebook did not run to its end; the message names it and shows the end of nbconvert's output."""
 
 
 def list_notebooks(folder: Path) -> list[Path]:
-    """The notebooks of `folder` in reading order, that is, by their numbers."""
+    """The notebooks of `folder` by their numbers."""
     return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
 
 
 def inject_parameters(notebook: dict, values: dict) -> dict:
     """A copy of `notebook` whose cell tagged `parameters` assigns `values` instead of its own.
 
-    Every name must already be assigned, once and alone on its line, in that cell: an unknown name raises KeyError,
-    naming it and the names there are, so that a renamed knob cannot silently keep its old value.
+    The cell must already assign every name, once and alone on its line. KeyError names an unknown name and the known
+    ones: a renamed parameter cannot silently keep its old value.
     """
     copy = json.loads(json.dumps(notebook))
     tagged = [cell for cell in copy["cells"] if "parameters" in cell["metadata"].get("tags", [])]
@@ -83,8 +83,7 @@ def inject_parameters(notebook: dict, values: dict) -> dict:
 def without_widget_state(notebook: dict) -> dict:
     """A copy of `notebook` without the widgets' random model ids, which mean nothing without their kernel.
 
-    A viewer keeps the plain form that stands beside its widget, or becomes a short note if it has none. A progress bar
-    is dropped: once done it says nothing.
+    A viewer keeps its plain form, or becomes a short note if it has none. Progress bars are dropped.
     """
     copy = json.loads(json.dumps(notebook))
     copy["metadata"].pop("widgets", None)
@@ -110,11 +109,11 @@ def execute(
     timeout_s: float = _NOTEBOOK_TIMEOUT_S,
     environment: Mapping[str, str] | None = None,
 ) -> Path:
-    """The path of an executed copy of the notebook `path` in `executed_folder`; `path` itself is not touched.
+    """The path of an executed copy of the notebook `path` in `executed_folder`; `path` itself stays unchanged.
 
-    environment: variables that it sees beside (or instead of) those of this process.
+    environment: variables for it, on top of those of this process.
 
-    Raises NotebookFailed if a cell raises, or if the notebook hangs or its kernel dies twice in a row.
+    NotebookFailed if a cell raises, or if the notebook hangs or its kernel dies twice in a row.
     """
     return asyncio.run(_execute(path, executed_folder, timeout_s, environment))
 
@@ -151,7 +150,7 @@ async def _execute(
 async def _run_and_wait(
     command: list[str], folder: Path, timeout_s: float, environment: Mapping[str, str] | None
 ) -> tuple[int | None, str]:
-    """(exit status, what was printed) of `command`; status None if it ran past `timeout_s` and was ended."""
+    """(exit status, output) of `command`; status None if it was ended after `timeout_s`."""
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -175,9 +174,9 @@ async def _run_and_wait(
 
 
 def headline_rows(results_folder: Path) -> list[dict]:
-    """Every claim that a notebook recorded (see `records.claim`), with the notebook's name and a tick or a cross.
+    """Every claim that the notebooks recorded (see `records.claim`), with the notebook's name and a tick or a cross.
 
-    Columns: claim, figure, aim, met (✓, ✗, or empty where no aim decides), notebook.
+    Columns: claim, figure, aim, met (✓, ✗, or empty if no aim decides), notebook.
     """
     rows = []
     for path in sorted(results_folder.glob("*.jsonl")):
@@ -198,12 +197,12 @@ def format_table(rows: list[dict], columns: Sequence[str] = ("claim", "figure", 
 
 
 def results_page(rows: list[dict]) -> str:
-    """The text of data/RESULTS.md: every claim of every notebook, whether its aim is met or not."""
+    """The text of data/RESULTS.md: every claim of every notebook, whether it meets its aim or not."""
     return f"{_ABOUT_RESULTS}\n{format_table(rows)}\n"
 
 
 def choose_notebooks(pages: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """Those of `pages` that are named, by number ("3", "03") or name, in reading order; all of them without names."""
+    """The `pages` of these numbers ("3", "03") or names, in reading order; without names all of them."""
     by_name = {name: page for page in pages for name in (page.name, page.stem, page.name[:2], str(int(page.name[:2])))}
     if unknown := [name for name in check_texts(names, "notebooks") if Path(name).name not in by_name]:
         raise ValueError(f"no notebook {some_of(unknown, quoted=True)}; there are {', '.join(p.stem for p in pages)}")
@@ -212,7 +211,7 @@ def choose_notebooks(pages: Sequence[Path], names: Sequence[str]) -> list[Path]:
 
 
 async def _refresh_all(pages: Sequence[Path], root: Path) -> None:
-    """Execute pages in place: one on each of two cores, and then those that measure time, each alone."""
+    """Execute pages in place: one on each of two cores, then those that measure time, one by one."""
     cores = asyncio.Semaphore(min(2, os.cpu_count() or 1))
 
     async def refresh(path: Path) -> None:
@@ -234,12 +233,12 @@ async def _refresh_all(pages: Sequence[Path], root: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command `notebooks`."""
+    """The options of the command `notebooks`."""
     parser.add_argument("notebook", nargs="*", help="number or name, as 3 or 06_trace_a_fact (default: all)")
 
 
 def run(a: argparse.Namespace) -> int:
-    """Execute notebooks in place, write data/RESULTS.md and print its table; the exit status is 1 if one failed."""
+    """Execute notebooks in place, write data/RESULTS.md and print its table; exit status 1 if one failed."""
     root = project_root()
     try:
         pages = choose_notebooks(list_notebooks(root / "notebooks"), a.notebook)

@@ -1,8 +1,7 @@
 """Probes of what an adapter holds and what it disturbs, on the generated world, where the truth is known.
 
 Every probe returns one row per question and condition: probe, condition, question, answer, prediction, correct, seed,
-and columns of its own. A condition that ends in ", routed" is the one before it with only the most relevant block of
-the adapter answering (`routing`).
+and columns of its own. In a condition with the suffix ", routed" only the most relevant block answers (`routing`).
 """
 
 from __future__ import annotations
@@ -19,16 +18,15 @@ from d2l_lib.tasks.questions import disjoint_documents, marked, one_hop_question
 from d2l_lib.tasks.scores import summarise
 
 _INSTRUCTION = "You are a useful assistant."
-_FACTS = 5  # of a document, where nothing else is said
-_BLOCKS = {"": None, ", routed": 1}  # the end of a condition's name, and how many blocks answer
+_FACTS = 5  # of a document, by default
+_BLOCKS = {"": None, ", routed": 1}  # {suffix of the condition: number of blocks that answer}
 _DOCUMENT_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def interference(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
-    """`n` encyclopedia questions to the base model, and with something inside that has nothing to do with them.
+    """`n` encyclopedia questions to the base model, and with adapters that have nothing to do with them.
 
-    Conditions: base model; unrelated document (of 20 facts about others), assistant instruction, bias alone
-    (no document at all).
+    Conditions: base model; unrelated document (of 20 other facts), assistant instruction, bias alone (no document).
     """
     rng = random.Random(f"interference/{seed}")
     questions = list(world.encyclopedia_questions(rng, n))
@@ -50,10 +48,10 @@ def interference(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
 
 
 def conflict(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
-    """`n` documents that contradict one encyclopedia fact: which of the two does the model say?
+    """`n` documents that contradict one encyclopedia fact: whose value does the model give?
 
-    Each prediction makes two rows, whose column `about` says whose value counts as the answer. Conditions: base model,
-    in context, internalized.
+    Each prediction makes two rows; `about` says whose value is the answer. Conditions: base model, in context,
+    internalized.
     """
     rng = random.Random(f"conflict/{seed}")
     documents, questions, believed = [], [], []
@@ -78,7 +76,8 @@ def conflict(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
 def composition(model: DocToLoRA, counts: Sequence[int], n: int, seed: int) -> pd.DataFrame:
     """At least `n` one-hop questions for each number of documents in one adapter; column documents.
 
-    Documents share no names within an adapter; four questions are asked of each, about a document of it drawn anew.
+    Documents share no names within an adapter. Each adapter gets four questions, each about a random one of its
+    documents.
     """
     rows = []
     for count in counts:
@@ -98,8 +97,8 @@ def composition(model: DocToLoRA, counts: Sequence[int], n: int, seed: int) -> p
 def removal(model: DocToLoRA, n: int, seed: int, count: int = 16) -> pd.DataFrame:
     """`n` adapters of `count` documents each: one document is updated (one fact has another value) or removed.
 
-    Questions about a fact of that document (`about` "the document") and about another document ("the others"), put to:
-    all inside, removed, never added, updated. For "updated" the right answer is the new value.
+    Questions are about a fact of that document (`about` "the document") or of another ("the others"). Conditions: all
+    inside, removed, never added, updated. For "updated" the right answer is the new value.
     """
     rng = random.Random(f"removal/{seed}")
     samples: dict[tuple[str, str], list] = {}
@@ -132,7 +131,7 @@ def removal(model: DocToLoRA, n: int, seed: int, count: int = 16) -> pd.DataFram
 def _with_another_value(
     rng: random.Random, document: world.Document
 ) -> tuple[world.Document, world.Question, world.Question]:
-    """(the document with another value in one of its facts, a question about that fact with the old value, the new)."""
+    """(document with another value in one fact, question about that fact with the old value, with the new value)."""
     place = rng.randrange(len(document.facts))
     fact = document.facts[place]
     changed = world.with_value(rng, fact, document.split)
@@ -143,8 +142,10 @@ def _with_another_value(
 
 
 def two_hop(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
-    """`n` two-hop questions: in context; with the whole document internalized; with nothing but the two facts in one
-    chunk, and in two documents; and either hop asked alone with the two documents.
+    """`n` two-hop questions, and either hop alone.
+
+    Conditions: in context; whole document; two facts in one chunk; two facts in two documents; first or second hop
+    alone (in two documents).
     """
     rng = random.Random(f"two hops/{seed}")
     documents, questions = [], []
@@ -183,8 +184,9 @@ def two_hop(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
 
 
 def question_internalized(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
-    """One-hop questions with the document inside, with the question itself inside instead, and with another document:
-    only the first can be answered.
+    """One-hop questions with the document, the question itself, or another document inside.
+
+    Only the first adapter holds the answer.
     """
     rng = random.Random(f"question internalized/{seed}")
     documents = [world.draw_document(rng, "test", _FACTS) for _ in range(n)]

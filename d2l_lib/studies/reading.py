@@ -1,4 +1,4 @@
-"""One pass, many blocks: the published sum and sparse reading, by size of the document and kind of question."""
+"""One pass over many blocks: the published sum against sparse reading, by size of the document and kind of question."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZES = (8, 20, 40)  # facts in a document
 _TOGETHER = (16, 64)  # documents in an adapter
 _KINDS = ("two_hop", "paraphrase", "unanswerable", "which_of", "yes_no", "list")
 _ENCYCLOPEDIA = "encyclopedia beside 20 facts"
-_AT_ONCE = 25  # questions on documents that stand together
+_AT_ONCE = 25  # questions per adapter of several documents
 
 
 class _Group:
@@ -65,7 +65,7 @@ def _groups(model: DocToLoRA, n: int, seed: int, split: str) -> Iterator[_Group]
 
 
 def _answered(model: DocToLoRA, groups: list[_Group]) -> pd.DataFrame:
-    """Rows of `marked` with condition, method and the seconds that the questions of a batch took, each."""
+    """Rows of `marked` with condition, method and seconds per question."""
     questions = [one for group in groups for one in group.questions]
     texts, rows = [one.text for one in questions], []
     adapters = [group.adapter for group in groups for _ in group.questions]
@@ -94,12 +94,14 @@ def _answered(model: DocToLoRA, groups: list[_Group]) -> pd.DataFrame:
 
 
 def measure_reading(model: DocToLoRA, n: int, seed: int, split: str = "test") -> pd.DataFrame:
-    """Exact match of greedy answers: condition, method, n, exact_match, low, high, milliseconds (of a question).
+    """Exact match of greedy answers: condition, method, n, exact_match, low, high, milliseconds (per question).
 
-    Conditions: `n` one-hop questions on documents of 8, 20 and 40 facts, and on sixteen and sixty-four documents of
-    5 facts in one adapter and on the one of them alone; `n` of each other kind on documents of 12 facts; `n` of the
-    encyclopedia beside a document of 20 facts. "in context" is the base model with the document in its prompt, or
-    alone where there is none (encyclopedia); the sum of sixteen or more documents has no counterpart in one prompt.
+    Conditions, `n` questions each: one-hop on documents of 8, 20 and 40 facts; one-hop on 16 and 64 documents of 5
+    facts in one adapter, and on the question's own document alone; each other kind on documents of 12 facts;
+    encyclopedia beside a document of 20 facts.
+
+    "in context" is the base model with the document in its prompt, or alone for the encyclopedia. The sum of 16 or more
+    documents has no such row.
     """
     tables, waiting = [], []
     for group in _groups(model, n, seed, split):

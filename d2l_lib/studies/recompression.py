@@ -1,4 +1,4 @@
-"""Needles found by adapters that were cut to a smaller rank."""
+"""Needle accuracy of adapters that were cut to a smaller rank."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RANKS = (4, 8, 16, 32, 64, 128)
 def recompressed_needles(
     model: DocToLoRA, length_tokens: int, n: int, seed: int, ranks: Sequence[int] = RANKS, skip: int = 0
 ) -> Iterator[list[dict]]:
-    """For haystacks `skip` to `n` the rows of every rank, one list per haystack; each is internalized once.
+    """For haystacks `skip` to `n`, the rows of every rank: a list per haystack, which is internalized once.
 
     Keys: length_tokens, sample, depth, rank, full (bool: nothing was cut), error and bytes (see `recompression`),
-    stored_bytes (of the adapter as it is saved: tensors that equal chunks share count once), answer, prediction,
-    correct, seconds (to internalize), seed.
+    stored_bytes (of the saved adapter: tensors that equal chunks share count once), answer, prediction, correct,
+    seconds (to internalize), seed.
     """
     for sample, haystack in enumerate(needles.evaluation_set(model.tokenizer, length_tokens, n, seed)):
         if sample < skip:
@@ -48,9 +48,9 @@ def recompressed_needles(
 
 
 def run(model: DocToLoRA, n: int, seed: int, length: int) -> Iterator[list[dict]]:
-    """The record after each haystack; rows of other lengths and seeds stay, haystacks that it holds are passed over.
+    """The record after each haystack. Rows of other lengths and seeds stay; recorded haystacks are skipped.
 
-    ValueError where the file holds rows of another hypernetwork.
+    ValueError if the file holds rows of another hypernetwork.
     """
     rows, key = earlier_rows("recompression"), model.hypernetwork_key
     if any(row["hypernetwork"] != key for row in rows):

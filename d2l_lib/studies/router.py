@@ -1,4 +1,4 @@
-"""The router in one pass: which block a question is about, and what is answered, from 64 to 10,000 blocks."""
+"""The router in one pass: which block a question is about, and the answer, from 64 to 10,000 blocks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from d2l_lib.tasks import world
 from d2l_lib.tasks.scores import wilson
 
 _SHORTLIST = 8
-_MOST_TRIED = 600  # blocks of an adapter that are still tried one by one
-_TRIED = 40  # questions for which that is done
+_MOST_TRIED = 600  # most blocks to try one by one
+_TRIED = 40  # questions for that
 
 
 def _pool(model: DocToLoRA, n_blocks: int, seed: int, split: str) -> tuple[Adapter, list[tuple[world.Question, set]]]:
-    """(an adapter of that many blocks, questions with the places of the blocks that hold their evidence).
+    """(an adapter of `n_blocks` blocks, questions with the places of the blocks that hold their evidence).
 
-    Documents of 8 facts of one split; their names are not disjoint, for there are not so many. Questions are about
-    those (subject, relation) that occur once.
+    Documents have 8 facts of one split; there are not enough names to keep them disjoint. Questions are about (subject,
+    relation) pairs that occur once.
     """
     rng = random.Random(f"router/{split}/{seed}")  # a larger pool begins with the smaller one's documents
     documents, adapters, total = [], [], 0
@@ -52,7 +52,7 @@ def _overlap(first: tuple[int, int], second: tuple[int, int]) -> bool:
 
 
 def _timed(answer: Callable[[], list[str]]) -> tuple[list[str], float]:
-    """(answers, milliseconds of each)."""
+    """(answers, milliseconds per answer)."""
     began = time.perf_counter()
     answers = answer()
     return answers, 1000 * (time.perf_counter() - began) / len(answers)
@@ -61,12 +61,13 @@ def _timed(answer: Callable[[], list[str]]) -> tuple[list[str], float]:
 def measure_router(
     model: DocToLoRA, n: int, seed: int, sizes: Sequence[int] = (64, 564, 2000, 10000), split: str = "test"
 ) -> pd.DataFrame:
-    """One row for each number of blocks and measure: blocks, measure, n, share, low, high, milliseconds, megabytes.
+    """A row per number of blocks and measure: blocks, measure, n, share, low, high, milliseconds, and megabytes.
 
-    Measures: "right block first", "among 4" and "among 8" by `routing.key_scores`; exact match of greedy answers with
-    the first block ("best block"), with sparse reading of the best 8 and of all blocks, with the most relevant of all
-    blocks (where there are few enough to try), and with the bias alone for its time. megabytes: of all stacked keys and
-    values, and of the keys of the one layer that the router needs.
+    Ranks by `routing.key_scores`: "right block first", "among 4", "among 8". Exact match of greedy answers: with the
+    first block ("best block"), with sparse reading of the best 8 and of all blocks, with the most relevant of all
+    blocks (if few enough to try), and with the bias alone, for its time.
+
+    megabytes, megabytes_of_keys: of the adapter's tensors, and of the keys of the one layer that the router needs.
     """
     rows = []
     for size in sizes:
@@ -76,7 +77,7 @@ def measure_router(
         texts, adapters = [question.text for question, _ in chosen], [adapter] * len(chosen)
         keys = next(iter(adapter.stacked.values()))[0]
         sizes_mb = {"megabytes": adapter.nbytes / 1e6, "megabytes_of_keys": keys[0].nbytes / 1e6}
-        key_scores(model, texts[:1], adapters[:1])  # what is built once is no cost of a question
+        key_scores(model, texts[:1], adapters[:1])  # builds what is built once, before the clock starts
 
         def add(measure: str, right: list[bool], milliseconds: float, size=size, facts=sizes_mb) -> None:
             low, high = wilson(sum(right), len(right))
@@ -99,7 +100,7 @@ def measure_router(
 
 
 def _answers(model: DocToLoRA, adapter: Adapter, size: int) -> list[tuple[str, int | None, Callable]]:
-    """(what is measured, of how many questions, the answers to texts)."""
+    """(measure, number of questions (None: all), function from texts to answers)."""
     bias = replace(adapter, blocks=())
 
     def routed(texts, blocks, read):

@@ -1,4 +1,4 @@
-"""What routing ranks blocks by: how much of the divergence should count beside the lead."""
+"""The weight of the divergence beside the lead when routing ranks blocks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, math.inf)
 def measure_shares(
     model: DocToLoRA, n: int, seed: int, split: str = "validation", many: int = 64, shares: Sequence[float] = _SHARES
 ) -> pd.DataFrame:
-    """Exact match with the most relevant block alone, by share of the divergence in `routing.relevance`: condition,
-    share (as text; "divergence alone" for infinity), n, exact_match, low, high.
+    """Exact match with the most relevant block alone, by share of the divergence in `routing.relevance`.
+
+    Columns: condition, share (as text; "divergence alone" for infinity), n, exact_match, low, high.
 
     Conditions: `n` one-hop and `n` paraphrased questions on documents of 8 to 40 facts, and `n` one-hop questions with
     `many` documents of 5 facts in one adapter.

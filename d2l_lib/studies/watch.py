@@ -1,11 +1,11 @@
-"""Scores for the checkpoints of a training, while it runs or later.
+"""Scores for the checkpoints of a training, during the run or later.
 
     d2l watch runs/paper-gemma/needle_own_seed0 --task needle --lengths 64 256 1024 --n 50
     d2l watch runs/paper-gemma/qa_own_seed0 --task squad --source FOLDER --n 200
 
-Every checkpoint that is whole is scored once, and a line is added to RUN/scores.jsonl; what is written there is not
-scored again, so the watcher can be stopped and started at will. It reads only, waits for checkpoints that are still
-being written, and ends when the run has ended (RUN/final) and all is scored.
+Every whole checkpoint is scored once, as a line in RUN/scores.jsonl, so the watcher can stop and start at any time. It
+waits for checkpoints that are still being written. It ends when the run has ended (RUN/final) and everything is scored.
+It never changes the run's own files.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from d2l_lib.training.loop import checkpoints, is_whole, step_of
 from d2l_lib.training.recipes import HYPERNETWORK
 
 _BEGINS = b'{"checkpoint"'  # every line of scores
-_PREFIX = "hypernetwork."  # of its tensors within a training step
+_PREFIX = "hypernetwork."  # of its tensors in a training step
 _Score = Callable[[DocToLoRA], dict]
 
 
 def load_training_checkpoint(checkpoint: Path, base_model, tokenizer) -> DocToLoRA:
     """The model at a checkpoint-N folder of a training; `base_model` and `tokenizer` are the run's own.
 
-    FileNotFoundError where the run did not write down its hypernetwork or the checkpoint is gone; CheckpointError for
-    one that does not fit.
+    FileNotFoundError if the run did not write down its hypernetwork, or if the checkpoint is gone. CheckpointError if
+    the checkpoint does not fit.
     """
     config, chunk_tokens = read_facts(checkpoint.parent / HYPERNETWORK)
     tensors = read_safetensors(checkpoint / "model.safetensors")
@@ -46,7 +46,7 @@ def load_training_checkpoint(checkpoint: Path, base_model, tokenizer) -> DocToLo
 
 
 def read_facts(path: Path) -> tuple[HypernetworkConfig, int | None]:
-    """(sizes of the hypernetwork, tokens of its chunks) that a training wrote down; ValueError for a damaged file."""
+    """(hypernetwork's configuration, tokens of its chunks) from a training's file; ValueError for a damaged file."""
     from d2l_lib.formats.schemas import TrainingFacts, check
 
     facts = read_json(path)
@@ -55,15 +55,15 @@ def read_facts(path: Path) -> tuple[HypernetworkConfig, int | None]:
 
 
 def stages(run: Path) -> list[Path]:
-    """The folders of a run, itself or in it, that have checkpoints which can be loaded; in order of their beginning."""
+    """The folders of a run, itself or in it, with a hypernetwork.json; oldest first."""
     facts = [path for path in (run / HYPERNETWORK, *run.glob(f"*/{HYPERNETWORK}")) if path.exists()]
     return [path.parent for path in sorted(facts, key=lambda path: path.stat().st_mtime)]
 
 
 def read_scores(path: Path) -> list[dict]:
-    """The scores so far; a last line that was cut off (the watcher was killed) is taken away, also from the file.
+    """The scores so far; an unfinished last line (the watcher was killed) is removed, also from the file.
 
-    ValueError names a line that is no JSON or names no checkpoint; a file of something else stays as it is.
+    ValueError names a line that is no JSON or names no checkpoint; a file of something else stays unchanged.
     """
     from d2l_lib.formats.schemas import ScoreLine, check
 
@@ -72,16 +72,16 @@ def read_scores(path: Path) -> list[dict]:
         check(ScoreLine, row, f"{path}, line {number}", "take that line out")
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         last = content[content.rfind(b"\n") + 1 :]
-        if not last.startswith(_BEGINS[: len(last)]):  # no line of ours
+        if not last.startswith(_BEGINS[: len(last)]):  # not a line of scores
             raise ValueError(f"{path}, line {len(rows) + 1}: no scores of checkpoints are in it: name another file")
         write_atomic(path, content[: -len(last)])
     return rows
 
 
 def score_new(run: Path, score: _Score, base: tuple, scores: Path) -> int:
-    """Score every whole checkpoint that `scores` does not name yet; how many there were.
+    """Score every whole checkpoint that `scores` does not name yet; their number.
 
-    base: (base model, tokenizer). A checkpoint that the run deletes meanwhile is passed over.
+    base: (base model, tokenizer). A checkpoint that the run deletes meanwhile is skipped.
     """
     done = {line["checkpoint"] for line in read_scores(scores)}
     count = 0
@@ -106,7 +106,7 @@ def score_new(run: Path, score: _Score, base: tuple, scores: Path) -> int:
 
 
 def watch(run: Path, score: _Score, base: tuple, scores: Path, every: float, once: bool = False) -> None:
-    """`score_new` every so many seconds, until the run has ended (or just `once`)."""
+    """`score_new` every `every` seconds, until the run has ended (or just `once`)."""
     while True:
         ended = (run / "final").exists()
         score_new(run, score, base, scores)
@@ -116,7 +116,7 @@ def watch(run: Path, score: _Score, base: tuple, scores: Path, every: float, onc
 
 
 def _needle_score(lengths: Sequence[int], n: int, seed: int) -> _Score:
-    """Exact match on `n` haystacks per length."""
+    """A function from a model to its exact match on `n` haystacks per length."""
 
     def score(model: DocToLoRA) -> dict:
         samples = needle_samples(model, lengths, n, seed, split="validation")
@@ -128,7 +128,7 @@ def _needle_score(lengths: Sequence[int], n: int, seed: int) -> _Score:
 
 
 def _question_score(name: str, source: Path | None, n: int, seed: int) -> _Score:
-    """The data set's own score on `n` of its questions (see `qa.DATASETS`), each with its document internalized."""
+    """A function from a model to the data set's own score (see `qa.DATASETS`) on `n` of its questions."""
     frame = qa.load_qa(name, source, n=n, seed=seed, template=qa.DATASETS[name].template)
 
     def score(model: DocToLoRA) -> dict:
