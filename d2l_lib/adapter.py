@@ -159,7 +159,7 @@ class Adapter:
     Print it to see its contents. `a + b` composes; `only` and `without` select documents and chunks; `scaled` and
     `scaled_bias` change weights linearly; `factors` gives the summed matrices; `compressed` lowers their rank.
 
-    n_layers, sizes: of the base model, sizes as {module: (d_in, d_out)}. Without sizes the blocks (or the bias) tell.
+    n_layers, sizes: of the base model, sizes as {module: (d_in, d_out)}. By default from the blocks or the bias.
     base_model, base_key, hypernetwork_key: what made the adapter.
     paths: where each module sits in the base model ("model.layers.{layer}.mlp.down_proj").
     """
@@ -613,8 +613,8 @@ class Adapter:
 
         rank, dtype: make it smaller; `peft.export_errors(folder)` tells the loss.
         loader: "peft", "vllm" or "llama.cpp", which must be able to load it.
-        Documents cannot be removed from the folder: change the adapter and export again. PEFT carries only the sum, and
-        reads no blocks sparsely: of many blocks export what `routing.route` chose, or one of smaller `rank`.
+        Documents cannot be removed from the folder: change the adapter and export again. PEFT carries only the
+        sum and reads no blocks sparsely: of many blocks, export the choice of `routing.route` or a smaller `rank`.
         """
         from d2l_lib.formats import peft
 

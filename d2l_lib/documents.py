@@ -3,7 +3,7 @@
     text  ->  sentences  ->  chunks of at most `chunk_tokens` tokens  ->  token ids (prefix + chunk + suffix)
 
 The wrapping is the base model's own chat format: an empty system turn, the chunk as the user's turn, and the
-opening of the model's turn (the method's section 3.1). The tokenizer's chat template tells it; no table of models does.
+opening of the model's turn (the method's section 3.1). It comes from the tokenizer's chat template, not a table.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def _stopped_after(seconds: float) -> Iterator[None]:
 
 
 def _render(tokenizer, messages: list[dict[str, str]], generation_prompt: bool = True) -> str:
-    """The chat template's text for these messages, without thinking and with a fixed date where it knows these."""
+    """The chat template's text for these messages, without thinking and with a fixed date where it has such options."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "this tokenizer has no chat template, and the method reads documents in chat format: use the "

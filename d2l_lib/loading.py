@@ -68,7 +68,7 @@ def load(
     device_map: instead of device, spreads the base model over several devices (see load_base_model); a word ("auto")
         also spreads a separate context encoder.
 
-    An encoder for 4-bit precision runs in it on CUDA with bitsandbytes, elsewhere in full precision with a warning.
+    A 4-bit context encoder runs in 4 bits on CUDA with bitsandbytes, elsewhere in full precision with a warning.
     Code from a checkpoint or base model is never run. FileNotFoundError says what is missing and where to put it.
     ValueError for a damaged checkpoint, a checkpoint for another base model, a base model that needs code of its own,
     and a device that is not here.

@@ -81,9 +81,10 @@ class TwoStages(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelPreset(TwoStages):
-    """A base model, trained from nothing on the generated world; its second stage has longer documents.
+    """A base model, trained from nothing on the generated world.
 
-    architecture: the model type in `transformers`. See `pretraining.Curriculum`.
+    architecture: its model type in `transformers`.
+    The second stage has longer documents (see `pretraining.Curriculum`).
     """
 
     architecture: str
@@ -148,13 +149,12 @@ class NeedlePreset(TwoStages, TrainingPreset):
     shortest, longest: contexts, in tokens.
     min_chunk_tokens: bounds the number of chunks of a context.
     chunk_probabilities: {number of chunks: probability}.
-    max_repeats: chunks without the needle count up to this many times, as in a long haystack. (A block of weight K is
-        K equal blocks.)
-    empty_share: of the contexts, have no needle.
+    max_repeats: chunks without the needle count up to this many times, as in a long haystack; K equal blocks are one
+        block of weight K.
+    empty_share: contexts without a needle.
     readout: the warm-up; None: none.
     gradual: lengths and the L1 term grow during the run; False: they start in full, as published.
-    max_chunk_tokens: of the equal chunks of a context, cut at any token, as published; None: cut at random sentence
-        ends.
+    max_chunk_tokens: the limit of equal chunks, cut at any token, as published; None: cut at random sentence ends.
     """
 
     shortest: int
@@ -173,20 +173,20 @@ class DistillationPreset(TrainingPreset):
     """A hypernetwork trained on answers to questions about documents (see `contexts.DistillationBatches`).
 
     shortest_chunk, longest_chunk: the limit of a document's chunks, in tokens, is random between the two.
-    single_chunk_share: of the run, its beginning, has documents of one chunk.
-    questions: the most of a document, which are at most one more than its chunks.
+    single_chunk_share: of the run, its start, with one chunk per document.
+    questions: the most per document; never more than its chunks + 1.
     chunks: the most in a batch.
-    chunk_probabilities: {number of equal chunks: probability}, as published; None: chunks of random limits.
+    chunk_probabilities: {number of equal chunks of these lengths: probability}, as published; None: random limits.
     question_tokens: longer questions (with their answers) are left out.
 
     For fresh documents of the world (`contexts.WorldDocuments`):
 
     least_facts, most_facts: of a context; all contexts of a batch have one number of facts.
     facts_grow: the shares of the run between which the number of facts grows up to `most_facts`.
-    kinds: of the questions with an answer (None: all kinds).
-    strangers_share: of the contexts, hold several documents.
-    unrelated_share: of the questions, are about the encyclopedia.
-    unanswerable_share: of the other questions, have no answer in the document.
+    kinds: of the questions with an answer in the document (None: all kinds).
+    strangers_share: contexts with several documents.
+    unrelated_share: questions about the encyclopedia.
+    unanswerable_share: of the other questions, those without an answer in the document.
     """
 
     shortest_chunk: int
