@@ -160,7 +160,7 @@ def config_of_settings(settings: Any, file: str | Path) -> HypernetworkConfig:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; CheckpointError for damage and for what are no finite floating numbers."""
+    """The finite floating-point tensors of a safetensors file; CheckpointError for others and for a damaged file."""
     return read_tensors(path, CheckpointError)[0]
 
 

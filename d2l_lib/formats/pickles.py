@@ -186,7 +186,7 @@ def _shown(text: str) -> str:
 class _Archive:
     """The zip around the pickle; nothing is ever unpacked to disk.
 
-    Before any record is read: every one is uncompressed and lies inside the file and inside one folder.
+    Before it reads a record, it checks that all are uncompressed and lie inside the file, in one folder.
     """
 
     _RECORD = re.compile(r"data\.pkl|byteorder|version|data/\d+|\.\w+|\.data/\w+")

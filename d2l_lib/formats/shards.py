@@ -26,7 +26,7 @@ from d2l_lib.formats.writing import atomic_file
 from d2l_lib.records import read_json, write_json
 
 MANIFEST = "manifest.json"
-HIGHEST = 1e-3  # of a log-probability: 0, and rounding above it
+HIGHEST = 1e-3  # of a log-probability, which rounding may lift above 0
 _IDS = pa.list_(pa.int32())
 TEACHER_COLUMNS = ("logprobs_vals", "logprobs_indices")
 PUBLISHED = {
@@ -222,9 +222,9 @@ def _files_of(path: Path) -> dict[Path, str | None]:
 
 
 def _rows_of(path: Path) -> pa.Table:
-    """All rows of a parquet file; ValueError for a damaged one.
+    """All rows of a parquet file.
 
-    ValueError also for a file that unpacks to far more than its size, before it takes much memory.
+    ValueError for a damaged file, and for one that unpacks to far more than its size, before it takes much memory.
     """
     most = max(_MOST_UNPACKED, _UNPACKED_PER_BYTE * path.stat().st_size)
     unpacked = f"{path} would unpack to more than {most >> 20} MiB, as no shard does: is it damaged?"

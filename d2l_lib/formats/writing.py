@@ -323,10 +323,10 @@ def atomic_folder(path: str | Path, kind: FolderKind | None = None, keep: Sequen
     kind: recognises an earlier output; None: only a folder that this process wrote is one.
     keep: names of files and folders that stay from the old version, whoever wrote them (hard links, else copies).
 
-    The versions change places in one step (Linux, macOS). So one of them is always there, whatever process is killed
-    and however many write. Other systems and disks first move the old version aside under a hidden name; if the process
-    is killed then, `read_whole` and the next write bring it back. The next write to the same name deletes what killed
-    processes of this host left. Only files of the kind are ever deleted.
+    The versions change places in one step (Linux, macOS). So one of them is always there, even if the process is killed
+    or several write at once. Other systems and disks first move the old version aside under a hidden name. If the
+    process is killed then, `read_whole` and the next write bring it back. The next write to the same name deletes what
+    killed processes of this host left. Only files of the kind are ever deleted.
 
     FileExistsError, before the first write, names files that do not belong to the kind. It also refuses the working
     directory, folders above it, the home and a mount point. NotADirectoryError for a file, PermissionError for a
