@@ -1,9 +1,9 @@
-"""The model that a person talks to: internalize documents, then answer questions without them.
+"""The model: it internalizes documents, then answers questions without them.
 
     documents -> chunks -> context encoder -> hypernetwork -> one block per chunk -> Adapter
     question  -> base model with the adapter applied -> answer
 
-The base model is never changed: an adapter acts through hooks inside a `with` block, and only there.
+The base model never changes: an adapter acts through hooks, inside a `with` block only.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ from d2l_lib.lora import apply_lora, noted_adapter, without_lora
 from d2l_lib.reading import Reading, read_sparsely
 from d2l_lib.routing import Gate, route
 
-# Longest chunk that the published models are used with (needle evaluation, section 2).
+# Longest chunk of the published models (needle evaluation, section 2).
 _LONGEST_CHUNK = 1024
 
 
 class _Current:
-    """The default of every `adapter=` argument: the adapter that is applied or current now."""
+    """The default of every `adapter=` argument: the applied adapter, else the current one."""
 
     def __repr__(self) -> str:
         return "<the current adapter>"
@@ -70,7 +70,7 @@ _CURRENT = _Current()
 Adapters = Adapter | Sequence[Adapter | None] | None
 _Progress = Callable[[int, int], None] | bool | None
 _Read = str | Reading | None
-_LENGTH_STEP = 24  # tokens: chunks that are encoded together are padded to a multiple of it
+_LENGTH_STEP = 24  # tokens; chunks of one batch are padded to a multiple of it
 _BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
@@ -80,19 +80,19 @@ class DocToLoRA:
     Attributes:
         base_model, tokenizer, hypernetwork
         config: the hypernetwork's HypernetworkConfig.
-        encoder: a ContextEncoder that shares the base model's weights, or reads another model by `encoder_tokenizer`.
-        current: the Adapter that calls without `adapter=` use, or None.
-        window: tokens that the base model reads at most.
-        chunk_tokens: default length of a chunk, in the encoder's tokens and without its chat wrapping.
-        chunk_batch, batch_tokens: how many chunks, and tokens, are encoded together at most.
-        least_relevance: where a number of `blocks` is to answer, a block of fewer nats stays out (see `routing`); minus
+        encoder: a ContextEncoder that shares the base model's weights, or another model with `encoder_tokenizer`.
+        current: the Adapter of calls without `adapter=`, or None.
+        window: the most tokens that the base model reads.
+        chunk_tokens: default length of a chunk, in the encoder's tokens, without its chat wrapping.
+        chunk_batch, batch_tokens: the most chunks, and tokens, of one encoder batch.
+        least_relevance: nats that a block must reach to answer when `blocks` is a number (see `routing`); minus
             infinity unless the checkpoint names it.
-        gate: what `routing.gated` asks of blocks where the base model has an answer of its own (a Gate, or None).
+        gate: the threshold of `routing.gated` where the base model has an answer of its own (a Gate, or None).
         reading: how `read="sparse"` chooses the block that each token of an answer reads (a Reading).
-        iterative: write blocks one base layer after another: less memory, the same numbers (False).
+        iterative: True writes blocks one base layer after another: less memory, the same numbers.
 
-    Chunks of like length are encoded together. A batch has one shape for each length, filled up where chunks are
-    missing: on the CPU a block's numbers do not depend, even in their last bit, on the chunks beside it.
+    Chunks of similar length are encoded together. All batches of a length have the same shape, filled up where chunks
+    are missing: on the CPU a block is bit-equal whatever chunks are beside it.
     """
 
     def __init__(
@@ -136,11 +136,11 @@ class DocToLoRA:
 
     @property
     def device(self) -> torch.device:
-        """Where the base model is (where its inputs belong, if it is spread over several)."""
+        """The base model's device (that of its inputs, if it is spread over several)."""
         return input_device(self.base_model)
 
     def _check_base_model(self) -> None:
-        """ValueError where the hypernetwork writes for a base model of other sizes."""
+        """ValueError if the hypernetwork writes for a base model of other sizes."""
         name = self.config.base_model or "another base model"
         remedy = f"it was made for {name}: pass that one as base_model="
         n_layers = len(decoder_layers(self.base_model))
@@ -189,11 +189,11 @@ class DocToLoRA:
         documents: a text (named "document"), a list ("document 1", "document 2", ...) or {name: text}, of any length.
             A PIL image (alone named "image") is one chunk without a span, for vision-language context encoders.
         chunk_tokens: longest chunk in tokens, without its chat wrapping (None: `model.chunk_tokens`).
-        progress: True shows a bar; a function is called as progress(done, total), counting different chunks.
+        progress: True shows a bar; a function is called as progress(done, total), in different chunks.
 
-        A few chunks are read at a time and finished blocks go to the CPU, so working memory does not grow with length.
-        Chunks with the same text are encoded once and share their tensors. Before anything is computed: TypeError or
-        ValueError for documents that are no text or hold none, and for images where the encoder reads text only.
+        A few chunks are read at a time and finished blocks go to the CPU: working memory does not grow with length.
+        Chunks of the same text are encoded once and share their tensors. TypeError or ValueError, before any
+        computation, for documents that are no text or hold none, and for images if the encoder reads text only.
         """
         blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
         self.current = self.adapter_of([block for of_document in blocks.values() for block in of_document])
@@ -208,13 +208,15 @@ class DocToLoRA:
     ) -> list[Adapter]:
         """One adapter per document, for `answer(questions, adapters)`; `model.current` stays what it was."""
         blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
-        empty = self.adapter_of([])  # the bias and the fingerprints are those of all
+        empty = self.adapter_of([])  # all adapters share its bias and fingerprints
         return [replace(empty, blocks=tuple(of_document)) for of_document in blocks.values()]
 
     def internalize_ids(self, ctx_ids: Tensor, attention_mask: Tensor | None = None) -> Adapter:
-        """The adapter of ready-made chunks [n_chunks, length] of token ids, chat wrapping included; it becomes current.
+        """The adapter of ready chunks of token ids [n_chunks, length], chat wrapping included; it becomes current.
 
-        attention_mask [n_chunks, length] is 0 at padding, on any side (None: no padding). Blocks have no span.
+        attention_mask: [n_chunks, length], 0 at padding, on any side (None: no padding).
+
+        Blocks have no span.
         """
         ctx_ids, attention_mask = _checked_ids(ctx_ids, attention_mask, self.encoder.model)
         rows = [ids[mask].tolist() for ids, mask in zip(ctx_ids, attention_mask.bool(), strict=True)]
@@ -249,7 +251,7 @@ class DocToLoRA:
         return blocks
 
     def _image_inputs(self, image: Document, name: str) -> dict[str, Tensor]:
-        """What the context encoder reads for an image; ValueError where it reads text only or too few tokens."""
+        """The context encoder's inputs for an image; ValueError if it reads text only or too few tokens."""
         inputs = image_inputs(self.encoder.processor, image)
         length, window = inputs["input_ids"].shape[1], window_of(self.encoder.model)
         if length > window:
@@ -274,8 +276,9 @@ class DocToLoRA:
 
     @torch.no_grad()
     def _encode(self, chunks: Sequence[list[int] | dict[str, Tensor]], progress: _Progress) -> list[_BlockFactors]:
-        """(A, B) of every chunk (token ids, or the inputs of an image), {module: [n_layers, r, size]} each, on the
-        CPU; equal chunks of token ids share.
+        """(A, B) of every chunk (token ids, or an image's inputs), each {module: [n_layers, r, size]}, on the CPU.
+
+        Equal chunks of token ids share their tensors.
         """
         keys = [id(chunk) if isinstance(chunk, dict) else tuple(chunk) for chunk in chunks]
         images = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if isinstance(chunk, dict)}
@@ -293,7 +296,7 @@ class DocToLoRA:
 
     @contextmanager
     def _in_eval_mode(self) -> Iterator[None]:
-        """Inside the `with` block the hypernetwork is in evaluation mode; of several threads the last one restores."""
+        """Inside the `with` block the hypernetwork is in evaluation mode; the last of several threads restores it."""
         with self._lock:
             if not self._evaluating:
                 self._was_training = self.hypernetwork.training
@@ -309,10 +312,10 @@ class DocToLoRA:
                     self.hypernetwork.train()
 
     def _batches(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
-        """(different chunks, the length they are padded to), one batch after another.
+        """(different chunks, their padded length), one batch after another.
 
-        A batch of one is not padded. Others are padded to the next multiple of _LENGTH_STEP above their length: every
-        row has padding, because computing with a mask and without one differs in the last bits.
+        A batch of one is not padded. Others are padded to the next multiple of _LENGTH_STEP above their length. Every
+        row then has padding, because results with and without a mask differ in the last bits.
         """
         by_width: dict[int, list[tuple[int, ...]]] = {}
         for ids in chunks:
@@ -325,12 +328,13 @@ class DocToLoRA:
                 yield alike[start : start + rows], width
 
     def _rows(self, width: int) -> int:
-        """How many chunks of so many tokens make a batch: a function of the length alone."""
+        """How many chunks of `width` tokens make a batch: a function of the length alone."""
         return max(1, min(self.chunk_batch, self.batch_tokens // width))
 
     def _encode_batch(self, batch: Sequence[Sequence[int]], width: int) -> Loras:
-        """{module: (A [rows, L, r, d_in], B [rows, L, r, d_out])} of chunks of token ids, padded to `width`; the last
-        one fills up the rows of its length's batch.
+        """{module: (A [rows, L, r, d_in], B [rows, L, r, d_out])} of chunks of token ids, padded to `width`.
+
+        Copies of the last chunk fill up the batch.
         """
         rows = [*batch]
         if len(batch[0]) < width:
@@ -339,8 +343,9 @@ class DocToLoRA:
         return self._write_blocks({"input_ids": ids, "attention_mask": mask})
 
     def _write_blocks(self, inputs: Mapping[str, Tensor]) -> Loras:
-        """{module: (A [n, L, r, d_in], B [n, L, r, d_out])} of the encoder's inputs: input_ids and attention_mask
-        [n, T], and an image's others.
+        """{module: (A [n, L, r, d_in], B [n, L, r, d_out])} of the encoder's inputs.
+
+        inputs: input_ids and attention_mask [n, T]; images have more.
         """
         device, dtype = input_device(self.encoder.model), self.encoder.model.dtype
         inputs = {name: one.to(device, dtype if one.is_floating_point() else None) for name, one in inputs.items()}
@@ -348,14 +353,14 @@ class DocToLoRA:
         place = next(self.hypernetwork.parameters()).device
         mask = inputs["attention_mask"].to(place)
         loras = self.hypernetwork(features.to(place), attention_mask=mask, iterative=self.iterative)
-        ends = [end for pair in loras.values() for tensor in pair for end in tensor.aminmax()]  # NaN wherever one is
+        ends = [end for pair in loras.values() for tensor in pair for end in tensor.aminmax()]  # NaN spreads to both
         if not torch.stack(ends).isfinite().all():
             raise ValueError("the hypernetwork wrote NaN or infinity: its weights, or the base model's, are damaged")
         return loras
 
     @torch.no_grad()
     def adapter_of(self, blocks: Sequence[Block], *, bias: bool = True) -> Adapter:
-        """Blocks that were made for this base model as an Adapter, with the hypernetwork's bias block or without."""
+        """An Adapter of blocks that were made for this base model, with the hypernetwork's bias block or without."""
         bias = self.hypernetwork.bias() if bias else None
         if bias is not None:
             bias = {m: (A.detach().cpu().clone(), B.detach().cpu().clone()) for m, (A, B) in bias.items()}
@@ -373,18 +378,18 @@ class DocToLoRA:
 
     @property
     def base_key(self) -> str:
-        """What the base model is known by: see `base_model.Fingerprint`."""
+        """The base model's fingerprint: see `base_model.Fingerprint`."""
         return self._fingerprint.key(self.base_model)
 
     @property
     def hypernetwork_key(self) -> str:
-        """What the hypernetwork is known by: a hash of some values of each of its parameters, read anew each time."""
+        """The hypernetwork's fingerprint: a hash of some values of each of its parameters, read anew each time."""
         return parameters_key(self.hypernetwork)
 
     # --- adapters on ------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Back to the base model: calls without `adapter=` use no adapter until the next `internalize`."""
+        """Drop the current adapter: calls without `adapter=` use the base model until the next `internalize`."""
         self.current = None
 
     @contextmanager
@@ -393,18 +398,18 @@ class DocToLoRA:
     ) -> Iterator[nn.Module]:
         """Inside the `with` block the base model (also the plain transformers object) answers with the adapter.
 
-        Left out, it is the current one. A list gives one adapter (or None) per batch row; None is the plain base
-        model. Blocks nest, the innermost counts, also for calls without `adapter=`. On exit, also after an
-        exception, weights and hooks are what they were, bit for bit.
+        adapter: left out, the current one; None, the plain base model; a list, one (or None) per batch row.
+        read: as in `answer`. Sparse reading follows left-padded prompts, and their answers token by token with a cache.
+        starts: [batch], the columns of the last prompt tokens. With them a pass may hold prompts and their answers (see
+            `reading.read_sparsely`).
 
-        read: as in `answer`. Sparse reading follows prompts that are padded on the left and their answers token by
-        token with a cache; starts [batch], the columns of the last prompt tokens, lets a pass hold prompts with their
-        answers (see `reading.read_sparsely`).
+        `with` blocks nest; the innermost counts, also for calls without `adapter=`. On exit, also after an exception,
+        weights and hooks are what they were, bit for bit.
 
-        The block belongs to the thread (or asyncio task) that opens it. Calls of this model in other threads do not
-        see it: without `adapter=` they use their own block, else `model.current`. A thread that is started inside the
-        block and opens none (as for a streamer) sees it when it calls the plain transformers object; RuntimeError
-        where blocks of several threads could be meant.
+        A `with` block belongs to the thread (or asyncio task) that opens it. Calls of this model in other threads do
+        not see it: without `adapter=` they use their own `with` block, else `model.current`. A thread that is started
+        inside and opens none (as for a streamer) sees it in calls of the plain transformers object. RuntimeError if
+        `with` blocks of several threads could be meant.
         """
         reading = self._reading(read, adapter)
         with self._with_applied(self._chosen(adapter), shared=True, reading=reading, starts=starts):
@@ -420,9 +425,11 @@ class DocToLoRA:
         starts: Tensor | None = None,
         checked: bool = False,
     ) -> Iterator[None]:
-        """Inside the `with` block this thread's passes have the adapter, as the published sum where `reading` is None.
+        """Inside the `with` block this thread's passes have the adapter.
 
-        shared: see lora.OpenBlock. checked: the adapters are known to fit this model.
+        shared: see `lora.OpenBlock`.
+        reading: None is the published sum.
+        checked: the adapters are known to fit this model.
         """
         contexts, rows = _distinct(adapter) if isinstance(adapter, (list, tuple)) else ([adapter], None)
         if not checked:
@@ -440,7 +447,7 @@ class DocToLoRA:
                 yield
 
     def _check_adapters(self, adapters: Sequence[object]) -> None:
-        """`_check_adapter` of several; the model's fingerprints are taken once."""
+        """`_check_adapter` of several, with the model's fingerprints taken once."""
         wanted = [one for one in adapters if isinstance(one, Adapter)]
         keys = (
             self.base_key if any(one.base_key for one in wanted) else "",
@@ -450,9 +457,9 @@ class DocToLoRA:
             self._check_adapter(one, keys)
 
     def _check_adapter(self, adapter: object, keys: tuple[str, str] | None = None) -> None:
-        """TypeError for what is no adapter, ValueError for an adapter of another base model or hypernetwork.
+        """TypeError unless it is an adapter; ValueError for one of another base model or hypernetwork.
 
-        keys: this model's base_key and hypernetwork_key, if they are at hand.
+        keys: this model's base_key and hypernetwork_key (None: computed here).
         """
         if adapter is None:
             return
@@ -483,7 +490,7 @@ class DocToLoRA:
             )
 
     def _chosen(self, adapter: Adapters | _Current) -> Adapters:
-        """The adapter that a call means: the one given, else the one applied around it, else the current one."""
+        """The adapter that a call means: its argument, else the one applied around it, else the current one."""
         if adapter is _CURRENT:
             block = noted_adapter(self.base_model, self)
             adapter = self.current if block is None else block.adapter
@@ -492,7 +499,7 @@ class DocToLoRA:
         raise TypeError(f"expected an Adapter, a list of them or None, not {type(adapter).__name__}")
 
     def _reading(self, read: _Read, adapter: Adapters | _Current) -> Reading | None:
-        """How a call reads its adapter; None is the published sum. ValueError for another word."""
+        """How a call reads its adapter (None: the published sum). ValueError for an unknown word."""
         if read is None:
             around = noted_adapter(self.base_model, self) if adapter is _CURRENT else None
             return None if around is None else around.reading
@@ -517,18 +524,17 @@ class DocToLoRA:
         """The greedy answer to a question, or a list of answers to a list.
 
         adapter: left out, the current one; None, the base model alone; a list, one (or None) per question.
-        max_new_tokens: the answer's length at most. It ends earlier at the end of its turn, or of the window.
+        max_new_tokens: the longest answer. It ends earlier at the end of its turn, or of the window.
         system: the text of a system turn before the question.
-        blocks: None, all blocks of an adapter answer. A number: that many of them, the most relevant to each question
-            (see `routing`), which keeps out the noise of the others and costs a forward pass per block.
-        read: "sum", the published sum of the blocks. "sparse", at each token the block that matches, all in one pass
-            (see `reading`), as `model.reading` says; or a Reading. Left out: the sum, or as the adapter that is applied
-            around is read.
+        blocks: how many blocks answer, the most relevant to each question (None: all). That keeps out the noise of the
+            others and costs a forward pass per block (see `routing`).
+        read: "sum", the published sum of the blocks. "sparse", the matching block at each token, in one pass (see
+            `reading`), as `model.reading` says. Or a Reading. Left out: as the adapter applied around, else the sum.
 
-        Questions are wrapped in the chat template and batched; answers are those of one-by-one calls. The base model's
-        own generation settings (sampling, penalties, ...) do not count. Several threads may answer at once, also while
-        another one internalizes: name the adapter there, as `model.current` is one for all. ValueError for a blank
-        question and for one that the window cannot hold.
+        Questions are wrapped in the chat template and batched; answers equal those of one-by-one calls. The base
+        model's own generation settings (sampling, penalties, ...) do not count. Several threads may answer at once,
+        also while another internalizes: name the adapter there, as all threads share `model.current`. ValueError for a
+        blank question and for one that overflows the window.
         """
         single = isinstance(question, str)
         if not single and (isinstance(question, (bytes, Mapping, set)) or not isinstance(question, Iterable)):
@@ -584,14 +590,17 @@ class DocToLoRA:
         """transformers' `generate` with an adapter applied: token ids [batch, length] in, prompt and new ids out.
 
         adapter: left out, the current one; None, the base model alone; a list, one (or None) per row.
-        attention_mask: 0 at padding (None: there is none). ValueError for padding on the right, where new tokens go.
-        read: as in `answer`. ValueError for sparse reading without a cache, or with a prompt in parts.
-        options: passed on to transformers. Settings are fresh, not the base model's own: greedy, to the end of the
-            model's turn, unless options say otherwise.
+        attention_mask: 0 at padding (None: no padding).
+        read: as in `answer`.
+        options: passed on to transformers. Defaults are fresh, not the base model's own: greedy, to the end of the
+            model's turn.
 
-        New tokens may run over the window's end; `answer` stops there. Nothing is compiled (as transformers does with a
-        static cache), for compiled code would miss the adapter. With `streamer=` it may run in a thread of its own:
-        name the adapter in the call, as the thread does not see the caller's `applied`.
+        New tokens may exceed the window; `answer` stops there. Nothing is compiled, not even with a static cache:
+        compiled code would miss the adapter. With `streamer=` it may run in a thread of its own: name the adapter in
+        the call, as that thread does not see the caller's `applied`.
+
+        ValueError for padding on the right, where new tokens go, and for sparse reading without a cache or with a
+        prompt in parts.
         """
         check_count(max_new_tokens, "max_new_tokens")
         input_ids, attention_mask = _checked_ids(input_ids, attention_mask, self.base_model)
@@ -617,13 +626,13 @@ class DocToLoRA:
     # --- files ------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, include_base: bool | None = None) -> Path:
-        """Write a folder that `d2l.load` reads: the hypernetwork, its configuration, and where the base model is.
+        """Write a folder that `d2l.load` reads: hypernetwork, configuration, and the base model's name or path.
 
-        include_base: write the base model and tokenizer (and a context encoder that is another model) into it too.
-        None does so only with a model that was not loaded by a name or path, for then it could not be found again.
+        include_base: also write the base model and tokenizer (and a context encoder that is another model). None: only
+            if it was not loaded by a name or path, which could be found again.
 
-        The folder is complete or not there at all. It is a new or empty one, or an earlier one of `save`, which is
-        replaced; a base model that lies in it and is this model's stays. FileExistsError names the files of any other.
+        The folder is complete or absent. It must be new, empty, or an earlier output of `save`, which is replaced; this
+        model's base model inside it stays. FileExistsError names the files of any other folder.
         """
         models = {"base_model": (self.base_model, self.tokenizer, self.base_source)}
         same_source = self.encoder.source is not None and self.encoder.source == self.base_source  # in 4-bit precision
@@ -664,13 +673,13 @@ class DocToLoRA:
 
 
 def _on_cpu(loras: Loras, index: int) -> _BlockFactors:
-    """(A, B) of one chunk of a batch; cloned, for a slice would keep the whole batch alive."""
+    """(A, B) of one chunk of a batch, cloned: a slice would keep the whole batch alive."""
     A, B = ({m: pair[side][index].cpu().clone() for m, pair in loras.items()} for side in (0, 1))
     return A, B
 
 
 def _checked_ids(ids: Tensor, mask: Tensor | None, network: nn.Module) -> tuple[Tensor, Tensor]:
-    """Token ids as [rows, length] with their mask; ValueError for other shapes, none, or unknown ids."""
+    """(token ids, mask), each [rows, length]; ValueError for other shapes, no ids, or unknown ids."""
     ids = torch.as_tensor(ids)
     if ids.dim() != 2 or ids.numel() == 0 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise ValueError(f"token ids must be whole numbers [rows, length], got {ids.dtype} {list(ids.shape)}")
@@ -685,7 +694,7 @@ def _checked_ids(ids: Tensor, mask: Tensor | None, network: nn.Module) -> tuple[
 
 
 def _check_followed(options: Mapping[str, Any]) -> None:
-    """ValueError for options of `generate` under which sparse reading would not see where an answer begins."""
+    """ValueError for options of `generate` that hide from sparse reading where an answer begins."""
     config = options.get("generation_config")
     for name, wrong in (("use_cache", (False,)), ("prefill_chunk_size", None)):
         value = options.get(name, getattr(config, name, None))
@@ -694,7 +703,7 @@ def _check_followed(options: Mapping[str, Any]) -> None:
 
 
 def _distinct(adapters: Sequence[Adapter | None]) -> tuple[list[Adapter | None], Tensor]:
-    """(the different adapters, for each row which of them it has)."""
+    """(the distinct adapters, the number of each row's adapter among them [rows])."""
     adapters = list(adapters)
     if not adapters:
         raise ValueError("the list of adapters is empty: give one per row, or None for the base model")
@@ -705,7 +714,7 @@ def _distinct(adapters: Sequence[Adapter | None]) -> tuple[list[Adapter | None],
 
 @contextmanager
 def _reporter(progress: _Progress, total: int) -> Iterator[Callable[[int], None]]:
-    """A function to call with the number of chunks done."""
+    """A function to call with the number of finished chunks."""
     if progress is None or progress is False:
         yield lambda done: None
     elif progress is True:

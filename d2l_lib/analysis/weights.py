@@ -447,6 +447,3 @@ def recompression(adapter: Adapter, ranks: Sequence[int]) -> pd.DataFrame:
             "bytes": [per_rank * min(rank, adapter.rank) for rank in ranks],
         }
     )
-
-
-# --------------------------------------------------------------------------------------------------------- the command
