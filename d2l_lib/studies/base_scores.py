@@ -23,10 +23,7 @@ _KINDS = {
 def greedy_answers(
     model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 24, batch_tokens: int = 16384
 ) -> list[str]:
-    """The base model's greedy answers to user turns `prompts`, batched by length with left padding.
-
-    Prompts longer than the model's window are answered too, for the comparison beyond the window.
-    """
+    """The base model's greedy answers to user turns `prompts`, batched by length, also beyond its window."""
     ids = question_ids(tokenizer, check_texts(prompts, "prompts"))
     answers = [""] * len(ids)
     waiting = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -69,11 +66,9 @@ def base_model_samples(
 ) -> pd.DataFrame:
     """`n` samples of each task of the base model.
 
-    Columns: task, kind, facts, length_tokens, question, answer, prediction, correct. `facts` is the document's number
-    of facts in fives ("6-10"), or empty without a document of facts.
-
-    split: of documents and unknown names.
-    facts: fewest and most facts of a document.
+    Columns: task, kind, facts, length_tokens, question, answer, prediction, correct. The column `facts` is the
+    document's number of facts in fives ("6-10"), or empty without a document of facts. Documents, of `facts` (fewest,
+    most) facts, and unknown names are from `split`.
     """
     rows = pd.DataFrame(_questions(tokenizer, n, seed, split, facts))
     prompts = list(rows.pop("prompt"))

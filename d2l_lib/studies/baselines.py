@@ -76,10 +76,7 @@ class Internalized:
 
 @dataclass
 class InContext:
-    """The base model with the document in its prompt.
-
-    The document's middle is cut out to fit prompt and answer into the window, or into `tokens`.
-    """
+    """The base model with the document in its prompt; its middle is cut to fit the window, or `tokens`."""
 
     model: DocToLoRA
     name: str = "in context"

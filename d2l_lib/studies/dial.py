@@ -72,7 +72,7 @@ def dial_curve(samples: pd.DataFrame) -> pd.DataFrame:
     """Shares by layers, weight and gate, with 95% Wilson intervals (override_low, ...), and n questions of each sort.
 
     override, believed: the prediction is the document's value, or the encyclopedia's.
-    document, unrelated: right answers about other facts of the document, and of the encyclopedia.
+    document, unrelated: right answers about the document's other facts, and about the encyclopedia's.
     """
     rows = []
     for (layers, weight, gate), group in samples.groupby(["layers", "weight", "gate"], sort=False):
@@ -92,10 +92,7 @@ def dial_curve(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_strength(curve: pd.DataFrame, gate: bool, allowed: float = 0.01) -> tuple[str, float]:
-    """(layers, weight) with the largest share of overriding answers that loses little elsewhere.
-
-    Compared with weight 1, it loses at most `allowed` of the document's other facts, and of the encyclopedia.
-    """
+    """(layers, weight) with most override that loses at most `allowed` of document and unrelated against weight 1."""
     rows = curve[curve["gate"] == gate]
     spared = ["document", "unrelated"]
     plain = rows[(rows["layers"] == "all layers") & (rows["weight"] == 1)].iloc[0]

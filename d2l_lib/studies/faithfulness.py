@@ -190,8 +190,7 @@ def _checks(
 ) -> dict:
     """Whether the answer stays right if a sentence is removed from the text, which is internalized again.
 
-    top: the first of `table`.
-    other: a random one that is neither first nor evidence.
+    top, other: the first of `table`, and a random one that is neither first nor evidence.
     bridge: for two hops, the first hop's, which names the subject of the second; also in context.
     """
     best = int(table["contribution"].to_numpy().argmax())
@@ -222,12 +221,10 @@ def study(
     kinds: Sequence[str] = world.ONE_HOP_KINDS,
     sentences: tuple[int, int] = (SIZES[0], SIZES[-1]),
 ) -> pd.DataFrame:
-    """Samples (see `study_one`) of questions, until `n` are answered rightly with all blocks.
+    """Samples (see `study_one`) of questions, until `n` are answered rightly with all blocks; ValueError if few are.
 
     folder: for finished batches, from which an interrupted study continues.
     sentences: fewest and most of a document.
-
-    ValueError if too few questions are answered rightly.
     """
     kinds = check_texts(kinds, "kinds")
     source, began = drawn(seed, kinds, *sentences), time.perf_counter()
@@ -383,10 +380,7 @@ def _exactness(model: DocToLoRA, n: int, seed: int) -> dict:
 
 
 def run(model: DocToLoRA, n: int, seed: int, n_two_hop: int) -> list[dict]:
-    """The record: see `summarise`, and rows of cost and exactness.
-
-    Finished batches are kept in runs/attribution; an interrupted study continues from them.
-    """
+    """The record: `summarise`, cost and exactness; runs/attribution keeps finished batches for an interrupted run."""
     folder = project_root() / "runs" / "attribution"
     one_hop = study(model, n, seed, folder)
     two_hop = study(model, n_two_hop, seed, folder, kinds=("two_hop",))

@@ -255,10 +255,7 @@ def _ideas(samples: Mapping[int, pd.DataFrame], lines: Sequence[tuple[float, flo
 
 
 def keep_thresholds(folder: Path, least: float, gate: Gate | None = None) -> None:
-    """Write the threshold, and the gate, into a model's folder as its `model.least_relevance` and `model.gate`.
-
-    ValueError for a published checkpoint file, which has no place for them.
-    """
+    """Write the threshold, and the gate, into a model's folder; ValueError for a published checkpoint file."""
     from d2l_lib.formats.schemas import CheckpointSettings, check
 
     if not folder.is_dir():

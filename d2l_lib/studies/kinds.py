@@ -28,11 +28,7 @@ def _samples(n: int, seed: int) -> pd.DataFrame:
 
 
 def _question_kinds(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
-    """Answers in context, by Doc-to-LoRA (all blocks, and routed to one) and without context.
-
-    Columns: those of `qa.load_qa`, method, prediction, one_hop, facts ("6-10"), correct. Questions are answered in
-    batches, so nothing is timed.
-    """
+    """Rows of `qa.load_qa` with method, prediction, one_hop, facts ("6-10") and correct; nothing is timed."""
     samples = qa.add_lengths(_samples(n, seed), model.tokenizer)
     tables = []
     for start in range(0, len(samples), 128):  # in parts, for memory

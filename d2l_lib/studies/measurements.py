@@ -353,10 +353,9 @@ def _sizes(model: DocToLoRA) -> dict:
 
 # --------------------------------------------------------------------------------------------- a process for each
 def measure_alone(m: Measurement, *, limit_s: float = 600.0, memory_limit_mib: int | None = None, **options) -> dict:
-    """`measure` in a process of its own, which is ended after `limit_s` seconds.
+    """`measure` in a process of its own, which is ended after `limit_s` seconds; options are those of `measure`.
 
     memory_limit_mib: most that it may allocate on the CPU beyond its start (Linux only; None: no limit).
-    options: of `measure`.
 
     The status is "out of memory" if the system killed the process, and "stopped after <limit> s" if it took too long.
     RuntimeError shows the process's last words after any other failure.

@@ -184,10 +184,7 @@ def two_hop(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
 
 
 def question_internalized(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
-    """One-hop questions with the document, the question itself, or another document inside.
-
-    Only the first adapter holds the answer.
-    """
+    """One-hop questions with their document, the question itself, or another document in the adapter."""
     rng = random.Random(f"question internalized/{seed}")
     documents = [world.draw_document(rng, "test", _FACTS) for _ in range(n)]
     questions = [one_hop_question(rng, document) for document in documents]

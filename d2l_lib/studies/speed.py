@@ -101,10 +101,9 @@ def _recorded(
 def record(
     measurements: Sequence[Measurement], rows: Sequence[dict] = (), *, again: bool = False, **options
 ) -> Iterator[list[dict]]:
-    """The rows of a record, after each measurement that it lacks.
+    """The rows of a record, after each measurement that it lacks; options are those of `measure_alone`.
 
     again: first drop rows of the same models and depths on the same device.
-    options: of `measure_alone`.
     """
     wanted, rows = [m.here() for m in measurements], list(rows)
     if again:

@@ -79,10 +79,7 @@ def read_scores(path: Path) -> list[dict]:
 
 
 def score_new(run: Path, score: _Score, base: tuple, scores: Path) -> int:
-    """Score every whole checkpoint that `scores` does not name yet; their number.
-
-    base: (base model, tokenizer). A checkpoint that the run deletes meanwhile is skipped.
-    """
+    """The number of new scores: one per whole checkpoint that `scores` lacks; base: (base model, tokenizer)."""
     done = {line["checkpoint"] for line in read_scores(scores)}
     count = 0
     for stage in stages(run):

@@ -50,7 +50,7 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
     """Inside the `with` block internalizing is timed by part; the model on exit is the model on entry.
 
     text: cutting the document into chunks and tokens.
-    encoder, Perceiver: the passes of these.
+    encoder, Perceiver: their passes.
     head: the layers after the Perceiver and the two factors.
     moving: checking the blocks, copying them to the CPU, and the next batch's padding.
     """

@@ -80,10 +80,9 @@ def stream(
     if at most OPEN_DOCUMENTS other texts lie between them. Self-generated data: rows with the published columns,
     checked file by file.
 
-    split: default: the training split (LongBench-E: test).
+    split: None is the training split (LongBench-E: test).
     model: base model of the self-generated data on the hub.
-    most_tokens: longest passage.
-    tokenizer: counts the passage's tokens (None: the file's own count).
+    most_tokens, tokenizer: longest passage, and what counts its tokens (None: the file's own count).
 
     ValueError for an unknown name, or files that are not in the format. FileNotFoundError if there is nothing.
     """

@@ -320,10 +320,7 @@ def is_first_process() -> bool:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a training log, [] without a file; ValueError names a line without step and seconds.
-
-    A last line that was cut off is left out: the process was killed while it wrote.
-    """
+    """The whole lines of a training log, [] without a file; ValueError names a line without step and seconds."""
     from d2l_lib.formats.schemas import LogLine, check
 
     lines = read_appended(path)

@@ -62,10 +62,7 @@ HYPERNETWORK = "hypernetwork.json"
 
 # ----------------------------------------------------------------------------------------------------- the base model
 def _train_base(p: Preset, run: Run, fast: bool = False) -> None:
-    """Train the tiny base model from nothing; tokenizer and weights end in `run.folder`/final.
-
-    fast: bfloat16 arithmetic on float32 weights, and compiled code; needs a C++ compiler.
-    """
+    """Train the tiny base model into `run.folder`/final; fast: bfloat16 and compiled code (needs a C++ compiler)."""
     sizes = p.base
     tokenizer = pretraining.build_tokenizer(sizes.vocab_size, sizes.window, run.seed)
     torch.manual_seed(run.seed)
@@ -325,8 +322,7 @@ def own_needle(p: NeedlePreset, source: str, run: Run, preset_name: str) -> None
 def own_qa(p: QAPreset, source: str, run: Run, preset_name: str, shards: Sequence[Path], cache: Path) -> None:
     """Train a question-answering hypernetwork for the base model `source`; it ends in `run.folder`/final.
 
-    shards: folders or files of self-generated data.
-    cache: where they are unpacked.
+    shards, cache: folders or files of self-generated data, and where they are unpacked.
 
     ValueError if all stages need such data and there are none.
     """

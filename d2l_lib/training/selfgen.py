@@ -78,10 +78,8 @@ _WRITER_PROMPTS = (
 class VllmEngine:
     """The interface of `TransformersEngine` on vLLM, which is far faster for large models.
 
-    gpu_share: share of the GPU's memory.
-
-    vLLM takes a whole GPU per process. Start each worker with its own CUDA_VISIBLE_DEVICES, --worker and --workers, not
-    with torchrun. ImportError says how to install vLLM.
+    It takes the share `gpu_share` of a GPU's memory, and a whole GPU per process: start each worker with its own
+    CUDA_VISIBLE_DEVICES, --worker and --workers, not with torchrun. ImportError says how to install vLLM.
     """
 
     def __init__(self, name: str, gpu_share: float = 0.9):
@@ -257,16 +255,14 @@ _QUOTES = "\"'“”‘’«»„`"
 def parse_questions(
     text: str, limit: int | None = None, earlier: Sequence[str] = (), complete: bool = True
 ) -> tuple[list[str], dict[str, int]]:
-    """(the questions in a model's reply, {reason: number of dropped items}).
+    """(the questions in a model's reply, {reason in `formats.shards.DROPPED`: number of dropped items}).
 
-    The reasons are those of `formats.shards.DROPPED`. Reads numbers and bullets of any style, quotes, bold type, JSON
-    lists and plain lines. Thinking, introductions and answers are dropped. Unmarked lines count only where no item is
-    marked.
+    Reads numbers and bullets of any style, quotes, bold type, JSON lists and plain lines; drops thinking, introductions
+    and answers. Unmarked lines count only where no item is marked.
 
     limit: most questions to keep.
-    earlier: existing questions. A duplicate differs from one of them, or from another item, only in case and
-        punctuation.
-    complete: False where the reply was cut off; the last item is then dropped.
+    earlier: existing questions. Duplicates, also of these, differ only in case and punctuation.
+    complete: False if the reply was cut off; the last item is then dropped.
     """
     dropped: Counter[str] = Counter()
     text, dropped["thinking"] = _THOUGHT.subn("", text)
@@ -417,11 +413,11 @@ def generate(
 ) -> dict[str, Any] | None:
     """Make the missing shards `worker`, `worker` + `workers`, ...; the manifest if all are there then, else None.
 
-    teacher, writer: engines. The writer (default: the teacher) asks the questions on `texts`.
+    teacher, writer: engines; the writer (default: the teacher) asks the questions on `texts`.
     texts: the documents; None draws them from the world.
 
-    Whole shards are kept. A damaged one is made again, and a printed line names it. The last worker to finish writes
-    the manifest. ValueError if the folder holds other data, or if the settings do not fit the texts.
+    Whole shards are kept; a damaged one is made again, as a printed line says. The last worker to finish writes the
+    manifest. ValueError if the folder holds other data, or if the settings do not fit the texts.
     """
     if not 0 <= worker < workers:
         raise ValueError(f"worker {worker} of {workers}: workers are numbered from 0")

@@ -33,10 +33,9 @@ def sbatch_script(
     runs: str = "runs",
     extra: Sequence[str] = (),
 ) -> str:
-    """The script for preset `name` and stage "needle" or "qa".
+    """The script for preset `name` and stage "needle" or "qa"; `extra` are further options of `d2l train`.
 
-    gpus, cpus: per node, and per GPU.
-    extra: further options of `d2l train`.
+    gpus and cpus: per node, and per GPU.
 
     ValueError if the processes cannot share the preset's batches evenly, or if shards are missing.
     """
