@@ -71,9 +71,10 @@ def study_one(
     chance_alike (see there), all_blocks, routed (whether each answers rightly), method, rank (of the evidence; the
     later of two), rank_answer (of the sentence that states the answer), ms, and for methods of chunks _MEASURES.
 
-    Rows of the method "checks": see `_checks`. For two hops they also have rivals (other values of the same relation in
-    the document) and in_context (whether the base model answers rightly). Slow measurements cover a part of the
-    questions (see `EVERY`). Questions that only the routed block answers skip the methods that need curves.
+    Every question has a row of the method "checks" (see `_checks`). For two hops rows also have rivals (other values of
+    the same relation in the document) and in_context (whether the base model answers rightly). Slow measurements cover
+    a part of the questions (see `EVERY`). Questions that only the routed block answers skip the methods that need
+    curves.
     """
     texts = [document.text for document, _ in batch]
     questions = [question.text for _, question in batch]

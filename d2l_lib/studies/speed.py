@@ -146,7 +146,7 @@ _METHODS = {
 
 
 def cost_table(rows: pd.DataFrame, whats: Sequence[str]) -> pd.DataFrame:
-    """The table of `plots.plot_cost_by_length`, from the rows of a record with these `whats`.
+    """The table of `views.plots.plot_cost_by_length`, from the rows of a record with these `whats`.
 
     Columns: panel (model, and where it ran), method, length_tokens, seconds, seconds_low, seconds_high, memory_mib, n,
     floor (bool), seed. Rows that ran out of memory have NaN there. A question without an adapter is a floor at every

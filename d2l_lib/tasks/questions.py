@@ -45,7 +45,7 @@ def disjoint_documents(rng: random.Random, count: int, n_facts: int, split: str 
 def world_samples(
     n: int, seed: int, *, split: str = "test", facts: tuple[int, int] = (2, 20), kinds: Sequence[str] = world.KINDS
 ) -> pd.DataFrame:
-    """`n` questions on documents of `split`, a fresh document each, kinds in turn, for `views.view_samples`.
+    """`n` questions on documents of `split`, a fresh document each, kinds in turn, for `views.samples.view_samples`.
 
     Columns: document, question, answer, kind, evidence_start, evidence_end (lists of characters, one per evidence
     sentence), n_facts. `facts`: fewest and most facts of a document.

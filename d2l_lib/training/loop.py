@@ -192,7 +192,7 @@ class InOrderTrainer(Trainer):
 
 @dataclass(frozen=True)
 class Run:
-    """How this machine trains: where a run is kept, its seed, and options that leave its result unchanged.
+    """How this machine trains: where a run is kept, its seed, and technical options.
 
     folder: checkpoints and log; a killed run continues there.
     save_steps, report_steps: optimizer steps between checkpoints, and between log lines. Where a step is one batch of
