@@ -301,10 +301,7 @@ class Adapter:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def as_lora(self) -> Adapter:
-        """The same update as an ordinary LoRA of no hypernetwork; its bias becomes a block named "bias".
-
-        It can be added to adapters of another hypernetwork for the same base model.
-        """
+        """The same update as a plain LoRA, its bias a block "bias": it adds to any adapter for the same base model."""
         if self._is_foreign:
             return self
         blocks = self.blocks
@@ -402,10 +399,7 @@ class Adapter:
         return "it holds " + ", ".join([*counts, *([f"... and {rest:,} more"] if rest else [])])
 
     def scaled(self, weight: float, document: str | Iterable[str] | None = None) -> Adapter:
-        """The adapter with the weights of its blocks (or those of `document`) times `weight`; the bias stays.
-
-        Linear: scaled(0.5) halves the documents' update; scaled(0.5).scaled(2) is the adapter itself.
-        """
+        """The adapter with the update of its blocks (or those of `document`) times `weight`; the bias stays."""
         weight = _finite(weight, "weight")
         chosen = [True] * len(self.blocks) if document is None else self._chosen(document, None)
         return self._with(
@@ -443,8 +437,7 @@ class Adapter:
     def stacked(self) -> Factors:
         """{module: (A [L, K, r, d_in], B [L, K, r, d_out])} of the K blocks without their weights; not the bias.
 
-        r is the largest rank; zero rows fill up the others. Built once and kept, at the memory of the blocks.
-        Do not change the tensors.
+        r is the largest rank; zero rows fill up the others. Built once and kept, so do not change the tensors.
         """
         rank = max((block.rank for block in self.blocks), default=0)
 
@@ -482,10 +475,7 @@ class Adapter:
         return torch.nn.functional.pad(rows, (0, 0, 0, missing)).to(dtype).contiguous()
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> Adapter:
-        """The adapter on another device or in another precision; shared tensors stay shared.
-
-        ValueError for a dtype that is not floating-point.
-        """
+        """The adapter on another device or in another floating-point dtype (else ValueError); blocks still share."""
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(
                 f"dtype must be a floating-point one, not {dtype}: the adapter would be rounded to nothing"
@@ -752,10 +742,7 @@ def _size(n_bytes: int) -> str:
 
 
 def _made_alike(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
-    """Both adapters with one scale, bias and set of modules; their updates stay. At least one is foreign.
-
-    ValueError for different base models.
-    """
+    """Both with one scale, bias and set of modules, at the same updates; ValueError for different base models."""
     host = second if first._is_foreign and not second._is_foreign else first
     shared = [module for module in first.modules if module in second.sizes]
     if first.n_layers != second.n_layers or any(first.sizes[module] != second.sizes[module] for module in shared):
@@ -904,10 +891,7 @@ def singular_part(adapter: Adapter, start: int = 0, stop: int | None = None) -> 
 
 
 def only_layers(adapter: Adapter, layers: Sequence[int]) -> Adapter:
-    """The adapter with its update, bias included, in these layers only (0 = first).
-
-    ValueError for a layer that the adapter lacks.
-    """
+    """The adapter with its update, bias included, in these layers only (0 = first); ValueError for an unknown layer."""
     if unknown := sorted(set(layers) - set(range(adapter.n_layers))):
         raise ValueError(f"no layer {unknown} in this adapter: it has 0 to {adapter.n_layers - 1}")
     inside = torch.tensor([float(layer in set(layers)) for layer in range(adapter.n_layers)]).view(-1, 1, 1)

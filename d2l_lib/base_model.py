@@ -230,10 +230,7 @@ def _locate(source: str | Path) -> str:
 
 
 def load_processor(source: str | Path):
-    """The processor of the vision-language model at `source` (see load_base_model).
-
-    FileNotFoundError for a model without one, ImportError where it needs a package that is not here.
-    """
+    """The processor of a vision-language model; FileNotFoundError without one, ImportError without its package."""
     try:
         processor = without_code(AutoProcessor, _locate(source))
     except NeedsCode:
@@ -417,10 +414,7 @@ def _spread_values(tensor: Tensor) -> Tensor:
 
 
 def _hash(sampled: Sequence[tuple[torch.Size, Tensor]], precision: torch.dtype) -> str:
-    """A hash of shapes and values, rounded to `precision`; one copy to main memory per device and dtype.
-
-    sampled: (a tensor's shape, some of its values).
-    """
+    """A hash of (shape, some values) of tensors in `precision`; one copy to main memory per device and dtype."""
     digest, together = hashlib.sha256(), {}
     for place, (shape, values) in enumerate(sampled):
         digest.update(str([*shape]).encode())

@@ -276,7 +276,7 @@ def from_template(chat, messages: list[dict], **options):
 def _stopped_after(seconds: float) -> Iterator[None]:
     """Inside the `with` block a chat template of this thread that takes longer raises TimeoutError.
 
-    A trace function checks the clock at each line of the template. Under a debugger there is no limit.
+    Under a debugger there is no limit.
     """
     if sys.gettrace() is not None:
         yield
@@ -353,10 +353,7 @@ def _special_texts(tokenizer) -> set[str]:
 
 
 def _plain_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of a text in which special tokens' names are ordinary text.
-
-    Each name is cut after its first character, so no piece is a name.
-    """
+    """Token ids of a text in which special tokens' names, cut after their first character, are ordinary text."""
     names = sorted(_special_texts(tokenizer), key=len, reverse=True)
     pieces = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
     cut = [half for piece in pieces for half in ((piece[:1], piece[1:]) if piece in names else (piece,)) if half]
@@ -387,10 +384,7 @@ def chat_affixes(tokenizer) -> tuple[list[int], list[int]]:
 
 
 def context_ids(tokenizer, texts: str | Sequence[str]) -> list[int] | list[list[int]]:
-    """Token ids of a chunk (or of each of several) as the context encoder reads it.
-
-    Special tokens' names in the text ("<end_of_turn>") stay plain text.
-    """
+    """Token ids of a chunk (or of each of several) for the context encoder; special tokens' names stay plain text."""
     before, after = _document_wrapping(tokenizer)
     ids = _wrap(tokenizer, before, [texts] if isinstance(texts, str) else texts, after)
     return ids[0] if isinstance(texts, str) else ids
