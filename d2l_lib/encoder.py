@@ -152,10 +152,7 @@ def _with_own_parts(module: nn.Module) -> nn.Module:
 
 
 def _watched(layer: nn.Module, states: list[Tensor]) -> nn.Module:
-    """A copy of the layer, with the same parts, that leaves its input in `states`.
-
-    The original gets no hook, so forward passes of other threads leave nothing there.
-    """
+    """A copy of the layer, with the same parts, that leaves its input in `states`; the original gets no hook."""
     layer = copy.copy(layer)
     layer._forward_pre_hooks = OrderedDict(layer._forward_pre_hooks)
     layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))

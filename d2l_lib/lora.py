@@ -197,10 +197,7 @@ def _remove(handles: Sequence) -> None:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Inside the `with` block models from torch.compile run uncompiled: compiled code ignores later hooks.
-
-    All threads share the stance; it holds while any block is open.
-    """
+    """While any thread is in the block, torch.compile's models run uncompiled: compiled code ignores new hooks."""
     if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
         yield
         return
