@@ -195,10 +195,7 @@ def _few(names: list[str]) -> list[str]:
 
 
 def _once(skeleton: Hypernetwork, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `state` with each shared layer once, under its first name.
-
-    CheckpointError for names and shapes that do not fit the skeleton, and for different values of one shared layer.
-    """
+    """The tensors of `state`, each shared layer once; CheckpointError unless names, shapes and shared values fit."""
     own = skeleton.state_dict(keep_vars=True)
     first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
     unknown = sorted(set(state) - set(own))

@@ -25,7 +25,7 @@ BASE_MODEL_FILES = "config.json, *.safetensors, tokenizer.json, tokenizer_config
 
 
 def checkpoint_in(folder: Path) -> Path:
-    """`folder` itself in this project's format, else the published *.bin in or below it; of several steps the latest.
+    """`folder` in this project's format, else the published *.bin in or below it; of several steps the latest.
 
     FileNotFoundError for none, ValueError for several that are not steps of one training.
     """

@@ -71,7 +71,7 @@ def check(schema: type[Model], value: Any, file: object, advice: str, error: typ
     """`value` as an object of the schema; `error` names the first wrong place.
 
     value: JSON values, or an object with attributes.
-    file, advice: the file's name and what to do, in the error.
+    file, advice: for the error: the file's name and what to do.
     """
     try:
         return schema.model_validate(value)

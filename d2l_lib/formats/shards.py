@@ -172,9 +172,8 @@ def _schema_of(path: Path) -> pa.Schema:
 
 
 def find_shards(places: str | Path | Sequence[str | Path]) -> dict[str, list[Path]]:
-    """{data set: its parquet files}; a file, or a folder with `training_files`, is one data set.
+    """{data set: its parquet files} in files and folders; each file, or folder with `training_files`, is a data set.
 
-    places: files, and folders to search with all folders below them.
     FileNotFoundError for a place that is missing or holds none.
     """
     shards: dict[str, list[Path]] = {}
@@ -222,10 +221,7 @@ def _files_of(path: Path) -> dict[Path, str | None]:
 
 
 def _rows_of(path: Path) -> pa.Table:
-    """All rows of a parquet file.
-
-    ValueError for a damaged file, and for one that unpacks to far more than its size, before it takes much memory.
-    """
+    """All rows of a parquet file; ValueError for damage and, early, for what unpacks to far more than its size."""
     most = max(_MOST_UNPACKED, _UNPACKED_PER_BYTE * path.stat().st_size)
     unpacked = f"{path} would unpack to more than {most >> 20} MiB, as no shard does: is it damaged?"
     try:
