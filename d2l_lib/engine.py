@@ -1,4 +1,4 @@
-"""The one padding and the one answer loop: token ids in, side by side, and what a model writes after them out.
+"""The one padding and the one answer loop: prompts of token ids in, a model's continuations out.
 
 prompts (token ids) -> pad_rows -> generate (transformers' own, greedy) -> texts: greedy_texts
                                 -> TransformersEngine.reply -> token ids with their largest log-probabilities
@@ -21,8 +21,8 @@ from d2l_lib.base_model import input_device, window_of
 from d2l_lib.documents import stop_ids, tokenizer_fingerprint
 from d2l_lib.lora import without_lora
 
-TOP_K = 16  # log-probabilities that are kept of each token
-_NEIGHBOURS = 4  # so many groups back a prompt finds others that begin alike
+TOP_K = 16  # log-probabilities kept of each token
+_NEIGHBOURS = 4  # the last groups that a prompt is compared with
 Prompts = Sequence[Sequence[int]]  # token ids
 
 
@@ -32,9 +32,9 @@ Prompts = Sequence[Sequence[int]]  # token ids
 def pad_rows(
     rows: Sequence[Sequence[int]], value: int, *, side: str = "right", width: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of ids as (ids [n, T], mask [n, T]), filled up with `value` on one side; the mask is 0 there.
+    """Rows of ids as (ids [n, T], mask [n, T]), padded with `value` on one side; the mask is 0 at padding.
 
-    width: T (None: the longest row). An empty row is padding and nothing else.
+    width: T (None: the longest row). An empty row is all padding.
     """
     width = max(map(len, rows)) if width is None else width
     ids, mask = torch.full((len(rows), width), value), torch.zeros(len(rows), width, dtype=torch.long)
@@ -46,7 +46,7 @@ def pad_rows(
 
 
 def pad_id_of(tokenizer) -> int:
-    """An id to pad with; it is always masked, so any will do."""
+    """An id to pad with; any will do, as it is always masked."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
@@ -57,9 +57,10 @@ def pad_id_of(tokenizer) -> int:
 def generate(model: nn.Module, tokenizer, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any):
     """transformers' `generate` from a fresh configuration: greedy, one answer a row, ending at the tokenizer's stops.
 
-    Nothing of the model's own generation settings counts, and none is changed; `options` are the caller's, as in
-    transformers (generation_config= included: its unset fields stay fresh). Nothing is compiled, as compiled code would
-    miss an adapter. ValueError for a custom_generate by name, which would run code from the hub.
+    options: as in transformers, generation_config= included (its unset fields stay fresh).
+
+    The model's own generation settings do not count and do not change. Nothing is compiled: compiled code would miss an
+    adapter. ValueError for a custom_generate by name, which would run code from the hub.
     """
     if isinstance(options.get("custom_generate"), str) or options.pop("trust_remote_code", None):
         raise ValueError("a custom_generate from the hub is code of others, which is not run here: pass a function")
@@ -77,15 +78,15 @@ def generate(model: nn.Module, tokenizer, input_ids: Tensor, attention_mask: Ten
         fields = vars(GenerationConfig())
         config.update(**{k: v for k, v in chosen.to_dict().items() if k in fields and v is not None})
     others = config.update(**options)
-    # transformers fills up unset fields from `model.generation_config` and leaves marks on the model: both on a copy of
-    # the outer object, whose modules are the model's own.
+    # transformers fills unset fields from `model.generation_config` and leaves marks on the model. This copy of the
+    # outer object takes both; its modules are the model's own.
     alone = copy.copy(model)
     alone.generation_config = GenerationConfig()
     return alone.generate(input_ids, attention_mask=attention_mask, generation_config=config, **others)
 
 
 def greedy_texts(model: nn.Module, tokenizer, prompts: Prompts, limits: Sequence[int]) -> list[str]:
-    """The greedy answer to each prompt, in one batch: of at most `limits[i]` tokens, without the end of the turn."""
+    """The greedy answer to each prompt, in one batch: at most `limits[i]` tokens, without the end of the turn."""
     ids, mask = pad_rows(prompts, pad_id_of(tokenizer), side="left")
     device, stops = input_device(model), stop_ids(tokenizer)
     whole = generate(model, tokenizer, ids.to(device), mask.to(device), max_new_tokens=max(limits))
@@ -101,8 +102,10 @@ def greedy_texts(model: nn.Module, tokenizer, prompts: Prompts, limits: Sequence
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model wrote: token ids (the stop token last, if `finished`), and for each of them the k largest
-    log-probabilities (values float16, largest first, and indices int32, both [tokens, k]).
+    """A model's answer as token ids, with the k largest log-probabilities of each.
+
+    ids: the stop token last, if `finished`.
+    values, indices: [tokens, k], float16 (largest first) and int32.
     """
 
     ids: list[int]
@@ -112,16 +115,16 @@ class Reply:
 
     @classmethod
     def rounded(cls, ids: list[int], finished: bool, values: np.ndarray, indices: np.ndarray) -> Reply:
-        """A reply of wider numbers; those below float16 become its smallest (their probability is 0 all the same)."""
+        """A reply from wider numbers; those below float16 become its smallest (their probability stays 0)."""
         lowest = np.finfo(np.float16).min
         return cls(ids, finished, np.maximum(values, lowest).astype(np.float16), indices.astype(np.int32))
 
 
 class TransformersEngine:
-    """Batched generation with a KV cache, on whatever device the model is.
+    """Batched generation with a KV cache, on the model's device.
 
-    The log-probabilities are the model's own, at temperature 1 and before any selection, also where the answer is
-    sampled. An adapter that is applied to the model at the time is ignored.
+    The log-probabilities are the model's own: at temperature 1, before any selection, also of sampled answers. An
+    adapter that is applied to the model is ignored.
     """
 
     def __init__(self, name: str, model, tokenizer, batch_tokens: int = 16384):
@@ -144,15 +147,17 @@ class TransformersEngine:
         }
 
     def reply(self, prompts: Prompts, max_new_tokens: int, temperature: float, seed: int) -> list[Reply | None]:
-        """A reply to each prompt (token ids), or None where a prompt fills the model's window.
+        """A reply to each prompt (token ids), or None for a prompt that fills the model's window.
 
-        Greedy at temperature 0, else sampled with `seed`. Of at most `max_new_tokens`, and never beyond the window.
-        FloatingPointError when the model gives values that are not numbers.
+        max_new_tokens: the longest reply; it never exceeds the window.
+        temperature: 0 is greedy, others sample with `seed`.
+
+        FloatingPointError if the model's values are not numbers.
         """
         replies: list[Reply | None] = [None] * len(prompts)
         generator = torch.Generator().manual_seed(seed)
         groups = self._groups(prompts, max_new_tokens)
-        # shared and lone prompts apart: side by side, each would be padded by the longest of both parts
+        # Shared and lone prompts go apart: together, both would be padded to the longest of both parts.
         waiting = sorted(groups, key=lambda group: (group[0] > 0, max(len(prompts[i]) for i in group[1])))
         while waiting:
             batch = [waiting.pop()]
@@ -168,17 +173,17 @@ class TransformersEngine:
         return replies
 
     def _positions(self, prompts: Prompts, batch: Sequence[tuple[int, list[int]]], max_new_tokens: int) -> int:
-        """Places in the cache, padding included, of groups (see _groups) that are generated together."""
+        """Cache positions, padding included, of a batch of groups (see `_groups`)."""
         head = max(n for n, _ in batch)
         rest = max(len(prompts[i]) - n for n, places in batch for i in places)
         return sum(len(places) for _, places in batch) * (head + rest + max_new_tokens)
 
     def _groups(self, prompts: Prompts, max_new_tokens: int) -> list[tuple[int, list[int]]]:
-        """(n, places) of near prompts that begin with the same n tokens, so that a document is read once for all of its
-        questions. What is shared is at least half of each prompt; n is 0 for one that is alone, and everywhere in
-        models with sliding windows, which would count the padding between the two parts.
+        """(n, places) of nearby prompts that begin with the same n tokens: a document is read once for its questions.
 
-        No group takes more than `batch_tokens`; prompts that fill the model's window are left out.
+        The shared tokens are at least half of each prompt. n is 0 for a lone prompt, and always in models with sliding
+        windows, which would count the padding between the two parts. No group takes more than `batch_tokens`. Prompts
+        that fill the model's window are left out.
         """
         config = self.model.config.get_text_config()
         types = getattr(config, "layer_types", None) or ["sliding_attention"] * bool(
@@ -212,7 +217,7 @@ class TransformersEngine:
         temperature: float,
         generator: torch.Generator,
     ) -> list[Reply]:
-        """Replies to prompts; shared: (n, rows) says that the next `rows` of them begin with the same n tokens."""
+        """Replies to prompts. shared: (n, rows) for each run of `rows` prompts that begin with the same n tokens."""
         device, longest_shared = self.model.device, max(n for n, _ in shared)
         begin = [n for n, rows in shared for _ in range(rows)]
         ids, mask = self._padded([prompt[n:] for prompt, n in zip(prompts, begin, strict=True)])
@@ -256,11 +261,11 @@ class TransformersEngine:
         return replies
 
     def _padded(self, rows: Prompts) -> list[Tensor]:
-        """ids and mask [rows, longest], filled up on the left, where the model is."""
+        """ids and mask [rows, longest], padded on the left, on the model's device."""
         return [one.to(self.model.device) for one in pad_rows(rows, self.tokenizer.pad_token_id, side="left")]
 
     def _step(self, ids: Tensor, mask: Tensor, cache):
-        """The model's output for the last columns of `mask`; positions of rows that are done stay in the window."""
+        """The model's output for the last columns of `mask`; positions of finished rows stay in the window."""
         positions = (mask.cumsum(-1) - 1).clamp(0, min(self.window, 2**31) - 1)[:, -ids.shape[1] :]
         where = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         return self.model(input_ids=ids, **where, use_cache=True, logits_to_keep=1)

@@ -1,14 +1,14 @@
-"""Which blocks a question is about, so that of many blocks a few answer.
+"""Which blocks a question is about, so that few of many blocks answer.
 
     question -> the base model with one block at a time -> relevance of each block -> an adapter of the most relevant
 
 A sum of many blocks carries the noise of all of them. With one block at a time, the model itself shows which one
 matters. A block that holds nothing about a question does not change the first token of the answer. A block that holds
-something similar changes it with doubts. Nothing is trained for this and nothing is added to an adapter. It costs one
-short forward pass per block and question.
+something similar changes it with doubts. Routing needs no training and adds nothing to an adapter. It costs one short
+forward pass per block and question.
 
-`key_scores` needs one pass for all blocks: how strongly the keys A of each answer to what the last layer sees. It ranks
-blocks as well and says nothing about whether any of them holds an answer.
+`key_scores` needs one pass for all blocks: how strongly the keys A of each respond to the inputs of the last layer. It
+ranks blocks too, but does not tell whether any of them holds an answer.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from d2l_lib.lora import hooked
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
-TOKENS_AT_ONCE = 2048  # of questions, one copy for each block that is tried
-SHARE = 0.3  # of the divergence in a block's relevance; `studies.routing_shares` says what others find
+TOKENS_AT_ONCE = 2048  # of questions, one copy per block
+SHARE = 0.3  # of the divergence in a block's relevance; `studies.routing_shares` measures others
 
 
 @dataclass(frozen=True)
 class Gate:
     """How relevant a block must be to questions that the base model answers by itself (see `gated`).
 
-    A block of n must reach `known` + `growth` * log2(n) nats: the largest relevance among n unrelated blocks grows with
-    n, so the threshold grows with log2(n). `refusal`: what the base model says where it does not know.
+    One of n blocks must reach `known` + `growth` * log2(n) nats: the largest relevance among n unrelated blocks grows
+    with n, so the threshold grows with log2(n). `refusal`: what the base model says when it does not know.
     """
 
     known: float
@@ -48,7 +48,7 @@ class Gate:
     refusal: str
 
     def least(self, n_blocks: int) -> float:
-        """Nats that a block of an adapter of so many blocks must reach."""
+        """Nats that a block must reach in an adapter of `n_blocks`."""
         return self.known + self.growth * math.log2(max(1, n_blocks))
 
 
@@ -64,10 +64,10 @@ def relevance(
       less that of the best other token. It is positive where the block changes the token, and large where it leaves no
       doubt. A block about something similar changes it as much, but with doubts.
 
-    adapters: one per question; questions of one adapter are cheapest in one call.
+    adapters: one per question; questions on one adapter are cheapest in one call.
     share: infinity takes the divergence alone.
 
-    ValueError where there are more or fewer adapters than questions.
+    ValueError unless there are as many adapters as questions.
     """
     both = leads_and_divergences(model, questions, adapters, system=system)
     return [divergence if math.isinf(share) else lead + share * divergence for lead, divergence in both]
@@ -76,7 +76,7 @@ def relevance(
 def leads_and_divergences(
     model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter], *, system: str = ""
 ) -> list[tuple[Tensor, Tensor]]:
-    """What `relevance` is made of: (lead, divergence) of each block, two tensors [n_blocks] per question."""
+    """The two parts of `relevance`: (lead, divergence) of each block, two tensors [n_blocks] per question."""
     questions = check_texts(questions, "questions")
     if len(questions) != len(adapters):
         raise ValueError(f"{len(questions)} questions but {len(adapters)} adapters: give one adapter per question")
@@ -87,7 +87,7 @@ def leads_and_divergences(
         together.setdefault(id(adapter), []).append(place)
     for places in together.values():
         adapter = adapters[places[0]]
-        model._check_adapters([adapter])  # its blocks are not checked one by one
+        model._check_adapters([adapter])  # once for all of its blocks
         before = _first_token(model, [prompts[place] for place in places], [replace(adapter, blocks=())])
         at_once = max(1, TOKENS_AT_ONCE // max(len(prompts[place]) for place in places))
         parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in places]
@@ -126,14 +126,16 @@ def _first_token(model: DocToLoRA, prompts: Sequence[list[int]], adapters: list[
 def key_scores(
     model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter], *, system: str = ""
 ) -> list[Tensor]:
-    """How strongly each block's keys answer to each question: one float32 tensor [n_blocks] per question, on the CPU.
+    """How strongly each block's keys respond to each question: one float32 tensor [n_blocks] per question, on the CPU.
 
-    |A_k x| with x the input of the target linears (all of them, where there are several) of the last layer that reads
-    (see `reading`) at the last token of the prompt, from one pass of the question with the bias alone. Weights of
-    blocks do not count, but a block of weight 0 scores 0. A pass of many questions serves adapters of any size; their
-    stacked keys are kept (`Adapter.stacked`).
+    score = |A_k x|, with x the input of the target linears at the last token of the prompt, in the last layer that
+    reads (see `reading`). One pass of the question with the bias alone gives x. Weights of blocks do not count, but a
+    block of weight 0 scores 0. A pass of many questions serves adapters of any size; their stacked keys are kept
+    (`Adapter.stacked`).
 
-    adapters: one per question. ValueError where there are more or fewer adapters than questions.
+    adapters: one per question.
+
+    ValueError unless there are as many adapters as questions.
     """
     questions = check_texts(questions, "questions")
     if len(questions) != len(adapters):
@@ -155,7 +157,7 @@ def _last_layer(model: DocToLoRA) -> int:
 
 
 def _last_inputs(model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """{module: [rows, d_in]}: what its linear in the last layer that reads gets at the last token of each prompt."""
+    """{module: [rows, d_in]}: its inputs at the last token of each prompt, in the last layer that reads."""
     ids, mask = (one.to(model.device) for one in pad_rows(prompts, pad_id_of(model.tokenizer), side="left"))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     inputs: dict[str, Tensor] = {}
@@ -173,7 +175,7 @@ def _last_inputs(model: DocToLoRA, prompts: Sequence[list[int]], adapters: Seque
 
 
 def _key_norms(adapter: Adapter, inputs: dict[str, Tensor], layer: int) -> Tensor:
-    """|A_k x| of every block [n_blocks] in one layer, over all of its modules."""
+    """|A_k x| of every block [n_blocks], over all modules of one layer."""
     if not adapter.blocks:
         return torch.zeros(0)
     squares = []
@@ -190,8 +192,8 @@ def route_by_keys(
 ) -> list[Adapter | None]:
     """For each question the bias and the `blocks` of its adapter with the largest `key_scores`, in their order.
 
-    None, and an adapter with no more blocks, come back as they are. As `route`, in one pass whatever the number of
-    blocks, and without a threshold.
+    Like `route`, in one pass for any number of blocks, and without a threshold. None, and an adapter with no more than
+    `blocks`, come back unchanged.
     """
     check_count(blocks, "blocks")
     questions = check_texts(questions, "questions")
@@ -214,9 +216,10 @@ def route(
 ) -> list[Adapter | None]:
     """For each question the bias and the most relevant `blocks` of its adapter (see `relevance`), in their order.
 
-    blocks: how many. Adapters with no more of them come back as they are where `least` is minus infinity; so does None.
-    least: nats that a block must reach to answer, so that a question about nothing inside gets the bias alone (None:
-        `model.least_relevance`).
+    blocks: how many.
+    least: nats that a block must reach (None: `model.least_relevance`). If none does, the bias alone answers.
+
+    None comes back unchanged; so does an adapter with no more than `blocks` if `least` is minus infinity.
     """
     check_count(blocks, "blocks")
     questions = check_texts(questions, "questions")
@@ -234,7 +237,7 @@ def route(
 
 
 def most_relevant(adapter: Adapter, scores: Tensor, blocks: int, least: float = -math.inf) -> Adapter:
-    """The adapter with only its `blocks` of highest score [n_blocks], in their order, and none of less than `least`."""
+    """The adapter with only its `blocks` of highest score [n_blocks], in their order, each at least `least`."""
     best = scores.argsort(descending=True, stable=True)[:blocks].tolist()
     kept = sorted(block for block in best if scores[block] >= least)
     return replace(adapter, blocks=tuple(adapter.blocks[block] for block in kept))
@@ -249,16 +252,15 @@ def gated(
     blocks: int | None = 1,
     system: str = "",
 ) -> list[Adapter | None]:
-    """For each question the adapter to answer it with, for `model.answer`: None, the base model, where no block is
-    relevant.
+    """The adapter to answer each question with, for `model.answer`; None, the base model, if no block is relevant.
 
-    least: nats from which a block counts as relevant (see `relevance`). None: `model.least_relevance`; where the model
-        has a `gate` and the base model an answer of its own, the gate's threshold. The gate spares what the base model
-        knows, also where a document contradicts it: give `least` for documents that are to override.
-    blocks: how many of the relevant blocks answer, the most relevant, with the bias. None: where one is relevant, the
-        whole adapter answers.
+    least: nats that a relevant block must reach (see `relevance`). None: `model.least_relevance`, or the threshold of
+        the model's `gate` for a question that the base model answers by itself. The gate spares what the base model
+        knows, even if a document contradicts it: pass `least` for documents that should override.
+    blocks: how many of the relevant blocks answer, the most relevant, with the bias. None: the whole adapter answers if
+        any block is relevant.
 
-    ValueError where there are more or fewer adapters than questions.
+    ValueError unless there is one adapter for all questions, or one per question.
     """
     questions = check_texts(questions, "questions")
     gate = model.gate if least is None else None
@@ -287,7 +289,7 @@ def gated(
 
 
 def _gate(adapter: Adapter, scores: Tensor, least: float, blocks: int | None) -> Adapter | None:
-    """What answers where the adapter's blocks have these relevances."""
+    """The adapter that answers, for these relevances of its blocks [n_blocks]; None for the base model."""
     relevant = most_relevant(adapter, scores, len(scores) if blocks is None else blocks, least)
     if not relevant.blocks:
         return None
