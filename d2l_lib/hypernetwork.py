@@ -1,7 +1,7 @@
 """From context features to LoRA blocks: the Perceiver hypernetwork of Doc-to-LoRA (arXiv 2602.15902).
 
-One latent vector per (layer, module, rank row) is read out of a chunk; a linear head per layer turns it into one row
-of A and one row of B. Shapes are written with
+The Perceiver reads one latent vector per (layer, module, rank row) out of a chunk. A linear head per layer turns it
+into one row of A and one row of B. Shapes:
 
     n chunks, T tokens, F feature_size, d latent_size, L layers, M modules (sorted by name), r rank,
     D = max over modules of d_in + d_out.
@@ -26,10 +26,10 @@ Loras = dict[str, tuple[Tensor, Tensor]]
 class HypernetworkConfig:
     """All sizes of a hypernetwork and of the base model it writes for.
 
-    `scale` is the s of y = W x + s B^T (A x); None means 2 * rank**1.5 (used whole, never divided by the rank).
-    `encoder_layer`: for early_exit the number of base layers that are run (None: a quarter of them, at least one); for
-    per_layer_activations the number of hidden states that are read (None: one per layer). `encoder_4bit`: it was
-    trained with a context encoder in 4-bit precision.
+    scale: the s of y = W x + s B^T (A x), never divided by the rank (None: 2 * rank**1.5).
+    encoder_layer: for early_exit, how many base layers are run (None: a quarter of them, at least one); for
+        per_layer_activations, how many hidden states are read (None: one per layer).
+    encoder_4bit: the context encoder of training was in 4-bit precision.
     """
 
     n_layers: int
@@ -70,7 +70,7 @@ class HypernetworkConfig:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
 
     def _check_numbers(self) -> None:
-        """ValueError names a size or count that is no whole number or too small."""
+        """ValueError names a size or count that is too small or no whole number."""
         if not isinstance(self.d_in, dict) or not isinstance(self.d_out, dict):
             raise ValueError(f"d_in and d_out must be {{module: size}}, not {self.d_in!r} and {self.d_out!r}")
         numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.type in (int, int | None)}
@@ -85,12 +85,12 @@ class HypernetworkConfig:
 
     @property
     def modules(self) -> list[str]:
-        """Target module names in the order in which latents are assigned to them."""
+        """Target module names, in the order of their latents."""
         return sorted(self.d_in)
 
     @property
     def layer_to_layer(self) -> bool:
-        """True where layer l of the base is written from hidden state l alone."""
+        """Whether base layer l is written from hidden state l alone."""
         return self.encoder_type == "per_layer_activations"
 
     def to_dict(self) -> dict:
@@ -99,7 +99,7 @@ class HypernetworkConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "HypernetworkConfig":
-        """Inverse of `to_dict`; ValueError names fields that are unknown or missing."""
+        """Inverse of `to_dict`; ValueError names unknown or missing fields."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown hypernetwork settings {unknown}; known are {sorted(known)}")
@@ -139,9 +139,8 @@ class _SwiGLU(nn.Module):
 class _Attention(nn.Module):
     """Grouped-query attention of latents [n, k, d] on a context [n, T, d]; `mask` [n, T] is True at real tokens.
 
-    Latents that are the same for all contexts may be given once, as [1, k, d].
-    Query heads that share a key-value head are laid side by side along the query axis, so keys and values are never
-    repeated.
+    Latents shared by all contexts may be [1, k, d]. Query heads that share a key-value head lie side by side along the
+    query axis, so keys and values are never repeated.
     """
 
     def __init__(self, config: HypernetworkConfig):
@@ -216,8 +215,8 @@ class _Resampler(nn.Module):
         self.layernorm = _RMSNorm(config.latent_size)
 
     def forward(self, context: Tensor, mask: Tensor | None, chosen: slice = slice(None)) -> Tensor:
-        """`chosen`: these queries alone, which gives the same numbers where there is no self-attention."""
-        latents = self.latents_q[chosen].unsqueeze(0)  # the same for every context until the first attention
+        """chosen: these queries alone; the numbers are the same if there is no self-attention."""
+        latents = self.latents_q[chosen].unsqueeze(0)  # shared by all contexts until the first attention
         for layer in self.layers:
             latents = layer(latents, context, mask)
         return self.layernorm(latents)
@@ -240,7 +239,7 @@ class _Perceiver(nn.Module):
         self.decoder = _Resampler(config, rows, n_blocks=1, n_self=0, shared=False)
 
     def forward(self, features: Tensor, mask: Tensor | None, taps: dict | None, outputs: slice = slice(None)) -> Tensor:
-        """`outputs`: these output queries alone."""
+        """outputs: these output queries alone."""
         projected = self.modality_projection(features)
         encoded = self.encoder(projected, mask)
         decoded = self.decoder(encoded, None, outputs)
@@ -354,7 +353,7 @@ class _Head(nn.Module):
 class Hypernetwork(nn.Module):
     """Reads the features of n chunks and writes one LoRA block per chunk, layer and module.
 
-    A fresh one writes B = 0, so it changes nothing until it is trained.
+    An untrained one writes B = 0, so it changes nothing.
     """
 
     def __init__(self, config: HypernetworkConfig):
@@ -386,11 +385,11 @@ class Hypernetwork(nn.Module):
         features: [n, T, F], or [n, L, T, F] for per_layer_activations.
         attention_mask: [n, T], 0 at padding, on any side.
         taps: a dict that receives the intermediate activations.
-        iterative: one base layer after another is written: less memory, the same numbers, no taps.
+        iterative: write one base layer after another: less memory, the same numbers, no taps.
         layer: only the blocks of that base layer, with L = 1 above.
 
-        Half-precision features run the Perceiver under bfloat16 autocast and everything after it in the parameters'
-        own precision, as published. ValueError where shapes do not fit the config.
+        Half-precision features run the Perceiver under bfloat16 autocast, and everything after it in the parameters'
+        own precision, as published. ValueError for shapes that do not fit the config.
         """
         self._check(features)
         features, mask = zero_padding(features, attention_mask)
@@ -424,7 +423,7 @@ class Hypernetwork(nn.Module):
         return embedding.to(self.head.weight.dtype)
 
     def _write(self, embedding: Tensor, taps: dict | None, layer: int | None = None) -> Loras:
-        """The blocks of embeddings [n, L, M, r, d], or of one base layer's [n, 1, M, r, d]."""
+        """The blocks of embeddings [n, L, M, r, d], or of one base layer [n, 1, M, r, d]."""
         processed = embedding
         for residual in self.layers:
             processed = residual(processed, layer)
@@ -435,7 +434,7 @@ class Hypernetwork(nn.Module):
         return {m: self._split(flat[:, :, index], m, layer) for index, m in enumerate(self.config.modules)}
 
     def bias(self) -> Loras | None:
-        """The learned block that belongs to no document: {module: (A [L, r, d_in], B [L, r, d_out])} or None."""
+        """The learned block of no document: {module: (A [L, r, d_in], B [L, r, d_out])}, or None."""
         if not self.config.use_bias:
             return None
         return {m: (self.bias_A[m], self.bias_B[m]) for m in self.config.modules}
@@ -462,9 +461,9 @@ class Hypernetwork(nn.Module):
 
 
 def zero_padding(features: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Features [n, ..., T, F] with zeros at padding, and a bool mask [n, T] (None where every position is real).
+    """Features [n, ..., T, F] with zeros at padding, and a bool mask [n, T] (None without padding).
 
-    Nothing that stood at padding, not even NaN, reaches a result. ValueError for a chunk without a token.
+    Nothing at padding, not even NaN, reaches a result. ValueError for a chunk without a token.
     """
     expected = (len(features), features.shape[-2])
     if tuple(attention_mask.shape) != expected:
@@ -482,8 +481,8 @@ def combine(loras: Loras, bias: Loras | None, n_chunks: Tensor, weights: Tensor 
     """One adapter per context: its chunks' blocks and the bias block, concatenated along the rank axis.
 
     loras: {module: (A [chunks, L, r, d_in], B [chunks, L, r, d_out])}.
-    n_chunks: [contexts], how many of the chunks, in order, are each context's.
-    weights: [chunks], how much each block counts; they multiply A alone.
+    n_chunks: [contexts], the number of chunks of each context, in order.
+    weights: [chunks], the weight of each block; it multiplies A alone.
 
     Returns {module: (A [contexts, L, (max n + 1) * r, d_in], B alike)}: rows of chunk 1, ..., chunk n, bias, then zeros
     up to the longest context.
@@ -518,7 +517,7 @@ def combine(loras: Loras, bias: Loras | None, n_chunks: Tensor, weights: Tensor 
 
 
 def names_without_decay(hypernetwork: nn.Module) -> list[str]:
-    """Parameters that weight decay leaves alone: norms, biases, scalers and learned queries, sorted by name."""
+    """Names of parameters without weight decay, sorted: norms, biases, scalers and learned queries."""
     spared = ("scaler", "bias", "layernorm", "latents_q")
     names = {name for name, _ in hypernetwork.named_parameters() if any(part in name for part in spared)}
     for path, module in hypernetwork.named_modules():
