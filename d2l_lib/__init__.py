@@ -1,18 +1,18 @@
-"""Doc-to-LoRA workbench: turn documents into labelled low-rank adapters, measure them, take them apart, take them away.
+"""Doc-to-LoRA workbench: turn documents into labelled low-rank adapters, measure, dissect and export them.
 
     import d2l_lib as d2l
     model = d2l.load("tiny")
     adapter = model.internalize("The special magic number is 0042.")
     model.answer("What is the special magic number?", adapter)
 
-Names are imported when they are first used, so importing the package costs nothing.
+Names are imported on first use, so importing the package costs nothing.
 """
 
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 
-# Name of the package -> (module, name in it), or a module by itself.
+# Name in this package -> (module, name in it; None: the module itself).
 _EXPORTS = {
     "load": ("loading", "load"),
     "DocToLoRA": ("model", "DocToLoRA"),
@@ -25,8 +25,8 @@ _EXPORTS = {
     "viewers": ("views", None),
 }
 
-# Modules that once lay beside this file, for programs that still import them from here -> where their names are now,
-# and the command that took the place of each one's `main`.
+# Former module names, for programs that still import them -> modules that hold their names, and the command in place
+# of each one's `main`.
 _FORMER = {
     "attribution_viewer": ("views.trace",),
     "baselines": ("studies.baselines", "training.context_distillation", "studies.kinds", "studies.methods"),
@@ -77,7 +77,7 @@ __all__ = ["Adapter", "Block", "DocToLoRA", "load", "report"]
 
 
 class _Former(ModuleType):
-    """A module that is now in several places; its names are found where they are."""
+    """A former module: looks its names up in the modules that hold them."""
 
     def __init__(self, name: str, places: tuple[str, ...]):
         super().__init__(f"{__name__}.{name}")

@@ -1,7 +1,7 @@
 """The one command, `d2l` (also `python -m d2l_lib`, and under torchrun).
 
 A command is a pair of functions: `add_arguments(parser)` and `run(options)`. Those of `ask`, `internalize` and
-`convert` stand here. The others stand in the module that does the work, imported when its command is asked for.
+`convert` stand here, the others in the module that does the work, imported on demand.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import NoReturn
 
 from d2l_lib.formats.writing import check_replaceable, write_failure
 
-MOST = 2**40  # of anything that is counted on a command line
-LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
+MOST = 2**40  # of any count on a command line
+LARGEST_SEED = 2**32 - 1  # every generator of random numbers takes it
 
-# Name -> (module, what it does). "" is this file. Such a module imports torch in `run` only: --help is quick.
+# Name -> (module, what it does); "" is this file. Modules import torch in `run` only, so --help is quick.
 COMMANDS = {
     "ask": ("", "a question about documents (.txt, .md, .html, .pdf), answered from an adapter"),
     "internalize": ("", "documents as an adapter in a file"),
@@ -53,7 +53,7 @@ HELP = "\n".join(
 
 # ---------------------------------------------------------------------------------------------------------- the parser
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, with one line and status 2 where options are wrong, and four more kinds of numbers.
+    """argparse's parser, with one line and status 2 for wrong options, and four more types of numbers.
 
     `type=` may be "count" (a whole number of at least 1), "count or none" (at least 0), "seed" or "positive".
     """
@@ -96,9 +96,9 @@ KINDS = {
 
 
 def parse(words: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int | None], argparse.Namespace]:
-    """(what runs the command, its options) of a command line without its first word.
+    """(`run` of the command, its options) for a command line without its first word.
 
-    The options also hold the command line itself (`command`) and the parser's `error`. Wrong ones end with status 2.
+    The options also hold the command line (`command`) and the parser's `error`. Wrong options exit with status 2.
     """
     name, *rest = words
     if name not in COMMANDS:
@@ -117,7 +117,7 @@ def parse(words: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int | No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit status is 2 for wrong options and 1 for anything else that went wrong."""
+    """The exit status of the command line: 0, 2 for wrong options, 1 for any other error."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
@@ -129,11 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """Decorate the `main` of a command: bad input, a failed write and Ctrl-C end it with one line and a status.
+    """Inside the `with` block, bad input, a failed write and Ctrl-C end the command with one line and a status.
 
     OSError, ValueError, ImportError, FloatingPointError and failed writes of other libraries: status 1, and
-    "command: reason" on stderr. KeyboardInterrupt: status 130. Any other error is a fault of the program and keeps its
-    traceback.
+    "command: reason" on stderr. KeyboardInterrupt: status 130. Any other error is a bug and keeps its traceback.
     """
     try:
         yield
@@ -184,7 +183,7 @@ def _internalize_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Steps:
-    """Says what is done, on stderr, and keeps the seconds of each part."""
+    """Prints each step to stderr, and keeps the seconds of each part."""
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
@@ -200,7 +199,7 @@ class _Steps:
 
 
 def _read_and_internalize(a: argparse.Namespace, steps: _Steps):
-    """(model, adapter) of the files: read before anything is imported, so that a wrong name is told at once."""
+    """(model, adapter) of the files, which are read before the slow imports: a wrong name fails at once."""
     from d2l_lib.documents import name_documents
 
     with steps("read", f"reading {len(a.files)} file{'s' if len(a.files) > 1 else ''}"):
