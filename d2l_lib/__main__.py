@@ -117,7 +117,7 @@ def parse(words: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int | No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status of the command line: 0, 2 for wrong options, 1 for any other error."""
+    """The exit status of the command line: 2 for wrong options, else as of the command or of `one_line_errors`."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words or words[0] in ("-h", "--help"):
         print(HELP)

@@ -259,7 +259,7 @@ class _Aggregator(nn.Module):
     def forward(
         self, features: Tensor, mask: Tensor | None, taps: dict | None = None, layer: int | None = None
     ) -> Tensor:
-        """`layer`: that base layer alone, [n, 1, M, r, d]."""
+        """layer: that base layer alone, [n, 1, M, r, d]."""
         n, config = len(features), self.config
         row_shape = (len(config.modules), config.rank, config.latent_size)
         if layer is not None:
@@ -286,7 +286,7 @@ class PerLayerLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(1, n_layers, 1, 1, d_out).uniform_(-bias_bound, bias_bound))
 
     def forward(self, x: Tensor, layer: int | None = None) -> Tensor:
-        """`layer`: x holds that base layer alone."""
+        """layer: x holds that base layer alone."""
         chosen = slice(None) if layer is None else slice(layer, layer + 1)
         return torch.einsum("nlmrd,ldh->nlmrh", x, self.weight[chosen]) + self.bias[:, chosen]
 
@@ -344,7 +344,7 @@ class _Head(nn.Module):
         self.weight = nn.Parameter(torch.randn(shape) * 0.5 / math.sqrt(d + width * config.rank))
 
     def forward(self, x: Tensor, layer: int | None = None) -> Tensor:
-        """`layer`: x holds that base layer alone."""
+        """layer: x holds that base layer alone."""
         weight = self.weight if self.weight.dim() == 4 else self.weight.unsqueeze(1)
         weight = weight if layer is None else weight[layer : layer + 1]
         return torch.einsum("nlmrd,lmdh->nlmrh", x, weight)
