@@ -1,7 +1,7 @@
 # make lab                  a newcomer's first command: installs, then opens JupyterLab at notebook 00
 # make notebooks | test | train PRESET=tiny | screenshots | lint | setup | clean
 #
-# Needs Python 3.11 or newer and make. Everything is written inside this folder (.venv and .cache), except pip's own cache.
+# Needs Python 3.11 or newer. Writes inside this folder only (.venv and .cache), except for pip's own cache.
 
 # The first Python on the PATH that is new enough.
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14 python; do \
@@ -9,17 +9,17 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 UV := $(shell command -v uv 2>/dev/null)
 PRESET ?= tiny
 PYTEST_ARGS ?=
-# How many processes share the tests, 4 at most: one for each core, or make test WORKERS=0 for none but pytest itself.
+# Processes that share the tests: one per core, at most 4; make test WORKERS=0 runs them in pytest's own process.
 WORKERS ?= logical
 
 CACHE := $(CURDIR)/.cache
-# On shared cores several OpenMP threads make torch about ten times slower; whoever owns the machine may raise this.
+# On shared cores several OpenMP threads make torch about ten times slower; raise it on a machine of your own.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
-# Imports take 6 s of a core where Python keeps what it has compiled, and 19 s where that is switched off.
+# Imports take 6 s of a core if Python keeps its compiled files, else 19 s.
 unexport PYTHONDONTWRITEBYTECODE
-# Where the tools that we run keep their files: inside the clone.
+# All tools keep their files inside the clone.
 export HF_HOME ?= $(CACHE)/huggingface
 export TORCH_HOME ?= $(CACHE)/torch
 export IPYTHONDIR := $(CACHE)/ipython
@@ -31,16 +31,16 @@ export JUPYTERLAB_WORKSPACES_DIR := $(CACHE)/jupyter/workspaces
 export MPLCONFIGDIR := $(CACHE)/matplotlib
 export RUFF_CACHE_DIR := $(CACHE)/ruff
 export UV_CACHE_DIR := $(CACHE)/uv
-# JupyterLab asks npm, where there is one, for language servers, and npm keeps a log of being asked.
+# JupyterLab asks an installed npm for language servers, and npm keeps a log.
 export npm_config_cache := $(CACHE)/npm
 
-# Not exported while pip runs: pip's cache stays where it always is, so that a second clone installs quickly.
+# Not exported to pip: its cache stays in its usual place, so that a second clone installs quickly.
 RUN := XDG_CACHE_HOME="$(CACHE)/xdg" TMPDIR="$(CACHE)/tmp" .venv/bin/python
 OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: lab setup notebooks test train screenshots lint clean
 
-# Opens JupyterLab in the browser; the first time it installs first.
+# Opens JupyterLab in the browser; the first time, installs before.
 lab: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(RUN) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
@@ -48,9 +48,9 @@ lab: setup
 # One to three minutes the first time, 1.7 GB in .venv.
 setup: .venv/.installed
 
-# Temporary files too, or uv leaves a lock in /tmp.
+# Without this uv leaves a lock in /tmp.
 .venv/.installed: export TMPDIR := $(CACHE)/tmp
-# uv does not read pip's configuration, so it is told where pip finds local wheels; where uv fails, pip does it.
+# uv does not read pip's configuration: pass it pip's local wheels. If uv fails, pip installs.
 .venv/.installed: pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer; install one, or: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@echo "setup: installing into .venv (one to three minutes the first time)"
@@ -63,12 +63,12 @@ setup: .venv/.installed
 	@touch $@
 	@echo "setup: done"
 
-# All pages, two at a time but for those that measure time; each says on top how many minutes it takes.
+# All pages, two at a time except those that measure time; each states its minutes at the top.
 notebooks: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(OFFLINE) $(RUN) -m d2l_lib notebooks
 
-# All tests, a file at a time in each of the processes; PYTEST_ARGS="-m 'not slow'" runs the quick ones.
+# All tests, one file at a time in each process; PYTEST_ARGS="-m 'not slow'" runs the quick ones.
 test: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(OFFLINE) $(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" -n $(WORKERS) --maxprocesses 4 \
@@ -79,7 +79,7 @@ train: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(RUN) -m d2l_lib train --preset $(PRESET)
 
-# The README's pictures of the chat and of the trace viewer; needs Chromium.
+# The README's pictures of the chat and the trace viewer; needs Chromium.
 screenshots: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(OFFLINE) $(RUN) tests/screenshots.py
