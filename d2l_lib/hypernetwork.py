@@ -292,7 +292,7 @@ class PerLayerLinear(nn.Module):
 
 
 class _PerLayerResidual(nn.Module):
-    """x + LayerNorm(W2 silu(W1 LayerNorm(x))) with W1, W2 of each base layer its own."""
+    """x + LayerNorm(W2 silu(W1 LayerNorm(x))) with W1, W2 of its own for each base layer."""
 
     def __init__(self, config: HypernetworkConfig):
         super().__init__()
@@ -311,7 +311,7 @@ class _PerLayerResidual(nn.Module):
 
 
 class _SharedResidual(nn.Module):
-    """x + LayerNorm(W2 silu(W1 LayerNorm(x))) with W1, W2 common to all base layers."""
+    """x + LayerNorm(W2 silu(W1 LayerNorm(x))) with W1, W2 shared by all base layers."""
 
     def __init__(self, config: HypernetworkConfig):
         super().__init__()

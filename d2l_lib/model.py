@@ -635,7 +635,7 @@ class DocToLoRA:
         model's base model inside it stays. FileExistsError names the files of any other folder.
         """
         models = {"base_model": (self.base_model, self.tokenizer, self.base_source)}
-        same_source = self.encoder.source is not None and self.encoder.source == self.base_source  # in 4-bit precision
+        same_source = self.encoder.source is not None and self.encoder.source == self.base_source  # the base in 4-bit
         if self.encoder.model is not self.base_model and not same_source:
             models["encoder_model"] = (self.encoder.model, self.encoder_tokenizer, self.encoder.source)
         meta: dict[str, Any] = {"chunk_tokens": self.chunk_tokens}

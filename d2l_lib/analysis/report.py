@@ -40,7 +40,7 @@ from d2l_lib.model import DocToLoRA
 from d2l_lib.routing import route
 from d2l_lib.tasks import world
 
-_FLAG_BELOW = 0.5  # of `kept`: below it a sentence counts as lost; `flag_curve` tries other thresholds
+_FLAG_BELOW = 0.5  # of `kept`: below it a sentence counts as lost; `studies.flags.flag_curve` tries others
 _UNSURE = ("i do not know", "i don't know", "i am not sure", "i'm not sure", "not stated", "unknown")
 _TOKENS = 48  # of a question, and of an answer
 _PUBLISHED_CHUNKS, _PUBLISHED_CHUNK_TOKENS = 8, 512  # of the published recipe's training
