@@ -23,7 +23,7 @@ from d2l_lib.tasks import world
 
 _CURVE_STEPS = (0, 1, 2, 3, 5, 8, 12, 18, 26, 36, 48)  # units taken away, or added; the last step is all of them
 _RESAMPLES = 10_000
-# Slow methods: computed for one question in so many.
+# Slow methods: computed for every n-th question only.
 EVERY = {"surrogate": 2, "randomised weights": 2, "gradient, sentences": 4, "integrated_gradients, sentences": 10}
 
 

@@ -389,7 +389,7 @@ class ShardFile:
     def _values(
         self, quantity: str, argument: str, group: int, report: Callable[[int], None] = lambda n_rows: None
     ) -> np.ndarray:
-        """One value per sample of a row group, kept for later. report(n_rows) is called after so many more rows."""
+        """One value per sample of a row group, kept for later. report(n_rows) counts newly read rows."""
         key = (quantity, argument, group)
         if key not in self._known:
             ours, published, compute = _QUANTITIES[quantity]

@@ -200,7 +200,7 @@ class Trace:
     def adapter_without(self, removed: Collection[int]) -> Any:
         """The adapter as if these sentences (numbers of `units`) did not stand in their chunks.
 
-        Chunks are written anew from what is left of them. An empty one is dropped, which needs no model.
+        Chunks are written anew without them. An empty chunk is dropped, which needs no model.
         """
         blocks, gone = [], self.units.loc[sorted(removed)]
         for number, block in enumerate(self.adapter.blocks):
