@@ -19,6 +19,7 @@ import pickle
 import pickletools
 import re
 import struct
+import sys
 import tarfile
 import types
 import zipfile
@@ -466,7 +467,13 @@ def _place(storage: Any, offset: Any, size: Any, stride: Any) -> _Place:
 
 
 class _Pickler(pickle._Pickler):
-    """Writes stand-ins under their published names, which Python's C pickler would import."""
+    """Writes stand-ins under their published names, which Python's C pickler would import.
+
+    Equal texts are written once, whether they are one object or not: equal contents give equal bytes.
+    """
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        super().save(sys.intern(obj) if type(obj) is str else obj, save_persistent_id)
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         if isinstance(obj, type) and issubclass(obj, (Record, Name)) and obj.published:
