@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from d2l_lib.documents import check_texts
+from d2l_lib.formats.schemas import MOST_LAYERS
 
-MOST_LAYERS = 1000  # of any model
 # transformers has no correct fused attention with soft-capped scores for these.
 EAGER_ATTENTION = ("gemma2",)
 # Names, by family, of the norm after the last layer and of the last linear in a layer's MLP (Phi: fc2).

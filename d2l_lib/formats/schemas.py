@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 MOST_LAYERS = 1000  # of any base model
 _LARGEST = 1 << 24  # of any size or count in a model
 LONGEST_NAME, _LONGEST_PATH = 200, 1000  # characters of a module's or tensor's name, and of a model's
-LONGEST_SHOWN = 80  # characters of a wrong value in an error
+_LONGEST_VALUE = 80  # characters of a wrong value in an error
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -47,13 +47,13 @@ _EXPECTED = {
     "extra_forbidden": "no such name",
 }
 _repr = reprlib.Repr()
-_repr.maxlevel, _repr.maxstring, _repr.maxother, _repr.maxlong = 3, LONGEST_SHOWN, LONGEST_SHOWN, LONGEST_SHOWN
+_repr.maxlevel, _repr.maxstring, _repr.maxother, _repr.maxlong = 3, _LONGEST_VALUE, _LONGEST_VALUE, _LONGEST_VALUE
 
 
 def shown(value: Any) -> str:
-    """A value of a file in an error: one line of printable ASCII, cut to LONGEST_SHOWN characters."""
+    """A value of a file in an error: one line of printable ASCII, cut to _LONGEST_VALUE characters."""
     text = ascii(_repr.repr(value))[1:-1].replace("\\'", "'").replace("\\\\", "\\")
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 
 def first_line(error: Exception) -> str:
