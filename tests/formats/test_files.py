@@ -58,7 +58,7 @@ def test_one_form_of_error_names_file_place_expectation_value_and_advice():
 )
 def test_values_are_shown_short_and_printable(value):
     text = schemas.shown(value)
-    assert len(text) <= schemas.LONGEST_SHOWN and text.isprintable() and text.isascii()
+    assert len(text) <= schemas._LONGEST_VALUE and text.isprintable() and text.isascii()
 
 
 @pytest.mark.parametrize(
