@@ -30,6 +30,7 @@ class HypernetworkConfig:
     encoder_layer: for early_exit, how many base layers are run (None: a quarter of them, at least one); for
         per_layer_activations, how many hidden states are read (None: one per layer).
     encoder_4bit: the context encoder of training was in 4-bit precision.
+    null_rows: learned keys of "no block" in each layer and module (see `null`); 0: none, as published.
     """
 
     n_layers: int
@@ -55,6 +56,7 @@ class HypernetworkConfig:
     base_model: str = ""
     encoder_model: str | None = None
     encoder_4bit: bool = False
+    null_rows: int = 0
 
     def __post_init__(self):
         self._check_numbers()
@@ -75,7 +77,7 @@ class HypernetworkConfig:
             raise ValueError(f"d_in and d_out must be {{module: size}}, not {self.d_in!r} and {self.d_out!r}")
         numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.type in (int, int | None)}
         numbers |= {f"{side}[{m!r}]": size for side in ("d_in", "d_out") for m, size in getattr(self, side).items()}
-        smallest = {"n_self_attention_per_block": 0, "n_pre_head_layers": 0, "encoder_layer": 0}
+        smallest = {"n_self_attention_per_block": 0, "n_pre_head_layers": 0, "encoder_layer": 0, "null_rows": 0}
         for name, value in numbers.items():
             if name == "encoder_layer" and value is None:
                 continue
@@ -94,8 +96,8 @@ class HypernetworkConfig:
         return self.encoder_type == "per_layer_activations"
 
     def to_dict(self) -> dict:
-        """The fields as plain values, ready for JSON."""
-        return asdict(self)
+        """The fields as plain values, ready for JSON; `null_rows` only where there are any."""
+        return {name: value for name, value in asdict(self).items() if value or name != "null_rows"}
 
     @classmethod
     def from_dict(cls, values: dict) -> "HypernetworkConfig":
@@ -371,6 +373,12 @@ class Hypernetwork(nn.Module):
         self.scaler_A = nn.ParameterDict({m: torch.ones(1, n_layers, r, 1) for m in config.modules})
         self.scaler_B = nn.ParameterDict({m: torch.zeros(1, n_layers, r, 1) for m in config.modules})
         self.head = _Head(config)
+        if config.null_rows:
+            rows = config.null_rows
+            self.null_keys = nn.ParameterDict(
+                {m: torch.randn(n_layers, rows, size) * 1e-3 for m, size in config.d_in.items()}
+            )
+            self.null_floor = nn.ParameterDict({m: torch.zeros(n_layers) for m in config.modules})
 
     def forward(
         self,
@@ -438,6 +446,12 @@ class Hypernetwork(nn.Module):
         if not self.config.use_bias:
             return None
         return {m: (self.bias_A[m], self.bias_B[m]) for m in self.config.modules}
+
+    def null(self) -> Loras | None:
+        """What sparse reading asks a block to exceed: {module: (keys [L, null_rows, d_in], floor [L])}, or None."""
+        if not self.config.null_rows:
+            return None
+        return {m: (self.null_keys[m], self.null_floor[m]) for m in self.config.modules}
 
     def _split(self, flat: Tensor, module: str, layer: int | None) -> tuple[Tensor, Tensor]:
         d_in, d_out = self.config.d_in[module], self.config.d_out[module]
@@ -517,8 +531,8 @@ def combine(loras: Loras, bias: Loras | None, n_chunks: Tensor, weights: Tensor 
 
 
 def names_without_decay(hypernetwork: nn.Module) -> list[str]:
-    """Names of parameters without weight decay, sorted: norms, biases, scalers and learned queries."""
-    spared = ("scaler", "bias", "layernorm", "latents_q")
+    """Names of parameters without weight decay, sorted: norms, biases, scalers, learned queries, null keys."""
+    spared = ("scaler", "bias", "layernorm", "latents_q", "null_")
     names = {name for name, _ in hypernetwork.named_parameters() if any(part in name for part in spared)}
     for path, module in hypernetwork.named_modules():
         if isinstance(module, nn.LayerNorm):

@@ -439,7 +439,8 @@ class DocToLoRA:
             with without_lora(self.base_model, reading=reading, **notes):
                 yield
         elif reading is not None:
-            with read_sparsely(self.base_model, contexts, reading, rows=rows, starts=starts, **notes):
+            null = self.hypernetwork.null()
+            with read_sparsely(self.base_model, contexts, reading, rows=rows, starts=starts, null=null, **notes):
                 yield
         else:
             loras, scale = stack_factors(contexts)

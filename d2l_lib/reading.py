@@ -6,7 +6,14 @@
     reading   y = W x + scale * (bias + weight_k B_k^T (A_k x)) with k = argmax of S(k, t)
 
 The sum over time keeps an answer with the block that its first token chose. Before t0, and in layers that do not read,
-the bias alone acts. `adapter.Adapter` and `lora.apply_lora` are the published sum, in which all blocks act at every
+the bias alone acts. A hypernetwork that was trained to be read (`training.reading`) has a null block, what a block must
+exceed to be read, and can read the tokens of the prompt too, each by itself (Z = s):
+
+    null      n(t)^2 = (floor |x(t)|)^2 + |null_keys x(t)|^2,  N(t) = sum of n(t) over the linears so far
+    prompt    a token before t0 reads its best block k where S(k, t) > N(t)
+    answer    all its tokens read where log(S(k, t0) / N(t0)) > null_threshold for the best block k
+
+`adapter.Adapter` and `lora.apply_lora` are the published sum, in which all blocks act at every
 token: its noise grows with the number of blocks. Both take one forward pass.
 
 A score uses this token and earlier ones at the same linear, and earlier linears at the same token. So a prompt with its
@@ -28,6 +35,7 @@ from torch import Tensor, nn
 from d2l_lib.adapter import Adapter
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import question_ids, stop_ids
+from d2l_lib.hypernetwork import Loras
 from d2l_lib.lora import add_deltas
 
 if TYPE_CHECKING:
@@ -41,6 +49,9 @@ _NOT_FOLLOWED = (
 )
 
 
+_TINY = 1e-8  # under a root, for its gradient
+
+
 @dataclass(frozen=True)
 class Reading:
     """How blocks are chosen.
@@ -50,6 +61,8 @@ class Reading:
     thresholds, gate_weights: one number for each layer that reads, or none, for adapters of one module. Layer l reads
     where gate(l), the sum over layers so far of gate_weight * log(s(k, t0) / |x(t0)|) for the block k that it would
     read at t0, exceeds its threshold. So a question that no block is about gets the bias alone.
+    prompt: the tokens before t0 read too.
+    null_threshold: of the null block, in nats; models without one do not ask (see above).
 
     ValueError for a decay out of range and for lists of different lengths.
     """
@@ -58,10 +71,14 @@ class Reading:
     decay: float = 0.5
     thresholds: tuple[float, ...] = ()
     gate_weights: tuple[float, ...] = ()
+    prompt: bool = False
+    null_threshold: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay must be from 0 to 1, not {self.decay!r}")
+        if not math.isfinite(self.null_threshold):
+            raise ValueError(f"null_threshold must be a finite number of nats, not {self.null_threshold!r}")
         if self.thresholds and not self.gate_weights:
             object.__setattr__(self, "gate_weights", (1.0,) * len(self.thresholds))
         if len(self.gate_weights) != len(self.thresholds):
@@ -82,7 +99,7 @@ class _Choice:
     """What one linear read at some tokens, for the rows of one adapter.
 
     rows: the batch rows [n]. start: the column (token) of the first one, counted with the cache. blocks [n, tokens]:
-    places in `adapter.blocks`; -1 before the answer and where the gate was shut. evidence, lead [n, tokens]: S of the
+    places in `adapter.blocks`; -1 before the answer and where no block was read. evidence, lead [n, tokens]: S of the
     chosen block, and by how much it exceeds the second best.
     """
 
@@ -108,6 +125,7 @@ class _Generation:
     reading: Reading
     rows: Tensor | None
     starts: Tensor | None
+    null: Loras | None = None
     choices: list[_Choice] | None = field(default_factory=list)
     before: int = 0  # tokens that the cache holds
     length: int = 0  # and with those of the pass
@@ -115,6 +133,7 @@ class _Generation:
     is_open: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # [rows]
     so_far: dict[int, Tensor] = field(default_factory=dict)  # S [rows, tokens, K] of this pass, by adapter
     gate: dict[int, Tensor] = field(default_factory=dict)  # [rows, K] of this pass, by adapter
+    null_so_far: dict[int, Tensor] = field(default_factory=dict)  # N [rows, tokens] of this pass, by adapter
     factors: dict[tuple[int, str, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # where x is
     cache: Any = None
 
@@ -131,7 +150,7 @@ class _Generation:
                 self._follow(cache)
         elif self.before != self.length:
             raise RuntimeError(_NOT_FOLLOWED.format(f"the cache holds {self.before} tokens, {self.length} were read"))
-        self.so_far, self.gate = {}, {}
+        self.so_far, self.gate, self.null_so_far = {}, {}, {}
 
     def _follow(self, cache) -> None:
         """Lets beam search exchange rows of the evidence along with those of the cache."""
@@ -182,7 +201,7 @@ class _Generation:
         return added
 
     def _read(self, x: Tensor, place: tuple[int, str, int], rows: list[int]) -> tuple[int, Tensor]:
-        """(first column of an answer, what the blocks add from there on) for the rows of one adapter."""
+        """(first column that may read, what the blocks add from there on) for the rows of one adapter."""
         layer, module, context = place
         adapter = self.adapters[context]
         if place not in self.factors:
@@ -194,50 +213,72 @@ class _Generation:
             starts += x.shape[1] - 1
             if self.starts is not None:
                 starts = self.starts[rows]
-        first = int(starts.min())
+        first = 0 if self.reading.prompt else int(starts.min())
         x, starts = x[:, first:], starts - first
-        answers = torch.arange(x.shape[1]) >= starts[:, None]
+        answers = (torch.arange(x.shape[1]) >= starts[:, None]).to(x.device)
         products = (x @ A.flatten(0, 1).T).unflatten(2, A.shape[:2])  # [rows, tokens, K, r]
         scores = products.float().norm(dim=-1)
-        so_far = self._evidence(scores * answers.to(scores.device).unsqueeze(-1), place)
+        so_far = self._evidence(scores, answers, place)
         allowed = so_far.masked_fill(weights == 0, -math.inf)
         best = allowed.topk(min(2, allowed.shape[-1]), dim=-1)
         chosen = best.indices[..., 0]
-        if self.before == 0 and self.reading.thresholds:
-            self._decide(scores, x, chosen, starts, place)
-        is_open = self.is_open.get(place, torch.ones(len(rows), dtype=torch.bool))
-        acts = answers & is_open[:, None]
+        acts = answers
+        if self.before == 0:  # the prompt is here, padding too: nothing attends to what it reads
+            null = self._null(x, place)
+            self.is_open[place] = self._decide(scores, x, best, null, starts, place)
+            if self.reading.prompt:
+                acts = acts | (best.values[..., 0] > null)
+        acts = acts & (self.is_open[place][:, None] | ~answers)
         own = products.gather(2, chosen[..., None, None].expand(-1, -1, 1, products.shape[-1]))  # [rows, tokens, 1, r]
         read = (own @ B[chosen]).squeeze(2) * (weights[chosen] * acts.to(weights)).unsqueeze(-1)
         if self.choices is not None:
             second = best.values[..., -1] if best.values.shape[-1] > 1 else torch.zeros_like(best.values[..., 0])
-            blocks = chosen.cpu().masked_fill(~acts, -1)
-            evidence, lead = best.values[..., 0].cpu(), (best.values[..., 0] - second).cpu()
-            self.choices.append(_Choice(layer, module, adapter, rows, self.before + first, blocks, evidence, lead))
+            skip = int(starts.min())  # tokens of prompts
+            read_here = (chosen.masked_fill(~acts, -1), best.values[..., 0], best.values[..., 0] - second)
+            read_here = (one[:, skip:].cpu() for one in read_here)
+            self.choices.append(_Choice(layer, module, adapter, rows, self.before + first + skip, *read_here))
         return first, read
 
-    def _evidence(self, scores: Tensor, place: tuple[int, str, int]) -> Tensor:
-        """S [rows, tokens, K] of scores [rows, tokens, K] at one linear."""
+    def _evidence(self, scores: Tensor, answers: Tensor, place: tuple[int, str, int]) -> Tensor:
+        """S [rows, tokens, K] of scores [rows, tokens, K] at one linear; answers [rows, tokens] tells the tokens."""
         last, steps = self.over_time.get(place), []
-        for score in scores.unbind(1):
+        for score in (scores * answers.unsqueeze(-1)).unbind(1):
             last = score if last is None else self.reading.decay * last + score
             steps.append(last)
         self.over_time[place] = last
-        over_time = torch.stack(steps, 1)
+        over_time = torch.where(answers.unsqueeze(-1), torch.stack(steps, 1), scores)
         context = place[2]
         self.so_far[context] = over_time + self.so_far[context] if context in self.so_far else over_time
         return self.so_far[context]
 
-    def _decide(self, scores: Tensor, x: Tensor, chosen: Tensor, starts: Tensor, place: tuple[int, str, int]) -> None:
-        """The verdict of the gate on each row, once per answer and layer that reads, at t0."""
+    def _null(self, x: Tensor, place: tuple[int, str, int]) -> Tensor:
+        """N [rows, tokens] at one linear; 0 without a null block."""
+        layer, module, context = place
+        if self.null is None:
+            return x.new_zeros(x.shape[:2], dtype=torch.float32)
+        own = null_score(x.float(), *(one[layer].to(x.device, torch.float32) for one in self.null[module]))
+        self.null_so_far[context] = own + self.null_so_far.get(context, 0.0)
+        return self.null_so_far[context]
+
+    def _decide(self, scores, x: Tensor, best, null: Tensor, starts: Tensor, place: tuple[int, str, int]) -> Tensor:
+        """The verdict [rows], once per answer and layer that reads, at t0: of the null block and of the gate."""
         layer, _, context = place
         adapter, every = self.adapters[context], torch.arange(len(x))
+        least = null[every, starts] * math.exp(self.reading.null_threshold)
+        is_open = (best.values[every, starts, 0] > least) | (self.null is None)
+        if not self.reading.thresholds:
+            return is_open
         layers = self.reading.layers_of(adapter.n_layers)
         weight = self.reading.gate_weights[layers.index(layer)]
         ratio = scores[every, starts].log() - x[every, starts].float().norm(dim=-1, keepdim=True).log()  # [rows, K]
         self.gate[context] = weight * ratio + self.gate.get(context, 0.0)
-        value = self.gate[context][every, chosen[every, starts]]
-        self.is_open[place] = (value > self.reading.thresholds[layers.index(layer)]).cpu()
+        value = self.gate[context][every, best.indices[every, starts, 0]]
+        return is_open & (value > self.reading.thresholds[layers.index(layer)])
+
+
+def null_score(x: Tensor, keys: Tensor, floor: Tensor) -> Tensor:
+    """n [..., tokens] of inputs x [..., tokens, d_in] at one linear, with null_keys [null_rows, d_in] and its floor."""
+    return ((floor * x.norm(dim=-1)).square() + (x @ keys.T).square().sum(-1) + _TINY).sqrt()
 
 
 @contextmanager
@@ -248,6 +289,7 @@ def read_sparsely(
     *,
     rows: Tensor | None = None,
     starts: Tensor | None = None,
+    null: Loras | None = None,
     **notes: Any,
 ) -> Iterator[_Generation]:
     """Inside the `with` block the base model reads these adapters sparsely; yields the state, which keeps the choices.
@@ -256,6 +298,7 @@ def read_sparsely(
     rows: [batch], for each row of the batch which adapter it has (None: one adapter for all rows).
     starts: [batch], the column of each row's last prompt token, where a pass without a cache holds prompts with their
     answers (None: the last column, as where an answer is generated from prompts that are padded on the left).
+    null: the hypernetwork's null block (`Hypernetwork.null`; None: it has none).
     notes: see lora.OpenBlock.
 
     Weights, hooks and threads are as in `lora.apply_lora`. ValueError where an adapter and the reading do not fit.
@@ -268,7 +311,7 @@ def read_sparsely(
     reading_layers = reading.layers_of(len(linears[modules[0]]))
     if reading.thresholds and len(modules) > 1:
         raise ValueError(f"thresholds are for adapters of one module, these write {', '.join(modules)}")
-    state = _Generation(adapters, reading, rows, starts)
+    state = _Generation(adapters, reading, rows, starts, null)
     deltas = [
         (linear, partial(state.delta, layer=layer, module=module, reads=layer in reading_layers))
         for module in modules
@@ -295,7 +338,7 @@ def choices_table(state: _Generation) -> pd.DataFrame:
         for index, row in enumerate(one.rows):
             start = 0 if state.starts is None else int(state.starts[row])
             for step, block in enumerate(one.blocks[index].tolist()):
-                if (token := one.start + step) < start:
+                if (token := one.start + step) < start:  # of the prompt
                     continue
                 chosen = None if block < 0 else one.adapter.blocks[block]
                 label = (None, None) if chosen is None else (chosen.document, chosen.chunk)
@@ -326,7 +369,8 @@ def answer_reads(
     else:
         written = model.tokenizer(answer, add_special_tokens=False)["input_ids"] + list(stops[-1:])
     ids = torch.tensor([prompt + written[:-1]], device=model.device)
-    with read_sparsely(model.base_model, [adapter], reading, starts=torch.tensor([len(prompt) - 1])) as state:
+    starts, null = torch.tensor([len(prompt) - 1]), model.hypernetwork.null()
+    with read_sparsely(model.base_model, [adapter], reading, starts=starts, null=null) as state:
         model.base_model(ids, use_cache=False, logits_to_keep=1)
     table = choices_table(state).drop(columns="row")
     table["token"] -= len(prompt) - 1

@@ -13,10 +13,12 @@ from d2l_lib.adapter import Block
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import question_ids
 from d2l_lib.engine import pad_rows
+from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.reading import Reading, answer_reads, choices_table, read_sparsely
 from d2l_lib.tasks import world
 
 TEXTS = {"a": "Ada paints lamps. Bo sells maps.", "b": "Cy keeps bees in Dun.", "c": "Eve rows boats. Fay bakes."}
+FLOOR = 0.3  # of the null block
 QUESTIONS = ["Who paints?", "What does Cy keep, and where?", "Who?"]
 
 
@@ -45,6 +47,7 @@ def defined(model, adapter, reading, ids, start):
     """Logits [tokens, vocabulary] of one row, written from the definition: block by block, token by token."""
     (linears,) = target_linears(model.base_model, adapter.modules).values()
     layers, so_far, handles, gate = reading.layers_of(len(linears)), {}, [], {}
+    null, nulls = model.hypernetwork.null(), {}
 
     def hook(layer):
         def add(linear, inputs, output):
@@ -53,10 +56,15 @@ def defined(model, adapter, reading, ids, start):
             evidence = [0.0] * len(adapter.blocks)
             for t, token in enumerate(x):
                 added[t] = adapter.bias_weight * B.T @ (A @ token)
-                if layer not in layers or t < start:
+                if layer not in layers or (t < start and not reading.prompt):
                     continue
+                if null is not None:
+                    keys, floor = (one[layer] for one in null["down_proj"])
+                    own = math.hypot(float(floor * token.norm()), float((keys @ token).norm()))
+                    nulls[t] = nulls.get(t, 0.0) + own
                 for k, block in enumerate(adapter.blocks):
-                    evidence[k] = reading.decay * evidence[k] + float((block.A["down_proj"][layer] @ token).norm())
+                    score = float((block.A["down_proj"][layer] @ token).norm())
+                    evidence[k] = score if t <= start else reading.decay * evidence[k] + score
                     so_far[k, t] = so_far.get((k, t), 0.0) + evidence[k]
                 ranked = [so_far[k, t] if one.weight else -math.inf for k, one in enumerate(adapter.blocks)]
                 best = ranked.index(max(ranked))
@@ -66,7 +74,10 @@ def defined(model, adapter, reading, ids, start):
                         ratio = (block.A["down_proj"][layer] @ token).norm() / token.norm()
                         gate[k] = gate.get(k, 0.0) + reading.gate_weights[place] * float(ratio.log())
                     gate["open", layer] = gate[best] > reading.thresholds[place]
-                if gate.get(("open", layer), True):
+                beats_null = math.log(max(ranked) / nulls[t]) if null is not None else math.inf
+                if t == start and null is not None:
+                    gate["open", layer] = beats_null > reading.null_threshold
+                if beats_null > 0 if t < start else gate.get(("open", layer), True):
                     block = adapter.blocks[best]
                     product = block.B["down_proj"][layer].T @ (block.A["down_proj"][layer] @ token)
                     added[t] += block.weight * product
@@ -103,12 +114,80 @@ def test_it_is_what_the_definition_says(model, adapter, name):
         assert (got - logits_of(model, weighed, ids[None])[0]).abs().max() > 0.01  # the sum says something else
 
 
-def test_prompts_and_answers_in_one_pass_read_as_token_by_token(model, adapter):
+def with_null(model, adapter, floor):
+    """The model with a null block of this floor, and the adapter as made by it."""
+    torch.manual_seed(1)
+    config = replace(model.config, null_rows=2)
+    hypernetwork = Hypernetwork(config).eval().requires_grad_(False)
+    hypernetwork.load_state_dict(model.hypernetwork.state_dict(), strict=False)
+    hypernetwork.null_keys["down_proj"].mul_(100)
+    hypernetwork.null_floor["down_proj"].fill_(floor)
+    new = d2l.DocToLoRA(model.base_model, model.tokenizer, hypernetwork)
+    return new, replace(adapter, hypernetwork_key=new.hypernetwork_key)
+
+
+@pytest.mark.parametrize("name", ["prompt", "answers", "strict", "lax"])
+def test_a_null_block_is_what_the_definition_says(model, adapter, name):
+    reading = {
+        "prompt": Reading(prompt=True), "answers": Reading(), "strict": Reading(prompt=True, null_threshold=9.0),
+        "lax": Reading(layers=(0, 2), decay=1.0, prompt=True, null_threshold=-9.0),
+    }[name]  # fmt: skip
+    new, own = with_null(model, adapter, FLOOR)
+    ids, start = torch.tensor(question_ids(model.tokenizer, [QUESTIONS[1]])[0]), 12
+    expected = defined(new, own, reading, ids, start)
+    got = logits_of(new, own, ids[None], read=reading, starts=torch.tensor([start]))[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    bias = logits_of(new, replace(own, blocks=()), ids[None])[0]
+    assert torch.allclose(got[:start], bias[:start], atol=1e-5) != reading.prompt
+    torch.testing.assert_close(logits_of(new, own, ids[None])[0], logits_of(model, adapter, ids[None])[0])  # the sum
+
+
+def test_a_null_block_reads_some_tokens_of_the_prompt_and_closes_some_answers(model, adapter):
+    """The floor lies between the scores, so that neither verdict is a matter of course."""
+    new, own = with_null(model, adapter, FLOOR)
+    ids, mask = ids_of(new)
+    null = {"null": new.hypernetwork.null()}
+    with torch.no_grad(), read_sparsely(new.base_model, [own], Reading(prompt=True), **null) as state:
+        new.base_model(ids, attention_mask=mask, use_cache=False)
+        table = choices_table(state)
+    assert (table.token == ids.shape[1] - 1).all() and len(table) == 9, "answers alone are in the table"
+    assert (table.block < 0).any() and (table.block >= 0).any()
+    shut = Reading(prompt=True, null_threshold=99.0)
+    empty = logits_of(new, replace(own, blocks=()), ids, mask)
+    assert not torch.allclose(logits_of(new, own, ids, mask, read=shut)[mask.bool()], empty[mask.bool()], atol=1e-3)
+    closed, _ = with_null(model, adapter, 99.0)
+    own = replace(own, hypernetwork_key=closed.hypernetwork_key)
+    torch.testing.assert_close(logits_of(closed, own, ids, mask, read=Reading(prompt=True)), empty)
+
+
+def test_a_model_with_a_null_block_comes_back_from_its_folder(model, adapter, tmp_path):
+    new, own = with_null(model, adapter, FLOOR)
+    new.reading = Reading(prompt=True, null_threshold=0.25)
+    new.save(tmp_path / "model", include_base=True)
+    own.save(tmp_path / "a.safetensors")
+    again, file = d2l.load(tmp_path / "model"), d2l.Adapter.load(tmp_path / "a.safetensors")
+    assert again.reading == new.reading and again.hypernetwork_key == new.hypernetwork_key != model.hypernetwork_key
+    ids, mask = ids_of(new)
+    assert torch.equal(logits_of(again, file, ids, mask, read="sparse"), logits_of(new, own, ids, mask, read="sparse"))
+    adapter.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_size == (tmp_path / "b.safetensors").stat().st_size
+    assert "null_rows" not in model.config.to_dict() and "null_rows" in new.config.to_dict()
+    with pytest.raises(ValueError, match="another hypernetwork"):
+        model.answer("Who?", own)
+    with pytest.raises(ValueError, match="different hypernetworks"):
+        own + adapter
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_prompts_and_answers_in_one_pass_read_as_token_by_token(model, adapter, null):
     """Rows of different lengths and with different adapters, one of them without: logits and what is read are equal."""
+    reading = Reading(prompt=null)
+    if null:
+        model, adapter = with_null(model, adapter, FLOOR)
     adapters = [adapter, adapter.only("b"), None]
     ids, mask = ids_of(model)
     steps = 9
-    with model.applied(adapters, read="sparse"):
+    with model.applied(adapters, read=reading):
         out = model.base_model.generate(
             ids, attention_mask=mask, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, output_logits=True,
             return_dict_in_generate=True,
@@ -117,16 +196,20 @@ def test_prompts_and_answers_in_one_pass_read_as_token_by_token(model, adapter):
     long = torch.cat([mask, mask.new_ones(3, steps - 1)], 1)
     starts = torch.tensor([ids.shape[1] - 1] * 3)
     positions = (long.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad(), model.applied(adapters, read="sparse", starts=starts):
+    with torch.no_grad(), model.applied(adapters, read=reading, starts=starts):
         once = model.base_model(whole, attention_mask=long, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(torch.stack(out.logits, 1), once[:, ids.shape[1] - 1 :], rtol=1e-3, atol=1e-3)
 
 
-def test_single_equals_batch_with_one_adapter_each(model, adapter):
+@pytest.mark.parametrize("null", [False, True])
+def test_single_equals_batch_with_one_adapter_each(model, adapter, null):
+    reading = Reading(prompt=null)
+    if null:
+        model, adapter = with_null(model, adapter, FLOOR)
     adapters = [adapter, adapter.without("a"), adapter]
-    both = model.answer(QUESTIONS, adapters, max_new_tokens=12, read="sparse")
+    both = model.answer(QUESTIONS, adapters, max_new_tokens=12, read=reading)
     for question, one, answer in zip(QUESTIONS, adapters, both, strict=True):
-        assert model.answer(question, one, max_new_tokens=12, read="sparse") == answer
+        assert model.answer(question, one, max_new_tokens=12, read=reading) == answer
     assert both != model.answer(QUESTIONS, adapters, max_new_tokens=12)
 
 
@@ -265,6 +348,7 @@ def test_what_an_answer_reads_is_the_block_of_its_evidence():
         ({"decay": 1.5}, "decay"),
         ({"decay": math.nan}, "decay"),
         ({"layers": (4,)}, "layer 4"),
+        ({"null_threshold": math.inf}, "null_threshold"),
         ({"thresholds": (1.0,)}, "thresholds"),
         ({"thresholds": (1.0, 1.0, 1.0), "gate_weights": (1.0,)}, "gate_weights"),
     ],

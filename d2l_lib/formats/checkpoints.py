@@ -12,6 +12,7 @@ import json
 import os
 import types
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,7 @@ def export(hypernetwork: Hypernetwork, path: str | Path, base_model: str | None 
     base_model: the name or path that their code loads (None: the config's).
 
     Settings without effect get their defaults. Without a bias block the bias tensors that their code expects are zeros.
+    The null block of sparse reading stays behind: their code reads the sum.
     ValueError without a base model, and for a hypernetwork that their code cannot build.
     """
     tensors = {name: value.detach().cpu() for name, value in hypernetwork.named_parameters()}
@@ -341,7 +343,7 @@ def export(hypernetwork: Hypernetwork, path: str | Path, base_model: str | None 
 def _write_published(
     path: str | Path, config: HypernetworkConfig, tensors: dict[str, Tensor], base_model: str | None
 ) -> Path:
-    base_model = base_model or config.base_model
+    base_model, config = base_model or config.base_model, replace(config, null_rows=0)
     if not base_model:
         raise ValueError("the published format stores the base model's name or path: pass base_model=")
     if (heads := (config.n_heads, config.n_kv_heads, config.head_dim)) != (16, 4, 128):

@@ -277,6 +277,7 @@ class HypernetworkSettings(_Closed):
     base_model: _ModelName = ""
     encoder_model: _ModelName | None = None
     encoder_4bit: bool = False
+    null_rows: _Some = 0
 
 
 class GateSettings(_Closed):
@@ -294,6 +295,8 @@ class ReadingSettings(_Closed):
     decay: Annotated[float, Field(ge=0, le=1)] = 0.5
     thresholds: list[float] = []
     gate_weights: list[float] = []
+    prompt: bool = False
+    null_threshold: float = 0.0
 
 
 class _CheckpointMeta(_Open):

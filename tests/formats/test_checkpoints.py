@@ -501,3 +501,16 @@ def test_what_cannot_be_converted_says_why(model, tmp_path, capsys):
         main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "new")])
     assert stopped.value.code == 1 and "no published checkpoint at" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "there.bin"]
+
+
+def test_the_null_block_round_trips_and_stays_behind_in_the_published_format(model, tmp_path):
+    hypernetwork = random_hypernetwork(model, null_rows=2, **PUBLISHED_HEADS)
+    save_checkpoint(tmp_path / "folder", hypernetwork)
+    loaded, _ = load_checkpoint(tmp_path / "folder")
+    assert loaded.config == hypernetwork.config and loaded.config.null_rows == 2
+    for (keys, floor), (own_keys, own_floor) in zip(loaded.null().values(), hypernetwork.null().values(), strict=True):
+        assert torch.equal(keys, own_keys) and torch.equal(floor, own_floor) and keys.abs().max() > 0
+    export(hypernetwork, tmp_path / "pytorch_model.bin", "some/base")
+    config, tensors, _ = read_published(tmp_path / "pytorch_model.bin")
+    assert config.null_rows == 0 and not [name for name in tensors if "null" in name]
+    assert_same_output(build_hypernetwork(config, tensors), hypernetwork)
