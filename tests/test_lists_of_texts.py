@@ -17,6 +17,7 @@ from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.presets import changed, preset
 from d2l_lib.routing import gated
 from d2l_lib.studies import base_scores, baselines, faithfulness, notebooks, speed
+from d2l_lib.studies.retrieval import PassageIndex, Retrieval
 from d2l_lib.tasks import qa, scores, world
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.training import selfgen, slurm
@@ -45,6 +46,8 @@ CALLS = {
     "baselines.Internalized": lambda texts: baselines.Internalized(MODEL).answer((None, "x"), texts),
     "baselines.InContext": lambda texts: baselines.InContext(MODEL).answer("x", texts),
     "baselines.NoContext": lambda texts: baselines.NoContext(MODEL).answer(None, texts),
+    "Retrieval": lambda texts: Retrieval(MODEL).answer(PassageIndex(["x"]), texts),
+    "PassageIndex": PassageIndex,
     "ContextDistillation.prepare": lambda texts: ContextDistillation(MODEL, "oracle").prepare("x", texts),
     "ContextDistillation.answer": lambda texts: ContextDistillation(MODEL, 1).answer(None, texts),
     "baselines.costs": lambda texts: baselines.costs(TABLE, texts),

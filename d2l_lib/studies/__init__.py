@@ -81,6 +81,7 @@ STUDIES = {
         *(10, "documents of 20 facts, eight questions each"),
         options={
             "--distillation-steps": {"type": "count", "default": 300},
+            "--distillation-documents": {"type": "count", "help": "the first documents alone, for distillation (all)"},
             "--text-to-lora": {"help": "folder of a model that `d2l train --stage text-to-lora` made"},
         },
     ),
@@ -125,6 +126,12 @@ STUDIES = {
         ("router",),
         "blocks found and answers given by keys, of 64 to 10,000 blocks",
         *(200, "questions for each number of blocks"),
+    ),
+    "retrieval": Study(
+        "retrieval_scores:run",
+        ("retrieval", "retrieval_pools"),
+        "passages found by BM25 in the prompt, against adapters",
+        *(200, "questions of each condition and number of chunks"),
     ),
     "gate": Study(
         "gate:run",

@@ -46,6 +46,7 @@ class Internalized:
     iterative: write blocks layer by layer: less memory, same numbers.
     with_context: put the document into the prompt too.
     blocks: how many blocks answer a question, the most relevant (None: all).
+    read: how they are read, as `DocToLoRA.answer` takes it ("sum" or "sparse").
     """
 
     model: DocToLoRA
@@ -55,23 +56,25 @@ class Internalized:
     iterative: bool = False
     with_context: bool = False
     max_new_tokens: int = 48
+    read: str = "sum"
 
-    def prepare(self, document: str, questions: Sequence[str]) -> tuple[Adapter, str]:
+    def prepare(self, document: str, questions: Sequence[str]) -> tuple[Adapter, str | None]:
         before = self.model.iterative
         self.model.iterative = self.iterative
         try:
             (adapter,) = self.model.internalize_each([document], chunk_tokens=self.chunk_tokens)
         finally:
             self.model.iterative = before
-        return adapter, document
+        return adapter, document if self.with_context else None
 
-    def answer(self, prepared: tuple[Adapter, str], questions: Sequence[str]) -> list[str]:
+    def answer(self, prepared: tuple[Adapter, str | None], questions: Sequence[str]) -> list[str]:
         adapter, document = prepared
         questions = check_texts(questions, "questions")
         if self.with_context:
             model = self.model
             questions = qa.with_document(document, questions, model.tokenizer, model.window, self.max_new_tokens)
-        return self.model.answer(questions, adapter, max_new_tokens=self.max_new_tokens, blocks=self.blocks)
+        options = {"max_new_tokens": self.max_new_tokens, "blocks": self.blocks, "read": self.read}
+        return self.model.answer(questions, adapter, **options)
 
 
 @dataclass
@@ -184,9 +187,11 @@ def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = F
     report: print a line per method.
 
     New columns: method, prediction, seconds_prepare and seconds_answer (of the question's document, all its questions
-    together), peak_memory_mib (the most that the process, or the GPU, held during that document). ValueError for
-    methods of the same name.
+    together; without a GPU the processor's seconds, so that other programs do not count), peak_memory_mib (the most
+    that the process, or the GPU, held during that document), bytes_kept (`kept_bytes` of what `prepare` returned).
+    ValueError for methods of the same name.
     """
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     methods, questions = list(methods), questions.reset_index(drop=True)
     names = [method.name for method in methods]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -199,12 +204,12 @@ def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = F
             texts = list(rows["question"])
             gc.collect()
             reset_peak_memory()
-            began = time.perf_counter()
+            began = clock()
             prepared = method.prepare(document, texts)
-            between = time.perf_counter()
+            between = clock()
             predictions = method.answer(prepared, texts)
-            costs_of = {"seconds_prepare": between - began, "seconds_answer": time.perf_counter() - between}
-            costs_of["peak_memory_mib"] = peak_memory_mib()
+            costs_of = {"seconds_prepare": between - began, "seconds_answer": clock() - between}
+            costs_of |= {"peak_memory_mib": peak_memory_mib(), "bytes_kept": kept_bytes(prepared)}
             added.append(pd.DataFrame({"prediction": predictions}, index=rows.index).assign(**costs_of))
             seconds += len(rows) * costs_of["seconds_prepare"]
         tables.append(questions.assign(method=method.name).join(pd.concat(added)))
@@ -214,8 +219,15 @@ def compare(methods: Iterable[Method], questions: pd.DataFrame, report: bool = F
     return pd.concat(tables, ignore_index=True)
 
 
+def kept_bytes(prepared: Any) -> int:
+    """Bytes of a text, an adapter, an index, or several of them."""
+    if isinstance(prepared, tuple):
+        return sum(kept_bytes(part) for part in prepared)
+    return len(prepared.encode()) if isinstance(prepared, str) else getattr(prepared, "nbytes", 0)
+
+
 def costs(compared: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFrame:
-    """Per group: documents, seconds_prepare and seconds_answer (means over documents), peak_memory_mib (largest)."""
+    """Per group: documents; means of seconds_prepare, seconds_answer and bytes_kept; the largest peak_memory_mib."""
     of_document = compared.drop_duplicates(["method", "dataset", "document"])
     return (
         of_document.groupby(check_texts(by, "columns"), sort=False)
@@ -223,6 +235,7 @@ def costs(compared: pd.DataFrame, by: Sequence[str] = ("method",)) -> pd.DataFra
             documents=("document", "size"),
             seconds_prepare=("seconds_prepare", "mean"),
             seconds_answer=("seconds_answer", "mean"),
+            bytes_kept=("bytes_kept", "mean"),
             peak_memory_mib=("peak_memory_mib", "max"),
         )
         .reset_index()

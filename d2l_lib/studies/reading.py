@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -22,46 +22,75 @@ _ENCYCLOPEDIA = "encyclopedia beside 20 facts"
 _AT_ONCE = 25  # questions per adapter of several documents
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Questions of one condition on some documents; places: which document each question is about."""
+
+    condition: str
+    documents: list[world.Document]
+    questions: list[world.Question]
+    places: list[int]
+
+
+@dataclass(frozen=True)
 class _Group:
     """Questions of one condition on one adapter; document: its text where a prompt can hold it."""
 
-    def __init__(self, condition: str, adapter: Adapter, document: str | None, questions: list[world.Question]):
-        self.condition, self.adapter, self.document, self.questions = condition, adapter, document, questions
+    condition: str
+    adapter: Adapter
+    document: str | None
+    questions: list[world.Question]
 
 
-def _groups(model: DocToLoRA, n: int, seed: int, split: str) -> Iterator[_Group]:
-    """All conditions, `n` questions of each."""
+def draw_conditions(n: int, seed: int, split: str) -> Iterator[Asked]:
+    """All conditions of `measure_reading`, `n` questions of each."""
     for n_facts in _SIZES:
         rng = random.Random(f"reading/{n_facts} facts/{split}/{seed}")
         for start in range(0, n, 5):
             document = world.draw_document(rng, split, n_facts)
             facts = rng.sample(document.facts, min(5, n - start))
-            (adapter,) = model.internalize_each([document.text])
-            yield _Group(f"{n_facts} facts", adapter, document.text, [world.question_about(rng, one) for one in facts])
+            questions = [world.question_about(rng, one) for one in facts]
+            yield Asked(f"{n_facts} facts", [document], questions, [0] * len(questions))
     for count in _TOGETHER:
         rng = random.Random(f"reading/{count} documents/{split}/{seed}")
         for start in range(0, n, _AT_ONCE):
             documents = list(disjoint_documents(rng, count, 5, split))
-            each = model.internalize_each({f"document {i}": one.text for i, one in enumerate(documents)})
             places = [rng.randrange(count) for _ in range(min(_AT_ONCE, n - start))]
             questions = [one_hop_question(rng, documents[place]) for place in places]
-            yield _Group(f"{count} documents", sum(each), None, questions)
-            for place, question in zip(places, questions, strict=True):
-                yield _Group(f"one of the {count} documents", each[place], documents[place].text, [question])
+            yield Asked(f"{count} documents", documents, questions, places)
     rng = random.Random(f"reading/kinds/{split}/{seed}")
-    of_kind: dict[str, list[_Group]] = {kind: [] for kind in _KINDS}
-    while any(len(groups) < n for groups in of_kind.values()):
+    of_kind: dict[str, list[Asked]] = {kind: [] for kind in _KINDS}
+    while any(len(asked) < n for asked in of_kind.values()):
         document = world.draw_document(rng, split, 12)
-        (adapter,) = model.internalize_each([document.text])
-        for kind, groups in of_kind.items():
-            if len(groups) < n and (question := world.ask(rng, document, kind)) is not None:
-                groups.append(_Group(kind, adapter, document.text, [question]))
-    for groups in of_kind.values():
-        yield from groups
+        for kind, asked in of_kind.items():
+            if len(asked) < n and (question := world.ask(rng, document, kind)) is not None:
+                asked.append(Asked(kind, [document], [question], [0]))
+    for asked in of_kind.values():
+        yield from asked
     rng = random.Random(f"reading/encyclopedia/{split}/{seed}")
     for start in range(0, n, 5):
-        (adapter,) = model.internalize_each([world.draw_document(rng, split, 20).text])
-        yield _Group(_ENCYCLOPEDIA, adapter, None, list(world.encyclopedia_questions(rng, min(5, n - start))))
+        document = world.draw_document(rng, split, 20)
+        questions = list(world.encyclopedia_questions(rng, min(5, n - start)))
+        yield Asked(_ENCYCLOPEDIA, [document], questions, [0] * len(questions))
+
+
+def _groups(model: DocToLoRA, n: int, seed: int, split: str) -> Iterator[_Group]:
+    """All conditions, `n` questions of each, with adapters."""
+    made: dict[str, Adapter] = {}
+    for asked in draw_conditions(n, seed, split):
+        texts = [one.text for one in asked.documents]
+        if asked.condition not in _KINDS:  # these are about the same documents
+            made.clear()
+        if len(texts) == 1:
+            if texts[0] not in made:
+                (made[texts[0]],) = model.internalize_each(texts)
+            document = None if asked.condition == _ENCYCLOPEDIA else texts[0]
+            yield _Group(asked.condition, made[texts[0]], document, asked.questions)
+        else:
+            each = model.internalize_each({f"document {i}": text for i, text in enumerate(texts)})
+            yield _Group(asked.condition, sum(each), None, asked.questions)
+            for place, question in zip(asked.places, asked.questions, strict=True):
+                yield _Group(f"one of the {asked.condition}", each[place], texts[place], [question])
 
 
 def _answered(model: DocToLoRA, groups: list[_Group]) -> pd.DataFrame:

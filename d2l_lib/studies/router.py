@@ -10,41 +10,60 @@ from dataclasses import replace
 import pandas as pd
 
 from d2l_lib.adapter import Adapter
+from d2l_lib.documents import Chunk, chunk_document
 from d2l_lib.model import DocToLoRA
 from d2l_lib.routing import key_scores, route_by_keys
 from d2l_lib.tasks import world
 from d2l_lib.tasks.scores import wilson
 
+_AT_ONCE = 64  # documents to internalize
 _SHORTLIST = 8
 _MOST_TRIED = 600  # most blocks to try one by one
 _TRIED = 40  # questions for that
 
 
-def _pool(model: DocToLoRA, n_blocks: int, seed: int, split: str) -> tuple[Adapter, list[tuple[world.Question, set]]]:
-    """(an adapter of `n_blocks` blocks, questions with the places of the blocks that hold their evidence).
+Pooled = list[tuple[world.Question, set[int]]]  # questions, and the places of the chunks that hold their evidence
+
+
+def draw_pool(model: DocToLoRA, n_blocks: int, seed: int, split: str) -> tuple[list[list[Chunk]], Pooled]:
+    """(chunks of documents, `n_blocks` of them or a few more; questions on the first `n_blocks`, with their places).
 
     Documents have 8 facts of one split; there are not enough names to keep them disjoint. Questions are about (subject,
     relation) pairs that occur once.
     """
     rng = random.Random(f"router/{split}/{seed}")  # a larger pool begins with the smaller one's documents
-    documents, adapters, total = [], [], 0
+    documents, chunks, total = [], [], 0
     while total < n_blocks:
         some = [world.draw_document(rng, split, 8) for _ in range(min(64, 1 + (n_blocks - total) // 9))]
-        each = model.internalize_each([one.text for one in some])
-        documents, adapters, total = documents + some, adapters + each, total + sum(map(len, each))
-    blocks = [block for one in adapters for block in one.blocks][:n_blocks]
+        each = [chunk_document(one.text, model.encoder_tokenizer, model.chunk_tokens) for one in some]
+        documents, chunks, total = documents + some, chunks + each, total + sum(map(len, each))
     count: dict[tuple[str, str], int] = {}
     for document in documents:
         for fact in document.facts:
             count[fact.subject, fact.relation] = count.get((fact.subject, fact.relation), 0) + 1
     questions, start = [], 0
-    for document, adapter in zip(documents, adapters, strict=True):
+    for document, of_document in zip(documents, chunks, strict=True):
         for fact in document.facts:
-            right = {start + place for place, block in enumerate(adapter.blocks) if _overlap(block.span, fact.span)}
+            right = {start + place for place, chunk in enumerate(of_document) if _overlap(chunk.span, fact.span)}
             if count[fact.subject, fact.relation] == 1 and right and max(right) < n_blocks:
                 questions.append((world.question_about(rng, fact), right))
-        start += len(adapter)
-    return model.adapter_of(blocks), questions
+        start += len(of_document)
+    return chunks, questions
+
+
+def drawn_questions(pool: Pooled, n: int, size: int, seed: int) -> Pooled:
+    """`n` questions of a pool of `size` blocks, or all if there are fewer."""
+    return random.Random(f"router/questions/{size}/{seed}").sample(pool, min(n, len(pool)))
+
+
+def _pool(model: DocToLoRA, n_blocks: int, seed: int, split: str) -> tuple[Adapter, Pooled]:
+    """(an adapter of the first `n_blocks` blocks of `draw_pool`, its questions)."""
+    chunks, questions = draw_pool(model, n_blocks, seed, split)
+    texts, blocks = ["".join(chunk.text for chunk in of_document) for of_document in chunks], []
+    for start in range(0, len(texts), _AT_ONCE):
+        for adapter in model.internalize_each(texts[start : start + _AT_ONCE]):
+            blocks += adapter.blocks
+    return model.adapter_of(blocks[:n_blocks]), questions
 
 
 def _overlap(first: tuple[int, int], second: tuple[int, int]) -> bool:
@@ -72,8 +91,7 @@ def measure_router(
     rows = []
     for size in sizes:
         adapter, pool = _pool(model, size, seed, split)
-        rng = random.Random(f"router/questions/{size}/{seed}")
-        chosen = rng.sample(pool, min(n, len(pool)))
+        chosen = drawn_questions(pool, n, size, seed)
         texts, adapters = [question.text for question, _ in chosen], [adapter] * len(chosen)
         keys = next(iter(adapter.stacked.values()))[0]
         sizes_mb = {"megabytes": adapter.nbytes / 1e6, "megabytes_of_keys": keys[0].nbytes / 1e6}

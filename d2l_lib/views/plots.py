@@ -575,8 +575,11 @@ def plot_score_by_seconds(
     axes.set(xscale="log", xlabel="seconds to prepare one document (logarithmic)")
     _share_axis(axes, "score (% of the best possible)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    counts = results[["documents", "n"]].iloc[0]
-    n = f"n = {counts['n']} questions on {counts['documents']} documents"
+    n, documents = (
+        " to ".join(str(count) for count in sorted({results[column].min(), results[column].max()}))
+        for column in ("n", "documents")
+    )
+    n = f"n = {n} questions on {documents} documents"
     figure.suptitle(f"{n}, seed {_seeds(results)}; bars: 95% interval", fontsize=8, color=REFERENCE, x=0.99, ha="right")
     return figure
 

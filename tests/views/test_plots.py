@@ -220,6 +220,14 @@ def test_facts_stand_in_order_of_number_and_no_cost_stands_at_the_left_edge(tabl
     axes = plots.plot_score_by_seconds(tables[plots.plot_score_by_seconds]).axes[0]
     places = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.get_lines() if len(line.get_xdata()) == 1]
     assert {(1e-3, 0.0), (0.05, 0.9), (20.0, 0.5)} <= set(places)
+    table = tables[plots.plot_score_by_seconds]
+    few = table.assign(n=[40, *table["n"][1:]], documents=[5, *table["documents"][1:]])
+    n, documents = table["n"].max(), table["documents"].max()
+    assert (
+        f"n = {n} questions on {documents} documents, seed" in plots.plot_score_by_seconds(table)._suptitle.get_text()
+    )
+    caption = plots.plot_score_by_seconds(few)._suptitle.get_text()
+    assert f"n = 40 to {n} questions on 5 to {documents} documents, seed" in caption
     bars = plots.plot_exact_match_by_condition(
         pd.DataFrame({"condition": ["b", "a"], "n": 10, "exact_match": [0.5, 1.0], "seed": 0}), title="x"
     ).axes[0]
