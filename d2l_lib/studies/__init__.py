@@ -81,7 +81,11 @@ STUDIES = {
         *(10, "documents of 20 facts, eight questions each"),
         options={
             "--distillation-steps": {"type": "count", "default": 300},
-            "--distillation-documents": {"type": "count", "help": "the first documents alone, for distillation (all)"},
+            "--only": {
+                "nargs": "+",
+                "metavar": "WORD",
+                "help": "methods with such a name; recorded rows of others stay",
+            },
             "--text-to-lora": {"help": "folder of a model that `d2l train --stage text-to-lora` made"},
         },
     ),
@@ -132,6 +136,7 @@ STUDIES = {
         ("retrieval", "retrieval_pools"),
         "passages found by BM25 in the prompt, against adapters",
         *(200, "questions of each condition and number of chunks"),
+        options={"--again": {"action": "store_true", "help": "measure conditions again that are recorded already"}},
     ),
     "gate": Study(
         "gate:run",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pandas as pd
 
 from d2l_lib.model import DocToLoRA
+from d2l_lib.studies import earlier_rows
 from d2l_lib.studies.baselines import InContext, Internalized, Method, NoContext, PromptCompression, compare, costs
 from d2l_lib.studies.retrieval import Retrieval
 from d2l_lib.tasks import qa, world
@@ -28,10 +30,11 @@ def _document_questions(n_documents: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _quick_methods(model: DocToLoRA, text_to_lora: DocToLoRA | None) -> list[Method]:
-    """Every method but distillation; text_to_lora: a model of `training.text_to_lora`."""
+def _all_methods(model: DocToLoRA, steps: int, text_to_lora: str | None) -> list[Method]:
+    """Every method; steps: of context distillation; text_to_lora: folder of a model of `training.text_to_lora`."""
+    pooled = load_text_to_lora(text_to_lora) if text_to_lora else None
     return [
-        *([] if text_to_lora is None else [Internalized(text_to_lora, "pooled text-to-LoRA")]),
+        *([] if pooled is None else [Internalized(pooled, "pooled text-to-LoRA")]),
         InContext(model),
         NoContext(model),
         *(Retrieval(model, k, unit) for unit in ("chunk", "sentence") for k in (1, 4)),
@@ -42,6 +45,7 @@ def _quick_methods(model: DocToLoRA, text_to_lora: DocToLoRA | None) -> list[Met
         Internalized(model, "Doc-to-LoRA, layer by layer", iterative=True),
         Internalized(model, "Doc-to-LoRA and context", with_context=True),
         *(PromptCompression(model, rate, use_llmlingua=False) for rate in (0.9, 0.8, 0.6, 0.4, 0.2)),
+        *(ContextDistillation(model, queries, steps=steps) for queries in ("oracle", 5, 20, 100)),
     ]
 
 
@@ -51,22 +55,40 @@ def run(
     seed: int,
     distillation_steps: int,
     text_to_lora: str | None,
-    distillation_documents: int | None = None,
-) -> dict[str, pd.DataFrame]:
+    only: Sequence[str] | None = None,
+) -> dict[str, list[dict]]:
     """The records: every method on `n` documents of 20 facts, eight questions each, in all and by length.
 
-    distillation_documents: distillation answers the questions of the first of them (None: of all).
+    only: methods whose names hold one of these words; rows of others that are recorded stay.
+
+    ValueError if no method has such a name, and for recorded rows of another seed or number of documents.
     """
+    methods = _all_methods(model, distillation_steps, text_to_lora)
+    chosen = [one for one in methods if only is None or any(word in one.name for word in only)]
+    if not chosen:
+        raise ValueError(f"no method is called {' or '.join(only)}; there are {', '.join(one.name for one in methods)}")
+    names = [one.name for one in chosen]
+    kept = {name: _others(name, names, n, seed) if only else [] for name in ("qa_methods", "qa_methods_lengths")}
     questions = qa.add_lengths(_document_questions(n, seed), model.tokenizer)
-    pooled = load_text_to_lora(text_to_lora) if text_to_lora else None
-    few = questions["document"].unique()[:distillation_documents]
-    trained = [ContextDistillation(model, queries, steps=distillation_steps) for queries in ("oracle", 5, 20, 100)]
-    compared = [
-        compare(_quick_methods(model, pooled), questions, report=True),
-        compare(trained, questions[questions["document"].isin(few)], report=True),
-    ]
-    scored = qa.score(pd.concat(compared, ignore_index=True))
-    return {
+    scored = qa.score(compare(chosen, questions, report=True))
+    tables = {
         "qa_methods": qa.summarise_scores(scored, ["method"]).merge(costs(scored)),
         "qa_methods_lengths": qa.summarise_scores(scored, ["method", "dataset", "length_bin"]),
     }
+    order = [one.name for one in methods]
+    return {
+        name: sorted(kept[name] + table.to_dict("records"), key=lambda row: order.index(row["method"]))
+        for name, table in tables.items()
+    }
+
+
+def _others(record: str, names: Sequence[str], n: int, seed: int) -> list[dict]:
+    """The recorded rows of methods with other names."""
+    rows = [row for row in earlier_rows(record) if row["method"] not in names]
+    for row in rows:
+        if row["seed"] != seed or row.get("documents", n) != n:
+            raise ValueError(
+                f"{record} holds rows of seed {row['seed']}, command {row['command']!r}: the methods of a table answer "
+                "the same questions, so take its --n and --seed, or leave out --only"
+            )
+    return rows

@@ -17,7 +17,7 @@ from d2l_lib.documents import check_count, check_text, check_texts, chunk_docume
 from d2l_lib.model import DocToLoRA
 from d2l_lib.tasks import qa
 
-UNITS = ("chunk", "sentence")
+_UNITS = ("chunk", "sentence")
 
 
 def passages_of(document: str, unit: str, tokenizer, chunk_tokens: int) -> list[str]:
@@ -31,7 +31,7 @@ def passages_of(document: str, unit: str, tokenizer, chunk_tokens: int) -> list[
     if unit == "chunk":
         return [chunk.text.strip() for chunk in chunk_document(document, tokenizer, chunk_tokens)]
     if unit != "sentence":
-        raise ValueError(f"unit is {unit!r}; choose one of {', '.join(UNITS)}")
+        raise ValueError(f"unit is {unit!r}; choose one of {', '.join(_UNITS)}")
     return [document[slice(*span)].strip() for span in split_sentences(check_text(document, "the document"))]
 
 

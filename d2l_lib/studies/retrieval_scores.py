@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -12,9 +12,10 @@ import pandas as pd
 
 from d2l_lib.adapter import Adapter
 from d2l_lib.model import DocToLoRA
+from d2l_lib.studies import earlier_rows
 from d2l_lib.studies.baselines import kept_bytes
 from d2l_lib.studies.reading import Asked, draw_conditions
-from d2l_lib.studies.retrieval import UNITS, PassageIndex, Retrieval
+from d2l_lib.studies.retrieval import PassageIndex, Retrieval
 from d2l_lib.studies.router import draw_pool, drawn_questions
 from d2l_lib.tasks import qa
 from d2l_lib.tasks.questions import marked
@@ -39,8 +40,8 @@ def _preparations(model: DocToLoRA) -> dict[str, Callable[[list[str]], Any]]:
     def adapter(texts: list[str]) -> Adapter:
         return sum(model.internalize_each({f"document {i}": text for i, text in enumerate(texts)}))
 
-    indexes = {unit: Retrieval(model, unit=unit).index for unit in UNITS}
-    return {"nothing": lambda texts: None, "text": "\n\n".join, "adapter": adapter} | indexes
+    index = Retrieval(model).index
+    return {"nothing": lambda texts: None, "text": "\n\n".join, "index": index, "adapter": adapter}
 
 
 def _ways(model: DocToLoRA) -> list[_Way]:
@@ -50,25 +51,23 @@ def _ways(model: DocToLoRA) -> list[_Way]:
     def whole(document: str, question: str) -> str:
         return qa.with_document(document, [question], model.tokenizer, model.window, _NEW_TOKENS)[0]
 
-    def retrieval(k: int, unit: str) -> _Way:
-        method = Retrieval(model, k, unit, max_new_tokens=_NEW_TOKENS)
+    def retrieval(k: int) -> _Way:
+        method = Retrieval(model, k, max_new_tokens=_NEW_TOKENS)
 
         def answer(kept: list[PassageIndex], texts: list[str]) -> list[str]:
             return prompted([method.prompts(one, [text])[0] for one, text in zip(kept, texts, strict=True)])
 
-        return _Way(method.name, unit, answer)
+        return _Way(method.name, "index", answer)
 
-    def internalized(name: str, **options) -> _Way:
-        options |= {"max_new_tokens": _NEW_TOKENS}
-        return _Way(name, "adapter", lambda kept, texts: model.answer(texts, kept, **options))
+    def sparse(kept: list[Adapter], texts: list[str]) -> list[str]:
+        return model.answer(texts, kept, max_new_tokens=_NEW_TOKENS, read="sparse")
 
     return [
         _Way("no document", "nothing", lambda kept, texts: prompted(texts)),
         _Way("everything that fits", "text", lambda kept, texts: prompted(list(map(whole, kept, texts)))),
-        *(retrieval(k, unit) for unit in UNITS for k in (1, 4)),
-        internalized("Doc-to-LoRA"),
-        internalized("Doc-to-LoRA, routed", blocks=1),
-        internalized("Doc-to-LoRA, sparse", read="sparse"),
+        retrieval(1),
+        retrieval(4),
+        _Way("Doc-to-LoRA, sparse", "adapter", sparse),
     ]
 
 
@@ -98,8 +97,12 @@ def _answered(model: DocToLoRA, groups: list[Asked]) -> list[dict]:
     return rows
 
 
-def measure_retrieval(model: DocToLoRA, n: int, seed: int, split: str = "test") -> pd.DataFrame:
+def measure_retrieval(
+    model: DocToLoRA, n: int, seed: int, split: str = "test", without: Collection[str] = ()
+) -> Iterator[pd.DataFrame]:
     """Exact match by condition of `reading.draw_conditions` and method, `n` questions each, with intervals and costs.
+
+    A table per condition, but for those in `without`.
 
     "everything that fits" puts all documents into the prompt; their middle is cut to fit the window. The BM25 rows put
     the best passages of all documents into it.
@@ -107,16 +110,17 @@ def measure_retrieval(model: DocToLoRA, n: int, seed: int, split: str = "test") 
     Costs: cpu_milliseconds (per question), cpu_milliseconds_prepare (per group of documents: index or adapter),
     kilobytes (kept of a group: texts, texts and index, or adapter).
     """
-    rows = []
+    by, costs = ["condition", "method"], ["cpu_milliseconds", "cpu_milliseconds_prepare", "kilobytes"]
     for condition, same in groupby(draw_conditions(n, seed, split), lambda asked: asked.condition):
-        groups = list(same)
+        if condition in without:
+            continue
+        groups, rows = list(same), []
         for start in range(0, len(groups), _AT_ONCE):
             rows += _answered(model, groups[start : start + _AT_ONCE])
         print(f"{condition}: {sum(len(group.questions) for group in groups)} questions", flush=True)
-    samples = pd.DataFrame(rows)
-    by, costs = ["condition", "method"], ["cpu_milliseconds", "cpu_milliseconds_prepare", "kilobytes"]
-    means = samples.groupby(by, sort=False, as_index=False)[costs].mean().round(1)
-    return summarise(samples, by).merge(means).assign(split=split)
+        samples = pd.DataFrame(rows)
+        means = samples.groupby(by, sort=False, as_index=False)[costs].mean().round(1)
+        yield summarise(samples, by).merge(means).assign(split=split)
 
 
 def measure_pools(
@@ -157,6 +161,13 @@ def measure_pools(
     return pd.DataFrame(rows).assign(split=split)
 
 
-def run(model: DocToLoRA, n: int, seed: int) -> dict[str, pd.DataFrame]:
-    """The records: `measure_retrieval` and `measure_pools` on test documents."""
-    return {"retrieval": measure_retrieval(model, n, seed), "retrieval_pools": measure_pools(model, n, seed)}
+def run(model: DocToLoRA, n: int, seed: int, again: bool = False) -> Iterator[dict[str, pd.DataFrame | list[dict]]]:
+    """The records: `measure_pools` and, after each condition, `measure_retrieval`, on test documents.
+
+    again: measure those conditions too that are recorded with this n and seed.
+    """
+    rows = [row for row in earlier_rows("retrieval") if not again and (row["n"], row["seed"]) == (n, seed)]
+    yield {"retrieval_pools": measure_pools(model, n, seed)}
+    for table in measure_retrieval(model, n, seed, without={row["condition"] for row in rows}):
+        rows += table.to_dict("records")
+        yield {"retrieval": rows}

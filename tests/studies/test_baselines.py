@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 import d2l_lib as d2l
-from d2l_lib.studies import baselines
+from d2l_lib.studies import baselines, methods
 from d2l_lib.tasks import qa, world
 from d2l_lib.training import context_distillation
 
@@ -105,3 +105,23 @@ def test_bad_settings_say_what_to_do(model, questions, monkeypatch):
         baselines.PromptCompression(model, 0.5, use_llmlingua=True)
     with pytest.raises(ValueError, match="no context: give each a name"):
         baselines.compare([baselines.NoContext(model), baselines.NoContext(model)], questions)
+
+
+def test_methods_that_come_later_join_the_recorded_ones(model, monkeypatch):
+    """The rows of others stay, in the order of the methods; all rows of a table answer the same questions."""
+    earlier = [
+        {"method": name, "documents": 2, "seed": 0, "command": "an earlier one", "score": 0.25}
+        for name in ("in context", "no context", "distillation (oracle)")
+    ]
+    monkeypatch.setattr(methods, "earlier_rows", lambda name: earlier)
+    rows = methods.run(model, 2, 0, 1, None, only=["no context", "best 4"])["qa_methods"]
+    names = ["in context", "no context", "BM25, best 4 chunks", "BM25, best 4 sentences", "distillation (oracle)"]
+    assert [row["method"] for row in rows] == names
+    assert [row["score"] for row in rows if "command" in row] == [0.25, 0.25]
+    no_context = next(row for row in rows if row["method"] == "no context")
+    assert no_context["n"] == 16 and no_context["score"] == 0 and no_context["bytes_kept"] == 0
+    for n, seed in ((3, 0), (2, 1)):
+        with pytest.raises(ValueError, match="'an earlier one': the methods of a table answer the same questions"):
+            methods.run(model, n, seed, 1, None, only=["no context"])
+    with pytest.raises(ValueError, match="no method is called BM26; there are in context, no context"):
+        methods.run(model, 2, 0, 1, None, only=["BM26"])
