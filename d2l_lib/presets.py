@@ -45,6 +45,7 @@ class Schedule:
     batches_per_step: batches per optimizer step, over all processes; 1: one batch of each process.
     min_learning_rate: the end of the cosine; None: 2% of the rate.
     muon_rate: Muon's rate for the matrices; None: AdamW for all.
+    muon_float32: Muon's products in float32: faster on CPUs without bfloat16.
     adam_beta2: AdamW's decay of the second moment.
     """
 
@@ -54,6 +55,7 @@ class Schedule:
     batches_per_step: int = 1
     min_learning_rate: float | None = None
     muon_rate: float | None = None
+    muon_float32: bool = False
     adam_beta2: float = 0.999
 
     def accumulation(self, processes: int) -> int:
@@ -206,6 +208,36 @@ class DistillationPreset(TrainingPreset):
     question_tokens: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadingPreset(DistillationPreset):
+    """A trained hypernetwork that learns to be read sparsely (see `training.reading`); its own sizes stay.
+
+    chunks, questions: of a batch, which is one adapter.
+    weights: of the kinds of questions about a document, in place of `kinds`.
+    own_share: questions with their own document alone.
+    prompt: the tokens of the prompt read too.
+    whiten: learn keys in whitened coordinates (see `warm_up.KeysAndValues`).
+    null_rate: the rate of the null block's floor and of the sharpness, in learning rates.
+    bank: blocks of earlier batches in the adapter of the other questions.
+    decay: of the evidence, as in `reading.Reading`.
+    evidence_weight: of the loss of the evidence.
+    sharpness: of the softmax, to begin with.
+    null_rows, null_floor: of the null block: keys per layer, and what each layer's floor begins with.
+    """
+
+    weights: dict[str, int]
+    own_share: float = 0.35
+    prompt: bool = False
+    whiten: bool = False
+    null_rate: float = 1.0
+    bank: int = 96
+    decay: float = 0.5
+    evidence_weight: float = 0.5
+    sharpness: float = 8.0
+    null_rows: int = 8
+    null_floor: tuple[float, ...] = ()
+
+
 SHARD_STAGES = ("self_generated", "chunked")  # stages on self-generated data
 
 
@@ -242,12 +274,16 @@ class QAPreset:
 
 @dataclass(frozen=True)
 class Preset:
-    """All settings of a run; base: the base model to train, or the hub name of a published one."""
+    """All settings of a run; base: the base model to train, or the hub name of a published one.
+
+    reading: the training of `qa`'s result with sparse reading switched on; None: there is none.
+    """
 
     name: str
     base: BaseModelPreset | str
     needle: NeedlePreset
     qa: QAPreset
+    reading: ReadingPreset | None = None
 
     @property
     def base_source(self) -> str:
@@ -305,6 +341,25 @@ _TINY_RECALL = replace(
     last_layer=True,
 )
 
+_TINY_READING = ReadingPreset(
+    **vars(_TINY_QA)
+    | {
+        "steps": 1600,
+        "learning_rate": 1e-4,
+        "muon_rate": 1e-4,
+        "muon_float32": True,
+        "warmup_steps": 30,
+        "questions": 128,
+        "most_facts": 32,
+        "unanswerable_share": 0.22,
+    },
+    weights={
+        "one_hop": 10, "number": 5, "date": 5, "paraphrase": 10, "two_hop": 14, "yes_no": 14, "which_of": 16,
+        "list": 12,
+    },
+    null_floor=(0.0, 0.12, 0.057, 0.017),
+)  # fmt: skip
+
 PRESETS = {
     "tiny": Preset(
         name="tiny",
@@ -352,6 +407,7 @@ PRESETS = {
             polish=replace(_TINY_QA, steps=800, most_facts=12, unrelated_share=0.2, unanswerable_share=0.35),
             self_generated=replace(_TINY_QA, steps=400, learning_rate=2e-4, muon_rate=2e-4),
         ),
+        reading=_TINY_READING,
     ),
 }
 

@@ -49,7 +49,7 @@ _NOT_FOLLOWED = (
 )
 
 
-_TINY = 1e-8  # under a root, for its gradient
+TINY = 1e-8  # under a root, for its gradient
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ class _Generation:
 
 def null_score(x: Tensor, keys: Tensor, floor: Tensor) -> Tensor:
     """n [..., tokens] of inputs x [..., tokens, d_in] at one linear, with null_keys [null_rows, d_in] and its floor."""
-    return ((floor * x.norm(dim=-1)).square() + (x @ keys.T).square().sum(-1) + _TINY).sqrt()
+    return ((floor * x.norm(dim=-1)).square() + (x @ keys.T).square().sum(-1) + TINY).sqrt()
 
 
 @contextmanager

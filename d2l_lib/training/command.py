@@ -2,6 +2,7 @@
 
     d2l train                                        # base model and needle hypernetwork, from nothing
     d2l train --stage needle --seed 1
+    d2l train --stage reading --seed 1               # data/tiny/qa with sparse reading on, into runs/tiny/reading_seed1
     d2l train --stage qa --preset paper-gemma --shards FOLDER ...       # the published recipe on shards
     torchrun --nproc_per_node 8 -m d2l_lib train ...                    # processes share the batches
 
@@ -14,10 +15,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d2l_lib.presets import NEEDLE_VARIANTS, PRESETS, Preset, changed, preset, shortened
 
-STAGES = ("all", "base", "needle", "qa", "text-to-lora")
+if TYPE_CHECKING:
+    from d2l_lib.training.loop import Run
+
+STAGES = ("all", "base", "needle", "qa", "text-to-lora", "reading")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
     parser.add_argument("--stage", choices=STAGES, default="all", help="all: base, then needle")
     parser.add_argument("--seed", type="seed", help="of the hypernetwork; the preset's own seed makes the bundled one")
+    parser.add_argument("--start", help="model that the stage reading begins with (default: the preset's bundled qa)")
     parser.add_argument("--variant", choices=sorted(NEEDLE_VARIANTS), default="ours", help="of the needle training")
     parser.add_argument(
         "--fast",
@@ -59,8 +65,17 @@ def run(a: argparse.Namespace) -> None:
 
     p = preset(a.preset)
     own = _is_own(a, p)
-    _check(a, own)
-    if own or a.shards:
+    _check(a, own, p)
+    if a.stage == "reading":
+        settings, source = shortened(changed(p.reading, a.set), a.steps), a.start or f"{p.name}/qa"
+        own = own or a.start is not None
+        run = _run_options(a, a.runs / p.name / f"reading_{'own_' if own else ''}seed{a.seed or 0}", a.seed or 0)
+        if own:
+            recipes.train_reading(settings, source, run)
+        else:
+            recipes.remake_reading(settings, source, run, a.data)
+        print(f"{run.folder / 'final'}: d2l.load reads it", flush=True)
+    elif own or a.shards:
         _run_own(a, p)
     elif a.stage == "qa":
         recipes.remake_qa(p, a.runs, a.data, p.qa.first.seed if a.seed is None else a.seed)
@@ -79,8 +94,12 @@ def _is_own(a: argparse.Namespace, p: Preset) -> bool:
     return isinstance(p.base, str) or a.base is not None or a.steps is not None or bool(a.set)
 
 
-def _check(a: argparse.Namespace, own: bool) -> None:
+def _check(a: argparse.Namespace, own: bool, p: Preset) -> None:
     """Status 2 for options that this stage does not have."""
+    if a.stage == "reading" and (p.reading is None or a.base is not None or a.fast or a.variant != "ours"):
+        a.error("the stage reading needs the preset tiny and takes --start, but no --base, --fast or --variant")
+    if a.start is not None and a.stage != "reading":
+        a.error(f"--start needs --stage reading, not {a.stage}")
     if own and (a.stage in ("base", "text-to-lora") or a.fast or a.variant != "ours"):
         a.error(
             "runs of your own have neither a base nor a text-to-lora stage, and no variants: give --stage needle or "
@@ -92,23 +111,11 @@ def _check(a: argparse.Namespace, own: bool) -> None:
 
 def _run_own(a: argparse.Namespace, p: Preset) -> None:
     """Train for the user's base model, or on the user's data."""
-    import torch
-
     from d2l_lib.training import recipes
-    from d2l_lib.training.loop import Run
 
     stage = "qa" if a.stage == "qa" else "needle"
     seed = (p.qa.first if stage == "qa" else p.needle).seed if a.seed is None else a.seed
-    run = Run(
-        a.runs / p.name / f"{stage}_own_seed{seed}",
-        seed,
-        save_steps=a.save_steps,
-        report_steps=a.report_steps,
-        keep=a.keep or None,
-        bf16=torch.cuda.is_available() if a.bf16 is None else a.bf16,
-        recompute=a.recompute,
-        compiled=a.compile,
-    )
+    run = _run_options(a, a.runs / p.name / f"{stage}_own_seed{seed}", seed)
 
     def settled(settings):
         return recipes.settle_encoder(shortened(changed(settings, a.set), a.steps))
@@ -120,6 +127,24 @@ def _run_own(a: argparse.Namespace, p: Preset) -> None:
     stages = {name: settled(settings) for name, settings in p.qa.stages.items()}
     settings = replace(p.qa, readout=shortened(p.qa.readout, a.steps), **stages)
     recipes.own_qa(settings, source, run, p.name, a.shards, a.cache or a.runs / "shards")
+
+
+def _run_options(a: argparse.Namespace, folder: Path, seed: int) -> Run:
+    """The run of these options."""
+    import torch
+
+    from d2l_lib.training.loop import Run
+
+    return Run(
+        folder,
+        seed,
+        save_steps=a.save_steps,
+        report_steps=a.report_steps,
+        keep=a.keep or None,
+        bf16=torch.cuda.is_available() if a.bf16 is None else a.bf16,
+        recompute=a.recompute,
+        compiled=a.compile,
+    )
 
 
 def _base_source(a: argparse.Namespace, p: Preset) -> str:

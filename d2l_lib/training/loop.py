@@ -130,16 +130,47 @@ class _Together(torch.optim.Optimizer):
             optimizer.load_state_dict(state)
 
 
+class _Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` as `InOrderTrainer` uses it, with products in float32.
+
+    Torch's multiplies in bfloat16, which takes many times as long on a CPU that has none.
+    """
+
+    def __init__(self, parameters, lr: float, weight_decay: float):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                x = p.grad.lerp(momentum, 0.95)
+                x = x.T if p.shape[0] > p.shape[1] else x
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(5):  # Newton-Schulz: all singular values of x go near to 1
+                    gram = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                x = x.T if p.shape[0] > p.shape[1] else x
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(x, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
 class InOrderTrainer(Trainer):
     """A Trainer that takes batches in order and exempts `without_decay` from weight decay.
 
     keep: number of last checkpoints to keep (None: all). Only files that a Trainer writes are deleted.
     muon_rate: learning rate of Muon (Jordan et al. 2024) for the matrices with weight decay; all else follows AdamW.
+    muon_float32: Muon's products in float32.
+
+    Where Muon learns, the parameters in the model's `rates` {name: factor} learn at factor times AdamW's rate, without
+    decay.
     """
 
     without_decay: frozenset[str] = frozenset()
     keep: int | None = None
     muon_rate: float | None = None
+    muon_float32: bool = False
 
     def create_optimizer(self, model=None):
         if self.muon_rate is None or self.optimizer is not None:
@@ -147,17 +178,22 @@ class InOrderTrainer(Trainer):
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         decayed = set(self.get_decay_parameter_names(self.model))
         matrices = [p for name, p in named if p.dim() == 2 and name in decayed]
-        chosen = set(map(id, matrices))
+        rates = getattr(self.model, "rates", {})
+        apart = [(p, rates[name]) for name, p in named if name in rates]
+        chosen = set(map(id, matrices + [p for p, _ in apart]))
         others = [(name in decayed, p) for name, p in named if id(p) not in chosen]
         rest = [
             {"params": [p for decays, p in others if decays], "weight_decay": self.args.weight_decay},
             {"params": [p for decays, p in others if not decays], "weight_decay": 0.0},
         ]
         a = self.args
+        rest += [{"params": [p], "weight_decay": 0.0, "lr": factor * a.learning_rate} for p, factor in apart]
         adam = torch.optim.AdamW(rest, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
-        muon = torch.optim.Muon(
-            matrices, lr=self.muon_rate, weight_decay=a.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        options = {"lr": self.muon_rate, "weight_decay": a.weight_decay}
+        if self.muon_float32:
+            muon = _Muon(matrices, **options)
+        else:
+            muon = torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw")
         self.optimizer = _Together([adam, muon])
         return self.optimizer
 
@@ -243,7 +279,8 @@ def fit(model: nn.Module, batches: Dataset, schedule: Schedule, run: Run) -> Non
         data_collator=_named_batch,
         callbacks=[_Report(run.folder / _LOG, model)],
     )
-    trainer.keep, trainer.muon_rate = run.keep, schedule.muon_rate
+    trainer.keep = run.keep
+    trainer.muon_rate, trainer.muon_float32 = schedule.muon_rate, schedule.muon_float32
     if run.stop_at is not None:
         trainer.add_callback(_Stop(_optimizer_steps(run.stop_at * schedule.batches_per_step, schedule, run)))
     if hasattr(model, "hypernetwork"):

@@ -2,6 +2,7 @@
 
     _train_base     the tiny base model, from nothing: `pretraining.Curriculum` in two stages
     train_needle    warm-up on single sentences, then haystacks with a needle in two stages
+    train_reading   a trained hypernetwork with sparse reading switched on (see `reading`)
     train_qa        warm-up on single sentences (`warm_up.KeysAndValues`); documents of the world, first with the last
                     layer alone: many facts side by side; self-generated shards
 
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.formats.shards import find_shards, read_shards
 from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
+from d2l_lib.loading import load
 from d2l_lib.presets import (
     NEEDLE_VARIANTS,
     SHARD_STAGES,
@@ -37,17 +40,21 @@ from d2l_lib.presets import (
     NeedlePreset,
     Preset,
     QAPreset,
+    ReadingPreset,
     TrainingPreset,
+    WarmUpPreset,
 )
 from d2l_lib.records import read_json, read_rows, write_json, write_jsonl
 from d2l_lib.training import pretraining
 from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
 from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, read_log
+from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
 from d2l_lib.training.step import Internalization
 from d2l_lib.training.warm_up import (
     KeysAndValues,
     Readout,
     ReadoutBatches,
+    fact_sentences,
     fit_scalers,
     key_whitening,
     needle_sentences,
@@ -55,6 +62,7 @@ from d2l_lib.training.warm_up import (
     start_linear,
     train_readout,
     unwhiten_keys,
+    whiten_keys,
 )
 
 HYPERNETWORK = "hypernetwork.json"
@@ -254,6 +262,33 @@ def train_qa(p: QAPreset, base: Base, run: Run, shards: str | Path | Sequence | 
     return hypernetwork
 
 
+def train_reading(p: ReadingPreset, source: str | Path, run: Run) -> Path:
+    """The folder `run.folder`/final: the model at `source`, trained to be read sparsely. Resumable.
+
+    It is in float16, names its reading, and has neither gate nor relevance: those of `source` were measured with other
+    weights.
+    """
+    model = load(source, device=own_device())
+    hypernetwork = with_null_block(model.hypernetwork, p, run.seed)
+    step = ReadingStep(model.base_model, hypernetwork, p, model.encoder.model)
+    if p.whiten:
+        warm_up = WarmUpPreset(steps=1, sentences=32, learning_rate=0.0, warmup_steps=0)
+        draw = partial(fact_sentences, chunk_tokens=p.longest_chunk)
+        sentences = ReadoutBatches(model.tokenizer, warm_up, run.seed, draw)
+        whiten_keys(hypernetwork, key_whitening(model.base_model, step.module, sentences))
+    batches = ReadingBatches(model.tokenizer, p, run.seed, model.encoder_tokenizer)
+    if is_first_process():
+        _write_down(hypernetwork, run.folder, model.chunk_tokens)
+    fit(step, batches, p, run)
+    if p.whiten:
+        unwhiten_keys(hypernetwork)
+    meta = {"seed": run.seed, "chunk_tokens": model.chunk_tokens, "base_model": model.base_source}
+    meta |= {"started_from": str(source), "reading": asdict(step.reading)}
+    if is_first_process():
+        save_checkpoint(run.folder / "final", hypernetwork, meta, torch.float16)
+    return run.folder / "final"
+
+
 # ---------------------------------------------------------------------------------------------------- what is bundled
 def remake_base(p: Preset, runs: Path, data: Path, fast: bool) -> None:
     """Train the base model; put it and its training log into `data`."""
@@ -309,6 +344,14 @@ def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
         if (path := run.folder / stage / "log.jsonl").exists():
             log = [{"seed": seed, **line} for line in read_rows(path)]
             write_jsonl(data / "full_runs" / f"qa_seed{seed}_{stage}_training.jsonl", log)
+
+
+def remake_reading(p: ReadingPreset, source: str, run: Run, data: Path) -> None:
+    """`train_reading` as the preset says; its log goes to `data`."""
+    train_reading(p, source, run)
+    if is_first_process():
+        log = [{"seed": run.seed, **line} for line in read_log(run.folder / "log.jsonl")]
+        write_jsonl(data / "full_runs" / f"qa_seed{run.seed}_reading_training.jsonl", log)
 
 
 # -------------------------------------------------------------------------------------------- base models of one's own

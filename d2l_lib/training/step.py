@@ -136,13 +136,15 @@ class Internalization(nn.Module):
         written = combine(blocks, bias, counts)
         return l1_penalty(written, counts, self.hypernetwork.config.rank, has_bias=bias is not None)
 
-    def _note(self, loss: Tensor, logits: Tensor, answers: AnswerTokens) -> None:
+    def _note(self, loss: Tensor, logits: Tensor, answers: AnswerTokens) -> Tensor:
+        """Notes for `report`; [questions], True where every answer token is right."""
         wrong = torch.bincount(
             answers.row, weights=(logits[:, 0].argmax(-1) != answers.label).float(), minlength=answers.n_questions
         )
         self._right += int((wrong == 0).sum())
         self._n_questions += answers.n_questions
         self._losses.append(loss.item())
+        return wrong == 0
 
     def report(self) -> dict[str, float]:
         """Means since the last report: nats per answer token, and exact match (every answer token right)."""
@@ -153,13 +155,16 @@ class Internalization(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- logits of answer tokens
-def answer_logits(base_model, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, AnswerTokens]:
+def answer_logits(
+    base_model, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, AnswerTokens]:
     """(logits [n, 1, vocabulary] that predict the n answer tokens, the answer tokens in the batch).
 
     No other logits are computed; `AnswerTokens.among_answers` gives the places in these. input_ids and labels are
-    [questions, length].
+    [questions, length]. attention_mask: 0 at padding on the left (None: there is none).
     """
-    hidden = decoder_body(base_model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    body = decoder_body(base_model)
+    hidden = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     answers = find_answer_tokens(labels)
     return _logits_of(base_model, hidden[answers.row, answers.position]), answers
 

@@ -408,6 +408,15 @@ def spread_to_all_layers(step: KeysAndValues, batches: Dataset, n_batches: int =
         hypernetwork.scaler_B[module][0, layer] = share * hypernetwork.scaler_B[module][0, last]
 
 
+@torch.no_grad()
+def whiten_keys(hypernetwork: Hypernetwork, whitening: Tensor) -> None:
+    """Train a hypernetwork of plain keys with whitened ones, until `unwhiten_keys`; the function stays the same."""
+    d_in = whitening.shape[-1]
+    parametrize.register_parametrization(hypernetwork.head, "weight", WhitenedKeys(whitening))
+    head = hypernetwork.head.parametrizations.weight.original
+    head[..., :d_in] = torch.linalg.solve(whitening, head[..., :d_in], left=False)
+
+
 def unwhiten_keys(hypernetwork: Hypernetwork) -> None:
     """Make the head's weight a plain parameter again; the function stays the same."""
     parametrize.remove_parametrizations(hypernetwork.head, "weight")
