@@ -15,7 +15,8 @@ from d2l_lib.documents import question_ids
 from d2l_lib.engine import pad_rows
 from d2l_lib.hypernetwork import Hypernetwork
 from d2l_lib.reading import Reading, answer_reads, choices_table, read_sparsely
-from d2l_lib.tasks import world
+from d2l_lib.tasks import needles, world
+from d2l_lib.tasks.questions import disjoint_documents
 
 TEXTS = {"a": "Ada paints lamps. Bo sells maps.", "b": "Cy keeps bees in Dun.", "c": "Eve rows boats. Fay bakes."}
 FLOOR = 0.3  # of the null block
@@ -375,6 +376,68 @@ def test_what_it_cannot_follow_is_refused(model, adapter):
         model.base_model(ids[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="rows="), read_sparsely(model.base_model, [adapter, None], Reading()):
         pass
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny/qa"])
+def bundled(request):
+    """A bundled model, the texts of two documents, their adapter, and questions: right answers of the first."""
+    model = d2l.load(request.param)
+    if request.param == "tiny":
+        texts = {"a": needles.build_haystack(model.tokenizer, 600, 0.4, "4217").text}
+        texts |= {"b": needles.build_haystack(model.tokenizer, 300, 0.5, None).text}
+        asked = [(needles.QUESTION, "4217"), (f"Tell me: {needles.QUESTION}", None)]
+    else:
+        documents = dict(zip("ab", disjoint_documents(random.Random(2), 2, 6, "validation"), strict=True))
+        texts = {name: document.text for name, document in documents.items()}
+        questions = [world.question_about(random.Random(0), fact) for fact in documents["a"].facts[:3]]
+        asked = [(question.text, question.answer) for question in questions]
+    return model, texts, model.internalize(texts), asked
+
+
+def test_bundled_models_drop_blocks_exactly_in_any_order(bundled):
+    model, texts, adapter, asked = bundled
+    ids, mask = ids_of(model, [question for question, _ in asked])
+    (never,) = model.internalize_each({"b": texts["b"]})
+    without = logits_of(model, adapter.without("a"), ids, mask, read="sparse")
+    assert torch.equal(without, logits_of(model, never, ids, mask, read="sparse"))
+    whole = logits_of(model, adapter, ids, mask, read="sparse")
+    turned = logits_of(model, replace(adapter, blocks=adapter.blocks[::-1]), ids, mask, read="sparse")
+    torch.testing.assert_close(whole[mask.bool()], turned[mask.bool()], rtol=1e-4, atol=1e-4)
+    assert (whole[:, -1] - without[:, -1]).abs().max() > 1
+
+
+def test_bundled_models_answer_alone_as_in_a_batch_and_are_what_they_were(bundled):
+    model, _, adapter, asked = bundled
+    before = {name: value.clone() for name, value in model.base_model.state_dict().items()}
+    questions = [question for question, _ in asked] * 3
+    adapters = [one for one in (adapter, adapter.without("a"), None) for _ in asked]
+    answers = model.answer(questions, adapters, read="sparse")
+    assert answers == [
+        model.answer(question, one, read="sparse") for question, one in zip(questions, adapters, strict=True)
+    ]
+    for (_, right), answer, missing in zip(asked, answers, answers[len(asked) :], strict=False):
+        assert right is None or answer == right != missing
+    assert answers[2 * len(asked) :] == model.answer(questions[: len(asked)], None)
+    assert all(torch.equal(value, before[name]) for name, value in model.base_model.state_dict().items())
+    hooks = [hook for part in model.base_model.modules() for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
+    assert not hooks
+
+
+def test_beams_of_bundled_models_have_the_score_of_one_pass(bundled):
+    model, _, adapter, asked = bundled
+    ids, mask = ids_of(model, [question for question, _ in asked])
+    rows, start, steps = len(ids), ids.shape[1] - 1, 5
+    out = model.generate(
+        ids, attention_mask=mask, adapter=adapter, read="sparse", num_beams=3, max_new_tokens=steps,
+        min_new_tokens=steps, length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    long = torch.cat([mask, mask.new_ones(rows, steps)], 1)
+    positions, starts = (long.cumsum(1) - 1).clamp(min=0), torch.full((rows,), start)
+    with torch.no_grad(), model.applied(adapter, read="sparse", starts=starts):
+        logits = model.base_model(out.sequences, attention_mask=long, position_ids=positions, use_cache=False).logits
+    chosen = logits[:, start:-1].log_softmax(-1).gather(2, out.sequences[:, start + 1 :, None]).sum((1, 2))
+    assert len({tuple(map(int, one.flatten())) for one in out.beam_indices}) > 1
+    torch.testing.assert_close(out.sequences_scores, chosen, rtol=1e-3, atol=2e-2)
 
 
 def test_a_document_of_twenty_facts_is_read_where_the_sum_drowns():

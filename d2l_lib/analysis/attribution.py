@@ -43,6 +43,7 @@ __all__ += ["Trials", "answer_target", "document_texts", "rows_of", "sentence_un
 METHODS: dict[str, tuple[str, ...]] = dict.fromkeys(LEVELS, ())  # {level: names of its methods}, see `register`
 _RUN: dict[str, Callable[[Trials], Scores]] = {}
 _RANDOM_UNITS = 4  # left out as a control
+_PART = 12  # words of a question that are read by themselves, at most
 
 
 class Scores(NamedTuple):
@@ -125,6 +126,25 @@ def relevance(trials: Trials) -> Scores:
     contributions = torch.full((len(trials), len(trials.target.answer)), math.nan)
     contributions[:, 0] = first
     return Scores(contributions, torch.full((len(trials),), math.nan))
+
+
+@register("chunk")
+def question_parts(trials: Trials) -> Scores:
+    """The block that the answer needs most, then those that parts of the question read: for questions of several hops.
+
+    Every run of 2 to `_PART` words of the question is asked by itself, in one pass with the bias alone. A block's share
+    of a part is that of its squared `routing.key_scores`; it counts with its largest share of a part (0 to 1, not
+    nats). 1 for the first of `leave_one_out`. Only that one is proven: the others are what parts would read, no cause.
+    """
+    words, unmeasured = trials.question.split(), torch.full((len(trials),), math.nan)
+    ends = [(a, b) for a in range(len(words)) for b in range(a + 2, min(a + _PART, len(words)) + 1)]
+    parts = [" ".join(words[a:b]).rstrip("?!.") for a, b in ends] or [trials.question]
+    scores = routing.key_scores(trials.model, parts, [trials.adapter] * len(parts), system=trials.options.system)
+    squares = torch.stack(scores).square()
+    contributions = torch.full((len(trials), len(trials.target.answer)), math.nan)
+    contributions[:, 0] = (squares / squares.sum(1, keepdim=True).clamp(min=1e-12)).amax(0)
+    contributions[leave_one_out(trials).by_token.sum(1).argmax(), 0] = 1.0
+    return Scores(contributions, unmeasured)
 
 
 @register("chunk", "sentence", "layer", "rank")

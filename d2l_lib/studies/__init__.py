@@ -66,6 +66,12 @@ STUDIES = {
         options={
             "--variant": {"default": "ours", "help": "what the hypernetwork's training is called in the record"},
             "--training-seed": {"type": "seed", "default": 0, "help": "its seed, for the record"},
+            "--read": {
+                "choices": ("sum", "sparse"),
+                "nargs": "+",
+                "default": ("sum", "sparse"),
+                "help": "how adapters are read; sparse alone keeps what is recorded of the sum",
+            },
         },
     ),
     "kinds": Study(
@@ -112,6 +118,13 @@ STUDIES = {
         "methods that trace an answer, against what really happens",
         *(500, "one-hop questions that all blocks answer rightly"),
         options={"--n-two-hop": {"type": "count", "default": 150, "help": "two-hop questions answered rightly"}},
+    ),
+    "two-hops": Study(
+        "two_hops:run",
+        ("two_hops",),
+        "whether traces hold both sentences of questions that need two",
+        *(200, "questions that need their first hop"),
+        options={"--split": {"choices": ("validation", "test"), "default": "test", "help": "of the documents (test)"}},
     ),
     "routing": Study(
         "routing_shares:run",

@@ -26,6 +26,7 @@ from d2l_lib.analysis.attribution import (
 )
 from d2l_lib.documents import context_ids
 from d2l_lib.lora import is_applied
+from d2l_lib.routing import key_scores
 from d2l_lib.studies import faithfulness
 from d2l_lib.tasks import world
 
@@ -245,13 +246,31 @@ def test_chunks_of_one_sentence_are_their_sentence(qa):
 
 
 # ---------------------------------------------------------------------------------------------------- end to end
-@pytest.mark.parametrize("method", ["leave_one_out", "add_one_in", "gradient", "surrogate", "relevance"])
+@pytest.mark.parametrize(
+    "method", ["leave_one_out", "add_one_in", "gradient", "surrogate", "relevance", "question_parts"]
+)
 def test_the_evidence_is_ranked_first(qa, method):
     model, document, adapter, question = qa
     table = attribute(model, adapter, question.text, method=method, controls=False)
     assert table.attrs["answer"] == question.answer
     truth = trust.evidence_units(table, question.evidence)
     assert trust.worst_rank(table["contribution"], truth) == 1
+
+
+def test_question_parts_are_read_by_themselves(qa):
+    model, _, adapter, question = qa
+    own = replace(question, text="Where was it, and when?")
+    table = attribute(model, adapter, own.text, own.answer, method="question_parts", controls=False)
+    words = own.text.split()
+    parts = [" ".join(words[a:b]).rstrip("?") for a in range(5) for b in range(a + 2, 6)]
+    squares = torch.stack([key_scores(model, [part], [adapter])[0] for part in parts]).square()
+    expected = (squares / squares.sum(1, keepdim=True)).amax(0)
+    needed = attribute(model, adapter, own.text, own.answer, controls=False)["contribution"].argmax()
+    expected[needed] = 1.0
+    np.testing.assert_allclose(table["contribution"], expected, rtol=1e-4)
+    assert math.isnan(table["margin_contribution"][0])
+    one = attribute(model, adapter, "Where?", own.answer, method="question_parts", controls=False)
+    assert one["contribution"].between(0, 1).all()
 
 
 def test_a_shuffled_hypernetwork_holds_nothing_of_the_answer(qa):
@@ -294,7 +313,7 @@ def test_results_hold_plain_values_controls_and_tokens(qa):
             assert set(table["level"]) == {level}
             assert "".join(table.attrs["tokens"]).strip() == question.answer
             assert all(len(each) == len(table.attrs["tokens"]) for each in table["by_token"])
-            if method not in ("relevance", "integrated_gradients"):
+            if method not in ("relevance", "integrated_gradients", "question_parts"):
                 summed = by_token(table).sum(axis=1).to_numpy()
                 np.testing.assert_allclose(summed, table["contribution"], rtol=1e-4, atol=1e-4)
             assert table["contribution"].notna().all()

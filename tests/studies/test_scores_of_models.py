@@ -65,6 +65,25 @@ def test_needle_samples_internalize_the_haystack_and_ask_the_question_alone(mode
     assert set(samples["correct"]) == {False}, "a random model does not find needles"
 
 
+def test_needles_read_sparsely_keep_what_is_recorded_of_the_sum(model, monkeypatch):
+    monkeypatch.setattr(needle_scores, "_NEEDLE_LENGTHS", (100,))
+    monkeypatch.setattr(needle_scores, "_IN_CONTEXT_LENGTHS", (64,))
+    monkeypatch.setattr(needle_scores, "earlier_rows", lambda name: {"needle_ours_seed0": earlier}[name])
+    earlier = [{"method": "Doc-to-LoRA", "command": "x"}, {"method": "old", "read": "sparse", "command": "x"}]
+    made = []
+    internalize_each = type(model).internalize_each
+    monkeypatch.setattr(
+        type(model), "internalize_each", lambda self, *a, **k: made.append(a) or internalize_each(self, *a, **k)
+    )
+    both = needle_scores.run(model, 2, 0, "ours", 0, ["sum", "sparse"])
+    assert [(row["method"], row.get("read")) for row in both[::2]] == [
+        ("Doc-to-LoRA", "sum"), ("Doc-to-LoRA, read sparsely", "sparse"), ("in context", None)
+    ]  # fmt: skip
+    assert len(made) == 2, "a haystack is internalized once"
+    alone = needle_scores.run(model, 2, 0, "ours", 0, ["sparse"])
+    assert alone[0] == earlier[0] and alone[1:] == both[2:4]
+
+
 def test_in_context_prompts_hold_the_haystack(model, monkeypatch):
     prompts = []
     monkeypatch.setattr(needle_scores, "greedy_answers", lambda *a, **k: prompts.extend(a[2]) or ["0000"] * len(a[2]))
