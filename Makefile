@@ -68,11 +68,11 @@ notebooks: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(OFFLINE) $(RUN) -m d2l_lib notebooks
 
-# All tests, one file at a time in each process; PYTEST_ARGS="-m 'not slow'" runs the quick ones.
+# All tests, on every core; PYTEST_ARGS="-m 'not slow'" runs the quick ones.
 test: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(OFFLINE) $(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" -n $(WORKERS) --maxprocesses 4 \
-		--dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+		--dist worksteal $(PYTEST_ARGS)
 
 # From nothing: the base model (an hour with `d2l train --fast`, about two without), the needle hypernetwork (14 minutes).
 train: setup

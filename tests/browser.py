@@ -1,6 +1,6 @@
-"""Drive a notebook in JupyterLab in headless Chromium, as a person would: `with open_notebook(path, home) as page:`.
+"""Drive notebooks in JupyterLab in headless Chromium, as a person would: `with open_lab(folder) as lab:`.
 
-Server, kernel and browser keep all their files under `home` and are ended with the block. Nothing but 127.0.0.1 is
+Server, kernels and browser keep all their files in `folder` and are ended with the block. Nothing but 127.0.0.1 is
 talked to.
 """
 
@@ -19,11 +19,11 @@ from pathlib import Path
 import nbformat
 
 try:
+    from playwright.sync_api import Browser, Page, expect, sync_playwright
     from playwright.sync_api import Error as BrowserError
-    from playwright.sync_api import Page, expect, sync_playwright
 except ImportError:
     sync_playwright = expect = None
-    Page = BrowserError = Exception
+    Browser = Page = BrowserError = Exception
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -61,38 +61,50 @@ def write_notebook(path: Path, sources: list[str]) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def open_notebook(notebook: Path, home: Path) -> Iterator["Page"]:
-    """The page of `notebook` in JupyterLab, all of whose cells have been run without an error."""
-    home.mkdir(parents=True, exist_ok=True)
-    with _lab(notebook.parent, home) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium(),
-            args=["--no-sandbox", "--disable-dev-shm-usage"],
-            env=os.environ
-            | {"HOME": str(home), "XDG_CONFIG_HOME": str(home / "config"), "XDG_CACHE_HOME": str(home / "cache")},
-        )
+class Lab:
+    """JupyterLab for the notebooks of a folder, in a running Chromium."""
+
+    def __init__(self, folder: Path, address: str, chromium: "Browser"):
+        self._folder, self._address, self._chromium = folder, address, chromium
+
+    @contextlib.contextmanager
+    def opened(self, name: str, sources: list[str]) -> Iterator["Page"]:
+        """The page of a new notebook of these code cells, all of which have been run without an error."""
+        write_notebook(self._folder / f"{name}.ipynb", sources)
+        page = self._chromium.new_page(viewport={"width": 1300, "height": 1000})
+        page.set_default_timeout(PATIENCE_MS)
         try:
-            page = browser.new_page(viewport={"width": 1300, "height": 1000})
-            page.set_default_timeout(PATIENCE_MS)
-            expect.set_options(timeout=20_000)
-            run_notebook(page, address, notebook.name)
+            page.goto(f"{self._address}/lab/tree/{name}.ipynb?reset")
+            page.wait_for_selector("#jupyterlab-splash", state="detached")
+            page.wait_for_selector(".jp-Notebook .jp-Cell")
+            # the toolbar already says idle while the kernel is still connecting; a run sent then is lost
+            page.wait_for_function(KERNEL_IS_READY)
+            page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+            page.wait_for_function(ALL_CELLS_HAVE_RUN)
+            assert errors_shown(page) == []
             yield page
         finally:
             with contextlib.suppress(BrowserError):
+                page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+                page.close()
+
+
+@contextlib.contextmanager
+def open_lab(folder: Path) -> Iterator[Lab]:
+    """JupyterLab for notebooks in `folder`."""
+    home = folder / "home"
+    home.mkdir(parents=True, exist_ok=True)
+    with _lab(folder, home) as address, sync_playwright() as playwright:
+        places = {"HOME": str(home), "XDG_CONFIG_HOME": str(home / "config"), "XDG_CACHE_HOME": str(home / "cache")}
+        browser = playwright.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox", "--disable-dev-shm-usage"], env=os.environ | places
+        )
+        try:
+            expect.set_options(timeout=20_000)
+            yield Lab(folder, address, browser)
+        finally:
+            with contextlib.suppress(BrowserError):
                 browser.close()
-
-
-def run_notebook(page: "Page", address: str, name: str) -> None:
-    """The page shows this notebook of the server at `address`; all of its cells have been run without an error."""
-    page.goto(f"{address}/lab/tree/{name}?reset")
-    page.wait_for_selector("#jupyterlab-splash", state="detached")
-    page.wait_for_selector(".jp-Notebook .jp-Cell")
-    # the toolbar already says idle while the kernel is still connecting; a run sent then is lost
-    page.wait_for_function(KERNEL_IS_READY)
-    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    page.wait_for_function(ALL_CELLS_HAVE_RUN)
-    assert errors_shown(page) == []
 
 
 def sticking_out(page: "Page", output: str) -> list[str]:

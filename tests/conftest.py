@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with many slow tests first: where processes take a file at a time, none is left with a long one at the end.
+    """Files with many slow tests first, so that no process is left with a long one at the end.
 
     The order within a file stays.
     """

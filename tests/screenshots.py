@@ -28,16 +28,18 @@ CELLS = (
 
 def take(folder: Path) -> None:
     """Write PICTURES into a folder."""
-    with tempfile.TemporaryDirectory() as scratch:
-        notebook = browser.write_notebook(Path(scratch) / "pictures.ipynb", list(CELLS))
-        with browser.open_notebook(notebook, Path(scratch) / "home") as page:
-            page.set_viewport_size({"width": 1300, "height": 1600})
-            for name, view in zip(PICTURES, (".d2l-answers", ".d2l-trace-answer"), strict=True):
-                page.locator(view).first.wait_for()
-                cell = page.locator(".jp-CodeCell", has=page.locator(view)).first
-                cell.locator(".jp-OutputArea-output").last.screenshot(path=folder / name)
-                picture = Image.open(folder / name)
-                picture.crop((0, 0, picture.width, min(picture.height, HEIGHT))).save(folder / name)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        browser.open_lab(Path(scratch)) as lab,
+        lab.opened("pictures", list(CELLS)) as page,
+    ):
+        page.set_viewport_size({"width": 1300, "height": 1600})
+        for name, view in zip(PICTURES, (".d2l-answers", ".d2l-trace-answer"), strict=True):
+            page.locator(view).first.wait_for()
+            cell = page.locator(".jp-CodeCell", has=page.locator(view)).first
+            cell.locator(".jp-OutputArea-output").last.screenshot(path=folder / name)
+            picture = Image.open(folder / name)
+            picture.crop((0, 0, picture.width, min(picture.height, HEIGHT))).save(folder / name)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,8 @@ def test_make_keeps_everything_inside_the_clone(project_folder):
 def test_make_test_uses_the_cores_and_lets_python_keep_what_it_compiled(project_folder):
     def make(*words: str) -> str:
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+        for name in ("MAKEFLAGS", "MAKEOVERRIDES"):  # of the make that runs this test
+            environment.pop(name, None)
         command = ["make", "--no-print-directory", "--eval=variables: ; @env", *words]
         return subprocess.run(
             command, cwd=project_folder, env=environment, capture_output=True, text=True, check=True

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from d2l_lib.base_model import load_tokenizer
 from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.presets import WarmUpPreset, preset
 from d2l_lib.training import contexts, loop, recipes
-from d2l_lib.training.pretraining import build_tokenizer
 
 STEPS = 16
 SMALL = replace(
@@ -36,8 +36,8 @@ class SlowBatches(contexts.NeedleBatches):
 
 
 def small_base():
-    """A random base model of two layers, and its tokenizer."""
-    tokenizer = build_tokenizer(600, 512, 0)
+    """A random base model of two layers, and its tokenizer (build_tokenizer(600, 512, 0), saved)."""
+    tokenizer = load_tokenizer(str(Path(__file__).parent / "small_tokenizer"))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
@@ -46,9 +46,8 @@ def small_base():
     return LlamaForCausalLM(config).eval().requires_grad_(False), tokenizer
 
 
-def main() -> None:
-    run = Path(sys.argv[1])
-    SlowBatches.seconds = float(sys.argv[2])
+def train(run: Path, seconds_per_batch: float) -> None:
+    SlowBatches.seconds = seconds_per_batch
     recipes.NeedleBatches = SlowBatches
     base = recipes.Base(*small_base(), "small")
     hypernetwork = recipes.train_needle(SMALL, base, loop.Run(run, save_steps=4, report_steps=2))
@@ -57,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train(Path(sys.argv[1]), float(sys.argv[2]))

@@ -272,6 +272,11 @@ def key_whitening(
     floor: variances below `floor` times the mean variance count as that much.
     directions: False treats all directions alike; W is a multiple of the unit matrix.
     """
+    return _whitening(_second_moment(base_model, module, batches, n_batches), floor, directions)
+
+
+def _second_moment(base_model, module: str, batches: Dataset, n_batches: int) -> Tensor:
+    """S [L, d_in, d_in], float64."""
     total, count = 0.0, 0
     for i in range(n_batches):
         batch = batches[i]
@@ -279,52 +284,66 @@ def key_whitening(
         for row, (start, answer) in enumerate(zip(batch.starts, batch.answer_ids, strict=True)):
             here = x[:, row, start - 1 : start - 1 + int((answer != IGNORED).sum())].double().cpu()
             total, count = total + here.transpose(1, 2) @ here, count + here.shape[1]
-    values, vectors = torch.linalg.eigh(total / count)
+    return total / count
+
+
+def _whitening(moment: Tensor, floor: float, directions: bool) -> Tensor:
+    values, vectors = torch.linalg.eigh(moment)
     if not directions:
         values = values.mean(-1, keepdim=True).expand_as(values)
     values = values.clamp_min(floor * values.mean(-1, keepdim=True))
     return (vectors * values.rsqrt()[:, None] @ vectors.transpose(1, 2)).float()
 
 
-def key_limits(
-    base_model, tokenizer, n_facts: int, seed: int, whiten: bool = True, n_documents: int = 8
-) -> pd.DataFrame:
+def key_limits(base_model, tokenizer, sizes: Sequence[int], seed: int, n_documents: int = 8) -> pd.DataFrame:
     """How well linear keys can tell the facts of a document apart, whatever hypernetwork writes them.
 
     The key of an answer token is the mean x of all wordings of its question but the last, which is asked. The right
     tokens stand before each answer token. Every key votes for its own token with its match. A fact is right if the
-    right token wins at each position of its answer. Test split.
+    right token wins at each position of its answer. Test split. x is plain, then whitened (see `key_whitening`).
 
-    Columns: whitened, layers ("0", ..., "all"), facts, n, exact_match.
+    sizes: numbers of facts in a document.
+
+    Columns: layers ("0", ..., "all"), facts, n, exact_match, whitened.
     """
     (module,) = default_modules(base_model)
     p = WarmUpPreset(steps=1, sentences=32, learning_rate=0.0, warmup_steps=0)
-    whitening = key_whitening(base_model, module, ReadoutBatches(tokenizer, p, seed), directions=whiten)
-    rng = random.Random(f"key limits/{seed}")
-    right: dict[str, int] = {}
-    for _ in range(n_documents):
-        facts = world.draw_document(rng, "test", n_facts, distractors=0.0).facts
-        answers = tokenizer([fact.value for fact in facts], add_special_tokens=False)["input_ids"]
-        answers = [ids + [tokenizer.eos_token_id] for ids in answers]
-        of_fact = torch.tensor([i for i, ids in enumerate(answers) for _ in ids])
-        tokens = torch.tensor([token for ids in answers for token in ids])
-        worded = []
-        for texts in zip(*(world.wordings(fact) for fact in facts), strict=True):
-            prompts = question_ids(tokenizer, list(texts))
-            ids = pad_rows([q + a for q, a in zip(prompts, answers, strict=True)], tokenizer.pad_token_id)[0]
-            places = [len(q) - 1 + j for q, a in zip(prompts, answers, strict=True) for j in range(len(a))]
-            x = linear_inputs(base_model, module, ids.to(base_model.device)).cpu()
-            worded.append(x[:, of_fact, torch.tensor(places)] @ whitening)
-        *known, last = worded
-        matches = F.normalize(torch.stack(known).mean(0), dim=-1) @ last.transpose(1, 2)  # [L, keys, queries]
-        layers = {str(layer): of_layer for layer, of_layer in enumerate(matches)} | {"all": matches.sum(0)}
-        for name, of_layer in layers.items():
-            votes = torch.zeros(len(tokens), len(tokenizer)).index_add(1, tokens, of_layer.T)
-            wrong = torch.bincount(of_fact, weights=(votes.argmax(1) != tokens).float(), minlength=n_facts)
-            right[name] = right.get(name, 0) + int((wrong == 0).sum())
-    n = n_documents * n_facts
-    rows = [{"layers": name, "facts": n_facts, "n": n, "exact_match": count / n} for name, count in right.items()]
-    return pd.DataFrame(rows).assign(whitened=whiten)
+    moment = _second_moment(base_model, module, ReadoutBatches(tokenizer, p, seed), 40)
+    tables = []
+    for whiten in (False, True):
+        whitening = _whitening(moment, 1e-2, whiten)
+        for n_facts in sizes:
+            rng = random.Random(f"key limits/{seed}")
+            documents = [world.draw_document(rng, "test", n_facts, distractors=0.0) for _ in range(n_documents)]
+            each = [_facts_told_apart(base_model, tokenizer, document.facts, whitening) for document in documents]
+            right, n = pd.DataFrame(each).sum(), n_documents * n_facts
+            rows = [{"layers": name, "facts": n_facts, "n": n, "exact_match": right[name] / n} for name in right.index]
+            tables.append(pd.DataFrame(rows).assign(whitened=whiten))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _facts_told_apart(base_model, tokenizer, facts: Sequence[world.Fact], whitening: Tensor) -> dict[str, int]:
+    """{layers: how many facts are right}; see `key_limits`."""
+    (module,) = default_modules(base_model)
+    answers = tokenizer([fact.value for fact in facts], add_special_tokens=False)["input_ids"]
+    answers = [ids + [tokenizer.eos_token_id] for ids in answers]
+    of_fact = torch.tensor([i for i, ids in enumerate(answers) for _ in ids])
+    tokens = torch.tensor([token for ids in answers for token in ids])
+    worded = []
+    for texts in zip(*(world.wordings(fact) for fact in facts), strict=True):
+        prompts = question_ids(tokenizer, list(texts))
+        ids = pad_rows([q + a for q, a in zip(prompts, answers, strict=True)], tokenizer.pad_token_id)[0]
+        places = [len(q) - 1 + j for q, a in zip(prompts, answers, strict=True) for j in range(len(a))]
+        x = linear_inputs(base_model, module, ids.to(base_model.device)).cpu()
+        worded.append(x[:, of_fact, torch.tensor(places)] @ whitening)
+    *known, last = worded
+    matches = F.normalize(torch.stack(known).mean(0), dim=-1) @ last.transpose(1, 2)  # [L, keys, queries]
+    right = {}
+    for name, of_layer in [(str(layer), one) for layer, one in enumerate(matches)] + [("all", matches.sum(0))]:
+        votes = torch.zeros(len(tokens), len(tokenizer)).index_add(1, tokens, of_layer.T)
+        wrong = torch.bincount(of_fact, weights=(votes.argmax(1) != tokens).float(), minlength=len(facts))
+        right[name] = int((wrong == 0).sum())
+    return right
 
 
 class WhitenedKeys(nn.Module):

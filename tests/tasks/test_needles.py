@@ -4,13 +4,13 @@ import random
 
 import pytest
 
+from d2l_lib.base_model import bundled_path, load_tokenizer
 from d2l_lib.tasks import needles, world
-from d2l_lib.training.pretraining import build_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(1024, 1024, 0)
+    return load_tokenizer(str(bundled_path("tiny") / "base_model"))
 
 
 def count(tokenizer, text: str) -> int:

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import train_small
@@ -45,12 +46,6 @@ def batches(base):
     return NeedleBatches(base.tokenizer, train_small.SMALL, 0)
 
 
-def start(run: Path, seconds_per_batch: float) -> subprocess.Popen:
-    command = [sys.executable, train_small.__file__, str(run), str(seconds_per_batch)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "final" / "hypernetwork.safetensors")
 
@@ -59,21 +54,19 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(whole, tmp_path):
     """Killed and resumed in processes of their own, uninterrupted in this one."""
     run = tmp_path / "killed"
-    killed = start(run, 0.25)
+    killed = processes.start(train_small.train, run, 0.25)
     log = run / "log.jsonl"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3):
-        assert killed.poll() is None, killed.stdout.read().decode()[-2000:]
+        assert killed.is_alive(), "it ended before its third report"
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.join()
     assert not (run / "final").exists(), "killed too late to prove anything"
     # the newest checkpoint may be half-written: make sure that one is, and that it is not trusted
     (run / "checkpoint-12").mkdir(exist_ok=True)
     (run / "checkpoint-12" / "trainer_state.json").unlink(missing_ok=True)
-    resumed = start(run, 0)
-    printed = resumed.communicate(timeout=240)[0].decode()
-    assert resumed.returncode == 0, printed[-2000:]
+    processes.run(train_small.train, run, 0)
     hypernetwork, folder = whole
     expected, resumed = dict(hypernetwork.named_parameters()), weights(run)
     assert expected.keys() == resumed.keys()

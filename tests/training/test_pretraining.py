@@ -2,11 +2,14 @@
 step).
 """
 
+import json
 import random
 
 import pytest
 import torch
+import train_small
 
+from d2l_lib.base_model import bundled_path, load_tokenizer
 from d2l_lib.tasks import world
 from d2l_lib.training import pretraining
 from d2l_lib.training.batches import IGNORED
@@ -15,12 +18,22 @@ from d2l_lib.training.pretraining import Curriculum, build_tokenizer, conversati
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(1200, 1024, 0)
+    return load_tokenizer(str(bundled_path("tiny") / "base_model"))
 
 
 @pytest.fixture(scope="module")
 def curriculum(tokenizer):
     return Curriculum(tokenizer, steps=100, batch_tokens=1024, window=1024, seed=0)
+
+
+def test_a_tokenizer_is_a_function_of_its_seed(tokenizer):
+    """Equal to one that was built before and saved."""
+    _, saved = train_small.small_base()
+    built = build_tokenizer(600, 512, 0)
+    assert json.loads(built.backend_tokenizer.to_str()) == json.loads(saved.backend_tokenizer.to_str())
+    assert (built.chat_template, built.model_max_length) == (saved.chat_template, saved.model_max_length)
+    assert built.special_tokens_map == saved.special_tokens_map and built.padding_side == saved.padding_side
+    assert built.get_vocab() != tokenizer.get_vocab()
 
 
 def test_conversation_equals_the_chat_template(tokenizer):

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -387,9 +388,9 @@ def test_lists_of_questions_with_limits():
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def run_and_kill(folder: Path, seed: int) -> None:
+def run_and_kill(folder: Path, seed: int) -> int:
     """In a process of its own: start the run of SMALL again and again, each time killed at a random point, until it
-    is through; prints how often it was killed.
+    is through; how often it was killed.
     """
     rng, kills, engine = random.Random(seed), 0, build_engine()
     engine.reply([[5]], 1, 0.0, 0)  # what is imported late is imported before the first fork
@@ -409,18 +410,12 @@ def run_and_kill(folder: Path, seed: int) -> None:
                 break
             time.sleep(0.0005)
         else:
-            print(kills)
-            return
+            return kills
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_run_that_is_killed_many_times_ends_with_the_same_bytes(whole, tmp_path):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path / "killed"), "0"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.splitlines()[-1]) >= 3
+    assert processes.run(run_and_kill, tmp_path / "killed", 0) >= 3
     assert contents(tmp_path / "killed") == contents(whole)
 
 
@@ -793,7 +788,3 @@ def test_vllm_gives_what_transformers_gives(saved, engine, monkeypatch):
     assert counts == expected_counts and table.drop(["logprobs_indices"]).equals(expected.drop(["logprobs_indices"]))
     assert vllm.reply([[5] * 2048], 4, 0.0, 0) == [None]
     assert vllm.facts()["tokenizer_sha256"] == engine.facts()["tokenizer_sha256"]
-
-
-if __name__ == "__main__":
-    run_and_kill(Path(sys.argv[1]), int(sys.argv[2]))

@@ -9,7 +9,6 @@ import re
 import shutil
 from pathlib import Path
 
-import browser
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -556,56 +555,6 @@ def test_unfinished_and_damaged_manifests(tmp_path):
 def test_a_tokenizer_without_chat_template_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no chat template"):
         view_shards(tmp_path, tiny_models.build_tokenizer(None))
-
-
-# --- in a real browser ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.browser
-def test_shard_viewer_in_a_browser(tmp_path):
-    reason = browser.why_not()
-    if reason:
-        pytest.skip(reason)
-    hostile = row(HOSTILE, (HOSTILE, HOSTILE, HOSTILE, HOSTILE, 0.4))
-    write(tmp_path / "shards" / "a.parquet", [*ROWS, hostile])
-    cells = [
-        "from test_shard_viewer import TOKENIZER\nfrom d2l_lib.views.shards import view_shards",
-        f"view_shards({str(tmp_path / 'shards')!r}, TOKENIZER)",
-    ]
-    notebook = browser.write_notebook(tmp_path / "shards.ipynb", cells)
-    with browser.open_notebook(notebook, tmp_path / "home") as lab:
-        expect, view = browser.expect, lab.locator(".d2l-shard")
-        view.wait_for()
-        cell = lab.locator(".jp-CodeCell", has=view)
-        expect(view.locator("mark")).to_have_text("She paints lamps.")
-        cell.get_by_role("button", name="Next").click()
-        expect(view).to_have_attribute("data-position", "1")
-
-        tokens, open_panel = view.locator(".d2l-token"), view.locator(".d2l-alternatives:visible")
-        expect(open_panel).to_have_count(0)
-        tokens.nth(2).hover()
-        expect(open_panel).to_contain_text("token 3: 30.0 %, rank 2 of 16")
-        lab.mouse.move(0, 0)
-        expect(open_panel).to_have_count(0)
-        tokens.nth(0).click()
-        lab.mouse.move(0, 0)
-        expect(open_panel).to_contain_text("token 1: 97.0 %")
-        lab.keyboard.press("Tab")
-        expect(open_panel).to_contain_text("token 2: 97.0 %")
-
-        cell.locator(".noUi-handle").nth(0).focus()
-        for _ in range(4):
-            lab.keyboard.press("PageUp")
-        expect(view).not_to_have_attribute("data-matches", str(N + 1))
-        cell.get_by_role("button", name="Clear filters").click()
-        expect(view).to_have_attribute("data-matches", str(N + 1))
-        cell.locator(".widget-dropdown select").nth(1).select_option(HOSTILE)
-        expect(view).to_have_attribute("data-matches", "1")
-        expect(view.locator(".d2l-question")).to_have_text(HOSTILE)
-        expect(view.locator(".d2l-document")).to_have_text(HOSTILE)
-        assert view.locator("img, script").count() == 0
-        assert lab.evaluate("() => window.owned") is None
-        assert browser.errors_shown(lab) == []
 
 
 def test_the_worlds_own_evidence_is_marked(tmp_path, decoder):
