@@ -1,6 +1,7 @@
 """The recorder of the studies: what it adds, what it leaves alone, and that what a study returns can be written."""
 
 import math
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -57,6 +58,7 @@ def test_what_is_yielded_is_written_at_once_and_rows_with_a_command_stay(folder,
 @pytest.mark.parametrize("name", ["base-model", "kinds", "routing", "dial", "report"])
 def test_a_study_of_a_random_model_is_recorded(name, folder, monkeypatch):
     model = tiny_models.build_model(window=8192)
+    model.answer = partial(model.answer, max_new_tokens=4)  # its answers have no end
     monkeypatch.setattr(loading, "load", lambda source: model)
     monkeypatch.setattr("d2l_lib.base_model.load_base_model", lambda source: (model.base_model, model.tokenizer))
     main(["study", name, "--n", "2", "--seed", "5"])
