@@ -1,9 +1,6 @@
-"""A small needle training run as a process of its own: `python train_small.py RUN_FOLDER SECONDS_PER_BATCH`.
+"""A small needle training run for a process of its own, or for two that share the batches."""
 
-Under torchrun the processes share the batches.
-"""
-
-import sys
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -55,5 +52,8 @@ def train(run: Path, seconds_per_batch: float) -> None:
         save_checkpoint(run / "final", hypernetwork, {})
 
 
-if __name__ == "__main__":
-    train(Path(sys.argv[1]), float(sys.argv[2]))
+def train_together(rank: int, port: int, run: Path) -> None:
+    """`train` as one of two processes, told by the variables that torchrun sets."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    train(run, 0)

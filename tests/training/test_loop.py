@@ -3,8 +3,7 @@
 import os
 import random
 import signal
-import subprocess
-import sys
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -192,10 +191,13 @@ def test_two_processes_train_to_the_curve_of_one(base, tmp_path):
     """Two processes with a batch each make the steps of one process with two batches."""
     run = Run(tmp_path / "one", save_steps=4, report_steps=2, arguments={"gradient_accumulation_steps": 2})
     alone = train_needle(train_small.SMALL, base, run)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               train_small.__file__, str(tmp_path / "two"), "0"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    together = [processes.start(train_small.train_together, rank, port, tmp_path / "two") for rank in (0, 1)]
+    for process in together:
+        process.join(300)
+    assert [process.exitcode for process in together] == [0, 0]
     one, two = dict(alone.named_parameters()), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     start = Hypernetwork(hypernetwork_config(train_small.SMALL, base.model, "x")).state_dict()
