@@ -1,7 +1,6 @@
 """What every test shares: the environment, set before torch is imported, and where the reference values are."""
 
 import os
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,13 +18,26 @@ import pytest  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with many slow tests first, so that no process is left with a long one at the end.
+    """Every process begins with its share of the files with slow tests, so that none has a long one left at the end.
 
-    The order within a file stays.
+    Processes get equal runs of the list, one after another, and take from one another in the end. The order within a
+    file stays.
     """
-    is_long = [any(item.get_closest_marker(name) for name in ("slow", "browser")) for item in items]
-    n_long = Counter(item.path for item, long in zip(items, is_long, strict=True) if long)
-    items.sort(key=lambda item: -n_long[item.path])
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def n_slow(path: Path) -> int:
+        return sum(any(item.get_closest_marker(name) for name in ("slow", "browser")) for item in files[path])
+
+    shares: list[list[pytest.Item]] = [[] for _ in range(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))]
+    slow = [0] * len(shares)
+    for path in sorted(files, key=n_slow, reverse=True):
+        load = slow if n_slow(path) else [len(share) for share in shares]
+        smallest = load.index(min(load))
+        shares[smallest] += files[path]
+        slow[smallest] += n_slow(path)
+    items[:] = [item for share in shares for item in share]
 
 
 @pytest.fixture(scope="session")

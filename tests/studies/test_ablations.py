@@ -30,6 +30,7 @@ def test_each_variant_changes_what_it_says_and_nothing_else():
         qa_variant("rank 5")
 
 
+@pytest.mark.slow
 def test_a_variant_is_trained_scored_and_its_record_is_found(tmp_path, monkeypatch):
     base = Base(*train_small.small_base(), "small")
     sizes = {"latent_size": 16, "n_latent_queries": 2, "n_blocks": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8}

@@ -33,6 +33,7 @@ def right(compared: pd.DataFrame) -> dict[str, float]:
     return qa.score(compared).groupby("method", sort=False)["score"].mean().to_dict()
 
 
+@pytest.mark.slow
 def test_methods_see_the_document_or_do_not(model, questions):
     methods = [
         baselines.InContext(model),

@@ -187,6 +187,7 @@ def test_contradictions_count_as_overridden_where_the_document_is_followed():
     assert list(curve["override_loss"]) == [0.0, pytest.approx(2 / 3)]
 
 
+@pytest.mark.slow
 def test_the_ideas_are_measured_on_the_same_questions(model):
     table, ideas, gate = gate_study.measure_gate(model, 4, 0, many=2)
     assert set(table["rule"]) == set(gate_study.RULES) and set(table["documents"]) == {1, 2}

@@ -414,6 +414,7 @@ def run_and_kill(folder: Path, seed: int) -> int:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.slow
 def test_a_run_that_is_killed_many_times_ends_with_the_same_bytes(whole, tmp_path):
     assert processes.run(run_and_kill, tmp_path / "killed", 0) >= 3
     assert contents(tmp_path / "killed") == contents(whole)

@@ -274,6 +274,7 @@ def test_the_earlier_layers_begin_as_copies_of_the_last(base):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_whitened_keys_tell_the_facts_of_a_document_apart(bundled):
     base_model, tokenizer = bundled
     table = key_limits(base_model, tokenizer, [20], 0, n_documents=2)

@@ -243,6 +243,7 @@ def test_variants_are_bars_of_their_mean_with_a_dot_for_each_seed(tables):
     assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("one hop", "encyclopedia")
 
 
+@pytest.mark.slow
 def test_every_function_draws_the_same_bytes_twice_and_leaves_its_table_and_settings_alone(tables):
     for plot, table in tables.items():
         before, settings = table.copy(deep=True), dict(matplotlib.rcParams)
