@@ -399,9 +399,10 @@ class Fingerprint:
         return self._waiting[key][1]
 
 
-def parameters_key(network: nn.Module) -> str:
-    """A hash of some values of each parameter of a network, in order."""
-    return _hash([(one.shape, _spread_values(one)) for one in network.parameters()], torch.float32)
+def parameters_key(network: nn.Module, without: str = " ") -> str:
+    """A hash of some values of each parameter of a network, in order, but of those whose names begin with `without`."""
+    parameters = [one for name, one in network.named_parameters() if not name.startswith(without)]
+    return _hash([(one.shape, _spread_values(one)) for one in parameters], torch.float32)
 
 
 def _spread_values(tensor: Tensor) -> Tensor:

@@ -383,8 +383,11 @@ class DocToLoRA:
 
     @property
     def hypernetwork_key(self) -> str:
-        """The hypernetwork's fingerprint: a hash of some values of each of its parameters, read anew each time."""
-        return parameters_key(self.hypernetwork)
+        """The fingerprint: a hash of some values of each parameter of the hypernetwork that writes blocks, read anew.
+
+        The null block of sparse reading writes none: a model that gets one still takes the adapters of before.
+        """
+        return parameters_key(self.hypernetwork, without="null_")
 
     # --- adapters on ------------------------------------------------------------------------------------------------
 

@@ -223,6 +223,8 @@ class ReadingPreset(DistillationPreset):
     evidence_weight: of the loss of the evidence.
     sharpness: of the softmax, to begin with.
     null_rows, null_floor: of the null block: keys per layer, and what each layer's floor begins with.
+    blocks_learn: False: the null block and the sharpness alone learn, and blocks stay what they were.
+    null_threshold: of the reading that the model names afterwards.
     """
 
     weights: dict[str, int]
@@ -236,6 +238,8 @@ class ReadingPreset(DistillationPreset):
     sharpness: float = 8.0
     null_rows: int = 8
     null_floor: tuple[float, ...] = ()
+    blocks_learn: bool = False
+    null_threshold: float = 0.0
 
 
 SHARD_STAGES = ("self_generated", "chunked")  # stages on self-generated data
@@ -344,8 +348,8 @@ _TINY_RECALL = replace(
 _TINY_READING = ReadingPreset(
     **vars(_TINY_QA)
     | {
-        "steps": 1600,
-        "learning_rate": 1e-4,
+        "steps": 400,
+        "learning_rate": 3e-3,
         "muon_rate": 1e-4,
         "muon_float32": True,
         "warmup_steps": 30,
@@ -358,6 +362,7 @@ _TINY_READING = ReadingPreset(
         "list": 12,
     },
     null_floor=(0.0, 0.12, 0.057, 0.017),
+    null_threshold=-0.3,
 )  # fmt: skip
 
 PRESETS = {

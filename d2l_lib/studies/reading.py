@@ -19,6 +19,7 @@ _SIZES = (8, 20, 40)  # facts in a document
 _TOGETHER = (16, 64)  # documents in an adapter
 _KINDS = ("two_hop", "paraphrase", "unanswerable", "which_of", "yes_no", "list")
 _ENCYCLOPEDIA = "encyclopedia beside 20 facts"
+_OPEN = -50.0  # nats: a null block that stops nothing
 _AT_ONCE = 25  # questions per adapter of several documents
 
 
@@ -104,7 +105,7 @@ def _answered(model: DocToLoRA, groups: list[_Group]) -> pd.DataFrame:
         "bias alone": ({id(one): replace(one, blocks=()) for one in adapters}, "sum"),
         "published sum": ({}, "sum"),
         "sparse": ({}, model.reading),
-        "sparse, no gate": ({}, replace(model.reading, thresholds=(), gate_weights=())),
+        "sparse, always open": ({}, replace(model.reading, thresholds=(), gate_weights=(), null_threshold=_OPEN)),
     }
     for method, (others, read) in methods.items():
         began = time.process_time()

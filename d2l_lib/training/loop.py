@@ -190,6 +190,9 @@ class InOrderTrainer(Trainer):
         rest += [{"params": [p], "weight_decay": 0.0, "lr": factor * a.learning_rate} for p, factor in apart]
         adam = torch.optim.AdamW(rest, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
         options = {"lr": self.muon_rate, "weight_decay": a.weight_decay}
+        if not matrices:
+            self.optimizer = adam
+            return adam
         if self.muon_float32:
             muon = _Muon(matrices, **options)
         else:

@@ -1,4 +1,6 @@
-"""Training with sparse reading switched on: blocks learn to be found, and a null block what is not about any of them.
+"""Training with sparse reading switched on: a null block learns what no block is about, and blocks to be found.
+
+With `blocks_learn=False` blocks stay what they were, and so does the published sum of them.
 
 S(k, t) and N(t) are those of `d2l_lib.reading`; b is a learned sharpness of each layer that reads.
 
@@ -184,9 +186,12 @@ class ReadingStep(Internalization):
         super().__init__(base_model, hypernetwork, p, encoder_model)
         config = hypernetwork.config
         (self.module,) = config.modules
-        self.reading = Reading(decay=p.decay, prompt=p.prompt)
+        self.reading = Reading(decay=p.decay, prompt=p.prompt, null_threshold=p.null_threshold)
         self.layers = self.reading.layers_of(config.n_layers)
         self.log_sharpness = nn.Parameter(torch.full((len(self.layers),), math.log(p.sharpness)))
+        if not p.blocks_learn:
+            for name, parameter in hypernetwork.named_parameters():
+                parameter.requires_grad_(name.startswith("null_"))
         names = ("log_sharpness", f"hypernetwork.null_floor.{self.module}")
         self.rates = dict.fromkeys(names, p.null_rate)  # see `loop.InOrderTrainer`
         for side, sizes in (("A", config.d_in), ("B", config.d_out)):

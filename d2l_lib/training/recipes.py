@@ -15,6 +15,7 @@ their top-16 log-probabilities in `selfgen` or published shards.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -262,11 +263,11 @@ def train_qa(p: QAPreset, base: Base, run: Run, shards: str | Path | Sequence | 
     return hypernetwork
 
 
-def train_reading(p: ReadingPreset, source: str | Path, run: Run) -> Path:
-    """The folder `run.folder`/final: the model at `source`, trained to be read sparsely. Resumable.
+def train_reading(p: ReadingPreset, source: str | Path, run: Run, final: Path | None = None) -> Path:
+    """The folder `final` (None: `run.folder`/final): the model at `source`, trained to be read sparsely. Resumable.
 
-    It is in float16, names its reading, and has neither gate nor relevance: those of `source` were measured with other
-    weights.
+    It is in float16 and names its reading. Where blocks learn it has neither gate nor relevance: those of `source` were
+    measured with other weights.
     """
     model = load(source, device=own_device())
     hypernetwork = with_null_block(model.hypernetwork, p, run.seed)
@@ -284,9 +285,13 @@ def train_reading(p: ReadingPreset, source: str | Path, run: Run) -> Path:
         unwhiten_keys(hypernetwork)
     meta = {"seed": run.seed, "chunk_tokens": model.chunk_tokens, "base_model": model.base_source}
     meta |= {"started_from": str(source), "reading": asdict(step.reading)}
+    if not p.blocks_learn:
+        meta |= {"least_relevance": model.least_relevance} if math.isfinite(model.least_relevance) else {}
+        meta |= {"gate": asdict(model.gate)} if model.gate is not None else {}
+    final = run.folder / "final" if final is None else final
     if is_first_process():
-        save_checkpoint(run.folder / "final", hypernetwork, meta, torch.float16)
-    return run.folder / "final"
+        save_checkpoint(final, hypernetwork, meta, torch.float16)
+    return final
 
 
 # ---------------------------------------------------------------------------------------------------- what is bundled
@@ -347,8 +352,9 @@ def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
 
 
 def remake_reading(p: ReadingPreset, source: str, run: Run, data: Path) -> None:
-    """`train_reading` as the preset says; its log goes to `data`."""
-    train_reading(p, source, run)
+    """`train_reading` as the preset says; its log goes to `data`, and the null block of seed 0 to the bundled model."""
+    bundled = run.seed == 0 and not p.blocks_learn
+    train_reading(p, source, run, data / source if bundled else None)
     if is_first_process():
         log = [{"seed": run.seed, **line} for line in read_log(run.folder / "log.jsonl")]
         write_jsonl(data / "full_runs" / f"qa_seed{run.seed}_reading_training.jsonl", log)

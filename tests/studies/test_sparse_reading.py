@@ -6,7 +6,7 @@ import d2l_lib as d2l
 from d2l_lib.studies.reading import measure_reading
 from d2l_lib.studies.router import _pool, measure_router
 
-METHODS = {"bias alone", "published sum", "sparse", "sparse, no gate", "in context"}
+METHODS = {"bias alone", "published sum", "sparse", "sparse, always open", "in context"}
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ SMALL = ReadingPreset(
     shortest_chunk=60, longest_chunk=90, single_chunk_share=0.0, contexts=1, chunks=5, questions=6, l1=0.0, steps=4,
     learning_rate=1e-3, muon_rate=1e-3, muon_float32=True, warmup_steps=1, most_facts=2, bank=4, null_rows=2,
     weights={"one_hop": 3, "number": 1}, null_floor=(0.0, 0.3, 0.3, 0.3), unanswerable_share=0.3,
-    prompt=True, whiten=True, null_rate=3.0,
+    prompt=True, whiten=True, null_rate=3.0, blocks_learn=True,
 )  # fmt: skip
 
 
@@ -122,6 +122,28 @@ def test_a_stopped_run_resumes_to_the_weights_of_an_uninterrupted_one(model, tmp
     assert trained.reading == Reading(prompt=True) and trained.config.null_rows == 2
     adapter = trained.internalize(TEXTS, chunk_tokens=20)
     assert len(trained.answer(QUESTIONS, adapter, max_new_tokens=5, read="sparse")) == 3
+
+
+def test_a_null_block_alone_learns_and_blocks_stay_what_they_were(tmp_path):
+    """So adapters of before still fit, and so do the gate and the relevance that were measured."""
+    model = build_model(modules=("down_proj",))
+    with torch.no_grad():
+        for parameter in model.hypernetwork.parameters():
+            parameter.copy_(parameter.half())
+    model.least_relevance = 1.5
+    model.save(tmp_path / "start", include_base=True)
+    adapter = model.internalize(TEXTS, chunk_tokens=20)
+    p = replace(SMALL, blocks_learn=False, whiten=False, null_threshold=-0.25)
+    trained = d2l.load(recipes.train_reading(p, tmp_path / "start", Run(tmp_path / "run")))
+    own = trained.hypernetwork.state_dict()
+    started = with_null_block(model.hypernetwork, p, 0).state_dict()
+    for name, value in started.items():
+        changed = (value != own[name]).any()
+        assert changed == name.startswith("null_"), name
+    assert (trained.reading.null_threshold, trained.least_relevance) == (-0.25, 1.5)
+    assert trained.hypernetwork_key == model.hypernetwork_key
+    answers = [one.answer(QUESTIONS, adapter, max_new_tokens=4) for one in (model, trained)]
+    assert answers[0] == answers[1]
 
 
 def test_whitened_keys_are_the_same_function(model):
