@@ -71,10 +71,10 @@ def run(a: argparse.Namespace) -> None:
         own = own or a.start is not None
         run = _run_options(a, a.runs / p.name / f"reading_{'own_' if own else ''}seed{a.seed or 0}", a.seed or 0)
         if own:
-            recipes.train_reading(settings, source, run)
+            final = recipes.train_reading(settings, source, run)
         else:
-            recipes.remake_reading(settings, source, run, a.data)
-        print(f"{run.folder / 'final'}: d2l.load reads it", flush=True)
+            final = recipes.remake_reading(settings, source, run, a.data)
+        print(f"{final}: d2l.load reads it", flush=True)
     elif own or a.shards:
         _run_own(a, p)
     elif a.stage == "qa":

@@ -281,19 +281,17 @@ class ReadingStep(Internalization):
 
 @torch.no_grad()
 def with_null_block(hypernetwork: Hypernetwork, p: ReadingPreset, seed: int) -> Hypernetwork:
-    """A copy that can learn, with a null block that starts at `p.null_floor`; one that is there stays.
+    """A copy that can learn, with a null block that starts at `p.null_floor`, whatever there was.
 
     ValueError unless `p.null_floor` has one number for each layer.
     """
     config = hypernetwork.config
-    if not config.null_rows:
-        if len(p.null_floor) != config.n_layers:
-            raise ValueError(f"null_floor has {len(p.null_floor)} numbers for {config.n_layers} layers: one each")
-        config = replace(config, null_rows=p.null_rows)
+    if len(p.null_floor) != config.n_layers:
+        raise ValueError(f"null_floor has {len(p.null_floor)} numbers for {config.n_layers} layers: one each")
     torch.manual_seed(seed)
-    new = Hypernetwork(config)
-    new.load_state_dict(hypernetwork.state_dict(), strict=False)
-    if not hypernetwork.config.null_rows:
-        for floor in new.null_floor.values():
-            floor.copy_(torch.tensor(p.null_floor))
+    new = Hypernetwork(replace(config, null_rows=p.null_rows))
+    kept = {name: value for name, value in hypernetwork.state_dict().items() if not name.startswith("null_")}
+    new.load_state_dict(kept, strict=False)
+    for floor in new.null_floor.values():
+        floor.copy_(torch.tensor(p.null_floor))
     return new.to(next(hypernetwork.parameters()).device)

@@ -351,13 +351,14 @@ def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
             write_jsonl(data / "full_runs" / f"qa_seed{seed}_{stage}_training.jsonl", log)
 
 
-def remake_reading(p: ReadingPreset, source: str, run: Run, data: Path) -> None:
+def remake_reading(p: ReadingPreset, source: str, run: Run, data: Path) -> Path:
     """`train_reading` as the preset says; its log goes to `data`, and the null block of seed 0 to the bundled model."""
     bundled = run.seed == 0 and not p.blocks_learn
-    train_reading(p, source, run, data / source if bundled else None)
+    final = train_reading(p, source, run, data / source if bundled else None)
     if is_first_process():
         log = [{"seed": run.seed, **line} for line in read_log(run.folder / "log.jsonl")]
         write_jsonl(data / "full_runs" / f"qa_seed{run.seed}_reading_training.jsonl", log)
+    return final
 
 
 # -------------------------------------------------------------------------------------------- base models of one's own
