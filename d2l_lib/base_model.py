@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -399,9 +399,8 @@ class Fingerprint:
         return self._waiting[key][1]
 
 
-def parameters_key(network: nn.Module, without: str = " ") -> str:
-    """A hash of some values of each parameter of a network, in order, but of those whose names begin with `without`."""
-    parameters = [one for name, one in network.named_parameters() if not name.startswith(without)]
+def parameters_key(parameters: Iterable[Tensor]) -> str:
+    """A hash of some values of each parameter, in order."""
     return _hash([(one.shape, _spread_values(one)) for one in parameters], torch.float32)
 
 

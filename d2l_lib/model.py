@@ -387,7 +387,8 @@ class DocToLoRA:
 
         The null block of sparse reading writes none: a model that gets one still takes the adapters of before.
         """
-        return parameters_key(self.hypernetwork, without="null_")
+        named = self.hypernetwork.named_parameters()
+        return parameters_key(one for name, one in named if not name.startswith("null_"))
 
     # --- adapters on ------------------------------------------------------------------------------------------------
 

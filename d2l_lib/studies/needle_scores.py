@@ -27,7 +27,6 @@ def needle_samples(
     n: int,
     seed: int,
     *,
-    chunk_tokens: int | None = None,
     split: str = "test",
     read: Sequence[str] = ("sum",),
 ) -> pd.DataFrame:
@@ -42,7 +41,7 @@ def needle_samples(
         haystacks = list(needles.evaluation_set(model.tokenizer, length, n, seed, split))
         for start in range(0, n, _BATCH):
             some = haystacks[start : start + _BATCH]
-            adapters = [one for h in some for one in model.internalize_each([h.text], chunk_tokens=chunk_tokens)]
+            adapters = [one for h in some for one in model.internalize_each([h.text])]
             for how in read:
                 predictions = model.answer([h.question for h in some], adapters, max_new_tokens=10, read=how)
                 for haystack, adapter, prediction in zip(some, adapters, predictions, strict=True):

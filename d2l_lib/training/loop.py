@@ -190,14 +190,13 @@ class InOrderTrainer(Trainer):
         rest += [{"params": [p], "weight_decay": 0.0, "lr": factor * a.learning_rate} for p, factor in apart]
         adam = torch.optim.AdamW(rest, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
         options = {"lr": self.muon_rate, "weight_decay": a.weight_decay}
-        if not matrices:
+        if not matrices:  # an optimizer needs something to learn
             self.optimizer = adam
-            return adam
-        if self.muon_float32:
-            muon = _Muon(matrices, **options)
+        elif self.muon_float32:
+            self.optimizer = _Together([adam, _Muon(matrices, **options)])
         else:
             muon = torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw")
-        self.optimizer = _Together([adam, muon])
+            self.optimizer = _Together([adam, muon])
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

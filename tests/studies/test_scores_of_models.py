@@ -58,7 +58,8 @@ def test_needle_samples_internalize_the_haystack_and_ask_the_question_alone(mode
         type(model), "answer", lambda self, q, a, **k: (seen.append((list(q), list(a))), original(self, q, a, **k))[1]
     )
     monkeypatch.setattr(needle_scores, "_BATCH", 2)
-    samples = needle_scores.needle_samples(model, [200, 400], n=3, seed=0, chunk_tokens=150)
+    monkeypatch.setattr(model, "chunk_tokens", 150)
+    samples = needle_scores.needle_samples(model, [200, 400], n=3, seed=0)
     assert samples.groupby("length_tokens").size().to_dict() == {200: 3, 400: 3}
     assert all(q == needles.QUESTION for questions, _ in seen for q in questions)
     assert all(len(adapter.blocks) > 1 for _, adapters in seen for adapter in adapters)

@@ -138,8 +138,7 @@ def test_chat_in_a_browser(viewers_page):
 def slow_page(lab):
     """A page with a chat whose model waits until it may go on."""
     cells = [
-        "from toy_models import SAMPLES, ToyModel\nfrom d2l_lib import viewers",
-        "import ipywidgets as W\nfrom toy_models import SlowModel",
+        "import ipywidgets as W\nfrom toy_models import SlowModel\nfrom d2l_lib import viewers",
         "model = SlowModel(runs=True)\nmodel.go.set()\ngo = W.ToggleButton(description='Go on')\n"
         "go.observe(lambda change: model.go.set() if change['new'] else model.go.clear(), 'value')\ngo",
         "viewers.chat(model, {'lamps': 'Ada paints lamps.'}, 'What?')",
