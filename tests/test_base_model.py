@@ -184,7 +184,7 @@ def test_bundled_name(tmp_path, monkeypatch):
     save_model(tmp_path / "toy" / "base_model")
     assert base_model.bundled_path("toy") == tmp_path / "toy"
     assert load_base_model("toy", device="cpu")[0].config.num_hidden_layers == N_LAYERS
-    with pytest.raises(FileNotFoundError, match="no bundled base model 'tyn'.*bundled here: toy"):
+    with pytest.raises(FileNotFoundError, match="no bundled base model 'tyn'.*known here: smollm2, toy"):
         load_base_model("tyn")
 
 
