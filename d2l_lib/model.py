@@ -139,6 +139,11 @@ class DocToLoRA:
         """The base model's device (that of its inputs, if it is spread over several)."""
         return input_device(self.base_model)
 
+    @property
+    def has_null_block(self) -> bool:
+        """Whether the hypernetwork was trained to be read sparsely, with a block of "no block" (see `reading`)."""
+        return bool(self.config.null_rows)
+
     def _check_base_model(self) -> None:
         """ValueError if the hypernetwork writes for a base model of other sizes."""
         name = self.config.base_model or "another base model"

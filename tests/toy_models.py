@@ -65,15 +65,15 @@ class ToyModel:
         self.internalized += documents
         return [ToyAdapter((ToyBlock(name, text),)) for name, text in documents.items()]
 
-    def answer(self, question, adapter, system="", blocks=None):
+    def answer(self, question, adapter, system="", blocks=None, read="sum"):
         question = f"[{system}] {question}" if system else question
         if len(question) > self.window:
             raise ValueError(f"the prompt has {len(question)} characters, the window {self.window}")
         if adapter is None:
             return f"prompt={question}"
         inside = "; ".join(f"{block.text}*{block.weight:g}" for block in adapter.blocks)
-        routed = "" if blocks is None else f"; blocks={blocks}"
-        return f"inside={inside}; bias={adapter.bias_weight:g}; prompt={question}{routed}"
+        options = ("" if blocks is None else f"; blocks={blocks}") + ("" if read == "sum" else f"; read={read}")
+        return f"inside={inside}; bias={adapter.bias_weight:g}; prompt={question}{options}"
 
 
 class SlowModel(ToyModel):

@@ -15,9 +15,11 @@ _NAMED = 8  # documents that a line names
 LISTED = 100  # documents in the list of what is inside
 _LONG_TEXT = 20_000  # characters; a longer text shows a bar while the page is being built
 WITH_ADAPTER = "adapter, document not in the prompt"
+SPARSELY = "adapter read sparsely, document not in the prompt"
 ROUTED = "adapter, its most relevant block alone"
 WITHOUT = "base model alone"
 IN_PROMPT = "base model, document in its prompt"
+READINGS = {"published sum": "sum", "sparse reading": "sparse"}
 
 
 # --- pure renderers ---------------------------------------------------------------------------------------------------
@@ -76,9 +78,13 @@ def render_answers(turns: Sequence[tuple]) -> str:
 
 
 class Conversation:
-    """What a chat holds: documents with their adapters and weights, two strengths, a system message. No widgets.
+    """What a chat holds: documents with their adapters and weights, strengths, reading, system message. No widgets.
 
     model: a DocToLoRA, or anything with its `internalize_each` and `answer`. Its current adapter stays what it was.
+
+    read: "sum" or "sparse", as of `model.answer`. At first it is how the model was trained: sparse for a model with a
+    null block, whose sum of many blocks drowns and disturbs unrelated questions (`d2l study reading`); else the
+    published sum. An `answer` without `read` knows the sum alone.
 
     Every question stands alone: earlier ones are not in the prompt. Every document is internalized once, when it is
     added; weights and strengths only scale blocks. Threads may share a conversation.
@@ -91,6 +97,8 @@ class Conversation:
         self.adapter_strength = 1.0
         self.bias_strength = 1.0
         self.system = ""
+        self.reads_sparsely = takes(model.answer, "read")
+        self.read = "sparse" if self.reads_sparsely and getattr(model, "has_null_block", False) else "sum"
         self._adapters: dict[str, Any] = {}
         self._lock = threading.RLock()
 
@@ -100,7 +108,7 @@ class Conversation:
         with self._lock:
             other.texts, other.weights, other._adapters = dict(self.texts), dict(self.weights), dict(self._adapters)
             other.adapter_strength, other.bias_strength = self.adapter_strength, self.bias_strength
-            other.system = self.system
+            other.system, other.read = self.system, self.read
         return other
 
     def free_name(self, taken: Iterable[str] = ()) -> str:
@@ -175,7 +183,7 @@ class Conversation:
         ]
 
     def state(self) -> str:
-        """One line: documents, weights, strengths, and the system message."""
+        """One line: documents, weights, strengths, sparse reading where it is used, and the system message."""
         held = self.copy()
         weights = {markup.isolated(name): held.weights[name] for name in held.texts}
         names = [name if weight == 1 else f"{name} (weight {weight:.2f})" for name, weight in weights.items()]
@@ -183,19 +191,23 @@ class Conversation:
         line = f"inside: {', '.join(names[:_NAMED]) or 'nothing'}{more}"
         if names:
             line += f"; adapter {held.adapter_strength:.2f}, bias {held.bias_strength:.2f}"
+            line += "; sparse reading" if held.read == "sparse" else ""
         return line + (f"; system: {held.system.strip()}" if held.system.strip() else "")
 
     def answers(self, question: str, report: Report | None = None) -> list[tuple[str, str]]:
         """(source, answer) of the model with the adapter, without it, and with the documents in its prompt.
 
-        An adapter of several blocks adds the answer of the most relevant block alone (see `routing`). An error, as for
-        documents longer than the window, stands in place of its answer.
+        The adapter is read as `read` says, and the source says so. An adapter of several blocks adds the answer of the
+        most relevant block alone (see `routing`). An error, as for documents longer than the window, stands in place of
+        its answer.
 
         report: called as report(done, total) after each answer.
         """
         held = self.copy()
         adapter, in_prompt = held.adapter(), "\n\n".join([*held.texts.values(), question])
         ways: list[tuple[str, str, Any, dict]] = [(WITH_ADAPTER, question, adapter, {})]
+        if adapter is not None and held.read == "sparse":
+            ways = [(SPARSELY, question, adapter, {"read": "sparse"})]
         if adapter is not None and len(adapter.blocks) > 1:
             ways.append((ROUTED, question, adapter, {"blocks": 1}))
         ways += [(WITHOUT, question, None, {}), (IN_PROMPT, in_prompt, None, {})]
@@ -275,6 +287,11 @@ class Chat(Viewer):
             description="Clear", icon="eraser", tooltip="forget the questions and answers, keep the documents"
         )
         self._system = W.Text(description="System", placeholder="optional system message", **late, **wide)
+        self._read = W.Dropdown(
+            description="Reading", options=list(READINGS.items()), value=self.conversation.read,
+            tooltip="all blocks at every token, as published; or at each token the block that matches",
+            layout=W.Layout(max_width="100%", display=None if self.conversation.reads_sparsely else "none"),
+        )  # fmt: skip
         self.children = [
             self._inside,
             self._listed,
@@ -282,7 +299,7 @@ class Chat(Viewer):
             self._name,
             self._text,
             wrapped([self._add, self._cancel]),
-            wrapped([self._adapter_strength, self._bias_strength]),
+            wrapped([self._adapter_strength, self._bias_strength, self._read]),
             wrapped([self._system]),
             wrapped([self._asked, self._ask, self._clear]),
             self.work.status,
@@ -295,7 +312,7 @@ class Chat(Viewer):
         self._cancel.on_click(lambda _: self._end_edit())
         self._ask.on_click(self._on_ask)
         self._clear.on_click(self._on_clear)
-        for control in (self._adapter_strength, self._bias_strength, self._system, self._asked):
+        for control in (self._adapter_strength, self._bias_strength, self._read, self._system, self._asked):
             listen(control, self._refresh)
 
     # --- questions ------------------------------------------------------------------------------------------------
@@ -305,10 +322,10 @@ class Chat(Viewer):
         with self.work.lock:
             held = self.conversation
             held.adapter_strength, held.bias_strength = self._adapter_strength.value, self._bias_strength.value
-            held.system = self._system.value
+            held.system, held.read = self._system.value, self._read.value
             self._inside.value = render_inside(held.inside(), held.adapter_strength, held.bias_strength)
             question = self._asked.value.strip()
-            settings = (held.adapter_strength, held.bias_strength, held.system)
+            settings = (held.adapter_strength, held.bias_strength, held.read, held.system)
             state = (question, settings, *held.texts.items(), *held.weights.items())
             if question and state != self._requested:
                 self._requested = state

@@ -6,7 +6,7 @@ from pages import controls, page, panes
 from toy_models import SlowModel, ToyModel
 
 from d2l_lib import viewers
-from d2l_lib.views.conversation import IN_PROMPT, ROUTED, WITH_ADAPTER, WITHOUT, Chat
+from d2l_lib.views.conversation import IN_PROMPT, ROUTED, SPARSELY, WITH_ADAPTER, WITHOUT, Chat
 
 
 def begin(model, *arguments) -> tuple[Chat, dict]:
@@ -401,6 +401,50 @@ def test_chat_compares_three_ways_and_never_puts_the_document_into_the_adapters_
     }
 
 
+def test_sparse_reading_is_a_choice_that_a_turn_remembers():
+    model = ToyModel()
+    chat = viewers.chat(model, {"a": "A."}, "One?")
+    control = controls(chat)
+    assert [name for name, _ in control["Reading"].options] == ["published sum", "sparse reading"]
+    control["Reading"].value = "sparse"
+    answers = panes(chat)
+    assert answers[SPARSELY] == "inside=A.*1; bias=1; prompt=One?; read=sparse" and WITH_ADAPTER not in answers
+    assert (answers[WITHOUT], answers[IN_PROMPT]) == ("prompt=One?", "prompt=A.\n\nOne?")
+    assert len(chat.turns) == 1, "the same question again replaces its answers"
+    add(chat, "B.", "b")
+    assert panes(chat)[ROUTED].endswith("; blocks=1"), "the most relevant block is summed with the bias"
+    control["Question"].value = "Two?"
+    control["Question"].value = ""
+    control["Reading"].value = "sum"
+    control["Question"].value = "Three?"
+    assert [turn.state.partition("bias 1.00")[2] for turn in chat.turns] == ["; sparse reading", "; sparse reading", ""]
+    assert chat.turns[-1].answers[0] == (WITH_ADAPTER, "inside=A.*1; B.*1; bias=1; prompt=Three?")
+    lines = [line for line in page(chat, "answers").text.split("Question") if "inside:" in line]
+    assert len(lines) == 2, "where the reading changed, the page says so"
+    control["Reading"].value = "sparse"
+    for row in chat.children[1].widgets:
+        controls(row)["Remove"].click()
+    assert chat.turns[-1].state == "inside: nothing" and chat.turns[-1].answers[0][0] == WITH_ADAPTER
+
+
+def test_a_chat_begins_with_the_reading_that_its_model_was_trained_for():
+    class Trained(ToyModel):
+        has_null_block = True
+
+    class SumAlone(ToyModel):
+        has_null_block = True
+
+        def answer(self, question, adapter, system="", blocks=None):
+            return super().answer(question, adapter, system, blocks)
+
+    for kind, read, is_shown in ((ToyModel, "sum", True), (Trained, "sparse", True), (SumAlone, "sum", False)):
+        chat = viewers.chat(kind(), {"a": "A."}, "What?")
+        control = controls(chat)["Reading"]
+        assert (control.value, control.layout.display is None) == (read, is_shown)
+        assert chat.turns[0].answers[0][0] == (SPARSELY if read == "sparse" else WITH_ADAPTER)
+    assert not tiny_models.build_model().has_null_block
+
+
 def test_chat_adds_weighs_and_removes_documents():
     model = ToyModel()
     viewer = viewers.chat(model, {"a": "A."}, "What?")
@@ -523,3 +567,15 @@ def test_conversation_holds_what_the_model_would():
     conversation.remove("b")
     assert conversation.adapter() is None
     assert conversation.answers("Who?")[0][1] == model.answer("Who?", None)
+
+
+def test_conversation_reads_as_the_model_does():
+    model = tiny_models.build_model()
+    conversation = viewers.Conversation(model)
+    conversation.add("Ada lives in Velm. The lake is cold.", "a")
+    conversation.add("The bridge is old.", "b")
+    both = conversation.adapter()
+    assert conversation.answers("Who?")[0] == (WITH_ADAPTER, model.answer("Who?", both))
+    conversation.read = "sparse"
+    assert conversation.answers("Who?")[0] == (SPARSELY, model.answer("Who?", both, read="sparse"))
+    assert model.answer("Who?", both, read="sparse") != model.answer("Who?", both)

@@ -11,7 +11,7 @@ from test_attribution_viewer import shade, shoot
 from test_hostile_texts import CELLS, PAYLOADS, as_seen
 from toy_models import HOSTILE
 
-from d2l_lib.views.conversation import IN_PROMPT, WITH_ADAPTER
+from d2l_lib.views.conversation import IN_PROMPT, SPARSELY, WITH_ADAPTER
 from d2l_lib.views.samples import ALL_KINDS
 
 
@@ -113,6 +113,10 @@ def test_chat_in_a_browser(viewers_page):
     viewers_page.keyboard.press("ArrowLeft")
     expect(adapter_pane).to_contain_text("lamps.*0.95;")
     expect(inside).to_contain_text("adapter strength 0.95")
+    cell.get_by_label("Reading").select_option("sparse reading")
+    expect(latest.locator(f'[data-source="{SPARSELY}"] .d2l-text')).to_contain_text("read=sparse")
+    expect(latest.locator(".d2l-state")).to_contain_text("; sparse reading")
+    cell.get_by_label("Reading").select_option("published sum")
 
     cell.get_by_role("button", name="Remove").nth(1).click()
     expect(inside).to_have_attribute("data-documents", "1")
