@@ -4,7 +4,6 @@ nothing is swallowed, nothing becomes a formula, and no page grows wider than it
 
 import contextlib
 import subprocess
-import sys
 
 import browser
 import pandas as pd
@@ -17,6 +16,7 @@ from toy_models import ToyModel, sample
 
 from d2l_lib import viewers
 from d2l_lib.analysis.report import STATUSES
+from d2l_lib.studies.notebooks import NBCONVERT
 from d2l_lib.views.conversation import render_answers, render_inside
 from d2l_lib.views.page import render_message
 from d2l_lib.views.report import Report
@@ -98,29 +98,37 @@ def cards(text: str, folder) -> dict[str, tuple[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    """Chromium, without a network beyond this machine's files."""
+def tab():
+    """A tab of Chromium, which has no network beyond this machine's files."""
     reason = browser.why_not()
     if reason:
         pytest.skip(reason)
     with browser.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=browser.chromium(), args=["--no-sandbox"])
-        yield started
+        yield started.new_page()
         started.close()
 
 
 @contextlib.contextmanager
-def opened(chromium, path):
+def opened(tab, path):
     """The page of a file; afterwards nothing of it ran, opened a dialog or asked for anything but itself."""
-    page = chromium.new_page(viewport={"width": 1000, "height": 800})
     requests, dialogs = [], []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
-    page.goto(path.as_uri())
-    yield page
-    assert page.evaluate("() => window.owned") is None and dialogs == []
-    assert [url for url in requests if url != path.as_uri() and not url.startswith("data:")] == []
-    page.close()
+    heard = {
+        "request": lambda request: requests.append(request.url),
+        "dialog": lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()),
+    }
+    tab.set_viewport_size({"width": 1000, "height": 800})
+    for event, listener in heard.items():
+        tab.on(event, listener)
+    try:
+        tab.goto(path.as_uri())
+        yield tab
+        assert tab.evaluate("() => window.owned") is None and dialogs == []
+        assert path.as_uri() in requests
+        assert [url for url in requests if url != path.as_uri() and not url.startswith("data:")] == []
+    finally:
+        for event, listener in heard.items():
+            tab.remove_listener(event, listener)
 
 
 def is_as_wide_as_its_window(page) -> bool:
@@ -129,6 +137,11 @@ def is_as_wide_as_its_window(page) -> bool:
         if page.evaluate("() => document.documentElement.scrollWidth > innerWidth"):
             return False
     return True
+
+
+def number_of(page, selector: str) -> int:
+    """How many elements of the page a CSS selector finds."""
+    return page.evaluate("selector => document.querySelectorAll(selector).length", selector)
 
 
 TEXT_WITHOUT_STYLE = """card => {
@@ -156,42 +169,51 @@ READS_FROM_LEFT_TO_RIGHT = """root => [...root.querySelectorAll('bdi')].every(na
 })"""
 
 
+# one call for all cards of a page
+EVERY_CARD = f"""() => Object.fromEntries([...document.querySelectorAll('section')].map(card => [card.id, [
+    ({TEXT_WITHOUT_STYLE})(card), ({IS_FORMULA_FREE})(card), ({READS_FROM_LEFT_TO_RIGHT})(card),
+    card.getBoundingClientRect().height,
+]]))"""
+TEXT_OF = "selector => document.querySelector(selector).textContent"
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize(("name", "text"), EVERY, ids=PAYLOADS)
-def test_a_page_with_everything_that_shows_a_text(chromium, tmp_path, name, text):
+def test_a_page_with_everything_that_shows_a_text(tab, tmp_path, name, text):
     shown = cards(text, tmp_path / "shards")
-    body = "".join(f'<section id="{what.replace(" ", "-")}">{html}</section>' for what, (html, _) in shown.items())
+    body = "".join(f'<section id="{what}">{html}</section>' for what, (html, _) in shown.items())
     path = tmp_path / "cards.html"
     path.write_text(f'<!doctype html><html><head><meta charset="utf-8"></head><body>{body}</body></html>', "utf-8")
-    with opened(chromium, path) as page:
-        assert page.locator("img, script, iframe, svg, a, meta[http-equiv]").count() == 0
+    with opened(tab, path) as page:
+        assert number_of(page, "img, script, iframe, svg, a, meta[http-equiv]") == 0
+        seen = page.evaluate(EVERY_CARD)
+        assert list(seen) == list(shown)
         for what, (_, times) in shown.items():
-            card = page.locator(f"#{what.replace(' ', '-')}")
-            held = card.evaluate(TEXT_WITHOUT_STYLE)
+            held, formula, is_in_order, height = seen[what]
             assert held.count(as_seen(text)) >= times, (what, held[:500])
-            assert card.evaluate(IS_FORMULA_FREE) == "", what
-            assert card.evaluate(READS_FROM_LEFT_TO_RIGHT), what
-            assert card.bounding_box()["height"] > 10, what
+            assert formula == "", what
+            assert is_in_order, what
+            assert height > 10, what
         assert is_as_wide_as_its_window(page)
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("name", "text"), EVERY, ids=PAYLOADS)
-def test_saved_pages(chromium, tmp_path, name, text):
+def test_saved_pages(tab, tmp_path, name, text):
     title = title_of(text)
     made = report_of(text, title).save_html(tmp_path / "report.html")
-    with opened(chromium, made) as page:
-        assert page.locator("img").count() == 1 and page.locator("script, iframe, svg, a").count() == 0
-        assert page.locator("body").evaluate("body => body.textContent").count(as_seen(text)) >= 8
+    with opened(tab, made) as page:
+        assert number_of(page, "img") == 1 and number_of(page, "script, iframe, svg, a") == 0
+        assert page.evaluate(TEXT_OF, "body").count(as_seen(text)) >= 8
         assert is_as_wide_as_its_window(page)
     model, adapter = TracedModel(), toy_adapter(text, title, ())
     saved = viewers.save_html(
         tmp_path / "trace.html", model, adapter, {title: text}, text, text, attribute=toy_attribute
     )
-    with opened(chromium, saved) as page:
-        assert page.locator("img, script, iframe, svg, a").count() == 0
-        assert page.locator("main").evaluate("main => main.textContent").count(as_seen(text)) >= 3
-        assert page.locator("main").evaluate(IS_FORMULA_FREE) == ""
+    with opened(tab, saved) as page:
+        assert number_of(page, "img, script, iframe, svg, a") == 0
+        assert page.evaluate(TEXT_OF, "main").count(as_seen(text)) >= 3
+        assert page.evaluate(f"() => ({IS_FORMULA_FREE})(document.querySelector('main'))") == ""
         assert is_as_wide_as_its_window(page)
 
 
@@ -218,16 +240,16 @@ def hostile_samples() -> list[dict]:
 
 
 @pytest.mark.browser
-def test_a_notebook_as_a_page(chromium, tmp_path, monkeypatch):
+def test_a_notebook_as_a_page(tab, tmp_path, monkeypatch):
     paths = ":".join(map(str, [browser.ROOT, browser.ROOT / "tests", browser.ROOT / "tests" / "views"]))
     monkeypatch.setenv("PYTHONPATH", paths)
     notebook = browser.write_notebook(tmp_path / "hostile.ipynb", CELLS)
-    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--execute", str(notebook)]
+    command = [*NBCONVERT, "--to", "html", "--execute", str(notebook)]
     result = subprocess.run(
         [*command, "--ExecutePreprocessor.store_widget_state=False"], capture_output=True, text=True, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
-    page = chromium.new_page(viewport={"width": 1000, "height": 800})
+    page = tab.context.browser.new_page(viewport={"width": 1000, "height": 800})
     requests = []
     page.on("request", lambda request: requests.append(request.url))
     page.route("http*://**", lambda route: route.abort())
