@@ -1,49 +1,66 @@
 """The viewers in JupyterLab, under clicks and keys, at a person's pace and with hostile texts.
 
-One server and one Chromium for all of them; each notebook has a kernel of its own. Static pages have files of their
-own, as a process drives one Chromium at a time.
+One server, one Chromium and one notebook for all of them: a page takes seven seconds of a core, its kernel ten. Static
+pages have files of their own, as a process drives one Chromium at a time.
 """
 
 import browser
 import pytest
+import test_hostile_texts
 import test_shard_viewer
 from test_attribution_viewer import shade, shoot
-from test_hostile_texts import CELLS, PAYLOADS, as_seen
+from test_hostile_texts import PAYLOADS, as_seen
 from toy_models import HOSTILE
 
 from d2l_lib.views.conversation import IN_PROMPT, SPARSELY, WITH_ADAPTER
 from d2l_lib.views.samples import ALL_KINDS
 
+# The notebook: {name of a cell: its source}.
+CELLS = {
+    "imports": "import ipywidgets as W\nfrom test_attribution_viewer import HOSTILE, LAMPS, bundled, toy_view\n"
+    "from test_shard_viewer import TOKENIZER\nfrom toy_models import SAMPLES, SlowModel, ToyModel\n"
+    "from d2l_lib import viewers",
+    "samples": "viewers.view_samples(SAMPLES)",
+    "chat": "viewers.chat(ToyModel(), {'lamps': 'Ada paints lamps.'}, 'What?')",
+    # a chat whose model waits until it may go on
+    "slow model": "model = SlowModel(runs=True)\nmodel.go.set()\ngo = W.ToggleButton(description='Go on')\n"
+    "go.observe(lambda change: model.go.set() if change['new'] else model.go.clear(), 'value')\ngo",
+    "slow chat": "viewers.chat(model, {'lamps': 'Ada paints lamps.'}, 'What?')",
+    "wait": "model.go.clear()",
+    "shards": "viewers.view_shards('shards', TOKENIZER)",
+    "bundled trace": "viewers.view_attribution(*bundled())",
+    "toy trace": "toy_view(LAMPS + HOSTILE, HOSTILE, HOSTILE)",
+}
+_HOSTILE = {f"hostile {number}": source for number, source in enumerate(test_hostile_texts.CELLS)}
+CELLS |= _HOSTILE
+
+
+def place(name: str) -> str:
+    """The CSS selector of a cell of the notebook."""
+    return f'.jp-CodeCell[data-windowed-list-index="{list(CELLS).index(name)}"]'
+
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def page(tmp_path_factory):
+    """The page of the notebook, all of whose cells have been run."""
     reason = browser.why_not()
     if reason:
         pytest.skip(reason)
-    with browser.open_lab(tmp_path_factory.mktemp("lab")) as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def viewers_page(lab):
-    """A page on which the sample viewer and the chat have been run."""
-    cells = [
-        "from toy_models import SAMPLES, ToyModel\nfrom d2l_lib import viewers",
-        "viewers.view_samples(SAMPLES)",
-        "viewers.chat(ToyModel(), {'lamps': 'Ada paints lamps.'}, 'What?')",
-    ]
-    with lab.opened("viewers", cells) as page:
+    folder = tmp_path_factory.mktemp("lab")
+    hostile = test_shard_viewer.row(HOSTILE, (HOSTILE, HOSTILE, HOSTILE, HOSTILE, 0.4))
+    test_shard_viewer.write(folder / "shards" / "a.parquet", [*test_shard_viewer.ROWS, hostile])
+    with browser.open_lab(folder) as lab, lab.opened("viewers", list(CELLS.values())) as page:
         yield page
 
 
 @pytest.mark.browser
-def test_sample_viewer_in_a_browser(viewers_page, tmp_path):
-    view = viewers_page.locator(".d2l-sample")
+def test_sample_viewer_in_a_browser(page):
+    cell = page.locator(place("samples"))
+    view = cell.locator(".d2l-sample")
     view.wait_for()
     expect = browser.expect
     expect(view).to_have_attribute("data-position", "0")
     expect(view.locator("mark")).to_have_text("She paints lamps.")
-    cell = viewers_page.locator(".jp-CodeCell", has=view)
 
     cell.get_by_role("button", name="Next").click()
     expect(view).to_have_attribute("data-position", "1")
@@ -51,17 +68,17 @@ def test_sample_viewer_in_a_browser(viewers_page, tmp_path):
     expect(view.locator("mark")).to_have_text("Ada lives in Velm.")
     # by keyboard alone: the button, then the slider
     cell.get_by_role("button", name="Previous").focus()
-    viewers_page.keyboard.press("Space")
+    page.keyboard.press("Space")
     expect(view).to_have_attribute("data-position", "0")
     cell.locator(".widget-slider .noUi-handle").focus()
     for _ in range(3):
-        viewers_page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
     expect(view).to_have_attribute("data-position", "3")
 
     expect(view.locator(".d2l-question")).to_have_text(HOSTILE)
     expect(view.locator(".d2l-answer")).to_have_text(HOSTILE)
     assert view.locator("img, script").count() == 0
-    assert viewers_page.evaluate("() => window.owned") is None
+    assert page.evaluate("() => window.owned") is None
 
     cell.locator(".widget-dropdown select").select_option("unanswerable")
     expect(view).to_have_attribute("data-matches", "1")
@@ -80,15 +97,15 @@ def test_sample_viewer_in_a_browser(viewers_page, tmp_path):
     search.fill("")
     search.press("Enter")
     expect(view).to_have_attribute("data-matches", "4")
-    assert browser.errors_shown(viewers_page) == []
+    assert browser.errors_shown(page) == []
 
 
 @pytest.mark.browser
-def test_chat_in_a_browser(viewers_page):
+def test_chat_in_a_browser(page):
     expect = browser.expect
-    answers, inside = viewers_page.locator(".d2l-answers"), viewers_page.locator(".d2l-inside")
+    cell = page.locator(place("chat"))
+    answers, inside = cell.locator(".d2l-answers"), cell.locator(".d2l-inside")
     answers.wait_for()
-    cell = viewers_page.locator(".jp-CodeCell", has=answers)
     latest = answers.locator(".d2l-turn").first
     adapter_pane = latest.locator(f'[data-source="{WITH_ADAPTER}"] .d2l-text')
     prompt_pane = latest.locator(f'[data-source="{IN_PROMPT}"] .d2l-text')
@@ -100,7 +117,7 @@ def test_chat_in_a_browser(viewers_page):
     expect(inside).to_have_attribute("data-documents", "2")
     expect(inside).to_contain_text(HOSTILE)
     expect(adapter_pane).to_contain_text(HOSTILE + "*1")
-    assert viewers_page.evaluate("() => window.owned") is None
+    assert page.evaluate("() => window.owned") is None
 
     question = cell.get_by_label("Question")
     question.fill("Who <b>paints</b>?")
@@ -110,7 +127,7 @@ def test_chat_in_a_browser(viewers_page):
     expect(prompt_pane).to_contain_text("Ada paints lamps.")
     strength = cell.locator(".widget-slider", has_text="Adapter strength").locator(".noUi-handle")
     strength.focus()
-    viewers_page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
     expect(adapter_pane).to_contain_text("lamps.*0.95;")
     expect(inside).to_contain_text("adapter strength 0.95")
     cell.get_by_label("Reading").select_option("sparse reading")
@@ -135,29 +152,15 @@ def test_chat_in_a_browser(viewers_page):
     cell.locator("textarea").fill("   ")
     cell.get_by_role("button", name="Add document").click()
     expect(cell.locator(".d2l-message")).to_contain_text("ValueError: document is empty")
-    assert browser.errors_shown(viewers_page) == []
-
-
-@pytest.fixture
-def slow_page(lab):
-    """A page with a chat whose model waits until it may go on."""
-    cells = [
-        "import ipywidgets as W\nfrom toy_models import SlowModel\nfrom d2l_lib import viewers",
-        "model = SlowModel(runs=True)\nmodel.go.set()\ngo = W.ToggleButton(description='Go on')\n"
-        "go.observe(lambda change: model.go.set() if change['new'] else model.go.clear(), 'value')\ngo",
-        "viewers.chat(model, {'lamps': 'Ada paints lamps.'}, 'What?')",
-        "model.go.clear()",
-    ]
-    with lab.opened("slow", cells) as page:
-        yield page
+    assert browser.errors_shown(page) == []
 
 
 @pytest.mark.browser
-def test_chat_at_a_persons_pace_in_a_browser(slow_page):
+def test_chat_at_a_persons_pace_in_a_browser(page):
     """Texts, clicks and sliders while it works; Stop, the kernel's interrupt; a narrow page; the dark theme."""
-    expect, page = browser.expect, slow_page
-    answers, inside = page.locator(".d2l-answers"), page.locator(".d2l-inside")
-    cell = page.locator(".jp-CodeCell", has=answers)
+    expect = browser.expect
+    cell = page.locator(place("slow chat"))
+    answers, inside = cell.locator(".d2l-answers"), cell.locator(".d2l-inside")
     text, status = cell.locator("textarea"), cell.locator(".d2l-message")
     add, stop = (cell.get_by_role("button", name=name) for name in ("Add document", "Stop"))
     go = page.get_by_role("button", name="Go on")
@@ -206,7 +209,7 @@ def test_chat_at_a_persons_pace_in_a_browser(slow_page):
     add.click()
     expect(stop).to_be_visible()
     page.set_viewport_size({"width": 760, "height": 1000})
-    assert browser.sticking_out(page, ".jp-OutputArea-output") == []
+    assert browser.sticking_out(page, f"{place('slow chat')} .jp-OutputArea-output") == []
     stop.click()
     expect(text).to_have_value(long)
     page.set_viewport_size({"width": 1300, "height": 1000})
@@ -220,139 +223,124 @@ def test_chat_at_a_persons_pace_in_a_browser(slow_page):
         page.evaluate(command)
         page.wait_for_function(f"() => document.body.dataset.jpThemeName === '{theme}'")
         for shown in (".d2l-inside", ".d2l-state", ".d2l-error", ".d2l-pane .d2l-text"):
-            themes[theme].append(round(browser.contrast(page, shown), 1))
+            themes[theme].append(round(browser.contrast(page, f"{place('slow chat')} {shown}"), 1))
     assert min(map(min, themes.values())) >= 4, themes
     assert browser.errors_shown(page) == []
 
 
 @pytest.mark.browser
-def test_shard_viewer_in_a_browser(lab, tmp_path):
-    row, count = test_shard_viewer.row, test_shard_viewer.N
-    hostile = row(HOSTILE, (HOSTILE, HOSTILE, HOSTILE, HOSTILE, 0.4))
-    test_shard_viewer.write(tmp_path / "shards" / "a.parquet", [*test_shard_viewer.ROWS, hostile])
-    cells = [
-        "from test_shard_viewer import TOKENIZER\nfrom d2l_lib.views.shards import view_shards",
-        f"view_shards({str(tmp_path / 'shards')!r}, TOKENIZER)",
-    ]
-    with lab.opened("shards", cells) as page:
-        expect, view = browser.expect, page.locator(".d2l-shard")
-        view.wait_for()
-        cell = page.locator(".jp-CodeCell", has=view)
-        expect(view.locator("mark")).to_have_text("She paints lamps.")
-        cell.get_by_role("button", name="Next").click()
-        expect(view).to_have_attribute("data-position", "1")
+def test_shard_viewer_in_a_browser(page):
+    expect, count = browser.expect, test_shard_viewer.N
+    cell = page.locator(place("shards"))
+    view = cell.locator(".d2l-shard")
+    view.wait_for()
+    expect(view.locator("mark")).to_have_text("She paints lamps.")
+    cell.get_by_role("button", name="Next").click()
+    expect(view).to_have_attribute("data-position", "1")
 
-        tokens, open_panel = view.locator(".d2l-token"), view.locator(".d2l-alternatives:visible")
-        expect(open_panel).to_have_count(0)
-        tokens.nth(2).hover()
-        expect(open_panel).to_contain_text("token 3: 30.0 %, rank 2 of 16")
-        page.mouse.move(0, 0)
-        expect(open_panel).to_have_count(0)
-        tokens.nth(0).click()
-        page.mouse.move(0, 0)
-        expect(open_panel).to_contain_text("token 1: 97.0 %")
-        page.keyboard.press("Tab")
-        expect(open_panel).to_contain_text("token 2: 97.0 %")
+    tokens, open_panel = view.locator(".d2l-token"), view.locator(".d2l-alternatives:visible")
+    expect(open_panel).to_have_count(0)
+    tokens.nth(2).hover()
+    expect(open_panel).to_contain_text("token 3: 30.0 %, rank 2 of 16")
+    page.mouse.move(0, 0)
+    expect(open_panel).to_have_count(0)
+    tokens.nth(0).click()
+    page.mouse.move(0, 0)
+    expect(open_panel).to_contain_text("token 1: 97.0 %")
+    page.keyboard.press("Tab")
+    expect(open_panel).to_contain_text("token 2: 97.0 %")
 
-        cell.locator(".noUi-handle").nth(0).focus()
-        for _ in range(4):
-            page.keyboard.press("PageUp")
-        expect(view).not_to_have_attribute("data-matches", str(count + 1))
-        cell.get_by_role("button", name="Clear filters").click()
-        expect(view).to_have_attribute("data-matches", str(count + 1))
-        cell.locator(".widget-dropdown select").nth(1).select_option(HOSTILE)
-        expect(view).to_have_attribute("data-matches", "1")
-        expect(view.locator(".d2l-question")).to_have_text(HOSTILE)
-        expect(view.locator(".d2l-document")).to_have_text(HOSTILE)
-        assert view.locator("img, script").count() == 0
-        assert page.evaluate("() => window.owned") is None
-        assert browser.errors_shown(page) == []
+    cell.locator(".noUi-handle").nth(0).focus()
+    for _ in range(4):
+        page.keyboard.press("PageUp")
+    expect(view).not_to_have_attribute("data-matches", str(count + 1))
+    cell.get_by_role("button", name="Clear filters").click()
+    expect(view).to_have_attribute("data-matches", str(count + 1))
+    cell.locator(".widget-dropdown select").nth(1).select_option(HOSTILE)
+    expect(view).to_have_attribute("data-matches", "1")
+    expect(view.locator(".d2l-question")).to_have_text(HOSTILE)
+    expect(view.locator(".d2l-document")).to_have_text(HOSTILE)
+    assert view.locator("img, script").count() == 0
+    assert page.evaluate("() => window.owned") is None
+    assert browser.errors_shown(page) == []
 
 
 @pytest.mark.browser
-def test_attribution_viewer_in_a_browser(lab):
-    cells = [
-        "from test_attribution_viewer import HOSTILE, LAMPS, bundled, toy_view\n"
-        "from d2l_lib.views.trace import view_attribution",
-        "view_attribution(*bundled())",
-        "toy_view(LAMPS + HOSTILE, HOSTILE, HOSTILE)",
-    ]
-    with lab.opened("trace", cells) as page:
-        expect = browser.expect
-        answers = page.locator(".d2l-trace-answer")
-        expect(answers).to_have_count(2)
-        answer = answers.first
-        cell = page.locator(".jp-CodeCell", has=answer).first
-        expect(answer).to_have_attribute("data-removed", "0")
-        said = answer.get_attribute("data-now")
-        color = "element => getComputedStyle(element).backgroundColor"
+def test_attribution_viewer_in_a_browser(page):
+    expect = browser.expect
+    cell, toy = page.locator(place("bundled trace")), page.locator(place("toy trace"))
+    answer = cell.locator(".d2l-trace-answer")
+    for one in (answer, toy.locator(".d2l-trace-answer")):
+        expect(one).to_have_count(1)
+    expect(answer).to_have_attribute("data-removed", "0")
+    said = answer.get_attribute("data-now")
+    color = "element => getComputedStyle(element).backgroundColor"
 
-        # another method, another token
-        cell.locator(".widget-dropdown select").nth(1).select_option("gradient")
-        expect(cell.locator(".d2l-trace")).to_have_attribute("data-method", "gradient")
-        true = cell.locator(".d2l-true span").first
-        by_gradient = true.evaluate(color)
-        cell.locator(".widget-dropdown select").nth(1).select_option("leave one out")
-        expect(cell.locator(".d2l-trace")).to_have_attribute("data-method", "leave_one_out")
-        assert true.evaluate(color) == shade(1.0, 1.0), "the true evidence contributes most"
-        assert by_gradient.startswith("rgb(")
-        assert "dashed" in true.evaluate("element => getComputedStyle(element).outline")
-        cell.locator(".widget-toggle-buttons button").nth(1).click()
-        expect(cell.locator(".d2l-trace")).to_have_attribute("data-token", "0")
+    # another method, another token
+    cell.locator(".widget-dropdown select").nth(1).select_option("gradient")
+    expect(cell.locator(".d2l-trace")).to_have_attribute("data-method", "gradient")
+    true = cell.locator(".d2l-true span").first
+    by_gradient = true.evaluate(color)
+    cell.locator(".widget-dropdown select").nth(1).select_option("leave one out")
+    expect(cell.locator(".d2l-trace")).to_have_attribute("data-method", "leave_one_out")
+    assert true.evaluate(color) == shade(1.0, 1.0), "the true evidence contributes most"
+    assert by_gradient.startswith("rgb(")
+    assert "dashed" in true.evaluate("element => getComputedStyle(element).outline")
+    cell.locator(".widget-toggle-buttons button").nth(1).click()
+    expect(cell.locator(".d2l-trace")).to_have_attribute("data-token", "0")
 
-        # taken out by a click, put back by keyboard alone
-        true.click()
-        expect(answer).to_have_attribute("data-changed", "true")
-        expect(answer.locator(".d2l-now")).not_to_have_text(said)
-        assert "line-through" in true.evaluate("element => getComputedStyle(element).textDecoration")
-        shoot(cell, "attribution_viewer_removed.png")
-        page.keyboard.press("Space")
-        expect(answer.locator(".d2l-now")).to_have_text(said)
-        true.click()
-        expect(answer).to_have_attribute("data-removed", "1")
-        cell.get_by_role("button", name="Restore all").click()
-        expect(answer.locator(".d2l-now")).to_have_text(said)
+    # taken out by a click, put back by keyboard alone
+    true.click()
+    expect(answer).to_have_attribute("data-changed", "true")
+    expect(answer.locator(".d2l-now")).not_to_have_text(said)
+    assert "line-through" in true.evaluate("element => getComputedStyle(element).textDecoration")
+    shoot(cell, "attribution_viewer_removed.png")
+    page.keyboard.press("Space")
+    expect(answer.locator(".d2l-now")).to_have_text(said)
+    true.click()
+    expect(answer).to_have_attribute("data-removed", "1")
+    cell.get_by_role("button", name="Restore all").click()
+    expect(answer.locator(".d2l-now")).to_have_text(said)
 
-        cell.locator(".widget-dropdown select").first.select_option("rank")
-        expect(cell.locator(".d2l-heat")).to_have_count(1)
-        shoot(cell, "attribution_viewer_rank.png")
+    cell.locator(".widget-dropdown select").first.select_option("rank")
+    expect(cell.locator(".d2l-heat")).to_have_count(1)
+    shoot(cell, "attribution_viewer_rank.png")
 
-        toy = page.locator(".jp-CodeCell", has=page.locator(".d2l-trace-answer")).last
-        expect(toy.locator(".d2l-sentences")).to_contain_text(HOSTILE)
-        expect(toy.locator(".d2l-sentences")).to_contain_text("costs $5 and $6.")
-        expect(toy.locator(".d2l-question")).to_have_text(HOSTILE)
-        assert toy.locator(".jp-OutputArea img, .jp-OutputArea script, mjx-container").count() == 0
-        assert page.evaluate("() => window.owned") is None
-        shoot(toy, "attribution_viewer_hostile.png")
-        assert browser.errors_shown(page) == []
+    expect(toy.locator(".d2l-sentences")).to_contain_text(HOSTILE)
+    expect(toy.locator(".d2l-sentences")).to_contain_text("costs $5 and $6.")
+    expect(toy.locator(".d2l-question")).to_have_text(HOSTILE)
+    assert toy.locator(".jp-OutputArea img, .jp-OutputArea script, mjx-container").count() == 0
+    assert page.evaluate("() => window.owned") is None
+    shoot(toy, "attribution_viewer_hostile.png")
+    assert browser.errors_shown(page) == []
 
 
 @pytest.mark.browser
-def test_hostile_texts_in_a_browser(lab):
-    with lab.opened("hostile", CELLS) as page:
-        expect = browser.expect
-        view, inside = page.locator(".d2l-sample"), page.locator(".d2l-inside")
-        cell = page.locator(".jp-CodeCell", has=view)
-        for place, text in enumerate(PAYLOADS.values()):
-            expect(view).to_have_attribute("data-position", str(place))
-            for part in (".d2l-question", ".d2l-answer", ".d2l-document"):
-                assert view.locator(part).evaluate("part => part.textContent") == as_seen(text)
-            assert view.evaluate("view => view.scrollWidth <= view.clientWidth + 1")
-            if place + 1 < len(PAYLOADS):
-                cell.get_by_role("button", name="Next").click()
-        held = inside.evaluate("inside => inside.textContent")
-        assert all(text[:200] in held for text in PAYLOADS.values() if text.isprintable())
-        chat = page.locator(".jp-CodeCell", has=inside)
-        question = chat.get_by_label("Question")
-        for text in (PAYLOADS["dollars"], PAYLOADS["closing"]):
-            question.fill(text)
-            question.press("Enter")
-            latest = chat.locator(".d2l-turn").first
-            expect(latest.locator(".d2l-question")).to_have_text(text)
-        page.wait_for_timeout(1000)  # of typesetting, if there is anything to set
-        assert browser.sticking_out(page, ".jp-OutputArea-output:has(.d2l-answers)") == []
-        outputs = page.locator(".jp-OutputArea-output")
+def test_hostile_texts_in_a_browser(page):
+    expect = browser.expect
+    cell, chat = page.locator(place("hostile 1")), page.locator(place("hostile 2"))
+    view, inside = cell.locator(".d2l-sample"), chat.locator(".d2l-inside")
+    for position, text in enumerate(PAYLOADS.values()):
+        expect(view).to_have_attribute("data-position", str(position))
+        for part in (".d2l-question", ".d2l-answer", ".d2l-document"):
+            assert view.locator(part).evaluate("part => part.textContent") == as_seen(text)
+        assert view.evaluate("view => view.scrollWidth <= view.clientWidth + 1")
+        if position + 1 < len(PAYLOADS):
+            cell.get_by_role("button", name="Next").click()
+    held = inside.evaluate("inside => inside.textContent")
+    assert all(text[:200] in held for text in PAYLOADS.values() if text.isprintable())
+    question = chat.get_by_label("Question")
+    for text in (PAYLOADS["dollars"], PAYLOADS["closing"]):
+        question.fill(text)
+        question.press("Enter")
+        latest = chat.locator(".d2l-turn").first
+        expect(latest.locator(".d2l-question")).to_have_text(text)
+    page.wait_for_timeout(1000)  # of typesetting, if there is anything to set
+    assert browser.sticking_out(page, f"{place('hostile 2')} .jp-OutputArea-output") == []
+    for name in _HOSTILE:
+        outputs = page.locator(f"{place(name)} .jp-OutputArea-output")
+        assert outputs.count() == (name != "hostile 0")
         assert outputs.locator("mjx-container, .MathJax, img, script, iframe, a").count() == 0
-        loaded = page.evaluate("() => performance.getEntriesByType('resource').map(entry => entry.name)")
-        assert [url for url in loaded if "owned" in url] == [] and page.evaluate("() => window.owned") is None
-        assert browser.errors_shown(page) == []
+    loaded = page.evaluate("() => performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [url for url in loaded if "owned" in url] == [] and page.evaluate("() => window.owned") is None
+    assert browser.errors_shown(page) == []
