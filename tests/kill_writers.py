@@ -5,7 +5,7 @@
 
 After every kill the output is a complete old or a complete new version, and the files of others beside it and the
 user's own hidden files are untouched. Concurrent writers end without an error, and a reader never sees a mixture. The
-suite runs it small (see test_kill_writers).
+suite runs it small (see test_writing).
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """Nothing that is written destroys or half-writes anything: folders and files of others, links, inputs, full disks."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -8,9 +9,11 @@ import stat
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+import kill_writers
+import processes
 import pytest
 import torch
 from tiny_models import build_base_model, build_model, build_tokenizer, random_hypernetwork
@@ -408,24 +411,25 @@ def test_threads_that_write_and_read_one_folder(system, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def die_between_the_two_steps(path: Path) -> None:
+    writing._exchange = lambda one, other: False
+    rename, calls = os.rename, []
+
+    def killed(*names):
+        calls.append(names)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*names)
+
+    writing.os.rename = killed
+    write_sample(path, "new")
+
+
 def test_a_kill_between_the_two_steps_of_the_fallback_loses_nothing(tmp_path):
-    code = f"""
-import os, sys
-sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
-from test_writing import *
-write_sample(Path({str(tmp_path / "out")!r}), "old")
-writing._exchange = lambda one, other: False
-rename, calls = os.rename, []
-def killed(*names):
-    calls.append(names)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*names)
-writing.os.rename = killed
-write_sample(Path({str(tmp_path / "out")!r}), "new")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    write_sample(tmp_path / "out", "old")
+    writer = processes.start(die_between_the_two_steps, tmp_path / "out")
+    writer.join(300)
+    assert writer.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert read_whole(tmp_path / "out", read_sample) == ("old", "old")
     write_sample(tmp_path / "out", "newer")
@@ -695,16 +699,14 @@ def test_a_command_on_a_full_disk_ends_in_one_line(name, inputs, published, tmp_
 # --- real kills -------------------------------------------------------------------------------------------------------
 
 
+def what_is_printed_by(function, *arguments) -> str:
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        function(*arguments)
+    return printed.getvalue()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_killed_and_concurrent_writers(project_folder):
-    environment = os.environ | {"PYTHONPATH": f"{project_folder}{os.pathsep}{project_folder / 'tests'}"}
-    command = [
-        sys.executable,
-        str(project_folder / "tests" / "kill_writers.py"),
-        "3",
-        "16",
-        "save,export,convert,shards",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("3 kills") == 6 and done.stdout.count("no mixture") == 5
+def test_killed_and_concurrent_writers():
+    printed = processes.run(what_is_printed_by, kill_writers.main, 3, 16, "save,export,convert,shards", timeout=600)
+    assert printed.count("3 kills") == 6 and printed.count("no mixture") == 5
