@@ -277,13 +277,16 @@ def key_whitening(
 
 def _second_moment(base_model, module: str, batches: Dataset, n_batches: int) -> Tensor:
     """S [L, d_in, d_in], float64."""
-    total, count = 0.0, 0
+    total = product = None  # in place: a sum in new memory takes twice as long
+    count = 0
     for i in range(n_batches):
         batch = batches[i]
         x = linear_inputs(base_model, module, batch.input_ids.to(base_model.device))
         for row, (start, answer) in enumerate(zip(batch.starts, batch.answer_ids, strict=True)):
             here = x[:, row, start - 1 : start - 1 + int((answer != IGNORED).sum())].double().cpu()
-            total, count = total + here.transpose(1, 2) @ here, count + here.shape[1]
+            product = torch.matmul(here.transpose(1, 2), here, out=product)
+            total = product.clone() if total is None else total.add_(product)
+            count += here.shape[1]
     return total / count
 
 
@@ -309,21 +312,23 @@ def key_limits(base_model, tokenizer, sizes: Sequence[int], seed: int, n_documen
     (module,) = default_modules(base_model)
     p = WarmUpPreset(steps=1, sentences=32, learning_rate=0.0, warmup_steps=0)
     moment = _second_moment(base_model, module, ReadoutBatches(tokenizer, p, seed), 40)
-    tables = []
-    for whiten in (False, True):
-        whitening = _whitening(moment, 1e-2, whiten)
-        for n_facts in sizes:
-            rng = random.Random(f"key limits/{seed}")
-            documents = [world.draw_document(rng, "test", n_facts, distractors=0.0) for _ in range(n_documents)]
-            each = [_facts_told_apart(base_model, tokenizer, document.facts, whitening) for document in documents]
-            right, n = pd.DataFrame(each).sum(), n_documents * n_facts
-            rows = [{"layers": name, "facts": n_facts, "n": n, "exact_match": right[name] / n} for name in right.index]
-            tables.append(pd.DataFrame(rows).assign(whitened=whiten))
-    return pd.concat(tables, ignore_index=True)
+    whitenings = [_whitening(moment, 1e-2, whiten) for whiten in (False, True)]
+    rows = []
+    for n_facts in sizes:
+        rng = random.Random(f"key limits/{seed}")
+        documents = [world.draw_document(rng, "test", n_facts, distractors=0.0) for _ in range(n_documents)]
+        each = [_facts_told_apart(base_model, tokenizer, document.facts, whitenings) for document in documents]
+        for whiten, of_documents in zip((False, True), zip(*each, strict=True), strict=True):
+            n = n_documents * n_facts
+            for name, right in pd.DataFrame(of_documents).sum().items():
+                rows.append({"layers": name, "facts": n_facts, "n": n, "exact_match": right / n, "whitened": whiten})
+    return pd.DataFrame(rows).sort_values("whitened", kind="stable", ignore_index=True)
 
 
-def _facts_told_apart(base_model, tokenizer, facts: Sequence[world.Fact], whitening: Tensor) -> dict[str, int]:
-    """{layers: how many facts are right}; see `key_limits`."""
+def _facts_told_apart(
+    base_model, tokenizer, facts: Sequence[world.Fact], whitenings: Sequence[Tensor]
+) -> list[dict[str, int]]:
+    """For each whitening {layers: how many facts are right}; see `key_limits`."""
     (module,) = default_modules(base_model)
     answers = tokenizer([fact.value for fact in facts], add_special_tokens=False)["input_ids"]
     answers = [ids + [tokenizer.eos_token_id] for ids in answers]
@@ -335,13 +340,18 @@ def _facts_told_apart(base_model, tokenizer, facts: Sequence[world.Fact], whiten
         ids = pad_rows([q + a for q, a in zip(prompts, answers, strict=True)], tokenizer.pad_token_id)[0]
         places = [len(q) - 1 + j for q, a in zip(prompts, answers, strict=True) for j in range(len(a))]
         x = linear_inputs(base_model, module, ids.to(base_model.device)).cpu()
-        worded.append(x[:, of_fact, torch.tensor(places)] @ whitening)
+        worded.append(x[:, of_fact, torch.tensor(places)])
+    return [_right_facts([x @ whitening for x in worded], of_fact, tokens, len(tokenizer)) for whitening in whitenings]
+
+
+def _right_facts(worded: Sequence[Tensor], of_fact: Tensor, tokens: Tensor, vocabulary: int) -> dict[str, int]:
+    """{layers: how many facts are right} of the x [L, tokens, d_in] of every wording."""
     *known, last = worded
     matches = F.normalize(torch.stack(known).mean(0), dim=-1) @ last.transpose(1, 2)  # [L, keys, queries]
     right = {}
     for name, of_layer in [(str(layer), one) for layer, one in enumerate(matches)] + [("all", matches.sum(0))]:
-        votes = torch.zeros(len(tokens), len(tokenizer)).index_add(1, tokens, of_layer.T)
-        wrong = torch.bincount(of_fact, weights=(votes.argmax(1) != tokens).float(), minlength=len(facts))
+        votes = torch.zeros(len(tokens), vocabulary).index_add(1, tokens, of_layer.T)
+        wrong = torch.bincount(of_fact, weights=(votes.argmax(1) != tokens).float())
         right[name] = int((wrong == 0).sum())
     return right
 
