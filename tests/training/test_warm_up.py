@@ -97,12 +97,12 @@ def test_the_step_scores_token_j_from_row_j_and_moves_nothing_of_the_base_model(
 @pytest.mark.parametrize("kind, muon_rate", [(Readout, None), (KeysAndValues, None), (KeysAndValues, 2e-3)])
 def test_the_warm_up_learns_to_read_and_goes_on_where_it_was(base, tmp_path, kind, muon_rate):
     base_model, tokenizer = base
-    p = replace(P, steps=60, sentences=24, learning_rate=1e-2, muon_rate=muon_rate)
+    p = replace(P, steps=30, sentences=24, learning_rate=1e-2, muon_rate=muon_rate)
     whole, two = fresh(base_model, rank=4), fresh(base_model, rank=4)
     batches = ReadoutBatches(tokenizer, p, 0, needle_sentences)
-    run = Run(tmp_path, report_steps=15, save_steps=25)
+    run = Run(tmp_path, report_steps=6, save_steps=12)
     train_readout(p, warm_up(base, whole, kind), batches, run.stage("whole"))
-    train_readout(p, warm_up(base, two, kind), batches, run.stage("two", stop_at=25))
+    train_readout(p, warm_up(base, two, kind), batches, run.stage("two", stop_at=12))
     two = fresh(base_model, rank=4)  # a new process would start from nothing too
     train_readout(p, warm_up(base, two, kind), batches, run.stage("two"))
     for (name, a), b in zip(whole.named_parameters(), two.parameters(), strict=True):
