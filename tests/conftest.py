@@ -1,5 +1,6 @@
 """What every test shares: the environment, set before torch is imported, and where the reference values are."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,16 @@ os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
+
+# Until all modules are there, Python seeks no cycles among a million objects that stay; afterwards only in newer ones.
+gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """From here on cycles are collected."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
