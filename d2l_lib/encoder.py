@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
 
@@ -31,6 +32,7 @@ class ContextEncoder:
     - per_layer_activations: hidden states 0 .. L-1 -> [n, L, T, F]; state 0 is the embeddings, the last one has passed
       the final norm, as in the authors' code
     - embed_only: the embeddings -> [n, T, F]
+    - hidden_states: the states after `encoder_layers` base layers each, side by side -> [n, T, states * F]
 
     source: the name or path that the model was loaded by, if any.
 
@@ -44,10 +46,12 @@ class ContextEncoder:
         encoder_type: str = "early_exit",
         encoder_layer: int | None = None,
         source: str | None = None,
+        encoder_layers: Sequence[int] = (),
     ):
         self.model = model
         self.encoder_type = encoder_type
         self.source = source
+        self.encoder_layers = tuple(encoder_layers)
         n_layers = len(decoder_layers(model))
         if encoder_type == "early_exit":
             self.n_layers_run = max(1, n_layers // 4) if encoder_layer is None else encoder_layer
@@ -55,6 +59,8 @@ class ContextEncoder:
             self.n_layers_run = (n_layers if encoder_layer is None else encoder_layer) - 1
         elif encoder_type == "embed_only":
             self.n_layers_run = 0
+        elif encoder_type == "hidden_states" and encoder_layers:
+            self.n_layers_run = max(encoder_layers)
         else:
             raise ValueError(f"unknown encoder_type {encoder_type!r}")
         if not 0 <= self.n_layers_run <= n_layers:
@@ -63,12 +69,12 @@ class ContextEncoder:
     @classmethod
     def from_config(cls, model: nn.Module, config: HypernetworkConfig, source: str | None = None) -> "ContextEncoder":
         """The encoder of a hypernetwork's config, on `model`."""
-        return cls(model, config.encoder_type, config.encoder_layer, source)
+        return cls(model, config.encoder_type, config.encoder_layer, source, config.encoder_layers)
 
     @property
     def feature_size(self) -> int:
         """Length F of one feature vector."""
-        return decoder_body(self.model).config.hidden_size
+        return decoder_body(self.model).config.hidden_size * max(1, len(self.encoder_layers))
 
     @property
     def n_states(self) -> int:
@@ -111,6 +117,9 @@ class ContextEncoder:
                 use_cache=False,
                 **images,
             ).last_hidden_state
+        if self.encoder_type == "hidden_states":
+            states = [*(state.to(last.device) for state in states), last]
+            return torch.cat([states[layer] for layer in self.encoder_layers], dim=-1)
         if self.encoder_type != "per_layer_activations":
             return last
         return torch.stack([*(state.to(last.device) for state in states), last], dim=1)
@@ -118,14 +127,14 @@ class ContextEncoder:
     def _shortened_body(self, states: list[Tensor] | None = None) -> nn.Module:
         """The body with its first layers only; modules and weights are the model's own.
 
-        With "per_layer_activations" a forward pass leaves the input of each layer in `states`.
+        With "per_layer_activations" and "hidden_states" a forward pass leaves the input of each layer in `states`.
         """
         layers = list(decoder_body(self.model).layers)[: self.n_layers_run]
-        if self.encoder_type == "per_layer_activations" and states is not None:
+        if self.encoder_type in ("per_layer_activations", "hidden_states") and states is not None:
             layers = [_watched(layer, states) for layer in layers]
         body = _with_own_parts(decoder_body(self.model))
         body._modules["layers"] = nn.ModuleList(layers)
-        if self.encoder_type == "embed_only":
+        if self.encoder_type in ("embed_only", "hidden_states"):
             body._modules[final_norm_name(self.model)] = nn.Identity()
         return body
 

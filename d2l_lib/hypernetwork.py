@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only")
+_ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only", "hidden_states")
+_WRITERS = ("perceiver", "token_rows")
+# Fields that files of before do not have: written only where they say something.
+_LATER = ("null_rows", "writer", "encoder_layers")
 Loras = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -30,7 +33,10 @@ class HypernetworkConfig:
     encoder_layer: for early_exit, how many base layers are run (None: a quarter of them, at least one); for
         per_layer_activations, how many hidden states are read (None: one per layer).
     encoder_4bit: the context encoder of training was in 4-bit precision.
+    encoder_layers: for hidden_states, after how many base layers each state is taken (0: the embeddings); a feature is
+        these states one after another.
     null_rows: learned keys of "no block" in each layer and module (see `null`); 0: none, as published.
+    writer: "perceiver", as published, or "token_rows" (see `token_rows`; n_layers is 1 then, the base model's last).
     """
 
     n_layers: int
@@ -57,6 +63,8 @@ class HypernetworkConfig:
     encoder_model: str | None = None
     encoder_4bit: bool = False
     null_rows: int = 0
+    writer: str = "perceiver"
+    encoder_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         self._check_numbers()
@@ -66,6 +74,11 @@ class HypernetworkConfig:
             raise ValueError(f"scale is {self.scale!r}; it must be a finite number")
         if self.encoder_type not in _ENCODER_TYPES:
             raise ValueError(f"encoder_type is {self.encoder_type!r}; choose one of {', '.join(_ENCODER_TYPES)}")
+        if self.writer not in _WRITERS:
+            raise ValueError(f"writer is {self.writer!r}; choose one of {', '.join(_WRITERS)}")
+        object.__setattr__(self, "encoder_layers", tuple(self.encoder_layers))
+        if (self.encoder_type == "hidden_states") != bool(self.encoder_layers):
+            raise ValueError('encoder_type "hidden_states" and encoder_layers, the states, go together')
         if not self.d_in or self.d_in.keys() != self.d_out.keys():
             raise ValueError(f"d_in names {sorted(self.d_in)} and d_out {sorted(self.d_out)}: name the same modules")
         if self.n_heads % self.n_kv_heads:
@@ -96,8 +109,10 @@ class HypernetworkConfig:
         return self.encoder_type == "per_layer_activations"
 
     def to_dict(self) -> dict:
-        """The fields as plain values, ready for JSON; `null_rows` only where there are any."""
-        return {name: value for name, value in asdict(self).items() if value or name != "null_rows"}
+        """The fields as plain values, ready for JSON; those that files of before lack only where they differ."""
+        defaults = {field.name: field.default for field in fields(self)}
+        values = asdict(self) | {"encoder_layers": list(self.encoder_layers)}
+        return {n: v for n, v in values.items() if n not in _LATER or v not in (defaults[n], [])}
 
     @classmethod
     def from_dict(cls, values: dict) -> "HypernetworkConfig":

@@ -24,6 +24,7 @@ from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
 from d2l_lib.reading import Reading
 from d2l_lib.routing import Gate
+from d2l_lib.row_reading import RowReading
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,14 @@ def _gate_of(meta: dict) -> Gate | None:
         ) from error
 
 
-def _reading_of(meta: dict) -> Reading | None:
+def _reading_of(meta: dict) -> Reading | RowReading | None:
     """The sparse reading in a checkpoint's meta, if any; ValueError where it is damaged."""
+    named = meta.get("row_reading")
+    try:
+        if named is not None:
+            return RowReading(**named)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"this checkpoint's row_reading is damaged ({named!r}): {error}") from error
     named = meta.get("reading")
     try:
         if named is None:

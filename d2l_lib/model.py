@@ -54,6 +54,8 @@ from d2l_lib.hypernetwork import Hypernetwork, Loras
 from d2l_lib.lora import apply_lora, noted_adapter, without_lora
 from d2l_lib.reading import Reading, read_sparsely
 from d2l_lib.routing import Gate, route
+from d2l_lib.row_reading import RowReading, read_rows
+from d2l_lib.token_rows import TokenRows
 
 # Longest chunk of the published models (needle evaluation, section 2).
 _LONGEST_CHUNK = 1024
@@ -69,7 +71,7 @@ class _Current:
 _CURRENT = _Current()
 Adapters = Adapter | Sequence[Adapter | None] | None
 _Progress = Callable[[int, int], None] | bool | None
-_Read = str | Reading | None
+_Read = str | Reading | RowReading | None
 _LENGTH_STEP = 24  # tokens; chunks of one batch are padded to a multiple of it
 _BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -88,7 +90,8 @@ class DocToLoRA:
         least_relevance: nats that a block must reach to answer when `blocks` is a number (see `routing`); minus
             infinity unless the checkpoint names it.
         gate: the threshold of `routing.gated` where the base model has an answer of its own (a Gate, or None).
-        reading: how `read="sparse"` chooses the block that each token of an answer reads (a Reading).
+        reading: how `read="sparse"` chooses what each token of an answer reads (a Reading; a RowReading where the
+            hypernetwork writes rows, whose adapters are read in no other way).
         iterative: True writes blocks one base layer after another: less memory, the same numbers.
 
     Chunks of similar length are encoded together. All batches of a length have the same shape, filled up where chunks
@@ -99,7 +102,7 @@ class DocToLoRA:
         self,
         base_model: nn.Module,
         tokenizer,
-        hypernetwork: Hypernetwork,
+        hypernetwork: Hypernetwork | TokenRows,
         *,
         chunk_tokens: int | None = None,
         least_relevance: float = -math.inf,
@@ -113,6 +116,7 @@ class DocToLoRA:
         self.tokenizer = tokenizer
         self.hypernetwork = hypernetwork
         self.config = hypernetwork.config
+        self.writes_rows = isinstance(hypernetwork, TokenRows)
         self.base_source = base_source
         if encoder is None:
             encoder = ContextEncoder.from_config(base_model, self.config, source=base_source)
@@ -121,10 +125,12 @@ class DocToLoRA:
         self.encoder = encoder
         self.encoder_tokenizer = tokenizer if encoder_tokenizer is None else encoder_tokenizer
         self._check_base_model()
+        if self.writes_rows:
+            hypernetwork.prepare(base_model, tokenizer)
         self.current: Adapter | None = None
         self.iterative = False
         self.least_relevance, self.gate = least_relevance, gate
-        self.reading = Reading() if reading is None else reading
+        self.reading = (RowReading() if self.writes_rows else Reading()) if reading is None else reading
         self._evaluating = 0  # how many threads internalize now
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
@@ -149,7 +155,7 @@ class DocToLoRA:
         name = self.config.base_model or "another base model"
         remedy = f"it was made for {name}: pass that one as base_model="
         n_layers = len(decoder_layers(self.base_model))
-        if n_layers != self.config.n_layers:
+        if n_layers != self.config.n_layers and not (self.writes_rows and n_layers):
             raise ValueError(
                 f"hypernetwork writes for {self.config.n_layers} layers, this base model has {n_layers}; {remedy}"
             )
@@ -174,10 +180,12 @@ class DocToLoRA:
 
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.hypernetwork.parameters()) / 1e6
-        base = f"{type(self.base_model).__name__}, {self.config.n_layers} layers, window {self.window} tokens"
+        layers = len(decoder_layers(self.base_model))
+        base = f"{type(self.base_model).__name__}, {layers} layers, window {self.window} tokens"
         if self.encoder.model is not self.base_model:
             base += f"; context encoder {type(self.encoder.model).__name__}"
-        writes = f"rank {self.config.rank} on {', '.join(self.config.modules)}"
+        rows = "three rows a token" if self.writes_rows else f"rank {self.config.rank}"
+        writes = f"{rows} on {', '.join(self.config.modules)}{' of the last layer' if self.writes_rows else ''}"
         return f"DocToLoRA({base}; hypernetwork {count:.1f} M parameters, {writes}; {self.device})"
 
     # --- documents in -----------------------------------------------------------------------------------------------
@@ -292,7 +300,8 @@ class DocToLoRA:
         with self._in_eval_mode(), _reporter(progress, len(distinct) + len(images)) as report:
             for batch, width in self._batches(distinct):
                 loras = self._encode_batch(batch, width)
-                done |= {ids: _on_cpu(loras, index) for index, ids in enumerate(batch)}
+                rows = [self.hypernetwork.rows_of(len(ids)) if self.writes_rows else slice(None) for ids in batch]
+                done |= {ids: _on_cpu(loras, index, rows[index]) for index, ids in enumerate(batch)}
                 report(len(done))
             for key, inputs in images.items():
                 done[key] = _on_cpu(self._write_blocks(inputs), 0)
@@ -354,10 +363,12 @@ class DocToLoRA:
         """
         device, dtype = input_device(self.encoder.model), self.encoder.model.dtype
         inputs = {name: one.to(device, dtype if one.is_floating_point() else None) for name, one in inputs.items()}
-        features = self.encoder.encode(inputs.pop("input_ids"), **inputs)
+        ids = inputs.pop("input_ids")
+        features = self.encoder.encode(ids, **inputs)
         place = next(self.hypernetwork.parameters()).device
         mask = inputs["attention_mask"].to(place)
-        loras = self.hypernetwork(features.to(place), attention_mask=mask, iterative=self.iterative)
+        more = {"input_ids": ids} if self.writes_rows else {}
+        loras = self.hypernetwork(features.to(place), attention_mask=mask, iterative=self.iterative, **more)
         ends = [end for pair in loras.values() for tensor in pair for end in tensor.aminmax()]  # NaN spreads to both
         if not torch.stack(ends).isfinite().all():
             raise ValueError("the hypernetwork wrote NaN or infinity: its weights, or the base model's, are damaged")
@@ -447,6 +458,10 @@ class DocToLoRA:
         if all(one is None for one in contexts):
             with without_lora(self.base_model, reading=reading, **notes):
                 yield
+        elif isinstance(reading, RowReading):
+            null = self.hypernetwork.null()
+            with read_rows(self.base_model, contexts, reading, null, rows=rows, **notes):
+                yield
         elif reading is not None:
             null = self.hypernetwork.null()
             with read_sparsely(self.base_model, contexts, reading, rows=rows, starts=starts, null=null, **notes):
@@ -476,7 +491,7 @@ class DocToLoRA:
         if not isinstance(adapter, Adapter):
             raise TypeError(f"expected Adapters or None in the list, not {type(adapter).__name__}")
         n_layers = len(decoder_layers(self.base_model))
-        if adapter.n_layers != n_layers:
+        if adapter.n_layers not in (n_layers, self.config.n_layers):
             raise ValueError(
                 f"adapter has blocks for {adapter.n_layers} layers, this model has {n_layers}: "
                 "was it made for another model?"
@@ -512,9 +527,13 @@ class DocToLoRA:
         """How a call reads its adapter (None: the published sum). ValueError for an unknown word."""
         if read is None:
             around = noted_adapter(self.base_model, self) if adapter is _CURRENT else None
-            return None if around is None else around.reading
-        if isinstance(read, Reading):
+            if around is not None:
+                return around.reading
+            return self.reading if self.writes_rows else None
+        if isinstance(read, RowReading if self.writes_rows else Reading):
             return read
+        if self.writes_rows and read != "sparse":
+            raise ValueError(f"rows are read by attention: read must be 'sparse' or a RowReading, not {read!r}")
         if read not in ("sum", "sparse"):
             raise ValueError(f"read must be 'sum', 'sparse' or a Reading, not {read!r}")
         return self.reading if read == "sparse" else None
@@ -565,6 +584,8 @@ class DocToLoRA:
             )
         if blocks is not None or len(questions) > self.answer_batch:  # else the one batch checks them
             self._check_adapters(list({id(one): one for one in per_row}.values()))
+        if blocks is not None and self.writes_rows:
+            raise ValueError("rows of all blocks are read by attention, which chooses by itself: leave blocks out")
         if blocks is not None:
             per_row = route(self, questions, per_row, blocks, system=system)
         answers: list[str] = []
@@ -653,7 +674,9 @@ class DocToLoRA:
             meta["least_relevance"] = self.least_relevance
         if self.gate is not None:
             meta["gate"] = asdict(self.gate)
-        if self.reading != Reading():
+        if self.writes_rows:
+            meta["row_reading"] = asdict(self.reading)
+        elif self.reading != Reading():
             meta["reading"] = asdict(self.reading)
         included, kept = [], []
         for name, (_, _, source) in models.items():
@@ -682,9 +705,9 @@ class DocToLoRA:
 # --- small helpers --------------------------------------------------------------------------------------------------
 
 
-def _on_cpu(loras: Loras, index: int) -> _BlockFactors:
-    """(A, B) of one chunk of a batch, cloned: a slice would keep the whole batch alive."""
-    A, B = ({m: pair[side][index].cpu().clone() for m, pair in loras.items()} for side in (0, 1))
+def _on_cpu(loras: Loras, index: int, rows: slice = slice(None)) -> _BlockFactors:
+    """(A, B) of one chunk of a batch, these rows, cloned: a slice would keep the whole batch alive."""
+    A, B = ({m: pair[side][index, :, rows].cpu().clone() for m, pair in loras.items()} for side in (0, 1))
     return A, B
 
 

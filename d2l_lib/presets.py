@@ -242,6 +242,33 @@ class ReadingPreset(DistillationPreset):
     null_threshold: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowsPreset(Schedule):
+    """A hypernetwork that writes token rows (see `training.token_rows`).
+
+    latent_size, n_blocks, n_heads, dropout: of its mixing layers.
+    encoder_layers: the base model's states that it reads; the embeddings (0) come first.
+    longest_passage: in tokens.
+    passages: of a batch. validation: passages that are never learned.
+    together_share: batches whose passages are one memory.
+    unrelated_share: questions with another one's passage.
+    null_weight, head_weight: of the losses; with 0 the head is left out and only validation runs it.
+    """
+
+    latent_size: int = 384
+    n_blocks: int = 3
+    n_heads: int = 6
+    dropout: float = 0.2
+    encoder_layers: tuple[int, ...] = (0, 6, 14, 20)
+    longest_passage: int = 200
+    passages: int = 12
+    validation: int = 60
+    together_share: float = 0.5
+    unrelated_share: float = 0.1
+    null_weight: float = 0.5
+    head_weight: float = 0.0
+
+
 SHARD_STAGES = ("self_generated", "chunked")  # stages on self-generated data
 
 
@@ -281,6 +308,7 @@ class Preset:
     """All settings of a run; base: the base model to train, or the hub name of a published one.
 
     reading: the training of `qa`'s result with sparse reading switched on; None: there is none.
+    rows: the training of a hypernetwork that writes token rows; None: there is none.
     """
 
     name: str
@@ -288,6 +316,7 @@ class Preset:
     needle: NeedlePreset
     qa: QAPreset
     reading: ReadingPreset | None = None
+    rows: RowsPreset | None = None
 
     @property
     def base_source(self) -> str:
@@ -494,6 +523,9 @@ PRESETS |= {
         _published("paper-qwen", "Qwen/Qwen3-4B-Instruct-2507", needle_l1=0.5),
     )
 }
+PRESETS["smollm2"] = replace(
+    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=900, learning_rate=1e-3, warmup_steps=60)
+)
 
 
 # For comparisons of recipes: warm-up and recall of the bundled recipe, smaller and shorter.

@@ -35,6 +35,7 @@ from d2l_lib.formats.tensors import check_tensors, read_tensors
 from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder, check_folder, read_whole
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.records import read_json
+from d2l_lib.token_rows import TokenRows
 
 __all__ = ["CheckpointError", "convert", "export", "load_checkpoint", "read_published", "save_checkpoint"]
 
@@ -185,7 +186,7 @@ def _skeleton(config: HypernetworkConfig) -> Hypernetwork:
         if n_layers > MOST_LAYERS:
             raise ValueError(f"{n_layers} Perceiver and head layers, {MOST_LAYERS} at most are supported")
         with torch.device("meta"):
-            return Hypernetwork(config)
+            return TokenRows(config) if config.writer == "token_rows" else Hypernetwork(config)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:LONGEST_NAME]
         raise CheckpointError(f"the settings describe no hypernetwork: {reason}") from error

@@ -261,7 +261,7 @@ class HypernetworkSettings(_Closed):
     latent_size: _Count = 512
     rank: _Count = 8
     scale: float | None = None
-    encoder_type: Literal["early_exit", "per_layer_activations", "embed_only"] = "early_exit"
+    encoder_type: Literal["early_exit", "per_layer_activations", "embed_only", "hidden_states"] = "early_exit"
     encoder_layer: _Some | None = None
     n_latent_queries: _Count = 208
     n_blocks: _Layers = 8
@@ -278,6 +278,8 @@ class HypernetworkSettings(_Closed):
     encoder_model: _ModelName | None = None
     encoder_4bit: bool = False
     null_rows: _Some = 0
+    writer: Literal["perceiver", "token_rows"] = "perceiver"
+    encoder_layers: list[_Some] = []
 
 
 class GateSettings(_Closed):
@@ -299,6 +301,13 @@ class ReadingSettings(_Closed):
     null_threshold: float = 0.0
 
 
+class RowReadingSettings(_Closed):
+    """How rows are read (see `row_reading.RowReading`)."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    null_logit: float = 0.0
+
+
 class _CheckpointMeta(_Open):
     """A checkpoint's facts beside its sizes; callers may save others."""
 
@@ -308,6 +317,7 @@ class _CheckpointMeta(_Open):
     least_relevance: float = 0.0
     gate: GateSettings | None = None
     reading: ReadingSettings | None = None
+    row_reading: RowReadingSettings | None = None
 
 
 class CheckpointSettings(_Closed):

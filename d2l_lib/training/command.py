@@ -3,6 +3,7 @@
     d2l train                                        # base model and needle hypernetwork, from nothing
     d2l train --stage needle --seed 1
     d2l train --stage reading --seed 1               # data/tiny/qa with sparse reading on, into runs/tiny/reading_seed1
+    d2l train --stage rows --preset smollm2 --questions squad=train-v1.1.json      # token rows for a real model
     d2l train --stage qa --preset paper-gemma --shards FOLDER ...       # the published recipe on shards
     torchrun --nproc_per_node 8 -m d2l_lib train ...                    # processes share the batches
 
@@ -22,7 +23,7 @@ from d2l_lib.presets import NEEDLE_VARIANTS, PRESETS, Preset, changed, preset, s
 if TYPE_CHECKING:
     from d2l_lib.training.loop import Run
 
-STAGES = ("all", "base", "needle", "qa", "text-to-lora", "reading")
+STAGES = ("all", "base", "needle", "qa", "text-to-lora", "reading", "rows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the bundled models and their logs go")
     parser.add_argument(
         "--shards", type=Path, nargs="+", default=[], help="self-generated data for qa: folders, or parquet files"
+    )
+    parser.add_argument(
+        "--questions", metavar="DATASET[=FILE]", help="for rows: a data set of questions about passages, and its file"
     )
     parser.add_argument("--cache", type=Path, help="where shards are unpacked to (default: RUNS/shards)")
     own = parser.add_argument_group("runs of your own (they end in RUNS/PRESET/.../final, and leave --data alone)")
@@ -75,6 +79,8 @@ def run(a: argparse.Namespace) -> None:
         else:
             final = recipes.remake_reading(settings, source, run, a.data)
         print(f"{final}: d2l.load reads it", flush=True)
+    elif a.stage == "rows":
+        _run_rows(a, p)
     elif own or a.shards:
         _run_own(a, p)
     elif a.stage == "qa":
@@ -98,6 +104,10 @@ def _check(a: argparse.Namespace, own: bool, p: Preset) -> None:
     """Status 2 for options that this stage does not have."""
     if a.stage == "reading" and (p.reading is None or a.base is not None or a.fast or a.variant != "ours"):
         a.error("the stage reading needs the preset tiny and takes --start, but no --base, --fast or --variant")
+    if a.stage == "rows" and (p.rows is None or a.questions is None or a.fast or a.variant != "ours"):
+        a.error("the stage rows needs --preset smollm2 and --questions, and takes neither --fast nor --variant")
+    if a.questions is not None and a.stage != "rows":
+        a.error(f"--questions is for --stage rows, not for {a.stage}")
     if a.start is not None and a.stage != "reading":
         a.error(f"--start needs --stage reading, not {a.stage}")
     if own and (a.stage in ("base", "text-to-lora") or a.fast or a.variant != "ours"):
@@ -107,6 +117,24 @@ def _check(a: argparse.Namespace, own: bool, p: Preset) -> None:
         )
     if a.stage != "qa" and (a.shards or a.cache):
         a.error(f"--shards and --cache are for --stage qa, not for {a.stage}")
+
+
+def _run_rows(a: argparse.Namespace, p: Preset) -> None:
+    """Train token rows: the bundled ones, or with other settings, for another base model, in RUNS."""
+    from d2l_lib.tasks.qa import load_qa
+    from d2l_lib.training import recipes
+
+    name, _, file = a.questions.partition("=")
+    frame = load_qa(name, file or None, split="train")
+    seed, own = a.seed or 0, a.base is not None or a.steps is not None or bool(a.set)
+    run = _run_options(a, a.runs / p.name / f"rows_{'own_' if own else ''}seed{seed}", seed)
+    features = a.runs / p.name / "features"
+    if own:
+        settings = shortened(changed(p.rows, a.set), a.steps)
+        final = recipes.train_rows(settings, _base_source(a, p), frame, run, features)
+    else:
+        final = recipes.remake_rows(p, frame, run, features, a.data)
+    print(f"{final}: d2l.load reads it", flush=True)
 
 
 def _run_own(a: argparse.Namespace, p: Preset) -> None:

@@ -2,6 +2,7 @@
 
     _train_base     the tiny base model, from nothing: `pretraining.Curriculum` in two stages
     train_needle    warm-up on single sentences, then haystacks with a needle in two stages
+    train_rows      the hypernetwork that writes token rows, on questions about passages (see `token_rows`)
     train_reading   a trained hypernetwork with sparse reading switched on (see `reading`)
     train_qa        warm-up on single sentences (`warm_up.KeysAndValues`); documents of the world, first with the last
                     layer alone: many facts side by side; self-generated shards
@@ -23,13 +24,14 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from d2l_lib.base_model import default_modules, load_base_model, module_sizes
-from d2l_lib.encoder import ContextEncoder
-from d2l_lib.formats.checkpoints import save_checkpoint
+from d2l_lib.base_model import Fingerprint, default_modules, load_base_model, module_sizes
+from d2l_lib.encoder import ContextEncoder, check_writes_residual
+from d2l_lib.formats.checkpoints import load_checkpoint, save_checkpoint
 from d2l_lib.formats.shards import find_shards, read_shards
 from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
@@ -42,15 +44,19 @@ from d2l_lib.presets import (
     Preset,
     QAPreset,
     ReadingPreset,
+    RowsPreset,
     TrainingPreset,
     WarmUpPreset,
 )
 from d2l_lib.records import read_json, read_rows, write_json, write_jsonl
+from d2l_lib.token_rows import ROLES, TokenRows
 from d2l_lib.training import pretraining
 from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
 from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, read_log
 from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
+from d2l_lib.training.row_features import Limits, facts_of, passages_of, read_features, write_features
 from d2l_lib.training.step import Internalization
+from d2l_lib.training.token_rows import RowsBatches, RowsStep, plain_keys, start_rows, validation_batches
 from d2l_lib.training.warm_up import (
     KeysAndValues,
     Readout,
@@ -294,7 +300,87 @@ def train_reading(p: ReadingPreset, source: str | Path, run: Run, final: Path | 
     return final
 
 
+def train_rows(p: RowsPreset, source: str, frame: pd.DataFrame, run: Run, features: Path) -> Path:
+    """The folder `run.folder`/final: a hypernetwork that writes token rows for the base model `source`. Resumable.
+
+    frame: questions about passages (see `tasks.qa.load_qa`); the last `p.validation` usable passages are never learned.
+    features: a folder for what the base model makes of them (about 0.5 MB a passage), which later runs use again.
+
+    ValueError for data with too few usable passages.
+    """
+    base_model, tokenizer = load_base_model(source, device=own_device())
+    config = rows_config(p, base_model, source)
+    (module,) = config.modules
+    encoder, limits = ContextEncoder.from_config(base_model, config, source), Limits(p.longest_passage)
+    passages = passages_of(frame, tokenizer, limits)
+    if len(passages) < p.validation + p.passages:
+        raise ValueError(
+            f"{len(passages)} passages of at most {limits.passage_tokens} tokens have a question whose answer "
+            f"stands in them; this training needs {p.validation + p.passages}"
+        )
+    facts = facts_of(Fingerprint().key(base_model), frame, encoder, module, limits)
+    write_features(base_model, tokenizer, passages, features, encoder=encoder, module=module, facts=facts)
+    every = read_features(features)
+    train, held_out = every[: -p.validation], every[-p.validation :]
+    torch.manual_seed(run.seed)
+    hypernetwork = TokenRows(config)
+    hypernetwork.prepare(base_model, tokenizer)
+    whitening = start_rows(hypernetwork, train, base_model)
+    if is_first_process():
+        _write_down(hypernetwork, run.folder, p.longest_passage)
+    tests = validation_batches(held_out, hypernetwork.words, p)
+    fit(
+        RowsStep(base_model, hypernetwork, p, whitening, tests),
+        RowsBatches(train, hypernetwork.words, p, run.seed),
+        p,
+        run,
+    )
+    plain_keys(hypernetwork, whitening)
+    meta = {"seed": run.seed, "chunk_tokens": p.longest_passage, "base_model": source, "passages": len(train)}
+    if is_first_process():
+        save_checkpoint(run.folder / "final", hypernetwork, meta, torch.float16)
+    return run.folder / "final"
+
+
+def rows_config(p: RowsPreset, base_model, source: str) -> HypernetworkConfig:
+    """The config of a hypernetwork that writes token rows for the last layer of `base_model`."""
+    modules = default_modules(base_model)
+    for module in modules:
+        check_writes_residual(base_model, module)
+    d_in, d_out = module_sizes(base_model, modules)
+    return HypernetworkConfig(
+        n_layers=1,
+        d_in=d_in,
+        d_out=d_out,
+        feature_size=base_model.config.get_text_config().hidden_size * len(p.encoder_layers),
+        latent_size=p.latent_size,
+        rank=len(ROLES),
+        scale=1.0,
+        encoder_type="hidden_states",
+        encoder_layers=p.encoder_layers,
+        n_blocks=p.n_blocks,
+        use_bias=False,
+        dropout=p.dropout,
+        n_heads=p.n_heads,
+        n_kv_heads=p.n_heads,
+        base_model=source,
+        writer="token_rows",
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- what is bundled
+def remake_rows(p: Preset, frame: pd.DataFrame, run: Run, features: Path, data: Path) -> Path:
+    """`train_rows` as the preset says; its log goes to `data`, and seed 0's hypernetwork becomes the bundled one."""
+    final = train_rows(p.rows, p.base_source, frame, run, features)
+    if is_first_process():
+        log = [{"seed": run.seed, **line} for line in read_log(run.folder / "log.jsonl")]
+        write_jsonl(data / "full_runs" / f"{p.name}_rows_seed{run.seed}_training.jsonl", log)
+        if run.seed == 0:
+            hypernetwork, meta = load_checkpoint(final)
+            save_checkpoint(data / p.name / "hypernetwork", hypernetwork, meta, torch.float16)
+    return final
+
+
 def remake_base(p: Preset, runs: Path, data: Path, fast: bool) -> None:
     """Train the base model; put it and its training log into `data`."""
     run = Run(runs / p.name / "base", p.base.seed)

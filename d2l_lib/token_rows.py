@@ -1,0 +1,148 @@
+"""A hypernetwork whose blocks grow with the chunk: three rows for each token, read with a softmax.
+
+The published hypernetwork writes r rows a chunk, whatever its length, and the adapted model adds all of them. This one
+writes into the last layer alone, and a token of the answer reads the rows by attention (`row_reading`). Row 3t + k
+says: "where the input x looks like this key, write token t of the chunk",
+
+    k = 0    as the first token of an answer (without the space before it)
+    k = 1    as a later token of an answer
+    k = 2    as the last token of an answer: write the end of the turn
+
+    key      A = K c, c = role_k(mix(features))_t     a linear map of the token's code, learned
+    value    B = gain * unit(w_final * e)             the direction of a token's own output embedding e
+
+Values need no learning, so a row can write any word, also one that training never saw. Attention over the words of the
+input as output is the pointer network's (Vinyals et al. 2015, arXiv 1506.03134; See et al. 2017, arXiv 1704.04368);
+here it is an adapter: keys and values of one linear of a frozen model.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2l_lib.base_model import decoder_body, final_norm_name
+from d2l_lib.documents import chat_affixes, stop_ids
+from d2l_lib.hypernetwork import HypernetworkConfig, Loras, zero_padding
+
+ROLES = ("first", "inside", "end")
+_KERNEL = 7  # tokens that a mixing convolution sees
+
+
+class _Mixer(nn.Module):
+    """A convolution over neighbours, then a Transformer layer over the chunk, on [n, T, d]."""
+
+    def __init__(self, config: HypernetworkConfig):
+        super().__init__()
+        d = config.latent_size
+        self.neighbours = nn.Conv1d(d, d, _KERNEL, padding=_KERNEL // 2, groups=d)
+        options = {"activation": "gelu", "batch_first": True, "norm_first": True, "dropout": config.dropout}
+        self.attention = nn.TransformerEncoderLayer(d, config.n_heads, 3 * d, **options)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.neighbours((x * mask.unsqueeze(-1)).mT).mT
+        return self.attention(x, src_key_padding_mask=~mask)
+
+
+class TokenRows(nn.Module):
+    """Hidden states of n chunks -> rows for the last layer's target linear (see the module's text).
+
+    `prepare` tells it the base model's words before the first `forward`; `codes` needs none.
+    """
+
+    def __init__(self, config: HypernetworkConfig):
+        super().__init__()
+        if config.n_layers != 1 or len(config.modules) != 1 or config.use_bias or config.rank != len(ROLES):
+            raise ValueError("token rows are for one module of the last layer, three a token, without a bias block")
+        self.config = config
+        (self.module,) = config.modules
+        d, d_in = config.latent_size, config.d_in[self.module]
+        self.feature_mean = nn.Parameter(torch.zeros(config.feature_size))
+        self.feature_scale = nn.Parameter(torch.ones(config.feature_size))
+        self.project = nn.Linear(config.feature_size, d)
+        self.mixers = nn.ModuleList(_Mixer(config) for _ in range(config.n_blocks))
+        self.norm = nn.RMSNorm(d)
+        self.roles = nn.Linear(d, len(ROLES) * d)
+        self.keys = nn.Parameter(torch.randn(d, d_in) / (3 * d) ** 0.5)
+        self.null_key = nn.Parameter(torch.zeros(d_in))
+        self.null_logit = nn.Parameter(torch.zeros(()))
+        self.log_gain = nn.Parameter(torch.zeros(()))
+        self._words: Words | None = None
+
+    def prepare(self, base_model: nn.Module, tokenizer) -> None:
+        """Take the output embeddings and the tokens of the model that is written for."""
+        self._words = Words(base_model, tokenizer)
+
+    @property
+    def words(self) -> Words:
+        """The base model's words. RuntimeError before `prepare`."""
+        if self._words is None:
+            raise RuntimeError("these rows write a model's own words: call prepare(base_model, tokenizer) first")
+        return self._words
+
+    def codes(self, features: Tensor, mask: Tensor) -> Tensor:
+        """c [n, T, 3, d] of features [n, T, F]; mask [n, T] is True at tokens of chunks."""
+        x = self.project(((features - self.feature_mean) / self.feature_scale).clamp(-8, 8))
+        for mixer in self.mixers:
+            x = mixer(x, mask)
+        return F.rms_norm(self.roles(self.norm(x)).unflatten(-1, (len(ROLES), -1)), (self.config.latent_size,))
+
+    def forward(self, features: Tensor, attention_mask: Tensor, input_ids: Tensor, iterative: bool = False) -> Loras:
+        """{module: (A [n, 1, 3 T, d_in], B [n, 1, 3 T, d_out])} of chunks of T tokens, chat wrapping included.
+
+        features: [n, T, F]. attention_mask: [n, T], 0 at padding on the right. input_ids: [n, T].
+        iterative: there is one layer, so it changes nothing.
+
+        `rows_of` tells which rows are a chunk's own. RuntimeError before `prepare`.
+        """
+        features, _ = zero_padding(features, attention_mask)
+        own = torch.zeros_like(attention_mask, dtype=torch.bool)
+        for row, length in enumerate(attention_mask.sum(1).tolist()):
+            own[row, self.words.before : length - self.words.after] = True
+        codes = self.codes(features.to(self.keys.dtype), own)
+        A = (codes @ self.keys).flatten(1, 2).unsqueeze(1)
+        B = self.log_gain.exp() * self.words.directions(input_ids).flatten(1, 2).unsqueeze(1)
+        return {self.module: (A, B)}
+
+    def rows_of(self, n_tokens: int) -> slice:
+        """The rows of the text of a chunk of `n_tokens`, its chat wrapping counted."""
+        n = len(ROLES)
+        return slice(n * self.words.before, n * (n_tokens - self.words.after))
+
+    def bias(self) -> None:
+        """None: there is no bias block."""
+
+    def null(self) -> tuple[Tensor, Tensor]:
+        """(key [d_in], logit []) of reading no row: what remains of the softmax leaves the model as it is."""
+        return self.null_key, self.null_logit
+
+
+class Words:
+    """The directions that write a base model's tokens, and the chat wrapping around chunks."""
+
+    def __init__(self, base_model: nn.Module, tokenizer):
+        body = decoder_body(base_model)
+        self.tokenizer = tokenizer
+        self.embeddings = base_model.get_output_embeddings().weight.detach()
+        self.final = getattr(body, final_norm_name(base_model)).weight.detach()
+        self.end = stop_ids(tokenizer)[0]
+        self.before, self.after = map(len, chat_affixes(tokenizer))
+        self._first: dict[int, int] = {}
+
+    def first_form(self, token: int) -> int:
+        """The token that begins an answer with the word that `token` begins: the one without a space before it."""
+        if token not in self._first:
+            word = self.tokenizer.decode([token]).strip()
+            ids = self.tokenizer(word, add_special_tokens=False)["input_ids"] if word else []
+            self._first[token] = ids[0] if ids else token
+        return self._first[token]
+
+    def directions(self, input_ids: Tensor) -> Tensor:
+        """[n, T, 3, d_out] unit directions of each token's three rows."""
+        return F.normalize(self.embeddings[self.tokens(input_ids)].float() * self.final.float(), dim=-1)
+
+    def tokens(self, input_ids: Tensor) -> Tensor:
+        """[n, T, 3]: what the three rows of each token write."""
+        first = torch.tensor([[self.first_form(token) for token in row] for row in input_ids.tolist()])
+        return torch.stack([first.to(input_ids), input_ids, torch.full_like(input_ids, self.end)], dim=-1)

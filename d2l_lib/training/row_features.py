@@ -1,0 +1,221 @@
+"""What a base model makes of passages and of questions about them, computed once and kept on disk.
+
+The base model is frozen, and token rows are read in its last layer alone. So training them needs nothing of it but
+
+    of a passage    token ids, and the hidden states that the hypernetwork reads
+    of a question   at each token of its answer (the question alone in the prompt, the right answer before the token):
+                    the input x of the last layer's target linear, and the residual stream after that layer
+
+A folder of features holds one file for each `PER_FILE` passages. Each is complete or absent, so a killed run continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from d2l_lib.base_model import decoder_body, decoder_layers, target_linears
+from d2l_lib.documents import chat_affixes, context_ids, question_ids, stop_ids
+from d2l_lib.encoder import ContextEncoder
+from d2l_lib.engine import pad_rows
+from d2l_lib.formats.writing import atomic_file
+from d2l_lib.lora import hooked, without_lora
+from d2l_lib.tasks.qa import group_by_document
+
+PER_FILE = 24
+_LARGEST = 6e4  # float16
+_BATCH = 6, 24  # passages, questions
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which passages and questions are used: the most tokens of each, and questions of a passage."""
+
+    passage_tokens: int = 200
+    question_tokens: int = 60
+    answer_tokens: int = 12
+    questions: int = 5
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Token ids of a passage without chat wrapping, and its questions: (prompt ids, answer ids with the end, text)."""
+
+    text: str
+    ids: list[int]
+    questions: list[tuple[list[int], list[int], str]]
+
+
+def passages_of(frame: pd.DataFrame, tokenizer, limits: Limits) -> list[Passage]:
+    """The usable passages of a table of questions (see `tasks.qa.load_qa`), in its order.
+
+    A question is used if its first answer stands in the passage and both are short enough.
+    """
+    before, after = map(len, chat_affixes(tokenizer))
+    end, passages = stop_ids(tokenizer)[0], []
+    for document, group in group_by_document(frame):
+        ids = context_ids(tokenizer, document)
+        ids = ids[before : len(ids) - after]
+        if len(ids) > limits.passage_tokens:
+            continue
+        answers = [one[0] for one in group["answers"]]
+        prompts = question_ids(tokenizer, list(group["question"]))
+        written = tokenizer(answers, add_special_tokens=False)["input_ids"]
+        questions = [
+            (prompt, [*answer, end], text)
+            for prompt, answer, text in zip(prompts, written, answers, strict=True)
+            if len(prompt) <= limits.question_tokens and 1 <= len(answer) <= limits.answer_tokens and text in document
+        ]
+        if questions:
+            passages.append(Passage(document, ids, questions[: limits.questions]))
+    return passages
+
+
+def write_features(
+    base_model: nn.Module,
+    tokenizer,
+    passages: Sequence[Passage],
+    folder: Path,
+    *,
+    encoder: ContextEncoder,
+    module: str,
+    facts: dict[str, object],
+) -> None:
+    """Fill `folder` with the features of these passages; files that are there already are kept.
+
+    encoder: of type hidden_states; state 0, the embeddings, is left out of the files.
+    module: the target of the last layer.
+    facts: what the numbers depend on (base model, data set, limits); ValueError if a file names others.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = range(0, len(passages), PER_FILE)
+    for number, start in enumerate(parts):
+        file = folder / f"features-{number:05}.safetensors"
+        if file.exists():
+            _check_facts(file, facts)
+            continue
+        tensors = _features(base_model, tokenizer, passages[start : start + PER_FILE], encoder, module)
+        with atomic_file(file) as unfinished:
+            save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})
+        print(f"features {number + 1} of {len(parts)}", flush=True)
+
+
+def _check_facts(file: Path, facts: dict[str, object]) -> None:
+    with safe_open(file, "pt") as opened:
+        there = json.loads((opened.metadata() or {}).get("facts", "null"))
+    if there != json.loads(json.dumps(facts)):
+        raise ValueError(f"{file} holds features of {there}, not of {facts}: choose another folder")
+
+
+@torch.no_grad()
+def _features(base_model, tokenizer, passages: Sequence[Passage], encoder: ContextEncoder, module: str) -> dict:
+    """The tensors of one file (see `Features`)."""
+    before, _ = chat_affixes(tokenizer)
+    states = []
+    for start in range(0, len(passages), _BATCH[0]):
+        batch = passages[start : start + _BATCH[0]]
+        ids, mask = pad_rows([before + one.ids for one in batch], tokenizer.pad_token_id)
+        features = encoder.encode(ids.to(base_model.device), mask.to(base_model.device))
+        own = features.shape[-1] // len(encoder.encoder_layers) * (0 in encoder.encoder_layers)
+        states += [
+            row[len(before) : len(before) + len(one.ids), own:] for row, one in zip(features, batch, strict=True)
+        ]
+    questions = [(number, *question) for number, one in enumerate(passages) for question in one.questions]
+    x, residual = _at_answers(base_model, tokenizer, [(q[1], q[2]) for q in questions], module)
+    return {
+        "ids": torch.tensor([token for one in passages for token in one.ids]),
+        "lengths": torch.tensor([len(one.ids) for one in passages]),
+        "states": torch.cat(states).clamp(-_LARGEST, _LARGEST).half().cpu(),
+        "x": x.clamp(-_LARGEST, _LARGEST).half().cpu(),
+        "residual": residual.clamp(-_LARGEST, _LARGEST).half().cpu(),
+        "labels": torch.tensor([token for q in questions for token in q[2]]),
+        "answer_lengths": torch.tensor([len(q[2]) for q in questions]),
+        "passage": torch.tensor([q[0] for q in questions]),
+    }
+
+
+def _at_answers(base_model, tokenizer, questions: Sequence[tuple[list[int], list[int]]], module: str):
+    """(x [N, d_in], residual [N, hidden]) at the tokens that choose each token of the answers, in order."""
+    linear, layer = target_linears(base_model, [module])[module][-1], decoder_layers(base_model)[-1]
+    found: dict[str, Tensor] = {}
+    order = sorted(range(len(questions)), key=lambda i: sum(map(len, questions[i])))
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
+    with ExitStack() as stack:
+        stack.enter_context(hooked(linear.register_forward_pre_hook, lambda _, inputs: found.update(x=inputs[0])))
+        stack.enter_context(
+            hooked(
+                layer.register_forward_hook,
+                lambda _, __, out: found.update(h=out if isinstance(out, Tensor) else out[0]),
+            )
+        )
+        stack.enter_context(without_lora(base_model))
+        for start in range(0, len(order), _BATCH[1]):
+            batch = order[start : start + _BATCH[1]]
+            ids, mask = pad_rows([questions[i][0] + questions[i][1][:-1] for i in batch], tokenizer.pad_token_id)
+            ids, mask = ids.to(base_model.device), mask.to(base_model.device)
+            decoder_body(base_model)(input_ids=ids, attention_mask=mask, use_cache=False)
+            for row, i in enumerate(batch):
+                first, n = len(questions[i][0]) - 1, len(questions[i][1])
+                parts[i] = tuple(found[name][row, first : first + n].float() for name in ("x", "h"))
+    x, residual = zip(*(parts[i] for i in range(len(questions))), strict=True)
+    return torch.cat(x), torch.cat(residual)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of one passage.
+
+    ids [T], states [T, states * F]. x [N, d_in], residual [N, hidden], labels [N] at the N answer tokens of all its
+    questions; question [N]: of which.
+    """
+
+    ids: Tensor
+    states: Tensor
+    x: Tensor
+    residual: Tensor
+    labels: Tensor
+    question: Tensor
+
+
+def read_features(folder: Path) -> list[Features]:
+    """All passages of a folder that `write_features` filled, in order; FileNotFoundError for one without files."""
+    files = sorted(folder.glob("features-*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no features in {folder}: make them first")
+    return [one for file in files for one in _passages_in(file)]
+
+
+def _passages_in(file: Path) -> Iterator[Features]:
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    ids, states = (tensors[name].split(tensors["lengths"].tolist()) for name in ("ids", "states"))
+    numbers = torch.arange(len(tensors["answer_lengths"])).repeat_interleave(tensors["answer_lengths"])
+    owner = tensors["passage"][numbers]
+    counts = torch.bincount(owner, minlength=len(ids)).tolist()
+    rest = [tensors[name].split(counts) for name in ("x", "residual", "labels")]
+    for passage, (x, residual, labels, question) in enumerate(zip(*rest, numbers.split(counts), strict=True)):
+        yield Features(ids[passage], states[passage], x, residual, labels, question)
+
+
+def facts_of(
+    base_key: str, frame: pd.DataFrame, encoder: ContextEncoder, module: str, limits: Limits
+) -> dict[str, object]:
+    """What features depend on, for `write_features`; the questions' table by a hash."""
+    texts = frame[["document", "question"]].to_csv(index=False) + str(list(frame["answers"]))
+    return {
+        "base_key": base_key,
+        "questions": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        "encoder_layers": list(encoder.encoder_layers),
+        "module": module,
+        "limits": asdict(limits),
+    }
