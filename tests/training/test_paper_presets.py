@@ -1,15 +1,16 @@
 """The published recipes on small models of the same families: sizes and rates, and runs from command to checkpoint."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
-import processes
 import published_data
 import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import Gemma2Config
 
 import d2l_lib as d2l
@@ -23,6 +24,7 @@ from d2l_lib.training import command, contexts, recipes, step
 from d2l_lib.training.batches import IGNORED, Batch, Chunks
 from d2l_lib.training.loop import Run
 
+ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"paper-gemma": "gemma2", "paper-mistral": "mistral", "paper-qwen": "qwen3"}
 TEMPLATES = {"gemma2": tiny_models.NO_SYSTEM_TEMPLATE}
 SMALL = "latent_size=16 n_latent_queries=8 n_blocks=2 n_heads=4 n_kv_heads=2 head_dim=8 batches_per_step=2".split()
@@ -228,26 +230,16 @@ def test_two_batches_a_step_are_one_batch_twice_as_large(bases, tmp_path):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(two.parameters(), one.parameters(), strict=True))
 
 
-def launch(arguments):
-    """The command as `torchrun --standalone --nproc_per_node 2` starts it, but in forks of this process."""
-    config = LaunchConfig(
-        *(1, 1, 2),
-        run_id="test",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="fork",
-        local_addr="localhost",
-    )
-    assert elastic_launch(config, main)(arguments) == {0: 0, 1: 0}
-
-
 @pytest.mark.slow
 def test_two_processes_share_out_a_step_and_end_where_one_does(bases, tmp_path):
     """The command under torchrun: a step of two batches with different numbers of contexts, one for each process."""
     own = ["train", "--preset", "paper-gemma", "--stage", "needle", "--base", str(bases["gemma2"])]
     own += ["--steps", "4", "--report-steps", "1", "--set", *NEEDLE]
     main([*own, "--runs", str(tmp_path / "one")])
-    processes.run(launch, [*own, "--runs", str(tmp_path / "two")], timeout=400)
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 -m d2l_lib".split()]
+    subprocess.run(
+        [*torchrun, *own, "--runs", str(tmp_path / "two")], cwd=ROOT, check=True, capture_output=True, timeout=400
+    )
     runs = [tmp_path / name / "paper-gemma" / "needle_own_seed0" for name in ("one", "two")]
     curves = [[line["total_loss"] for line in read_jsonl(run / "log.jsonl")] for run in runs]
     assert len(curves[0]) == 4 and curves[0] == pytest.approx(curves[1], rel=1e-4)
