@@ -252,7 +252,7 @@ class RowsPreset(Schedule):
     passages: of a batch. validation: passages that are never learned.
     together_share: batches whose passages are one memory.
     unrelated_share: questions with another one's passage.
-    null_weight, head_weight: of the losses; with 0 the head is left out and only validation runs it.
+    null_weight, head_weight: of the losses; that of the head counts after `head_from` of the steps.
     """
 
     latent_size: int = 384
@@ -261,12 +261,13 @@ class RowsPreset(Schedule):
     dropout: float = 0.2
     encoder_layers: tuple[int, ...] = (0, 6, 14, 20)
     longest_passage: int = 200
-    passages: int = 12
+    passages: int = 16
     validation: int = 60
     together_share: float = 0.5
     unrelated_share: float = 0.1
     null_weight: float = 0.5
-    head_weight: float = 0.0
+    head_weight: float = 0.3
+    head_from: float = 0.7
 
 
 SHARD_STAGES = ("self_generated", "chunked")  # stages on self-generated data
@@ -524,7 +525,7 @@ PRESETS |= {
     )
 }
 PRESETS["smollm2"] = replace(
-    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=900, learning_rate=1e-3, warmup_steps=60)
+    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=750, learning_rate=1e-3, warmup_steps=60)
 )
 
 

@@ -9,9 +9,11 @@ says: "where the input x looks like this key, write token t of the chunk",
     k = 2    as the last token of an answer: write the end of the turn
 
     key      A = K c, c = role_k(mix(features))_t     a linear map of the token's code, learned
-    value    B = gain * unit(w_final * e)             the direction of a token's own output embedding e
+    value    B = gain_k * unit(C^-1 (e - mean of e))   e: a token's output embedding times the final norm's weight
 
-Values need no learning, so a row can write any word, also one that training never saw. Attention over the words of the
+Output embeddings of all tokens are alike, so a mixture of them writes none. C is their covariance: its inverse turns e
+into the direction that tells the token from all others, and of a mixture the largest share is said. Values need no
+learning, so a row can write any word, also one that training never saw. Attention over the words of the
 input as output is the pointer network's (Vinyals et al. 2015, arXiv 1506.03134; See et al. 2017, arXiv 1704.04368);
 here it is an adapter: keys and values of one linear of a frozen model.
 """
@@ -27,6 +29,7 @@ from d2l_lib.documents import chat_affixes, stop_ids
 from d2l_lib.hypernetwork import HypernetworkConfig, Loras, zero_padding
 
 ROLES = ("first", "inside", "end")
+_RIDGE = 0.05  # of the mean variance of an embedding's numbers
 _KERNEL = 7  # tokens that a mixing convolution sees
 
 
@@ -67,7 +70,7 @@ class TokenRows(nn.Module):
         self.keys = nn.Parameter(torch.randn(d, d_in) / (3 * d) ** 0.5)
         self.null_key = nn.Parameter(torch.zeros(d_in))
         self.null_logit = nn.Parameter(torch.zeros(()))
-        self.log_gain = nn.Parameter(torch.zeros(()))
+        self.log_gain = nn.Parameter(torch.zeros(len(ROLES)))
         self._words: Words | None = None
 
     def prepare(self, base_model: nn.Module, tokenizer) -> None:
@@ -102,8 +105,12 @@ class TokenRows(nn.Module):
             own[row, self.words.before : length - self.words.after] = True
         codes = self.codes(features.to(self.keys.dtype), own)
         A = (codes @ self.keys).flatten(1, 2).unsqueeze(1)
-        B = self.log_gain.exp() * self.words.directions(input_ids).flatten(1, 2).unsqueeze(1)
+        B = self.values(self.words.tokens(input_ids)).flatten(1, 2).unsqueeze(1)
         return {self.module: (A, B)}
+
+    def values(self, tokens: Tensor) -> Tensor:
+        """B [..., 3, d_out] of what each of a token's three rows writes [..., 3]."""
+        return self.log_gain.exp().unsqueeze(-1) * self.words.directions(tokens)
 
     def rows_of(self, n_tokens: int) -> slice:
         """The rows of the text of a chunk of `n_tokens`, its chat wrapping counted."""
@@ -124,8 +131,11 @@ class Words:
     def __init__(self, base_model: nn.Module, tokenizer):
         body = decoder_body(base_model)
         self.tokenizer = tokenizer
-        self.embeddings = base_model.get_output_embeddings().weight.detach()
-        self.final = getattr(body, final_norm_name(base_model)).weight.detach()
+        self._embeddings = base_model.get_output_embeddings().weight.detach()
+        self._final = getattr(body, final_norm_name(base_model)).weight.detach().float()
+        self._mean, covariance = self._moments()
+        ridge = _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), device=covariance.device)
+        self._telling = torch.linalg.inv(covariance + ridge)
         self.end = stop_ids(tokenizer)[0]
         self.before, self.after = map(len, chat_affixes(tokenizer))
         self._first: dict[int, int] = {}
@@ -138,9 +148,15 @@ class Words:
             self._first[token] = ids[0] if ids else token
         return self._first[token]
 
-    def directions(self, input_ids: Tensor) -> Tensor:
-        """[n, T, 3, d_out] unit directions of each token's three rows."""
-        return F.normalize(self.embeddings[self.tokens(input_ids)].float() * self.final.float(), dim=-1)
+    def directions(self, tokens: Tensor) -> Tensor:
+        """[..., d_out] unit directions that write these tokens [...]."""
+        return F.normalize((self._embeddings[tokens].float() * self._final - self._mean) @ self._telling, dim=-1)
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """(mean [d_out], covariance [d_out, d_out]) of all tokens' embeddings times the final norm's weight."""
+        size, parts = len(self._embeddings), [part.float() * self._final for part in self._embeddings.split(8192)]
+        mean = sum(part.sum(0) for part in parts) / size
+        return mean, sum((part - mean).T @ (part - mean) for part in parts) / size
 
     def tokens(self, input_ids: Tensor) -> Tensor:
         """[n, T, 3]: what the three rows of each token write."""

@@ -151,6 +151,15 @@ STUDIES = {
         *(200, "questions of each condition and number of chunks"),
         options={"--again": {"action": "store_true", "help": "measure conditions again that are recorded already"}},
     ),
+    "passages": Study(
+        "passages:run",
+        ("passages",),
+        "questions about passages of real text, in the prompt and internalized",
+        *(1000, "questions", "smollm2"),
+        options={
+            "--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "data set, and its file (squad)"}
+        },
+    ),
     "gate": Study(
         "gate:run",
         ("gate", "gate_ideas"),

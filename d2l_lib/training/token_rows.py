@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class RowsBatch:
     mask [P, T]: True at tokens. states [P, T, S]. tokens [P, T, 3]: what each row writes.
     owner [N]: each token's passage. question [N]: each token's question in the batch. first [N]: of its answer.
     right [N, T, 3]: the rows of its passage that stand for it, where its answer stands.
+    progress: share of the training before it.
     together: one memory for all. unrelated [N]: True where the memory is the next passage's alone.
     """
 
@@ -53,6 +54,7 @@ class RowsBatch:
     right: Tensor
     together: bool
     unrelated: Tensor
+    progress: float = 0.0
 
     @property
     def n_contexts(self) -> int:
@@ -105,7 +107,8 @@ class RowsBatches(Dataset):
         epoch, number = divmod(i, per_epoch)
         rng = random.Random(f"rows/{self.seed}/{i}")
         batch = self._epoch(epoch)[number]
-        return self.collate(batch, rng.random() < self.p.together_share, rng)
+        made = self.collate(batch, rng.random() < self.p.together_share, rng)
+        return replace(made, progress=i / self.p.steps)
 
     def _rows(self, number: int) -> tuple[Tensor, Tensor]:
         """(tokens [T, 3], right [N, T, 3]) of a passage."""
@@ -210,13 +213,17 @@ class RowsStep(nn.Module):
         if lost.any():
             loss = loss - p.null_weight * log_null[lost].mean()
         where = "together" if batch.together else "alone"
+        with torch.no_grad():
+            best = right.flatten(1).gather(1, log_rows.argmax(1, keepdim=True))[:, 0]
         notes = {
             f"pointer_loss_{where}": pointer.item(),
+            f"rows_right_{where}": best[reachable].float().mean().item(),
+            f"first_rows_right_{where}": best[reachable & batch.first].float().mean().item(),
             "null_share_related": float(log_null[related & batch.first].exp().mean()),
         }
         if lost.any():
             notes["null_share_unrelated"] = float(log_null[lost].exp().mean())
-        if self.training and not p.head_weight:
+        if self.training and not (p.head_weight and batch.progress >= p.head_from):
             return loss, notes
         logits, labels = self.logits(batch, log_rows, related), batch.labels[related]
         loss = loss + p.head_weight * F.cross_entropy(logits, labels)
@@ -234,10 +241,9 @@ class RowsStep(nn.Module):
 
     def logits(self, batch: RowsBatch, log_rows: Tensor, chosen: Tensor) -> Tensor:
         """[chosen, vocabulary]: what the base model says with these shares."""
-        base, words = self._frozen[0], self.hypernetwork.words
-        directions = F.normalize(words.embeddings[batch.tokens].float() * words.final.float(), dim=-1).flatten(0, 2)
-        read = log_rows[chosen].exp() @ directions * self.hypernetwork.log_gain.exp() * self.hypernetwork.config.scale
-        return base.get_output_embeddings()(self._norm(batch.residual[chosen] + read))
+        net = self.hypernetwork
+        read = log_rows[chosen].exp() @ net.values(batch.tokens).flatten(0, 2) * net.config.scale
+        return self._frozen[0].get_output_embeddings()(self._norm(batch.residual[chosen] + read))
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
