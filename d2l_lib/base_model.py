@@ -307,11 +307,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(decoder_body(model).layers)
 
 
-def target_linears(model: nn.Module, modules: list[str], last: int | None = None) -> dict[str, list[nn.Linear]]:
-    """{module: its linear in every layer, or in the last so many}.
-
-    ValueError for a name that a layer lacks, with those that exist.
-    """
+def target_linears(model: nn.Module, modules: list[str]) -> dict[str, list[nn.Linear]]:
+    """{module: its linear in every layer}; ValueError for a name that a layer lacks, with those that exist."""
     modules = check_texts(modules, "modules")
     linears: dict[str, list[nn.Linear]] = {module: [] for module in modules}
     for index, layer in enumerate(decoder_layers(model)):
@@ -325,7 +322,7 @@ def target_linears(model: nn.Module, modules: list[str], last: int | None = None
                 problem = "no" if not matches else f"{len(matches)}"
                 raise ValueError(f"layer {index} has {problem} linears named {module!r}; it has {sorted(by_name)}")
             linears[module].extend(matches)
-    return {module: all_layers[-last if last else None :] for module, all_layers in linears.items()}
+    return linears
 
 
 def default_modules(model: nn.Module) -> list[str]:

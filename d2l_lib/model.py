@@ -155,7 +155,7 @@ class DocToLoRA:
         name = self.config.base_model or "another base model"
         remedy = f"it was made for {name}: pass that one as base_model="
         n_layers = len(decoder_layers(self.base_model))
-        if n_layers != self.config.n_layers and not (self.writes_rows and n_layers):
+        if n_layers != self.config.n_layers and not self.writes_rows:
             raise ValueError(
                 f"hypernetwork writes for {self.config.n_layers} layers, this base model has {n_layers}; {remedy}"
             )
