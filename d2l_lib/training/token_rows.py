@@ -219,10 +219,10 @@ class RowsStep(nn.Module):
             f"pointer_loss_{where}": pointer.item(),
             f"rows_right_{where}": best[reachable].float().mean().item(),
             f"first_rows_right_{where}": best[reachable & batch.first].float().mean().item(),
-            "null_share_related": float(log_null[related & batch.first].exp().mean()),
+            "null_share_related": log_null[related & batch.first].exp().mean().item(),
         }
         if lost.any():
-            notes["null_share_unrelated"] = float(log_null[lost].exp().mean())
+            notes["null_share_unrelated"] = log_null[lost].exp().mean().item()
         if self.training and not (p.head_weight and batch.progress >= p.head_from):
             return loss, notes
         logits, labels = self.logits(batch, log_rows, related), batch.labels[related]

@@ -84,7 +84,8 @@ class Conversation:
 
     read: "sum" or "sparse", as of `model.answer`. At first it is how the model was trained: sparse for a model with a
     null block, whose sum of many blocks drowns and disturbs unrelated questions (`d2l study reading`); else the
-    published sum. An `answer` without `read` knows the sum alone.
+    published sum. An `answer` without `read` knows the sum alone. A model that writes rows is read in its own way, and
+    has neither the sum nor a most relevant block.
 
     Every question stands alone: earlier ones are not in the prompt. Every document is internalized once, when it is
     added; weights and strengths only scale blocks. Threads may share a conversation.
@@ -97,8 +98,10 @@ class Conversation:
         self.adapter_strength = 1.0
         self.bias_strength = 1.0
         self.system = ""
-        self.reads_sparsely = takes(model.answer, "read")
-        self.read = "sparse" if self.reads_sparsely and getattr(model, "has_null_block", False) else "sum"
+        self.has_rows = getattr(model, "writes_rows", False)
+        self.reads_sparsely = takes(model.answer, "read") and not self.has_rows
+        prefers = self.reads_sparsely and getattr(model, "has_null_block", False)
+        self.read = "sparse" if self.has_rows or prefers else "sum"
         self._adapters: dict[str, Any] = {}
         self._lock = threading.RLock()
 
@@ -208,7 +211,7 @@ class Conversation:
         ways: list[tuple[str, str, Any, dict]] = [(WITH_ADAPTER, question, adapter, {})]
         if adapter is not None and held.read == "sparse":
             ways = [(SPARSELY, question, adapter, {"read": "sparse"})]
-        if adapter is not None and len(adapter.blocks) > 1:
+        if adapter is not None and len(adapter.blocks) > 1 and not self.has_rows:
             ways.append((ROUTED, question, adapter, {"blocks": 1}))
         ways += [(WITHOUT, question, None, {}), (IN_PROMPT, in_prompt, None, {})]
         answers = []

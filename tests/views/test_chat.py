@@ -437,12 +437,19 @@ def test_a_chat_begins_with_the_reading_that_its_model_was_trained_for():
         def answer(self, question, adapter, system="", blocks=None):
             return super().answer(question, adapter, system, blocks)
 
-    for kind, read, is_shown in ((ToyModel, "sum", True), (Trained, "sparse", True), (SumAlone, "sum", False)):
+    class OfRows(ToyModel):
+        writes_rows = True
+
+    kinds = ((ToyModel, "sum", True), (Trained, "sparse", True), (SumAlone, "sum", False), (OfRows, "sparse", False))
+    for kind, read, is_shown in kinds:
         chat = viewers.chat(kind(), {"a": "A."}, "What?")
         control = controls(chat)["Reading"]
         assert (control.value, control.layout.display is None) == (read, is_shown)
         assert chat.turns[0].answers[0][0] == (SPARSELY if read == "sparse" else WITH_ADAPTER)
     assert not tiny_models.build_model().has_null_block
+
+    add(chat, "B.", "b")
+    assert list(panes(chat)) == [SPARSELY, WITHOUT, IN_PROMPT], "rows choose by themselves, not block by block"
 
 
 def test_chat_adds_weighs_and_removes_documents():
