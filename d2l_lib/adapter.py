@@ -302,6 +302,7 @@ class Adapter:
 
     def as_lora(self) -> Adapter:
         """The same update as a plain LoRA, its bias a block "bias": it adds to any adapter for the same base model."""
+        self.check_summed()
         if self._is_foreign:
             return self
         blocks = self.blocks
@@ -418,11 +419,26 @@ class Adapter:
 
     # --- matrices ---------------------------------------------------------------------------------------------------
 
+    @property
+    def is_rows(self) -> bool:
+        """Whether attention reads its rows (see `row_reading`): their paths name one layer, "model.layers.3.mlp..."."""
+        return any("{layer}" not in path for path in self.paths.values())
+
+    def check_summed(self) -> None:
+        """ValueError for rows that attention reads: they have no sum."""
+        if self.is_rows:
+            raise ValueError(
+                "this adapter holds token rows, which attention reads and nothing adds up: weights, export, "
+                "compression, merging, routing, attribution and reports are for adapters that are summed. "
+                "row_reading.answer_rows tells what was read, and without() leaves a document out"
+            )
+
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """(A [n_layers, R, d_in], B [n_layers, R, d_out]) of the whole sum, R = rank; the update of W is scale * B^T A.
 
         Rows follow the order of the blocks, the bias last. A contains the weights. The tensors are new: free to change.
         """
+        self.check_summed()
         if module not in self.sizes:
             raise ValueError(f"no module {module!r} in this adapter; it has {', '.join(self.modules)}")
         parts = [(block.A[module], block.B[module], block.weight) for block in self.blocks]
@@ -439,6 +455,7 @@ class Adapter:
 
         r is the largest rank; zero rows fill up the others. Built once and kept, so do not change the tensors.
         """
+        self.check_summed()
         rank = max((block.rank for block in self.blocks), default=0)
 
         def stack(side: str, module: str, size: int) -> Tensor:

@@ -380,6 +380,10 @@ class DocToLoRA:
         bias = self.hypernetwork.bias() if bias else None
         if bias is not None:
             bias = {m: (A.detach().cpu().clone(), B.detach().cpu().clone()) for m, (A, B) in bias.items()}
+        paths = module_paths(self.base_model, self.config.modules)
+        if self.writes_rows:  # one layer
+            last = str(len(decoder_layers(self.base_model)) - 1)
+            paths = {module: path.replace("{layer}", last) for module, path in paths.items()}
         return Adapter(
             blocks=tuple(blocks),
             bias=bias,
@@ -389,7 +393,7 @@ class DocToLoRA:
             base_model=self.base_source or self.config.base_model,
             base_key=self.base_key,
             hypernetwork_key=self.hypernetwork_key,
-            paths=module_paths(self.base_model, self.config.modules),
+            paths=paths,
         )
 
     @property

@@ -30,6 +30,7 @@ from d2l_lib.hypernetwork import HypernetworkConfig, Loras, zero_padding
 
 ROLES = ("first", "inside", "end")
 _RIDGE = 0.05  # of the mean variance of an embedding's numbers
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a part of a letter's bytes reads as
 _KERNEL = 7  # tokens that a mixing convolution sees
 
 
@@ -144,6 +145,7 @@ class Words:
         """The token that begins an answer with the word that `token` begins: the one without a space before it."""
         if token not in self._first:
             word = self.tokenizer.decode([token]).strip()
+            word = "" if _BROKEN in word else word
             ids = self.tokenizer(word, add_special_tokens=False)["input_ids"] if word else []
             self._first[token] = ids[0] if ids else token
         return self._first[token]

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from d2l_lib.base_model import EAGER_ATTENTION, module_sizes
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
+from d2l_lib.token_rows import TokenRows
 
 FAMILIES = ("gemma2", "gemma3_text", "mistral", "qwen2", "qwen3", "llama", "phi3", "phi")
 VISION_FAMILIES = ("gemma3", "llava")
@@ -204,6 +205,25 @@ def build_model(
     tokenizer = build_tokenizer()
     base_model = build_base_model(tokenizer, n_layers=n_layers, window=window, seed=base_seed)
     return DocToLoRA(base_model, tokenizer, random_hypernetwork(base_model, modules, seed, **settings))
+
+
+def build_rows_model(base_seed: int = 0, seed: int = 1, family: str = "llama") -> DocToLoRA:
+    """A whole random model that writes token rows; its values are as large as a layer's, so that answers change."""
+    tokenizer = build_tokenizer()
+    base_model = build_base_model(tokenizer, family=family, seed=base_seed)
+    d_in, d_out = module_sizes(base_model, ["down_proj"])
+    config = HypernetworkConfig(
+        n_layers=1, d_in=d_in, d_out=d_out, feature_size=3 * HIDDEN, latent_size=16, rank=3, scale=1.0, n_blocks=1,
+        encoder_type="hidden_states", encoder_layers=(0, 2, 3), use_bias=False, n_heads=4, n_kv_heads=4,
+        writer="token_rows",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    hypernetwork = TokenRows(config)
+    randomize(hypernetwork)
+    with torch.no_grad():
+        hypernetwork.log_gain += 2
+        hypernetwork.keys.mul_(2)
+    return DocToLoRA(base_model, tokenizer, hypernetwork.eval())
 
 
 @torch.no_grad()

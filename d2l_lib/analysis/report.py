@@ -296,6 +296,7 @@ def report(
     check_count(chosen.n, "n")
     rng, blocks = random.Random(f"report/{chosen.seed}"), chosen.blocks
     adapter = sum(model.internalize_each(named)) if chosen.adapter is None else chosen.adapter
+    adapter.check_summed()
     spans = [(name, *span) for name, text in named.items() for span in split_sentences(text)]
     sentences = [named[name][start:end].strip() for name, start, end in spans]
     wrong = chosen.wrong

@@ -568,6 +568,7 @@ def merge(base_model: nn.Module | DocToLoRA, adapter: Adapter, *, in_place: bool
     - target weights that are quantised, not in memory or shared with another layer;
     - a model to which an adapter is applied: leave the `with` block first.
     """
+    adapter.check_summed()
     network = _network(base_model)
     if network is not base_model:
         base_model._check_adapter(adapter)

@@ -8,6 +8,7 @@ except where other programs or later versions may add some.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -104,8 +105,10 @@ def _unicode(text: str) -> str:
 
 def _template(text: str) -> str:
     plain = text.replace("{layer}", "", 1)
-    if len(plain) + len("{layer}") != len(text) or not _is_path(plain):
-        raise ValueError("a path with one {layer} and else only letters, digits, _ and .")
+    if plain == text:  # rows of one layer: "model.layers.3.mlp.down_proj"
+        plain = re.sub(r"\.\d+\.", ".", text, count=1)
+    if plain == text or not _is_path(plain):
+        raise ValueError("a path with one {layer} (or its number) and else only letters, digits, _ and .")
     return text
 
 

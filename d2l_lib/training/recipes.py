@@ -321,7 +321,7 @@ def train_rows(p: RowsPreset, source: str, frame: pd.DataFrame, run: Run, featur
     facts = facts_of(Fingerprint().key(base_model), frame, encoder, module, limits)
     write_features(base_model, tokenizer, passages, features, encoder=encoder, module=module, facts=facts)
     every = read_features(features)
-    train, held_out = every[: -p.validation], every[-p.validation :]
+    train, held_out = every[: len(every) - p.validation], every[len(every) - p.validation :]
     torch.manual_seed(run.seed)
     hypernetwork = TokenRows(config)
     hypernetwork.prepare(base_model, tokenizer)

@@ -13,6 +13,7 @@ Keys are learned in whitened coordinates of x, where all directions are of like 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ class RowsBatches(Dataset):
         self.passages, self.words, self.p, self.seed = passages, words, p, seed
         self._order: dict[int, list[list[int]]] = {}
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._per_epoch = len(self._epoch(0))  # the same in each
 
     def __len__(self) -> int:
         return self.p.steps
@@ -103,8 +105,9 @@ class RowsBatches(Dataset):
         return self._order[epoch]
 
     def __getitem__(self, i: int) -> RowsBatch:
-        per_epoch = len(self._epoch(0)) if i == 0 else len(next(iter(self._order.values()), None) or self._epoch(0))
-        epoch, number = divmod(i, per_epoch)
+        if not self._per_epoch:
+            raise ValueError("a batch needs two passages or more: give more passages, or set passages=2")
+        epoch, number = divmod(i, self._per_epoch)
         rng = random.Random(f"rows/{self.seed}/{i}")
         batch = self._epoch(epoch)[number]
         made = self.collate(batch, rng.random() < self.p.together_share, rng)
@@ -207,7 +210,9 @@ class RowsStep(nn.Module):
         right[torch.arange(len(batch.x)), batch.owner] = batch.right
         related = ~away
         reachable = related & right.flatten(1).any(1)
-        pointer = -log_rows.masked_fill(~right.flatten(1), -torch.inf)[reachable].logsumexp(-1).mean()
+        pointer = log_null.sum() * 0  # where no answer of the batch stands in its passage
+        if reachable.any():
+            pointer = -log_rows.masked_fill(~right.flatten(1), -torch.inf)[reachable].logsumexp(-1).mean()
         loss = pointer
         lost = away & batch.first
         if lost.any():
@@ -223,7 +228,8 @@ class RowsStep(nn.Module):
         }
         if lost.any():
             notes["null_share_unrelated"] = log_null[lost].exp().mean().item()
-        if self.training and not (p.head_weight and batch.progress >= p.head_from):
+        notes = {name: value for name, value in notes.items() if not math.isnan(value)}  # means of nothing
+        if not related.any() or (self.training and not (p.head_weight and batch.progress >= p.head_from)):
             return loss, notes
         logits, labels = self.logits(batch, log_rows, related), batch.labels[related]
         loss = loss + p.head_weight * F.cross_entropy(logits, labels)

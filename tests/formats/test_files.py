@@ -140,7 +140,7 @@ def put(*path, value):
         (("paths", "q_proj"), (5,), "a text"),
         (
             ("paths", "q_proj"),
-            ("{layer}.{layer}", "x", "{layer}{0.__class__}", "{layer!r}", "{layer}/x"),
+            ("{layer}.{layer}", "x", "3", "a.3.{layer}/b", "{layer}{0.__class__}", "{layer!r}", "{layer}/x"),
             "one {layer}",
         ),
         (("base_key",), (5, None), "a text"),

@@ -1,0 +1,182 @@
+"""Rows read by attention: against a plain oracle, with and without a cache, alone and in batches; what is refused."""
+
+import pytest
+import torch
+from tiny_models import build_model, build_rows_model, logits_of
+
+from d2l_lib.adapter import Block
+from d2l_lib.documents import question_ids
+from d2l_lib.row_reading import RowReading, answer_rows, read_rows
+
+TEXTS = {"a": "Ada lives in Velm.", "b": "The lake is cold at night."}
+QUESTIONS = ["Who is it?", "Where does Ada live?", "What?"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_rows_model()
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    return model.internalize(TEXTS)
+
+
+def oracle(model, adapter, reading: RowReading, text: str = QUESTIONS[0]) -> torch.Tensor:
+    """Logits by the formula, row by row: a plain hook on the last layer's linear."""
+    key, floor = model.hypernetwork.null()
+
+    def read(_, inputs, output):
+        added = torch.zeros_like(output)
+        for place, x in enumerate(inputs[0][0]):
+            unit, shares, values = x / x.norm(), [], []
+            shares.append(torch.exp((unit @ key + floor + reading.null_logit) / reading.temperature))
+            for block in adapter.blocks:
+                for A, B in zip(block.A["down_proj"][0], block.B["down_proj"][0], strict=True):
+                    shares.append(torch.exp((A @ unit + torch.tensor(block.weight).log()) / reading.temperature))
+                    values.append(B)
+            p = torch.stack(shares) / sum(shares)
+            added[0, place] = (p[1:, None] * torch.stack(values)).sum(0)
+        return output + adapter.scale * added
+
+    ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+    handle = model.base_model.model.layers[-1].mlp.down_proj.register_forward_hook(read)
+    with torch.no_grad():
+        logits = model.base_model(ids).logits
+    handle.remove()
+    return logits
+
+
+def read_logits(model, adapter, reading, text: str = QUESTIONS[0]):
+    ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+    with torch.no_grad(), model.applied(adapter, read=reading) as network:
+        return network(ids).logits
+
+
+@pytest.mark.parametrize("reading", [RowReading(), RowReading(0.4), RowReading(2.0, -1.5)], ids=str)
+def test_reading_is_a_softmax_over_all_rows_and_the_null_row(model, adapter, reading):
+    half = adapter.only("a") + adapter.only("b").scaled(0.3)
+    for one in (adapter, half):
+        torch.testing.assert_close(read_logits(model, one, reading), oracle(model, one, reading), rtol=1e-3, atol=1e-3)
+    assert (read_logits(model, half, reading) - read_logits(model, adapter, reading)).abs().max() > 1e-2
+    plain = RowReading()
+    if reading != plain:
+        assert (read_logits(model, adapter, reading) - read_logits(model, adapter, plain)).abs().max() > 1e-2
+
+
+def test_the_null_row_alone_is_the_base_model_and_the_model_stays(model, adapter):
+    before = {name: value.clone() for name, value in model.base_model.state_dict().items()}
+    base = logits_of(model, None)
+    torch.testing.assert_close(read_logits(model, adapter, RowReading(null_logit=1e4)), base, rtol=1e-5, atol=1e-5)
+    assert (read_logits(model, adapter, RowReading()) - base).abs().max() > 0.1
+    assert torch.equal(logits_of(model, None), base)
+    assert all(torch.equal(value, before[name]) for name, value in model.base_model.state_dict().items())
+    assert not any(one._forward_hooks for one in model.base_model.modules())
+
+
+def test_one_pass_is_token_by_token_and_batches_are_single_questions(model, adapter):
+    ids = torch.tensor([model.tokenizer(QUESTIONS[1])["input_ids"]])
+    with torch.no_grad(), model.applied(adapter) as network:
+        whole, cache, steps = network(ids).logits, None, []
+        for token in ids[0]:
+            out = network(token[None, None], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits[:, 0])
+    torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=1e-3, atol=1e-3)
+    mixed = [adapter.only("a"), None, adapter]
+    together = model.answer(QUESTIONS, mixed, max_new_tokens=6)
+    single = [model.answer(q, one, max_new_tokens=6) for q, one in zip(QUESTIONS, mixed, strict=True)]
+    assert together == single
+    assert together[1] == model.answer(QUESTIONS[1], None, max_new_tokens=6)
+    assert together[1] != model.answer(QUESTIONS[1], adapter, max_new_tokens=6)
+
+
+def test_samples_and_beams_of_a_question_read_its_own_adapter(model, adapter):
+    prompts = question_ids(model.tokenizer, [QUESTIONS[0]])
+    ids = torch.tensor(prompts * 2)
+    mixed = [adapter.only("a"), None]
+    options = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    torch.manual_seed(0)
+    sampled = model.generate(ids, adapter=mixed, do_sample=True, num_return_sequences=2, **options)
+    assert len(sampled.sequences) == 4
+    first = sampled.logits[0]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[2], first[3])
+    assert not torch.allclose(first[0], first[2], atol=1e-2)
+    with torch.no_grad(), model.applied(mixed[0]) as network:
+        torch.testing.assert_close(first[0], network(ids[:1]).logits[0, -1], rtol=1e-3, atol=1e-3)
+    beams = model.generate(ids, adapter=mixed, num_beams=2, max_new_tokens=4)
+    for row, one in enumerate(mixed):
+        alone = model.generate(ids[:1], adapter=one, num_beams=2, max_new_tokens=4)
+        assert beams[row, : alone.shape[1]].tolist() == alone[0].tolist()
+
+
+def hand_made(model, word: int):
+    """An adapter of two documents whose rows are silent but one, which writes `word`."""
+    d_in, d_out = model.config.d_in["down_proj"], model.config.d_out["down_proj"]
+    blocks = []
+    for name, n in (("quiet", 6), ("loud", 9)):
+        A, B = torch.zeros(1, n, d_in), torch.zeros(1, n, d_out)
+        blocks.append(Block(name, 0, None, 1.0, {"down_proj": A}, {"down_proj": B}))
+    blocks[1].B["down_proj"][0, 4] = 1e4 * model.hypernetwork.words.directions(torch.tensor(word))
+    return model.adapter_of(blocks)
+
+
+def test_the_table_names_the_row_that_writes_a_word(model):
+    word = model.tokenizer("V", add_special_tokens=False)["input_ids"][0]
+    adapter = hand_made(model, word)
+    ids = question_ids(model.tokenizer, [QUESTIONS[0]])
+    seen = {}
+    layer = model.base_model.model.layers[-1].mlp.down_proj
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0][0, -1]))
+    with torch.no_grad():
+        model.base_model(torch.tensor(ids))
+    handle.remove()
+    adapter.blocks[1].A["down_proj"][0, 4] = 40 * seen["x"] / seen["x"].norm()
+    answer = model.answer(QUESTIONS[0], adapter, max_new_tokens=1)
+    assert answer == "V"
+    table = answer_rows(model, QUESTIONS[0], adapter, answer)
+    assert list(table.columns) == ["token", "text", "share", "document", "chunk", "row", "place", "role"]
+    assert table.groupby("token").size().tolist() == [3, 3] and table["text"][0] == "V"
+    for _, lines in table.groupby("token"):
+        assert (lines["share"].diff().dropna() <= 0).all() and lines["share"].sum() <= 1 + 1e-6
+    top = table.iloc[0]
+    assert (top["document"], top["chunk"], top["row"], top["place"], top["role"]) == ("loud", 0, 4, 1, "inside")
+    assert top["share"] > 0.99
+    nobody = answer_rows(model, QUESTIONS[0], adapter, answer, read=RowReading(null_logit=1e3))
+    assert nobody.iloc[0]["row"] == -1 and nobody["document"].isna().iloc[0]
+
+
+def test_a_table_of_a_real_adapter_is_what_the_formula_says(model, adapter):
+    table = answer_rows(model, QUESTIONS[0], adapter, "Ada")
+    assert len(table) == 3 * 4 and table["share"].between(0, 1).all()
+    known = table[table["row"] >= 0]
+    sizes = {block.document: block.rank for block in adapter.blocks}
+    assert all(row < sizes[document] for document, row in zip(known["document"], known["row"], strict=True))
+    assert (known["place"] == known["row"] // 3).all()
+    assert answer_rows(model, QUESTIONS[0], adapter.only("b"), "Ada")["document"].dropna().eq("b").all()
+
+
+def test_what_does_not_fit_is_refused(model, adapter):
+    for numbers in ({"temperature": 0}, {"temperature": float("nan")}, {"null_logit": float("inf")}):
+        with pytest.raises(ValueError, match=next(iter(numbers))):
+            RowReading(**numbers)
+    with pytest.raises(ValueError, match="read by attention"):
+        model.answer(QUESTIONS[0], adapter, read="sum")
+    with pytest.raises(ValueError, match="leave blocks out"):
+        model.answer(QUESTIONS[0], adapter, blocks=2)
+    with pytest.raises(ValueError, match="at least 0"):
+        model.answer(QUESTIONS[0], adapter.scaled(-1))
+    other = build_model()
+    with pytest.raises(ValueError, match="another model"):
+        other.answer(QUESTIONS[0], adapter)
+    with pytest.raises(ValueError, match="another hypernetwork"):
+        model.answer(QUESTIONS[0], other.internalize(TEXTS))
+    with pytest.raises(ValueError, match="one module of the last layer"):
+        model.answer(QUESTIONS[0], other.internalize(TEXTS).as_lora())
+    with pytest.raises(ValueError, match="read must be"):
+        other.answer(QUESTIONS[0], None, read=RowReading())
+    with (
+        pytest.raises(ValueError, match="need rows="),
+        read_rows(model.base_model, [adapter, adapter], RowReading(), model.hypernetwork.null()),
+    ):
+        pass

@@ -1,0 +1,166 @@
+"""Token rows: what each row writes, chunks alone and in batches, files, adding and removing documents."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import CHAT_TEMPLATE, build_base_model, build_model, build_rows_model, build_tokenizer, logits_of
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+import d2l_lib as d2l
+from d2l_lib.analysis import weights
+from d2l_lib.analysis.attribution import attribute
+from d2l_lib.analysis.report import report
+from d2l_lib.documents import context_ids, stop_ids
+from d2l_lib.formats import peft
+from d2l_lib.routing import key_scores, relevance, route
+from d2l_lib.token_rows import TokenRows, Words
+
+TEXTS = {"a": "Ada lives in Velm.", "b": "The lake is cold, and so is the long night.", "c": "Bo"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_rows_model()
+
+
+@pytest.fixture(scope="module")
+def each(model):
+    return dict(zip(TEXTS, model.internalize_each(TEXTS), strict=True))
+
+
+def direction_of(model, token: int) -> torch.Tensor:
+    """The unit vector that tells a token from all others, by a plain formula."""
+    base = model.base_model
+    e = (base.get_output_embeddings().weight * base.model.norm.weight).double()
+    away = e - e.mean(0)
+    C = away.T @ away / len(e)
+    vector = torch.linalg.solve(C + 0.05 * C.diagonal().mean() * torch.eye(len(C)), away[token])
+    return (vector / vector.norm()).float()
+
+
+def test_every_token_of_the_text_has_three_rows_that_write_it(model, each):
+    gains = model.hypernetwork.log_gain.exp()
+    assert gains.unique().numel() == 3
+    for name, text in TEXTS.items():
+        (block,) = each[name].blocks
+        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert block.rank == 3 * len(ids) and block.A["down_proj"].shape[:2] == (1, 3 * len(ids))
+        B = block.B["down_proj"][0]
+        for t, token in enumerate(ids):
+            for k, written in enumerate((token, token, stop_ids(model.tokenizer)[0])):
+                torch.testing.assert_close(B[3 * t + k], gains[k] * direction_of(model, written), rtol=1e-3, atol=1e-3)
+
+
+def spaced_tokenizer():
+    """The small tokenizer with the tokens "the" and " the"."""
+    tokenizer = build_tokenizer()
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = [("t", "h"), ("th", "e"), ("\u0120", "the")]
+    for left, right in merges:
+        whole["model"]["vocab"][left + right] = len(whole["model"]["vocab"])
+    whole["model"]["merges"] = [list(pair) for pair in merges]
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
+    backend = Tokenizer.from_str(json.dumps(whole))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, chat_template=CHAT_TEMPLATE)
+
+
+def test_first_forms_have_no_space_and_parts_of_letters_stay():
+    tokenizer = spaced_tokenizer()
+    words = Words(build_base_model(tokenizer), tokenizer)
+    plain, spaced = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the", " the"))
+    assert len(plain) == len(spaced) == 1 and plain != spaced
+    ids = [*spaced, *plain, *tokenizer("\N{SNOWMAN}", add_special_tokens=False)["input_ids"]]
+    assert len(ids) == 5
+    (table,) = words.tokens(torch.tensor([ids])).tolist()
+    assert [row[0] for row in table] == [*plain, *plain, *ids[2:]]
+    assert [row[1] for row in table] == ids and {row[2] for row in table} == {stop_ids(tokenizer)[0]}
+
+
+def test_a_chunk_in_a_batch_is_the_chunk_alone(model, each):
+    for name, text in TEXTS.items():
+        assert model.internalize({name: text}) == each[name]
+    # and what the padded batch gives is what the network gives for the chunk without padding
+    ids = torch.tensor([context_ids(model.tokenizer, TEXTS["a"])])
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        loras = model.hypernetwork(model.encoder.encode(ids, mask), mask, ids)
+    own = loras["down_proj"][0][0, :, model.hypernetwork.rows_of(ids.shape[1])]
+    torch.testing.assert_close(own, each["a"].blocks[0].A["down_proj"], rtol=1e-4, atol=1e-4)
+
+
+def test_model_and_adapter_survive_files(model, each, tmp_path):
+    model.reading = replace(model.reading, temperature=0.7, null_logit=-0.5)
+    try:
+        model.save(tmp_path / "model", include_base=True)
+        again = d2l.load(tmp_path / "model")
+        assert again.reading == model.reading and again.writes_rows and "three rows a token" in repr(again)
+        assert again.config == model.config and again.internalize({"a": TEXTS["a"]}) == each["a"]
+    finally:
+        model.reading = type(model.reading)()
+    both = each["a"] + each["b"].scaled(0.5)
+    loaded = d2l.Adapter.load(both.save(tmp_path / "both.safetensors"))
+    assert loaded == both and loaded.is_rows
+    assert torch.equal(logits_of(model, loaded), logits_of(model, both))
+
+
+def test_documents_are_added_and_taken_out(model, each):
+    a, b, c = each.values()
+    plain, of_a = logits_of(model, None), logits_of(model, a)
+    assert (of_a - plain).abs().max() > 0.1
+    whole = a + b + c
+    assert (logits_of(model, whole) - of_a).abs().max() > 0.01
+    assert torch.equal(logits_of(model, whole.without("b")), logits_of(model, a + c))
+    assert torch.equal(logits_of(model, whole.only("a")), of_a)
+    torch.testing.assert_close(logits_of(model, c + b + a), logits_of(model, whole), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(model, a + b.scaled(0)), of_a, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits_of(model, whole.without(["a", "b", "c"])), plain)
+    torch.testing.assert_close(logits_of(model, a.scaled(0)), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_what_adds_adapters_up_refuses_rows(model, each, tmp_path):
+    a = each["a"]
+    both = a + each["b"]
+    refused = (
+        lambda: a.factors("down_proj"),
+        lambda: a.compressed(2),
+        lambda: a.as_lora(),
+        lambda: a.stacked,
+        lambda: peft.export_peft(a, tmp_path / "peft"),
+        lambda: peft.merge(model, a),
+        lambda: weights.spectra(a),
+        lambda: weights.norms(a),
+        lambda: weights.block_energy(a),
+        lambda: relevance(model, ["Who?"], [both]),
+        lambda: key_scores(model, ["Who?"], [both]),
+        lambda: route(model, ["Who?"], [both]),
+        lambda: attribute(model, both, "Who?", "Ada"),
+        lambda: report(model, TEXTS),
+    )
+    for number, call in enumerate(refused):
+        try:
+            call()
+        except ValueError as error:
+            assert "token rows" in str(error), (number, error)
+        else:
+            pytest.fail(f"number {number} took rows")
+    assert not (tmp_path / "peft").exists()
+    with pytest.raises(ValueError, match="leave blocks out"):
+        model.answer("Who?", both, blocks=1)
+    assert not build_model().internalize("A.").is_rows
+
+
+def test_a_network_without_words_and_settings_that_do_not_fit_say_so(model):
+    bare = TokenRows(model.config)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(RuntimeError, match=r"prepare\(base_model, tokenizer\)"):
+        bare(torch.zeros(1, 4, model.config.feature_size), ids, ids)
+    for change in ({"rank": 2}, {"n_layers": 2}, {"use_bias": True}):
+        with pytest.raises(ValueError, match="three a token"):
+            TokenRows(replace(model.config, **change))
+    with pytest.raises(ValueError, match="go together"):
+        replace(model.config, encoder_layers=())
+    with pytest.raises(ValueError, match="writer is"):
+        replace(model.config, writer="nobody")
