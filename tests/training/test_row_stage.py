@@ -1,0 +1,359 @@
+"""Training of token rows: passages, features on disk, batches, the loss against a plain one, runs and their command."""
+
+import json
+import random
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import build_base_model, build_tokenizer
+
+import d2l_lib as d2l
+from d2l_lib.__main__ import main
+from d2l_lib.base_model import Fingerprint
+from d2l_lib.documents import context_ids, question_ids, stop_ids
+from d2l_lib.encoder import ContextEncoder
+from d2l_lib.presets import RowsPreset
+from d2l_lib.tasks.qa import load_qa
+from d2l_lib.token_rows import TokenRows, Words
+from d2l_lib.training import recipes, row_features
+from d2l_lib.training.loop import Run, read_log
+from d2l_lib.training.row_features import Limits, facts_of, passages_of, read_features, write_features
+from d2l_lib.training.token_rows import (
+    RowsBatches,
+    RowsStep,
+    answer_rows,
+    plain_keys,
+    start_rows,
+    validation_batches,
+)
+
+SMALL = RowsPreset(
+    latent_size=16, n_blocks=1, n_heads=2, dropout=0.1, encoder_layers=(0, 2, 3), longest_passage=60, passages=3,
+    validation=4, unrelated_share=0.3, steps=6, learning_rate=3e-3, warmup_steps=1, head_from=0.5,
+)  # fmt: skip
+NAMES = ["Ada", "Bo", "Cy", "Dan", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo", "Kai", "Lea", "Max", "Nia", "Oz", "Pia"]
+TOWNS = ["Velm", "Oru", "Tak", "Siba", "Mond", "Zell", "Quin", "Rast"]
+MODULE = "down_proj"
+
+
+def question_file(folder):
+    """A file in SQuAD's form: for each name a passage with two questions."""
+    paragraphs = []
+    for i, name in enumerate(NAMES):
+        first, second = TOWNS[i % 8], TOWNS[(3 * i + 1) % 8]
+        text = f"{name} lives in {first}, works in {second}" + "." * (1 + i % 5)
+        asked = [(f"Where is {name}'s home?", first), (f"Where is {name}'s work?", second)]
+        qas = [
+            {"id": f"{i}{q}", "question": q, "answers": [{"text": a, "answer_start": text.index(a)}]} for q, a in asked
+        ]
+        paragraphs.append({"context": text, "qas": qas})
+    file = folder / "squad.json"
+    file.write_text(json.dumps({"version": "1.1", "data": [{"title": "towns", "paragraphs": paragraphs}]}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(folder of a random base model, the model, its tokenizer, the table of questions, its file)"""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = build_tokenizer()
+    model = build_base_model(tokenizer)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    file = question_file(folder)
+    return folder / "model", model, tokenizer, load_qa("squad", file, split="train"), file
+
+
+@pytest.fixture(scope="module")
+def made(base, tmp_path_factory):
+    """(passages, the folder of their features, the arguments that made it)"""
+    _, model, tokenizer, frame, _ = base
+    encoder = ContextEncoder(model, "hidden_states", encoder_layers=(0, 2, 3))
+    limits = Limits(60)
+    facts = facts_of(Fingerprint().key(model), frame, encoder, MODULE, limits)
+    options = {"encoder": encoder, "module": MODULE, "facts": facts}
+    passages, folder = passages_of(frame, tokenizer, limits), tmp_path_factory.mktemp("features")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_features, "PER_FILE", 6)
+        write_features(model, tokenizer, passages, folder, **options)
+    return passages, folder, options
+
+
+@pytest.fixture(scope="module")
+def features(made):
+    return read_features(made[1])
+
+
+def prepared(base, p=SMALL, seed: int = 1) -> TokenRows:
+    _, model, tokenizer, _, _ = base
+    torch.manual_seed(seed)
+    net = TokenRows(recipes.rows_config(p, model, "random"))
+    net.prepare(model, tokenizer)
+    return net
+
+
+# --- passages and features ------------------------------------------------------------------------------------------
+def test_only_short_passages_with_short_answers_that_stand_in_them_are_used():
+    tokenizer = build_tokenizer()
+    rows = [
+        ("Ada lives in Velm.", "Where?", ["Velm", "Oru"]),
+        ("Ada lives in Velm.", "Who?", ["Ada"]),
+        ("Ada lives in Velm.", "What?", ["Oru", "Velm"]),  # the first answer is not there
+        ("Ada lives in Velm.", "Which?", ["lives in Velm"]),  # too long
+        ("Ada lives in Velm.", "Where " * 9, ["Velm"]),
+        ("Ada lives in Velm.", "And?", ["in"]),  # one too many
+        ("Ada lives in Velm" * 3, "Where?", ["Velm"]),  # a long passage
+        ("Bo is away.", "Where?", ["home"]),  # no usable question
+    ]
+    frame = pd.DataFrame(rows, columns=["document", "question", "answers"]).assign(dataset="squad")
+    limits = Limits(passage_tokens=20, question_tokens=50, answer_tokens=5, questions=2)
+    (one,) = passages_of(frame, tokenizer, limits)
+    assert tokenizer.decode(one.ids) == one.text == "Ada lives in Velm."
+    assert [text for _, _, text in one.questions] == ["Velm", "Ada"]
+    for (prompt, answer, text), question in zip(one.questions, ("Where?", "Who?"), strict=True):
+        assert prompt == question_ids(tokenizer, [question])[0] and answer[-1] == stop_ids(tokenizer)[0]
+        assert tokenizer.decode(answer[:-1]) == text
+    assert len(passages_of(frame, tokenizer, replace(limits, questions=9))[0].questions) == 3
+    assert len(passages_of(frame, tokenizer, replace(limits, answer_tokens=20))[0].questions) == 2
+
+
+@torch.no_grad()
+def test_features_are_those_of_a_plain_pass(base, made, features):
+    _, model, tokenizer, _, _ = base
+    passages = made[0]
+    assert len(features) == len(passages) == len(NAMES)
+    for one, passage in zip(features[::7], passages[::7], strict=True):
+        ids = torch.tensor([context_ids(tokenizer, passage.text)])
+        before = ids[0].tolist().index(passage.ids[0], 1)
+        while ids[0, before : before + len(passage.ids)].tolist() != passage.ids:
+            before += 1
+        states = model.model(ids, output_hidden_states=True).hidden_states
+        own = torch.cat([states[2], states[3]], -1)[0, before : before + len(passage.ids)]
+        torch.testing.assert_close(one.states.float(), own, rtol=2e-3, atol=2e-3)
+        place = 0
+        for number, (prompt, answer, _) in enumerate(passage.questions):
+            kept = {}
+            handles = [
+                model.model.layers[-1].mlp.down_proj.register_forward_pre_hook(lambda _, i, k=kept: k.update(x=i[0])),
+                model.model.norm.register_forward_pre_hook(lambda _, i, k=kept: k.update(h=i[0])),
+            ]
+            model(torch.tensor([prompt + answer]))
+            for handle in handles:
+                handle.remove()
+            here, there = slice(place, place + len(answer)), slice(len(prompt) - 1, len(prompt) - 1 + len(answer))
+            torch.testing.assert_close(one.x[here].float(), kept["x"][0, there], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(one.residual[here].float(), kept["h"][0, there], rtol=2e-3, atol=2e-3)
+            assert one.labels[here].tolist() == answer
+            assert (one.question[here] == one.question[0] + number).all()
+            place += len(answer)
+        assert place == len(one.x)
+
+
+def test_a_folder_of_features_is_continued_and_refuses_other_facts(base, made, tmp_path, monkeypatch):
+    _, model, tokenizer, _, _ = base
+    passages, folder, options = made
+    monkeypatch.setattr(row_features, "PER_FILE", 6)
+    files = sorted(folder.glob("*"))
+    assert [file.name for file in files] == [f"features-0000{i}.safetensors" for i in range(3)]
+    for file in files[:1] + files[2:]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    kept = (tmp_path / files[0].name).stat().st_mtime_ns
+    calls, count = [], row_features._features
+    monkeypatch.setattr(row_features, "_features", lambda *a: calls.append(1) or count(*a))
+    write_features(model, tokenizer, passages, tmp_path, **options)
+    assert calls == [1] and (tmp_path / files[0].name).stat().st_mtime_ns == kept
+    assert all((tmp_path / file.name).read_bytes() == file.read_bytes() for file in files)
+    other = options | {"facts": options["facts"] | {"module": "up_proj"}}
+    with pytest.raises(ValueError, match="choose another folder"):
+        write_features(model, tokenizer, passages, tmp_path, **other)
+    with pytest.raises(FileNotFoundError, match="make them first"):
+        read_features(tmp_path / "none")
+
+
+def test_states_too_large_for_float16_stay_finite(base, made):
+    _, _, tokenizer, _, _ = base
+    huge = build_base_model(tokenizer)
+    with torch.no_grad():
+        huge.get_input_embeddings().weight.mul_(1e6)
+    encoder = ContextEncoder(huge, "hidden_states", encoder_layers=(0, 2, 3))
+    tensors = row_features._features(huge, tokenizer, made[0][:2], encoder, MODULE)
+    assert tensors["states"].abs().max() == torch.tensor(6e4).half()
+    assert all(tensors[name].isfinite().all() for name in ("states", "x", "residual"))
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+def same(first, second) -> bool:
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(vars(first).values(), vars(second).values(), strict=True)
+    )
+
+
+def test_batches_are_functions_of_seed_and_step(base, features):
+    words = Words(base[1], base[2])
+    p = replace(SMALL, steps=40)
+    batches = RowsBatches(features[:11], words, p, seed=3)  # four batches an epoch
+    in_order = [batches[i] for i in range(14)]
+    for i in (13, 0, 9, 4, 3, 12):
+        assert same(batches[i], in_order[i]) and same(RowsBatches(features[:11], words, p, 3)[i], in_order[i])
+    assert not all(same(RowsBatches(features[:11], words, p, 4)[i], in_order[i]) for i in range(4))
+    sizes = [one.n_contexts for one in in_order[:4]]
+    assert sum(sizes) == 11 and len(batches) == 40
+    assert not all(torch.equal(in_order[i].labels, in_order[i + 4].labels) for i in range(4)), "an order for each epoch"
+    assert {one.together for one in in_order} == {True, False} and any(one.unrelated.any() for one in in_order)
+    assert [one.progress for one in in_order[:3]] == [0, 1 / 40, 2 / 40]
+    with pytest.raises(ValueError, match="two passages or more"):
+        RowsBatches(features[:1], words, p, 0)[0]
+
+
+def test_all_places_of_an_answer_are_marked_and_its_end():
+    ids = [5, 6, 9, 5, 6, 5]
+    tokens = [(token + 100 if token == 5 else token, token, 1) for token in ids]  # 105: 5 without its space
+    rows = answer_rows(ids, tokens, [105, 6, 1])
+    expected = torch.zeros(3, 6, 3, dtype=torch.bool)
+    expected[0, [0, 3], 0] = expected[1, [1, 4], 1] = expected[2, [1, 4], 2] = True
+    assert torch.equal(rows, expected)
+    assert not answer_rows(ids, tokens, [5, 6, 1]).any() and not answer_rows(ids[:1], tokens[:1], [105, 6, 1]).any()
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+def plain_loss(net, model, batch, p, whitening) -> torch.Tensor:
+    """The loss by loops over tokens and rows."""
+    table, ends = model.get_input_embeddings().weight, []
+    A, B = [], []
+    for ids, mask, states, tokens in zip(batch.ids, batch.mask, batch.states, batch.tokens, strict=True):
+        n = int(mask.sum())
+        alone = torch.cat([table[ids[:n]], states[:n]], -1)[None]
+        codes = net.codes(alone, torch.ones(1, n, dtype=torch.bool))[0]
+        A.append(codes @ net.keys @ whitening)  # [n, 3, d_in]
+        B.append(net.values(tokens[:n]))
+        ends.append(n)
+    pointers, nulls, says = [], [], []
+    for t, (x, label) in enumerate(zip(batch.x, batch.labels, strict=True)):
+        own, unit = int(batch.owner[t]), x / x.norm()
+        away = bool(batch.unrelated[t]) and not batch.together
+        seen = range(len(A)) if batch.together else [(own + 1) % len(A) if away else own]
+        rows = torch.cat([(A[i] @ unit).flatten() for i in seen])
+        null = (whitening @ net.null_key) @ unit + net.null_logit
+        p_rows = torch.cat([rows, null[None]]).softmax(0)
+        if away:
+            nulls += [p_rows[-1].log()] if batch.first[t] else []
+            continue
+        right = torch.cat([(batch.right[t] if i == own else torch.zeros_like(batch.right[t]))[: ends[i]].flatten()
+                           for i in seen])  # fmt: skip
+        if right.any():
+            pointers.append(-p_rows[:-1][right].sum().log())
+        read = p_rows[:-1] @ torch.cat([B[i].flatten(0, 1) for i in seen])
+        logits = model.get_output_embeddings()(model.model.norm(batch.residual[t] + read))
+        says.append(-logits.log_softmax(-1)[label])
+    loss = torch.stack(pointers).mean() + p.head_weight * torch.stack(says).mean()
+    return loss - p.null_weight * torch.stack(nulls).mean() if nulls else loss
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_loss_is_the_plain_one(base, features, together):
+    net = prepared(base)
+    with torch.no_grad():
+        net.null_key.normal_()
+        net.null_logit.fill_(-0.5)
+    whitening = start_rows(net, features, base[1])
+    assert torch.allclose(whitening, whitening.mT, atol=1e-4)
+    p = replace(SMALL, unrelated_share=0.5, null_weight=0.7)
+    batches = RowsBatches(features, net.words, p, 0)
+    batch = batches.collate([0, 4, 9], together, random.Random(2))
+    assert batch.unrelated.any() and not batch.unrelated.all() and batch.right.flatten(1).any(1).all()
+    assert not batch.mask.all()
+    step = RowsStep(base[1], net, p, whitening).eval()
+    with torch.no_grad():
+        loss, notes = step.loss(batch)
+        torch.testing.assert_close(loss, plain_loss(net, base[1], batch, p, whitening), rtol=1e-3, atol=1e-3)
+        assert 0 <= notes[f"exact_match_{'together' if together else 'alone'}"] <= 1
+        # written in plain coordinates, the keys give the same shares without the whitening
+        seen = F.one_hot(batch.owner, 3).bool()
+        shares = step.shares(batch, seen)
+        plain_keys(net, whitening)
+        step.whitening = torch.eye(len(whitening))
+        torch.testing.assert_close(step.shares(batch, seen), shares, rtol=1e-3, atol=1e-3)
+
+
+def test_batches_without_a_reachable_answer_are_finite(base, features):
+    net = prepared(base)
+    p = replace(SMALL, head_from=0.0)
+    step = RowsStep(base[1], net, p, start_rows(net, features, base[1]))
+    batch = RowsBatches(features, net.words, p, 0).collate([0, 1], False)
+    for one in (
+        replace(batch, right=torch.zeros_like(batch.right)),
+        replace(batch, unrelated=torch.ones_like(batch.unrelated)),
+    ):
+        loss = step(one)["loss"]
+        loss.backward()
+        assert loss.isfinite() and all(q.grad is None or q.grad.isfinite().all() for q in net.parameters())
+    assert all(value == value for value in step.report().values())
+
+
+def test_a_few_steps_teach_the_pointer(base, features):
+    net = prepared(base)
+    p = replace(SMALL, dropout=0.0, steps=60, passages=6, unrelated_share=0.1, together_share=0.3)
+    step = RowsStep(base[1], net, p, start_rows(net, features, base[1]), validation_batches(features[:6], net.words, p))
+    batches = RowsBatches(features, net.words, p, 0)
+    optimizer = torch.optim.Adam([one for one in net.parameters() if one.requires_grad], lr=1e-2)
+    before = step.report()
+    for i in range(60):
+        optimizer.zero_grad()
+        step(batches[i])["loss"].backward()
+        optimizer.step()
+    after = step.report()
+    assert after["validation_pointer_loss_alone"] < 0.5 * before["validation_pointer_loss_alone"], (before, after)
+    assert after["validation_pointer_loss_together"] < 0.7 * before["validation_pointer_loss_together"]
+    assert step.training and net.feature_mean.grad is None
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+def test_a_stopped_run_resumes_to_the_weights_of_an_uninterrupted_one(base, tmp_path):
+    source, _, _, frame, _ = base
+    whole, two = (Run(tmp_path / name, seed=1, report_steps=1) for name in ("whole", "two"))
+    features = tmp_path / "features"
+    final = recipes.train_rows(SMALL, str(source), frame, whole, features)
+    recipes.train_rows(SMALL, str(source), frame, replace(two, stop_at=2), features)
+    assert (two.folder / "checkpoint-2").exists() and not (two.folder / "checkpoint-6").exists()
+    again = recipes.train_rows(SMALL, str(source), frame, two, features)
+    trained, resumed = d2l.load(final), d2l.load(again)
+    own = dict(resumed.hypernetwork.named_parameters())
+    for name, value in trained.hypernetwork.named_parameters():
+        assert torch.equal(value, own[name]), name
+    log = read_log(two.folder / "log.jsonl")
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert all("validation_exact_match_alone" in line for line in log)
+    assert len(frame) and trained.chunk_tokens == SMALL.longest_passage and trained.writes_rows
+    with pytest.raises(ValueError, match=r"16 passages .* needs 103"):
+        recipes.train_rows(replace(SMALL, validation=100), str(source), frame, whole, features)
+
+
+def test_the_command_ends_in_a_model_that_loads(base, tmp_path, capsys):
+    source, _, _, _, file = base
+    sizes = [
+        "latent_size=16", "n_blocks=1", "n_heads=2", "encoder_layers=(0, 2)", "longest_passage=60", "passages=3",
+        "validation=0",
+    ]  # fmt: skip
+    command = ["train", "--preset", "smollm2", "--stage", "rows", "--runs", str(tmp_path)]
+    own = ["--questions", f"squad={file}", "--base", str(source), "--steps", "2", "--set", *sizes]
+    main([*command, *own])
+    final = tmp_path / "smollm2" / "rows_own_seed0" / "final"
+    assert f"{final}: d2l.load reads it" in capsys.readouterr().out
+    model = d2l.load(final)
+    assert model.writes_rows and model.config.encoder_layers == (0, 2)
+    assert isinstance(model.answer("Where?", model.internalize("Ada lives in Velm."), max_new_tokens=3), str)
+    for wrong, reason in (
+        ([], "needs --preset smollm2 and --questions"),
+        (["--questions", "squad", "--fast"], "neither --fast nor --variant"),
+        (["--questions", "squad", "--start", "x"], "--start needs --stage reading"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *wrong])
+        assert stopped.value.code == 2 and reason in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main([*command[:3], "--stage", "qa", "--questions", "squad"])
+    assert stopped.value.code == 2 and "--questions is for --stage rows" in capsys.readouterr().err
