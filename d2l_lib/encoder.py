@@ -61,6 +61,8 @@ class ContextEncoder:
             self.n_layers_run = 0
         elif encoder_type == "hidden_states" and encoder_layers:
             self.n_layers_run = max(encoder_layers)
+            if min(encoder_layers) < 0 or self.n_layers_run > n_layers:
+                raise ValueError(f"encoder_layers {self.encoder_layers} do not fit a model of {n_layers} layers")
         else:
             raise ValueError(f"unknown encoder_type {encoder_type!r}")
         if not 0 <= self.n_layers_run <= n_layers:

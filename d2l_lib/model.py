@@ -126,6 +126,10 @@ class DocToLoRA:
         self.encoder_tokenizer = tokenizer if encoder_tokenizer is None else encoder_tokenizer
         self._check_base_model()
         if self.writes_rows:
+            if self.encoder_tokenizer is not tokenizer and self.encoder_tokenizer.get_vocab() != tokenizer.get_vocab():
+                raise ValueError(
+                    "token rows write the tokens that were read: the context encoder needs the base model's tokenizer"
+                )
             hypernetwork.prepare(base_model, tokenizer)
         self.current: Adapter | None = None
         self.iterative = False
@@ -265,6 +269,8 @@ class DocToLoRA:
 
     def _image_inputs(self, image: Document, name: str) -> dict[str, Tensor]:
         """The context encoder's inputs for an image; ValueError if it reads text only or too few tokens."""
+        if self.writes_rows:
+            raise ValueError(f"image {name!r} has no words to write: token rows are for texts")
         inputs = image_inputs(self.encoder.processor, image)
         length, window = inputs["input_ids"].shape[1], window_of(self.encoder.model)
         if length > window:

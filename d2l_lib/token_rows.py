@@ -98,11 +98,13 @@ class TokenRows(nn.Module):
         features: [n, T, F]. attention_mask: [n, T], 0 at padding on the right. input_ids: [n, T].
         iterative: there is one layer, so it changes nothing.
 
-        `rows_of` tells which rows are a chunk's own. RuntimeError before `prepare`.
+        `rows_of` tells which rows are a chunk's own. RuntimeError before `prepare`; ValueError without text.
         """
         features, _ = zero_padding(features, attention_mask)
         own = torch.zeros_like(attention_mask, dtype=torch.bool)
         for row, length in enumerate(attention_mask.sum(1).tolist()):
+            if length <= self.words.before + self.words.after:
+                raise ValueError(f"a chunk of {length} tokens has no text: wrap it as documents.context_ids does")
             own[row, self.words.before : length - self.words.after] = True
         codes = self.codes(features.to(self.keys.dtype), own)
         A = (codes @ self.keys).flatten(1, 2).unsqueeze(1)

@@ -113,6 +113,30 @@ def test_blocks_come_from_the_encoders_features_of_its_own_tokens(encoder_type):
     assert "Gemma2ForCausalLM" in repr(model)
 
 
+@torch.no_grad()
+def test_hidden_states_stand_side_by_side_and_padding_changes_none():
+    tokenizer = build_tokenizer()
+    model = build_base_model(tokenizer)
+    encoder = ContextEncoder(model, "hidden_states", encoder_layers=(0, 2, 3))
+    assert (encoder.feature_size, encoder.n_layers_run) == (3 * model.config.hidden_size, 3)
+    ids = torch.tensor([[7, 9, 30, 12, 8], [40, 21, 13, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    features = encoder.encode(ids, mask)
+    for row, length in enumerate((5, 3)):
+        states = model.model(ids[row : row + 1, :length], output_hidden_states=True).hidden_states
+        expected = torch.cat([states[layer] for layer in (0, 2, 3)], -1)[0]
+        torch.testing.assert_close(features[row, :length], expected, rtol=1e-4, atol=1e-4)
+    last = ContextEncoder(model, "hidden_states", encoder_layers=(N_LAYERS,)).encode(ids[:1], mask[:1])
+    kept = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    model.model(ids[:1])
+    handle.remove()
+    torch.testing.assert_close(last, kept[0], rtol=1e-4, atol=1e-4)  # before the final norm
+    for layers, reason in (((), "unknown"), ((N_LAYERS + 1,), "do not fit"), ((-1,), "do not fit")):
+        with pytest.raises(ValueError, match=reason):
+            ContextEncoder(model, "hidden_states", encoder_layers=layers)
+
+
 def test_chunks_are_measured_in_the_encoders_tokens():
     """Spaces take no token in the encoder's tokenizer and one in the base model's."""
     text = "a b c d e f. " * 6

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from tiny_models import CHAT_TEMPLATE, build_base_model, build_model, build_rows_model, build_tokenizer, logits_of
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +16,7 @@ from d2l_lib.analysis.attribution import attribute
 from d2l_lib.analysis.report import report
 from d2l_lib.documents import context_ids, stop_ids
 from d2l_lib.formats import peft
+from d2l_lib.model import DocToLoRA
 from d2l_lib.routing import key_scores, relevance, route
 from d2l_lib.token_rows import TokenRows, Words
 
@@ -164,3 +166,16 @@ def test_a_network_without_words_and_settings_that_do_not_fit_say_so(model):
         replace(model.config, encoder_layers=())
     with pytest.raises(ValueError, match="writer is"):
         replace(model.config, writer="nobody")
+
+
+def test_what_rows_cannot_be_written_for_is_refused(model):
+    text = context_ids(model.tokenizer, "Bo")
+    assert model.internalize_ids(torch.tensor([text])).blocks[0].rank == 6
+    with pytest.raises(ValueError, match="has no text"):
+        model.internalize_ids(torch.tensor([text[:5]]))
+    with pytest.raises(ValueError, match="token rows are for texts"):
+        model.internalize(Image.new("RGB", (8, 8)))
+    other = build_tokenizer()
+    assert DocToLoRA(model.base_model, model.tokenizer, model.hypernetwork, encoder_tokenizer=other).writes_rows
+    with pytest.raises(ValueError, match="the base model's tokenizer"):
+        DocToLoRA(model.base_model, model.tokenizer, model.hypernetwork, encoder_tokenizer=spaced_tokenizer())

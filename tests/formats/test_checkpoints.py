@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import HIDDEN, N_LAYERS, build_base_model, random_hypernetwork
+from tiny_models import HIDDEN, N_LAYERS, build_base_model, build_rows_model, random_hypernetwork
 
 from d2l_lib.__main__ import main
 from d2l_lib.formats import checkpoints, pickles
@@ -62,6 +62,25 @@ def test_round_trip_is_exact(model, tmp_path, options):
     assert meta == {"step": 7, "note": "caf\u00e9"} and loaded.config == hypernetwork.config and not loaded.training
     assert_same_output(loaded, hypernetwork)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+def test_a_hypernetwork_of_token_rows_makes_the_round_trip_and_is_not_exported(tmp_path):
+    net = build_rows_model().hypernetwork
+    folder = save_checkpoint(tmp_path / "saved", net, {"row_reading": {"temperature": 0.5, "null_logit": 1.0}})
+    loaded, meta = load_checkpoint(folder)
+    assert type(loaded) is type(net) and loaded.config == net.config and meta["row_reading"]["temperature"] == 0.5
+    own = dict(net.named_parameters())
+    assert {name for name, _ in loaded.named_parameters()} == own.keys()
+    assert all(torch.equal(value, own[name]) for name, value in loaded.named_parameters())
+    with pytest.raises(ValueError, match="no token rows"):
+        export(net, tmp_path / "pytorch_model.bin", base_model="some/base")
+    for row_reading in ({"temperature": 0.0}, {"temperature": "1"}, {"null_logit": None}, {"other": 1}):
+        damaged = json.loads((folder / "config.json").read_text())
+        damaged["meta"]["row_reading"] = row_reading
+        (folder / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match="row_reading"):
+            load_checkpoint(folder)
+    assert "writer" not in random_hypernetwork(build_base_model()).config.to_dict()
 
 
 def test_saving_again_replaces_and_a_failure_leaves_the_old_one(model, tmp_path, monkeypatch):
