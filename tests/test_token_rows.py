@@ -84,13 +84,14 @@ def test_first_forms_have_no_space_and_parts_of_letters_stay():
 def test_a_chunk_in_a_batch_is_the_chunk_alone(model, each):
     for name, text in TEXTS.items():
         assert model.internalize({name: text}) == each[name]
-    # and what the padded batch gives is what the network gives for the chunk without padding
-    ids = torch.tensor([context_ids(model.tokenizer, TEXTS["a"])])
-    mask = torch.ones_like(ids)
+    # and keys are those of the text's own states, as in training: chat wrapping and padding are not mixed in
+    net, ids = model.hypernetwork, torch.tensor([context_ids(model.tokenizer, TEXTS["a"])])
+    own = slice(net.words.before, ids.shape[1] - net.words.after)
+    assert model.tokenizer.decode(ids[0, own]) == TEXTS["a"]
     with torch.no_grad():
-        loras = model.hypernetwork(model.encoder.encode(ids, mask), mask, ids)
-    own = loras["down_proj"][0][0, :, model.hypernetwork.rows_of(ids.shape[1])]
-    torch.testing.assert_close(own, each["a"].blocks[0].A["down_proj"], rtol=1e-4, atol=1e-4)
+        features = model.encoder.encode(ids, torch.ones_like(ids))[:, own]
+        keys = net.codes(features, torch.ones(features.shape[:2], dtype=torch.bool)) @ net.keys
+    torch.testing.assert_close(each["a"].blocks[0].A["down_proj"], keys.flatten(1, 2), rtol=1e-4, atol=1e-4)
 
 
 def test_model_and_adapter_survive_files(model, each, tmp_path):
