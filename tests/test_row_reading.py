@@ -142,6 +142,9 @@ def test_the_table_names_the_row_that_writes_a_word(model):
     top = table.iloc[0]
     assert (top["document"], top["chunk"], top["row"], top["place"], top["role"]) == ("loud", 0, 4, 1, "inside")
     assert top["share"] > 0.99
+    adapter.blocks[0].A["down_proj"][0, 5] = 2 * adapter.blocks[1].A["down_proj"][0, 4]  # the last row of a block
+    top = answer_rows(model, QUESTIONS[0], adapter, answer).iloc[0]
+    assert (top["document"], top["row"], top["place"], top["role"]) == ("quiet", 5, 1, "end")
     nobody = answer_rows(model, QUESTIONS[0], adapter, answer, read=RowReading(null_logit=1e3))
     assert nobody.iloc[0]["row"] == -1 and nobody["document"].isna().iloc[0]
 
