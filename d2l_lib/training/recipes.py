@@ -319,7 +319,7 @@ def train_rows(p: RowsPreset, source: str, frame: pd.DataFrame, run: Run, featur
             f"stands in them; this training needs {p.validation + p.passages}"
         )
     facts = facts_of(Fingerprint().key(base_model), frame, encoder, module, limits)
-    write_features(base_model, tokenizer, passages, features, encoder=encoder, module=module, facts=facts)
+    write_features(base_model, tokenizer, passages, features, encoder=encoder, facts=facts)
     every = read_features(features)
     train, held_out = every[: len(every) - p.validation], every[len(every) - p.validation :]
     torch.manual_seed(run.seed)

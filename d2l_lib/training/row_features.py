@@ -6,7 +6,7 @@ The base model is frozen, and token rows are read in its last layer alone. So tr
     of a question   at each token of its answer (the question alone in the prompt, the right answer before the token):
                     the input x of the last layer's target linear, and the residual stream after that layer
 
-A folder of features holds one file for each `PER_FILE` passages. Each is complete or absent, so a killed run continues.
+A folder of features holds files of some passages each, complete or absent, so a killed run continues.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from d2l_lib.formats.writing import atomic_file
 from d2l_lib.lora import hooked, without_lora
 from d2l_lib.tasks.qa import group_by_document
 
-PER_FILE = 24
+_PER_FILE = 24
 _LARGEST = 6e4  # float16
 _BATCH = 6, 24  # passages, questions
 
@@ -88,23 +88,21 @@ def write_features(
     folder: Path,
     *,
     encoder: ContextEncoder,
-    module: str,
     facts: dict[str, object],
 ) -> None:
     """Fill `folder` with the features of these passages; files that are there already are kept.
 
     encoder: of type hidden_states; state 0, the embeddings, is left out of the files.
-    module: the target of the last layer.
-    facts: what the numbers depend on (base model, data set, limits); ValueError if a file names others.
+    facts: of `facts_of`, what the numbers depend on; ValueError if a file names others.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = range(0, len(passages), PER_FILE)
+    parts = range(0, len(passages), _PER_FILE)
     for number, start in enumerate(parts):
         file = folder / f"features-{number:05}.safetensors"
         if file.exists():
             _check_facts(file, facts)
             continue
-        tensors = _features(base_model, tokenizer, passages[start : start + PER_FILE], encoder, module)
+        tensors = _features(base_model, tokenizer, passages[start : start + _PER_FILE], encoder, str(facts["module"]))
         with atomic_file(file) as unfinished:
             save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})
         print(f"features {number + 1} of {len(parts)}", flush=True)
