@@ -40,7 +40,7 @@ WRONG = {
               ["report", "--n", "0"], ["speed-tiny", "--lengths", "64", "0"], ["speed-tiny", "--n", "0"],
               ["speed-gemma", "--limit", "nan"], ["recompression", "--length", "0"], ["routing", "--seed", "-1"],
               ["reading", "--n", "0"], ["router", "--n", "0"], ["retrieval", "--n", "0"], ["two-hops", "--n", "0"],
-              ["methods", "--only"]],
+              ["methods", "--only"], ["passages", "--n", "0"]],
 }  # fmt: skip
 
 
