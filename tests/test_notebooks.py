@@ -44,6 +44,7 @@ QUICK = {
     "06_trace_a_fact.ipynb": {"SEED": 2, "N_FACTS": 6, "N": 1},
     "07_speed_and_memory.ipynb": {"SEED": 1, "LENGTHS": [256, 512], "REPEATS": 1},
     "08_who_should_answer.ipynb": {"SEED": 2, "N_FACTS": 6, "N_ASKED": 2},
+    "09_real_text.ipynb": {"N_DOCUMENTS": 1, "N_TOKENS": 4},
 }
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.:/<])/(?:home|root|Users|tmp|work|mnt|opt|var|private)/[\w.]|[A-Z]:\\\\Users""")
 HANGS = re.compile(r"\b(?:Output\(|interact\(|interactive\(|interactive_output\(|interact_manual\()")
