@@ -364,7 +364,12 @@ def test_4_bit_needs_a_gpu_and_says_so(monkeypatch, capsys):
 
 
 def test_presets_are_complete():
-    assert set(presets.PRESETS) == {"tiny", *FAMILIES}
+    assert set(presets.PRESETS) == {"tiny", "smollm2", *FAMILIES}
+    assert (
+        preset("smollm2").base_source == "smollm2"
+        and preset("smollm2").rows is not None
+        and preset("tiny").rows is None
+    )
     assert preset("tiny").base_source == "tiny"
     a = SimpleNamespace(base=None, steps=None, set=[])
     assert not command._is_own(a, preset("tiny")) and command._is_own(a, preset("paper-gemma"))
