@@ -138,6 +138,12 @@ def load_qa(
     return frame
 
 
+def load_named(name: str, **options) -> pd.DataFrame:
+    """`load_qa` of "DATASET" or "DATASET=FILE", as commands name it; options: its other arguments."""
+    dataset, _, file = name.partition("=")
+    return load_qa(dataset, file or None, **options)
+
+
 def stream_qa(name: str, source: str | Path | None = None, *, split: str | None = None) -> Iterator[dict]:
     """The rows of `load_qa` in file order, one by one, without the whole data set in memory.
 

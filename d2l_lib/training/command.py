@@ -121,11 +121,10 @@ def _check(a: argparse.Namespace, own: bool, p: Preset) -> None:
 
 def _run_rows(a: argparse.Namespace, p: Preset) -> None:
     """Train token rows: the bundled ones, or with other settings, for another base model, in RUNS."""
-    from d2l_lib.tasks.qa import load_qa
+    from d2l_lib.tasks.qa import load_named
     from d2l_lib.training import recipes
 
-    name, _, file = a.questions.partition("=")
-    frame = load_qa(name, file or None, split="train")
+    frame = load_named(a.questions, split="train")
     seed, own = a.seed or 0, a.base is not None or a.steps is not None or bool(a.set)
     run = _run_options(a, a.runs / p.name / f"rows_{'own_' if own else ''}seed{seed}", seed)
     features = a.runs / p.name / "features"

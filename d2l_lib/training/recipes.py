@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2l_lib.base_model import Fingerprint, default_modules, load_base_model, module_sizes
 from d2l_lib.encoder import ContextEncoder, check_writes_residual
-from d2l_lib.formats.checkpoints import load_checkpoint, save_checkpoint
+from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.formats.shards import find_shards, read_shards
 from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
@@ -300,8 +300,12 @@ def train_reading(p: ReadingPreset, source: str | Path, run: Run, final: Path | 
     return final
 
 
-def train_rows(p: RowsPreset, source: str, frame: pd.DataFrame, run: Run, features: Path) -> Path:
-    """The folder `run.folder`/final: a hypernetwork that writes token rows for the base model `source`. Resumable.
+def train_rows(
+    p: RowsPreset, source: str, frame: pd.DataFrame, run: Run, features: Path, final: Path | None = None
+) -> Path:
+    """The folder `final` (None: `run.folder`/final): a hypernetwork that writes token rows for `source`. Resumable.
+
+    source: the base model.
 
     frame: questions about passages (see `tasks.qa.load_qa`); the last `p.validation` usable passages are never learned.
     features: a folder for what the base model makes of them (about 0.5 MB a passage), which later runs use again.
@@ -337,9 +341,10 @@ def train_rows(p: RowsPreset, source: str, frame: pd.DataFrame, run: Run, featur
     )
     plain_keys(hypernetwork, whitening)
     meta = {"seed": run.seed, "chunk_tokens": p.longest_passage, "base_model": source, "passages": len(train)}
+    final = run.folder / "final" if final is None else final
     if is_first_process():
-        save_checkpoint(run.folder / "final", hypernetwork, meta, torch.float16)
-    return run.folder / "final"
+        save_checkpoint(final, hypernetwork, meta, torch.float16)
+    return final
 
 
 def rows_config(p: RowsPreset, base_model, source: str) -> HypernetworkConfig:
@@ -371,13 +376,11 @@ def rows_config(p: RowsPreset, base_model, source: str) -> HypernetworkConfig:
 # ---------------------------------------------------------------------------------------------------- what is bundled
 def remake_rows(p: Preset, frame: pd.DataFrame, run: Run, features: Path, data: Path) -> Path:
     """`train_rows` as the preset says; its log goes to `data`, and seed 0's hypernetwork becomes the bundled one."""
-    final = train_rows(p.rows, p.base_source, frame, run, features)
+    bundled = data / p.name / "hypernetwork" if run.seed == 0 else None
+    final = train_rows(p.rows, p.base_source, frame, run, features, bundled)
     if is_first_process():
         log = [{"seed": run.seed, **line} for line in read_log(run.folder / "log.jsonl")]
         write_jsonl(data / "full_runs" / f"{p.name}_rows_seed{run.seed}_training.jsonl", log)
-        if run.seed == 0:
-            hypernetwork, meta = load_checkpoint(final)
-            save_checkpoint(data / p.name / "hypernetwork", hypernetwork, meta, torch.float16)
     return final
 
 

@@ -145,15 +145,15 @@ def _features(base_model, tokenizer, passages: Sequence[Passage], encoder: Conte
 def _at_answers(base_model, tokenizer, questions: Sequence[tuple[list[int], list[int]]], module: str):
     """(x [N, d_in], residual [N, hidden]) at the tokens that choose each token of the answers, in order."""
     linear, layer = target_linears(base_model, [module])[module][-1], decoder_layers(base_model)[-1]
-    found: dict[str, Tensor] = {}
+    last: dict[str, Tensor] = {}  # of the latest pass
     order = sorted(range(len(questions)), key=lambda i: sum(map(len, questions[i])))
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
-        stack.enter_context(hooked(linear.register_forward_pre_hook, lambda _, inputs: found.update(x=inputs[0])))
+        stack.enter_context(hooked(linear.register_forward_pre_hook, lambda _, inputs: last.update(x=inputs[0])))
         stack.enter_context(
             hooked(
                 layer.register_forward_hook,
-                lambda _, __, out: found.update(h=out if isinstance(out, Tensor) else out[0]),
+                lambda _, __, out: last.update(h=out if isinstance(out, Tensor) else out[0]),
             )
         )
         stack.enter_context(without_lora(base_model))
@@ -164,7 +164,7 @@ def _at_answers(base_model, tokenizer, questions: Sequence[tuple[list[int], list
             decoder_body(base_model)(input_ids=ids, attention_mask=mask, use_cache=False)
             for row, i in enumerate(batch):
                 first, n = len(questions[i][0]) - 1, len(questions[i][1])
-                parts[i] = tuple(found[name][row, first : first + n].float() for name in ("x", "h"))
+                parts[i] = tuple(last[name][row, first : first + n].float() for name in ("x", "h"))
     x, residual = zip(*(parts[i] for i in range(len(questions))), strict=True)
     return torch.cat(x), torch.cat(residual)
 

@@ -136,7 +136,8 @@ class RowsBatches(Dataset):
         keys = torch.stack([owner, torch.cat([one.question for one in chosen])], 1)
         question = keys.unique(dim=0, return_inverse=True)[1]
         first = F.pad(question[1:] != question[:-1], (1, 0), value=True)
-        drawn = torch.tensor([rng is not None and rng.random() < self.p.unrelated_share for _ in range(P * 64)])
+        n_questions = int(question.max()) + 1
+        drawn = torch.tensor([rng is not None and rng.random() < self.p.unrelated_share for _ in range(n_questions)])
         return RowsBatch(
             ids=padded([one.ids for one in chosen]),
             mask=padded([torch.ones(len(one.ids), dtype=torch.bool) for one in chosen]),
@@ -181,8 +182,8 @@ class RowsStep(nn.Module):
             self._tally.setdefault(name, []).append(value)
         return {"loss": loss}
 
-    def shares(self, batch: RowsBatch, owner: Tensor) -> Tensor:
-        """Log-shares [N, P * T * 3 + 1] of all rows and the null row (last); owner [N] or [N, P] (True: seen)."""
+    def shares(self, batch: RowsBatch, seen: Tensor) -> Tensor:
+        """Log-shares [N, P * T * 3 + 1] of all rows and the null row (last); seen [N, P]: whose rows a token sees."""
         net = self.hypernetwork
         embeddings = F.embedding(batch.ids, self._frozen[0].get_input_embeddings().weight)
         features = torch.cat([embeddings, batch.states], -1)
@@ -193,7 +194,7 @@ class RowsStep(nn.Module):
         codes = F.dropout(codes, self.p.dropout, self.training)
         unit = batch.x / batch.x.norm(dim=-1, keepdim=True) @ self.whitening
         logits = torch.einsum("nd,ptkd->nptk", unit @ net.keys.T, codes)
-        hidden = ~(owner[:, :, None] & batch.mask)[..., None]
+        hidden = ~(seen[:, :, None] & batch.mask)[..., None]
         null = unit @ net.null_key + net.null_logit
         rows = logits.masked_fill(hidden, -torch.inf).flatten(1)
         return torch.cat([rows, null[:, None]], 1).log_softmax(-1)
@@ -202,7 +203,7 @@ class RowsStep(nn.Module):
         """The loss, and what the log averages."""
         P, p = batch.n_contexts, self.p
         seen = torch.ones(len(batch.x), P, dtype=torch.bool) if batch.together else F.one_hot(batch.owner, P).bool()
-        away = batch.unrelated & ~torch.tensor(batch.together)
+        away = torch.zeros_like(batch.unrelated) if batch.together else batch.unrelated
         seen[away] = F.one_hot((batch.owner[away] + 1) % P, P).bool()
         shares = self.shares(batch, seen.to(batch.x.device))
         log_null, log_rows = shares[:, -1], shares[:, :-1]
@@ -253,7 +254,7 @@ class RowsStep(nn.Module):
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
-        """Means since the last report, and the same of the batches that are never learned (test_...)."""
+        """Means since the last report, and the same of the batches that are never learned (validation_...)."""
         means = {name: sum(values) / len(values) for name, values in self._tally.items()}
         self._tally, was_training = {}, self.training
         self.eval()

@@ -355,7 +355,7 @@ def plot_training_curves(
     below.axhline(chance, **_DOTTED, label=f"chance ({chance:g})")
     _share_axis(below, "exact match (% of questions)")
     below.set_xlabel("training step (optimizer updates)")
-    below.legend(loc="lower right")
+    below.legend(loc="best")
     _caption(figure, f"n = {history['seed'].nunique()} training runs, seeds {_seeds(history)}")
     return figure
 
