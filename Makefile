@@ -45,7 +45,7 @@ lab: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(RUN) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
 
-# One to three minutes the first time, 1.7 GB in .venv.
+# One to three minutes the first time, 1.9 GB in .venv.
 setup: .venv/.installed
 
 # Without this uv leaves a lock in /tmp.
