@@ -62,7 +62,8 @@ def packaged_folder(name: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     file = _installed_file(name)
-    print(f"{name}: preparing the base model once (about 40 seconds, 0.5 GB in {folder})", file=sys.stderr, flush=True)
+    # Without the folder's whole path: notebooks keep what is printed.
+    print(f"{name}: preparing the base model once (about 40 seconds, 0.5 GB in .cache)", file=sys.stderr, flush=True)
     with suppress(FileExistsError):  # another process was quicker
         convert(file, folder)
     return folder
