@@ -350,16 +350,24 @@ def choices_table(state: _Generation) -> pd.DataFrame:
 
 @torch.no_grad()
 def answer_reads(
-    model: DocToLoRA, question: str, adapter: Adapter, answer: str | None = None, *, read: Reading | None = None
+    model: DocToLoRA,
+    question: str,
+    adapter: Adapter,
+    answer: str | None = None,
+    *,
+    read: Reading | None = None,
+    system: str = "",
 ) -> pd.DataFrame:
     """What each token of an answer reads: the columns of `choices_table` without row, token counted from 0, and text.
 
     text: the token of the answer that is chosen while this is read; the last one is the end of the turn, where the
-    answer has one. answer: None, the greedy one of sparse reading. read: None, `model.reading`. The answer is read in
-    one pass, which reads the same as writing it. It says what was read, and is no proof of a cause.
+    answer has one. answer: None, the greedy one of sparse reading. read: None, `model.reading`. system: as of
+    `model.answer`. The answer is read in one pass, which reads the same as writing it. It says what was read, and is no
+    proof of a cause.
     """
     reading = model.reading if read is None else read
-    (prompt,) = question_ids(model.tokenizer, [question])
+    model._check_adapters([adapter])
+    (prompt,) = question_ids(model.tokenizer, [question], system)
     stops = stop_ids(model.tokenizer)
     if answer is None:
         ids = torch.tensor([prompt])

@@ -10,6 +10,7 @@ from tiny_models import build_model
 
 import d2l_lib as d2l
 from d2l_lib.adapter import Block
+from d2l_lib.analysis.trials import block_texts
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import question_ids
 from d2l_lib.engine import pad_rows
@@ -328,6 +329,9 @@ def test_what_an_answer_reads_is_the_block_of_its_evidence():
     model = d2l.load("tiny/qa")
     document = world.draw_document(random.Random("reads"), "validation", 12)
     (adapter,) = model.internalize_each([document.text])
+    blocks = block_texts(adapter, document.text)
+    assert list(blocks["block"]) == list(range(len(adapter.blocks)))
+    assert " ".join(blocks["text"]) == " ".join(document.text.split()), "chunks cover the text"
     right = 0
     for fact in document.facts[:6]:
         question = world.question_about(random.Random(0), fact).text

@@ -309,6 +309,15 @@ def document_texts(adapter: Adapter, documents: str | Mapping[str, str]) -> dict
     return name_documents(documents)
 
 
+def block_texts(adapter: Adapter, documents: str | Mapping[str, str]) -> pd.DataFrame:
+    """The blocks of an adapter in their order: block (its place), document, chunk, text ("" without a span)."""
+    named, rows = document_texts(adapter, documents), []
+    for place, block in enumerate(adapter.blocks):
+        text = named.get(block.document, "")[slice(*block.span)].strip() if block.span else ""
+        rows.append({"block": place, "document": block.document, "chunk": block.chunk, "text": text})
+    return pd.DataFrame(rows, columns=["block", "document", "chunk", "text"])
+
+
 def sentence_units(adapter: Adapter, documents: str | Mapping[str, str]) -> pd.DataFrame:
     """The sentences of an adapter's chunks, in order.
 

@@ -13,6 +13,7 @@ a scale stands in `NAMED_ROWS` there.
 import functools
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable
 
 import matplotlib
@@ -649,6 +650,74 @@ def plot_contribution_by_chunk(
     axes.set(xlabel="chunk (position in the adapter)", ylabel="contribution (nats of log-probability)")
     _legend_below(axes)
     return figure
+
+
+@_styled
+def plot_evidence_by_token_and_block(
+    reads: pd.DataFrame,
+    *,
+    blocks: pd.DataFrame | None = None,
+    most: int = 24,
+    title: str = "What each token of the answer reads",
+) -> Figure:
+    """Heat map of what sparse reading reads: the answer's tokens across, blocks down; the colour is the evidence.
+
+    reads: token, text, layer, module, block (-1: none), document, chunk, evidence (from `reading.answer_reads`). Of the
+        linears that read a block at a token the last one counts, as evidence adds up.
+    blocks: block, document, chunk, text (from `trials.block_texts`), to say how a block's text begins, and to show
+        blocks that were not read. None, or more blocks than `most`: only those that were read.
+
+    The number in a cell says how many linears read that block there, unless all did. The last row, if there is one,
+    says how many read no block. It is what was read, and no proof of a cause.
+    """
+    _need(reads, "token", "text", "layer", "module", "block", "evidence")
+    _need(reads.fillna({"chunk": -1}), "document", "chunk")  # what was not read has none
+    linears = len(reads[["layer", "module"]].drop_duplicates())
+    order = reads.sort_values("layer", kind="stable").groupby(["block", "token"])
+    names = _block_names(reads, blocks, most)
+    tokens = reads.sort_values("token").drop_duplicates("token")
+    counts = order.size().unstack().reindex(index=list(names), columns=tokens["token"]).fillna(0).to_numpy(dtype=int)
+    values = order["evidence"].last().unstack().reindex(index=list(names), columns=tokens["token"])
+    values = values.to_numpy(dtype=float, copy=True)
+    values[[place for place in names if place < 0]] = np.nan  # the last row: none was read
+    figure, (axes,) = _panels(_plain(title), 1, size=(4.6 + 0.55 * len(tokens), 2.6 + 0.3 * len(names)))
+    axes.grid(False)
+    read = np.isfinite(values).any()
+    largest = np.nanmax(values) if read else 1.0
+    image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=largest)
+    for (i, j), count in np.ndenumerate(counts):
+        if 0 < count < linears or (count and list(names)[i] < 0):
+            color = "white" if values[i, j] > 0.6 * largest else "black"
+            axes.text(j, i, f"{count} of {linears}", ha="center", va="center", fontsize=7, color=color)
+    ticks = [_plain(text.replace("\n", "↵").strip() or "space") for text in tokens["text"]]
+    axes.set_xticks(range(len(ticks)), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(len(names)), list(names.values()), fontsize=8)
+    axes.set(xlabel="answer (tokens)", ylabel="block")
+    if read:
+        figure.colorbar(image, ax=axes).set_label("evidence\n(sum of |A x|, no unit)", fontsize=8)
+    _caption(figure, f"{linears} linears read; what was read, no proof of a cause")
+    return figure
+
+
+def _block_names(reads: pd.DataFrame, blocks: pd.DataFrame | None, most: int) -> dict[int, str]:
+    """The rows of `plot_evidence_by_token_and_block`, in order: blocks by place, then -1 where none was read."""
+    labels = reads[reads["block"] >= 0].drop_duplicates("block")[["block", "document", "chunk"]].assign(text="")
+    if blocks is not None:
+        _need(blocks, "block", "document", "chunk", "text")
+        if len(missing := set(labels["block"]) - set(blocks["block"])):
+            raise ValueError(f"blocks has no block {min(missing)}, which was read: give those of the same adapter")
+        labels = blocks if len(blocks) <= most else blocks[blocks["block"].isin(labels["block"])]
+    several = (labels if blocks is None else blocks)["document"].nunique() > 1
+    names = {int(row.block): _plain(_block_name(row, several)) for row in labels.sort_values("block").itertuples()}
+    return names | ({-1: "no block"} if (reads["block"] < 0).any() else {})
+
+
+def _block_name(row: object, several: bool) -> str:
+    """'chunk 3: Lumana Helpor came fr…', with its document where there are several."""
+    document = textwrap.shorten(str(row.document), 24, placeholder="…")
+    name = f"{document}, chunk {int(row.chunk)}" if several else f"chunk {int(row.chunk)}"
+    text = textwrap.shorten(row.text, 40, placeholder=" …")
+    return f"{name}: {text}" if text else name
 
 
 @_styled

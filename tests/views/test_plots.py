@@ -108,6 +108,11 @@ def tables(needles) -> dict:
         {"length_tokens": 4096, "rank": [4, 4, 100, 100], "full": [False, False, True, True],
          "error": [0.2, 0.4, 0.0, 0.0], "correct": [False, True, True, True], "seed": 0}
     )  # fmt: skip
+    reads = pd.DataFrame(
+        {"token": [0, 1, 2] * 2, "text": ["Nel", "in", "<|end|>"] * 2, "layer": [1] * 3 + [2] * 3, "module": "down",
+         "block": [4, 2, -1, 2, 2, -1], "document": ["a", "a", None] * 2, "chunk": [4, 2, None, 2, 2, None],
+         "evidence": [1.5, 2.0, 0.5, 3.0, 5.0, 0.7]}
+    )  # fmt: skip
     chunks = pd.DataFrame({"unit": ["chunk 0", "chunk 1", "chunk 2"], "contribution": [0.1, 9.0, -0.5]})
     directions = pd.DataFrame(
         {"layer": [0, 0, 1, 1], "module": "down_proj", "direction": [0, 1, 0, 1], "contribution": [0.1, 0.0, 3.0, -1.0]}
@@ -160,6 +165,7 @@ def tables(needles) -> dict:
         plots.plot_flags_by_threshold: flags,
         plots.plot_gate_losses_by_threshold: gate,
         plots.plot_override_by_strength: dial,
+        plots.plot_evidence_by_token_and_block: reads,
         plots.plot_ablation: ablation,
         plots.plot_exact_match_by_facts: facts,
         plots.plot_exact_match_by_documents: documents,
@@ -262,6 +268,7 @@ NAMED_ROWS = (
     plots.plot_margin_by_condition,
     plots.plot_block_norm_by_document,
     plots.plot_hit_rate_by_method,
+    plots.plot_evidence_by_token_and_block,
 )
 
 
@@ -319,6 +326,35 @@ def test_heat_map_puts_length_across_and_depth_down_and_leaves_gaps_empty(needle
     assert len(axes.texts) == 11
     assert [label.get_text() for label in axes.get_yticklabels()] == ["10%", "50%", "90%"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "256", "1K", "4K"]
+
+
+def test_what_was_read_has_tokens_across_and_the_blocks_that_were_read_down(tables):
+    reads = tables[plots.plot_evidence_by_token_and_block]
+    figure = plots.plot_evidence_by_token_and_block(reads)
+    axes = figure.axes[0]
+    assert _rows_down(figure) == ["chunk 2", "chunk 4", "no block"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["Nel", "in", "<|end|>"]
+    image = np.ma.masked_invalid(axes.images[0].get_array()).filled(-1)
+    assert image.tolist() == [[3.0, 5.0, -1], [1.5, -1, -1], [-1, -1, -1]], "the last layer that read a block counts"
+    counts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert counts == {(0, 0): "1 of 2", (0, 1): "1 of 2", (2, 2): "2 of 2"}
+    assert "no proof of a cause" in figure.get_supxlabel()
+    texts = ["It rained.", "b", "Nelin led it.", "c", "Costs $5 and $6, and " + "more " * 20]
+    blocks = pd.DataFrame({"block": range(5), "document": "a", "chunk": range(5), "text": texts})
+    names = _rows_down(plots.plot_evidence_by_token_and_block(reads, blocks=blocks))
+    assert names[:2] == ["chunk 0: It rained.", "chunk 1: b"] and len(names) == 6, "unread ones too, where they are few"
+    assert r"\$5 and \$6" in names[4] and names[4].endswith("…") and len(names[4]) < 55
+    few = plots.plot_evidence_by_token_and_block(reads, blocks=blocks.assign(document=["a", "b"] * 2 + ["a"]), most=3)
+    names = _rows_down(few)
+    assert names[0] == "a, chunk 2: Nelin led it." and len(names) == 3
+    with pytest.raises(ValueError, match="no block 4, which was read"):
+        plots.plot_evidence_by_token_and_block(reads, blocks=blocks[:3])
+    unread = plots.plot_evidence_by_token_and_block(reads.assign(block=-1, document=None, chunk=None))
+    assert _rows_down(unread) == ["no block"] and len(unread.axes) == 1, "no colour bar of nothing"
+
+
+def _rows_down(figure) -> list[str]:
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
 
 
 def test_heat_map_asks_which_method(needles):
