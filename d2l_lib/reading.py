@@ -134,6 +134,7 @@ class _Generation:
     so_far: dict[int, Tensor] = field(default_factory=dict)  # S [rows, tokens, K] of this pass, by adapter
     gate: dict[int, Tensor] = field(default_factory=dict)  # [rows, K] of this pass, by adapter
     null_so_far: dict[int, Tensor] = field(default_factory=dict)  # N [rows, tokens] of this pass, by adapter
+    margins: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # log(S / N) [rows] at t0, best block
     factors: dict[tuple[int, str, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # where x is
     cache: Any = None
 
@@ -264,6 +265,7 @@ class _Generation:
         """The verdict [rows], once per answer and layer that reads, at t0: of the null block and of the gate."""
         layer, _, context = place
         adapter, every = self.adapters[context], torch.arange(len(x))
+        self.margins[place] = (best.values[every, starts, 0] / null[every, starts]).log()
         least = null[every, starts] * math.exp(self.reading.null_threshold)
         is_open = (best.values[every, starts, 0] > least) | (self.null is None)
         if not self.reading.thresholds:

@@ -27,11 +27,13 @@ from d2l_lib.base_model import target_linears
 from d2l_lib.documents import check_count, check_texts, question_ids
 from d2l_lib.engine import pad_id_of, pad_rows
 from d2l_lib.lora import hooked
+from d2l_lib.reading import Reading, read_sparsely
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 TOKENS_AT_ONCE = 2048  # of questions, one copy per block
+_SHUT = 50.0  # nats: a null block that stops everything
 SHARE = 0.3  # of the divergence in a block's relevance; `studies.routing_shares` measures others
 
 
@@ -185,6 +187,52 @@ def _key_norms(adapter: Adapter, inputs: dict[str, Tensor], layer: int) -> Tenso
         squares.append(products.view(keys.shape[:2]).float().square().sum(-1))
     weights = torch.tensor([block.weight for block in adapter.blocks])
     return torch.stack(squares).sum(0).sqrt().cpu().masked_fill(weights == 0, 0.0)
+
+
+@torch.no_grad()
+def null_margins(model: DocToLoRA, questions: Sequence[str], adapter: Adapter) -> Tensor:
+    """By how much each question's best block exceeds the null block, in nats: [questions] float32, on the CPU.
+
+    margin = log(S / N) at the last token of the prompt, the largest over linears that read (see `reading`). Sparse
+    reading reads a block where it exceeds `Reading.null_threshold`.
+
+    ValueError where the model has no null block, or the adapter no blocks.
+    """
+    if not isinstance(model.reading, Reading) or (null := model.hypernetwork.null()) is None:
+        raise ValueError("this model has no null block for whole blocks: d2l train --stage reading makes one")
+    if not any(block.weight for block in adapter.blocks):
+        raise ValueError("the adapter has no block to compare with the null block")
+    model._check_adapters([adapter])
+    prompts, margins = question_ids(model.tokenizer, check_texts(questions, "questions")), []
+    shut = replace(model.reading, null_threshold=_SHUT)  # what a layer reads would change the margins of later ones
+    for start in range(0, len(prompts), model.answer_batch):
+        rows = prompts[start : start + model.answer_batch]
+        ids, mask = (one.to(model.device) for one in pad_rows(rows, pad_id_of(model.tokenizer), side="left"))
+        options = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "use_cache": False}
+        with read_sparsely(model.base_model, [adapter], shut, null=null) as state:
+            model.base_model(ids, logits_to_keep=1, **options)
+        margins.append(torch.stack(list(state.margins.values())).amax(0).float().cpu())
+    return torch.cat(margins)
+
+
+def conformal_threshold(scores: Sequence[float] | Tensor, error: float) -> float:
+    """The least threshold that a further score like these exceeds with a probability of at most `error`.
+
+    Split conformal: the k-th smallest of n scores, k = ceil((n + 1) (1 - error)). With `null_margins` of unrelated
+    questions it is a `Reading.null_threshold`: of further such questions, on adapters of as many blocks, at most
+    `error` read a block, on average over draws of the n questions. It promises nothing about answerable questions.
+
+    ValueError for an error outside 0 to 1, and for too few scores: n must be at least 1 / error - 1.
+    """
+    if not 0 < error < 1:
+        raise ValueError(f"error must be between 0 and 1, not {error!r}")
+    ordered = sorted(float(score) for score in scores)
+    place = math.ceil((len(ordered) + 1) * (1 - error) - 1e-9)
+    if place > len(ordered):
+        raise ValueError(
+            f"an error of {error} needs {math.ceil(1 / error - 1e-9) - 1} scores or more, not {len(ordered)}"
+        )
+    return ordered[place - 1]
 
 
 def route_by_keys(

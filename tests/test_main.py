@@ -39,7 +39,8 @@ WRONG = {
               ["probes", "--n", "0"],
               ["report", "--n", "0"], ["speed-tiny", "--lengths", "64", "0"], ["speed-tiny", "--n", "0"],
               ["speed-gemma", "--limit", "nan"], ["recompression", "--length", "0"], ["routing", "--seed", "-1"],
-              ["reading", "--n", "0"], ["router", "--n", "0"], ["retrieval", "--n", "0"], ["two-hops", "--n", "0"],
+              ["reading", "--n", "0"], ["router", "--n", "0"], ["no-block", "--n", "0"],
+              ["retrieval", "--n", "0"], ["two-hops", "--n", "0"],
               ["methods", "--only"], ["passages", "--n", "0"]],
 }  # fmt: skip
 

@@ -10,7 +10,17 @@ import torch
 import d2l_lib as d2l
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import question_ids
-from d2l_lib.routing import _lead, key_scores, most_relevant, relevance, route, route_by_keys
+from d2l_lib.reading import answer_reads
+from d2l_lib.routing import (
+    _lead,
+    conformal_threshold,
+    key_scores,
+    most_relevant,
+    null_margins,
+    relevance,
+    route,
+    route_by_keys,
+)
 from d2l_lib.tasks import world
 
 
@@ -186,3 +196,35 @@ def test_routing_by_keys_keeps_the_best_blocks_and_one_by_one_is_as_in_a_batch(m
         key_scores(model, texts, [adapter])
     with pytest.raises(ValueError, match="blocks"):
         route_by_keys(model, texts, [adapter] * 3, 0)
+
+
+def test_a_question_reads_a_block_where_its_margin_exceeds_the_threshold(model, adapter, document):
+    texts = [question.text for question in asked(document, 4)]
+    texts += [question.text for question in world.encyclopedia_questions(random.Random(0), 4)]
+    margins = null_margins(model, texts, adapter)
+    assert margins[:4].min() > margins[4:].max(), "answerable questions are above the others"
+    for text, margin in zip(texts, margins.tolist(), strict=True):
+        (alone,) = null_margins(model, [text], adapter).tolist()
+        assert math.isclose(alone, margin, abs_tol=1e-4), "single = batch"
+        for threshold, is_read in ((margin - 0.01, True), (margin + 0.01, False)):
+            reads = answer_reads(model, text, adapter, "x", read=replace(model.reading, null_threshold=threshold))
+            assert (reads["block"] >= 0).any() == is_read
+    with pytest.raises(ValueError, match="no block to compare"):
+        null_margins(model, texts, adapter.scaled(0.0))
+    with pytest.raises(ValueError, match="no null block"):
+        null_margins(d2l.load("tiny"), texts, adapter)
+
+
+def test_a_conformal_threshold_is_exceeded_at_most_as_often_as_stated():
+    assert conformal_threshold(range(1, 20), 0.05) == 19 and conformal_threshold(range(1, 200), 0.05) == 190
+    assert conformal_threshold(torch.tensor([3.0, 1.0, 2.0]), 0.25) == 3.0 and conformal_threshold([3, 1, 2], 0.5) == 2
+    rng = random.Random(0)
+    exceeded = 0
+    for _ in range(4000):
+        *scores, further = (rng.gauss(0, 1) for _ in range(40))
+        exceeded += further > conformal_threshold(scores, 0.1)
+    assert 0.08 < exceeded / 4000 <= 0.11, "of 39 scores the 36th: 4 of 40 ranks are above"
+    with pytest.raises(ValueError, match="needs 19 scores or more, not 18"):
+        conformal_threshold(range(18), 0.05)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        conformal_threshold(range(18), 5)

@@ -46,6 +46,7 @@ _OF_SPEED = {
     "--memory-limit": {"type": "count", "help": "MiB that a measurement may allocate on the CPU (Linux)"},
     "--again": {"action": "store_true", "help": "drop first what is recorded of the same models, depth and device"},
 }
+_TRAINING_SEED = {"type": "seed", "default": 0, "help": "of the model, for the record (0)"}
 _SIZES = {
     "--layers": {"type": "count", "help": "base layers (26 on a GPU, 2 on a CPU)"},
     "--vocabulary": {"type": "count", "help": "256000 on a GPU, 4096 on a CPU"},
@@ -65,7 +66,7 @@ STUDIES = {
         *(500, "haystacks per length", "tiny"),
         options={
             "--variant": {"default": "ours", "help": "what the hypernetwork's training is called in the record"},
-            "--training-seed": {"type": "seed", "default": 0, "help": "its seed, for the record"},
+            "--training-seed": _TRAINING_SEED,
             "--read": {
                 "choices": ("sum", "sparse"),
                 "nargs": "+",
@@ -137,12 +138,26 @@ STUDIES = {
         ("reading",),
         "the sum of many blocks against sparse reading, in one pass",
         *(200, "questions of each condition"),
+        options={
+            "--training-seed": _TRAINING_SEED,
+            "--only": {
+                "choices": ("bias alone", "published sum", "sparse", "sparse, always open", "in context"),
+                "nargs": "+",
+                "help": "methods; the seed of the null block's training matters to sparse alone",
+            },
+        },
     ),
     "router": Study(
         "router:run",
         ("router",),
         "blocks found and answers given by keys, of 64 to 10,000 blocks",
         *(200, "questions for each number of blocks"),
+    ),
+    "no-block": Study(
+        "no_block:run",
+        ("no_block",),
+        "what a null block's threshold with a stated error rate costs",
+        *(200, "questions of each topic, and to choose the threshold"),
     ),
     "retrieval": Study(
         "retrieval_scores:run",

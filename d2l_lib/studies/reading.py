@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from d2l_lib.adapter import Adapter
 from d2l_lib.model import DocToLoRA
+from d2l_lib.studies import earlier_rows
 from d2l_lib.tasks import qa, world
 from d2l_lib.tasks.questions import disjoint_documents, marked, one_hop_question
 from d2l_lib.tasks.scores import summarise
 
+METHODS = ("bias alone", "published sum", "sparse", "sparse, always open", "in context")
 _SIZES = (8, 20, 40)  # facts in a document
 _TOGETHER = (16, 64)  # documents in an adapter
 _KINDS = ("two_hop", "paraphrase", "unanswerable", "which_of", "yes_no", "list")
@@ -94,36 +96,38 @@ def _groups(model: DocToLoRA, n: int, seed: int, split: str) -> Iterator[_Group]
                 yield _Group(f"one of the {asked.condition}", each[place], texts[place], [question])
 
 
-def _answered(model: DocToLoRA, groups: list[_Group]) -> pd.DataFrame:
-    """Rows of `marked` with condition, method and seconds per question."""
+def _answered(model: DocToLoRA, groups: list[_Group], only: Sequence[str]) -> pd.DataFrame:
+    """Rows of `marked` with condition, method (one of `only`) and seconds per question."""
     questions = [one for group in groups for one in group.questions]
     texts, rows = [one.text for one in questions], []
     adapters = [group.adapter for group in groups for _ in group.questions]
     documents = [group.document for group in groups for _ in group.questions]
     conditions = [group.condition for group in groups for _ in group.questions]
-    methods = {
-        "bias alone": ({id(one): replace(one, blocks=()) for one in adapters}, "sum"),
-        "published sum": ({}, "sum"),
-        "sparse": ({}, model.reading),
-        "sparse, always open": ({}, replace(model.reading, thresholds=(), gate_weights=(), null_threshold=_OPEN)),
-    }
-    for method, (others, read) in methods.items():
-        began = time.process_time()
-        predictions = model.answer(texts, [others.get(id(one), one) for one in adapters], read=read)
-        seconds = (time.process_time() - began) / len(texts)
-        rows += [row | {"method": method, "seconds": seconds} for row in marked(questions, predictions)]
     prompts = [
         text if document is None else qa.with_document(document, [text], model.tokenizer, model.window, 64)[0]
         for text, document in zip(texts, documents, strict=True)
     ]
-    began = time.process_time()
-    predictions = model.answer(prompts, None)
-    seconds = (time.process_time() - began) / len(texts)
-    rows += [row | {"method": "in context", "seconds": seconds} for row in marked(questions, predictions)]
-    return pd.DataFrame(rows).assign(condition=conditions * (len(methods) + 1))
+    biases = {id(one): replace(one, blocks=()) for one in adapters}
+    always_open = replace(model.reading, thresholds=(), gate_weights=(), null_threshold=_OPEN)
+    ways = {  # prompts, adapters, how they are read
+        "bias alone": (texts, [biases[id(one)] for one in adapters], "sum"),
+        "published sum": (texts, adapters, "sum"),
+        "sparse": (texts, adapters, model.reading),
+        "sparse, always open": (texts, adapters, always_open),
+        "in context": (prompts, None, "sum"),
+    }
+    for method in only:
+        asked, inside, read = ways[method]
+        began = time.process_time()
+        predictions = model.answer(asked, inside, read=read)
+        seconds = (time.process_time() - began) / len(texts)
+        rows += [row | {"method": method, "seconds": seconds} for row in marked(questions, predictions)]
+    return pd.DataFrame(rows).assign(condition=conditions * len(only))
 
 
-def measure_reading(model: DocToLoRA, n: int, seed: int, split: str = "test") -> pd.DataFrame:
+def measure_reading(
+    model: DocToLoRA, n: int, seed: int, split: str = "test", only: Sequence[str] = METHODS
+) -> pd.DataFrame:
     """Exact match of greedy answers: condition, method, n, exact_match, low, high, cpu_milliseconds (per question).
 
     Conditions, `n` questions each: one-hop on documents of 8, 20 and 40 facts; one-hop on 16 and 64 documents of 5
@@ -132,14 +136,16 @@ def measure_reading(model: DocToLoRA, n: int, seed: int, split: str = "test") ->
 
     "in context" is the base model with the document in its prompt, or alone for the encyclopedia. The sum of 16 or more
     documents has no such row.
+
+    only: methods, of METHODS. The null block matters to "sparse" alone.
     """
     tables, waiting = [], []
     for group in _groups(model, n, seed, split):
         if waiting and (group.condition != waiting[-1].condition or len(waiting) >= 16):
-            tables.append(_answered(model, waiting))
+            tables.append(_answered(model, waiting, only))
             waiting = []
         waiting.append(group)
-    tables.append(_answered(model, waiting))
+    tables.append(_answered(model, waiting, only))
     samples = pd.concat(tables, ignore_index=True)
     together = samples["condition"].isin([f"{count} documents" for count in _TOGETHER])
     samples = samples[~(together & (samples["method"] == "in context"))]
@@ -149,6 +155,11 @@ def measure_reading(model: DocToLoRA, n: int, seed: int, split: str = "test") ->
     return table.assign(cpu_milliseconds=(1000 * table["seconds"]).round(1)).drop(columns="seconds").assign(split=split)
 
 
-def run(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
-    """The record: `measure_reading` on test documents."""
-    return measure_reading(model, n, seed)
+def run(model: DocToLoRA, n: int, seed: int, training_seed: int, only: Sequence[str] | None) -> list[dict]:
+    """The record: `measure_reading` on test documents. Rows of other training seeds and other methods stay."""
+    only = tuple(only or METHODS)
+    rows = [
+        row for row in earlier_rows("reading") if row["training_seed"] != training_seed or row["method"] not in only
+    ]
+    table = measure_reading(model, n, seed, only=only).assign(training_seed=training_seed)
+    return sorted(rows + table.to_dict("records"), key=lambda row: row["training_seed"])

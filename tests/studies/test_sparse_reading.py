@@ -1,12 +1,13 @@
 """The studies of sparse reading and of the router: what they measure, and that small ones find what they should."""
 
+import pandas as pd
 import pytest
 
 import d2l_lib as d2l
-from d2l_lib.studies.reading import measure_reading
+from d2l_lib.studies import STUDIES, reading
+from d2l_lib.studies.no_block import measure_no_block
+from d2l_lib.studies.reading import METHODS, measure_reading
 from d2l_lib.studies.router import _pool, measure_router
-
-METHODS = {"bias alone", "published sum", "sparse", "sparse, always open", "in context"}
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +21,41 @@ def test_every_condition_is_answered_by_every_method(model):
     assert table["condition"].nunique() == 14 and (table["n"] == 2).all()
     for condition, of_one in table.groupby("condition"):
         together = condition in ("16 documents", "64 documents")
-        assert set(of_one["method"]) == METHODS - ({"in context"} if together else set())
+        assert set(of_one["method"]) == set(METHODS) - ({"in context"} if together else set())
     shares = table.set_index(["condition", "method"])["exact_match"]
     assert shares["20 facts", "sparse"] > shares["20 facts", "bias alone"] == 0
     assert shares["encyclopedia beside 20 facts", "in context"] == 1
     assert (table["low"] <= table["exact_match"]).all() and (table["cpu_milliseconds"] > 0).all()
+
+
+def test_rows_of_other_training_seeds_and_methods_stay(model, monkeypatch):
+    measured = []
+
+    def measure(model, n, seed, only):
+        measured.append(only)
+        return pd.DataFrame({"method": list(only), "exact_match": 1.0})
+
+    earlier = [{"method": method, "training_seed": seed} for seed in (0, 2) for method in METHODS]
+    monkeypatch.setattr(reading, "measure_reading", measure)
+    monkeypatch.setattr(reading, "earlier_rows", lambda name: earlier)
+    rows = reading.run(model, 2, 0, training_seed=1, only=["sparse"])
+    assert measured == [("sparse",)] and [row["training_seed"] for row in rows] == [0] * 5 + [1] + [2] * 5
+    rows = reading.run(model, 2, 0, training_seed=2, only=["sparse"])
+    assert len(rows) == 10 and [row["method"] for row in rows if row.get("exact_match")] == ["sparse"]
+    assert all("exact_match" in row for row in reading.run(model, 2, 0, training_seed=0, only=None)[:5])
+    assert STUDIES["reading"].options["--only"]["choices"] == METHODS
+
+
+def test_a_stated_error_rate_is_measured_for_each_number_of_blocks(model):
+    table = measure_no_block(model, 20, 0, sizes=(10, 40), split="validation")
+    assert (table["n"] == 20).all() and (table["low"] <= table["share_read"]).all()
+    share = table.set_index(["blocks", "rule", "about"])
+    for size in (10, 40):
+        assert share.loc[(size, "as trained", "answerable"), "share_read"] >= 0.9
+        assert share.loc[(size, "error of 5%", "unrelated"), "share_read"] <= 0.3
+        assert share.loc[(size, "error of 5%", "unrelated"), "exact_match"] >= 0.9
+    thresholds = share["null_threshold"].unstack("rule")["error of 5%"].groupby("blocks").first()
+    assert thresholds[40] > thresholds[10], "the best of more blocks is better"
 
 
 def test_the_router_is_measured_for_each_number_of_blocks(model):
