@@ -45,6 +45,8 @@ documents. None is of real text. Aims are this project's own; ✓ met, ✗ misse
 
 - *In context*: the base model answers with the document in its prompt.
 - *All blocks*: the whole adapter answers. *Routed*: only the block that most surely changes the model's next word.
+- *Read sparsely in one pass*: at each token of the answer the block that matches adds its part. *Three trainings*: mean
+  and range over three null blocks, trained from three seeds; the other blocks are the same.
 - *Share of one*: exact match with many documents in one adapter, divided by that with one document in it.
 - *Encyclopedia*: facts that the base model learned by heart. *Gate*: the rule that keeps a document out of an answer.
 - n: questions, haystacks or documents. Seeds and commands stand in `data/results` and `data/full_runs`.
