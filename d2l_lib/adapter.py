@@ -421,7 +421,7 @@ class Adapter:
 
     @property
     def is_rows(self) -> bool:
-        """Whether attention reads its rows (see `row_reading`): their paths name one layer, "model.layers.3.mlp..."."""
+        """Whether attention reads its rows (see `row_reading`): their paths name layers, "model.layers.1,3.mlp..."."""
         return any("{layer}" not in path for path in self.paths.values())
 
     def check_summed(self) -> None:

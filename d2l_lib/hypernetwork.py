@@ -11,7 +11,7 @@ Parameter names equal those of the published checkpoints, so their tensors load 
 
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 _ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only", "hidden_states")
 _WRITERS = ("perceiver", "token_rows")
 # Fields that files of before do not have: written only where they say something.
-_LATER = ("null_rows", "writer", "encoder_layers")
+_TUPLES = ("encoder_layers", "row_layers", "reader_layers")
+_LATER = ("null_rows", "writer", "encoder_layers", "row_layers", "reader_layers", "reader_rank", "reader_sizes")
 Loras = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -36,7 +37,9 @@ class HypernetworkConfig:
     encoder_layers: for hidden_states, after how many base layers each state is taken (0: the embeddings); a feature is
         these states one after another.
     null_rows: learned keys of "no block" in each layer and module (see `null`); 0: none, as published.
-    writer: "perceiver", as published, or "token_rows" (see `token_rows`; n_layers is 1 then, the base model's last).
+    writer: "perceiver", as published, or "token_rows" (see `token_rows`; n_layers is 1 then).
+    row_layers, reader_layers, reader_rank, reader_sizes: for token_rows, the base layers that read rows, those with a
+        low-rank update, its rank, and {linear: (d_in, d_out)} of such a layer (see `row_reader`).
     """
 
     n_layers: int
@@ -65,6 +68,10 @@ class HypernetworkConfig:
     null_rows: int = 0
     writer: str = "perceiver"
     encoder_layers: tuple[int, ...] = ()
+    row_layers: tuple[int, ...] = ()
+    reader_layers: tuple[int, ...] = ()
+    reader_rank: int = 0
+    reader_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self):
         self._check_numbers()
@@ -76,7 +83,12 @@ class HypernetworkConfig:
             raise ValueError(f"encoder_type is {self.encoder_type!r}; choose one of {', '.join(_ENCODER_TYPES)}")
         if self.writer not in _WRITERS:
             raise ValueError(f"writer is {self.writer!r}; choose one of {', '.join(_WRITERS)}")
-        object.__setattr__(self, "encoder_layers", tuple(self.encoder_layers))
+        for name in _TUPLES:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "reader_sizes", {name: tuple(two) for name, two in self.reader_sizes.items()})
+        two = len(self.row_layers) == 2 and self.row_layers[0] < self.row_layers[1]
+        if (self.writer == "token_rows") != two or (self.row_layers and not two):
+            raise ValueError('writer "token_rows" and row_layers, a lower one and the last, go together')
         if (self.encoder_type == "hidden_states") != bool(self.encoder_layers):
             raise ValueError('encoder_type "hidden_states" and encoder_layers, the states, go together')
         if not self.d_in or self.d_in.keys() != self.d_out.keys():
@@ -90,7 +102,8 @@ class HypernetworkConfig:
             raise ValueError(f"d_in and d_out must be {{module: size}}, not {self.d_in!r} and {self.d_out!r}")
         numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.type in (int, int | None)}
         numbers |= {f"{side}[{m!r}]": size for side in ("d_in", "d_out") for m, size in getattr(self, side).items()}
-        smallest = {"n_self_attention_per_block": 0, "n_pre_head_layers": 0, "encoder_layer": 0, "null_rows": 0}
+        may_be_zero = ("n_self_attention_per_block", "n_pre_head_layers", "encoder_layer", "null_rows", "reader_rank")
+        smallest = dict.fromkeys(may_be_zero, 0)
         for name, value in numbers.items():
             if name == "encoder_layer" and value is None:
                 continue
@@ -111,8 +124,9 @@ class HypernetworkConfig:
     def to_dict(self) -> dict:
         """The fields as plain values, ready for JSON; those that files of before lack only where they differ."""
         defaults = {field.name: field.default for field in fields(self)}
-        values = asdict(self) | {"encoder_layers": list(self.encoder_layers)}
-        return {n: v for n, v in values.items() if n not in _LATER or v not in (defaults[n], [])}
+        values = asdict(self) | {name: list(getattr(self, name)) for name in _TUPLES}
+        values["reader_sizes"] = {name: list(two) for name, two in self.reader_sizes.items()}
+        return {n: v for n, v in values.items() if n not in _LATER or v not in (defaults[n], [], {})}
 
     @classmethod
     def from_dict(cls, values: dict) -> "HypernetworkConfig":
@@ -455,6 +469,22 @@ class Hypernetwork(nn.Module):
         if taps is not None:
             taps.update(lora_emb_in=embedding, lora_emb=processed, flat_loras=flat)
         return {m: self._split(flat[:, :, index], m, layer) for index, m in enumerate(self.config.modules)}
+
+    def described(self) -> str:
+        """What it writes, in a few words."""
+        return f"rank {self.config.rank} on {', '.join(self.config.modules)}"
+
+    def rows_of(self, n_tokens: int) -> slice:
+        """The rows that are a chunk's own, of `n_tokens` tokens: all."""
+        return slice(None)
+
+    def row_sizes(self, module: str) -> tuple[int, int]:
+        """Lengths of the rows of A and of B that are written for a module."""
+        return self.config.d_in[module], self.config.d_out[module]
+
+    def place_of(self, path: str) -> str:
+        """The path of a module in the base model, with {layer} for every layer that the blocks are for."""
+        return path
 
     def bias(self) -> Loras | None:
         """The learned block of no document: {module: (A [L, r, d_in], B [L, r, d_out])}, or None."""

@@ -188,8 +188,7 @@ class DocToLoRA:
         base = f"{type(self.base_model).__name__}, {layers} layers, window {self.window} tokens"
         if self.encoder.model is not self.base_model:
             base += f"; context encoder {type(self.encoder.model).__name__}"
-        rows = "three rows a token" if self.writes_rows else f"rank {self.config.rank}"
-        writes = f"{rows} on {', '.join(self.config.modules)}{' of the last layer' if self.writes_rows else ''}"
+        writes = self.hypernetwork.described()
         return f"DocToLoRA({base}; hypernetwork {count:.1f} M parameters, {writes}; {self.device})"
 
     # --- documents in -----------------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ class DocToLoRA:
         with self._in_eval_mode(), _reporter(progress, len(distinct) + len(images)) as report:
             for batch, width in self._batches(distinct):
                 loras = self._encode_batch(batch, width)
-                rows = [self.hypernetwork.rows_of(len(ids)) if self.writes_rows else slice(None) for ids in batch]
+                rows = [self.hypernetwork.rows_of(len(ids)) for ids in batch]
                 done |= {ids: _on_cpu(loras, index, rows[index]) for index, ids in enumerate(batch)}
                 report(len(done))
             for key, inputs in images.items():
@@ -387,15 +386,13 @@ class DocToLoRA:
         if bias is not None:
             bias = {m: (A.detach().cpu().clone(), B.detach().cpu().clone()) for m, (A, B) in bias.items()}
         paths = module_paths(self.base_model, self.config.modules)
-        if self.writes_rows:  # one layer
-            last = str(len(decoder_layers(self.base_model)) - 1)
-            paths = {module: path.replace("{layer}", last) for module, path in paths.items()}
+        paths = {module: self.hypernetwork.place_of(path) for module, path in paths.items()}
         return Adapter(
             blocks=tuple(blocks),
             bias=bias,
             scale=self.config.scale,
             n_layers=self.config.n_layers,
-            sizes={module: (self.config.d_in[module], self.config.d_out[module]) for module in self.config.modules},
+            sizes={module: self.hypernetwork.row_sizes(module) for module in self.config.modules},
             base_model=self.base_source or self.config.base_model,
             base_key=self.base_key,
             hypernetwork_key=self.hypernetwork_key,
@@ -469,8 +466,7 @@ class DocToLoRA:
             with without_lora(self.base_model, reading=reading, **notes):
                 yield
         elif isinstance(reading, RowReading):
-            null = self.hypernetwork.null()
-            with read_rows(self.base_model, contexts, reading, null, rows=rows, **notes):
+            with read_rows(self.base_model, contexts, reading, self.hypernetwork.reader, rows=rows, **notes):
                 yield
         elif reading is not None:
             null = self.hypernetwork.null()
@@ -506,8 +502,19 @@ class DocToLoRA:
                 f"adapter has blocks for {adapter.n_layers} layers, this model has {n_layers}: "
                 "was it made for another model?"
             )
+        if adapter.is_rows != self.writes_rows:
+            kinds = ("blocks that are added up", "token rows")
+            raise ValueError(
+                f"adapter holds {kinds[adapter.is_rows]}, this model reads {kinds[self.writes_rows]}: it was made by "
+                "another hypernetwork, internalize the documents again here"
+            )
         d_in, d_out = module_sizes(self.base_model, adapter.modules)
         sizes = {module: (d_in[module], d_out[module]) for module in adapter.modules}
+        sizes |= {
+            module: self.hypernetwork.row_sizes(module)
+            for module in adapter.modules
+            if adapter.is_rows and module in self.config.modules
+        }
         if adapter.sizes != sizes:
             raise ValueError(f"adapter writes {adapter.sizes}, this model has {sizes}: was it made for another model?")
         base_key, hypernetwork_key = (self.base_key, self.hypernetwork_key) if keys is None else keys

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from d2l_lib.adapter import Adapter
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import question_ids, stop_ids
+from d2l_lib.following import Followed, rows_of
 from d2l_lib.hypernetwork import Loras
 from d2l_lib.lora import add_deltas
 
@@ -42,12 +43,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from d2l_lib.model import DocToLoRA
-
-_NOT_FOLLOWED = (
-    "{}: sparse reading follows one generation, from its empty cache on and one token at a time (nothing assisted, no "
-    "prompt in parts; read='sum' has no such limit)"
-)
-
 
 TINY = 1e-8  # under a root, for its gradient
 
@@ -114,11 +109,10 @@ class _Choice:
 
 
 @dataclass
-class _Generation:
+class _Generation(Followed):
     """The state of what is being generated: evidence so far, verdicts of the gate, and the choices that were made.
 
-    It starts anew with each pass that has an empty cache (or none). `choices` are those since then; None once beam
-    search has exchanged rows.
+    `choices` are those since the prompt; None once beam search has exchanged rows.
     """
 
     adapters: Sequence[Adapter | None]
@@ -127,8 +121,6 @@ class _Generation:
     starts: Tensor | None
     null: Loras | None = None
     choices: list[_Choice] | None = field(default_factory=list)
-    before: int = 0  # tokens that the cache holds
-    length: int = 0  # and with those of the pass
     over_time: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # Z [rows, K] at the last token
     is_open: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # [rows]
     so_far: dict[int, Tensor] = field(default_factory=dict)  # S [rows, tokens, K] of this pass, by adapter
@@ -136,62 +128,34 @@ class _Generation:
     null_so_far: dict[int, Tensor] = field(default_factory=dict)  # N [rows, tokens] of this pass, by adapter
     margins: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # log(S / N) [rows] at t0, best block
     factors: dict[tuple[int, str, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # where x is
-    cache: Any = None
 
     def begin(self, arguments: dict[str, Any]) -> None:
-        """Called before each pass with the decoder's keyword arguments.
-
-        RuntimeError where the cache is not the one that the last pass left: it was cut, or holds a prompt of before.
-        """
-        cache = arguments.get("past_key_values")
-        self.before = 0 if cache is None else int(cache.get_seq_length())
-        if self.before == 0:
-            self.choices, self.over_time, self.is_open = [], {}, {}
-            if cache is not None and cache is not self.cache:
-                self._follow(cache)
-        elif self.before != self.length:
-            raise RuntimeError(_NOT_FOLLOWED.format(f"the cache holds {self.before} tokens, {self.length} were read"))
+        """Called before each pass: see `Followed`."""
+        super().begin(arguments)
         self.so_far, self.gate, self.null_so_far = {}, {}, {}
 
-    def _follow(self, cache) -> None:
-        """Lets beam search exchange rows of the evidence along with those of the cache."""
-        self.cache, exchange = cache, cache.reorder_cache
+    def start(self) -> None:
+        """Forget what was before."""
+        self.choices, self.over_time, self.is_open = [], {}, {}
 
-        def exchange_both(chosen: Tensor) -> None:
-            exchange(chosen)
-            if cache is self.cache:
-                self._exchange(chosen.tolist())
-
-        cache.reorder_cache = exchange_both
-
-    def _exchange(self, chosen: list[int]) -> None:
+    def exchange(self, chosen: list[int]) -> None:
+        """Row i of the batch goes on from row chosen[i]."""
         self.choices = None
         for (layer, module, context), evidence in self.over_time.items():
-            own = self._rows_of(context, len(chosen))
+            own = rows_of(self.rows, context, len(chosen))
             place = {row: index for index, row in enumerate(own)}
             self.over_time[layer, module, context] = evidence[[place[chosen[row]] for row in own]]
 
-    def _rows_of(self, context: int, batch: int) -> list[int]:
-        """The rows of a batch that an adapter answers. Several rows per entry of `rows` are beams or samples."""
-        if self.rows is None:
-            return list(range(batch))
-        if batch % len(self.rows):
-            raise ValueError(f"a batch of {batch} rows does not fit adapters for {len(self.rows)} rows: pass rows=")
-        rows = self.rows.repeat_interleave(batch // len(self.rows)).tolist()
-        return [row for row, its in enumerate(rows) if its == context]
-
     def delta(self, x: Tensor, *, layer: int, module: str, reads: bool) -> Tensor:
         """What the adapters add at one linear, scale included: [rows, tokens, d_out] for x [rows, tokens, d_in]."""
-        self.length = self.before + x.shape[1]
-        if self.before and x.shape[1] > 1:
-            raise RuntimeError(_NOT_FOLLOWED.format(f"{x.shape[1]} tokens come after a cache of {self.before}"))
+        self.take(x.shape[1])
         present = [one for one in self.adapters if one is not None and module in one.sizes]
         dtype = reduce(torch.promote_types, [one.stacked[module][0].dtype for one in present])
         added = x.new_zeros(*x.shape[:2], present[0].sizes[module][1], dtype=dtype)
         for context, adapter in enumerate(self.adapters):
             if adapter is None or module not in adapter.sizes:
                 continue
-            rows = self._rows_of(context, len(x))
+            rows = rows_of(self.rows, context, len(x))
             own = x[rows].to(dtype)
             if adapter.bias is not None:
                 A, B = (one[layer].to(own) for one in adapter.bias[module])

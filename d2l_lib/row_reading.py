@@ -1,12 +1,9 @@
-"""Read an adapter's rows like a memory: each token of an answer attends to all of them.
+"""Read an adapter's rows like a memory: each token attends to all of them, in the two layers that read rows.
 
-    logit     l_j = A_j x / |x|  of row j at its linear; l_null = null_key x / |x| + null_logit
-    share     p = softmax over all rows of all blocks, and the null row
-    reading   y = W x + scale * sum over j of p_j B_j
-
-A block's weight multiplies its rows' shares before they are made to add up to one; 0 takes them out. Composing
-documents puts their rows side by side, and forgetting one leaves the others' logits as they were, bit for bit. The null
-row has no value: where it has all the share, the model answers as if it had no adapter.
+`row_reader` has the formulas. A block's weight multiplies its rows' shares before they are made to add up to one; 0
+takes them out. Composing documents puts their rows side by side, and forgetting one leaves the others' codes as they
+were, bit for bit. The null row has no value: where it has all the share, nothing is read. Without an adapter the model
+is the base model, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,22 +18,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from d2l_lib.adapter import Adapter
-from d2l_lib.base_model import target_linears
+from d2l_lib.adapter import Adapter, Block
 from d2l_lib.documents import question_ids, stop_ids
+from d2l_lib.following import Followed, rows_of
 from d2l_lib.lora import add_deltas
+from d2l_lib.row_reader import REACH, RowReader
+from d2l_lib.token_rows import ROLES, WORD_ROLES
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from d2l_lib.model import DocToLoRA
 
+_WORDS = len(WORD_ROLES)
 _SHOWN = 3  # rows that a table has for each token
 
 
 @dataclass(frozen=True)
 class RowReading:
-    """How rows are chosen.
+    """How the last layer chooses the rows whose words it writes.
 
     temperature: divides the logits; below 1 a token reads fewer rows.
     null_logit: added to the null row's logit, in nats; above 0 an adapter is read less often.
@@ -54,42 +54,107 @@ class RowReading:
             raise ValueError(f"null_logit must be a finite number of nats, not {self.null_logit!r}")
 
 
-class _Rows:
-    """The rows of one adapter side by side, at one module of the last layer."""
+_PLAIN = RowReading()  # of the match layer
 
-    def __init__(self, adapter: Adapter, module: str):
-        self.adapter = adapter
-        A, B = zip(*((block.A[module][0], block.B[module][0]) for block in adapter.blocks), strict=True)
-        self.A, self.B = torch.cat(A), torch.cat(B)  # [R, d_in], [R, d_out]
-        counts = torch.tensor([block.rank for block in adapter.blocks])
-        weights = torch.tensor([block.weight for block in adapter.blocks])
-        if (weights < 0).any():
-            raise ValueError("a block that is read by rows has a weight of at least 0: 0 takes it out")
-        self.offsets = weights.log().repeat_interleave(counts)  # [R], added to logits
-        self.ends = counts.cumsum(0)
+
+class _Rows:
+    """The rows of these blocks side by side, those of words and those of context."""
+
+    def __init__(self, blocks: Sequence[Block], module: str):
+        self.blocks, n = blocks, len(ROLES)
+        codes = torch.cat([block.A[module][0] for block in blocks]).unflatten(0, (-1, n))  # [T, 4, d]
+        self.context = codes[:, _WORDS:].flatten(0, 1)
+        self.words = codes[:, :_WORDS].flatten(0, 1)
+        values = torch.cat([block.B[module][0].unflatten(0, (-1, n))[:, :_WORDS] for block in blocks])
+        self.values = values.flatten(0, 1)
+        counts = torch.tensor([block.rank // n for block in blocks])
+        weights = torch.tensor([block.weight for block in blocks])
+        self.offsets = weights.log().repeat_interleave(counts)  # [T], added to logits
+        self.ends = counts.cumsum(0)  # in tokens
+        number = torch.arange(len(blocks)).repeat_interleave(counts)
+        self.slots = torch.arange(len(codes)) + REACH * number  # free places between chunks
 
     @cached_property
     def is_weighted(self) -> bool:
         return bool(self.offsets.any())
 
-    def read(self, x: Tensor, null: tuple[Tensor, Tensor], reading: RowReading) -> tuple[Tensor, Tensor]:
-        """(sum over rows of p B [..., d_out], p [..., R + 1] with the null row's share first) for x [..., d_in]."""
-        unit = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        logits = unit @ self.A.to(x).T
-        key, floor = (one.to(x) for one in null)
-        none = unit @ key + floor + reading.null_logit
+    def shares(self, asked: tuple[Tensor, Tensor], codes: Tensor, reading: RowReading, favour=None) -> Tensor:
+        """p [..., R + 1], the null row's first, of (q [..., d], null logit [...]) and codes [R, d].
+
+        favour: [..., R], added to the logits.
+        """
+        q, none = asked
+        logits = q @ codes.to(q).T
+        if favour is not None:
+            logits = logits + favour
         if self.is_weighted:
-            logits = logits + self.offsets.to(x)
-        shares = torch.cat([none.unsqueeze(-1), logits], -1).div(reading.temperature).softmax(-1)
-        return shares[..., 1:] @ self.B.to(x), shares
+            logits = logits + self.offsets.to(q).repeat_interleave(len(codes) // len(self.offsets))
+        none = none + reading.null_logit
+        return torch.cat([none.unsqueeze(-1), logits], -1).div(reading.temperature).softmax(-1)
 
 
 @dataclass
-class Attended:
-    """What tokens read inside `read_rows`; `shares` of the last pass, for each adapter [rows, tokens, R + 1]."""
+class Attended(Followed):
+    """What tokens read inside `read_rows`.
+
+    shares: of the last pass, {adapter's number: p [rows, tokens, 3 T + 1]} of the last layer's rows, the null row's
+    first.
+    """
 
     rows: list[_Rows | None]
+    reader: RowReader
+    reading: RowReading
+    of_row: Tensor | None
     shares: dict[int, Tensor] = field(default_factory=dict)
+    over_time: dict[int, Tensor] = field(default_factory=dict)  # evidence [rows, T] at the last token
+    evidence: dict[int, Tensor] = field(default_factory=dict)  # [rows, tokens, T] of this pass
+    mask: Tensor | None = None  # [batch, tokens] of all tokens so far; padding is 0
+
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """Called before each pass: see `Followed`."""
+        super().begin(arguments)
+        mask = arguments.get("attention_mask")
+        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def start(self) -> None:
+        """Forget the evidence of before."""
+        self.over_time = {}
+
+    def exchange(self, chosen: list[int]) -> None:
+        """Row i of the batch goes on from row chosen[i]."""
+        for context, evidence in self.over_time.items():
+            own = rows_of(self.of_row, context, len(chosen))
+            place = {row: index for index, row in enumerate(own)}
+            self.over_time[context] = evidence[[place[chosen[row]] for row in own]]
+
+    def delta(self, x: Tensor, *, layer: int) -> Tensor:
+        """What the rows add at a layer for x [batch, tokens, d_in]."""
+        is_last, added = layer == self.reader.last_layer, x.new_zeros(())
+        self.take(x.shape[1])
+        for context, its in enumerate(self.rows):
+            mine = rows_of(self.of_row, context, len(x))
+            if its is None or not mine:
+                continue
+            own = x[mine].float()
+            asked = self.reader.asked(layer, own / own.norm(dim=-1, keepdim=True).clamp_min(1e-6))
+            if not is_last:
+                self._match(context, its.shares(asked, its.context, _PLAIN)[..., 1:], mine)
+                continue
+            favour = self.reader.favour(self.evidence[context], its.slots.to(x.device)).flatten(-2)
+            shares = self.shares[context] = its.shares(asked, its.words, self.reading, favour)
+            read = shares[..., 1:] @ its.values.to(shares)
+            added = read.new_zeros(*x.shape[:2], read.shape[-1]) if not added.dim() else added
+            added[mine] = read
+        return added
+
+    def _match(self, context: int, shares: Tensor, mine: list[int]) -> None:
+        """Take in what tokens of the pass find in the match layer: shares [rows, tokens, T]."""
+        if self.mask is not None:  # padding finds nothing
+            shares = shares * self.mask[mine, -shares.shape[1] :].to(shares).unsqueeze(-1)
+        so_far = shares.cumsum(1)
+        if context in self.over_time:
+            so_far = so_far + self.over_time[context].unsqueeze(1)
+        self.evidence[context], self.over_time[context] = so_far, so_far[:, -1]
 
 
 @contextmanager
@@ -97,7 +162,7 @@ def read_rows(
     model: nn.Module,
     adapters: Sequence[Adapter | None],
     reading: RowReading,
-    null: tuple[Tensor, Tensor],
+    reader: RowReader,
     *,
     rows: Tensor | None = None,
     **notes: Any,
@@ -105,39 +170,37 @@ def read_rows(
     """Inside the `with` block the base model reads the rows of these adapters; yields what its tokens read.
 
     adapters: those of a batch, None for the plain base model.
-    null: of `TokenRows.null`.
+    reader: of the hypernetwork that wrote them.
     rows: [batch], for each row of the batch which adapter it has (None: one adapter for all).
     notes: see lora.OpenBlock.
 
-    ValueError where adapters are of several modules or layers.
+    ValueError for adapters without rows.
     """
     present = [one for one in adapters if one is not None]
-    modules = sorted({module for one in present for module in one.sizes})
-    if len(modules) != 1 or any(one.n_layers != 1 for one in present):
-        raise ValueError("rows are read at one module of the last layer: these adapters write more")
+    if not all(one.is_rows for one in present):
+        raise ValueError("this model reads token rows by attention: these adapters are summed and hold none")
     if rows is None and len(adapters) != 1:
         raise ValueError(f"{len(adapters)} adapters need rows=, which of them each row of the batch has")
-    (linears,) = target_linears(model, modules).values()
-    state = Attended([_Rows(one, modules[0]) if one is not None and one.blocks else None for one in adapters])
-    delta = partial(_delta, state=state, reading=reading, null=null, rows=rows)
-    with add_deltas(model, [(linears[-1], delta)], present[0].scale, reading=reading, **notes):
+    state = Attended([_rows_of(one) for one in adapters], reader, reading, rows)
+    has = torch.tensor([one is not None for one in state.rows])
+    deltas = [(linear, partial(state.delta, layer=layer)) for layer, linear in reader.linears(model).items()]
+    deltas += reader.updates(model, None if has.all() else partial(_where_applied, has=has, rows=rows))
+    with add_deltas(model, deltas, present[0].scale, before=state.begin, reading=reading, **notes):
         yield state
 
 
-def _delta(x: Tensor, *, state: Attended, reading: RowReading, null, rows: Tensor | None) -> Tensor:
-    """What the rows add at the last layer for x [batch, tokens, d_in], scale not included."""
-    if rows is not None and len(x) % len(rows):
-        raise ValueError(f"a batch of {len(x)} rows does not fit adapters for {len(rows)} rows: pass rows=")
-    each = torch.zeros(len(x), dtype=torch.long) if rows is None else rows.repeat_interleave(len(x) // len(rows))
-    added = None
-    for context, its in enumerate(state.rows):
-        mine = (each == context).nonzero()[:, 0].to(x.device)
-        if its is None or not len(mine):
-            continue
-        read, state.shares[context] = its.read(x[mine].float(), null, reading)
-        added = read.new_zeros(*x.shape[:2], read.shape[-1]) if added is None else added
-        added[mine] = read
-    return x.new_zeros(()) if added is None else added
+def _rows_of(adapter: Adapter | None) -> _Rows | None:
+    """The rows that an adapter lets tokens read, None where there are none."""
+    blocks = [] if adapter is None else [block for block in adapter.blocks if block.weight]
+    if any(block.weight < 0 for block in blocks):
+        raise ValueError("a block that is read by rows has a weight of at least 0: 0 takes it out")
+    return _Rows(blocks, adapter.modules[0]) if blocks else None
+
+
+def _where_applied(y: Tensor, *, has: Tensor, rows: Tensor | None) -> Tensor:
+    """y [batch, tokens, size], 0 in batch rows without an adapter."""
+    each = torch.zeros(len(y), dtype=torch.long) if rows is None else rows.repeat_interleave(len(y) // len(rows))
+    return y * has[each].to(y)[:, None, None]
 
 
 @torch.no_grad()
@@ -154,24 +217,25 @@ def answer_rows(
     """
     import pandas as pd  # only tables need it: asking starts sooner without
 
-    from d2l_lib.token_rows import ROLES
-
     reading = model.reading if read is None else read
     answer = model.answer(question, adapter, read=reading) if answer is None else answer
     (prompt,) = question_ids(model.tokenizer, [question])
     written = model.tokenizer(answer, add_special_tokens=False)["input_ids"] + list(stop_ids(model.tokenizer)[:1])
     ids = torch.tensor([prompt + written[:-1]], device=model.device)
-    with read_rows(model.base_model, [adapter], reading, model.hypernetwork.null()) as state:
+    with read_rows(model.base_model, [adapter], reading, model.hypernetwork.reader) as state:
         model.base_model(ids, use_cache=False, logits_to_keep=1)
+    if state.rows[0] is None:
+        raise ValueError("this adapter holds no rows to read: internalize a document first")
     shares = state.shares[0][0, len(prompt) - 1 :]  # [tokens, R + 1]
-    ends, lines = state.rows[0].ends, []
+    ends, blocks, lines = state.rows[0].ends, state.rows[0].blocks, []
     for token, (own, text) in enumerate(zip(shares, written, strict=True)):
         for share, row in zip(*(one.tolist() for one in own.topk(min(_SHOWN, len(own)))), strict=True):
             place = (None, None, -1, None, None)
             if row:
-                number = int(torch.searchsorted(ends, row - 1, right=True))
-                block = adapter.blocks[number]
-                inside = row - 1 - (int(ends[number - 1]) if number else 0)
-                place = (block.document, block.chunk, inside, inside // len(ROLES), ROLES[inside % len(ROLES)])
+                at, role = divmod(row - 1, _WORDS)
+                number = int(torch.searchsorted(ends, at, right=True))
+                block = blocks[number]
+                at -= int(ends[number - 1]) if number else 0
+                place = (block.document, block.chunk, len(ROLES) * at + role, at, ROLES[role])
             lines.append((token, model.tokenizer.decode([text]), share, *place))
     return pd.DataFrame(lines, columns=["token", "text", "share", "document", "chunk", "row", "place", "role"])

@@ -1,15 +1,16 @@
-"""A hypernetwork whose blocks grow with the chunk: three rows for each token, read with a softmax.
+"""A hypernetwork whose blocks grow with the chunk: four rows for each token, read with a softmax.
 
-The published hypernetwork writes r rows a chunk, whatever its length, and the adapted model adds all of them. This one
-writes into the last layer alone, and a token of the answer reads the rows by attention (`row_reading`). Row 3t + k
-says: "where the input x looks like this key, write token t of the chunk",
+The published hypernetwork writes r rows a chunk, whatever its length, and the adapted model adds all of them. Here a
+token of a question or of an answer reads the rows by attention (`row_reader`, `row_reading`). Row 4t + k belongs to
+token t of the chunk, and says
 
-    k = 0    as the first token of an answer (without the space before it)
-    k = 1    as a later token of an answer
-    k = 2    as the last token of an answer: write the end of the turn
+    k = 0    "write it as the first token of an answer" (without the space before it)
+    k = 1    "write it as a later token of an answer"
+    k = 2    "write the end of the turn after it"
+    k = 3    "this is what it is": words of a question look for it, before the last layer
 
-    key      A = K c, c = role_k(mix(features))_t     a linear map of the token's code, learned
-    value    B = gain_k * unit(C^-1 (e - mean of e))   e: a token's output embedding times the final norm's weight
+    A = c_k = role_k(mix(features))_t                  its code, learned
+    B = gain_k * unit(C^-1 (e - mean of e)),  k < 3    e: a token's output embedding times the final norm's weight
 
 Output embeddings of all tokens are alike, so a mixture of them writes none. C is their covariance: its inverse turns e
 into the direction that tells the token from all others, and of a mixture the largest share is said. Values need no
@@ -20,6 +21,8 @@ here it is an adapter: keys and values of one linear of a frozen model.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,8 +30,10 @@ from torch import Tensor, nn
 from d2l_lib.base_model import decoder_body, final_norm_name
 from d2l_lib.documents import chat_affixes, stop_ids
 from d2l_lib.hypernetwork import HypernetworkConfig, Loras, zero_padding
+from d2l_lib.row_reader import RowReader
 
-ROLES = ("first", "inside", "end")
+WORD_ROLES = ("first", "inside", "end")
+ROLES = (*WORD_ROLES, "context")
 _RIDGE = 0.05  # of the mean variance of an embedding's numbers
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a part of a letter's bytes reads as
 _KERNEL = 7  # tokens that a mixing convolution sees
@@ -50,7 +55,7 @@ class _Mixer(nn.Module):
 
 
 class TokenRows(nn.Module):
-    """Hidden states of n chunks -> rows for the last layer's target linear (see the module's text).
+    """Hidden states of n chunks -> rows (see the module's text), and what reads them: `reader`.
 
     `prepare` tells it the base model's words before the first `forward`; `codes` needs none.
     """
@@ -58,20 +63,19 @@ class TokenRows(nn.Module):
     def __init__(self, config: HypernetworkConfig):
         super().__init__()
         if config.n_layers != 1 or len(config.modules) != 1 or config.use_bias or config.rank != len(ROLES):
-            raise ValueError("token rows are for one module of the last layer, three a token, without a bias block")
+            raise ValueError(f"token rows are for one module, {len(ROLES)} a token, without a bias block")
         self.config = config
         (self.module,) = config.modules
-        d, d_in = config.latent_size, config.d_in[self.module]
+        d = config.latent_size
         self.feature_mean = nn.Parameter(torch.zeros(config.feature_size))
         self.feature_scale = nn.Parameter(torch.ones(config.feature_size))
         self.project = nn.Linear(config.feature_size, d)
+        self.place_scaler = nn.Parameter(torch.tensor(0.5))
         self.mixers = nn.ModuleList(_Mixer(config) for _ in range(config.n_blocks))
         self.norm = nn.RMSNorm(d)
         self.roles = nn.Linear(d, len(ROLES) * d)
-        self.keys = nn.Parameter(torch.randn(d, d_in) / (3 * d) ** 0.5)
-        self.null_key = nn.Parameter(torch.zeros(d_in))
-        self.null_logit = nn.Parameter(torch.zeros(()))
-        self.log_gain = nn.Parameter(torch.zeros(len(ROLES)))
+        self.log_gain = nn.Parameter(torch.zeros(len(WORD_ROLES)))
+        self.reader = RowReader(config, len(WORD_ROLES))
         self._words: Words | None = None
 
     def prepare(self, base_model: nn.Module, tokenizer) -> None:
@@ -86,14 +90,15 @@ class TokenRows(nn.Module):
         return self._words
 
     def codes(self, features: Tensor, mask: Tensor) -> Tensor:
-        """c [n, T, 3, d] of features [n, T, F]; mask [n, T] is True at tokens of chunks."""
+        """c [n, T, 4, d] of features [n, T, F]; mask [n, T] is True at tokens of chunks."""
         x = self.project(((features - self.feature_mean) / self.feature_scale).clamp(-8, 8))
+        x = x + self.place_scaler * _places(mask, x)
         for mixer in self.mixers:
             x = mixer(x, mask)
         return F.rms_norm(self.roles(self.norm(x)).unflatten(-1, (len(ROLES), -1)), (self.config.latent_size,))
 
     def forward(self, features: Tensor, attention_mask: Tensor, input_ids: Tensor, iterative: bool = False) -> Loras:
-        """{module: (A [n, 1, 3 T, d_in], B [n, 1, 3 T, d_out])} of chunks of T tokens, chat wrapping included.
+        """{module: (A [n, 1, 4 T, d], B [n, 1, 4 T, d_out])} of chunks of T tokens, chat wrapping included.
 
         features: [n, T, F]. attention_mask: [n, T], 0 at padding on the right. input_ids: [n, T].
         iterative: there is one layer, so it changes nothing.
@@ -106,14 +111,26 @@ class TokenRows(nn.Module):
             if length <= self.words.before + self.words.after:
                 raise ValueError(f"a chunk of {length} tokens has no text: wrap it as documents.context_ids does")
             own[row, self.words.before : length - self.words.after] = True
-        codes = self.codes(features.to(self.keys.dtype), own)
-        A = (codes @ self.keys).flatten(1, 2).unsqueeze(1)
-        B = self.values(self.words.tokens(input_ids)).flatten(1, 2).unsqueeze(1)
-        return {self.module: (A, B)}
+        A = self.codes(features.to(self.project.weight.dtype), own)
+        B = F.pad(self.values(self.words.tokens(input_ids)), (0, 0, 0, 1))  # rows of context write no word
+        return {self.module: (A.flatten(1, 2).unsqueeze(1), B.flatten(1, 2).unsqueeze(1))}
 
     def values(self, tokens: Tensor) -> Tensor:
-        """B [..., 3, d_out] of what each of a token's three rows writes [..., 3]."""
+        """B [..., 3, d_out] of what a token's rows of words write [..., 3]."""
         return self.log_gain.exp().unsqueeze(-1) * self.words.directions(tokens)
+
+    def described(self) -> str:
+        """What it writes, in a few words."""
+        layers = " and ".join(map(str, self.config.row_layers))
+        return f"{len(ROLES)} rows a token on {self.module} of layers {layers}"
+
+    def row_sizes(self, module: str) -> tuple[int, int]:
+        """Lengths of the rows of A, which are codes, and of B."""
+        return self.config.latent_size, self.config.d_out[module]
+
+    def place_of(self, path: str) -> str:
+        """The path of a module in the base model, with the numbers of the layers that read rows for {layer}."""
+        return path.replace("{layer}", ",".join(map(str, self.config.row_layers)))
 
     def rows_of(self, n_tokens: int) -> slice:
         """The rows of the text of a chunk of `n_tokens`, its chat wrapping counted."""
@@ -123,9 +140,13 @@ class TokenRows(nn.Module):
     def bias(self) -> None:
         """None: there is no bias block."""
 
-    def null(self) -> tuple[Tensor, Tensor]:
-        """(key [d_in], logit []) of reading no row: what remains of the softmax leaves the model as it is."""
-        return self.null_key, self.null_logit
+
+def _places(mask: Tensor, like: Tensor) -> Tensor:
+    """[n, T, d] sines and cosines of each token's number in its chunk (Vaswani et al. 2017, arXiv 1706.03762)."""
+    places = (mask.cumsum(1) - 1).clamp_min(0).to(like)
+    rates = torch.exp(torch.arange(0, like.shape[-1], 2, device=like.device) * (-math.log(2000.0) / like.shape[-1]))
+    angles = places.unsqueeze(-1) * rates
+    return torch.cat([angles.sin(), angles.cos()], -1)[..., : like.shape[-1]]
 
 
 class Words:
@@ -163,6 +184,6 @@ class Words:
         return mean, sum((part - mean).T @ (part - mean) for part in parts) / size
 
     def tokens(self, input_ids: Tensor) -> Tensor:
-        """[n, T, 3]: what the three rows of each token write."""
+        """[n, T, 3]: what the rows of words of each token write."""
         first = torch.tensor([[self.first_form(token) for token in row] for row in input_ids.tolist()])
         return torch.stack([first.to(input_ids), input_ids, torch.full_like(input_ids, self.end)], dim=-1)

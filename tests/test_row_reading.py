@@ -1,11 +1,14 @@
 """Rows read by attention: against a plain oracle, with and without a cache, alone and in batches; what is refused."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import build_model, build_rows_model, logits_of
 
 from d2l_lib.adapter import Block
 from d2l_lib.documents import question_ids
+from d2l_lib.row_reader import FLOOR, REACH, SPREADS
 from d2l_lib.row_reading import RowReading, answer_rows, read_rows
 
 TEXTS = {"a": "Ada lives in Velm.", "b": "The lake is cold at night."}
@@ -23,27 +26,56 @@ def adapter(model):
 
 
 def oracle(model, adapter, reading: RowReading, text: str = QUESTIONS[0]) -> torch.Tensor:
-    """Logits by the formula, row by row: a plain hook on the last layer's linear."""
-    key, floor = model.hypernetwork.null()
+    """Logits by the formula, row by row: plain hooks on the linears of the upper layers."""
+    net, layers, handles, evidence = model.hypernetwork.reader, model.base_model.model.layers, [], []
+
+    def shares_of(x, layer: int, codes, offsets, how) -> torch.Tensor:
+        name, unit = str(layer), x / x.norm()
+        none = unit @ net.null_keys[name] + net.null_logits[name] + how.null_logit
+        logits = [none, *(unit @ net.keys[name] @ c + offset for c, offset in zip(codes, offsets, strict=True))]
+        return (torch.stack(logits) / how.temperature).softmax(0)[1:]
+
+    def rows(role: int) -> list:
+        return [(b, t, b.A["down_proj"][0, 4 * t + role], b.B["down_proj"][0, 4 * t + role])
+                for b in adapter.blocks for t in range(b.rank // 4)]  # fmt: skip
+
+    def match(_, inputs, output):
+        so_far = 0.0
+        for x in inputs[0][0]:
+            offsets = [torch.tensor(b.weight).log() for b, *_ in rows(3)]
+            so_far = so_far + shares_of(x, len(layers) - 2, [c for *_, c, _ in rows(3)], offsets, RowReading())
+            evidence.append({(id(b), t): p for (b, t, *_), p in zip(rows(3), so_far, strict=True)})
+
+    def near(found, block, t: int, spread: float) -> torch.Tensor:
+        weights = {d: math.exp(-abs(d) / spread) for d in range(-REACH, REACH + 1)}
+        mean = sum(w * found[id(block), t + d] for d, w in weights.items() if (id(block), t + d) in found)
+        return torch.log1p(mean / sum(weights.values()) / FLOOR)
 
     def read(_, inputs, output):
         added = torch.zeros_like(output)
         for place, x in enumerate(inputs[0][0]):
-            unit, shares, values = x / x.norm(), [], []
-            shares.append(torch.exp((unit @ key + floor + reading.null_logit) / reading.temperature))
-            for block in adapter.blocks:
-                for A, B in zip(block.A["down_proj"][0], block.B["down_proj"][0], strict=True):
-                    shares.append(torch.exp((A @ unit + torch.tensor(block.weight).log()) / reading.temperature))
+            codes, offsets, values = [], [], []
+            for role in range(3):
+                for block, t, c, B in rows(role):
+                    favour = [near(evidence[place], block, t, spread) for spread in SPREADS]
+                    offsets.append(torch.stack(favour) @ net.evidence_scaler[:, role] + math.log(block.weight))
+                    codes.append(c)
                     values.append(B)
-            p = torch.stack(shares) / sum(shares)
-            added[0, place] = (p[1:, None] * torch.stack(values)).sum(0)
+            p = shares_of(x, len(layers) - 1, codes, offsets, reading)
+            added[0, place] = (p[:, None] * torch.stack(values)).sum(0)
         return output + adapter.scale * added
 
-    ids = torch.tensor([model.tokenizer(text)["input_ids"]])
-    handle = model.base_model.model.layers[-1].mlp.down_proj.register_forward_hook(read)
+    for place, layer in enumerate(net.lora_layers):
+        for module, A in net.lora_A.items():
+            (linear,) = [one for name, one in layers[layer].named_modules() if name.endswith(module)]
+            update = (net.lora_B[module][place].T @ A[place]).T
+            handles.append(linear.register_forward_hook(lambda _, x, y, update=update: y + x[0] @ update))
+    handles.append(layers[-2].mlp.down_proj.register_forward_hook(match))
+    handles.append(layers[-1].mlp.down_proj.register_forward_hook(read))
     with torch.no_grad():
-        logits = model.base_model(ids).logits
-    handle.remove()
+        logits = model.base_model(torch.tensor([model.tokenizer(text)["input_ids"]])).logits
+    for handle in handles:
+        handle.remove()
     return logits
 
 
@@ -64,10 +96,13 @@ def test_reading_is_a_softmax_over_all_rows_and_the_null_row(model, adapter, rea
         assert (read_logits(model, adapter, reading) - read_logits(model, adapter, plain)).abs().max() > 1e-2
 
 
-def test_the_null_row_alone_is_the_base_model_and_the_model_stays(model, adapter):
+def test_an_adapter_without_rows_is_the_base_model_and_the_model_stays(model, adapter):
     before = {name: value.clone() for name, value in model.base_model.state_dict().items()}
     base = logits_of(model, None)
-    torch.testing.assert_close(read_logits(model, adapter, RowReading(null_logit=1e4)), base, rtol=1e-5, atol=1e-5)
+    for silent in (adapter.scaled(0), adapter.without(list(TEXTS)), None):
+        assert torch.equal(read_logits(model, silent, None), base)
+    null, far = (read_logits(model, adapter, RowReading(null_logit=nats)) for nats in (1e4, 2e4))
+    assert torch.equal(null, far) and (null - base).abs().max() > 0.01  # the upper layers' update stays
     assert (read_logits(model, adapter, RowReading()) - base).abs().max() > 0.1
     assert torch.equal(logits_of(model, None), base)
     assert all(torch.equal(value, before[name]) for name, value in model.base_model.state_dict().items())
@@ -112,12 +147,12 @@ def test_samples_and_beams_of_a_question_read_its_own_adapter(model, adapter):
 
 def hand_made(model, word: int):
     """An adapter of two documents whose rows are silent but one, which writes `word`."""
-    d_in, d_out = model.config.d_in["down_proj"], model.config.d_out["down_proj"]
+    d, d_out = model.config.latent_size, model.config.d_out["down_proj"]
     blocks = []
-    for name, n in (("quiet", 6), ("loud", 9)):
-        A, B = torch.zeros(1, n, d_in), torch.zeros(1, n, d_out)
+    for name, n in (("quiet", 8), ("loud", 12)):
+        A, B = torch.zeros(1, n, d), torch.zeros(1, n, d_out)
         blocks.append(Block(name, 0, None, 1.0, {"down_proj": A}, {"down_proj": B}))
-    blocks[1].B["down_proj"][0, 4] = 1e4 * model.hypernetwork.words.directions(torch.tensor(word))
+    blocks[1].B["down_proj"][0, 5] = 1e4 * model.hypernetwork.words.directions(torch.tensor(word))
     return model.adapter_of(blocks)
 
 
@@ -128,10 +163,11 @@ def test_the_table_names_the_row_that_writes_a_word(model):
     seen = {}
     layer = model.base_model.model.layers[-1].mlp.down_proj
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0][0, -1]))
-    with torch.no_grad():
-        model.base_model(torch.tensor(ids))
+    with torch.no_grad(), model.applied(adapter) as network:
+        network(torch.tensor(ids))
     handle.remove()
-    adapter.blocks[1].A["down_proj"][0, 4] = 40 * seen["x"] / seen["x"].norm()
+    q, _ = model.hypernetwork.reader.asked(model.hypernetwork.reader.last_layer, seen["x"] / seen["x"].norm())
+    adapter.blocks[1].A["down_proj"][0, 5] = 40 * q / q.square().sum()
     answer = model.answer(QUESTIONS[0], adapter, max_new_tokens=1)
     assert answer == "V"
     table = answer_rows(model, QUESTIONS[0], adapter, answer)
@@ -140,11 +176,11 @@ def test_the_table_names_the_row_that_writes_a_word(model):
     for _, lines in table.groupby("token"):
         assert (lines["share"].diff().dropna() <= 0).all() and lines["share"].sum() <= 1 + 1e-6
     top = table.iloc[0]
-    assert (top["document"], top["chunk"], top["row"], top["place"], top["role"]) == ("loud", 0, 4, 1, "inside")
+    assert (top["document"], top["chunk"], top["row"], top["place"], top["role"]) == ("loud", 0, 5, 1, "inside")
     assert top["share"] > 0.99
-    adapter.blocks[0].A["down_proj"][0, 5] = 2 * adapter.blocks[1].A["down_proj"][0, 4]  # the last row of a block
+    adapter.blocks[0].A["down_proj"][0, 6] = 2 * adapter.blocks[1].A["down_proj"][0, 5]  # the last of its words
     top = answer_rows(model, QUESTIONS[0], adapter, answer).iloc[0]
-    assert (top["document"], top["row"], top["place"], top["role"]) == ("quiet", 5, 1, "end")
+    assert (top["document"], top["row"], top["place"], top["role"]) == ("quiet", 6, 1, "end")
     nobody = answer_rows(model, QUESTIONS[0], adapter, answer, read=RowReading(null_logit=1e3))
     assert nobody.iloc[0]["row"] == -1 and nobody["document"].isna().iloc[0]
 
@@ -155,7 +191,7 @@ def test_a_table_of_a_real_adapter_is_what_the_formula_says(model, adapter):
     known = table[table["row"] >= 0]
     sizes = {block.document: block.rank for block in adapter.blocks}
     assert all(row < sizes[document] for document, row in zip(known["document"], known["row"], strict=True))
-    assert (known["place"] == known["row"] // 3).all()
+    assert (known["place"] == known["row"] // 4).all() and (known["row"] % 4 < 3).all()
     assert answer_rows(model, QUESTIONS[0], adapter.only("b"), "Ada")["document"].dropna().eq("b").all()
 
 
@@ -170,16 +206,16 @@ def test_what_does_not_fit_is_refused(model, adapter):
     with pytest.raises(ValueError, match="at least 0"):
         model.answer(QUESTIONS[0], adapter.scaled(-1))
     other = build_model()
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="another model|another hypernetwork"):
         other.answer(QUESTIONS[0], adapter)
     with pytest.raises(ValueError, match="another hypernetwork"):
         model.answer(QUESTIONS[0], other.internalize(TEXTS))
-    with pytest.raises(ValueError, match="one module of the last layer"):
+    with pytest.raises(ValueError, match="another hypernetwork"):
         model.answer(QUESTIONS[0], other.internalize(TEXTS).as_lora())
     with pytest.raises(ValueError, match="read must be"):
         other.answer(QUESTIONS[0], None, read=RowReading())
     with (
         pytest.raises(ValueError, match="need rows="),
-        read_rows(model.base_model, [adapter, adapter], RowReading(), model.hypernetwork.null()),
+        read_rows(model.base_model, [adapter, adapter], RowReading(), model.hypernetwork.reader),
     ):
         pass

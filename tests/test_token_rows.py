@@ -43,17 +43,19 @@ def direction_of(model, token: int) -> torch.Tensor:
     return (vector / vector.norm()).float()
 
 
-def test_every_token_of_the_text_has_three_rows_that_write_it(model, each):
+def test_every_token_of_the_text_has_three_rows_that_write_it_and_one_of_context(model, each):
     gains = model.hypernetwork.log_gain.exp()
     assert gains.unique().numel() == 3
     for name, text in TEXTS.items():
         (block,) = each[name].blocks
         ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert block.rank == 3 * len(ids) and block.A["down_proj"].shape[:2] == (1, 3 * len(ids))
+        assert block.rank == 4 * len(ids)
+        assert block.A["down_proj"].shape == (1, 4 * len(ids), model.config.latent_size)
         B = block.B["down_proj"][0]
         for t, token in enumerate(ids):
             for k, written in enumerate((token, token, stop_ids(model.tokenizer)[0])):
-                torch.testing.assert_close(B[3 * t + k], gains[k] * direction_of(model, written), rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(B[4 * t + k], gains[k] * direction_of(model, written), rtol=1e-3, atol=1e-3)
+            assert not B[4 * t + 3].any()
 
 
 def spaced_tokenizer():
@@ -84,14 +86,14 @@ def test_first_forms_have_no_space_and_parts_of_letters_stay():
 def test_a_chunk_in_a_batch_is_the_chunk_alone(model, each):
     for name, text in TEXTS.items():
         assert model.internalize({name: text}) == each[name]
-    # and keys are those of the text's own states, as in training: chat wrapping and padding are not mixed in
+    # and codes are those of the text's own states, as in training: chat wrapping and padding are not mixed in
     net, ids = model.hypernetwork, torch.tensor([context_ids(model.tokenizer, TEXTS["a"])])
     own = slice(net.words.before, ids.shape[1] - net.words.after)
     assert model.tokenizer.decode(ids[0, own]) == TEXTS["a"]
     with torch.no_grad():
         features = model.encoder.encode(ids, torch.ones_like(ids))[:, own]
-        keys = net.codes(features, torch.ones(features.shape[:2], dtype=torch.bool)) @ net.keys
-    torch.testing.assert_close(each["a"].blocks[0].A["down_proj"], keys.flatten(1, 2), rtol=1e-4, atol=1e-4)
+        codes = net.codes(features, torch.ones(features.shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(each["a"].blocks[0].A["down_proj"], codes.flatten(1, 2), rtol=1e-4, atol=1e-4)
 
 
 def test_model_and_adapter_survive_files(model, each, tmp_path):
@@ -99,7 +101,11 @@ def test_model_and_adapter_survive_files(model, each, tmp_path):
     try:
         model.save(tmp_path / "model", include_base=True)
         again = d2l.load(tmp_path / "model")
-        assert again.reading == model.reading and again.writes_rows and "three rows a token" in repr(again)
+        assert (
+            again.reading == model.reading
+            and again.writes_rows
+            and "4 rows a token on down_proj of layers 2 and 3" in repr(again)
+        )
         assert again.config == model.config and again.internalize({"a": TEXTS["a"]}) == each["a"]
     finally:
         model.reading = type(model.reading)()
@@ -161,17 +167,18 @@ def test_a_network_without_words_and_settings_that_do_not_fit_say_so(model):
     with pytest.raises(RuntimeError, match=r"prepare\(base_model, tokenizer\)"):
         bare(torch.zeros(1, 4, model.config.feature_size), ids, ids)
     for change in ({"rank": 2}, {"n_layers": 2}, {"use_bias": True}):
-        with pytest.raises(ValueError, match="three a token"):
+        with pytest.raises(ValueError, match="4 a token"):
             TokenRows(replace(model.config, **change))
-    with pytest.raises(ValueError, match="go together"):
-        replace(model.config, encoder_layers=())
+    for change in ({"encoder_layers": ()}, {"row_layers": ()}, {"row_layers": (2, 1)}, {"row_layers": (3,)}):
+        with pytest.raises(ValueError, match="go together"):
+            replace(model.config, **change)
     with pytest.raises(ValueError, match="writer is"):
         replace(model.config, writer="nobody")
 
 
 def test_what_rows_cannot_be_written_for_is_refused(model):
     text = context_ids(model.tokenizer, "Bo")
-    assert model.internalize_ids(torch.tensor([text])).blocks[0].rank == 6
+    assert model.internalize_ids(torch.tensor([text])).blocks[0].rank == 8
     with pytest.raises(ValueError, match="has no text"):
         model.internalize_ids(torch.tensor([text[:5]]))
     with pytest.raises(ValueError, match="token rows are for texts"):

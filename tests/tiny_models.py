@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from d2l_lib.base_model import EAGER_ATTENTION, module_sizes
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
+from d2l_lib.row_reader import reader_sizes
 from d2l_lib.token_rows import TokenRows
 
 FAMILIES = ("gemma2", "gemma3_text", "mistral", "qwen2", "qwen3", "llama", "phi3", "phi")
@@ -213,16 +214,18 @@ def build_rows_model(base_seed: int = 0, seed: int = 1, family: str = "llama") -
     base_model = build_base_model(tokenizer, family=family, seed=base_seed)
     d_in, d_out = module_sizes(base_model, ["down_proj"])
     config = HypernetworkConfig(
-        n_layers=1, d_in=d_in, d_out=d_out, feature_size=3 * HIDDEN, latent_size=16, rank=3, scale=1.0, n_blocks=1,
+        n_layers=1, d_in=d_in, d_out=d_out, feature_size=3 * HIDDEN, latent_size=16, rank=4, scale=1.0, n_blocks=1,
         encoder_type="hidden_states", encoder_layers=(0, 2, 3), use_bias=False, n_heads=4, n_kv_heads=4,
-        writer="token_rows",
+        writer="token_rows", row_layers=(N_LAYERS - 2, N_LAYERS - 1), reader_layers=(N_LAYERS - 2, N_LAYERS - 1),
+        reader_rank=2, reader_sizes=reader_sizes(base_model, (N_LAYERS - 2,)),
     )  # fmt: skip
     torch.manual_seed(seed)
     hypernetwork = TokenRows(config)
     randomize(hypernetwork)
     with torch.no_grad():
         hypernetwork.log_gain += 2
-        hypernetwork.keys.mul_(2)
+        for keys in hypernetwork.reader.keys.values():
+            keys.mul_(4)
     return DocToLoRA(base_model, tokenizer, hypernetwork.eval())
 
 

@@ -105,10 +105,10 @@ def _unicode(text: str) -> str:
 
 def _template(text: str) -> str:
     plain = text.replace("{layer}", "", 1)
-    if plain == text:  # rows of one layer: "model.layers.3.mlp.down_proj"
-        plain = re.sub(r"\.\d+\.", ".", text, count=1)
+    if plain == text:  # rows: "model.layers.1,3.mlp.down_proj"
+        plain = re.sub(r"\.\d+(,\d+)*\.", ".", text, count=1)
     if plain == text or not _is_path(plain):
-        raise ValueError("a path with one {layer} (or its number) and else only letters, digits, _ and .")
+        raise ValueError("a path with one {layer} (or numbers of layers) and else only letters, digits, _ and .")
     return text
 
 
@@ -283,6 +283,10 @@ class HypernetworkSettings(_Closed):
     null_rows: _Some = 0
     writer: Literal["perceiver", "token_rows"] = "perceiver"
     encoder_layers: list[_Some] = []
+    row_layers: list[_Some] = []
+    reader_layers: list[_Some] = []
+    reader_rank: _Some = 0
+    reader_sizes: dict[_ModuleName, Annotated[list[_Count], Field(min_length=2, max_length=2)]] = {}
 
 
 class GateSettings(_Closed):

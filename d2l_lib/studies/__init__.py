@@ -172,8 +172,48 @@ STUDIES = {
         "questions about passages of real text, in the prompt and internalized",
         *(1000, "questions", "smollm2"),
         options={
-            "--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "data set, and its file (squad)"}
+            "--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "data set, and its file (squad)"},
+            "--only": {
+                "nargs": "+",
+                "metavar": "WORD",
+                "help": "methods with such a name; recorded rows of others stay",
+            },
         },
+    ),
+    "prose-needles": Study(
+        "prose_needles:run",
+        ("prose_needles",),
+        "one made-up sentence in texts that people wrote, by length",
+        *(50, "haystacks of each length", "smollm2"),
+        options={
+            "--texts": {"required": True, "metavar": "PLACE", "help": "a folder of .txt files, or a .jsonl file"},
+            "--lengths": {
+                "type": "count",
+                "nargs": "+",
+                "default": tuple(2**k for k in range(8, 16)),
+                "help": "of haystacks, in tokens (256 to 32,768)",
+            },
+            "--in-prompt": {
+                "type": "count",
+                "nargs": "+",
+                "default": (256, 512, 1024),
+                "help": "those that the base model also reads in its prompt (256, 512, 1024)",
+            },
+        },
+    ),
+    "articles": Study(
+        "articles:run",
+        ("articles",),
+        "questions about one passage, with the whole article in one adapter",
+        *(300, "questions", "smollm2"),
+        options={"--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "data set, and its file"}},
+    ),
+    "interference": Study(
+        "interference:run",
+        ("interference",),
+        "general questions with an unrelated text inside",
+        *(200, "questions", "smollm2"),
+        options={"--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "passages (squad)"}},
     ),
     "gate": Study(
         "gate:run",

@@ -4,56 +4,71 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import pandas as pd
 
 from d2l_lib.adapter import Adapter
 from d2l_lib.model import DocToLoRA
+from d2l_lib.studies import earlier_rows
 from d2l_lib.tasks import qa, scores
 
 _IN_PROMPT = "passage in the prompt"
 _TOGETHER = 10  # passages of one adapter
+_TOGETHER_NAME = f"Doc-to-LoRA, {_TOGETHER} passages in one adapter"
+_OTHER = "another passage's adapter"
 _NEW_TOKENS = 24
 _AT_ONCE = 64  # questions, for memory
 _METRICS = ("token_f1_squad", "exact_match_squad", "recall")
 
 
-def run(model: DocToLoRA, n: int, seed: int, questions: str) -> pd.DataFrame:
-    """A row for each method and metric: n questions, passages, score with its interval, seconds of the processor.
+def run(model: DocToLoRA, n: int, seed: int, questions: str, only: Sequence[str] | None = None) -> Iterator[list[dict]]:
+    """After each method all rows so far, one for each metric: n questions, score with its interval, seconds.
 
     questions: "DATASET" or "DATASET=FILE" (see `tasks.qa.load_named`); n of them are drawn with `seed`.
+    only: methods whose names hold one of these words; rows of others that are recorded stay.
+
+    Seconds are the processor's. ValueError if no method has such a name, and for recorded rows of other questions.
     """
+    chosen = [name for name in METHODS if only is None or any(word in name for word in only)]
+    if not chosen:
+        raise ValueError(f"no method is called {' or '.join(only)}; there are {', '.join(METHODS)}")
+    rows = [row for row in earlier_rows("passages") if row["method"] not in chosen] if only else []
+    for row in rows:
+        if (row["seed"], row["n"]) != (seed, n):
+            raise ValueError(
+                f"the record holds rows of seed {row['seed']}, n {row['n']}: the methods of a table answer the same "
+                "questions, so take its --n and --seed, or leave out --only"
+            )
     frame = qa.load_named(questions, n=n, seed=seed)
     documents = [document for document, _ in qa.group_by_document(frame)]
-    start = time.process_time()
-    adapters = dict(zip(documents, model.internalize_each(documents), strict=True))
-    seconds_internalizing = (time.process_time() - start) / len(documents)
-    applied = {
-        "question alone": {},
-        _IN_PROMPT: {},
-        "Doc-to-LoRA": adapters,
-        f"Doc-to-LoRA, {_TOGETHER} passages in one adapter": _together(adapters, seed),
-        "another passage's adapter": _others(adapters, seed),
-    }
-    rows = []
-    for method, of_document in applied.items():
-        replies, start = [], time.process_time()
-        for first in range(0, len(frame), _AT_ONCE):
-            some = frame.iloc[first : first + _AT_ONCE]
-            prompts = list(some["question"]) if method != _IN_PROMPT else _with_passages(model, some)
-            chosen = [of_document.get(document) for document in some["document"]]
-            replies += model.answer(prompts, chosen, max_new_tokens=_NEW_TOKENS)
-        seconds = round((time.process_time() - start) / len(frame), 4)
-        rows += _scores(frame.assign(method=method, prediction=replies), seed, seconds=seconds)
-        print(method, {row["metric"]: round(row["score"], 3) for row in rows[-len(_METRICS) :]}, flush=True)
-    facts = {
-        "n_passages": len(documents),
-        "dataset": frame["dataset"].iloc[0],
-        "seconds_internalizing": round(seconds_internalizing, 4),
-        "kilobytes": round(sum(one.nbytes for one in adapters.values()) / len(adapters) / 1e3, 1),
-    }
-    return pd.DataFrame([row | facts for row in rows])
+    facts, adapters = {"dataset": frame["dataset"].iloc[0], "n_passages": len(documents)}, {}
+    if {"Doc-to-LoRA", _TOGETHER_NAME, _OTHER} & set(chosen):
+        start = time.process_time()
+        adapters = dict(zip(documents, model.internalize_each(documents), strict=True))
+        cost = {
+            "seconds_internalizing": round((time.process_time() - start) / len(documents), 4),
+            "kilobytes": round(sum(one.nbytes for one in adapters.values()) / len(adapters) / 1e3, 1),
+        }
+    for method in chosen:
+        applied = METHODS[method](adapters, seed)
+        prompts = list(frame["question"]) if method != _IN_PROMPT else _with_passages(model, frame)
+        replies, seconds = ask(model, prompts, [applied.get(document) for document in frame["document"]])
+        new = scored_rows(frame.assign(method=method, prediction=replies), seed, seconds=seconds)
+        rows += [row | facts | (cost if applied else {}) for row in new]
+        print(method, {row["metric"]: round(row["score"], 3) for row in new}, flush=True)
+        yield sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+
+
+def ask(
+    model: DocToLoRA, prompts: Sequence[str], adapters: Sequence[Adapter | None], new_tokens: int = _NEW_TOKENS
+) -> tuple[list[str], float]:
+    """(answers, seconds of the processor for each); few at a time, for memory."""
+    replies, start = [], time.process_time()
+    for first in range(0, len(prompts), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        replies += model.answer(prompts[part], adapters[part], max_new_tokens=new_tokens)
+    return replies, round((time.process_time() - start) / len(prompts), 4)
 
 
 def _with_passages(model: DocToLoRA, some: pd.DataFrame) -> list[str]:
@@ -85,7 +100,7 @@ def _shuffled(documents: Iterable[str], seed: str) -> list[str]:
     return order
 
 
-def _scores(predictions: pd.DataFrame, seed: int, **facts) -> list[dict]:
+def scored_rows(predictions: pd.DataFrame, seed: int, **facts) -> list[dict]:
     """Rows of one method's metrics."""
     scored = qa.score(predictions, "token_f1_squad")
     scored["recall"] = [
@@ -94,3 +109,13 @@ def _scores(predictions: pd.DataFrame, seed: int, **facts) -> list[dict]:
     ]
     tables = [qa.summarise_scores(scored, ["method"], metric, seed) for metric in _METRICS]
     return [row | facts for table in tables for row in table.to_dict("records")]
+
+
+# Method -> {document: what is applied}, of {document: its adapter} and a seed.
+METHODS: dict[str, Callable[[Mapping[str, Adapter], int], Mapping[str, Adapter]]] = {
+    "question alone": lambda adapters, seed: {},
+    _IN_PROMPT: lambda adapters, seed: {},
+    "Doc-to-LoRA": lambda adapters, seed: adapters,
+    _TOGETHER_NAME: _together,
+    _OTHER: _others,
+}

@@ -31,7 +31,7 @@ from d2l_lib.tasks.world import check_split
 
 _logger = logging.getLogger(__name__)
 
-COLUMNS = ("dataset", "id", "document", "question", "answers", "kind")
+COLUMNS = ("dataset", "id", "document", "question", "answers", "kind", "title")
 PROMPT = "{document}\n\n{question}"  # the user's turn when the document is in the prompt
 
 # Answer-only instructions in our words; `load_qa` takes other templates.
@@ -105,7 +105,8 @@ def load_qa(
     """Questions about documents, one per row, of a data set in DATASETS.
 
     Columns: dataset, id (text), document, question (in `template`), answers (list of str, at least one, each is right),
-    kind (of question; empty if the data set does not tell). Texts are stripped, equal answers kept once.
+    kind (of question) and title (of the article that the document is part of), both empty if the data set does not
+    tell. Texts are stripped, equal answers kept once.
 
     source: a file or folder in the data set's own format (.json, .jsonl) or the hub's (.parquet). None: the folder
         data/qa/<name> if there is one, else the hub.
@@ -179,7 +180,7 @@ def _world(split: str, n: int | None, seed: int, source: str | Path | None) -> p
     samples = world_samples(n, seed, split=split)
     answers = [[answer] for answer in samples["answer"]]
     ids = [f"{split}/{seed}/{number}" for number in range(n)]
-    frame = samples.assign(dataset="world", id=ids, answers=answers)[list(COLUMNS)]
+    frame = samples.assign(dataset="world", id=ids, answers=answers, title="")[list(COLUMNS)]
     frame.attrs["unusable"] = {}
     return frame
 
@@ -424,12 +425,13 @@ def _paper(record: dict, where: str) -> str:
 
 @dataclass(frozen=True)
 class _Form:
-    """Where a record of one question holds what: columns to join by new lines, or a function."""
+    """Where a record of one question holds what: columns to join by new lines, or a function; title: its column."""
 
     id: str | None
     question: str
     document: tuple[str, ...] | Callable[[dict, str], str]
     answers: Callable[[dict, str], list[tuple[str, str]]]
+    title: str | None = None
 
     def read(self, record: dict, where: str) -> dict:
         if callable(self.document):
@@ -443,10 +445,11 @@ class _Form:
             "question": _text(record, self.question, where),
             "answers": list(dict.fromkeys(text for text, _ in pairs if text)),
             "kind": pairs[0][1] if pairs else "",
+            "title": _text(record, self.title, where) if self.title in record else "",
         }
 
 
-_SQUAD = _Form("id", "question", ("context",), _listed_answers)
+_SQUAD = _Form("id", "question", ("context",), _listed_answers, title="title")
 _LONGBENCH = _Form("_id", "input", ("context",), lambda r, where: [(text, "") for text in _texts(r, "answers", where)])
 _FORMS = {
     "squad": _SQUAD,

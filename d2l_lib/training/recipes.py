@@ -49,6 +49,7 @@ from d2l_lib.presets import (
     WarmUpPreset,
 )
 from d2l_lib.records import read_json, read_rows, write_json, write_jsonl
+from d2l_lib.row_reader import reader_sizes
 from d2l_lib.token_rows import ROLES, TokenRows
 from d2l_lib.training import pretraining
 from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
@@ -56,7 +57,7 @@ from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_d
 from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
 from d2l_lib.training.row_features import Limits, facts_of, passages_of, read_features, write_features
 from d2l_lib.training.step import Internalization
-from d2l_lib.training.token_rows import RowsBatches, RowsStep, plain_keys, start_rows, validation_batches
+from d2l_lib.training.token_rows import RowsBatches, RowsStep, validation_batches
 from d2l_lib.training.warm_up import (
     KeysAndValues,
     Readout,
@@ -314,7 +315,6 @@ def train_rows(
     """
     base_model, tokenizer = load_base_model(source, device=own_device())
     config = rows_config(p, base_model, source)
-    (module,) = config.modules
     encoder, limits = ContextEncoder.from_config(base_model, config, source), Limits(p.longest_passage)
     passages = passages_of(frame, tokenizer, limits)
     if len(passages) < p.validation + p.passages:
@@ -322,24 +322,20 @@ def train_rows(
             f"{len(passages)} passages of at most {limits.passage_tokens} tokens have a question whose answer "
             f"stands in them; this training needs {p.validation + p.passages}"
         )
-    facts = facts_of(Fingerprint().key(base_model), frame, encoder, module, limits)
+    facts = facts_of(Fingerprint().key(base_model), frame, encoder, p.reader_layers[0], limits)
     write_features(base_model, tokenizer, passages, features, encoder=encoder, facts=facts)
-    every = read_features(features)
+    every = read_features(features, passages)
     train, held_out = every[: len(every) - p.validation], every[len(every) - p.validation :]
     torch.manual_seed(run.seed)
     hypernetwork = TokenRows(config)
     hypernetwork.prepare(base_model, tokenizer)
-    whitening = start_rows(hypernetwork, train, base_model)
+    batches = RowsBatches(train, hypernetwork.words, p, run.seed)
+    step = RowsStep(base_model, hypernetwork, p, validation_batches(held_out, hypernetwork.words, p))
+    step.start(train, batches)
     if is_first_process():
         _write_down(hypernetwork, run.folder, p.longest_passage)
-    tests = validation_batches(held_out, hypernetwork.words, p)
-    fit(
-        RowsStep(base_model, hypernetwork, p, whitening, tests),
-        RowsBatches(train, hypernetwork.words, p, run.seed),
-        p,
-        run,
-    )
-    plain_keys(hypernetwork, whitening)
+    fit(step, batches, p, run)
+    step.plain_keys()
     meta = {"seed": run.seed, "chunk_tokens": p.longest_passage, "base_model": source, "passages": len(train)}
     final = run.folder / "final" if final is None else final
     if is_first_process():
@@ -348,7 +344,7 @@ def train_rows(
 
 
 def rows_config(p: RowsPreset, base_model, source: str) -> HypernetworkConfig:
-    """The config of a hypernetwork that writes token rows for the last layer of `base_model`."""
+    """The config of a hypernetwork that writes token rows for `base_model`."""
     modules = default_modules(base_model)
     for module in modules:
         check_writes_residual(base_model, module)
@@ -370,6 +366,10 @@ def rows_config(p: RowsPreset, base_model, source: str) -> HypernetworkConfig:
         n_kv_heads=p.n_heads,
         base_model=source,
         writer="token_rows",
+        row_layers=p.row_layers,
+        reader_layers=p.reader_layers,
+        reader_rank=p.reader_rank,
+        reader_sizes=reader_sizes(base_model, p.reader_layers),
     )
 
 

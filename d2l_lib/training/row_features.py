@@ -1,10 +1,10 @@
 """What a base model makes of passages and of questions about them, computed once and kept on disk.
 
-The base model is frozen, and token rows are read in its last layer alone. So training them needs nothing of it but
+The base model is frozen, and token rows are read in its upper layers alone. So training them needs of the layers below
 
     of a passage    token ids, and the hidden states that the hypernetwork reads
-    of a question   at each token of its answer (the question alone in the prompt, the right answer before the token):
-                    the input x of the last layer's target linear, and the residual stream after that layer
+    of a question   the residual stream below the upper layers, at each token of the question and its right answer (the
+                    question alone in the prompt)
 
 A folder of features holds files of some passages each, complete or absent, so a killed run continues.
 """
@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -24,12 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2l_lib.base_model import decoder_body, decoder_layers, target_linears
 from d2l_lib.documents import chat_affixes, context_ids, question_ids, stop_ids
 from d2l_lib.encoder import ContextEncoder
 from d2l_lib.engine import pad_rows
 from d2l_lib.formats.writing import atomic_file
 from d2l_lib.lora import hooked, without_lora
+from d2l_lib.row_reader import check_parts, part_of_layers
 from d2l_lib.tasks.qa import group_by_document
 
 _PER_FILE = 24
@@ -93,8 +92,11 @@ def write_features(
     """Fill `folder` with the features of these passages; files that are there already are kept.
 
     encoder: of type hidden_states; state 0, the embeddings, is left out of the files.
-    facts: of `facts_of`, what the numbers depend on; ValueError if a file names others.
+    facts: of `facts_of`, what the numbers depend on.
+
+    ValueError if a file names other facts, and for a model whose upper layers cannot run alone.
     """
+    check_parts(base_model, passages[0].questions[0][0], int(facts["below"]))
     folder.mkdir(parents=True, exist_ok=True)
     parts = range(0, len(passages), _PER_FILE)
     for number, start in enumerate(parts):
@@ -102,7 +104,7 @@ def write_features(
         if file.exists():
             _check_facts(file, facts)
             continue
-        tensors = _features(base_model, tokenizer, passages[start : start + _PER_FILE], encoder, str(facts["module"]))
+        tensors = _features(base_model, tokenizer, passages[start : start + _PER_FILE], encoder, int(facts["below"]))
         with atomic_file(file) as unfinished:
             save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})
         print(f"features {number + 1} of {len(parts)}", flush=True)
@@ -116,7 +118,7 @@ def _check_facts(file: Path, facts: dict[str, object]) -> None:
 
 
 @torch.no_grad()
-def _features(base_model, tokenizer, passages: Sequence[Passage], encoder: ContextEncoder, module: str) -> dict:
+def _features(base_model, tokenizer, passages: Sequence[Passage], encoder: ContextEncoder, below: int) -> dict:
     """The tensors of one file (see `Features`)."""
     before, _ = chat_affixes(tokenizer)
     states = []
@@ -129,84 +131,80 @@ def _features(base_model, tokenizer, passages: Sequence[Passage], encoder: Conte
             row[len(before) : len(before) + len(one.ids), own:] for row, one in zip(features, batch, strict=True)
         ]
     questions = [(number, *question) for number, one in enumerate(passages) for question in one.questions]
-    x, residual = _at_answers(base_model, tokenizer, [(q[1], q[2]) for q in questions], module)
+    stream = _below(base_model, tokenizer, [q[1] + q[2][:-1] for q in questions], below)
     return {
         "ids": torch.tensor([token for one in passages for token in one.ids]),
         "lengths": torch.tensor([len(one.ids) for one in passages]),
         "states": torch.cat(states).clamp(-_LARGEST, _LARGEST).half().cpu(),
-        "x": x.clamp(-_LARGEST, _LARGEST).half().cpu(),
-        "residual": residual.clamp(-_LARGEST, _LARGEST).half().cpu(),
+        "stream": torch.cat(stream).clamp(-_LARGEST, _LARGEST).half().cpu(),
+        "prompt_lengths": torch.tensor([len(q[1]) for q in questions]),
         "labels": torch.tensor([token for q in questions for token in q[2]]),
         "answer_lengths": torch.tensor([len(q[2]) for q in questions]),
         "passage": torch.tensor([q[0] for q in questions]),
     }
 
 
-def _at_answers(base_model, tokenizer, questions: Sequence[tuple[list[int], list[int]]], module: str):
-    """(x [N, d_in], residual [N, hidden]) at the tokens that choose each token of the answers, in order."""
-    linear, layer = target_linears(base_model, [module])[module][-1], decoder_layers(base_model)[-1]
-    last: dict[str, Tensor] = {}  # of the latest pass
-    order = sorted(range(len(questions)), key=lambda i: sum(map(len, questions[i])))
-    parts: dict[int, tuple[Tensor, Tensor]] = {}
-    with ExitStack() as stack:
-        stack.enter_context(hooked(linear.register_forward_pre_hook, lambda _, inputs: last.update(x=inputs[0])))
-        stack.enter_context(
-            hooked(
-                layer.register_forward_hook,
-                lambda _, __, out: last.update(h=out if isinstance(out, Tensor) else out[0]),
-            )
-        )
-        stack.enter_context(without_lora(base_model))
+def _below(base_model, tokenizer, rows: Sequence[list[int]], below: int) -> list[Tensor]:
+    """For each row of ids [T, hidden]: the residual stream that goes into layer `below`."""
+    body, last, parts = part_of_layers(base_model, slice(below)), {}, {}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+
+    def keep(_, __, out) -> None:
+        last["h"] = out if isinstance(out, Tensor) else out[0]
+
+    with hooked(body.layers[-1].register_forward_hook, keep), without_lora(base_model):
         for start in range(0, len(order), _BATCH[1]):
             batch = order[start : start + _BATCH[1]]
-            ids, mask = pad_rows([questions[i][0] + questions[i][1][:-1] for i in batch], tokenizer.pad_token_id)
-            ids, mask = ids.to(base_model.device), mask.to(base_model.device)
-            decoder_body(base_model)(input_ids=ids, attention_mask=mask, use_cache=False)
-            for row, i in enumerate(batch):
-                first, n = len(questions[i][0]) - 1, len(questions[i][1])
-                parts[i] = tuple(last[name][row, first : first + n].float() for name in ("x", "h"))
-    x, residual = zip(*(parts[i] for i in range(len(questions))), strict=True)
-    return torch.cat(x), torch.cat(residual)
+            ids, mask = pad_rows([rows[i] for i in batch], tokenizer.pad_token_id)
+            body(input_ids=ids.to(base_model.device), attention_mask=mask.to(base_model.device), use_cache=False)
+            parts |= {i: last["h"][row, : len(rows[i])].float() for row, i in enumerate(batch)}
+    return [parts[i] for i in range(len(rows))]
 
 
 @dataclass(frozen=True)
 class Features:
     """Features of one passage.
 
-    ids [T], states [T, states * F]. x [N, d_in], residual [N, hidden], labels [N] at the N answer tokens of all its
-    questions; question [N]: of which.
+    ids [T], states [T, states * F]. Of each of its questions: streams [its tokens, hidden], the ids of its prompt, and
+    the ids of its answer with the end.
     """
 
     ids: Tensor
     states: Tensor
-    x: Tensor
-    residual: Tensor
-    labels: Tensor
-    question: Tensor
+    streams: tuple[Tensor, ...]
+    prompts: tuple[Tensor, ...]
+    answers: tuple[Tensor, ...]
 
 
-def read_features(folder: Path) -> list[Features]:
-    """All passages of a folder that `write_features` filled, in order; FileNotFoundError for one without files."""
+def read_features(folder: Path, passages: Sequence[Passage]) -> list[Features]:
+    """The features of these passages, from a folder that `write_features` filled with them.
+
+    FileNotFoundError for a folder without files; ValueError for one of other passages.
+    """
     files = sorted(folder.glob("features-*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no features in {folder}: make them first")
-    return [one for file in files for one in _passages_in(file)]
+    every = [one for file in files for one in _passages_in(file)]
+    if [one.ids.tolist() for one in every] != [one.ids for one in passages]:
+        raise ValueError(f"{folder} holds features of other passages: choose another folder")
+    prompts = [tuple(torch.tensor(prompt) for prompt, _, _ in one.questions) for one in passages]
+    return [replace(one, prompts=own) for one, own in zip(every, prompts, strict=True)]
 
 
 def _passages_in(file: Path) -> Iterator[Features]:
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     ids, states = (tensors[name].split(tensors["lengths"].tolist()) for name in ("ids", "states"))
-    numbers = torch.arange(len(tensors["answer_lengths"])).repeat_interleave(tensors["answer_lengths"])
-    owner = tensors["passage"][numbers]
-    counts = torch.bincount(owner, minlength=len(ids)).tolist()
-    rest = [tensors[name].split(counts) for name in ("x", "residual", "labels")]
-    for passage, (x, residual, labels, question) in enumerate(zip(*rest, numbers.split(counts), strict=True)):
-        yield Features(ids[passage], states[passage], x, residual, labels, question)
+    prompts, lengths = tensors["prompt_lengths"].tolist(), tensors["answer_lengths"].tolist()
+    streams = tensors["stream"].split([prompt + length - 1 for prompt, length in zip(prompts, lengths, strict=True)])
+    answers, owner = tensors["labels"].split(lengths), tensors["passage"]
+    for passage in range(len(ids)):
+        of = (owner == passage).nonzero()[:, 0].tolist()
+        yield Features(ids[passage], states[passage], tuple(streams[i] for i in of), (), tuple(answers[i] for i in of))
 
 
 def facts_of(
-    base_key: str, frame: pd.DataFrame, encoder: ContextEncoder, module: str, limits: Limits
+    base_key: str, frame: pd.DataFrame, encoder: ContextEncoder, below: int, limits: Limits
 ) -> dict[str, object]:
     """What features depend on, for `write_features`; the questions' table by a hash."""
     texts = frame[["document", "question"]].to_csv(index=False) + str(list(frame["answers"]))
@@ -214,6 +212,6 @@ def facts_of(
         "base_key": base_key,
         "questions": hashlib.sha256(texts.encode()).hexdigest()[:16],
         "encoder_layers": list(encoder.encoder_layers),
-        "module": module,
+        "below": below,
         "limits": asdict(limits),
     }

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 
+import pandas as pd
 import pytest
 
 from d2l_lib.base_model import bundled_path, load_tokenizer
@@ -67,18 +68,40 @@ def squad(tmp_path):
 def test_every_method_is_asked_about_its_passage_and_the_control_about_another(squad):
     file, answers = squad
     reader = _Reader(answers)
-    table = passages.run(reader, n=N, seed=0, questions=f"squad={file}")
+    *_, rows = passages.run(reader, n=N, seed=0, questions=f"squad={file}")
+    table = pd.DataFrame(rows)
     f1 = table[table["metric"] == "token_f1_squad"].set_index("method")["score"]
     assert f1["question alone"] == f1["another passage's adapter"] == 0
     assert f1["passage in the prompt"] == f1["Doc-to-LoRA"] == f1["Doc-to-LoRA, 10 passages in one adapter"] == 1
     assert reader.sizes == {0, 1, 10, N - 20}
-    assert set(table["n"]) == {N} and set(table["n_passages"]) == {N} and set(table["kilobytes"]) == {1.0}
+    assert set(table["n"]) == {N} and set(table["n_passages"]) == {N}
+    with_adapter = table["method"].str.contains("Doc-to-LoRA|adapter")
+    assert set(table.loc[with_adapter, "kilobytes"]) == {1.0} and table.loc[~with_adapter, "kilobytes"].isna().all()
     assert set(table["metric"]) == {"token_f1_squad", "exact_match_squad", "recall"}
 
 
 def test_recall_counts_the_answers_words_in_a_sentence(squad):
     file, answers = squad
     talking = {question: (document, f"In {answer}, of course.") for question, (document, answer) in answers.items()}
-    table = passages.run(_Reader(talking), n=N, seed=0, questions=f"squad={file}")
+    *_, rows = passages.run(_Reader(talking), n=N, seed=0, questions=f"squad={file}")
+    table = pd.DataFrame(rows)
     own = table[table["method"] == "Doc-to-LoRA"].set_index("metric")["score"]
     assert own["recall"] == 1 and own["exact_match_squad"] == 0 and 0 < own["token_f1_squad"] < 1
+
+
+def test_some_methods_are_measured_again_and_the_others_stay(squad, monkeypatch):
+    file, answers = squad
+    asked = {"n": N, "seed": 0, "questions": f"squad={file}"}
+    *_, whole = passages.run(_Reader(answers), **asked)
+    monkeypatch.setattr(
+        passages, "earlier_rows", lambda name: [row | {"command": "before", "seed": 0} for row in whole]
+    )
+    in_steps = list(passages.run(_Reader(answers), **asked, only=["alone", "another"]))
+    assert [len(rows) for rows in in_steps] == [12, 15]
+    assert [row["method"] for row in in_steps[-1]] == [row["method"] for row in whole]
+    again = {row["method"] for row in in_steps[-1] if "command" not in row}
+    assert again == {"question alone", "another passage's adapter"}
+    with pytest.raises(ValueError, match="no method is called prayer; there are question alone"):
+        next(passages.run(_Reader(answers), **asked, only=["prayer"]))
+    with pytest.raises(ValueError, match=f"seed 0, n {N}"):
+        next(passages.run(_Reader(answers), **asked | {"n": 3}, only=["alone"]))

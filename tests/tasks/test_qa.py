@@ -53,7 +53,13 @@ def squad_original(rows=SQUAD):
 
 def squad_hub(rows=SQUAD):
     return [
-        {"id": i, "title": "T", "context": c, "question": q, "answers": {"text": a, "answer_start": [3] * len(a)}}
+        {
+            "id": i,
+            "title": "Mill Town",
+            "context": c,
+            "question": q,
+            "answers": {"text": a, "answer_start": [3] * len(a)},
+        }
         for i, c, q, a in rows
     ]
 
@@ -100,7 +106,7 @@ def test_squad_original_and_hub_forms_are_equal(tmp_path):
     assert tuple(original.columns) == qa.COLUMNS and list(original["id"]) == ["q1", "q2", "q3"]
     assert original["answers"].tolist() == [["311", "311 people"], ["Mill Town"], [""]]
     assert original["kind"].tolist() == ["", "", "unanswerable"] and original.attrs["unusable"] == {}
-    assert original["document"][2] == "The bridge is old."
+    assert original["document"][2] == "The bridge is old." and set(original["title"]) == {"Mill Town"}
 
 
 def test_questions_that_cannot_be_used_are_counted(tmp_path, caplog):
@@ -161,7 +167,7 @@ def test_longbench_files_are_found_by_their_config(tmp_path, name, file):
     frame = qa.load_qa(name, tmp_path)
     assert frame.to_dict("records") == [
         {"dataset": name, "id": "0a", "document": "A long text.", "question": f"{name}_e?", "answers": ["yes"]}
-        | {"kind": ""}
+        | {"kind": "", "title": ""}
     ]
 
 

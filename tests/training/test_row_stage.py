@@ -12,31 +12,29 @@ from tiny_models import build_base_model, build_tokenizer
 
 import d2l_lib as d2l
 from d2l_lib.__main__ import main
+from d2l_lib.adapter import Block
 from d2l_lib.base_model import Fingerprint
 from d2l_lib.documents import context_ids, question_ids, stop_ids
 from d2l_lib.encoder import ContextEncoder
+from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import RowsPreset
+from d2l_lib.row_reader import check_parts
+from d2l_lib.row_reading import read_rows
 from d2l_lib.tasks.qa import load_qa
 from d2l_lib.token_rows import TokenRows, Words
 from d2l_lib.training import recipes, row_features
 from d2l_lib.training.loop import Run, read_log
 from d2l_lib.training.row_features import Limits, facts_of, passages_of, read_features, write_features
-from d2l_lib.training.token_rows import (
-    RowsBatches,
-    RowsStep,
-    answer_rows,
-    plain_keys,
-    start_rows,
-    validation_batches,
-)
+from d2l_lib.training.token_rows import RowsBatches, RowsStep, answer_rows, validation_batches
 
 SMALL = RowsPreset(
     latent_size=16, n_blocks=1, n_heads=2, dropout=0.1, encoder_layers=(0, 2, 3), longest_passage=60, passages=3,
-    validation=4, unrelated_share=0.3, steps=6, learning_rate=3e-3, warmup_steps=1, head_from=0.5,
+    reader_layers=(2, 3), reader_rank=2, row_layers=(2, 3), validation=4, unrelated_share=0.3,
+    steps=6, learning_rate=3e-3, warmup_steps=1, head_from=0.5,
 )  # fmt: skip
 NAMES = ["Ada", "Bo", "Cy", "Dan", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo", "Kai", "Lea", "Max", "Nia", "Oz", "Pia"]
 TOWNS = ["Velm", "Oru", "Tak", "Siba", "Mond", "Zell", "Quin", "Rast"]
-MODULE = "down_proj"
+BELOW = 2  # layers that are computed once
 
 
 def question_file(folder):
@@ -73,7 +71,7 @@ def made(base, tmp_path_factory):
     _, model, tokenizer, frame, _ = base
     encoder = ContextEncoder(model, "hidden_states", encoder_layers=(0, 2, 3))
     limits = Limits(60)
-    facts = facts_of(Fingerprint().key(model), frame, encoder, MODULE, limits)
+    facts = facts_of(Fingerprint().key(model), frame, encoder, BELOW, limits)
     options = {"encoder": encoder, "facts": facts}
     passages, folder = passages_of(frame, tokenizer, limits), tmp_path_factory.mktemp("features")
     with pytest.MonkeyPatch.context() as patch:
@@ -84,7 +82,7 @@ def made(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def features(made):
-    return read_features(made[1])
+    return read_features(made[1], made[0])
 
 
 def prepared(base, p=SMALL, seed: int = 1) -> TokenRows:
@@ -133,23 +131,11 @@ def test_features_are_those_of_a_plain_pass(base, made, features):
         states = model.model(ids, output_hidden_states=True).hidden_states
         own = torch.cat([states[2], states[3]], -1)[0, before : before + len(passage.ids)]
         torch.testing.assert_close(one.states.float(), own, rtol=2e-3, atol=2e-3)
-        place = 0
+        assert len(one.streams) == len(one.answers) == len(passage.questions)
         for number, (prompt, answer, _) in enumerate(passage.questions):
-            kept = {}
-            handles = [
-                model.model.layers[-1].mlp.down_proj.register_forward_pre_hook(lambda _, i, k=kept: k.update(x=i[0])),
-                model.model.norm.register_forward_pre_hook(lambda _, i, k=kept: k.update(h=i[0])),
-            ]
-            model(torch.tensor([prompt + answer]))
-            for handle in handles:
-                handle.remove()
-            here, there = slice(place, place + len(answer)), slice(len(prompt) - 1, len(prompt) - 1 + len(answer))
-            torch.testing.assert_close(one.x[here].float(), kept["x"][0, there], rtol=2e-3, atol=2e-3)
-            torch.testing.assert_close(one.residual[here].float(), kept["h"][0, there], rtol=2e-3, atol=2e-3)
-            assert one.labels[here].tolist() == answer
-            assert (one.question[here] == one.question[0] + number).all()
-            place += len(answer)
-        assert place == len(one.x)
+            states = model.model(torch.tensor([prompt + answer[:-1]]), output_hidden_states=True).hidden_states
+            torch.testing.assert_close(one.streams[number].float(), states[BELOW][0], rtol=2e-3, atol=2e-3)
+            assert one.answers[number].tolist() == answer and one.prompts[number].tolist() == prompt
 
 
 def test_a_folder_of_features_is_continued_and_refuses_other_facts(base, made, tmp_path, monkeypatch):
@@ -166,11 +152,23 @@ def test_a_folder_of_features_is_continued_and_refuses_other_facts(base, made, t
     write_features(model, tokenizer, passages, tmp_path, **options)
     assert calls == [1] and (tmp_path / files[0].name).stat().st_mtime_ns == kept
     assert all((tmp_path / file.name).read_bytes() == file.read_bytes() for file in files)
-    other = options | {"facts": options["facts"] | {"module": "up_proj"}}
+    other = options | {"facts": options["facts"] | {"below": 1}}
     with pytest.raises(ValueError, match="choose another folder"):
         write_features(model, tokenizer, passages, tmp_path, **other)
+    with pytest.raises(ValueError, match="of other passages"):
+        read_features(tmp_path, passages[1:])
     with pytest.raises(FileNotFoundError, match="make them first"):
-        read_features(tmp_path / "none")
+        read_features(tmp_path / "none", passages)
+
+
+def test_layers_that_give_other_numbers_alone_are_refused(base):
+    _, model, tokenizer, _, _ = base
+    ids = question_ids(tokenizer, ["Where?"])[0]
+    check_parts(model, ids, BELOW)
+    alternating = build_base_model(tokenizer, family="gemma2", sliding_window=4)
+    check_parts(alternating, ids, 2)
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM from 1 on give other numbers alone"):
+        check_parts(alternating, ids, 1)
 
 
 def test_states_too_large_for_float16_stay_finite(base, made):
@@ -179,17 +177,20 @@ def test_states_too_large_for_float16_stay_finite(base, made):
     with torch.no_grad():
         huge.get_input_embeddings().weight.mul_(1e6)
     encoder = ContextEncoder(huge, "hidden_states", encoder_layers=(0, 2, 3))
-    tensors = row_features._features(huge, tokenizer, made[0][:2], encoder, MODULE)
+    tensors = row_features._features(huge, tokenizer, made[0][:2], encoder, BELOW)
     assert tensors["states"].abs().max() == torch.tensor(6e4).half()
-    assert all(tensors[name].isfinite().all() for name in ("states", "x", "residual"))
+    assert all(tensors[name].isfinite().all() for name in ("states", "stream"))
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
+def equal(a, b) -> bool:
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def same(first, second) -> bool:
-    return all(
-        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        for a, b in zip(vars(first).values(), vars(second).values(), strict=True)
-    )
+    return all(map(equal, vars(first).values(), vars(second).values()))
 
 
 def test_batches_are_functions_of_seed_and_step(base, features):
@@ -220,70 +221,116 @@ def test_all_places_of_an_answer_are_marked_and_its_end():
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
-def plain_loss(net, model, batch, p, whitening) -> torch.Tensor:
-    """The loss by loops over tokens and rows."""
-    table, ends = model.get_input_embeddings().weight, []
-    A, B = [], []
-    for ids, mask, states, tokens in zip(batch.ids, batch.mask, batch.states, batch.tokens, strict=True):
+def plain_loss(model, batch, passages, p) -> torch.Tensor:
+    """The loss by whole passes of the adapted model, one question at a time."""
+    net, blocks = model.hypernetwork, []
+    table = model.base_model.get_input_embeddings().weight
+    for number, (ids, mask, states) in enumerate(zip(batch.ids, batch.mask, batch.states, strict=True)):
         n = int(mask.sum())
         alone = torch.cat([table[ids[:n]], states[:n]], -1)[None]
-        codes = net.codes(alone, torch.ones(1, n, dtype=torch.bool))[0]
-        A.append(codes @ net.keys @ whitening)  # [n, 3, d_in]
-        B.append(net.values(tokens[:n]))
-        ends.append(n)
-    pointers, nulls, says = [], [], []
-    for t, (x, label) in enumerate(zip(batch.x, batch.labels, strict=True)):
-        own, unit = int(batch.owner[t]), x / x.norm()
-        away = bool(batch.unrelated[t]) and not batch.together
-        seen = range(len(A)) if batch.together else [(own + 1) % len(A) if away else own]
-        rows = torch.cat([(A[i] @ unit).flatten() for i in seen])
-        null = (whitening @ net.null_key) @ unit + net.null_logit
-        p_rows = torch.cat([rows, null[None]]).softmax(0)
-        if away:
-            nulls += [p_rows[-1].log()] if batch.first[t] else []
-            continue
-        right = torch.cat([(batch.right[t] if i == own else torch.zeros_like(batch.right[t]))[: ends[i]].flatten()
-                           for i in seen])  # fmt: skip
-        if right.any():
-            pointers.append(-p_rows[:-1][right].sum().log())
-        read = p_rows[:-1] @ torch.cat([B[i].flatten(0, 1) for i in seen])
-        logits = model.get_output_embeddings()(model.model.norm(batch.residual[t] + read))
-        says.append(-logits.log_softmax(-1)[label])
+        A = net.codes(alone, torch.ones(1, n, dtype=torch.bool)).flatten(1, 2)
+        B = F.pad(net.values(net.words.tokens(ids[None, :n])), (0, 0, 0, 1)).flatten(1, 2)
+        blocks.append(Block(f"passage {number}", 0, None, 1.0, {"down_proj": A}, {"down_proj": B}))
+    pointers, nulls, says, kept, t = [], [], [], [], 0
+    for own, passage in enumerate(passages):
+        for prompt, answer, _ in passage.questions:
+            away = bool(batch.unrelated[t]) and not batch.together
+            seen = range(len(blocks)) if batch.together else [(own + 1) % len(blocks) if away else own]
+            adapter = model.adapter_of([blocks[i] for i in seen])
+            ids, here = torch.tensor([prompt + answer[:-1]]), slice(len(prompt) - 1, None)
+            with read_rows(model.base_model, [adapter], model.reading, net.reader) as state:
+                logits = model.base_model(ids).logits[0, here].log_softmax(-1)
+            shares = state.shares[0][0, here]
+            if away:
+                nulls.append(shares[0, 0].log())
+                base = model.base_model(ids).logits[0, here].log_softmax(-1)
+                kept += list((base.exp() * (base - logits)).sum(-1))
+            for place, label in enumerate([] if away else answer):
+                right = [batch.right[t + place] if i == own else torch.zeros_like(batch.right[t]) for i in seen]
+                right = torch.cat(
+                    [one[: int(batch.mask[i].sum())].flatten() for one, i in zip(right, seen, strict=True)]
+                )
+                if right.any():
+                    pointers.append(-shares[place, 1:][right].sum().log())
+                says.append(-logits[place, label])
+            t += len(answer)
     loss = torch.stack(pointers).mean() + p.head_weight * torch.stack(says).mean()
-    return loss - p.null_weight * torch.stack(nulls).mean() if nulls else loss
+    if not nulls:
+        return loss
+    return loss - p.null_weight * torch.stack(nulls).mean() + p.keep_weight * torch.stack(kept).mean()
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_the_loss_is_the_plain_one(base, features, together):
+@torch.no_grad()
+def test_the_loss_is_that_of_the_adapted_model(base, made, features, together):
+    _, model, tokenizer, _, _ = base
     net = prepared(base)
-    with torch.no_grad():
-        net.null_key.normal_()
-        net.null_logit.fill_(-0.5)
-    whitening = start_rows(net, features, base[1])
-    assert torch.allclose(whitening, whitening.mT, atol=1e-4)
-    p = replace(SMALL, unrelated_share=0.5, null_weight=0.7)
+    reader = net.reader
+    for parameter in (
+        *reader.lora_B.values(),
+        *reader.null_keys.values(),
+        *reader.null_logits.values(),
+        reader.evidence_scaler,
+    ):
+        parameter.normal_()
+    p = replace(SMALL, unrelated_share=0.5, null_weight=0.7, keep_weight=0.9, match_weight=0.0)
+    numbers, passages = [0, 4, 9], made[0]
+    exact = [
+        replace(
+            one,
+            streams=tuple(row_features._below(model, tokenizer, [q[0] + q[1][:-1] for q in passage.questions], BELOW)),
+        )
+        for one, passage in zip(features, passages, strict=True)
+    ]
+    batches = RowsBatches(exact, net.words, p, 0)
+    step = RowsStep(model, net, p).eval()
+    step.start(exact, batches)
+    for layer in (reader.match_layer, reader.last_layer):
+        W = step.whitening(layer)
+        assert torch.allclose(W, W.mT, atol=1e-4) and not torch.allclose(W, torch.eye(len(W)), atol=0.1)
+    batch = batches.collate(numbers, together, random.Random(2))
+    assert together or (batch.unrelated.any() and not batch.unrelated.all())
+    assert batch.right.flatten(1).any(1).all() and not batch.mask.all()
+    loss, notes = step.loss(batch)
+    assert 0 <= notes[f"exact_match_{'together' if together else 'alone'}"] <= 1
+    step.plain_keys()
+    torch.testing.assert_close(step.loss(batch)[0], loss, rtol=1e-3, atol=1e-3)
+    adapted = DocToLoRA(model, tokenizer, net.eval())
+    torch.testing.assert_close(
+        loss, plain_loss(adapted, batch, [passages[i] for i in numbers], p), rtol=1e-3, atol=1e-3
+    )
+
+
+@torch.no_grad()
+def test_words_of_a_question_are_sent_to_their_like(base, made, features):
+    net, p = prepared(base), replace(SMALL, unrelated_share=0.5)
     batches = RowsBatches(features, net.words, p, 0)
-    batch = batches.collate([0, 4, 9], together, random.Random(2))
-    assert batch.unrelated.any() and not batch.unrelated.all() and batch.right.flatten(1).any(1).all()
-    assert not batch.mask.all()
-    step = RowsStep(base[1], net, p, whitening).eval()
-    with torch.no_grad():
-        loss, notes = step.loss(batch)
-        torch.testing.assert_close(loss, plain_loss(net, base[1], batch, p, whitening), rtol=1e-3, atol=1e-3)
-        assert 0 <= notes[f"exact_match_{'together' if together else 'alone'}"] <= 1
-        # written in plain coordinates, the keys give the same shares without the whitening
-        seen = F.one_hot(batch.owner, 3).bool()
-        shares = step.shares(batch, seen)
-        plain_keys(net, whitening)
-        step.whitening = torch.eye(len(whitening))
-        torch.testing.assert_close(step.shares(batch, seen), shares, rtol=1e-3, atol=1e-3)
+    step = RowsStep(base[1], net, p).eval()
+    step.start(features, batches)
+    for together in (False, True):
+        batch = batches.collate([2, 7, 11], together, random.Random(2))
+        found = step.matches(batch, step.codes(batch), step.upper(batch)[2])
+        assert (found.flatten(2).sum(-1) <= 1 + 1e-5).all() and found.min() >= 0
+        losses, number = [], 0
+        for place, i in enumerate((2, 7, 11)):
+            passage = made[0][i]
+            for prompt, _, _ in passage.questions:
+                away = bool(batch.unrelated[(batch.question == number).nonzero()[0, 0]])
+                assert not (away and together)
+                for n, token in enumerate(prompt):
+                    like = [t for t, other in enumerate(passage.ids) if other == token]
+                    if 1 <= len(like) <= 3 and not away:
+                        losses.append(-found[number, n, place, like].sum().log())
+                number += 1
+        torch.testing.assert_close(step.match_loss(batch, found), torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_batches_without_a_reachable_answer_are_finite(base, features):
     net = prepared(base)
     p = replace(SMALL, head_from=0.0)
-    step = RowsStep(base[1], net, p, start_rows(net, features, base[1]))
-    batch = RowsBatches(features, net.words, p, 0).collate([0, 1], False)
+    step, batches = RowsStep(base[1], net, p), RowsBatches(features, net.words, p, 0)
+    step.start(features, batches)
+    batch = batches.collate([0, 1], False)
     for one in (
         replace(batch, right=torch.zeros_like(batch.right)),
         replace(batch, unrelated=torch.ones_like(batch.unrelated)),
@@ -297,8 +344,9 @@ def test_batches_without_a_reachable_answer_are_finite(base, features):
 def test_a_few_steps_teach_the_pointer(base, features):
     net = prepared(base)
     p = replace(SMALL, dropout=0.0, steps=60, passages=6, unrelated_share=0.1, together_share=0.3)
-    step = RowsStep(base[1], net, p, start_rows(net, features, base[1]), validation_batches(features[:6], net.words, p))
+    step = RowsStep(base[1], net, p, validation_batches(features[:6], net.words, p))
     batches = RowsBatches(features, net.words, p, 0)
+    step.start(features, batches)
     optimizer = torch.optim.Adam([one for one in net.parameters() if one.requires_grad], lr=1e-2)
     before = step.report()
     for i in range(60):
@@ -336,7 +384,7 @@ def test_the_command_ends_in_a_model_that_loads(base, tmp_path, capsys):
     source, _, _, _, file = base
     sizes = [
         "latent_size=16", "n_blocks=1", "n_heads=2", "encoder_layers=(0, 2)", "longest_passage=60", "passages=3",
-        "validation=0",
+        "validation=0", "reader_layers=(2, 3)", "row_layers=(2, 3)",
     ]  # fmt: skip
     command = ["train", "--preset", "smollm2", "--stage", "rows", "--runs", str(tmp_path)]
     own = ["--questions", f"squad={file}", "--base", str(source), "--steps", "2", "--set", *sizes]

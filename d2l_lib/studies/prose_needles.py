@@ -1,0 +1,84 @@
+"""Needles in prose: one made-up sentence in novels, internalized, and in the prompt as far as that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from d2l_lib.adapter import Block
+from d2l_lib.model import DocToLoRA
+from d2l_lib.studies.passages import ask
+from d2l_lib.tasks import prose, qa, scores
+from d2l_lib.training.selfgen import read_texts
+
+_NEW_TOKENS = 12
+_PROMPT_TOKENS = 24  # the base model answers in sentences
+
+
+def run(
+    model: DocToLoRA, n: int, seed: int, texts: str, lengths: Sequence[int], in_prompt: Sequence[int]
+) -> Iterator[list[dict]]:
+    """After each length all rows so far: for each method and kind of needle n haystacks, right answers, interval.
+
+    texts: a folder of .txt files, or a .jsonl file (see `selfgen.read_texts`).
+    lengths: of haystacks, in tokens. in_prompt: those that the base model also reads in its prompt.
+
+    An answer is right by SQuAD's exact match; in the prompt it is also counted where the reply holds the answer's
+    words, as the base model answers in sentences.
+    """
+    stories, rows = read_texts(texts), []
+    for length in lengths:
+        some = list(prose.haystacks(stories, model.tokenizer, length, n, seed, piece_tokens=model.chunk_tokens))
+        of_piece = _blocks_of(model, [piece for one in some for piece in one.pieces])
+        adapters = [
+            model.adapter_of([replace(of_piece[piece], chunk=k) for k, piece in enumerate(one.pieces)]) for one in some
+        ]
+        asked = [one.needle.question for one in some]
+        replies, seconds = ask(model, asked, adapters, _NEW_TOKENS)
+        rows += _rows("Doc-to-LoRA", length, some, replies, seconds)
+        replies, seconds = ask(model, asked, [None] * n, _NEW_TOKENS)
+        rows += _rows("question alone", length, some, replies, seconds)
+        if length in in_prompt:
+            prompts = [
+                qa.with_document(one.text, [question], model.tokenizer, model.window, _PROMPT_TOKENS)[0]
+                for one, question in zip(some, asked, strict=True)
+            ]
+            replies, seconds = ask(model, prompts, [None] * n, _PROMPT_TOKENS)
+            rows += _rows("haystack in the prompt", length, some, replies, seconds)
+        print(length, {row["method"]: row["exact_match"] for row in rows if row["length_tokens"] == length}, flush=True)
+        yield list(rows)
+
+
+def _blocks_of(model: DocToLoRA, pieces: Sequence[str]) -> dict[str, Block]:
+    """{piece: its block}, each different piece internalized once."""
+    distinct = list(dict.fromkeys(pieces))
+    blocks = {}
+    for piece, adapter in zip(distinct, model.internalize_each(distinct), strict=True):
+        (block,) = adapter.blocks
+        blocks[piece] = replace(block, document="haystack")
+    return blocks
+
+
+def _rows(
+    method: str, length: int, some: Sequence[prose.ProseHaystack], replies: Sequence[str], seconds: float
+) -> list[dict]:
+    """A row for each kind of needle, and one for all."""
+    frame = pd.DataFrame(
+        {
+            "kind": [one.needle.kind for one in some],
+            "right": [scores.exact_match(r, one.needle.answer, "squad") for r, one in zip(replies, some, strict=True)],
+            "held": [
+                scores.token_scores(r, one.needle.answer, "squad").recall == 1
+                for r, one in zip(replies, some, strict=True)
+            ],
+        }
+    )
+    rows = []
+    for kind, own in [*frame.groupby("kind"), ("all", frame)]:
+        low, high = scores.wilson(int(own["right"].sum()), len(own))
+        row = {"method": method, "length_tokens": length, "kind": kind, "n": len(own)}
+        row |= {"exact_match": own["right"].mean(), "low": low, "high": high, "holds_answer": own["held"].mean()}
+        rows.append(row | {"seconds": seconds})
+    return rows

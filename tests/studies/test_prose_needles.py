@@ -1,0 +1,68 @@
+"""The study of needles in prose: every haystack holds its needle, and answers are counted by kind."""
+
+import pytest
+from tiny_models import build_rows_model
+
+from d2l_lib.studies import prose_needles
+
+STORY = " ".join(f"On day {i} the old captain walked home and counted {7 * i} gulls." for i in range(300))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "story.txt").write_text(STORY)
+    return tmp_path
+
+
+def test_each_length_and_way_has_its_rows(folder, monkeypatch):
+    model, seen = build_rows_model(), []
+
+    def ask(model, prompts, adapters, new_tokens):
+        seen.append((prompts, adapters))
+        found = []
+        for prompt, adapter in zip(prompts, adapters, strict=True):
+            inside = "" if adapter is None else " ".join(map(str, (len(adapter.blocks), adapter.documents)))
+            found.append(inside or prompt)
+        return found, 0.5
+
+    monkeypatch.setattr(prose_needles, "ask", ask)
+    first, second = prose_needles.run(model, 6, 0, str(folder), [700, 1400], [100])
+    assert len(first) == 8 and len(second) == 16 and second[:8] == first
+    assert {row["method"] for row in second} == {"Doc-to-LoRA", "question alone"}
+    assert [row["n"] for row in first[:4]] == [2, 2, 2, 6] and all(row["exact_match"] == 0 for row in second)
+    (_, some), (_, none) = seen[:2]
+    assert none == [None] * 6 and all(one.documents == ["haystack"] for one in some)
+    blocks = [len(one.blocks) for one in some]
+    assert min(blocks) > 3 and len({tuple(block.chunk for block in one.blocks) for one in some}) == len(set(blocks))
+    # haystacks with the same text share all blocks but those with a needle
+    one, other = some[0], some[3]
+    shared = [a.A["down_proj"] is b.A["down_proj"] for a, b in zip(one.blocks, other.blocks, strict=True)]
+    assert 0 < shared.count(False) <= 2
+
+
+def test_right_answers_are_counted_by_kind(folder, monkeypatch):
+    model = build_rows_model()
+    needles = {}
+    draw = prose_needles.prose.draw_needle
+
+    def kept(rng, kind):
+        one = draw(rng, kind)
+        needles.setdefault(one.question, []).append(one.answer)
+        return one
+
+    monkeypatch.setattr(prose_needles.prose, "draw_needle", kept)
+
+    def ask(model, prompts, adapters, new_tokens):
+        place, replies = {}, []
+        for prompt, adapter in zip(prompts, adapters, strict=True):
+            question = next(question for question in needles if question in prompt)
+            number = place[question] = place.get(question, -1) + 1
+            answer = needles[question][20 + number]  # 20 were drawn to see how long they are
+            replies.append("no" if adapter is None or "date" in prompt else answer)
+        return replies, 0.5
+
+    monkeypatch.setattr(prose_needles, "ask", ask)
+    (rows,) = prose_needles.run(model, 6, 0, str(folder), [700], [])
+    by_kind = {row["kind"]: row["exact_match"] for row in rows if row["method"] == "Doc-to-LoRA"}
+    assert by_kind == {"date": 1, "number": 1, "word": 1, "all": 1}
+    assert all(row["exact_match"] == row["holds_answer"] == 0 for row in rows if row["method"] == "question alone")
