@@ -275,7 +275,7 @@ class RowsPreset(Schedule):
     null_weight: float = 0.5
     keep_weight: float = 0.03
     head_weight: float = 0.3
-    head_from: float = 0.5
+    head_from: float = 0.85
 
 
 SHARD_STAGES = ("self_generated", "chunked")  # stages on self-generated data
@@ -533,7 +533,7 @@ PRESETS |= {
     )
 }
 PRESETS["smollm2"] = replace(
-    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=400, learning_rate=1e-3, warmup_steps=40)
+    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=340, learning_rate=1e-3, warmup_steps=40)
 )
 
 

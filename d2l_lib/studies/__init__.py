@@ -186,7 +186,11 @@ STUDIES = {
         "one made-up sentence in texts that people wrote, by length",
         *(50, "haystacks of each length", "smollm2"),
         options={
-            "--texts": {"metavar": "PLACE", "default": "data/qa/novels", "help": "folder of .txt files, or a .jsonl file"},
+            "--texts": {
+                "metavar": "PLACE",
+                "default": "data/qa/novels",
+                "help": "a folder of .txt files, or a .jsonl file",
+            },
             "--lengths": {
                 "type": "count",
                 "nargs": "+",
