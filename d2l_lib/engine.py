@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,16 +85,51 @@ def generate(model: nn.Module, tokenizer, input_ids: Tensor, attention_mask: Ten
     return alone.generate(input_ids, attention_mask=attention_mask, generation_config=config, **others)
 
 
-def greedy_texts(model: nn.Module, tokenizer, prompts: Prompts, limits: Sequence[int]) -> list[str]:
-    """The greedy answer to each prompt, in one batch: at most `limits[i]` tokens, without the end of the turn."""
+def greedy_texts(
+    model: nn.Module,
+    tokenizer,
+    prompts: Prompts,
+    limits: Sequence[int],
+    stream: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The greedy answer to each prompt, in one batch: at most `limits[i]` tokens, without the end of the turn.
+
+    stream: for one prompt alone, called as stream(text so far) after each token.
+    """
     ids, mask = pad_rows(prompts, pad_id_of(tokenizer), side="left")
-    device, stops = input_device(model), stop_ids(tokenizer)
-    whole = generate(model, tokenizer, ids.to(device), mask.to(device), max_new_tokens=max(limits))
-    texts = []
-    for row, limit in zip(whole[:, ids.shape[1] :].tolist(), limits, strict=True):
-        end = next((place for place, token in enumerate(row) if token in stops), len(row))
-        texts.append(tokenizer.decode(row[: min(end, limit)], skip_special_tokens=True).strip())
-    return texts
+    device = input_device(model)
+    options = {} if stream is None else {"streamer": _Teller(tokenizer, stream)}
+    whole = generate(model, tokenizer, ids.to(device), mask.to(device), max_new_tokens=max(limits), **options)
+    rows = whole[:, ids.shape[1] :].tolist()
+    return [_text_of(tokenizer, row[:limit]) for row, limit in zip(rows, limits, strict=True)]
+
+
+def _text_of(tokenizer, ids: Sequence[int]) -> str:
+    """The text of an answer's tokens up to the end of its turn."""
+    stops = stop_ids(tokenizer)
+    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
+class _Teller:
+    """A streamer for transformers' `generate`, one prompt at a time: calls tell(text so far) after each new token.
+
+    An error in `tell` ends the answer. A character whose bytes are not all there yet is left out.
+    """
+
+    def __init__(self, tokenizer, tell: Callable[[str], None]):
+        self._tokenizer, self._tell = tokenizer, tell
+        self._ids: list[int] | None = None  # None until the prompt has come
+
+    def put(self, ids: Tensor) -> None:
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += ids.reshape(-1).tolist()
+        self._tell(_text_of(self._tokenizer, self._ids).rstrip("\ufffd"))
+
+    def end(self) -> None:
+        """The last token has come."""
 
 
 # --- answers with their log-probabilities ---------------------------------------------------------------------------

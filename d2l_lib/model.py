@@ -566,6 +566,7 @@ class DocToLoRA:
         system: str = "",
         blocks: int | None = None,
         read: _Read = None,
+        stream: Callable[[str], None] | None = None,
     ) -> str | list[str]:
         """The greedy answer to a question, or a list of answers to a list.
 
@@ -576,6 +577,8 @@ class DocToLoRA:
             others and costs a forward pass per block (see `routing`).
         read: "sum", the published sum of the blocks. "sparse", the matching block at each token, in one pass (see
             `reading`), as `model.reading` says. Or a Reading. Left out: as the adapter applied around, else the sum.
+        stream: called as stream(text so far) after each token of the answer to a single question. An error that it
+            raises ends the answer.
 
         Questions are wrapped in the chat template and batched; answers equal those of one-by-one calls. The base
         model's own generation settings (sampling, penalties, ...) do not count. Several threads may answer at once,
@@ -585,6 +588,8 @@ class DocToLoRA:
         single = isinstance(question, str)
         if not single and (isinstance(question, (bytes, Mapping, set)) or not isinstance(question, Iterable)):
             raise TypeError(f"the question must be a text or a list of texts, not {type(question).__name__}")
+        if stream is not None and not single:
+            raise ValueError("stream follows the answer to one question: ask a text, not a list")
         questions = [question] if single else list(question)
         check_count(max_new_tokens, "max_new_tokens")
         prompts = question_ids(self.tokenizer, question if single else questions, system)
@@ -608,7 +613,7 @@ class DocToLoRA:
         answers: list[str] = []
         for start in range(0, len(questions), self.answer_batch):
             batch = slice(start, start + self.answer_batch)
-            answers += self._answer_batch(prompts[batch], per_row[batch], max_new_tokens, reading)
+            answers += self._answer_batch(prompts[batch], per_row[batch], max_new_tokens, reading, stream)
         return answers[0] if single else answers
 
     def _answer_batch(
@@ -617,12 +622,13 @@ class DocToLoRA:
         adapters: list[Adapter | None],
         max_new_tokens: int,
         reading: Reading | None,
+        stream: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """Greedy answers of one left-padded batch."""
+        """Greedy answers of one left-padded batch. stream: as of `answer`."""
         limits = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
         several = any(one is not adapters[0] for one in adapters)
         with self._with_applied(adapters if several else adapters[0], shared=False, reading=reading):
-            return greedy_texts(self.base_model, self.tokenizer, prompts, limits)
+            return greedy_texts(self.base_model, self.tokenizer, prompts, limits, stream)
 
     @torch.no_grad()
     def generate(

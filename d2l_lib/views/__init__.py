@@ -14,6 +14,7 @@ _EXPORTS = {
     "view_samples": "samples",
     "chat": "conversation",
     "Conversation": "conversation",
+    "bundled_examples": "examples",
     "view_shards": "shards",
     "Trace": "trace",
     "view_attribution": "trace",

@@ -1,7 +1,8 @@
 """Paste documents and ask: the adapter beside the base model without and with the documents in its prompt."""
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -9,7 +10,21 @@ import ipywidgets as W
 
 from d2l_lib.documents import check_texts, name_documents, read_document
 from d2l_lib.formats import markup
-from d2l_lib.views.page import Column, Report, Viewer, Work, listen, plural, render_view, short, takes, wrapped
+from d2l_lib.views.examples import ModelMenu, checked_examples, suggestions
+from d2l_lib.views.page import (
+    REDRAW_S,
+    Column,
+    Report,
+    Viewer,
+    Work,
+    listen,
+    plural,
+    quietly,
+    render_view,
+    short,
+    takes,
+    wrapped,
+)
 
 _NAMED = 8  # documents that a line names
 LISTED = 100  # documents in the list of what is inside
@@ -19,18 +34,26 @@ SPARSELY = "adapter read sparsely, document not in the prompt"
 ROUTED = "adapter, its most relevant block alone"
 WITHOUT = "base model alone"
 IN_PROMPT = "base model, document in its prompt"
+_SUGGESTED = 8  # questions in the line of suggestions
+Answers = list[tuple[str, str]]  # (source, text)
 READINGS = {"published sum": "sum", "sparse reading": "sparse"}
 
 
 # --- pure renderers ---------------------------------------------------------------------------------------------------
 
 
-def render_inside(documents: Iterable[dict], adapter_strength: float, bias_strength: float) -> str:
-    """What is inside the model now. documents: name, n_blocks, n_characters, weight; the first 100 are listed."""
+def render_inside(
+    documents: Iterable[dict], adapter_strength: float, bias_strength: float, model_name: str = ""
+) -> str:
+    """What is inside the model now.
+
+    documents: name, n_blocks, n_characters, weight, and warning, if any; the first 100 are listed.
+    model_name: "" where there is but one.
+    """
     documents = list(documents)
     rows = [
         f"<li><b>{markup.inline(row['name'])}</b>: {row['n_characters']:,} characters, "
-        f"{plural(row['n_blocks'], 'block')}, weight {row['weight']:.2f}</li>"
+        f"{plural(row['n_blocks'], 'block')}, weight {row['weight']:.2f}{_warned(row.get('warning', ''))}</li>"
         for row in documents[:LISTED]
     ]
     if len(documents) > LISTED:
@@ -42,15 +65,25 @@ def render_inside(documents: Iterable[dict], adapter_strength: float, bias_stren
         body = (
             "<b>Inside right now:</b> nothing. Add a document first; until then all answers are the base model's own."
         )
-    return render_view("inside", body, documents=len(documents))
+    model = f'<div class="d2l-note d2l-model">Model: {markup.inline(model_name)}</div>' if model_name else ""
+    return render_view("inside", model + body, documents=len(documents))
+
+
+def _warned(warning: str) -> str:
+    return f'<div class="d2l-error d2l-warning">{markup.escape(warning)}.</div>' if warning else ""
 
 
 class Turn(NamedTuple):
-    """A question, its answers as (source, text), and what was inside then, in words."""
+    """A question and its answers as (source, text).
+
+    state: what was inside then, in words.
+    model: the name of the model that answered; "" where there is but one.
+    """
 
     question: str
     answers: Sequence[tuple[str, str]]
     state: str = ""
+    model: str = ""
 
 
 def render_answers(turns: Sequence[tuple]) -> str:
@@ -59,19 +92,36 @@ def render_answers(turns: Sequence[tuple]) -> str:
     turns: each a `Turn`, or its first two fields. What was inside stands above the first turn and above each change.
     """
     parts, before = [], ""
-    for question, answers, state in (Turn(*turn) for turn in turns):
-        panes = "".join(
-            f'<div class="d2l-pane" data-source="{markup.escape(source)}"><h4>{markup.escape(source)}</h4>'
-            f'<div class="d2l-text">{markup.escape(text)}</div></div>'
-            for source, text in answers
-        )
-        changed = f"{'changed: ' if before else ''}{state}" if state != before else ""
-        line = f'<div class="d2l-note d2l-state">{markup.escape(changed)}</div>' if changed else ""
-        asked = f'<h4>Question</h4><div class="d2l-text d2l-question">{markup.escape(question)}</div>'
-        parts.append(f'<div class="d2l-turn">{line}{asked}<div class="d2l-columns">{panes}</div></div>')
-        before = state or before
+    for turn in (Turn(*turn) for turn in turns):
+        changed = f"{'changed: ' if before else ''}{turn.state}" if turn.state != before else ""
+        parts.append(_rendered_turn(turn, changed))
+        before = turn.state or before
     answered = len(turns[-1][1]) if turns else 0
     return render_view("answers", "".join(reversed(parts)), turns=len(turns), answers=answered)
+
+
+def render_writing(turn: Turn) -> str:
+    """A turn whose answers are being written."""
+    return render_view("writing", _rendered_turn(turn), answers=len(turn.answers))
+
+
+def _rendered_turn(turn: Turn, state: str = "") -> str:
+    """A turn below a line that says what was inside ("": no line)."""
+    panes = "".join(
+        f'<div class="d2l-pane" data-source="{markup.escape(source)}"><h4>{markup.escape(source)}</h4>'
+        f'<div class="d2l-text">{markup.escape(text)}</div></div>'
+        for source, text in turn.answers
+    )
+    line = f'<div class="d2l-note d2l-state">{markup.escape(state)}</div>' if state else ""
+    model = f'<div class="d2l-note d2l-model">answered by {markup.inline(turn.model)}</div>' if turn.model else ""
+    asked = f'<h4>Question</h4><div class="d2l-text d2l-question">{markup.escape(turn.question)}</div>'
+    return f'<div class="d2l-turn">{line}{asked}{model}<div class="d2l-columns">{panes}</div></div>'
+
+
+def render_suggestions(questions: Iterable[str]) -> str:
+    """Questions that may be asked, as text: what a page without a kernel shows of their buttons. "" for none."""
+    asked = " · ".join(markup.inline(question) for question in questions)
+    return render_view("suggestions", f'<div class="d2l-note">Ask for example: {asked}</div>') if asked else ""
 
 
 # --- widgets ----------------------------------------------------------------------------------------------------------
@@ -89,26 +139,35 @@ class Conversation:
 
     Every question stands alone: earlier ones are not in the prompt. Every document is internalized once, when it is
     added; weights and strengths only scale blocks. Threads may share a conversation.
+
+    model_name: what turns call the model; "" where there is but one.
+
+    A text that the base model predicts worse than its mere characters gets a warning (see `analysis.familiarity`).
     """
 
-    def __init__(self, model: Any):
-        self.model = model
+    def __init__(self, model: Any, model_name: str = ""):
         self.texts: dict[str, str] = {}
         self.weights: dict[str, float] = {}
         self.adapter_strength = 1.0
         self.bias_strength = 1.0
         self.system = ""
+        self._adapters: dict[str, Any] = {}
+        self._warnings: dict[str, str] = {}  # of texts that were internalized
+        self._lock = threading.RLock()
+        self._take_model(model, model_name)
+
+    def _take_model(self, model: Any, model_name: str) -> None:
+        self.model, self.model_name = model, model_name
         self.has_rows = getattr(model, "writes_rows", False)
         self.reads_sparsely = takes(model.answer, "read") and not self.has_rows
         prefers = self.reads_sparsely and getattr(model, "has_null_block", False)
         self.read = "sparse" if self.has_rows or prefers else "sum"
-        self._adapters: dict[str, Any] = {}
-        self._lock = threading.RLock()
 
     def copy(self) -> "Conversation":
         """A copy of the present state, for an answer that takes a while."""
-        other = Conversation(self.model)
         with self._lock:
+            other = Conversation(self.model, self.model_name)
+            other._warnings = dict(self._warnings)
             other.texts, other.weights, other._adapters = dict(self.texts), dict(self.weights), dict(self._adapters)
             other.adapter_strength, other.bias_strength = self.adapter_strength, self.bias_strength
             other.system, other.read = self.system, self.read
@@ -131,10 +190,39 @@ class Conversation:
 
     def internalized(self, name: str, text: str, progress: Report | bool | None = None) -> Any:
         """The adapter of a text, which is not put inside. progress: as of `internalize_each`, if it takes one."""
-        internalize = self.model.internalize_each
-        options = {"progress": progress} if progress is not None and takes(internalize, "progress") else {}
-        [adapter] = internalize({name: text}, **options)
+        model = self.model
+        [adapter], [warning] = _internalized(model, {name: text}, progress)
+        with self._lock:
+            if model is self.model:
+                self._warnings[text] = warning
         return adapter
+
+    def moved(self, model: Any, model_name: str = "", progress: Report | bool | None = None) -> "Conversation":
+        """This conversation with another model: a new one, whose model has internalized the same documents.
+
+        Weights, strengths and the system message stay; `read` is as the model was trained. progress: as of
+        `internalized`. Raises what the model raises; this conversation stays as it is.
+        """
+        other = self.copy()
+        other._take_model(model, model_name)
+        adapters, warnings = _internalized(model, other.texts, progress) if other.texts else ([], [])
+        other._adapters = dict(zip(other.texts, adapters, strict=True))
+        other._warnings = dict(zip(other.texts.values(), warnings, strict=True))
+        return other
+
+    def take(self, other: "Conversation") -> None:
+        """Go on with the model of `other`, made by `moved`, and with its adapters of the documents that are inside.
+
+        ValueError if a document came or changed meanwhile.
+        """
+        with self._lock:
+            for name, text in self.texts.items():
+                if other.texts.get(name) != text:
+                    raise ValueError(f"document {name!r} came meanwhile: choose the model again")
+            self._take_model(other.model, other.model_name)
+            self.read = other.read
+            self._adapters = {name: other._adapters[name] for name in self.texts}
+            self._warnings = dict(other._warnings)
 
     def add(self, text: str, name: str = "", adapter: Any = None) -> str:
         """The name under which `text` is now inside. ValueError for a name that is taken.
@@ -173,7 +261,7 @@ class Conversation:
         return adapter if adapter.bias is None else adapter.scaled_bias(held.bias_strength)
 
     def inside(self) -> list[dict]:
-        """One row per document: name, n_characters, n_blocks, weight (before the adapter strength)."""
+        """One row per document: name, n_characters, n_blocks, weight (before the adapter strength), warning or ""."""
         held = self.copy()
         return [
             {
@@ -181,6 +269,7 @@ class Conversation:
                 "n_characters": len(text),
                 "n_blocks": len(held._adapters[name].blocks),
                 "weight": held.weights[name],
+                "warning": held._warnings.get(text, ""),
             }
             for name, text in held.texts.items()
         ]
@@ -197,7 +286,9 @@ class Conversation:
             line += "; sparse reading" if held.read == "sparse" else ""
         return line + (f"; system: {held.system.strip()}" if held.system.strip() else "")
 
-    def answers(self, question: str, report: Report | None = None) -> list[tuple[str, str]]:
+    def answers(
+        self, question: str, report: Report | None = None, stream: Callable[[Answers], None] | None = None
+    ) -> Answers:
         """(source, answer) of the model with the adapter, without it, and with the documents in its prompt.
 
         The adapter is read as `read` says, and the source says so. An adapter of several blocks adds the answer of the
@@ -205,6 +296,8 @@ class Conversation:
         its answer.
 
         report: called as report(done, total) after each answer.
+        stream: called with the (source, answer) pairs so far, the last one unfinished, whenever a token has come. A
+            model whose `answer` has no `stream` gives whole answers.
         """
         held = self.copy()
         adapter, in_prompt = held.adapter(), "\n\n".join([*held.texts.values(), question])
@@ -214,8 +307,17 @@ class Conversation:
         if adapter is not None and len(adapter.blocks) > 1 and not self.has_rows:
             ways.append((ROUTED, question, adapter, {"blocks": 1}))
         ways += [(WITHOUT, question, None, {}), (IN_PROMPT, in_prompt, None, {})]
-        answers = []
+        answers: Answers = []
         for source, prompt, applied, options in ways:
+
+            def follow(text: str, source: str = source) -> None:
+                if report is not None:
+                    report(len(answers), len(ways))  # where the work may be stopped
+                stream([*answers, (source, text)])
+
+            if stream is not None:
+                follow("")
+                options = options | ({"stream": follow} if takes(held.model.answer, "stream", by_name=True) else {})
             answers.append((source, held._answer(prompt, applied, **options)))
             if report is not None:
                 report(len(answers), len(ways))
@@ -228,6 +330,26 @@ class Conversation:
             return self.model.answer(prompt, adapter, **options)
         except (ValueError, RuntimeError) as error:
             return f"(no answer: {error})"
+
+
+def _internalized(
+    model: Any, texts: Mapping[str, str], progress: Report | bool | None = None
+) -> tuple[list[Any], list[str]]:
+    """(an adapter, a warning or "") of each text. progress: as of `Conversation.internalized`."""
+    internalize = model.internalize_each
+    options = {"progress": progress} if progress is not None and takes(internalize, "progress") else {}
+    adapters = internalize(dict(texts), **options)
+    return adapters, [_warning(model, text) for text in texts.values()]
+
+
+def _warning(model: Any, text: str) -> str:
+    """What `analysis.familiarity` says against a text; "" for nothing, and for a model that is no language model."""
+    if getattr(model, "base_model", None) is None or getattr(model, "tokenizer", None) is None:
+        return ""
+    from d2l_lib.analysis.familiarity import familiarity  # which imports torch
+
+    familiar = familiarity(model.base_model, model.tokenizer, text)
+    return "" if familiar is None else familiar.warning()
 
 
 class Chat(Viewer):
@@ -248,17 +370,24 @@ class Chat(Viewer):
         documents: str | Sequence[str] | Mapping[str, str] | None = None,
         question: str = "",
         background: bool | None = None,
+        models: Mapping[str, Any] | None = None,
+        examples: Mapping[str, Any] | None = None,
     ):
         texts = documents if isinstance(documents, Mapping) else name_documents(documents) if documents else {}
         texts = {name: read_document(one) if isinstance(one, PurePath) else one for name, one in texts.items()}
         super().__init__([], "")
-        self.conversation, self.turns, self.work = Conversation(model), [], Work(background)
+        self._menu, self._examples = ModelMenu(model, models), checked_examples(examples)
+        first = self._menu.first
+        self.conversation, self.turns, self.work = Conversation(self._menu.get(first), first), [], Work(background)
         self._editing: str | None = None
         self._draft = ("", "")  # name and text in the box when the edit of a document began
         self._coming: set[str] = set()  # names of documents that wait for their internalization, or are in it
         self._requested: tuple | None = None  # what the latest answers depend on
         self._is_shown = False  # until the first documents are inside
+        self._redrawn = 0.0  # when the answer that is being written was last drawn
         self._make_controls(question)
+        self._make_menus()
+        self._arrange()
         for name, text in texts.items():
             self._bring_in(name, name, text)
         with self.work.lock:
@@ -267,7 +396,8 @@ class Chat(Viewer):
         if self.work.was_interrupted:
             raise KeyboardInterrupt
         self._connect()
-        self.static_html = self._inside.value + self._answers.value
+        offered = render_suggestions(question for _, question in self._offered)
+        self.static_html = self._inside.value + offered + self._answers.value
 
     def _make_controls(self, question: str) -> None:
         late, wide = {"continuous_update": False}, {"layout": W.Layout(flex="1 1 300px", width="auto")}
@@ -283,7 +413,7 @@ class Chat(Viewer):
         )
         self._listed, self._kept = Column(), Column()
         self._adapter_strength, self._bias_strength = _strength("Adapter strength"), _strength("Bias strength")
-        self._inside, self._answers = W.HTML(), W.HTML()
+        self._inside, self._answers, self._writing = W.HTML(), W.HTML(), W.HTML()
         self._asked = W.Text(description="Question", value=question, **late, **wide)
         self._ask = W.Button(description="Ask", icon="comment", button_style="primary")
         self._clear = W.Button(
@@ -295,18 +425,38 @@ class Chat(Viewer):
             tooltip="all blocks at every token, as published; or at each token the block that matches",
             layout=W.Layout(max_width="100%", display=None if self.conversation.reads_sparsely else "none"),
         )  # fmt: skip
+
+    def _make_menus(self) -> None:
+        names, wide = self._menu.names, {"layout": W.Layout(width="auto", flex="0 1 340px", max_width="100%")}
+        self._model = W.Dropdown(
+            description="Model", options=names or [self._menu.first], value=self.conversation.model_name,
+            tooltip="who answers; the documents inside are internalized again", **wide,
+        )  # fmt: skip
+        self._example = W.Dropdown(description="Examples", options=[*self._examples], **wide)
+        self._add_example = W.Button(
+            description="Add example", icon="book", tooltip="put this document inside, with questions to ask"
+        )
+        self._suggested = wrapped([])
+        self._offered: list[tuple[str, str]] = []  # (document, question) of each button
+
+    def _arrange(self) -> None:
+        """The controls in their order; menus only where there is something to choose."""
         self.children = [
+            *([wrapped([self._model])] if len(self._menu.names) > 1 else []),
             self._inside,
             self._listed,
             self._kept,
+            *([wrapped([self._example, self._add_example])] if self._examples else []),
             self._name,
             self._text,
             wrapped([self._add, self._cancel]),
             wrapped([self._adapter_strength, self._bias_strength, self._read]),
             wrapped([self._system]),
             wrapped([self._asked, self._ask, self._clear]),
+            *([self._suggested] if self._examples else []),
             self.work.status,
             self.work.bar,
+            self._writing,
             self._answers,
         ]
 
@@ -315,6 +465,8 @@ class Chat(Viewer):
         self._cancel.on_click(lambda _: self._end_edit())
         self._ask.on_click(self._on_ask)
         self._clear.on_click(self._on_clear)
+        self._add_example.on_click(lambda _: self._bring_example())
+        listen(self._model, self._on_model)
         for control in (self._adapter_strength, self._bias_strength, self._read, self._system, self._asked):
             listen(control, self._refresh)
 
@@ -326,9 +478,11 @@ class Chat(Viewer):
             held = self.conversation
             held.adapter_strength, held.bias_strength = self._adapter_strength.value, self._bias_strength.value
             held.system, held.read = self._system.value, self._read.value
-            self._inside.value = render_inside(held.inside(), held.adapter_strength, held.bias_strength)
+            name = held.model_name if len(self._menu.names) > 1 else ""
+            self._inside.value = render_inside(held.inside(), held.adapter_strength, held.bias_strength, name)
+            self._suggest()
             question = self._asked.value.strip()
-            settings = (held.adapter_strength, held.bias_strength, held.read, held.system)
+            settings = (held.model_name, held.adapter_strength, held.bias_strength, held.read, held.system)
             state = (question, settings, *held.texts.items(), *held.weights.items())
             if question and state != self._requested:
                 self._requested = state
@@ -337,7 +491,7 @@ class Chat(Viewer):
                     "answering ...",
                     lambda report: self._answered(question, report),
                     self._keep_turn,
-                    self._forget_request,
+                    self._drop_request,
                     key=("answer", question),
                     replaces=True,
                     unit="answers",
@@ -345,16 +499,31 @@ class Chat(Viewer):
 
     def _answered(self, question: str, report: Report) -> Turn:
         held = self.conversation.copy()
-        return Turn(question, held.answers(question, report), held.state())
+        state, name = held.state(), held.model_name if len(self._menu.names) > 1 else ""
+
+        def draw(answers: Answers) -> None:
+            self._draw_writing(Turn(question, answers, state, name))
+
+        return Turn(question, held.answers(question, report, draw if self._is_shown else None), state, name)
 
     def _keep_turn(self, turn: Turn) -> None:
-        kept = self.turns[:-1] if self.turns and self.turns[-1].question == turn.question else self.turns
+        last = self.turns[-1] if self.turns else None
+        replaces = last is not None and (last.question, last.model) == (turn.question, turn.model)
+        kept = self.turns[:-1] if replaces else self.turns
         page = render_answers([*kept, turn])
         self.turns[:] = [*kept, turn]  # the same question with something else inside replaces the last turn
-        self._answers.value = page
+        self._answers.value, self._writing.value = page, ""
 
-    def _forget_request(self, _: str) -> None:
-        self._requested = None
+    def _drop_request(self, _: str) -> None:
+        self._requested, self._writing.value = None, ""
+
+    def _draw_writing(self, turn: Turn) -> None:
+        """Show a turn that is being written, not more often than a page can be read."""
+        now = time.monotonic()
+        if now - self._redrawn >= REDRAW_S:
+            with self.work.lock:
+                if self.work.has(("answer", turn.question)):
+                    self._redrawn, self._writing.value = now, render_writing(turn)
 
     def _on_ask(self, _: Any) -> None:
         if self._asked.value.strip():
@@ -367,7 +536,72 @@ class Chat(Viewer):
             self.work.leave_out(lambda key: isinstance(key, tuple) and key[0] == "answer")
             self.turns.clear()
             self._requested = None
-            self._answers.value = render_answers(self.turns)
+            self._answers.value, self._writing.value = render_answers(self.turns), ""
+
+    # --- menus ----------------------------------------------------------------------------------------------------
+
+    def _on_model(self, change: dict) -> None:
+        """Load the chosen model and let it internalize what is inside. The old one answers until then."""
+        with self.work.lock:
+            name, held = change["new"], self.conversation
+            self.work.leave_out(lambda key: key == "model")
+            for key in ("model", "stays"):
+                self.work.tell("", key=key)
+            if name == held.model_name:
+                return
+
+            def move(report: Report) -> Conversation:
+                model = self._menu.get(name)
+                report(0, 1)
+                return held.moved(model, name, report)
+
+            def take(moved: Conversation) -> None:
+                held.take(moved)
+                with quietly():
+                    self._read.value = held.read
+                self._read.layout.display = None if held.reads_sparsely else "none"
+                self._refresh()
+
+            def stay(_: str) -> None:
+                with quietly():
+                    self._model.value = held.model_name
+                self.work.tell(f"The model is still {markup.isolated(held.model_name)}.", key="stays")
+
+            steps = [] if self._menu.has_loaded(name) else ["loading it"]
+            steps += [f"internalizing {plural(len(held.texts), 'document')} again"] if held.texts else []
+            label = f"changing to {markup.isolated(name)}{': ' if steps else ''}{', '.join(steps)} ..."
+            self.work.start(label, move, take, stay, key="model", unit="chunks")
+
+    def _bring_example(self) -> None:
+        """Put the chosen example inside."""
+        with self.work.lock:
+            name = self._example.value
+            if name in self._coming or name in self.conversation.texts:
+                self.work.tell(f"{markup.isolated(name)} is inside already, or on its way.", key="add")
+            else:
+                self._bring_in(name, name, self._examples[name].text)
+
+    def _suggest(self) -> None:
+        """Show a button for each suggested question about the examples that are inside."""
+        offered = suggestions(self._examples, self.conversation.texts, _SUGGESTED)
+        if offered != self._offered:
+            self._offered = offered
+            buttons = [self._question_button(name, question) for name, question in offered]
+            self._suggested.children = [W.Label("Ask for example:"), *buttons] if buttons else []
+
+    def _question_button(self, name: str, question: str) -> W.Button:
+        button = W.Button(
+            description=question, tooltip=f"ask this about {name}", layout=W.Layout(width="auto", max_width="100%")
+        )
+
+        def ask(_: Any) -> None:
+            with self.work.lock:
+                with quietly():
+                    self._asked.value = question
+                self._refresh()
+
+        button.on_click(ask)
+        return button
 
     # --- documents ------------------------------------------------------------------------------------------------
 
@@ -518,19 +752,32 @@ class Chat(Viewer):
 
 
 def chat(
-    model: Any,
+    model: Any = None,
     documents: str | Sequence[str] | Mapping[str, str] | None = None,
     question: str = "",
     background: bool | None = None,
+    models: Mapping[str, Any] | None = None,
+    examples: Mapping[str, Any] | None = None,
 ) -> Chat:
     """A page to paste documents and ask: the adapter beside the base model without and with the documents.
 
-    model: a DocToLoRA; `Conversation` says what is used of it.
+    Answers appear as they are written. A document that the base model cannot predict gets a warning with the reason.
+
+        viewers.chat(models={"SmolLM2-135M, real text": "smollm2", "tiny, generated world": "tiny/qa"},
+                     examples=viewers.bundled_examples())
+
+    model: a DocToLoRA; `Conversation` says what is used of it. With `models` also a name of the menu, and None is its
+        first.
     documents: as of `internalize`; internalized at once.
     question: asked at once, so that the page has something to show.
     background: whether work runs in a thread beside the page (see `page.Work`). None: what a person starts on it does.
+    models: a menu, {name: what `d2l.load` takes, a model, or a function that gives one}. The model to begin with is
+        loaded at once, others when they are chosen. Documents, weights and turns stay, and a turn names its model. If
+        loading fails, the old model stays and the page says why. What was loaded is kept in memory.
+    examples: a menu, {name: (text, [questions])}; see `bundled_examples`. The questions about what is inside become
+        buttons.
     """
-    return Chat(model, documents, question, background)
+    return Chat(model, documents, question, background, models, examples)
 
 
 def _strength(label: str) -> W.FloatSlider:

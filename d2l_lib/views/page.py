@@ -166,13 +166,14 @@ def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def takes(function: Callable, parameter: str) -> bool:
-    """Whether `function` can be called with the keyword `parameter`."""
+def takes(function: Callable, parameter: str, by_name: bool = False) -> bool:
+    """Whether `function` can be called with the keyword `parameter`. by_name: not as one of any `**options`."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return False
-    return parameter in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    takes_any = not by_name and any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return parameter in parameters or takes_any
 
 
 def from_page() -> bool:
