@@ -48,7 +48,7 @@ class Familiarity(NamedTuple):
         if not self.is_strange:
             return ""
         return (
-            f"outside what this model knows: it predicts the first {self.n_characters:,} characters worse "
+            f"Outside what this model knows: it predicts the first {self.n_characters:,} characters worse "
             f"({self.bits:.1f} bits each, perplexity {self.perplexity:,.0f}) than their mere frequencies do "
             f"({self.plain_bits:.1f} bits). Expect wrong answers"
         )

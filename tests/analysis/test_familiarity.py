@@ -72,7 +72,7 @@ def test_the_chat_warns_of_a_text_that_its_model_does_not_know():
     chat = viewers.chat(load("tiny/qa"), {"bridge": text, "world": bundled_examples("tiny")["a small world"].text})
     [bridge, known] = chat.conversation.inside()
     assert (
-        bridge["warning"].startswith("outside what this model knows: it predicts the first ") and known["warning"] == ""
+        bridge["warning"].startswith("Outside what this model knows: it predicts the first ") and known["warning"] == ""
     )
     assert chat.static_html.count("d2l-warning") == 1 and "Expect wrong answers." in chat.static_html
     assert Familiarity(100, 9.0, 4.4, 4.4).is_strange and not Familiarity(100, 9.0, 4.3, 4.4).is_strange

@@ -22,6 +22,10 @@ CELLS = {
     "from d2l_lib import viewers",
     "samples": "viewers.view_samples(SAMPLES)",
     "chat": "viewers.chat(ToyModel(), {'lamps': 'Ada paints lamps.'}, 'What?')",
+    # several models, one of which does not load, and example documents
+    "menus": "def broken():\n    raise FileNotFoundError('nothing at <b>broken</b>')\n"
+    "viewers.chat(models={'first': ToyModel(), 'second': lambda: ToyModel(), 'broken': broken}, "
+    "examples={'lamps': ('Ada paints lamps.', ['What?', HOSTILE])})",
     # a chat whose model waits until it may go on
     "slow model": "model = SlowModel(runs=True)\nmodel.go.set()\ngo = W.ToggleButton(description='Go on')\n"
     "go.observe(lambda change: model.go.set() if change['new'] else model.go.clear(), 'value')\ngo",
@@ -152,6 +156,39 @@ def test_chat_in_a_browser(page):
     cell.locator("textarea").fill("   ")
     cell.get_by_role("button", name="Add document").click()
     expect(cell.locator(".d2l-message")).to_contain_text("ValueError: document is empty")
+    assert browser.errors_shown(page) == []
+
+
+@pytest.mark.browser
+def test_menus_of_the_chat_in_a_browser(page):
+    """By keyboard alone: an example comes in, a suggested question is asked, another model answers, a third fails."""
+    expect = browser.expect
+    cell = page.locator(place("menus"))
+    answers, inside, status = (cell.locator(f".d2l-{name}") for name in ("answers", "inside", "message"))
+    model = cell.get_by_label("Model")
+    cell.get_by_role("button", name="Add example").focus()
+    page.keyboard.press("Enter")
+    expect(inside).to_have_attribute("data-documents", "1")
+    cell.get_by_role("button", name="What?").focus()
+    page.keyboard.press("Space")
+    expect(answers).to_have_attribute("data-turns", "1")
+    expect(answers.locator(".d2l-model")).to_have_text("answered by first")
+    model.focus()
+    for key in ("Alt+ArrowDown", "ArrowDown", "Enter"):  # JupyterLab takes a plain arrow for itself
+        page.keyboard.press(key)
+    expect(answers).to_have_attribute("data-turns", "2")
+    expect(answers.locator(".d2l-model").first).to_have_text("answered by second")
+    expect(inside).to_contain_text("Model: second")
+    model.select_option("broken")
+    expect(status).to_contain_text("FileNotFoundError: nothing at <b>broken</b>")
+    expect(status).to_contain_text("The model is still second.")
+    expect(model.locator("option:checked")).to_have_text("second")
+    cell.get_by_role("button", name=HOSTILE).click()
+    expect(answers.locator(".d2l-question").first).to_have_text(HOSTILE)
+    assert page.evaluate("() => window.owned") is None
+    page.set_viewport_size({"width": 760, "height": 1000})
+    assert browser.sticking_out(page, f"{place('menus')} .jp-OutputArea-output") == []
+    page.set_viewport_size({"width": 1300, "height": 1000})
     assert browser.errors_shown(page) == []
 
 
