@@ -381,7 +381,29 @@ class _Head(nn.Module):
         return torch.einsum("nlmrd,lmdh->nlmrh", x, weight)
 
 
-class Hypernetwork(nn.Module):
+class BlockWriter(nn.Module):
+    """What every hypernetwork says of the blocks that it writes, one for each layer and module; it has a `config`."""
+
+    config: HypernetworkConfig
+
+    def described(self) -> str:
+        """What it writes, in a few words."""
+        return f"rank {self.config.rank} on {', '.join(self.config.modules)}"
+
+    def rows_of(self, n_tokens: int) -> slice:
+        """The rows that are a chunk's own, of `n_tokens` tokens: all."""
+        return slice(None)
+
+    def row_sizes(self, module: str) -> tuple[int, int]:
+        """Lengths of the rows of A and of B that are written for a module."""
+        return self.config.d_in[module], self.config.d_out[module]
+
+    def place_of(self, path: str) -> str:
+        """The path of a module in the base model, with {layer} for every layer that the blocks are for."""
+        return path
+
+
+class Hypernetwork(BlockWriter):
     """Reads the features of n chunks and writes one LoRA block per chunk, layer and module.
 
     An untrained one writes B = 0, so it changes nothing.
@@ -469,22 +491,6 @@ class Hypernetwork(nn.Module):
         if taps is not None:
             taps.update(lora_emb_in=embedding, lora_emb=processed, flat_loras=flat)
         return {m: self._split(flat[:, :, index], m, layer) for index, m in enumerate(self.config.modules)}
-
-    def described(self) -> str:
-        """What it writes, in a few words."""
-        return f"rank {self.config.rank} on {', '.join(self.config.modules)}"
-
-    def rows_of(self, n_tokens: int) -> slice:
-        """The rows that are a chunk's own, of `n_tokens` tokens: all."""
-        return slice(None)
-
-    def row_sizes(self, module: str) -> tuple[int, int]:
-        """Lengths of the rows of A and of B that are written for a module."""
-        return self.config.d_in[module], self.config.d_out[module]
-
-    def place_of(self, path: str) -> str:
-        """The path of a module in the base model, with {layer} for every layer that the blocks are for."""
-        return path
 
     def bias(self) -> Loras | None:
         """The learned block of no document: {module: (A [L, r, d_in], B [L, r, d_out])}, or None."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from d2l_lib.base_model import load_base_model
 from d2l_lib.formats.checkpoints import config_of_settings, read_safetensors
 from d2l_lib.formats.writing import FolderKind, atomic_folder, read_whole
-from d2l_lib.hypernetwork import HypernetworkConfig, Loras, zero_padding
+from d2l_lib.hypernetwork import BlockWriter, HypernetworkConfig, Loras, zero_padding
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import DistillationPreset, Preset
 from d2l_lib.records import read_json, read_rows, write_jsonl
@@ -33,7 +33,7 @@ from d2l_lib.training.loop import Run, is_first_process
 from d2l_lib.training.recipes import Base, fit_hypernetwork, hypernetwork_config
 
 
-class TextToLoRA(nn.Module):
+class TextToLoRA(BlockWriter):
     """Writes one block per text from the mean of its features; interface and shapes of `hypernetwork.Hypernetwork`."""
 
     def __init__(self, config: HypernetworkConfig):
