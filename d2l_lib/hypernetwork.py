@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 _ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only", "hidden_states")
 _WRITERS = ("perceiver", "token_rows")
-# Fields that files of before do not have: written only where they say something.
 _TUPLES = ("encoder_layers", "row_layers", "reader_layers")
+# Fields that files of before do not have: written only where they say something.
 _LATER = ("null_rows", "writer", "encoder_layers", "row_layers", "reader_layers", "reader_rank", "reader_sizes")
 Loras = dict[str, tuple[Tensor, Tensor]]
 
@@ -86,9 +86,10 @@ class HypernetworkConfig:
         for name in _TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "reader_sizes", {name: tuple(two) for name, two in self.reader_sizes.items()})
-        two = len(self.row_layers) == 2 and self.row_layers[0] < self.row_layers[1]
-        if (self.writer == "token_rows") != two or (self.row_layers and not two):
-            raise ValueError('writer "token_rows" and row_layers, a lower one and the last, go together')
+        if bool(self.row_layers) != bool(self.reader_layers) or bool(self.row_layers) != (self.writer == "token_rows"):
+            raise ValueError('writer "token_rows", row_layers and reader_layers go together')
+        if self.row_layers and (len(self.row_layers) != 2 or self.row_layers[0] >= self.row_layers[1]):
+            raise ValueError(f"row_layers must be two, a lower one and the last, not {self.row_layers}")
         if (self.encoder_type == "hidden_states") != bool(self.encoder_layers):
             raise ValueError('encoder_type "hidden_states" and encoder_layers, the states, go together')
         if not self.d_in or self.d_in.keys() != self.d_out.keys():

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2l_lib.base_model import decoder_body, decoder_layers, target_linears
+from d2l_lib.base_model import decoder_body, decoder_layers, module_sizes, target_linears
 from d2l_lib.hypernetwork import HypernetworkConfig
 from d2l_lib.lora import without_lora
 
@@ -91,7 +91,7 @@ class RowReader(nn.Module):
 
     def updates(self, base_model: nn.Module, weigh: Callable[[Tensor], Tensor] | None = None) -> Iterator[_Delta]:
         """The low-rank updates, for `lora.add_deltas`; weigh: what is done to an update [batch, tokens, d_out]."""
-        for module, linears in target_linears(base_model, sorted(self.lora_A)).items() if self.lora_layers else ():
+        for module, linears in target_linears(base_model, sorted(self.lora_A)).items():
             for place, layer in enumerate(self.lora_layers):
                 A, B = self.lora_A[module][place], self.lora_B[module][place]
                 yield linears[layer], _update(A, B, weigh)
@@ -114,12 +114,10 @@ def _update(A: Tensor, B: Tensor, weigh: Callable[[Tensor], Tensor] | None) -> C
 
 def reader_sizes(base_model: nn.Module, layers: tuple[int, ...]) -> dict[str, tuple[int, int]]:
     """{linear: (d_in, d_out)} of all linears of these layers, by name."""
-    if not layers:
-        return {}
-    chosen = decoder_layers(base_model)[layers[0]]
-    names = [path.rpartition(".")[2] for path, part in chosen.named_modules() if isinstance(part, nn.Linear)]
-    linears = target_linears(base_model, sorted(names))
-    return {name: (of[layers[0]].in_features, of[layers[0]].out_features) for name, of in linears.items()}
+    parts = decoder_layers(base_model)[layers[0]].named_modules()
+    names = sorted(path.rpartition(".")[2] for path, part in parts if isinstance(part, nn.Linear))
+    d_in, d_out = module_sizes(base_model, names)
+    return {name: (d_in[name], d_out[name]) for name in names}
 
 
 def part_of_layers(base_model: nn.Module, layers: slice) -> nn.Module:

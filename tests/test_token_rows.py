@@ -169,9 +169,12 @@ def test_a_network_without_words_and_settings_that_do_not_fit_say_so(model):
     for change in ({"rank": 2}, {"n_layers": 2}, {"use_bias": True}):
         with pytest.raises(ValueError, match="4 a token"):
             TokenRows(replace(model.config, **change))
-    for change in ({"encoder_layers": ()}, {"row_layers": ()}, {"row_layers": (2, 1)}, {"row_layers": (3,)}):
+    for change in ({"encoder_layers": ()}, {"row_layers": ()}, {"reader_layers": ()}):
         with pytest.raises(ValueError, match="go together"):
             replace(model.config, **change)
+    for layers in ((2, 1), (3,)):
+        with pytest.raises(ValueError, match="a lower one and the last"):
+            replace(model.config, row_layers=layers)
     with pytest.raises(ValueError, match="writer is"):
         replace(model.config, writer="nobody")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2l_lib.adapter import Adapter
 from d2l_lib.model import DocToLoRA
 from d2l_lib.routing import conformal_threshold, null_margins
-from d2l_lib.studies.router import _pool
+from d2l_lib.studies.router import block_pool
 from d2l_lib.tasks import world
 from d2l_lib.tasks.scores import wilson
 
@@ -30,7 +30,7 @@ def measure_no_block(
     median_margin: see `routing.null_margins`, nats.
     """
     rng, rows = random.Random(f"no block/{split}/{seed}"), []
-    whole, pool = _pool(model, max(sizes), seed, split)
+    whole, pool = block_pool(model, max(sizes), seed, split)
     facts = world.encyclopedia()[1::2]
     for size in sizes:
         starts = range(0, len(whole.blocks) - size + 1, size)

@@ -56,7 +56,7 @@ def drawn_questions(pool: Pooled, n: int, size: int, seed: int) -> Pooled:
     return random.Random(f"router/questions/{size}/{seed}").sample(pool, min(n, len(pool)))
 
 
-def _pool(model: DocToLoRA, n_blocks: int, seed: int, split: str) -> tuple[Adapter, Pooled]:
+def block_pool(model: DocToLoRA, n_blocks: int, seed: int, split: str) -> tuple[Adapter, Pooled]:
     """(an adapter of the first `n_blocks` blocks of `draw_pool`, its questions)."""
     chunks, questions = draw_pool(model, n_blocks, seed, split)
     texts, blocks = ["".join(chunk.text for chunk in of_document) for of_document in chunks], []
@@ -90,7 +90,7 @@ def measure_router(
     """
     rows = []
     for size in sizes:
-        adapter, pool = _pool(model, size, seed, split)
+        adapter, pool = block_pool(model, size, seed, split)
         chosen = drawn_questions(pool, n, size, seed)
         texts, adapters = [question.text for question, _ in chosen], [adapter] * len(chosen)
         keys = next(iter(adapter.stacked.values()))[0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -165,15 +165,15 @@ def _below(base_model, tokenizer, rows: Sequence[list[int]], below: int) -> list
 class Features:
     """Features of one passage.
 
-    ids [T], states [T, states * F]. Of each of its questions: streams [its tokens, hidden], the ids of its prompt, and
-    the ids of its answer with the end.
+    ids [T], states [T, states * F]. Of each of its questions: streams [its tokens, hidden], the ids of its answer with
+    the end, and the ids of its prompt.
     """
 
     ids: Tensor
     states: Tensor
     streams: tuple[Tensor, ...]
-    prompts: tuple[Tensor, ...]
     answers: tuple[Tensor, ...]
+    prompts: tuple[Tensor, ...]
 
 
 def read_features(folder: Path, passages: Sequence[Passage]) -> list[Features]:
@@ -185,13 +185,14 @@ def read_features(folder: Path, passages: Sequence[Passage]) -> list[Features]:
     if not files:
         raise FileNotFoundError(f"no features in {folder}: make them first")
     every = [one for file in files for one in _passages_in(file)]
-    if [one.ids.tolist() for one in every] != [one.ids for one in passages]:
+    if [ids.tolist() for ids, *_ in every] != [one.ids for one in passages]:
         raise ValueError(f"{folder} holds features of other passages: choose another folder")
     prompts = [tuple(torch.tensor(prompt) for prompt, _, _ in one.questions) for one in passages]
-    return [replace(one, prompts=own) for one, own in zip(every, prompts, strict=True)]
+    return [Features(*tensors, own) for tensors, own in zip(every, prompts, strict=True)]
 
 
-def _passages_in(file: Path) -> Iterator[Features]:
+def _passages_in(file: Path) -> Iterator[tuple]:
+    """(ids, states, streams, answers) of each passage of a file."""
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     ids, states = (tensors[name].split(tensors["lengths"].tolist()) for name in ("ids", "states"))
@@ -200,7 +201,7 @@ def _passages_in(file: Path) -> Iterator[Features]:
     answers, owner = tensors["labels"].split(lengths), tensors["passage"]
     for passage in range(len(ids)):
         of = (owner == passage).nonzero()[:, 0].tolist()
-        yield Features(ids[passage], states[passage], tuple(streams[i] for i in of), (), tuple(answers[i] for i in of))
+        yield ids[passage], states[passage], tuple(streams[i] for i in of), tuple(answers[i] for i in of)
 
 
 def facts_of(

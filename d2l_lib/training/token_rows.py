@@ -282,14 +282,14 @@ class RowsStep(nn.Module):
         """p(i, t) [Q, L, P, T]: what each token of the questions finds in the passages that its question sees."""
         q, none = self.asked(self.hypernetwork.reader.match_layer, nn.utils.rnn.pad_sequence(match, batch_first=True))
         context, seen = codes[:, :, len(WORD_ROLES)], batch.seen().to(codes.device)
-        hidden = ~(seen[:, :, None] & batch.mask)  # [Q, P, T]
         if batch.together:
-            logits = (q @ context.flatten(0, 1).T).masked_fill(hidden.flatten(1)[:, None], -torch.inf)
-            return torch.cat([logits, none[..., None]], -1).softmax(-1)[..., :-1].unflatten(-1, context.shape[:2])
-        own = seen.int().argmax(1)
-        logits = (q @ context[own].mT).masked_fill(~batch.mask[own][:, None], -torch.inf)
-        found = torch.cat([logits, none[..., None]], -1).softmax(-1)[..., :-1]  # [Q, L, T]
-        return found.unsqueeze(2) * seen[:, None, :, None]
+            rows, mask = context.flatten(0, 1), batch.mask.flatten()[None]  # [P * T, d]
+        else:
+            own = seen.int().argmax(1)
+            rows, mask = context[own], batch.mask[own]  # [Q, T, d]
+        logits = (q @ rows.mT).masked_fill(~mask[:, None], -torch.inf)
+        found = torch.cat([logits, none[..., None]], -1).softmax(-1)[..., :-1]
+        return found.unflatten(-1, context.shape[:2]) if batch.together else found.unsqueeze(2) * seen[:, None, :, None]
 
     def shares(self, batch: RowsBatch, codes: Tensor, x: Tensor, found: Tensor) -> Tensor:
         """Log-shares [N, P * T * 3 + 1] of all rows of words and the null row (last) in the last layer.

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_passages import _Inside, _Reader
+from test_passages import _Reader
 
 from d2l_lib.studies import articles
 
@@ -40,7 +40,6 @@ def test_articles_of_the_right_size_give_as_many_questions(tmp_path):
     assert set(table["score"]) == {1.0} and set(table["n"]) == {8} and set(table["n_articles"]) == {2}
     assert set(table["method"]) == {"its passage alone", "the whole article"}
     assert set(table["passages_of_an_article"]) == {7} and set(table["characters_of_an_article"]) == {35000}
-    assert _Inside(("x",)) + _Inside(("y",)) == _Inside(("x", "y"))
 
 
 def test_a_data_set_without_titles_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from d2l_lib.studies import baselines, retrieval_scores
 from d2l_lib.studies.reading import draw_conditions
 from d2l_lib.studies.retrieval import PassageIndex, Retrieval, passages_of
 from d2l_lib.studies.retrieval_scores import measure_pools, measure_retrieval
-from d2l_lib.studies.router import _pool, draw_pool
+from d2l_lib.studies.router import block_pool, draw_pool
 
 TOWNS = [
     "Brihead has a harbour for large ships.",
@@ -120,7 +120,7 @@ def test_without_bm25s_the_error_says_what_to_install(model, monkeypatch):
 
 
 def test_a_pool_of_chunks_is_a_pool_of_blocks(model):
-    adapter, questions = _pool(model, 30, 0, "validation")
+    adapter, questions = block_pool(model, 30, 0, "validation")
     chunks, same = draw_pool(model, 30, 0, "validation")
     flat = [chunk for of_document in chunks for chunk in of_document][:30]
     assert [block.span for block in adapter.blocks] == [chunk.span for chunk in flat]

@@ -7,7 +7,7 @@ import d2l_lib as d2l
 from d2l_lib.studies import STUDIES, reading
 from d2l_lib.studies.no_block import measure_no_block
 from d2l_lib.studies.reading import METHODS, measure_reading
-from d2l_lib.studies.router import _pool, measure_router
+from d2l_lib.studies.router import block_pool, measure_router
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def test_the_router_is_measured_for_each_number_of_blocks(model):
 
 
 def test_a_pool_knows_where_its_evidence_stands(model):
-    adapter, questions = _pool(model, 30, 0, "validation")
+    adapter, questions = block_pool(model, 30, 0, "validation")
     assert len(adapter) == 30 and len(questions) >= 15
     for _, right in questions:
         assert 1 <= len(right) <= 2 and max(right) < 30
-    larger, _ = _pool(model, 33, 0, "validation")
+    larger, _ = block_pool(model, 33, 0, "validation")
     assert [block.span for block in larger.blocks[:20]] == [block.span for block in adapter.blocks[:20]]

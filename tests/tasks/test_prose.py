@@ -34,13 +34,8 @@ def test_haystacks_share_their_texts_and_spread_their_needles():
         assert max(len(tokenizer(piece)["input_ids"]) for piece in one.pieces) <= 200
         assert abs(one.place / len(one.pieces) - one.depth) < 0.1
         places.add(int(10 * one.depth))
-        # without the needle it is the text
-        (source,) = [text for text in TEXTS if " ".join(one.pieces[0].split()[:9]) in text or one.place == 0][:1]
-        assert (
-            one.place == 0
-            or one.text.replace(one.needle.sentence, "").split()[:30]
-            == source[source.index(one.pieces[0]) :].split()[:30]
-        )
+        without = " ".join(one.text.replace(one.needle.sentence, "").split())
+        assert any(without in text for text in TEXTS)
     assert places == set(range(10))
     assert len({piece for one in made for piece in one.pieces}) <= 3 * len(made[0].pieces) + 3 + 30
     again = list(prose.haystacks(TEXTS, tokenizer, 3000, 30, 0, piece_tokens=200))
