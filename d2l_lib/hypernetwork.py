@@ -168,12 +168,25 @@ class _SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """Grouped-query attention of latents [n, k, d] on a context [n, T, d]; `mask` [n, T] is True at real tokens.
 
     Latents shared by all contexts may be [1, k, d]. Query heads that share a key-value head lie side by side along the
     query axis, so keys and values are never repeated.
+
+    Two ways give the same numbers. The plain one forms keys K x and values V x of every token x. The absorbed one forms
+    neither, as q . (K x) = (K^T q) . x and sum of a (V x) = V (sum of a x): latents read the context itself. With H
+    key-value heads of size h and g query heads to each, a context takes so many multiplications beside q and output:
+
+        plain     2 H h T (d + g k)
+        absorbed  2 H g k d (T + h)
+
+    The absorbed way runs where its count is at most three quarters of the plain one's: few latents, many tokens.
+
+    absorbs: True or False chooses the way (None: by the counts).
     """
+
+    absorbs: bool | None = None
 
     def __init__(self, config: HypernetworkConfig):
         super().__init__()
@@ -188,13 +201,36 @@ class _Attention(nn.Module):
         n, k = len(context), latents.shape[1]
         queries = self.q_proj(latents).view(-1, k, self.n_kv_heads, self.group, self.head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(-1, self.n_kv_heads, self.group * k, self.head_dim)
-        queries = queries.expand(n, -1, -1, -1)
+        visible = None if mask is None else mask[:, None, None, :]
+        read = self._read_absorbed if self._is_absorbed(k, context.shape[1]) else self._read_plain
+        mixed = read(queries, context, visible)  # [n, H, g k, h]
+        mixed = mixed.reshape(n, self.n_kv_heads, self.group, k, self.head_dim).permute(0, 3, 1, 2, 4)
+        return self.o_proj(mixed.reshape(n, k, -1))
+
+    def _is_absorbed(self, k: int, n_tokens: int) -> bool:
+        """Which way k latents read a context; see the class."""
+        if self.absorbs is not None:
+            return self.absorbs
+        d, h, rows = self.q_proj.in_features, self.head_dim, self.group * k
+        plain, absorbed = h * n_tokens * (d + rows), rows * d * (n_tokens + h)  # 2 H times as many
+        return 4 * absorbed <= 3 * plain
+
+    def _read_plain(self, queries: Tensor, context: Tensor, visible: Tensor | None) -> Tensor:
+        """Values [n, H, g k, h] that queries [n or 1, H, g k, h] read."""
+        n = len(context)
         keys = self.k_proj(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
         values = self.v_proj(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        visible = None if mask is None else mask[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
-        mixed = mixed.view(n, self.n_kv_heads, self.group, k, self.head_dim).permute(0, 3, 1, 2, 4)
-        return self.o_proj(mixed.reshape(n, k, -1))
+        return F.scaled_dot_product_attention(queries.expand(n, -1, -1, -1), keys, values, attn_mask=visible)
+
+    def _read_absorbed(self, queries: Tensor, context: Tensor, visible: Tensor | None) -> Tensor:
+        """The same values without keys and values of the tokens: all heads are rows of one head of size d."""
+        n, by_head = len(context), (self.n_kv_heads, self.head_dim, -1)
+        queries = torch.einsum("nhqk,hkd->nhqd", queries, self.k_proj.weight.view(by_head))
+        queries = queries.flatten(1, 2).unsqueeze(1).expand(n, -1, -1, -1)  # [n, 1, H g k, d]
+        tokens, scale = context.unsqueeze(1), self.head_dim**-0.5
+        read = F.scaled_dot_product_attention(queries, tokens, tokens, attn_mask=visible, scale=scale)
+        read = read.reshape(n, self.n_kv_heads, -1, read.shape[-1])
+        return torch.einsum("nhqd,hkd->nhqk", read, self.v_proj.weight.view(by_head))
 
 
 class _PerceiverLayer(nn.Module):
@@ -208,7 +244,7 @@ class _PerceiverLayer(nn.Module):
         d = config.latent_size
         self.input_latents_layernorm = _RMSNorm(d)
         self.input_context_layernorm = _RMSNorm(d) if cross else None
-        self.self_attn = _Attention(config)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = _RMSNorm(d)
         self.pre_ff_layernorm = _RMSNorm(d)
         self.post_ff_layernorm = _RMSNorm(d)

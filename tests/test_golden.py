@@ -20,7 +20,7 @@ from d2l_lib.encoder import ContextEncoder
 from d2l_lib.engine import pad_rows
 from d2l_lib.formats import pickles
 from d2l_lib.formats.checkpoints import build_hypernetwork, convert, export, load_checkpoint, read_published
-from d2l_lib.hypernetwork import combine, names_without_decay
+from d2l_lib.hypernetwork import Attention, combine, names_without_decay
 from d2l_lib.lora import apply_lora
 from d2l_lib.tasks import qa, scores
 from d2l_lib.training import batches, losses
@@ -29,6 +29,13 @@ MODELS = [path.parent.name for path in sorted(GOLDEN.glob("*/golden.json"))]
 CASES = ["case1", "case2", "case3", "case4"]
 each_model = pytest.mark.parametrize("name", MODELS)
 each_case = pytest.mark.parametrize("case", CASES)
+each_way = pytest.mark.usefixtures("way")
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "absorbed"])
+def way(request, monkeypatch):
+    """How the Perceiver's latents read tokens: with keys and values of each, or without."""
+    monkeypatch.setattr(Attention, "absorbs", request.param)
 
 
 class Recording:
@@ -120,6 +127,7 @@ def test_parameters_without_weight_decay(name):
     assert [f"hypernet.{n}" for n in names] == sorted(recording(name).info["no_weight_decay"])
 
 
+@each_way
 @each_model
 @each_case
 def test_features_taps_and_blocks(name, case):
@@ -256,6 +264,7 @@ def published_l1(combined):
     return sum(factor.abs().mean(dim=(1, 2, 3)).sum() for pair in combined.values() for factor in pair) / len(combined)
 
 
+@each_way
 @each_model
 def test_losses(name):
     r = recording(name)
@@ -298,6 +307,7 @@ def test_losses(name):
             assert_near(loss + coefficient * l1, recorded["losses"][kind]["eval_total"], f"{kind} eval_total")
 
 
+@each_way
 @each_model
 @pytest.mark.parametrize("kind", ["ce", "kl"])
 def test_gradients(name, kind):

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from tiny_models import HIDDEN, N_LAYERS, build_base_model, random_hypernetwork, random_loras
+from torch.utils.flop_counter import FlopCounterMode
 
-from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig, combine, names_without_decay
+from d2l_lib.hypernetwork import Attention, Hypernetwork, HypernetworkConfig, combine, names_without_decay
 
 SEVERAL = ("v_proj", "down_proj", "q_proj", "gate_proj")  # four different pairs of sizes, not in sorted order
 VARIANTS = {
@@ -252,6 +253,80 @@ def test_combine_refuses_wrong_counts(model, n_chunks, weights, message):
     loras = random_loras(random_hypernetwork(model).config, 3, 2)
     with pytest.raises(ValueError, match=message):
         combine(loras, None, torch.tensor(n_chunks), weights=weights)
+
+
+# ------------------------------------------------------------------------------------------- attention without keys
+
+
+def attention(d=24, n_heads=6, n_kv_heads=2, head_dim=10):
+    sizes = {"latent_size": d, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
+    return Attention(HypernetworkConfig(n_layers=1, d_in={"a": 4}, d_out={"a": 4}, feature_size=8, **sizes))
+
+
+def plain_attention(a, latents, context, mask):
+    """Head after head, context after context, real tokens alone."""
+    contexts = []
+    for i, x in enumerate(context):
+        x, lat, h = x[mask[i]], latents[i if len(latents) > 1 else 0], a.head_dim
+        queries, keys, values = a.q_proj(lat).split(h, -1), a.k_proj(x).split(h, -1), a.v_proj(x).split(h, -1)
+        shares = [(q @ keys[head // a.group].T / h**0.5).softmax(-1) for head, q in enumerate(queries)]
+        contexts.append(torch.cat([share @ values[head // a.group] for head, share in enumerate(shares)], -1))
+    return a.o_proj(torch.stack(contexts))
+
+
+@pytest.mark.parametrize("absorbs", [False, True])
+@pytest.mark.parametrize("shared", [False, True], ids=["latents of each context", "shared latents"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_both_ways_of_attention_give_the_defined_values_and_gradients(absorbs, shared, padded):
+    torch.manual_seed(0)
+    a = attention().double()
+    a.absorbs = absorbs
+    latents = torch.randn(1 if shared else 3, 5, 24, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(3, 7, 24, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    if padded:
+        mask[1, 4:] = mask[2, :3] = False
+    ours, defined = a(latents, context, mask if padded else None), plain_attention(a, latents, context, mask)
+    torch.testing.assert_close(ours, defined, rtol=0, atol=1e-10)
+    direction, wrt = torch.randn_like(defined), [latents, context, *a.parameters()]
+    gradients = [torch.autograd.grad((one * direction).sum(), wrt) for one in (ours, defined)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert not padded or not gradients[0][1][~mask].any(), "padding gets no gradient"
+
+
+@each_variant
+def test_whole_hypernetworks_are_equal_both_ways(model, options, monkeypatch):
+    hypernetwork = random_hypernetwork(model, **options).double()
+    batch, mask = padded([chunk.double() for chunk in features_for(hypernetwork, [9, 5])], filler=0.0)
+    both = []
+    for absorbs in (False, True):
+        monkeypatch.setattr(Attention, "absorbs", absorbs)
+        loras = hypernetwork(batch.double(), attention_mask=mask)
+        hypernetwork.zero_grad()
+        sum((factor**2).mean() for factors in loras.values() for factor in factors).backward()
+        gradients = {name: p.grad for name, p in hypernetwork.named_parameters() if p.grad is not None}
+        both.append((loras, gradients))
+    (plain, plain_gradients), (absorbed, absorbed_gradients) = both
+    assert_same_loras(plain, absorbed, 1e-10)
+    torch.testing.assert_close(plain_gradients, absorbed_gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_the_way_with_fewer_multiplications_is_chosen(monkeypatch):
+    def counted(a, k, n_tokens, absorbs):
+        monkeypatch.setattr(Attention, "absorbs", absorbs)
+        latents, context = (torch.zeros(2, n, 24, device="meta") for n in (k, n_tokens))
+        with FlopCounterMode(display=False) as counter:
+            a(latents, context, None)
+        return counter.get_total_flops()
+
+    a, ways = attention().to("meta"), set()
+    for k, n_tokens in ((1, 8), (1, 100), (4, 100), (4, 5), (3, 40), (50, 100)):
+        same = 2 * 2 * 2 * k * 24 * 60  # queries and output, two operations each, of two contexts
+        plain, absorbed, chosen = (counted(a, k, n_tokens, way) - same for way in (False, True, None))
+        assert chosen == (absorbed if absorbed <= 0.75 * plain else plain), (k, n_tokens)
+        ways.add(chosen == absorbed)
+    assert ways == {True, False}
 
 
 # ------------------------------------------------------------------------------------------- errors and settings
