@@ -25,6 +25,7 @@ from d2l_lib.documents import check_texts, question_ids
 from d2l_lib.formats.writing import name_failed_writes
 from d2l_lib.records import iter_jsonl, project_root, read_json, read_jsonl
 from d2l_lib.tasks import scores
+from d2l_lib.tasks.facts import fact_samples
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.tasks.scores import wilson
 from d2l_lib.tasks.world import check_split
@@ -72,6 +73,7 @@ class _Dataset:
     revision: str | None = None
 
 
+_GENERATED = {"world": "the world is", "facts": "the facts are"}
 _CONVERTED = "refs/convert/parquet"  # the hub's own copy of a data set as parquet files
 DATASETS: dict[str, _Dataset] = {
     dataset.name: dataset
@@ -88,6 +90,7 @@ DATASETS: dict[str, _Dataset] = {
         # The papers themselves.
         _Dataset("qasper_papers", "allenai/qasper", None, "validation", template=_ANSWER_QASPER, revision=_CONVERTED),
         _Dataset("world", None, None, "test", metric="exact_match", template="{question}"),
+        _Dataset("facts", None, None, "test", metric="exact_match_squad", template="{question}"),
     )
 }
 
@@ -113,8 +116,9 @@ def load_qa(
     split: default: the data set's split for evaluation.
     n: draw at most `n` questions, with `seed`; rows stay in file order.
 
-    In DROP each span is an answer of its own (the hub's form cannot tell lists from alternatives). `world` is
-    generated: it needs `n` and takes no source; `questions.world_samples` also gives the evidence.
+    In DROP each span is an answer of its own (the hub's form cannot tell lists from alternatives). `world` and
+    `facts` are generated: they need `n` and take no source; `questions.world_samples` also gives the evidence,
+    `facts.fact_samples` takes the number of facts.
 
     Records without document, question or answer are left out, with a warning; `frame.attrs["unusable"]` counts them by
     reason. ValueError for an unknown name, an unreadable file, a missing or ill-formed column (it names file, record
@@ -126,8 +130,8 @@ def load_qa(
         raise ValueError(f"n is {n}: ask for at least one question, or leave it out for all")
     if "{question}" not in template:
         raise ValueError(f"template {template!r} has no place for the question: put {{question}} into it")
-    if name == "world":
-        frame = _world(split, n, seed, source)
+    if name in _GENERATED:
+        frame = _generated(name, split, n, seed, source)
     else:
         place = local_place(name, source)
         records = _hub_records(dataset, split) if place is None else _local_records(dataset, place, split)
@@ -152,8 +156,8 @@ def stream_qa(name: str, source: str | Path | None = None, *, split: str | None 
     the end counts unusable records.
     """
     dataset = _dataset(name)
-    if name == "world":
-        raise ValueError("the world is generated, not read: take load_qa with n")
+    if name in _GENERATED:
+        raise ValueError(f"{_GENERATED[name]} generated, not read: take load_qa with n")
     split, place = split or dataset.split, local_place(name, source)
     records = _hub_records(dataset, split, streaming=True) if place is None else _local_records(dataset, place, split)
     unusable = Counter()
@@ -173,16 +177,20 @@ def _dataset(name: str) -> _Dataset:
     return DATASETS[name]
 
 
-def _world(split: str, n: int | None, seed: int, source: str | Path | None) -> pd.DataFrame:
+def _generated(name: str, split: str, n: int | None, seed: int, source: str | Path | None) -> pd.DataFrame:
     if n is None or source is not None:
-        raise ValueError("the world is generated without end: pass n, the number of questions, and no source")
+        raise ValueError(f"{_GENERATED[name]} generated without end: pass n, the number of questions, and no source")
+    frame = _world(split, n, seed) if name == "world" else fact_samples(n, seed, split=split)[list(COLUMNS)]
+    frame.attrs["unusable"] = {}
+    return frame
+
+
+def _world(split: str, n: int, seed: int) -> pd.DataFrame:
     check_split(split)
     samples = world_samples(n, seed, split=split)
     answers = [[answer] for answer in samples["answer"]]
     ids = [f"{split}/{seed}/{number}" for number in range(n)]
-    frame = samples.assign(dataset="world", id=ids, answers=answers, title="")[list(COLUMNS)]
-    frame.attrs["unusable"] = {}
-    return frame
+    return samples.assign(dataset="world", id=ids, answers=answers, title="")[list(COLUMNS)]
 
 
 def _usable(dataset: _Dataset, records: Iterable[tuple[str, object]], unusable: Counter) -> Iterator[dict]:
