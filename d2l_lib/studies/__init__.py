@@ -180,6 +180,12 @@ STUDIES = {
             },
         },
     ),
+    "facts": Study(
+        "facts:run",
+        ("facts",),
+        "paragraphs of four and eight English facts in one block",
+        *(400, "questions for each number of facts", "smollm2"),
+    ),
     "prose-needles": Study(
         "prose_needles:run",
         ("prose_needles",),

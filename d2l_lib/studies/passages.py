@@ -41,23 +41,32 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, only: Sequence[str]
                 "questions, so take its --n and --seed, or leave out --only"
             )
     frame = qa.load_named(questions, n=n, seed=seed)
+    for new in rows_of_methods(model, frame, chosen, seed):
+        rows += new
+        yield sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+
+
+def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str], seed: int) -> Iterator[list[dict]]:
+    """The rows of one of METHODS after another, one for each metric, with costs; they are printed too.
+
+    frame: questions about passages, as `tasks.qa.load_qa` gives them.
+    """
     documents = [document for document, _ in qa.group_by_document(frame)]
     facts, adapters = {"dataset": frame["dataset"].iloc[0], "n_passages": len(documents)}, {}
-    if {"Doc-to-LoRA", _TOGETHER_NAME, _OTHER} & set(chosen):
+    if {"Doc-to-LoRA", _TOGETHER_NAME, _OTHER} & set(methods):
         start = time.process_time()
         adapters = dict(zip(documents, model.internalize_each(documents), strict=True))
         cost = {
             "seconds_internalizing": round((time.process_time() - start) / len(documents), 4),
             "kilobytes": round(sum(one.nbytes for one in adapters.values()) / len(adapters) / 1e3, 1),
         }
-    for method in chosen:
+    for method in methods:
         applied = METHODS[method](adapters, seed)
         prompts = list(frame["question"]) if method != _IN_PROMPT else _with_passages(model, frame)
         replies, seconds = ask(model, prompts, [applied.get(document) for document in frame["document"]])
-        new = scored_rows(frame.assign(method=method, prediction=replies), seed, seconds=seconds)
-        rows += [row | facts | (cost if applied else {}) for row in new]
-        print(method, {row["metric"]: round(row["score"], 3) for row in new}, flush=True)
-        yield sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+        rows = scored_rows(frame.assign(method=method, prediction=replies), seed, seconds=seconds)
+        print(method, {row["metric"]: round(row["score"], 3) for row in rows}, flush=True)
+        yield [row | facts | (cost if applied else {}) for row in rows]
 
 
 def ask(
