@@ -181,7 +181,8 @@ class Attention(nn.Module):
         plain     2 H h T (d + g k)
         absorbed  2 H g k d (T + h)
 
-    The absorbed way runs where its count is at most three quarters of the plain one's: few latents, many tokens.
+    The absorbed way runs where its count is at most three quarters of the plain one's: few latents, many tokens
+    (seconds of both: `d2l study absorption`).
 
     absorbs: True or False chooses the way (None: by the counts).
     """
@@ -202,13 +203,13 @@ class Attention(nn.Module):
         queries = self.q_proj(latents).view(-1, k, self.n_kv_heads, self.group, self.head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(-1, self.n_kv_heads, self.group * k, self.head_dim)
         visible = None if mask is None else mask[:, None, None, :]
-        read = self._read_absorbed if self._is_absorbed(k, context.shape[1]) else self._read_plain
+        read = self._read_absorbed if self.is_absorbed(k, context.shape[1]) else self._read_plain
         mixed = read(queries, context, visible)  # [n, H, g k, h]
         mixed = mixed.reshape(n, self.n_kv_heads, self.group, k, self.head_dim).permute(0, 3, 1, 2, 4)
         return self.o_proj(mixed.reshape(n, k, -1))
 
-    def _is_absorbed(self, k: int, n_tokens: int) -> bool:
-        """Which way k latents read a context; see the class."""
+    def is_absorbed(self, k: int, n_tokens: int) -> bool:
+        """Whether k latents read a context of `n_tokens` the absorbed way."""
         if self.absorbs is not None:
             return self.absorbs
         d, h, rows = self.q_proj.in_features, self.head_dim, self.group * k

@@ -258,6 +258,12 @@ STUDIES = {
         *(5, "repeats of each measurement, at most", ""),
         options=_OF_SPEED,
     ),
+    "absorption": Study(
+        "absorption:run",
+        ("absorption",),
+        "the Perceiver's attention with and without keys and values",
+        *(7, "runs of each way, in turn", ""),
+    ),
     "speed-gemma": Study(
         "speed:run_gemma",
         ("speed_gemma",),
