@@ -17,6 +17,7 @@ _EXPORTS = {
     "load": ("loading", "load"),
     "DocToLoRA": ("model", "DocToLoRA"),
     "Adapter": ("adapter", "Adapter"),
+    "AdapterCache": ("cache", "AdapterCache"),
     "Block": ("adapter", "Block"),
     "report": ("views.report", "report"),
     "weights": ("analysis.weights", None),

@@ -28,6 +28,7 @@ LARGEST_SEED = 2**32 - 1  # every generator of random numbers takes it
 COMMANDS = {
     "ask": ("", "a question about documents (.txt, .md, .html, .pdf), answered from an adapter"),
     "internalize": ("", "documents as an adapter in a file"),
+    "cache": ("", "what is kept of internalized documents: number, size, place; --clear deletes it"),
     "train": ("training.command", "remake what is bundled, or train for a base model of your own"),
     "generate": ("training.generate", "questions on documents, answered by a base model: data to train on"),
     "corpora": ("training.corpora", "size | write | download: data sets of documents"),
@@ -159,6 +160,7 @@ def one_line_errors(command: str) -> Iterator[None]:
 def _add_document_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny/qa", help="bundled name, folder, or hub id (default: tiny/qa)")
     parser.add_argument("--chunk-tokens", type="count", help="longest chunk (default: the model's own)")
+    parser.add_argument("--no-cache", action="store_true", help="internalize anew, and keep nothing (see d2l cache)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with seconds by part")
     parser.add_argument("--quiet", action="store_true", help="say nothing on the way")
 
@@ -207,10 +209,12 @@ def _read_and_internalize(a: argparse.Namespace, steps: _Steps):
     with steps("import", "importing torch and transformers"):
         from transformers.utils import logging
 
+        from d2l_lib.cache import AdapterCache
         from d2l_lib.loading import load
     logging.disable_progress_bar()
     with steps("load", f"loading {a.model}"):
         model = load(a.model)
+        model.cache = None if a.no_cache else AdapterCache()
     with steps("internalize", f"internalizing {sum(map(len, texts.values())):,} characters"):
         adapter = model.internalize(texts, chunk_tokens=a.chunk_tokens, progress=not a.quiet)
     return model, adapter
@@ -246,6 +250,23 @@ def _internalize(a: argparse.Namespace) -> None:
     print(json.dumps(facts | {"rank": adapter.rank, "bytes": path.stat().st_size, "seconds": steps.seconds}))
 
 
+# -------------------------------------------------------------------------------------------------------------- cache
+def _cache_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clear", action="store_true", help="delete the kept adapters; other files stay")
+
+
+def _cache(a: argparse.Namespace) -> None:
+    from d2l_lib.cache import AdapterCache
+
+    cache = AdapterCache()
+    if a.clear:
+        print(f"deleted {cache.clear()} adapters in {cache.folder}")
+        return
+    files = cache.files()
+    size, most = sum(file.n_bytes for file in files) / 1e6, cache.limit_bytes / 1e6
+    print(f"{len(files)} adapters, {size:,.1f} MB of at most {most:,.0f} MB, in {cache.folder}")
+
+
 # ------------------------------------------------------------------------------------------------------------ convert
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a pytorch_model.bin, or a folder with hypernetwork.safetensors")
@@ -262,6 +283,7 @@ def _convert(a: argparse.Namespace) -> None:
 _HERE = {
     "ask": (_ask_arguments, _ask),
     "internalize": (_internalize_arguments, _internalize),
+    "cache": (_cache_arguments, _cache),
     "convert": (_convert_arguments, _convert),
 }
 

@@ -514,8 +514,10 @@ class Adapter:
 
     # --- files ------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, notes: Mapping[str, str] | None = None) -> Path:
         """Write one safetensors file with the labels as JSON in its header, completely or not at all.
+
+        notes: further texts for the header, by name.
 
         A file of this name is replaced. FileExistsError where it holds other tensors (a model's weights) or has the
         ending of another kind of file (.pdf, .txt).
@@ -544,7 +546,8 @@ class Adapter:
         plain = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         header = {"format": FORMAT, "version": _FORMAT_VERSION, "blocks": rows, "bias": bias, **plain}
         with atomic_file(path, replaces=_may_replace) as temporary:
-            save_file(tensors, temporary, metadata={FORMAT: json.dumps(header, ensure_ascii=False)})
+            text = json.dumps(header, ensure_ascii=False)
+            save_file(tensors, temporary, metadata={**(notes or {}), FORMAT: text})
         return Path(path)
 
     @classmethod

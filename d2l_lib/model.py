@@ -31,6 +31,7 @@ from d2l_lib.base_model import (
     reads_images,
     window_of,
 )
+from d2l_lib.cache import AdapterCache, document_key
 from d2l_lib.documents import (
     Document,
     Documents,
@@ -41,6 +42,7 @@ from d2l_lib.documents import (
     is_image,
     name_texts_and_images,
     question_ids,
+    tokenizer_fingerprint,
 )
 from d2l_lib.encoder import ContextEncoder, image_inputs
 from d2l_lib.engine import generate, greedy_texts, pad_id_of, pad_rows
@@ -93,6 +95,7 @@ class DocToLoRA:
         reading: how `read="sparse"` chooses what each token of an answer reads (a Reading; a RowReading where the
             hypernetwork writes rows, whose adapters are read in no other way).
         iterative: True writes blocks one base layer after another: less memory, the same numbers.
+        cache: an AdapterCache keeps the blocks of texts in files, and texts of before are read from there (None: no).
 
     Chunks of similar length are encoded together. All batches of a length have the same shape, filled up where chunks
     are missing: on the CPU a block is bit-equal whatever chunks are beside it.
@@ -133,6 +136,7 @@ class DocToLoRA:
             hypernetwork.prepare(base_model, tokenizer)
         self.current: Adapter | None = None
         self.iterative = False
+        self.cache: AdapterCache | None = None
         self.least_relevance, self.gate = least_relevance, gate
         self.reading = (RowReading() if self.writes_rows else Reading()) if reading is None else reading
         self._evaluating = 0  # how many threads internalize now
@@ -254,6 +258,35 @@ class DocToLoRA:
     ) -> dict[str, list[Block]]:
         """The blocks of each named document, all chunks in one stream."""
         limit = self._chunk_limit(chunk_tokens)
+        if self.cache is None:
+            return self._new_blocks_of(documents, limit, progress)
+        facts = self.cache_facts(limit)
+        keys = {name: document_key(one, facts) for name, one in documents.items() if not is_image(one)}
+        kept = {name: adapter for name, key in keys.items() if (adapter := self.cache.read(key)) is not None}
+        missing = {name: one for name, one in documents.items() if name not in kept}
+        new = self._new_blocks_of(missing, limit, progress) if missing else {}
+        for name in new.keys() & keys.keys():
+            self.cache.write(keys[name], self.adapter_of(new[name], bias=False))
+        read = {name: [replace(block, document=name) for block in adapter.blocks] for name, adapter in kept.items()}
+        return {name: (new | read)[name] for name in documents}
+
+    def cache_facts(self, chunk_tokens: int) -> dict[str, Any]:
+        """What a document's blocks depend on beside its text: models, their precision and device, cutting, batches."""
+        encoder, own = self.encoder.model, next(self.hypernetwork.parameters())
+        return {
+            "base_model": self.base_key,
+            "encoder": None if encoder is self.base_model else Fingerprint().key(encoder),
+            "hypernetwork": self.hypernetwork_key,
+            "config": self.config.to_dict(),
+            "tokenizer": tokenizer_fingerprint(self.encoder_tokenizer),
+            "precision": [str(one.dtype) for one in (self.base_model, encoder, own)],
+            "device": [one.device.type for one in (self.base_model, encoder, own)],
+            "chunk_tokens": int(chunk_tokens),
+            "batches": [self.chunk_batch, self.batch_tokens, self.iterative],
+        }
+
+    def _new_blocks_of(self, documents: dict[str, Document], limit: int, progress: _Progress) -> dict[str, list[Block]]:
+        """The blocks of each named document, computed."""
         tokenizer = self.encoder_tokenizer
         images = {name: self._image_inputs(one, name) for name, one in documents.items() if is_image(one)}
         texts = {name: one for name, one in documents.items() if name not in images}

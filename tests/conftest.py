@@ -51,6 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for share in shares for item in share]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_adapter_cache(tmp_path_factory) -> None:
+    """Commands keep adapters in a folder of this run."""
+    os.environ["D2L_ADAPTER_CACHE"] = str(tmp_path_factory.mktemp("adapters"))
+
+
 @pytest.fixture(scope="session")
 def golden_root() -> Path:
     """The folder of the recorded reference values."""
