@@ -143,7 +143,7 @@ def test_the_least_recently_used_leave_first(model):
     model.internalize(oldest)  # used again
     model.cache.limit_bytes = 3 * size + 10
     model.internalize(texts[3])
-    assert {file.path for file in model.cache.files()} == {first, third, by_text[texts[3]]}, not the second
+    assert {file.path for file in model.cache.files()} == {first, third, by_text[texts[3]]}
     model.cache.limit_bytes = 100
     model.internalize(texts[3] + " Yes.")
     assert len(model.cache.files()) == 3, "what is larger than the limit is not kept, and drives nothing out"

@@ -68,7 +68,7 @@ def test_every_command_and_every_study_is_among_them():
 def test_a_command_that_is_not_there(capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(["none"])
-    assert stopped.value.code == 2 and "there are ask, internalize, train" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "there are ask, internalize, cache, train" in capsys.readouterr().err
     assert command.main([]) == 2
 
 
