@@ -13,6 +13,7 @@ import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class AdapterCache:
     """Files of adapters, one to a document; when they are too many, the least recently used leave first.
 
     folder: None is $D2L_ADAPTER_CACHE, else .cache/adapters beside the package.
-    limit_bytes: of all files together. An adapter that is larger is not kept.
+    limit_bytes: of all files together. An adapter that is larger is not kept, with a warning.
 
     Files are complete or absent, also with several writers. Files of others are neither replaced nor deleted: the
     cache's own have a hash as their name, and the same hash inside.
@@ -79,7 +80,7 @@ class AdapterCache:
             notes = safetensors_metadata(path) or {}
             if notes.get(_NOTE) != key:
                 raise ValueError(f"{path} was not written by the cache")
-            if notes.get("sha256") != _checksum(adapter):
+            if notes.get("crc32") != _checksum(adapter):
                 raise ValueError(f"{path} holds other numbers than were written")
             os.utime(path)
         except FileNotFoundError:
@@ -90,12 +91,16 @@ class AdapterCache:
         return adapter
 
     def write(self, key: str, adapter: Adapter) -> None:
-        """Keep an adapter under this key. A write that fails (a full disk, a file of others) is a warning."""
+        """Keep an adapter under this key. A warning says why it was not: a full disk, a file of others, the limit."""
         if adapter.nbytes > self.limit_bytes:
+            size, limit = adapter.nbytes / 1e6, self.limit_bytes / 1e6
+            advice = "AdapterCache(limit_bytes=...) sets another limit"
+            what = f"one of {size:,.1f} MB, its limit is {limit:,.1f} MB; {advice}"
+            warnings.warn(f"the cache of adapters does not keep {what}", stacklevel=2)
             return
         path = self.path(key)
         try:
-            adapter.save(path, notes={_NOTE: key, "sha256": _checksum(adapter)})
+            adapter.save(path, notes={_NOTE: key, "crc32": _checksum(adapter)})
             self._trim(path)
         except OSError as error:
             warnings.warn(f"the cache of adapters could not keep one: {error}", stacklevel=2)
@@ -143,12 +148,13 @@ def _is_own(path: Path) -> bool:
 
 
 def _checksum(adapter: Adapter) -> str:
-    """A hash of all numbers of the blocks; a shared tensor counts once."""
-    digest, seen = hashlib.sha256(), set()
+    """A sum over all numbers of the blocks, which shows damage; a shared tensor counts once."""
+    total, seen = 0, set()
     for block in adapter.blocks:
         for side in (block.A, block.B):
             for module in sorted(side):
                 if id(side[module]) not in seen:
                     seen.add(id(side[module]))
-                    digest.update(side[module].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+                    numbers = side[module].detach().cpu().contiguous().flatten()
+                    total = zlib.crc32(numbers.view(torch.uint8).numpy(), total)
+    return f"{total:08x}"

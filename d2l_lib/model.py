@@ -142,6 +142,7 @@ class DocToLoRA:
         self._evaluating = 0  # how many threads internalize now
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
+        self._tokenizer_key: tuple[tuple, str] = ((), "")  # (what it was taken of, the fingerprint)
         self.window = window_of(base_model)
         on_cpu = self.device.type == "cpu"
         self.chunk_batch, self.batch_tokens = (12, 288) if on_cpu else (8, 8192)
@@ -278,12 +279,20 @@ class DocToLoRA:
             "encoder": None if encoder is self.base_model else Fingerprint().key(encoder),
             "hypernetwork": self.hypernetwork_key,
             "config": self.config.to_dict(),
-            "tokenizer": tokenizer_fingerprint(self.encoder_tokenizer),
+            "tokenizer": self._encoder_tokenizer_key(),
             "precision": [str(one.dtype) for one in (self.base_model, encoder, own)],
             "device": [one.device.type for one in (self.base_model, encoder, own)],
             "chunk_tokens": int(chunk_tokens),
             "batches": [self.chunk_batch, self.batch_tokens, self.iterative],
         }
+
+    def _encoder_tokenizer_key(self) -> str:
+        """The fingerprint of the encoder's tokenizer; it is taken anew (0.4 s) where its size or template changed."""
+        tokenizer = self.encoder_tokenizer
+        state = (tokenizer, len(tokenizer), tokenizer.chat_template)
+        if self._tokenizer_key[0] != state:
+            self._tokenizer_key = state, tokenizer_fingerprint(tokenizer)
+        return self._tokenizer_key[1]
 
     def _new_blocks_of(self, documents: dict[str, Document], limit: int, progress: _Progress) -> dict[str, list[Block]]:
         """The blocks of each named document, computed."""
