@@ -465,6 +465,24 @@ class Adapter:
 
         return {m: (stack("A", m, d_in), stack("B", m, d_out)) for m, (d_in, d_out) in self.sizes.items()}
 
+    def keys_of(self, layer: int) -> dict[str, Tensor]:
+        """{module: A of one layer [K, r, d_in]} of the K blocks without their weights, as in `stacked`.
+
+        Built once and kept, K * r * d_in numbers a module; views of `stacked` where that is there. Do not change them.
+        """
+        if "stacked" in self.__dict__:
+            return {module: A[layer] for module, (A, _) in self.stacked.items()}
+        self.check_summed()
+        kept = self.__dict__.setdefault("_keys", {})
+        if layer not in kept:
+            rank = max((block.rank for block in self.blocks), default=0)
+            kept[layer] = {}
+            for module, (d_in, _) in self.sizes.items():
+                whole = [block.A[module][layer] for block in self.blocks]
+                padded = [torch.nn.functional.pad(one, (0, 0, 0, rank - len(one))) for one in whole]
+                kept[layer][module] = torch.stack(padded) if padded else torch.zeros(0, rank, d_in)
+        return kept[layer]
+
     def compressed(self, rank: int) -> Adapter:
         """The best approximation of the summed update (bias included) of at most this rank, as one block.
 

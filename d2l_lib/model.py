@@ -55,7 +55,7 @@ from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, Loras
 from d2l_lib.lora import apply_lora, noted_adapter, without_lora
 from d2l_lib.reading import Reading, read_sparsely
-from d2l_lib.routing import Gate, route
+from d2l_lib.routing import SHORTLIST, Gate, route_prompts
 from d2l_lib.row_reading import RowReading, read_rows
 from d2l_lib.token_rows import TokenRows
 
@@ -607,6 +607,7 @@ class DocToLoRA:
         max_new_tokens: int = 64,
         system: str = "",
         blocks: int | None = None,
+        shortlist: int | None = SHORTLIST,
         read: _Read = None,
         stream: Callable[[str], None] | None = None,
     ) -> str | list[str]:
@@ -616,7 +617,10 @@ class DocToLoRA:
         max_new_tokens: the longest answer. It ends earlier at the end of its turn, or of the window.
         system: the text of a system turn before the question.
         blocks: how many blocks answer, the most relevant to each question (None: all). That keeps out the noise of the
-            others and costs a forward pass per block (see `routing`).
+            others (see `routing`).
+        shortlist: of how many blocks the most relevant is chosen, those whose keys respond most in one pass of the
+            question. The keys of one layer are kept in one piece with the adapter (10,000 blocks of `tiny/qa`: 164 MB).
+            None tries every block, with a row of a forward pass for each.
         read: "sum", the published sum of the blocks. "sparse", the matching block at each token, in one pass (see
             `reading`), as `model.reading` says. Or a Reading. Left out: as the adapter applied around, else the sum.
         stream: called as stream(text so far) after each token of the answer to a single question. An error that it
@@ -646,16 +650,17 @@ class DocToLoRA:
                 f"{len(questions)} question(s) but {len(per_row)} adapters: give one adapter for all, or one per "
                 "question (a + b puts several documents into one adapter)"
             )
-        if blocks is not None or len(questions) > self.answer_batch:  # else the one batch checks them
+        checked = blocks is not None or len(questions) > self.answer_batch  # else the one batch checks them
+        if checked:
             self._check_adapters(list({id(one): one for one in per_row}.values()))
         if blocks is not None and self.writes_rows:
             raise ValueError("rows of all blocks are read by attention, which chooses by itself: leave blocks out")
         if blocks is not None:
-            per_row = route(self, questions, per_row, blocks, system=system)
+            per_row = route_prompts(self, prompts, per_row, blocks, shortlist=shortlist)
         answers: list[str] = []
         for start in range(0, len(questions), self.answer_batch):
             batch = slice(start, start + self.answer_batch)
-            answers += self._answer_batch(prompts[batch], per_row[batch], max_new_tokens, reading, stream)
+            answers += self._answer_batch(prompts[batch], per_row[batch], max_new_tokens, reading, stream, checked)
         return answers[0] if single else answers
 
     def _answer_batch(
@@ -665,11 +670,13 @@ class DocToLoRA:
         max_new_tokens: int,
         reading: Reading | None,
         stream: Callable[[str], None] | None = None,
+        checked: bool = False,
     ) -> list[str]:
-        """Greedy answers of one left-padded batch. stream: as of `answer`."""
+        """Greedy answers of one left-padded batch. stream: as of `answer`. checked: as of `_with_applied`."""
         limits = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
         several = any(one is not adapters[0] for one in adapters)
-        with self._with_applied(adapters if several else adapters[0], shared=False, reading=reading):
+        one_or_more, options = adapters if several else adapters[0], {"reading": reading, "checked": checked}
+        with self._with_applied(one_or_more, shared=False, **options):
             return greedy_texts(self.base_model, self.tokenizer, prompts, limits, stream)
 
     @torch.no_grad()

@@ -1,14 +1,15 @@
 """Which blocks a question is about, so that few of many blocks answer.
 
-    question -> the base model with one block at a time -> relevance of each block -> an adapter of the most relevant
+    question -> one pass with the bias alone -> key scores of all blocks -> a shortlist
+    shortlist -> a pass with each of its blocks alone -> relevance -> an adapter of the most relevant
 
-A sum of many blocks carries the noise of all of them. With one block at a time, the model itself shows which one
-matters. A block that holds nothing about a question does not change the first token of the answer. A block that holds
-something similar changes it with doubts. Routing needs no training and adds nothing to an adapter. It costs one short
-forward pass per block and question.
+A sum of many blocks carries the noise of all of them. `key_scores` needs one pass for all blocks: how strongly the keys
+A of each respond to the inputs of the last layer. It ranks blocks, but does not tell whether any of them holds an
+answer. With one block at a time, the model itself shows it (`relevance`). A block that holds nothing about a question
+does not change the first token of the answer. A block that holds something similar changes it with doubts.
 
-`key_scores` needs one pass for all blocks: how strongly the keys A of each respond to the inputs of the last layer. It
-ranks blocks too, but does not tell whether any of them holds an answer.
+Routing needs no training and adds nothing to an adapter. What it costs does not grow with the number of blocks, but for
+one product with the keys of one layer.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 2048  # of questions, one copy per block
 _SHUT = 50.0  # nats: a null block that stops everything
+SHORTLIST = 8  # blocks whose relevance is measured, where an adapter holds more
 SHARE = 0.3  # of the divergence in a block's relevance; `studies.routing_shares` measures others
 
 
@@ -66,62 +68,121 @@ def relevance(
       less that of the best other token. It is positive where the block changes the token, and large where it leaves no
       doubt. A block about something similar changes it as much, but with doubts.
 
-    adapters: one per question; questions on one adapter are cheapest in one call.
+    Every block is tried, with a row of a forward pass for each.
+
+    adapters: one per question.
     share: infinity takes the divergence alone.
 
     ValueError unless there are as many adapters as questions.
     """
     both = leads_and_divergences(model, questions, adapters, system=system)
-    return [divergence if math.isinf(share) else lead + share * divergence for lead, divergence in both]
+    return [_together(*parts, share) for parts in both]
 
 
 def leads_and_divergences(
-    model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter], *, system: str = ""
+    model: DocToLoRA,
+    questions: Sequence[str],
+    adapters: Sequence[Adapter],
+    *,
+    shortlist: int | None = None,
+    system: str = "",
 ) -> list[tuple[Tensor, Tensor]]:
-    """The two parts of `relevance`: (lead, divergence) of each block, two tensors [n_blocks] per question."""
+    """The two parts of `relevance`: (lead, divergence) of each block, two tensors [n_blocks] per question.
+
+    shortlist: only so many blocks are tried, those of the largest `key_scores`; the others have minus infinity (None:
+        every block is tried).
+    """
+    if shortlist is not None:
+        check_count(shortlist, "shortlist")
+    prompts = _checked_prompts(model, questions, adapters, system)
+    return _measures(model, prompts, adapters, shortlist)
+
+
+def _together(lead: Tensor, divergence: Tensor, share: float = SHARE) -> Tensor:
+    """Relevance of its two parts."""
+    return divergence if math.isinf(share) else lead + share * divergence
+
+
+def _checked_prompts(
+    model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter | None], system: str
+) -> list[list[int]]:
+    """The questions' token ids, after a check of them and of each adapter, once."""
     questions = check_texts(questions, "questions")
     if len(questions) != len(adapters):
         raise ValueError(f"{len(questions)} questions but {len(adapters)} adapters: give one adapter per question")
-    prompts = question_ids(model.tokenizer, list(questions), system)
-    measures = [(torch.zeros(0), torch.zeros(0))] * len(questions)
-    together: dict[int, list[int]] = {}
-    for place, adapter in enumerate(adapters):
-        together.setdefault(id(adapter), []).append(place)
-    for places in together.values():
-        adapter = adapters[places[0]]
-        model._check_adapters([adapter])  # once for all of its blocks
-        before = _first_token(model, [prompts[place] for place in places], [replace(adapter, blocks=())])
-        at_once = max(1, TOKENS_AT_ONCE // max(len(prompts[place]) for place in places))
-        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in places]
-        for start in range(0, len(adapter.blocks), at_once):
-            alone = [replace(adapter, blocks=(block,)) for block in adapter.blocks[start : start + at_once]]
-            changed = _first_token(model, [prompts[place] for place in places], alone)
-            for part, (none,), each in zip(parts, before, changed, strict=True):
-                part.append((_lead(none, each), (each.exp() * (each - none)).sum(-1).clamp(min=0.0)))
-        for place, part in zip(places, parts, strict=True):
-            if part:
-                leads, divergences = zip(*part, strict=True)
-                measures[place] = torch.cat(leads), torch.cat(divergences)
+    distinct = list({id(one): one for one in adapters if one is not None}.values())
+    model._check_adapters(distinct)
+    for one in distinct:
+        one.check_summed()
+    return question_ids(model.tokenizer, list(questions), system)
+
+
+@torch.no_grad()
+def _measures(
+    model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter], shortlist: int | None
+) -> list[tuple[Tensor, Tensor]]:
+    """`leads_and_divergences` of token ids and checked adapters."""
+    none, tried = [], []  # log-probabilities with the bias alone; places of the blocks to try
+    for start in range(0, len(prompts), model.answer_batch):
+        batch = slice(start, start + model.answer_batch)
+        log_probs, inputs = _bias_pass(model, prompts[batch], adapters[batch])
+        none += log_probs
+        scores = None
+        for row, adapter in enumerate(adapters[batch]):
+            places = list(range(len(adapter.blocks)))
+            if shortlist is not None and shortlist < len(places):
+                scores = _scores_of_batch(model, adapters[batch], inputs) if scores is None else scores
+                places = scores[row].topk(shortlist).indices.sort().values.tolist()
+            tried.append(places)
+    measures = [tuple(torch.full((len(one.blocks),), -math.inf) for _ in range(2)) for one in adapters]
+    pairs = [(i, place) for i, places in enumerate(tried) for place in places]
+    pairs.sort(key=lambda pair: -len(prompts[pair[0]]))  # the least padding
+    while pairs:
+        most = max(1, TOKENS_AT_ONCE // len(prompts[pairs[0][0]]))
+        now, pairs = pairs[:most], pairs[most:]
+        alone = [adapters[i]._with(blocks=(adapters[i].blocks[place],)) for i, place in now]
+        each = _last_token(model, [prompts[i] for i, _ in now], alone)
+        before = torch.stack([none[i] for i, _ in now])
+        leads, divergences = _lead(before, each), (each.exp() * (each - before)).sum(-1).clamp(min=0.0)
+        for (i, place), lead, divergence in zip(now, leads, divergences, strict=True):
+            measures[i][0][place], measures[i][1][place] = lead, divergence
     return measures
 
 
 def _lead(none: Tensor, each: Tensor) -> Tensor:
-    """See `relevance`; log-probabilities none [vocabulary], each [n_blocks, vocabulary] -> [n_blocks]."""
-    others = each.index_fill(-1, none.argmax(-1), -torch.inf)
+    """See `relevance`; log-probabilities none [rows, vocabulary], each [rows, vocabulary] -> [rows]."""
+    others = each.scatter(-1, none.argmax(-1, keepdim=True), -torch.inf)
     first, choice = others.max(-1)
     return first - each.scatter(-1, choice.unsqueeze(-1), -torch.inf).amax(-1)
 
 
-@torch.no_grad()
-def _first_token(model: DocToLoRA, prompts: Sequence[list[int]], adapters: list[Adapter]) -> list[Tensor]:
-    """Log-probabilities [adapters, vocabulary] of the token after each prompt, with each adapter."""
-    results = []
-    with model._with_applied(adapters, shared=True, checked=True):
-        for ids in prompts:
-            rows = torch.tensor([ids] * len(adapters), device=model.device)
-            logits = model.base_model(rows, use_cache=False, logits_to_keep=1).logits[:, -1]
-            results.append(torch.log_softmax(logits.float(), -1).cpu())
-    return results
+def _last_token(model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter]) -> Tensor:
+    """Log-probabilities [rows, vocabulary] of the token after each prompt, with its adapter."""
+    ids, mask = (one.to(model.device) for one in pad_rows(prompts, pad_id_of(model.tokenizer), side="left"))
+    padding = {} if mask.all() else {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    with model._with_applied(list(adapters), shared=True, checked=True):
+        logits = model.base_model(ids, use_cache=False, logits_to_keep=1, **padding).logits[:, -1]
+    return torch.log_softmax(logits.float(), -1).cpu()
+
+
+def _bias_pass(
+    model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One pass with the bias alone: (log-probabilities [rows, vocabulary] of the next token, {module: [rows, d_in]}).
+
+    The second are the inputs of the target linears at the last token of each prompt, in the last layer that reads.
+    """
+    biases = {id(one): one._with(blocks=()) for one in adapters}
+    inputs: dict[str, Tensor] = {}
+    modules = sorted({module for one in adapters for module in one.sizes})
+    with ExitStack() as stack:
+        for module, linears in target_linears(model.base_model, modules).items():
+
+            def keep(_, arguments, module=module):
+                inputs[module] = arguments[0][:, -1]
+
+            stack.enter_context(hooked(linears[_last_layer(model)].register_forward_pre_hook, keep))
+        return _last_token(model, prompts, [biases[id(one)] for one in adapters]), inputs
 
 
 @torch.no_grad()
@@ -132,25 +193,20 @@ def key_scores(
 
     score = |A_k x|, with x the input of the target linears at the last token of the prompt, in the last layer that
     reads (see `reading`). One pass of the question with the bias alone gives x. Weights of blocks do not count, but a
-    block of weight 0 scores 0. A pass of many questions serves adapters of any size; their stacked keys are kept
-    (`Adapter.stacked`).
+    block of weight 0 scores 0. Questions of a batch that share an adapter share one product with its keys.
+
+    Memory: the keys of that layer in one piece, made once and kept with the adapter (`Adapter.keys_of`): a block of
+    `tiny/qa` takes 16 kB, 10,000 blocks 164 MB.
 
     adapters: one per question.
 
     ValueError unless there are as many adapters as questions.
     """
-    questions = check_texts(questions, "questions")
-    if len(questions) != len(adapters):
-        raise ValueError(f"{len(questions)} questions but {len(adapters)} adapters: give one adapter per question")
-    prompts = question_ids(model.tokenizer, list(questions), system)
-    model._check_adapters(list({id(one): one for one in adapters}.values()))
-    biases = {id(one): replace(one, blocks=()) for one in adapters}
+    prompts = _checked_prompts(model, questions, adapters, system)
     scores: list[Tensor] = []
     for start in range(0, len(prompts), model.answer_batch):
         batch = slice(start, start + model.answer_batch)
-        inputs = _last_inputs(model, prompts[batch], [biases[id(one)] for one in adapters[batch]])
-        for row, adapter in enumerate(adapters[batch]):
-            scores.append(_key_norms(adapter, {module: x[row] for module, x in inputs.items()}, _last_layer(model)))
+        scores += _scores_of_batch(model, adapters[batch], _bias_pass(model, prompts[batch], adapters[batch])[1])
     return scores
 
 
@@ -158,35 +214,30 @@ def _last_layer(model: DocToLoRA) -> int:
     return model.reading.layers_of(model.config.n_layers)[-1]
 
 
-def _last_inputs(model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """{module: [rows, d_in]}: its inputs at the last token of each prompt, in the last layer that reads."""
-    ids, mask = (one.to(model.device) for one in pad_rows(prompts, pad_id_of(model.tokenizer), side="left"))
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    inputs: dict[str, Tensor] = {}
-    modules = sorted({module for one in adapters for module in one.sizes})
-    with ExitStack() as stack:
-        stack.enter_context(model._with_applied(list(adapters), shared=True, checked=True))
-        for module, linears in target_linears(model.base_model, modules).items():
-
-            def keep(_, arguments, module=module):
-                inputs[module] = arguments[0][:, -1]
-
-            stack.enter_context(hooked(linears[_last_layer(model)].register_forward_pre_hook, keep))
-        model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
-    return inputs
+def _scores_of_batch(model: DocToLoRA, adapters: Sequence[Adapter], inputs: dict[str, Tensor]) -> list[Tensor]:
+    """`key_scores` [n_blocks] of each row; inputs: {module: [rows, d_in]}."""
+    rows_of: dict[int, list[int]] = {}
+    for row, adapter in enumerate(adapters):
+        rows_of.setdefault(id(adapter), []).append(row)
+    scores = [torch.zeros(0)] * len(adapters)
+    for rows in rows_of.values():
+        if adapters[rows[0]].blocks:
+            own = {module: x[rows] for module, x in inputs.items()}
+            for row, score in zip(rows, _key_norms(adapters[rows[0]], own, _last_layer(model)), strict=True):
+                scores[row] = score
+    return scores
 
 
 def _key_norms(adapter: Adapter, inputs: dict[str, Tensor], layer: int) -> Tensor:
-    """|A_k x| of every block [n_blocks], over all modules of one layer."""
-    if not adapter.blocks:
-        return torch.zeros(0)
+    """|A_k x| of every block [rows, n_blocks], over all modules of one layer."""
     squares = []
-    for module, (A, _) in adapter.stacked.items():
-        keys = A[layer]  # [K, r, d_in]
-        products = keys.flatten(0, 1) @ inputs[module].to(keys)
-        squares.append(products.view(keys.shape[:2]).float().square().sum(-1))
-    weights = torch.tensor([block.weight for block in adapter.blocks])
-    return torch.stack(squares).sum(0).sqrt().cpu().masked_fill(weights == 0, 0.0)
+    for module, keys in adapter.keys_of(layer).items():  # [K, r, d_in]
+        products = keys.flatten(0, 1) @ inputs[module].to(keys).T  # [K r, rows]
+        squares.append(products.float().square_().unflatten(0, keys.shape[:2]).sum(1))
+    silent = [place for place, block in enumerate(adapter.blocks) if block.weight == 0]
+    norms = torch.stack(squares).sum(0).sqrt().T.cpu().contiguous()
+    norms[:, silent] = 0.0
+    return norms
 
 
 @torch.no_grad()
@@ -260,35 +311,58 @@ def route(
     blocks: int = 1,
     *,
     least: float | None = None,
+    shortlist: int | None = SHORTLIST,
     system: str = "",
 ) -> list[Adapter | None]:
     """For each question the bias and the most relevant `blocks` of its adapter (see `relevance`), in their order.
 
     blocks: how many.
     least: nats that a block must reach (None: `model.least_relevance`). If none does, the bias alone answers.
+    shortlist: how many blocks are tried, those of the largest `key_scores`, and no fewer than `blocks` (None: every
+        block, with a row of a forward pass for each). Adapters with no more blocks come out the same either way.
 
     None comes back unchanged; so does an adapter with no more than `blocks` if `least` is minus infinity.
     """
+    prompts = _checked_prompts(model, questions, adapters, system)
+    return route_prompts(model, prompts, adapters, blocks, least=least, shortlist=shortlist)
+
+
+def route_prompts(
+    model: DocToLoRA,
+    prompts: Sequence[list[int]],
+    adapters: Sequence[Adapter | None],
+    blocks: int,
+    *,
+    least: float | None = None,
+    shortlist: int | None = SHORTLIST,
+) -> list[Adapter | None]:
+    """`route` of token ids and checked adapters."""
     check_count(blocks, "blocks")
-    questions = check_texts(questions, "questions")
+    if shortlist is not None:
+        check_count(shortlist, "shortlist")
+        shortlist = max(shortlist, blocks)
     least = model.least_relevance if least is None else least
     many = [
         place
         for place, adapter in enumerate(adapters)
         if adapter is not None and (len(adapter.blocks) > blocks or (least > -math.inf and adapter.blocks))
     ]
-    scores = relevance(model, [questions[i] for i in many], [adapters[i] for i in many], system=system)
+    measures = _measures(model, [prompts[i] for i in many], [adapters[i] for i in many], shortlist)
     routed = list(adapters)
-    for place, score in zip(many, scores, strict=True):
-        routed[place] = most_relevant(adapters[place], score, blocks, least)
+    for place, parts in zip(many, measures, strict=True):
+        routed[place] = most_relevant(adapters[place], _together(*parts), blocks, least)
     return routed
 
 
 def most_relevant(adapter: Adapter, scores: Tensor, blocks: int, least: float = -math.inf) -> Adapter:
     """The adapter with only its `blocks` of highest score [n_blocks], in their order, each at least `least`."""
-    best = scores.argsort(descending=True, stable=True)[:blocks].tolist()
+    if len(scores) > blocks:  # sort few of many
+        high = (scores >= scores.topk(blocks).values[-1]).nonzero().flatten()
+    else:
+        high = torch.arange(len(scores))
+    best = high[scores[high].argsort(descending=True, stable=True)[:blocks]].tolist()
     kept = sorted(block for block in best if scores[block] >= least)
-    return replace(adapter, blocks=tuple(adapter.blocks[block] for block in kept))
+    return adapter._with(blocks=tuple(adapter.blocks[block] for block in kept))
 
 
 def gated(
@@ -298,6 +372,7 @@ def gated(
     *,
     least: float | None = None,
     blocks: int | None = 1,
+    shortlist: int | None = SHORTLIST,
     system: str = "",
 ) -> list[Adapter | None]:
     """The adapter to answer each question with, for `model.answer`; None, the base model, if no block is relevant.
@@ -307,6 +382,7 @@ def gated(
         knows, even if a document contradicts it: pass `least` for documents that should override.
     blocks: how many of the relevant blocks answer, the most relevant, with the bias. None: the whole adapter answers if
         any block is relevant.
+    shortlist: how many blocks are tried, as of `route`.
 
     ValueError unless there is one adapter for all questions, or one per question.
     """
@@ -321,7 +397,11 @@ def gated(
             f"{len(questions)} questions but {len(per_question)} adapters: give one for all or one per question"
         )
     places = [place for place, adapter in enumerate(per_question) if adapter is not None]
-    scores = relevance(model, [questions[i] for i in places], [per_question[i] for i in places], system=system)
+    if shortlist is not None and blocks is not None:
+        shortlist = max(shortlist, blocks)
+    of_places = [questions[i] for i in places], [per_question[i] for i in places]
+    measures = leads_and_divergences(model, *of_places, shortlist=shortlist, system=system)
+    scores = [_together(*parts) for parts in measures]
     thresholds = [least] * len(places)
     if gate is not None:
         stricter = [max(least, gate.least(len(score))) for score in scores]

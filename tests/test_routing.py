@@ -12,9 +12,11 @@ from d2l_lib.base_model import target_linears
 from d2l_lib.documents import question_ids
 from d2l_lib.reading import answer_reads
 from d2l_lib.routing import (
+    SHORTLIST,
     _lead,
     conformal_threshold,
     key_scores,
+    leads_and_divergences,
     most_relevant,
     null_margins,
     relevance,
@@ -109,7 +111,7 @@ def test_a_block_that_answers_surely_beats_one_that_changes_as_much_with_doubts(
     torn = torch.tensor([0.001, 0.54, 0.459]).log()
     same = torch.tensor([0.98, 0.01, 0.01]).log()
     none = torch.tensor([0.90, 0.05, 0.05]).log()
-    leads = _lead(none, torch.stack([sure, torn, same]))
+    leads = _lead(none.expand(3, 3), torch.stack([sure, torn, same]))
     expected = [math.log(0.99 / 0.009), math.log(0.54 / 0.459), math.log(0.01 / 0.98)]
     torch.testing.assert_close(leads, torch.tensor(expected))
 
@@ -153,6 +155,67 @@ def test_answer_with_blocks_is_the_answer_of_the_routed_adapter(model, adapter, 
     routed = route(model, texts, [adapter] * len(texts), 1)
     assert model.answer(texts, adapter, blocks=1) == model.answer(texts, routed)
     assert model.answer(texts[0], adapter, blocks=1) == model.answer(texts[0], routed[0])
+
+
+def test_a_shortlist_that_holds_all_blocks_answers_like_every_block_tried(model, adapter, document):
+    texts = [question.text for question in asked(document)]
+    texts += [question.text for question in world.encyclopedia_questions(random.Random(0), 4)]
+    eight = adapter.only(chunk=range(SHORTLIST))
+    assert model.answer(texts, eight, blocks=1) == model.answer(texts, eight, blocks=1, shortlist=None)
+    some, every = (route(model, texts, [eight] * len(texts), 2, shortlist=most) for most in (SHORTLIST, None))
+    assert some == every and {len(one.blocks) for one in some} > {0}
+
+
+def test_only_the_blocks_of_the_largest_key_scores_are_tried(model, adapter, document):
+    texts = [question.text for question in asked(document, 4)]
+    many = [adapter] * len(texts)
+    everywhere = leads_and_divergences(model, texts, many)
+    for score, (lead, divergence), (whole, whole_divergence) in zip(
+        key_scores(model, texts, many), leads_and_divergences(model, texts, many, shortlist=3), everywhere, strict=True
+    ):
+        tried = score.argsort(descending=True)[:3]
+        assert lead.isfinite().nonzero().flatten().tolist() == sorted(tried.tolist())
+        torch.testing.assert_close(lead[tried], whole[tried], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(divergence[tried], whole_divergence[tried], rtol=1e-4, atol=1e-4)
+        assert divergence.isfinite().sum() == 3
+    (best,) = route(model, texts[:1], many[:1], least=-math.inf, shortlist=1)
+    assert best == route_by_keys(model, texts[:1], many[:1])[0], "a shortlist of one is the choice of the keys"
+    (five,) = route(model, texts[:1], many[:1], 5, least=-math.inf, shortlist=1)
+    assert len(five.blocks) == 5, "the shortlist is no shorter than what answers"
+    assert route(model, texts[:1], many[:1], least=math.inf)[0].blocks == (), "no block where none reaches the least"
+    with pytest.raises(ValueError, match="shortlist"):
+        model.answer(texts, adapter, blocks=1, shortlist=0)
+
+
+def test_many_blocks_take_as_many_rows_as_few(model, adapter, document, monkeypatch):
+    question, rows = asked(document, 1)[0].text, []
+    embeddings = model.base_model.get_input_embeddings()
+    handle = embeddings.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    checks = []
+    monkeypatch.setattr(type(model), "_check_adapter", lambda self, one, keys=None: checks.append(len(one.blocks)))
+    try:
+        for size in (9, len(adapter.blocks)):
+            one = replace(adapter, blocks=adapter.blocks[:size])
+            route(model, [question], [one])
+            assert rows == [1, SHORTLIST] and checks == [size], "each adapter is checked once, its blocks are not"
+            rows.clear(), checks.clear()
+        route(model, [question], [adapter], shortlist=None)
+        assert rows == [1, len(adapter.blocks)]
+        checks.clear()
+        model.answer([question] * 3, adapter, blocks=1)
+        assert checks == [len(adapter.blocks)]
+    finally:
+        handle.remove()
+
+
+def test_keys_of_a_layer_are_those_of_the_blocks_and_kept(adapter):
+    fresh = replace(adapter)
+    keys = fresh.keys_of(2)["down_proj"]
+    for block, own in zip(adapter.blocks, keys, strict=True):
+        assert torch.equal(own, block.A["down_proj"][2])
+    assert fresh.keys_of(2)["down_proj"] is keys and "stacked" not in vars(fresh)
+    assert torch.equal(fresh.stacked["down_proj"][0][2], fresh.keys_of(2)["down_proj"])
+    assert fresh.keys_of(2)["down_proj"].data_ptr() == fresh.stacked["down_proj"][0][2].data_ptr(), "no second copy"
 
 
 def test_bad_numbers_are_named(model, adapter):
