@@ -248,14 +248,14 @@ class RowsPreset(Schedule):
 
     latent_size, n_blocks, n_heads, dropout: of its mixing layers.
     encoder_layers: the base model's states that it reads; the embeddings (0) come first.
-    reader_layers, reader_rank: the upper layers with a low-rank update; all but these are computed once.
-    row_layers: the layer whose tokens look for their like, and the last, which writes words.
-    longest_passage: in tokens.
+    row_layers: the layer whose tokens look for their like, and the last, which writes words; all below the first of
+        them is computed once.
+    reader_layers, reader_rank: the layers above that one with a low-rank update.
+    longest_passage: in tokens. generated: questions of a data set that is generated.
     passages: of a batch. validation: passages that are never learned.
     together_share: batches whose passages are one memory.
-    unrelated_share: questions with another one's passage.
-    match_weight, null_weight, keep_weight, head_weight: of the losses; the last two count after `head_from` of the
-        steps.
+    others: prompts about something else in a batch.
+    match_weight, gate_weight: of the losses. first_weight: of the first token of an answer, in its loss.
     """
 
     latent_size: int = 384
@@ -263,19 +263,18 @@ class RowsPreset(Schedule):
     n_heads: int = 6
     dropout: float = 0.2
     encoder_layers: tuple[int, ...] = (0, 6, 14, 20)
-    reader_layers: tuple[int, ...] = (24, 25, 26, 27, 28, 29)
+    reader_layers: tuple[int, ...] = (25, 26, 27, 28, 29)
     reader_rank: int = 32
     row_layers: tuple[int, ...] = (24, 29)
     longest_passage: int = 200
+    generated: int = 4000
     passages: int = 16
-    validation: int = 60
-    together_share: float = 0.5
-    unrelated_share: float = 0.1
+    validation: int = 96
+    together_share: float = 0.35
+    others: int = 8
     match_weight: float = 0.2
-    null_weight: float = 0.5
-    keep_weight: float = 0.03
-    head_weight: float = 0.3
-    head_from: float = 0.85
+    gate_weight: float = 0.3
+    first_weight: float = 2.0
 
 
 SHARD_STAGES = ("self_generated", "chunked")  # stages on self-generated data
@@ -533,7 +532,7 @@ PRESETS |= {
     )
 }
 PRESETS["smollm2"] = replace(
-    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=340, learning_rate=1e-3, warmup_steps=40)
+    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=900, learning_rate=1e-3, warmup_steps=40)
 )
 
 

@@ -1,23 +1,24 @@
 """What reads token rows: the parts of a hypernetwork that act in the base model, the same for all documents.
 
-Two of the upper layers read rows, at the input x of their target linear. Both ask in the same way:
-
-    question's code   q = K (x / |x|)
-    logit             q.c_j of row j, whose code is c_j; null_key (x / |x|) + null_logit of reading nothing
-    share             p = softmax over the rows and the null row
+Two of the upper layers look at rows, at the input x of their target linear: u = x / |x|, q = K u, and row j with code
+c_j has the logit q.c_j.
 
 First the words of a question look for their like in the document (late interaction, as in ColBERT: Khattab and Zaharia
-2020, arXiv 2004.12832). This adds nothing to the model; it tells the last layer where to look:
+2020, arXiv 2004.12832). This adds nothing to the model; it tells whether to read, and where:
 
-    match layer   p(i, t) of token i, over the rows of role "context" of all tokens t
-    evidence      E(t) = sum over the tokens i so far of p(i, t); words that the document lacks go to the null row
-    nearness      s_k(t) = mean of E around t, weights exp(-distance / k), for k of SPREADS, inside t's chunk
-    last layer    logit of row j at token t: q.c_j + sum over k of weight_k log(1 + s_k(t) / FLOOR)
-                  y = W x + sum over j of p_j B_j: B_j writes a word (see `token_rows`)
+    match layer   p(i, t) of token i, over the rows of role "context" of all tokens t and a null row that stands for
+                  words which the document lacks, with the logit null_key u + null_logit: a softmax
+    evidence      E(t) = sum over the tokens i so far of p(i, t)
+    nearness      s_k(t) = log(1 + mean of E around t / FLOOR), weights exp(-distance / spread) before t, after t or on
+                  both sides, for each of NEAR, inside t's chunk
+    gate          open from the first token on with sum over k of gate_k max over t of s_k(t) > gate_bias; gate_k > 0
+    last layer    logit of row j at token t: q.c_j + sum over k of (weight_k + W_k u) s_k(t);  p = softmax over the rows
+                  y = W x + sum over j of p_j B_j where the gate is open: B_j writes a word (see `token_rows`)
 
-Tokens of the answer leave evidence too, so an answer goes on where it began. A low-rank update of all linears of the
-upper layers lets the frozen model ask better: it is the published bias block in another place, and acts only where an
-adapter is applied.
+Tokens of the answer leave evidence too, so an answer goes on where it began, and a gate that is open stays open. A
+low-rank update of all linears of the layers above the match layer lets the frozen model ask better: it is the published
+bias block in another place. It acts where the gate is open, so a question about something else gets the base model,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -33,27 +34,36 @@ from d2l_lib.base_model import decoder_body, decoder_layers, module_sizes, targe
 from d2l_lib.hypernetwork import HypernetworkConfig
 from d2l_lib.lora import without_lora
 
-SPREADS = (2.0, 8.0, 32.0)  # tokens
+NEAR = ((0.0, 0), (3.0, -1), (3.0, 1), (12.0, -1), (12.0, 1), (24.0, 0))  # tokens; -1: evidence before t, 1: after it
 FLOOR = 0.01  # evidence of one token that begins to count
-REACH = 64  # tokens to each side
+REACH = 48  # tokens to each side
+_STRIDE = 64  # places whose nearness one matrix product gives
+_FAST = 10.0  # single numbers learn so many times faster than matrices
 _Delta = tuple[nn.Linear, Callable[[Tensor], Tensor]]
 
 
 class RowReader(nn.Module):
-    """Key maps K and null rows of the two layers that read rows, weights of evidence, updates of the upper layers.
+    """Key maps K of the two layers that look at rows, the gate, weights of nearness, updates of the upper layers.
 
-    match_layer, last_layer: numbers of the base layers that read. lora_layers: those that are updated.
+    match_layer, last_layer: numbers of the base layers that look at rows. lora_layers: those that are updated.
+
+    ValueError where an updated layer is not above the match layer.
     """
 
     def __init__(self, config: HypernetworkConfig, n_roles: int):
         super().__init__()
         (self.match_layer, self.last_layer), self.lora_layers = config.row_layers, config.reader_layers
+        if min(self.lora_layers) <= self.match_layer:
+            raise ValueError(f"the gate is set in layer {self.match_layer}: only layers above it can have an update")
         (self.module,) = config.modules
         d, d_in, names = config.latent_size, config.d_in[self.module], [str(layer) for layer in config.row_layers]
         self.keys = nn.ParameterDict({name: nn.Parameter(torch.randn(d_in, d) / (3 * d) ** 0.5) for name in names})
-        self.null_keys = nn.ParameterDict({name: nn.Parameter(torch.zeros(d_in)) for name in names})
-        self.null_logits = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
-        self.evidence_scaler = nn.Parameter(torch.full((len(SPREADS), n_roles), 0.25))
+        self.null_key, self.null_logit = nn.Parameter(torch.zeros(d_in)), nn.Parameter(torch.zeros(()))
+        self.gate_scaler = nn.Parameter(torch.full((len(NEAR),), -1.0 / _FAST))  # before softplus
+        self.gate_bias = nn.Parameter(torch.tensor(4.0 / _FAST))
+        weights = torch.tensor([[0.0 if spread == 0 else 0.15] for spread, _ in NEAR])
+        self.evidence_scaler = nn.Parameter(weights.repeat(1, n_roles) / _FAST)
+        self.evidence_keys = nn.Parameter(torch.zeros(d_in, len(NEAR) * n_roles))
         n, r, sizes = len(self.lora_layers), config.reader_rank, config.reader_sizes
         self.lora_A = nn.ParameterDict(
             {module: nn.Parameter(torch.randn(n, r, d_in) / d_in**0.5) for module, (d_in, _) in sizes.items()}
@@ -62,52 +72,70 @@ class RowReader(nn.Module):
             {module: nn.Parameter(torch.zeros(n, r, d_out)) for module, (_, d_out) in sizes.items()}
         )
 
-    def asked(self, layer: int, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """(q [..., d], logit of the null row [...]) of x / |x| [..., d_in] at this layer."""
-        name = str(layer)
-        keys, null_key = self.keys[name].to(unit), self.null_keys[name].to(unit)
-        return unit @ keys, unit @ null_key + self.null_logits[name].to(unit)
+    def asked(self, layer: int, unit: Tensor) -> Tensor:
+        """q [..., d] of u [..., d_in] at this layer."""
+        return unit @ self.keys[str(layer)].to(unit)
 
-    def favour(self, evidence: Tensor, slots: Tensor | None = None) -> Tensor:
-        """[..., T, roles]: what evidence [..., T] adds to the logits of each token's rows of words.
+    def nothing(self, unit: Tensor) -> Tensor:
+        """[...]: the logit of the match layer's null row, of u [..., d_in]."""
+        return unit @ self.null_key.to(unit) + self.null_logit.to(unit)
 
-        slots: [T], the place of each token in a row with at least REACH free places between chunks (None: one chunk).
-        """
-        if slots is not None:
-            spaced = evidence.new_zeros(*evidence.shape[:-1], int(slots[-1]) + 1)
-            spaced[..., slots] = evidence
-            evidence = spaced
-        flat = evidence.reshape(-1, 1, evidence.shape[-1])
-        near = F.conv1d(flat, _kernels().to(flat), padding=REACH).unflatten(0, evidence.shape[:-1])  # [..., k, T]
-        near = near if slots is None else near[..., slots]
-        return torch.log1p(near / FLOOR).mT @ self.evidence_scaler.to(near)
+    def gate(self, nearness: Tensor) -> Tensor:
+        """[...]: a logit, above 0 where the gate is open; nearness [..., T, k] of all chunks."""
+        found = nearness.amax(-2) @ F.softplus(_FAST * self.gate_scaler.to(nearness))
+        return found - _FAST * self.gate_bias.to(nearness)
+
+    def favour(self, nearness: Tensor, unit: Tensor) -> Tensor:
+        """[..., T, roles]: what nearness [..., T, k] adds to logits of rows of words at a token with u [..., d_in]."""
+        weights = (unit @ self.evidence_keys.to(unit)).unflatten(-1, self.evidence_scaler.shape)
+        return nearness @ (_FAST * self.evidence_scaler.to(unit) + weights)
 
     def linears(self, base_model: nn.Module) -> dict[int, nn.Linear]:
-        """{layer that reads rows: its target linear}, ValueError for a model of another depth."""
+        """{layer that looks at rows: its target linear}, ValueError for a model of another depth."""
         (found,) = target_linears(base_model, [self.module]).values()
         if self.last_layer != len(found) - 1:
             raise ValueError(f"words are read at layer {self.last_layer}, the last of this model is {len(found) - 1}")
         return {layer: found[layer] for layer in (self.match_layer, self.last_layer)}
 
-    def updates(self, base_model: nn.Module, weigh: Callable[[Tensor], Tensor] | None = None) -> Iterator[_Delta]:
-        """The low-rank updates, for `lora.add_deltas`; weigh: what is done to an update [batch, tokens, d_out]."""
+    def updates(self, base_model: nn.Module, gates: Callable[[], Tensor]) -> Iterator[_Delta]:
+        """The low-rank updates, for `lora.add_deltas`; gates: [batch, tokens] of the pass, 1 where they act, else 0."""
         for module, linears in target_linears(base_model, sorted(self.lora_A)).items():
             for place, layer in enumerate(self.lora_layers):
-                A, B = self.lora_A[module][place], self.lora_B[module][place]
-                yield linears[layer], _update(A, B, weigh)
+                yield linears[layer], _update(self.lora_A[module][place], self.lora_B[module][place], gates)
 
 
-def _kernels() -> Tensor:
-    """[spreads, 1, 2 REACH + 1], each with sum 1."""
-    distance = torch.arange(-REACH, REACH + 1).abs()
-    kernels = torch.stack([torch.exp(-distance / spread) for spread in SPREADS])
-    return (kernels / kernels.sum(1, keepdim=True)).unsqueeze(1)
+def nearness(evidence: Tensor, slots: Tensor | None = None) -> Tensor:
+    """[..., T, k]: s_k(t) of evidence [..., T].
+
+    slots: [T], the place of each token in a row with at least REACH free places between chunks (None: one chunk).
+    """
+    length = evidence.shape[-1] if slots is None else int(slots[-1]) + 1
+    n = -(-length // _STRIDE)
+    spaced = evidence.new_zeros(*evidence.shape[:-1], n * _STRIDE + 2 * REACH)
+    spaced[..., REACH + (torch.arange(length) if slots is None else slots)] = evidence
+    near = spaced.unfold(-1, _STRIDE + 2 * REACH, _STRIDE) @ _weights().to(evidence)
+    near = near.unflatten(-1, (_STRIDE, len(NEAR))).flatten(-3, -2)  # [..., places, k]
+    return torch.log1p((near[..., :length, :] if slots is None else near[..., slots, :]) / FLOOR)
 
 
-def _update(A: Tensor, B: Tensor, weigh: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+def _weights() -> Tensor:
+    """[_STRIDE + 2 REACH, _STRIDE * k]: from evidence in a window to means around the places in its middle."""
+    distance = torch.arange(-REACH, REACH + 1)
+    kernels = torch.zeros(len(NEAR), len(distance))
+    for kernel, (spread, side) in zip(kernels, NEAR, strict=True):
+        far = torch.exp(-distance.abs() / spread) if spread else (distance == 0).float()
+        far = far * (distance * side > 0) if side else far
+        kernel.copy_(far / far.sum())
+    weights = torch.zeros(_STRIDE + 2 * REACH, _STRIDE, len(NEAR))
+    for place in range(_STRIDE):
+        weights[place : place + len(distance), place] = kernels.T
+    return weights.flatten(1)
+
+
+def _update(A: Tensor, B: Tensor, gates: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
     def delta(x: Tensor) -> Tensor:
-        y = x @ A.to(x).T @ B.to(x)
-        return y if weigh is None else weigh(y)
+        act = gates()
+        return x @ A.to(x).T @ B.to(x) * act.to(x).unsqueeze(-1) if act.any() else x.new_zeros(())
 
     return delta
 

@@ -2,8 +2,8 @@
 
 `row_reader` has the formulas. A block's weight multiplies its rows' shares before they are made to add up to one; 0
 takes them out. Composing documents puts their rows side by side, and forgetting one leaves the others' codes as they
-were, bit for bit. The null row has no value: where it has all the share, nothing is read. Without an adapter the model
-is the base model, bit for bit.
+were, bit for bit. Where a question finds too little of itself in the document, the gate is closed: nothing is read, and
+the model is the base model, bit for bit, as it is without an adapter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from d2l_lib.adapter import Adapter, Block
 from d2l_lib.documents import question_ids, stop_ids
 from d2l_lib.following import Followed, rows_of
 from d2l_lib.lora import add_deltas
-from d2l_lib.row_reader import REACH, RowReader
+from d2l_lib.row_reader import REACH, RowReader, nearness
 from d2l_lib.token_rows import ROLES, WORD_ROLES
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class RowReading:
     """How the last layer chooses the rows whose words it writes.
 
     temperature: divides the logits; below 1 a token reads fewer rows.
-    null_logit: added to the null row's logit, in nats; above 0 an adapter is read less often.
+    null_logit: what the gate's logit must exceed, in nats; above 0 an adapter is read less often.
 
     ValueError for a temperature that is not positive and for numbers that are not finite.
     """
@@ -52,9 +52,6 @@ class RowReading:
             raise ValueError(f"temperature must be a positive number, not {self.temperature!r}")
         if not math.isfinite(self.null_logit):
             raise ValueError(f"null_logit must be a finite number of nats, not {self.null_logit!r}")
-
-
-_PLAIN = RowReading()  # of the match layer
 
 
 class _Rows:
@@ -78,27 +75,20 @@ class _Rows:
     def is_weighted(self) -> bool:
         return bool(self.offsets.any())
 
-    def shares(self, asked: tuple[Tensor, Tensor], codes: Tensor, reading: RowReading, favour=None) -> Tensor:
-        """p [..., R + 1], the null row's first, of (q [..., d], null logit [...]) and codes [R, d].
-
-        favour: [..., R], added to the logits.
-        """
-        q, none = asked
+    def logits(self, q: Tensor, codes: Tensor) -> Tensor:
+        """[..., R] of q [..., d] and codes [R, d], with the weights of blocks."""
         logits = q @ codes.to(q).T
-        if favour is not None:
-            logits = logits + favour
-        if self.is_weighted:
-            logits = logits + self.offsets.to(q).repeat_interleave(len(codes) // len(self.offsets))
-        none = none + reading.null_logit
-        return torch.cat([none.unsqueeze(-1), logits], -1).div(reading.temperature).softmax(-1)
+        if not self.is_weighted:
+            return logits
+        return logits + self.offsets.to(q).repeat_interleave(len(codes) // len(self.offsets))
 
 
 @dataclass
 class Attended(Followed):
     """What tokens read inside `read_rows`.
 
-    shares: of the last pass, {adapter's number: p [rows, tokens, 3 T + 1]} of the last layer's rows, the null row's
-    first.
+    shares: of the last pass, {adapter's number: p [rows, tokens, 3 T + 1]} of the last layer's rows; the first is of
+    reading nothing, 1 where the gate is closed and else 0.
     """
 
     rows: list[_Rows | None]
@@ -107,7 +97,8 @@ class Attended(Followed):
     of_row: Tensor | None
     shares: dict[int, Tensor] = field(default_factory=dict)
     over_time: dict[int, Tensor] = field(default_factory=dict)  # evidence [rows, T] at the last token
-    evidence: dict[int, Tensor] = field(default_factory=dict)  # [rows, tokens, T] of this pass
+    near: dict[int, Tensor] = field(default_factory=dict)  # nearness [rows, tokens, T, k] of this pass
+    gates: Tensor | None = None  # [batch, tokens] of this pass: 1 where it is open, else 0
     mask: Tensor | None = None  # [batch, tokens] of all tokens so far; padding is 0
 
     def begin(self, arguments: dict[str, Any]) -> None:
@@ -127,34 +118,55 @@ class Attended(Followed):
             place = {row: index for index, row in enumerate(own)}
             self.over_time[context] = evidence[[place[chosen[row]] for row in own]]
 
-    def delta(self, x: Tensor, *, layer: int) -> Tensor:
-        """What the rows add at a layer for x [batch, tokens, d_in]."""
-        is_last, added = layer == self.reader.last_layer, x.new_zeros(())
-        self.take(x.shape[1])
+    def deltas(self, model: nn.Module) -> list[tuple[nn.Linear, Any]]:
+        """What is done in the linears of a model, for `lora.add_deltas`."""
+        linears = self.reader.linears(model)
+        match, read = linears[self.reader.match_layer], linears[self.reader.last_layer]
+        return [(match, self._match), (read, self._read), *self.reader.updates(model, lambda: self.gates)]
+
+    def _present(self, batch: int) -> Iterator[tuple[int, _Rows, list[int]]]:
+        """(adapter's number, its rows, its rows of the batch) of adapters that hold rows."""
         for context, its in enumerate(self.rows):
-            mine = rows_of(self.of_row, context, len(x))
-            if its is None or not mine:
-                continue
-            own = x[mine].float()
-            asked = self.reader.asked(layer, own / own.norm(dim=-1, keepdim=True).clamp_min(1e-6))
-            if not is_last:
-                self._match(context, its.shares(asked, its.context, _PLAIN)[..., 1:], mine)
-                continue
-            favour = self.reader.favour(self.evidence[context], its.slots.to(x.device)).flatten(-2)
-            shares = self.shares[context] = its.shares(asked, its.words, self.reading, favour)
-            read = shares[..., 1:] @ its.values.to(shares)
+            mine = rows_of(self.of_row, context, batch)
+            if its is not None and mine:
+                yield context, its, mine
+
+    def _match(self, x: Tensor) -> Tensor:
+        """0 for x [batch, tokens, d_in] of the match layer, after it has left its evidence and set the gates."""
+        self.take(x.shape[1])
+        self.gates, self.near = x.new_zeros(x.shape[:2]), {}
+        for context, its, mine in self._present(len(x)):
+            unit = _unit(x[mine])
+            q, none = self.reader.asked(self.reader.match_layer, unit), self.reader.nothing(unit)
+            found = torch.cat([none.unsqueeze(-1), its.logits(q, its.context)], -1).softmax(-1)[..., 1:]
+            if self.mask is not None:  # padding finds nothing
+                found = found * self.mask[mine, -found.shape[1] :].to(found).unsqueeze(-1)
+            so_far = found.cumsum(1)
+            if context in self.over_time:
+                so_far = so_far + self.over_time[context].unsqueeze(1)
+            self.over_time[context] = so_far[:, -1]
+            self.near[context] = near = nearness(so_far, its.slots.to(x.device))
+            self.gates[mine] = (self.reader.gate(near) > self.reading.null_logit).to(x)
+        return x.new_zeros(())
+
+    def _read(self, x: Tensor) -> Tensor:
+        """What the rows add in the last layer for x [batch, tokens, d_in]."""
+        added = x.new_zeros(())
+        for context, its, mine in self._present(len(x)):
+            unit, gates = _unit(x[mine]), self.gates[mine].float().unsqueeze(-1)
+            logits = its.logits(self.reader.asked(self.reader.last_layer, unit), its.words)
+            logits = logits + self.reader.favour(self.near[context], unit).flatten(-2)
+            shares = logits.div(self.reading.temperature).softmax(-1) * gates
+            self.shares[context] = torch.cat([1 - gates, shares], -1)
+            read = shares @ its.values.to(shares)
             added = read.new_zeros(*x.shape[:2], read.shape[-1]) if not added.dim() else added
             added[mine] = read
         return added
 
-    def _match(self, context: int, shares: Tensor, mine: list[int]) -> None:
-        """Take in what tokens of the pass find in the match layer: shares [rows, tokens, T]."""
-        if self.mask is not None:  # padding finds nothing
-            shares = shares * self.mask[mine, -shares.shape[1] :].to(shares).unsqueeze(-1)
-        so_far = shares.cumsum(1)
-        if context in self.over_time:
-            so_far = so_far + self.over_time[context].unsqueeze(1)
-        self.evidence[context], self.over_time[context] = so_far, so_far[:, -1]
+
+def _unit(x: Tensor) -> Tensor:
+    x = x.float()
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
 
 
 @contextmanager
@@ -182,10 +194,7 @@ def read_rows(
     if rows is None and len(adapters) != 1:
         raise ValueError(f"{len(adapters)} adapters need rows=, which of them each row of the batch has")
     state = Attended([_rows_of(one) for one in adapters], reader, reading, rows)
-    has = torch.tensor([one is not None for one in state.rows])
-    deltas = [(linear, partial(state.delta, layer=layer)) for layer, linear in reader.linears(model).items()]
-    deltas += reader.updates(model, None if has.all() else partial(_where_applied, has=has, rows=rows))
-    with add_deltas(model, deltas, present[0].scale, before=state.begin, reading=reading, **notes):
+    with add_deltas(model, state.deltas(model), present[0].scale, before=state.begin, reading=reading, **notes):
         yield state
 
 
@@ -197,12 +206,6 @@ def _rows_of(adapter: Adapter | None) -> _Rows | None:
     return _Rows(blocks, adapter.modules[0]) if blocks else None
 
 
-def _where_applied(y: Tensor, *, has: Tensor, rows: Tensor | None) -> Tensor:
-    """y [batch, tokens, size], 0 in batch rows without an adapter."""
-    each = torch.zeros(len(y), dtype=torch.long) if rows is None else rows.repeat_interleave(len(y) // len(rows))
-    return y * has[each].to(y)[:, None, None]
-
-
 @torch.no_grad()
 def answer_rows(
     model: DocToLoRA, question: str, adapter: Adapter, answer: str | None = None, *, read: RowReading | None = None
@@ -210,8 +213,8 @@ def answer_rows(
     """What each token of an answer reads, three rows of the table a token, those with the largest shares first.
 
     Columns: token (0 is the first of the answer), text (what the model chooses there), share (of the softmax),
-    document, chunk, row (in its block; -1: the null row, which reads nothing), place (the number of the row's token in
-    its chunk) and role ("first", "inside" or "end"; see `token_rows`).
+    document, chunk, row (in its block; -1: nothing is read, the gate is closed), place (the number of the row's token
+    in its chunk) and role ("first", "inside" or "end"; see `token_rows`).
 
     answer: None, the greedy one. read: None, `model.reading`. It says what was read, and is no proof of a cause.
     """

@@ -8,7 +8,7 @@ from tiny_models import build_model, build_rows_model, logits_of
 
 from d2l_lib.adapter import Block
 from d2l_lib.documents import question_ids
-from d2l_lib.row_reader import FLOOR, REACH, SPREADS
+from d2l_lib.row_reader import FLOOR, NEAR, REACH
 from d2l_lib.row_reading import RowReading, answer_rows, read_rows
 
 TEXTS = {"a": "Ada lives in Velm.", "b": "The lake is cold at night."}
@@ -27,55 +27,63 @@ def adapter(model):
 
 def oracle(model, adapter, reading: RowReading, text: str = QUESTIONS[0]) -> torch.Tensor:
     """Logits by the formula, row by row: plain hooks on the linears of the upper layers."""
-    net, layers, handles, evidence = model.hypernetwork.reader, model.base_model.model.layers, [], []
-
-    def shares_of(x, layer: int, codes, offsets, how) -> torch.Tensor:
-        name, unit = str(layer), x / x.norm()
-        none = unit @ net.null_keys[name] + net.null_logits[name] + how.null_logit
-        logits = [none, *(unit @ net.keys[name] @ c + offset for c, offset in zip(codes, offsets, strict=True))]
-        return (torch.stack(logits) / how.temperature).softmax(0)[1:]
+    net, layers, handles, near, gates = model.hypernetwork.reader, model.base_model.model.layers, [], [], []
 
     def rows(role: int) -> list:
         return [(b, t, b.A["down_proj"][0, 4 * t + role], b.B["down_proj"][0, 4 * t + role])
                 for b in adapter.blocks for t in range(b.rank // 4)]  # fmt: skip
 
-    def match(_, inputs, output):
-        so_far = 0.0
-        for x in inputs[0][0]:
-            offsets = [torch.tensor(b.weight).log() for b, *_ in rows(3)]
-            so_far = so_far + shares_of(x, len(layers) - 2, [c for *_, c, _ in rows(3)], offsets, RowReading())
-            evidence.append({(id(b), t): p for (b, t, *_), p in zip(rows(3), so_far, strict=True)})
-
-    def near(found, block, t: int, spread: float) -> torch.Tensor:
-        weights = {d: math.exp(-abs(d) / spread) for d in range(-REACH, REACH + 1)}
+    def around(found, block, t: int, spread: float, side: int) -> torch.Tensor:
+        weights = {
+            d: math.exp(-abs(d) / spread) if spread else float(d == 0)
+            for d in range(-REACH, REACH + 1)
+            if d * side > 0 or not side
+        }
         mean = sum(w * found[id(block), t + d] for d, w in weights.items() if (id(block), t + d) in found)
-        return torch.log1p(mean / sum(weights.values()) / FLOOR)
+        return torch.as_tensor(math.log1p(mean / sum(weights.values()) / FLOOR))
+
+    def match(_, inputs, output):
+        so_far, name = 0.0, str(net.match_layer)
+        for x in inputs[0][0]:
+            u = x / x.norm()
+            logits = [u @ net.null_key + net.null_logit]
+            logits += [u @ net.keys[name] @ c + math.log(b.weight) for b, _, c, _ in rows(3)]
+            so_far = so_far + torch.stack(logits).softmax(0)[1:]
+            found = {(id(b), t): float(p) for (b, t, *_), p in zip(rows(3), so_far, strict=True)}
+            near.append({(id(b), t): torch.stack([around(found, b, t, *k) for k in NEAR]) for b, t, *_ in rows(3)})
+            most = torch.stack(list(near[-1].values())).amax(0)
+            logit = (most * (10 * net.gate_scaler).exp().add(1).log()).sum() - 10 * net.gate_bias
+            gates.append(float(logit > reading.null_logit))
 
     def read(_, inputs, output):
-        added = torch.zeros_like(output)
+        added, name = torch.zeros_like(output), str(net.last_layer)
         for place, x in enumerate(inputs[0][0]):
-            codes, offsets, values = [], [], []
+            u, logits, values = x / x.norm(), [], []
+            weights = (u @ net.evidence_keys).unflatten(0, net.evidence_scaler.shape) + 10 * net.evidence_scaler
             for role in range(3):
                 for block, t, c, B in rows(role):
-                    favour = [near(evidence[place], block, t, spread) for spread in SPREADS]
-                    offsets.append(torch.stack(favour) @ net.evidence_scaler[:, role] + math.log(block.weight))
-                    codes.append(c)
+                    favour = near[place][id(block), t] @ weights[:, role] + math.log(block.weight)
+                    logits.append((u @ net.keys[name] @ c + favour) / reading.temperature)
                     values.append(B)
-            p = shares_of(x, len(layers) - 1, codes, offsets, reading)
-            added[0, place] = (p[:, None] * torch.stack(values)).sum(0)
+            added[0, place] = gates[place] * (torch.stack(logits).softmax(0)[:, None] * torch.stack(values)).sum(0)
         return output + adapter.scale * added
 
     for place, layer in enumerate(net.lora_layers):
         for module, A in net.lora_A.items():
             (linear,) = [one for name, one in layers[layer].named_modules() if name.endswith(module)]
             update = (net.lora_B[module][place].T @ A[place]).T
-            handles.append(linear.register_forward_hook(lambda _, x, y, update=update: y + x[0] @ update))
-    handles.append(layers[-2].mlp.down_proj.register_forward_hook(match))
-    handles.append(layers[-1].mlp.down_proj.register_forward_hook(read))
+            handles.append(
+                linear.register_forward_hook(
+                    lambda _, x, y, update=update: y + torch.tensor(gates)[:, None] * (x[0] @ update)
+                )
+            )
+    handles.append(layers[net.match_layer].mlp.down_proj.register_forward_hook(match))
+    handles.append(layers[net.last_layer].mlp.down_proj.register_forward_hook(read))
     with torch.no_grad():
         logits = model.base_model(torch.tensor([model.tokenizer(text)["input_ids"]])).logits
     for handle in handles:
         handle.remove()
+    assert len(set(gates)) == 1 or gates == sorted(gates), "an open gate stays open"
     return logits
 
 
@@ -85,8 +93,8 @@ def read_logits(model, adapter, reading, text: str = QUESTIONS[0]):
         return network(ids).logits
 
 
-@pytest.mark.parametrize("reading", [RowReading(), RowReading(0.4), RowReading(2.0, -1.5)], ids=str)
-def test_reading_is_a_softmax_over_all_rows_and_the_null_row(model, adapter, reading):
+@pytest.mark.parametrize("reading", [RowReading(), RowReading(0.4), RowReading(2.0, 12.0)], ids=str)
+def test_reading_is_a_softmax_over_all_rows_where_the_gate_is_open(model, adapter, reading):
     half = adapter.only("a") + adapter.only("b").scaled(0.3)
     for one in (adapter, half):
         torch.testing.assert_close(read_logits(model, one, reading), oracle(model, one, reading), rtol=1e-3, atol=1e-3)
@@ -101,8 +109,7 @@ def test_an_adapter_without_rows_is_the_base_model_and_the_model_stays(model, ad
     base = logits_of(model, None)
     for silent in (adapter.scaled(0), adapter.without(list(TEXTS)), None):
         assert torch.equal(read_logits(model, silent, None), base)
-    null, far = (read_logits(model, adapter, RowReading(null_logit=nats)) for nats in (1e4, 2e4))
-    assert torch.equal(null, far) and (null - base).abs().max() > 0.01  # the upper layers' update stays
+    assert torch.equal(read_logits(model, adapter, RowReading(null_logit=1e4)), base)  # the gate is closed
     assert (read_logits(model, adapter, RowReading()) - base).abs().max() > 0.1
     assert torch.equal(logits_of(model, None), base)
     assert all(torch.equal(value, before[name]) for name, value in model.base_model.state_dict().items())
@@ -166,7 +173,7 @@ def test_the_table_names_the_row_that_writes_a_word(model):
     with torch.no_grad(), model.applied(adapter) as network:
         network(torch.tensor(ids))
     handle.remove()
-    q, _ = model.hypernetwork.reader.asked(model.hypernetwork.reader.last_layer, seen["x"] / seen["x"].norm())
+    q = model.hypernetwork.reader.asked(model.hypernetwork.reader.last_layer, seen["x"] / seen["x"].norm())
     adapter.blocks[1].A["down_proj"][0, 5] = 40 * q / q.square().sum()
     answer = model.answer(QUESTIONS[0], adapter, max_new_tokens=1)
     assert answer == "V"

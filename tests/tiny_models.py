@@ -216,8 +216,8 @@ def build_rows_model(base_seed: int = 0, seed: int = 1, family: str = "llama") -
     config = HypernetworkConfig(
         n_layers=1, d_in=d_in, d_out=d_out, feature_size=3 * HIDDEN, latent_size=16, rank=4, scale=1.0, n_blocks=1,
         encoder_type="hidden_states", encoder_layers=(0, 2, 3), use_bias=False, n_heads=4, n_kv_heads=4,
-        writer="token_rows", row_layers=(N_LAYERS - 2, N_LAYERS - 1), reader_layers=(N_LAYERS - 2, N_LAYERS - 1),
-        reader_rank=2, reader_sizes=reader_sizes(base_model, (N_LAYERS - 2,)),
+        writer="token_rows", row_layers=(N_LAYERS - 2, N_LAYERS - 1), reader_layers=(N_LAYERS - 1,),
+        reader_rank=2, reader_sizes=reader_sizes(base_model, (N_LAYERS - 1,)),
     )  # fmt: skip
     torch.manual_seed(seed)
     hypernetwork = TokenRows(config)
@@ -226,6 +226,7 @@ def build_rows_model(base_seed: int = 0, seed: int = 1, family: str = "llama") -
         hypernetwork.log_gain += 2
         for keys in hypernetwork.reader.keys.values():
             keys.mul_(4)
+        hypernetwork.reader.gate_bias.fill_(0)  # open from the first token on
     return DocToLoRA(base_model, tokenizer, hypernetwork.eval())
 
 

@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shards", type=Path, nargs="+", default=[], help="self-generated data for qa: folders, or parquet files"
     )
     parser.add_argument(
-        "--questions", metavar="DATASET[=FILE]", help="for rows: a data set of questions about passages, and its file"
+        "--questions",
+        nargs="+",
+        metavar="DATASET[=FILE]",
+        help="for rows: data sets of questions about passages, and their files; facts are generated",
     )
     parser.add_argument("--cache", type=Path, help="where shards are unpacked to (default: RUNS/shards)")
     own = parser.add_argument_group("runs of your own (they end in RUNS/PRESET/.../final, and leave --data alone)")
@@ -124,16 +127,21 @@ def _run_rows(a: argparse.Namespace, p: Preset) -> None:
     from d2l_lib.tasks.qa import load_named
     from d2l_lib.training import recipes
 
-    frame = load_named(a.questions, split="train")
+    tables = {name.partition("=")[0]: load_named(name, split="train", **_drawn(name, p)) for name in a.questions}
     seed, own = a.seed or 0, a.base is not None or a.steps is not None or bool(a.set)
     run = _run_options(a, a.runs / p.name / f"rows_{'own_' if own else ''}seed{seed}", seed)
     features = a.runs / p.name / "features"
     if own:
         settings = shortened(changed(p.rows, a.set), a.steps)
-        final = recipes.train_rows(settings, _base_source(a, p), frame, run, features)
+        final = recipes.train_rows(settings, _base_source(a, p), tables, run, features)
     else:
-        final = recipes.remake_rows(p, frame, run, features, a.data)
+        final = recipes.remake_rows(p, tables, run, features, a.data)
     print(f"{final}: d2l.load reads it", flush=True)
+
+
+def _drawn(name: str, p: Preset) -> dict[str, int]:
+    """How many questions of a data set without end are generated."""
+    return {"n": p.rows.generated, "seed": 0} if name == "facts" else {}
 
 
 def _run_own(a: argparse.Namespace, p: Preset) -> None:

@@ -17,8 +17,9 @@ their top-16 log-probabilities in `selfgen` or published shards.
 from __future__ import annotations
 
 import math
+import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2l_lib.base_model import Fingerprint, default_modules, load_base_model, module_sizes
+from d2l_lib.documents import question_ids
 from d2l_lib.encoder import ContextEncoder, check_writes_residual
 from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.formats.shards import find_shards, read_shards
@@ -48,14 +50,14 @@ from d2l_lib.presets import (
     TrainingPreset,
     WarmUpPreset,
 )
-from d2l_lib.records import read_json, read_rows, write_json, write_jsonl
+from d2l_lib.records import project_root, read_json, read_rows, write_json, write_jsonl
 from d2l_lib.row_reader import reader_sizes
 from d2l_lib.token_rows import ROLES, TokenRows
 from d2l_lib.training import pretraining
 from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
 from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, read_log
 from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
-from d2l_lib.training.row_features import Limits, facts_of, passages_of, read_features, write_features
+from d2l_lib.training.row_features import Limits, facts_of, passages_of, read_features, streams_below, write_features
 from d2l_lib.training.step import Internalization
 from d2l_lib.training.token_rows import RowsBatches, RowsStep, validation_batches
 from d2l_lib.training.warm_up import (
@@ -72,6 +74,9 @@ from d2l_lib.training.warm_up import (
     unwhiten_keys,
     whiten_keys,
 )
+
+_UNRELATED = Path("data") / "unrelated_prompts.jsonl"
+_UNSEEN = 5  # every fifth of these prompts is never learned
 
 HYPERNETWORK = "hypernetwork.json"
 
@@ -302,13 +307,18 @@ def train_reading(p: ReadingPreset, source: str | Path, run: Run, final: Path | 
 
 
 def train_rows(
-    p: RowsPreset, source: str, frame: pd.DataFrame, run: Run, features: Path, final: Path | None = None
+    p: RowsPreset,
+    source: str,
+    tables: Mapping[str, pd.DataFrame],
+    run: Run,
+    features: Path,
+    final: Path | None = None,
 ) -> Path:
     """The folder `final` (None: `run.folder`/final): a hypernetwork that writes token rows for `source`. Resumable.
 
     source: the base model.
-
-    frame: questions about passages (see `tasks.qa.load_qa`); the last `p.validation` usable passages are never learned.
+    tables: {name: questions about passages} (see `tasks.qa.load_qa`); `p.validation` passages of the first one, drawn
+        with a fixed seed, are never learned.
     features: a folder for what the base model makes of them (about 0.5 MB a passage), which later runs use again.
 
     ValueError for data with too few usable passages.
@@ -316,21 +326,32 @@ def train_rows(
     base_model, tokenizer = load_base_model(source, device=own_device())
     config = rows_config(p, base_model, source)
     encoder, limits = ContextEncoder.from_config(base_model, config, source), Limits(p.longest_passage)
-    passages = passages_of(frame, tokenizer, limits)
-    if len(passages) < p.validation + p.passages:
-        raise ValueError(
-            f"{len(passages)} passages of at most {limits.passage_tokens} tokens have a question whose answer "
-            f"stands in them; this training needs {p.validation + p.passages}"
-        )
-    facts = facts_of(Fingerprint().key(base_model), frame, encoder, p.reader_layers[0], limits)
-    write_features(base_model, tokenizer, passages, features, encoder=encoder, facts=facts)
-    every = read_features(features, passages)
-    train, held_out = every[: len(every) - p.validation], every[len(every) - p.validation :]
+    key, below, train = Fingerprint().key(base_model), p.row_layers[0], []
+    for name, frame in tables.items():
+        passages = passages_of(frame, tokenizer, limits)
+        needs = p.passages + p.validation * (not train)
+        if len(passages) < needs:
+            raise ValueError(
+                f"{len(passages)} passages of {name} have a question whose answer stands in at most "
+                f"{limits.passage_tokens} tokens; this training needs {needs}"
+            )
+        facts = facts_of(key, frame, encoder, below, limits)
+        write_features(base_model, tokenizer, passages, features / name, encoder=encoder, facts=facts)
+        every = read_features(features / name, passages)
+        if not train:
+            drawn = set(random.Random("rows/validation").sample(range(len(every)), p.validation))
+            held_out = [one for i, one in enumerate(every) if i in drawn]
+            every = [one for i, one in enumerate(every) if i not in drawn]
+        train += every
+    prompts = question_ids(tokenizer, [row["prompt"] for row in read_rows(project_root() / _UNRELATED)])
+    others = [stream.half() for stream in streams_below(base_model, tokenizer, prompts, below)]
     torch.manual_seed(run.seed)
     hypernetwork = TokenRows(config)
     hypernetwork.prepare(base_model, tokenizer)
-    batches = RowsBatches(train, hypernetwork.words, p, run.seed)
-    step = RowsStep(base_model, hypernetwork, p, validation_batches(held_out, hypernetwork.words, p))
+    unseen = others[::_UNSEEN]
+    others = [one for i, one in enumerate(others) if i % _UNSEEN]
+    batches = RowsBatches(train, hypernetwork.words, p, run.seed, others)
+    step = RowsStep(base_model, hypernetwork, p, validation_batches(held_out, hypernetwork.words, p, unseen))
     step.start(train, batches)
     if is_first_process():
         _write_down(hypernetwork, run.folder, p.longest_passage)
@@ -374,10 +395,10 @@ def rows_config(p: RowsPreset, base_model, source: str) -> HypernetworkConfig:
 
 
 # ---------------------------------------------------------------------------------------------------- what is bundled
-def remake_rows(p: Preset, frame: pd.DataFrame, run: Run, features: Path, data: Path) -> Path:
+def remake_rows(p: Preset, tables: Mapping[str, pd.DataFrame], run: Run, features: Path, data: Path) -> Path:
     """`train_rows` as the preset says; its log goes to `data`, and seed 0's hypernetwork becomes the bundled one."""
     bundled = data / p.name / "hypernetwork" if run.seed == 0 else None
-    final = train_rows(p.rows, p.base_source, frame, run, features, bundled)
+    final = train_rows(p.rows, p.base_source, tables, run, features, bundled)
     if is_first_process():
         log = [{"seed": run.seed, **line} for line in read_log(run.folder / "log.jsonl")]
         write_jsonl(data / "full_runs" / f"{p.name}_rows_seed{run.seed}_training.jsonl", log)

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2l_lib.documents import chat_affixes, context_ids, question_ids, stop_ids
+from d2l_lib.documents import chat_affixes, chunk_document, context_ids, question_ids, stop_ids
 from d2l_lib.encoder import ContextEncoder
 from d2l_lib.engine import pad_rows
 from d2l_lib.formats.writing import atomic_file
@@ -56,28 +56,43 @@ class Passage:
 
 
 def passages_of(frame: pd.DataFrame, tokenizer, limits: Limits) -> list[Passage]:
-    """The usable passages of a table of questions (see `tasks.qa.load_qa`), in its order.
+    """The usable passages of a table of questions (see `tasks.qa.load_qa`), in its order; then chunks of longer ones.
 
-    A question is used if its first answer stands in the passage and both are short enough.
+    A question is used if its first answer stands in the passage (in one chunk alone, where there are several) and both
+    are short enough.
     """
-    before, after = map(len, chat_affixes(tokenizer))
-    end, passages = stop_ids(tokenizer)[0], []
+    whole, parts = [], []
     for document, group in group_by_document(frame):
-        ids = context_ids(tokenizer, document)
-        ids = ids[before : len(ids) - after]
-        if len(ids) > limits.passage_tokens:
+        questions = list(zip(group["question"], (one[0] for one in group["answers"]), strict=True))
+        if len(_ids(document, tokenizer)) <= limits.passage_tokens:
+            whole.append((document, questions))
             continue
-        answers = [one[0] for one in group["answers"]]
-        prompts = question_ids(tokenizer, list(group["question"]))
-        written = tokenizer(answers, add_special_tokens=False)["input_ids"]
-        questions = [
-            (prompt, [*answer, end], text)
-            for prompt, answer, text in zip(prompts, written, answers, strict=True)
-            if len(prompt) <= limits.question_tokens and 1 <= len(answer) <= limits.answer_tokens and text in document
-        ]
-        if questions:
-            passages.append(Passage(document, ids, questions[: limits.questions]))
-    return passages
+        texts = [chunk.text for chunk in chunk_document(document, tokenizer, limits.passage_tokens)]
+        places = [[number for number, text in enumerate(texts) if answer in text] for _, answer in questions]
+        for number, text in enumerate(texts):
+            parts.append((text, [one for one, its in zip(questions, places, strict=True) if its == [number]]))
+    found = (_passage(text, questions, tokenizer, limits) for text, questions in whole + parts if questions)
+    return [one for one in found if one.questions]
+
+
+def _ids(text: str, tokenizer) -> list[int]:
+    """Token ids without chat wrapping."""
+    before, after = map(len, chat_affixes(tokenizer))
+    ids = context_ids(tokenizer, text)
+    return ids[before : len(ids) - after]
+
+
+def _passage(text: str, questions: Sequence[tuple[str, str]], tokenizer, limits: Limits) -> Passage:
+    """A passage with those of its (question, answer) that are used."""
+    prompts = question_ids(tokenizer, [question for question, _ in questions])
+    answers = [answer for _, answer in questions]
+    written = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    used = [
+        (prompt, [*ids, stop_ids(tokenizer)[0]], answer)
+        for prompt, ids, answer in zip(prompts, written, answers, strict=True)
+        if len(prompt) <= limits.question_tokens and 1 <= len(ids) <= limits.answer_tokens and answer in text
+    ]
+    return Passage(text, _ids(text, tokenizer), used[: limits.questions])
 
 
 def write_features(
@@ -131,7 +146,7 @@ def _features(base_model, tokenizer, passages: Sequence[Passage], encoder: Conte
             row[len(before) : len(before) + len(one.ids), own:] for row, one in zip(features, batch, strict=True)
         ]
     questions = [(number, *question) for number, one in enumerate(passages) for question in one.questions]
-    stream = _below(base_model, tokenizer, [q[1] + q[2][:-1] for q in questions], below)
+    stream = streams_below(base_model, tokenizer, [q[1] + q[2][:-1] for q in questions], below)
     return {
         "ids": torch.tensor([token for one in passages for token in one.ids]),
         "lengths": torch.tensor([len(one.ids) for one in passages]),
@@ -144,7 +159,7 @@ def _features(base_model, tokenizer, passages: Sequence[Passage], encoder: Conte
     }
 
 
-def _below(base_model, tokenizer, rows: Sequence[list[int]], below: int) -> list[Tensor]:
+def streams_below(base_model, tokenizer, rows: Sequence[list[int]], below: int) -> list[Tensor]:
     """For each row of ids [T, hidden]: the residual stream that goes into layer `below`."""
     body, last, parts = part_of_layers(base_model, slice(below)), {}, {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -2,16 +2,16 @@
 
 What the frozen layers below make of passages and questions comes from disk (`row_features`); a step runs the
 hypernetwork, the upper layers and the output head. The memory of a batch is either each question's own passage or all
-passages of the batch together: then a question must find its passage among others.
+passages of the batch together: then a question must find its passage among others. And each question, like prompts
+about something else, meets a memory that has nothing for it: the next passage, or all passages but its own.
 
     loss = - mean log (sum of p_j over rows j of the right token in places where the answer stands)   p: last layer's
            - match_weight * mean log (sum of p(i, t) over t with the word of token i)             p(i, t): match layer's
-           - null_weight * mean log p_null of a question that has another question's passage
-    and after a part of the run
-           + keep_weight * KL(base model || adapted model) at the answer of such a question
-           - head_weight * mean log softmax(output head)[right token]
+           - gate_weight * (mean log sigmoid(gate) with its memory + mean log sigmoid(-gate) with the other)
 
-Keys are learned in whitened coordinates of x / |x|, where all directions are of like size, and written in plain ones.
+The first token of an answer counts `first_weight` times. The base model's words are not in the loss, for rows say them
+where the gate is open. Keys are learned in whitened coordinates of x / |x|, where all directions are of like size, and
+written in plain ones.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from d2l_lib.base_model import decoder_layers, final_norm
+from d2l_lib.base_model import final_norm
 from d2l_lib.lora import add_deltas, hooked, without_lora
 from d2l_lib.presets import RowsPreset
-from d2l_lib.row_reader import part_of_layers
+from d2l_lib.row_reader import nearness, part_of_layers
 from d2l_lib.token_rows import WORD_ROLES, TokenRows, Words
 from d2l_lib.training.row_features import Features
 
@@ -45,12 +43,12 @@ class RowsBatch:
     """Passages [P, T] and the tokens [N] of the answers to their questions.
 
     mask [P, T]: True at tokens. states [P, T, S]. tokens [P, T, 3]: what each row writes.
-    streams: of each of Q questions what goes into the upper layers [its tokens, hidden]. prompts: ids of its prompt.
+    streams: of each of Q questions what goes into the match layer [its tokens, hidden]. prompts: ids of its prompt.
+    others: the same of prompts about something else.
     alike: for each question [its prompt's tokens, T], True at its passage's tokens that write the same rare word.
     owner [N]: each token's passage. question [N]: each token's question, in order. first [N]: of its answer.
     right [N, T, 3]: the rows of its passage that stand for it, where its answer stands.
-    progress: share of the training before it.
-    together: one memory for all. unrelated [N]: True where the memory is the next passage's alone.
+    together: one memory for all.
     """
 
     ids: Tensor
@@ -59,6 +57,7 @@ class RowsBatch:
     tokens: Tensor
     streams: tuple[Tensor, ...]
     prompts: tuple[Tensor, ...]
+    others: tuple[Tensor, ...]
     alike: tuple[Tensor, ...]
     labels: Tensor
     owner: Tensor
@@ -66,17 +65,21 @@ class RowsBatch:
     first: Tensor
     right: Tensor
     together: bool
-    unrelated: Tensor
-    progress: float = 0.0
 
-    def seen(self) -> Tensor:
-        """[Q, P]: whose rows each question sees."""
-        P = self.n_contexts
-        first = self.first.nonzero()[:, 0]
-        owner, away = self.owner[first], self.unrelated[first]
-        if self.together:
-            return torch.ones(len(first), P, dtype=torch.bool)
-        return F.one_hot(torch.where(away, (owner + 1) % P, owner), P).bool()
+    def to(self, device: torch.device) -> RowsBatch:
+        """The same on a device."""
+
+        def moved(value):
+            if isinstance(value, tuple):
+                return tuple(map(moved, value))
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return RowsBatch(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+
+    @property
+    def own(self) -> Tensor:
+        """[Q]: each question's passage."""
+        return self.owner[self.first]
 
     @property
     def n_contexts(self) -> int:
@@ -107,10 +110,15 @@ def same_words(asked: Tensor, words: Tensor) -> Tensor:
 
 
 class RowsBatches(Dataset):
-    """Batches of `p.passages` passages of like length; item i is a function of (seed, i)."""
+    """Batches of `p.passages` passages of like length; item i is a function of (seed, i).
 
-    def __init__(self, passages: Sequence[Features], words: Words, p: RowsPreset, seed: int):
-        self.passages, self.words, self.p, self.seed = passages, words, p, seed
+    others: streams of prompts about something else; `p.others` of them are in each batch.
+    """
+
+    def __init__(
+        self, passages: Sequence[Features], words: Words, p: RowsPreset, seed: int, others: Sequence[Tensor] = ()
+    ):
+        self.passages, self.words, self.p, self.seed, self.others = passages, words, p, seed, others
         self._order: dict[int, list[list[int]]] = {}
         self._made: dict[int, tuple[Tensor, Tensor, list[Tensor]]] = {}
         self._per_epoch = len(self._epoch(0))  # the same in each
@@ -137,8 +145,8 @@ class RowsBatches(Dataset):
         epoch, number = divmod(i, self._per_epoch)
         rng = random.Random(f"rows/{self.seed}/{i}")
         batch = self._epoch(epoch)[number]
-        made = self.collate(batch, rng.random() < self.p.together_share, rng)
-        return replace(made, progress=i / self.p.steps)
+        together = rng.random() < self.p.together_share
+        return self.collate(batch, together, rng.sample(self.others, min(self.p.others, len(self.others))))
 
     def _rows(self, number: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(tokens [T, 3], right [N, T, 3], alike of each question [its prompt's tokens, T]) of a passage."""
@@ -151,8 +159,8 @@ class RowsBatches(Dataset):
             self._made[number] = tokens, torch.cat(right), [same_words(words, tokens[:, 0]) for words in asked]
         return self._made[number]
 
-    def collate(self, numbers: Sequence[int], together: bool, rng: random.Random | None = None) -> RowsBatch:
-        """These passages as a batch; rng: draws the unrelated questions (None: there are none)."""
+    def collate(self, numbers: Sequence[int], together: bool, others: Sequence[Tensor] = ()) -> RowsBatch:
+        """These passages as a batch."""
         chosen = [self.passages[number] for number in numbers]
         made = [self._rows(number) for number in numbers]
         T, P = max(len(one.ids) for one in chosen), len(chosen)
@@ -166,8 +174,6 @@ class RowsBatches(Dataset):
         owner = torch.arange(P).repeat_interleave(questions).repeat_interleave(lengths)
         question = torch.arange(len(answers)).repeat_interleave(lengths)
         first = F.pad(question[1:] != question[:-1], (1, 0), value=True)
-        drawn = torch.tensor([rng is not None and rng.random() < self.p.unrelated_share for _ in answers])
-        drawn = torch.zeros_like(drawn) if together else drawn
         return RowsBatch(
             ids=padded([one.ids for one in chosen]),
             mask=padded([torch.ones(len(one.ids), dtype=torch.bool) for one in chosen]),
@@ -175,6 +181,7 @@ class RowsBatches(Dataset):
             tokens=padded([tokens for tokens, *_ in made]),
             streams=tuple(stream for one in chosen for stream in one.streams),
             prompts=tuple(prompt for one in chosen for prompt in one.prompts),
+            others=tuple(others),
             alike=tuple(F.pad(alike, (0, T - alike.shape[1])) for *_, several in made for alike in several),
             labels=torch.cat(answers),
             owner=owner,
@@ -182,15 +189,25 @@ class RowsBatches(Dataset):
             first=first,
             right=torch.cat([F.pad(right, (0, 0, 0, T - right.shape[1])) for _, right, _ in made]),
             together=together,
-            unrelated=drawn[question],
         )
 
 
-def validation_batches(passages: Sequence[Features], words: Words, p: RowsPreset) -> list[RowsBatch]:
-    """All passages, in batches of at most `p.passages`, each passage alone and all of a batch together."""
+def validation_batches(
+    passages: Sequence[Features], words: Words, p: RowsPreset, others: Sequence[Tensor] = ()
+) -> list[RowsBatch]:
+    """All passages, in batches of at most `p.passages`, each passage alone and all of a batch together.
+
+    others: streams of prompts about something else, shared out among the batches.
+    """
     batches = RowsBatches(passages, words, p, seed=0)
-    parts = [range(start, min(start + p.passages, len(passages))) for start in range(0, len(passages), p.passages)]
-    return [batches.collate(part, together) for part in parts for together in (False, True)]
+    starts = range(0, len(passages), p.passages)
+    parts = [range(start, min(start + p.passages, len(passages))) for start in starts]
+    shares = [others[number :: len(parts)] for number in range(len(parts))]
+    return [
+        batches.collate(part, together, share)
+        for part, share in zip(parts, shares, strict=True)
+        for together in (False, True)
+    ]
 
 
 class RowsStep(nn.Module):
@@ -203,7 +220,9 @@ class RowsStep(nn.Module):
         size = hypernetwork.config.d_in[hypernetwork.module]
         for layer in (reader.match_layer, reader.last_layer):  # of x / |x|: [d_in, d_in], symmetric
             self.register_buffer(f"whitening_{layer}", torch.eye(size))
-        self._frozen = (base_model, part_of_layers(base_model, slice(p.reader_layers[0], None)))
+        lowest, upper = reader.match_layer, reader.match_layer + 1
+        parts = [part_of_layers(base_model, slice(lowest, upper)), part_of_layers(base_model, slice(upper, None))]
+        self._frozen = (base_model, *parts)
         for parameter in (hypernetwork.feature_mean, hypernetwork.feature_scale):
             parameter.requires_grad_(False)
         self.tests = list(tests)  # batches that are never learned
@@ -214,7 +233,7 @@ class RowsStep(nn.Module):
         return getattr(self, f"whitening_{layer}")
 
     def forward(self, batch: RowsBatch) -> dict[str, Tensor]:
-        loss, notes = self.loss(batch)
+        loss, notes = self.loss(batch.to(next(self.hypernetwork.parameters()).device))
         for name, value in notes.items():
             self._tally.setdefault(name, []).append(value)
         return {"loss": loss}
@@ -230,156 +249,195 @@ class RowsStep(nn.Module):
         codes = net.codes(features * batch.mask.unsqueeze(-1), batch.mask)
         return F.dropout(codes, self.p.dropout, self.training)
 
-    def asked(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`RowReader.asked` of x in whitened coordinates."""
-        unit = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        return self.hypernetwork.reader.asked(layer, unit @ self.whitening(layer))
+    def unit(self, layer: int, x: Tensor) -> Tensor:
+        """x / |x| in whitened coordinates."""
+        return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6) @ self.whitening(layer)
 
-    def upper(
-        self, batch: RowsBatch, updated: bool = True, questions: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """What the upper layers make of questions and right answers.
-
-        x [N, d_in] of the last layer, and the residual stream [N, hidden] after it without its rows, at the tokens that
-        choose the answers; and for each question x [its tokens, d_in] of the match layer.
-
-        updated: with the low-rank updates; else it is the base model. questions: these alone, in this order.
-        """
-        questions = range(len(batch.streams)) if questions is None else questions
-        base_model, body = self._frozen
-        reader, last, kept = self.hypernetwork.reader, {}, {}
-        lengths = torch.bincount(batch.question).tolist()
-        order = sorted(questions, key=lambda i: len(batch.streams[i]))
-
-        def keep(layer: int, _, inputs) -> None:
-            last[layer] = inputs[0]
-
-        def keep_stream(_, __, out) -> None:
-            last["stream"] = out if isinstance(out, Tensor) else out[0]
-
-        with ExitStack() as stack:
-            for layer, linear in reader.linears(base_model).items():
-                stack.enter_context(hooked(linear.register_forward_pre_hook, partial(keep, layer)))
-            stack.enter_context(hooked(decoder_layers(base_model)[-1].register_forward_hook, keep_stream))
-            stack.enter_context(
-                add_deltas(base_model, list(reader.updates(base_model)), self.hypernetwork.config.scale)
-                if updated
-                else without_lora(base_model)
-            )
+    @torch.no_grad()
+    def lower(self, streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each stream [its tokens, hidden] into the match layer: x [its tokens, d_in] there, and the stream after it."""
+        base_model, body, _ = self._frozen
+        linear, found = self.hypernetwork.reader.linears(base_model)[self.hypernetwork.reader.match_layer], {}
+        order, xs, after = sorted(range(len(streams)), key=lambda i: len(streams[i])), {}, {}
+        with (
+            hooked(linear.register_forward_pre_hook, lambda _, inputs: found.update(x=inputs[0])),
+            hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=_plain(out))),
+            without_lora(base_model),
+        ):
             for start in range(0, len(order), _AT_ONCE):
                 part = order[start : start + _AT_ONCE]
-                streams = nn.utils.rnn.pad_sequence([batch.streams[i] for i in part], batch_first=True)
-                body(inputs_embeds=streams.to(batch.ids.device, base_model.dtype), use_cache=False)
+                body(inputs_embeds=self._padded([streams[i] for i in part]), use_cache=False)
+                for row, i in enumerate(part):
+                    xs[i], after[i] = (found[name][row, : len(streams[i])].float() for name in ("x", "stream"))
+        return [xs[i] for i in range(len(streams))], [after[i] for i in range(len(streams))]
+
+    def upper(self, batch: RowsBatch, streams: Sequence[Tensor], gates: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        """x [N, d_in] of the last layer and the residual stream [N, hidden] after it, at tokens that choose answers.
+
+        streams: of each question, out of the match layer. gates: at its tokens, 1 where the updates act; None: nowhere.
+        """
+        base_model, _, body = self._frozen
+        reader, found, kept = self.hypernetwork.reader, {}, {}
+        linear = reader.linears(base_model)[reader.last_layer]
+        lengths = torch.bincount(batch.question).tolist()
+        order = sorted(range(len(streams)), key=lambda i: len(streams[i]))
+        updates = [] if gates is None else list(reader.updates(base_model, lambda: found["gates"]))
+        with (
+            hooked(linear.register_forward_pre_hook, lambda _, inputs: found.update(x=inputs[0])),
+            hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=_plain(out))),
+            add_deltas(base_model, updates, self.hypernetwork.config.scale) if updates else without_lora(base_model),
+        ):
+            for start in range(0, len(order), _AT_ONCE):
+                part = order[start : start + _AT_ONCE]
+                if updates:
+                    found["gates"] = self._padded([gates[i] for i in part])
+                body(inputs_embeds=self._padded([streams[i] for i in part]), use_cache=False)
                 for row, i in enumerate(part):
                     first = len(batch.prompts[i]) - 1
                     own = slice(first, first + lengths[i])
-                    match = last[reader.match_layer][row, : len(batch.streams[i])]
-                    kept[i] = last[reader.last_layer][row, own], last["stream"][row, own], match
-        x, stream, match = zip(*(kept[i] for i in questions), strict=True)
-        return torch.cat(x).float(), torch.cat(stream).float(), [one.float() for one in match]
+                    kept[i] = found["x"][row, own], found["stream"][row, own]
+        x, stream = zip(*(kept[i] for i in range(len(streams))), strict=True)
+        return torch.cat(x).float(), torch.cat(stream).float()
 
-    def matches(self, batch: RowsBatch, codes: Tensor, match: Sequence[Tensor]) -> Tensor:
-        """p(i, t) [Q, L, P, T]: what each token of the questions finds in the passages that its question sees."""
-        q, none = self.asked(self.hypernetwork.reader.match_layer, nn.utils.rnn.pad_sequence(match, batch_first=True))
-        context, seen = codes[:, :, len(WORD_ROLES)], batch.seen().to(codes.device)
-        if batch.together:
-            rows, mask = context.flatten(0, 1), batch.mask.flatten()[None]  # [P * T, d]
-        else:
-            own = seen.int().argmax(1)
-            rows, mask = context[own], batch.mask[own]  # [Q, T, d]
-        logits = (q @ rows.mT).masked_fill(~mask[:, None], -torch.inf)
-        found = torch.cat([logits, none[..., None]], -1).softmax(-1)[..., :-1]
-        return found.unflatten(-1, context.shape[:2]) if batch.together else found.unsqueeze(2) * seen[:, None, :, None]
+    def _padded(self, rows: Sequence[Tensor]) -> Tensor:
+        """These rows of one pass side by side, in the base model's precision."""
+        base_model = self._frozen[0]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(base_model.device, base_model.dtype)
 
-    def shares(self, batch: RowsBatch, codes: Tensor, x: Tensor, found: Tensor) -> Tensor:
-        """Log-shares [N, P * T * 3 + 1] of all rows of words and the null row (last) in the last layer.
+    def matches(self, batch: RowsBatch, codes: Tensor, xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """p(i, t) of tokens of the questions with their memory, and of questions and others with one that lacks them.
 
-        found: of `matches`.
+        [Q, L, P', T] and [Q + others, L, P', T]; P' is 1 where each question sees a passage of its own.
         """
+        reader, P, Q = self.hypernetwork.reader, batch.n_contexts, len(batch.streams)
+        unit = self.unit(reader.match_layer, nn.utils.rnn.pad_sequence(xs, batch_first=True))
+        q, none = reader.asked(reader.match_layer, unit), reader.nothing(unit)
+        context = codes[:, :, len(WORD_ROLES)]
+        logits = (q.flatten(0, 1) @ context.flatten(0, 1).T).unflatten(1, context.shape[:2])
+        logits = logits.masked_fill(~batch.mask, -torch.inf).unflatten(0, q.shape[:2])  # [Q + others, L, P, T]
+        own, rows = batch.own, torch.arange(len(xs), device=logits.device)
+        if batch.together:
+            here = logits[:Q]
+            hidden = torch.zeros(len(xs), P, dtype=torch.bool, device=logits.device)
+            hidden[rows[:Q], own] = True
+            away = logits.masked_fill(hidden[:, None, :, None], -torch.inf)
+        else:
+            other = torch.cat([own + 1, rows[Q:]]) % P
+            here, away = (logits[rows[: len(its)], :, its].unsqueeze(2) for its in (own, other))
+        return tuple(
+            torch.cat([none[: len(one), :, None], one.flatten(2)], -1).softmax(-1)[..., 1:].unflatten(-1, one.shape[2:])
+            for one in (here, away)
+        )
+
+    def gates(self, evidence: Tensor) -> Tensor:
+        """[...]: the gate's logit of evidence [..., P', T]."""
+        return self.hypernetwork.reader.gate(nearness(evidence).flatten(-3, -2))
+
+    def _acting(self, found: Tensor, streams: Sequence[Tensor], starts: Tensor) -> list[Tensor]:
+        """For each question [its tokens], 1 where the updates act: from the answer on, and where the gate opens before.
+
+        In training the gate opens at a place of its question that is drawn.
+        """
+        if self.training:
+            opened = (torch.rand(len(starts), device=starts.device) * (starts + 1)).long()
+        else:
+            with torch.no_grad():
+                is_open = self.gates(found.cumsum(1)) > 0  # [Q, L]
+            opened = torch.where(is_open.any(1), is_open.int().argmax(1), len(is_open[0]))
+            opened = torch.minimum(opened, starts)
+        return [
+            (torch.arange(len(stream), device=starts.device) >= place).float()
+            for stream, place in zip(streams, opened, strict=True)
+        ]
+
+    def shares(self, batch: RowsBatch, codes: Tensor, x: Tensor, evidence: Tensor) -> Tensor:
+        """Log-shares [N, P' * T * 3] of rows of words in the last layer; evidence [N, P', T] at the same tokens."""
         reader = self.hypernetwork.reader
-        q, none = self.asked(reader.last_layer, x)
-        logits = torch.einsum("nd,ptkd->nptk", q, codes[:, :, : len(WORD_ROLES)])
-        starts = torch.tensor([len(prompt) - 1 for prompt in batch.prompts])
-        place = torch.arange(len(x)) - batch.first.nonzero()[:, 0][batch.question]  # in its answer
-        evidence = found.cumsum(1)[batch.question, starts[batch.question] + place]  # [N, P, T]
-        hidden = ~(batch.seen()[batch.question].to(x.device)[:, :, None] & batch.mask)[..., None]
-        logits = (logits + reader.favour(evidence)).masked_fill(hidden, -torch.inf)
-        return torch.cat([logits.flatten(1), none[:, None]], 1).log_softmax(-1)
+        unit = self.unit(reader.last_layer, x)
+        words = codes[:, :, : len(WORD_ROLES)]
+        logits = (reader.asked(reader.last_layer, unit) @ words.flatten(0, 2).T).unflatten(1, words.shape[:3])
+        hidden = ~batch.mask.expand(len(x), -1, -1)
+        if not batch.together:
+            every = torch.arange(len(x), device=x.device)
+            logits, hidden = (one[every, batch.owner].unsqueeze(1) for one in (logits, hidden))
+        near = nearness(evidence)  # [N, P', T, k]
+        logits = logits + reader.favour(near.flatten(1, 2), unit).unflatten(1, near.shape[1:3])
+        return logits.masked_fill(hidden.unsqueeze(-1), -torch.inf).flatten(1).log_softmax(-1)
 
     def match_loss(self, batch: RowsBatch, found: Tensor) -> Tensor:
         """Mean of - log of what the words of questions find at their like in the right passage."""
-        first = batch.first.nonzero()[:, 0]
         losses = []
-        for i, alike in enumerate(batch.alike):
+        for i, (alike, own) in enumerate(zip(batch.alike, batch.own.tolist(), strict=True)):
             has = alike.any(1)
-            if has.any() and not batch.unrelated[first[i]]:
-                here = found[i, : len(alike), batch.owner[first[i]]]
+            if has.any():
+                here = found[i, : len(alike), own if batch.together else 0]
                 losses.append(-(here * alike).sum(1)[has].clamp_min(1e-9).log())
         return torch.cat(losses).mean() if losses else found.sum() * 0
 
     def loss(self, batch: RowsBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss, and what the log averages."""
-        P, p, away = batch.n_contexts, self.p, batch.unrelated
+        p, Q, where = self.p, len(batch.streams), "together" if batch.together else "alone"
         codes = self.codes(batch)
-        x, stream, match = self.upper(batch)
-        found = self.matches(batch, codes, match)
-        shares = self.shares(batch, codes, x, found)
-        log_null, log_rows = shares[:, -1], shares[:, :-1]
-        right = torch.zeros(len(x), P, *batch.right.shape[1:], dtype=torch.bool, device=x.device)
-        right[torch.arange(len(x)), batch.owner] = batch.right
-        related = ~away
-        reachable = related & right.flatten(1).any(1)
-        pointer = log_null.sum() * 0  # where no answer of the batch stands in its passage
+        xs, streams = self.lower((*batch.streams, *batch.others))
+        found, astray = self.matches(batch, codes, xs)
+        starts = torch.tensor([len(one) - 1 for one in batch.prompts], device=found.device)
+        ends = torch.cat([starts, starts.new_tensor([len(one) - 1 for one in batch.others])])
+        evidence = found.cumsum(1)
+        related = self.gates(evidence[torch.arange(Q), starts])
+        unrelated = self.gates(astray.cumsum(1)[torch.arange(len(astray)), ends])
+        gate_loss = F.softplus(-related).mean() + F.softplus(unrelated).mean()
+        x, stream = self.upper(batch, streams[:Q], self._acting(found, streams[:Q], starts))
+        place = torch.arange(len(x), device=x.device) - batch.first.nonzero()[:, 0][batch.question]  # in its answer
+        log_rows = self.shares(batch, codes, x, evidence[batch.question, starts[batch.question] + place])
+        right = self._right(batch)
+        reachable = right.any(1)
+        pointer = log_rows.sum() * 0  # where no answer of the batch stands in its passage
         if reachable.any():
-            pointer = -log_rows.masked_fill(~right.flatten(1), -torch.inf)[reachable].logsumexp(-1).mean()
+            weights = 1 + (p.first_weight - 1) * batch.first[reachable].float()
+            lost = -log_rows.masked_fill(~right, -torch.inf)[reachable].logsumexp(-1)
+            pointer = (lost * weights).sum() / weights.sum()
         matched = self.match_loss(batch, found)
-        loss = pointer + p.match_weight * matched
-        lost = away & batch.first
-        if lost.any():
-            loss = loss - p.null_weight * log_null[lost].mean()
-        where = "together" if batch.together else "alone"
         with torch.no_grad():
-            best = right.flatten(1).gather(1, log_rows.argmax(1, keepdim=True))[:, 0]
+            best = right.gather(1, log_rows.argmax(1, keepdim=True))[:, 0]
         notes = {
             f"pointer_loss_{where}": pointer.item(),
             f"match_loss_{where}": matched.item(),
+            f"gate_loss_{where}": gate_loss.item(),
             f"rows_right_{where}": best[reachable].float().mean().item(),
             f"first_rows_right_{where}": best[reachable & batch.first].float().mean().item(),
-            "null_share_related": log_null[related & batch.first].exp().mean().item(),
+            f"open_related_{where}": (related > 0).float().mean().item(),
+            f"open_unrelated_{where}": (unrelated[:Q] > 0).float().mean().item(),
+            f"open_others_{where}": (unrelated[Q:] > 0).float().mean().item(),
         }
-        if lost.any():
-            notes["null_share_unrelated"] = log_null[lost].exp().mean().item()
+        if not self.training:
+            notes |= self._said(batch, stream, log_rows, where)
         notes = {name: value for name, value in notes.items() if not math.isnan(value)}  # means of nothing
-        net = self.hypernetwork
-        if self.training and batch.progress < p.head_from:
-            return loss, notes
-        stream = stream + log_rows.exp() @ net.values(batch.tokens).flatten(0, 2) * net.config.scale
-        if away.any():
-            with torch.no_grad():
-                questions = batch.question[away].unique().tolist()
-                before = self.head(self.upper(batch, False, questions)[1]).log_softmax(-1)
-            kept = F.kl_div(self.head(stream[away]).log_softmax(-1), before, reduction="batchmean", log_target=True)
-            loss, notes["change_unrelated"] = loss + p.keep_weight * kept, kept.item()
-        if not related.any():
-            return loss, notes
-        return self._with_head(loss, notes, batch, stream)
+        return pointer + p.match_weight * matched + p.gate_weight * gate_loss, notes
 
-    def _with_head(self, loss: Tensor, notes: dict, batch: RowsBatch, stream: Tensor) -> tuple[Tensor, dict]:
-        """The loss and notes with what the output head says to questions that have their passage."""
-        where, related = "together" if batch.together else "alone", ~batch.unrelated
-        logits, labels = self.head(stream[related]), batch.labels[related]
-        loss = loss + self.p.head_weight * F.cross_entropy(logits, labels)
-        with torch.no_grad():
-            hits, first = logits.argmax(-1) == labels, batch.first[related]
-            questions = batch.question[related]
-            wrong = torch.zeros(int(questions.max()) + 1, device=hits.device).index_add(0, questions, (~hits).float())
-            whole = wrong[questions.unique()] == 0
-            notes |= {
-                f"tokens_right_{where}": float(hits.float().mean()),
-                f"first_right_{where}": float(hits[first].float().mean()),
-                f"exact_match_{where}": float(whole.float().mean()),
-            }
-        return loss, notes
+    def _right(self, batch: RowsBatch) -> Tensor:
+        """[N, P' * T * 3]: the right rows of each token's memory."""
+        if not batch.together:
+            return batch.right.flatten(1)
+        right = batch.right.new_zeros(len(batch.right), batch.n_contexts, *batch.right.shape[1:])
+        right[torch.arange(len(right), device=right.device), batch.owner] = batch.right
+        return right.flatten(1)
+
+    @torch.no_grad()
+    def _said(self, batch: RowsBatch, stream: Tensor, log_rows: Tensor, where: str) -> dict[str, float]:
+        """What the output head says where the gate is open: right tokens, first tokens and whole answers."""
+        net = self.hypernetwork
+        values = net.values(batch.tokens).flatten(1, 2)  # [P, T * 3, d_out]
+        if batch.together:
+            read = log_rows.exp() @ values.flatten(0, 1)
+        else:
+            read = torch.einsum("nr,nro->no", log_rows.exp(), values[batch.owner])
+        hits = self.head(stream + read * net.config.scale).argmax(-1) == batch.labels
+        wrong = torch.zeros(len(batch.streams), device=hits.device).index_add(0, batch.question, (~hits).float())
+        return {
+            f"tokens_right_{where}": float(hits.float().mean()),
+            f"first_right_{where}": float(hits[batch.first].float().mean()),
+            f"exact_match_{where}": float((wrong == 0).float().mean()),
+        }
 
     def head(self, stream: Tensor) -> Tensor:
         """[N, vocabulary]: what the base model says from its last residual stream [N, hidden]."""
@@ -410,21 +468,31 @@ class RowsStep(nn.Module):
         features = torch.cat([torch.cat([embeddings[one.ids], one.states.float()], -1) for one in some])
         net.feature_mean.copy_(features.mean(0))
         net.feature_scale.copy_(features.std(0).clamp_min(1e-6))
-        found = [self.upper(batches.collate(chosen[i : i + 16], False), False) for i in range(0, len(chosen), 16)]
-        x, stream = (torch.cat(each) for each in list(zip(*found, strict=True))[:2])
-        size = stream.norm(dim=-1).mean()
-        self.whitening(net.reader.last_layer).copy_(_whitening(x))
-        self.whitening(net.reader.match_layer).copy_(_whitening(torch.cat([m[::3] for *_, own in found for m in own])))
-        net.log_gain.copy_((2 * size).log())
+        last, match, sizes = [], [], []
+        for start in range(0, len(chosen), 16):
+            batch = batches.collate(chosen[start : start + 16], False).to(net.feature_mean.device)
+            xs, streams = self.lower(batch.streams)
+            x, stream = self.upper(batch, streams, None)
+            last.append(x)
+            match += [own[::3] for own in xs]
+            sizes.append(stream.norm(dim=-1))
+        self.whitening(net.reader.last_layer).copy_(_whitening(torch.cat(last)))
+        self.whitening(net.reader.match_layer).copy_(_whitening(torch.cat(match)))
+        net.log_gain.copy_((2 * torch.cat(sizes).mean()).log())
 
     @torch.no_grad()
     def plain_keys(self) -> None:
         """Write keys that were learned in whitened coordinates in plain ones."""
         reader = self.hypernetwork.reader
-        for layer in (reader.match_layer, reader.last_layer):
-            for key in (reader.keys[str(layer)], reader.null_keys[str(layer)]):
+        for layer, own in ((reader.match_layer, reader.null_key), (reader.last_layer, reader.evidence_keys)):
+            for key in (reader.keys[str(layer)], own):
                 key.copy_(self.whitening(layer) @ key)
             self.whitening(layer).copy_(torch.eye(len(self.whitening(layer))))
+
+
+def _plain(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What a layer gives back, alone."""
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def _whitening(x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Training of token rows: passages, features on disk, batches, the loss against a plain one, runs and their command."""
 
 import json
-import random
 from dataclasses import replace
 
 import pandas as pd
@@ -29,8 +28,8 @@ from d2l_lib.training.token_rows import RowsBatches, RowsStep, answer_rows, vali
 
 SMALL = RowsPreset(
     latent_size=16, n_blocks=1, n_heads=2, dropout=0.1, encoder_layers=(0, 2, 3), longest_passage=60, passages=3,
-    reader_layers=(2, 3), reader_rank=2, row_layers=(2, 3), validation=4, unrelated_share=0.3,
-    steps=6, learning_rate=3e-3, warmup_steps=1, head_from=0.5,
+    reader_layers=(3,), reader_rank=2, row_layers=(2, 3), validation=4, others=2,
+    steps=6, learning_rate=3e-3, warmup_steps=1,
 )  # fmt: skip
 NAMES = ["Ada", "Bo", "Cy", "Dan", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo", "Kai", "Lea", "Max", "Nia", "Oz", "Pia"]
 TOWNS = ["Velm", "Oru", "Tak", "Siba", "Mond", "Zell", "Quin", "Rast"]
@@ -94,7 +93,7 @@ def prepared(base, p=SMALL, seed: int = 1) -> TokenRows:
 
 
 # --- passages and features ------------------------------------------------------------------------------------------
-def test_only_short_passages_with_short_answers_that_stand_in_them_are_used():
+def test_passages_and_chunks_of_long_ones_have_the_short_questions_whose_answers_stand_there():
     tokenizer = build_tokenizer()
     rows = [
         ("Ada lives in Velm.", "Where?", ["Velm", "Oru"]),
@@ -103,14 +102,16 @@ def test_only_short_passages_with_short_answers_that_stand_in_them_are_used():
         ("Ada lives in Velm.", "Which?", ["lives in Velm"]),  # too long
         ("Ada lives in Velm.", "Where " * 9, ["Velm"]),
         ("Ada lives in Velm.", "And?", ["in"]),  # one too many
-        ("Ada lives in Velm" * 3, "Where?", ["Velm"]),  # a long passage
+        ("Bo is in Oru. Cy is in Tak.", "Who is in Tak?", ["Cy"]),  # a long passage
+        ("Bo is in Oru. Cy is in Tak.", "What?", ["is"]),  # stands in two chunks
         ("Bo is away.", "Where?", ["home"]),  # no usable question
     ]
     frame = pd.DataFrame(rows, columns=["document", "question", "answers"]).assign(dataset="squad")
     limits = Limits(passage_tokens=20, question_tokens=50, answer_tokens=5, questions=2)
-    (one,) = passages_of(frame, tokenizer, limits)
+    one, part = passages_of(frame, tokenizer, limits)
     assert tokenizer.decode(one.ids) == one.text == "Ada lives in Velm."
     assert [text for _, _, text in one.questions] == ["Velm", "Ada"]
+    assert part.text.strip() == "Cy is in Tak." and [text for _, _, text in part.questions] == ["Cy"]
     for (prompt, answer, text), question in zip(one.questions, ("Where?", "Who?"), strict=True):
         assert prompt == question_ids(tokenizer, [question])[0] and answer[-1] == stop_ids(tokenizer)[0]
         assert tokenizer.decode(answer[:-1]) == text
@@ -204,8 +205,7 @@ def test_batches_are_functions_of_seed_and_step(base, features):
     sizes = [one.n_contexts for one in in_order[:4]]
     assert sum(sizes) == 11 and len(batches) == 40
     assert not all(torch.equal(in_order[i].labels, in_order[i + 4].labels) for i in range(4)), "an order for each epoch"
-    assert {one.together for one in in_order} == {True, False} and any(one.unrelated.any() for one in in_order)
-    assert [one.progress for one in in_order[:3]] == [0, 1 / 40, 2 / 40]
+    assert {one.together for one in in_order} == {True, False}
     with pytest.raises(ValueError, match="two passages or more"):
         RowsBatches(features[:1], words, p, 0)[0]
 
@@ -221,9 +221,9 @@ def test_all_places_of_an_answer_are_marked_and_its_end():
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
-def plain_loss(model, batch, passages, p) -> torch.Tensor:
+def plain_loss(model, batch, passages, others, p) -> torch.Tensor:
     """The loss by whole passes of the adapted model, one question at a time."""
-    net, blocks = model.hypernetwork, []
+    net, blocks, place = model.hypernetwork, [], 0
     table = model.base_model.get_input_embeddings().weight
     for number, (ids, mask, states) in enumerate(zip(batch.ids, batch.mask, batch.states, strict=True)):
         n = int(mask.sum())
@@ -231,33 +231,36 @@ def plain_loss(model, batch, passages, p) -> torch.Tensor:
         A = net.codes(alone, torch.ones(1, n, dtype=torch.bool)).flatten(1, 2)
         B = F.pad(net.values(net.words.tokens(ids[None, :n])), (0, 0, 0, 1)).flatten(1, 2)
         blocks.append(Block(f"passage {number}", 0, None, 1.0, {"down_proj": A}, {"down_proj": B}))
-    pointers, nulls, says, kept, t = [], [], [], [], 0
+
+    def read(ids, seen, first: int):
+        """(gate's logit at token `first`, shares from there on) with these blocks inside."""
+        with read_rows(
+            model.base_model, [model.adapter_of([blocks[i] for i in seen])], model.reading, net.reader
+        ) as state:
+            model.base_model(torch.tensor([ids]))
+        return net.reader.gate(state.near[0])[0, first], state.shares[0][0, first:, 1:]
+
+    pointers, weights, opened, closed, every = [], [], [], [], range(len(blocks))
     for own, passage in enumerate(passages):
         for prompt, answer, _ in passage.questions:
-            away = bool(batch.unrelated[t]) and not batch.together
-            seen = range(len(blocks)) if batch.together else [(own + 1) % len(blocks) if away else own]
-            adapter = model.adapter_of([blocks[i] for i in seen])
-            ids, here = torch.tensor([prompt + answer[:-1]]), slice(len(prompt) - 1, None)
-            with read_rows(model.base_model, [adapter], model.reading, net.reader) as state:
-                logits = model.base_model(ids).logits[0, here].log_softmax(-1)
-            shares = state.shares[0][0, here]
-            if away:
-                nulls.append(shares[0, 0].log())
-                base = model.base_model(ids).logits[0, here].log_softmax(-1)
-                kept += list((base.exp() * (base - logits)).sum(-1))
-            for place, label in enumerate([] if away else answer):
-                right = [batch.right[t + place] if i == own else torch.zeros_like(batch.right[t]) for i in seen]
-                right = torch.cat(
-                    [one[: int(batch.mask[i].sum())].flatten() for one, i in zip(right, seen, strict=True)]
-                )
-                if right.any():
-                    pointers.append(-shares[place, 1:][right].sum().log())
-                says.append(-logits[place, label])
-            t += len(answer)
-    loss = torch.stack(pointers).mean() + p.head_weight * torch.stack(says).mean()
-    if not nulls:
-        return loss
-    return loss - p.null_weight * torch.stack(nulls).mean() + p.keep_weight * torch.stack(kept).mean()
+            seen = list(every) if batch.together else [own]
+            gate, shares = read(prompt + answer[:-1], seen, len(prompt) - 1)
+            opened.append(F.logsigmoid(gate))
+            assert gate > 0
+            for n, of_answer in enumerate(shares):
+                right = [batch.right[place] if i == own else torch.zeros_like(batch.right[place]) for i in seen]
+                right = [one[: int(batch.mask[i].sum())].flatten() for one, i in zip(right, seen, strict=True)]
+                weights.append(p.first_weight if n == 0 else 1.0)
+                pointers.append(-weights[-1] * of_answer[torch.cat(right)].sum().log())
+                place += 1
+            away = [i for i in every if i != own] if batch.together else [(own + 1) % len(blocks)]
+            closed.append(F.logsigmoid(-read(prompt + answer[:-1], away, len(prompt) - 1)[0]))
+    for number, prompt in enumerate(others, start=len(opened)):
+        closed.append(
+            F.logsigmoid(-read(prompt, every if batch.together else [number % len(blocks)], len(prompt) - 1)[0])
+        )
+    gates = torch.stack(opened).mean() + torch.stack(closed).mean()
+    return torch.stack(pointers).sum() / sum(weights) - p.gate_weight * gates
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -266,30 +269,29 @@ def test_the_loss_is_that_of_the_adapted_model(base, made, features, together):
     _, model, tokenizer, _, _ = base
     net = prepared(base)
     reader = net.reader
-    for parameter in (
-        *reader.lora_B.values(),
-        *reader.null_keys.values(),
-        *reader.null_logits.values(),
-        reader.evidence_scaler,
-    ):
+    for parameter in (*reader.lora_B.values(), reader.null_key, reader.null_logit, reader.evidence_keys):
         parameter.normal_()
-    p = replace(SMALL, unrelated_share=0.5, null_weight=0.7, keep_weight=0.9, match_weight=0.0)
+    reader.gate_bias.fill_(-0.1)  # open, so that all reads are seen
+    p = replace(SMALL, gate_weight=0.9, first_weight=3.0, match_weight=0.0)
     numbers, passages = [0, 4, 9], made[0]
     exact = [
         replace(
             one,
-            streams=tuple(row_features._below(model, tokenizer, [q[0] + q[1][:-1] for q in passage.questions], BELOW)),
+            streams=tuple(
+                row_features.streams_below(model, tokenizer, [q[0] + q[1][:-1] for q in passage.questions], BELOW)
+            ),
         )
         for one, passage in zip(features, passages, strict=True)
     ]
+    prompts = question_ids(tokenizer, ["What is it?", "Who?"])
     batches = RowsBatches(exact, net.words, p, 0)
     step = RowsStep(model, net, p).eval()
     step.start(exact, batches)
     for layer in (reader.match_layer, reader.last_layer):
         W = step.whitening(layer)
         assert torch.allclose(W, W.mT, atol=1e-4) and not torch.allclose(W, torch.eye(len(W)), atol=0.1)
-    batch = batches.collate(numbers, together, random.Random(2))
-    assert together or (batch.unrelated.any() and not batch.unrelated.all())
+    others = row_features.streams_below(model, tokenizer, prompts, BELOW)
+    batch = batches.collate(numbers, together, others)
     assert batch.right.flatten(1).any(1).all() and not batch.mask.all()
     loss, notes = step.loss(batch)
     assert 0 <= notes[f"exact_match_{'together' if together else 'alone'}"] <= 1
@@ -297,53 +299,48 @@ def test_the_loss_is_that_of_the_adapted_model(base, made, features, together):
     torch.testing.assert_close(step.loss(batch)[0], loss, rtol=1e-3, atol=1e-3)
     adapted = DocToLoRA(model, tokenizer, net.eval())
     torch.testing.assert_close(
-        loss, plain_loss(adapted, batch, [passages[i] for i in numbers], p), rtol=1e-3, atol=1e-3
+        loss, plain_loss(adapted, batch, [passages[i] for i in numbers], prompts, p), rtol=1e-3, atol=1e-3
     )
 
 
 @torch.no_grad()
 def test_words_of_a_question_are_sent_to_their_like(base, made, features):
-    net, p = prepared(base), replace(SMALL, unrelated_share=0.5)
+    net, p = prepared(base), SMALL
     batches = RowsBatches(features, net.words, p, 0)
     step = RowsStep(base[1], net, p).eval()
     step.start(features, batches)
     for together in (False, True):
-        batch = batches.collate([2, 7, 11], together, random.Random(2))
-        found = step.matches(batch, step.codes(batch), step.upper(batch)[2])
-        assert (found.flatten(2).sum(-1) <= 1 + 1e-5).all() and found.min() >= 0
+        batch = batches.collate([2, 7, 11], together)
+        here, away = step.matches(batch, step.codes(batch), step.lower(batch.streams)[0])
+        for found in (here, away):
+            assert (found.flatten(2).sum(-1) <= 1 + 1e-5).all() and found.min() >= 0
         losses, number = [], 0
         for place, i in enumerate((2, 7, 11)):
             passage = made[0][i]
             for prompt, _, _ in passage.questions:
-                away = bool(batch.unrelated[(batch.question == number).nonzero()[0, 0]])
-                assert not (away and together)
+                assert not together or away[number, :, place].max() == 0
                 for n, token in enumerate(prompt):
                     like = [t for t, other in enumerate(passage.ids) if other == token]
-                    if 1 <= len(like) <= 3 and not away:
-                        losses.append(-found[number, n, place, like].sum().log())
+                    if 1 <= len(like) <= 3:
+                        losses.append(-here[number, n, place if together else 0, like].sum().log())
                 number += 1
-        torch.testing.assert_close(step.match_loss(batch, found), torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(step.match_loss(batch, here), torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
 
 
-def test_batches_without_a_reachable_answer_are_finite(base, features):
+def test_a_batch_without_a_reachable_answer_is_finite(base, features):
     net = prepared(base)
-    p = replace(SMALL, head_from=0.0)
-    step, batches = RowsStep(base[1], net, p), RowsBatches(features, net.words, p, 0)
+    step, batches = RowsStep(base[1], net, SMALL), RowsBatches(features, net.words, SMALL, 0)
     step.start(features, batches)
     batch = batches.collate([0, 1], False)
-    for one in (
-        replace(batch, right=torch.zeros_like(batch.right)),
-        replace(batch, unrelated=torch.ones_like(batch.unrelated)),
-    ):
-        loss = step(one)["loss"]
-        loss.backward()
-        assert loss.isfinite() and all(q.grad is None or q.grad.isfinite().all() for q in net.parameters())
+    loss = step(replace(batch, right=torch.zeros_like(batch.right)))["loss"]
+    loss.backward()
+    assert loss.isfinite() and all(q.grad is None or q.grad.isfinite().all() for q in net.parameters())
     assert all(value == value for value in step.report().values())
 
 
 def test_a_few_steps_teach_the_pointer(base, features):
     net = prepared(base)
-    p = replace(SMALL, dropout=0.0, steps=60, passages=6, unrelated_share=0.1, together_share=0.3)
+    p = replace(SMALL, dropout=0.0, steps=60, passages=6, together_share=0.3)
     step = RowsStep(base[1], net, p, validation_batches(features[:6], net.words, p))
     batches = RowsBatches(features, net.words, p, 0)
     step.start(features, batches)
@@ -356,6 +353,7 @@ def test_a_few_steps_teach_the_pointer(base, features):
     after = step.report()
     assert after["validation_pointer_loss_alone"] < 0.5 * before["validation_pointer_loss_alone"], (before, after)
     assert after["validation_pointer_loss_together"] < 0.7 * before["validation_pointer_loss_together"]
+    assert after["validation_gate_loss_alone"] < before["validation_gate_loss_alone"]
     assert step.training and net.feature_mean.grad is None
 
 
@@ -364,10 +362,10 @@ def test_a_stopped_run_resumes_to_the_weights_of_an_uninterrupted_one(base, tmp_
     source, _, _, frame, _ = base
     whole, two = (Run(tmp_path / name, seed=1, report_steps=1) for name in ("whole", "two"))
     features = tmp_path / "features"
-    final = recipes.train_rows(SMALL, str(source), frame, whole, features)
-    recipes.train_rows(SMALL, str(source), frame, replace(two, stop_at=2), features)
+    final = recipes.train_rows(SMALL, str(source), {"towns": frame}, whole, features)
+    recipes.train_rows(SMALL, str(source), {"towns": frame}, replace(two, stop_at=2), features)
     assert (two.folder / "checkpoint-2").exists() and not (two.folder / "checkpoint-6").exists()
-    again = recipes.train_rows(SMALL, str(source), frame, two, features)
+    again = recipes.train_rows(SMALL, str(source), {"towns": frame}, two, features)
     trained, resumed = d2l.load(final), d2l.load(again)
     own = dict(resumed.hypernetwork.named_parameters())
     for name, value in trained.hypernetwork.named_parameters():
@@ -376,15 +374,15 @@ def test_a_stopped_run_resumes_to_the_weights_of_an_uninterrupted_one(base, tmp_
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
     assert all("validation_exact_match_alone" in line for line in log)
     assert len(frame) and trained.chunk_tokens == SMALL.longest_passage and trained.writes_rows
-    with pytest.raises(ValueError, match=r"16 passages .* needs 103"):
-        recipes.train_rows(replace(SMALL, validation=100), str(source), frame, whole, features)
+    with pytest.raises(ValueError, match=r"16 passages of towns .* needs 103"):
+        recipes.train_rows(replace(SMALL, validation=100), str(source), {"towns": frame}, whole, features)
 
 
 def test_the_command_ends_in_a_model_that_loads(base, tmp_path, capsys):
     source, _, _, _, file = base
     sizes = [
         "latent_size=16", "n_blocks=1", "n_heads=2", "encoder_layers=(0, 2)", "longest_passage=60", "passages=3",
-        "validation=0", "reader_layers=(2, 3)", "row_layers=(2, 3)",
+        "validation=0", "reader_layers=(3,)", "row_layers=(2, 3)",
     ]  # fmt: skip
     command = ["train", "--preset", "smollm2", "--stage", "rows", "--runs", str(tmp_path)]
     own = ["--questions", f"squad={file}", "--base", str(source), "--steps", "2", "--set", *sizes]
