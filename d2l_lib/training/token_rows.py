@@ -255,7 +255,7 @@ class RowsStep(nn.Module):
 
     @torch.no_grad()
     def lower(self, streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each stream [its tokens, hidden] into the match layer: x [its tokens, d_in] there, and the stream after it."""
+        """Of streams [tokens, hidden] into the match layer: x [tokens, d_in] there, and the streams after it."""
         base_model, body, _ = self._frozen
         linear, found = self.hypernetwork.reader.linears(base_model)[self.hypernetwork.reader.match_layer], {}
         order, xs, after = sorted(range(len(streams)), key=lambda i: len(streams[i])), {}, {}
