@@ -267,7 +267,7 @@ class RowsPreset(Schedule):
     reader_rank: int = 32
     row_layers: tuple[int, ...] = (24, 29)
     longest_passage: int = 200
-    generated: int = 4000
+    generated: int = 2400
     passages: int = 16
     validation: int = 96
     together_share: float = 0.35
@@ -532,7 +532,7 @@ PRESETS |= {
     )
 }
 PRESETS["smollm2"] = replace(
-    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=900, learning_rate=1e-3, warmup_steps=40)
+    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=720, learning_rate=1e-3, warmup_steps=40)
 )
 
 

@@ -78,7 +78,7 @@ class RowReader(nn.Module):
 
     def nothing(self, unit: Tensor) -> Tensor:
         """[...]: the logit of the match layer's null row, of u [..., d_in]."""
-        return unit @ self.null_key.to(unit) + self.null_logit.to(unit)
+        return unit @ self.null_key.to(unit) + _FAST * self.null_logit.to(unit)
 
     def gate(self, nearness: Tensor) -> Tensor:
         """[...]: a logit, above 0 where the gate is open; nearness [..., T, k] of all chunks."""

@@ -100,4 +100,6 @@ def copy_project(folder: Path) -> Path:
     """A copy of what a notebook needs, which may write into it."""
     for name in ("d2l_lib", "data", "notebooks", "figures"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    if (ROOT / ".cache").exists():  # a base model that was prepared already
+        (folder / ".cache").symlink_to(ROOT / ".cache")
     return folder

@@ -46,7 +46,7 @@ def oracle(model, adapter, reading: RowReading, text: str = QUESTIONS[0]) -> tor
         so_far, name = 0.0, str(net.match_layer)
         for x in inputs[0][0]:
             u = x / x.norm()
-            logits = [u @ net.null_key + net.null_logit]
+            logits = [u @ net.null_key + 10 * net.null_logit]
             logits += [u @ net.keys[name] @ c + math.log(b.weight) for b, _, c, _ in rows(3)]
             so_far = so_far + torch.stack(logits).softmax(0)[1:]
             found = {(id(b), t): float(p) for (b, t, *_), p in zip(rows(3), so_far, strict=True)}

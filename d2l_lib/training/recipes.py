@@ -344,7 +344,8 @@ def train_rows(
             every = [one for i, one in enumerate(every) if i not in drawn]
         train += every
     prompts = question_ids(tokenizer, [row["prompt"] for row in read_rows(project_root() / _UNRELATED)])
-    others = [stream.half() for stream in streams_below(base_model, tokenizer, prompts, below)]
+    streams = streams_below(base_model, tokenizer, prompts, below)
+    others = [(stream.half(), torch.tensor(ids)) for stream, ids in zip(streams, prompts, strict=True)]
     torch.manual_seed(run.seed)
     hypernetwork = TokenRows(config)
     hypernetwork.prepare(base_model, tokenizer)

@@ -6,7 +6,8 @@ passages of the batch together: then a question must find its passage among othe
 about something else, meets a memory that has nothing for it: the next passage, or all passages but its own.
 
     loss = - mean log (sum of p_j over rows j of the right token in places where the answer stands)   p: last layer's
-           - match_weight * mean log (sum of p(i, t) over t with the word of token i)             p(i, t): match layer's
+           - match_weight * (mean log (sum of p(i, t) over t with the word of token i)            p(i, t): match layer's
+                             + mean log (share of the null row) of words that the other memory lacks)
            - gate_weight * (mean log sigmoid(gate) with its memory + mean log sigmoid(-gate) with the other)
 
 The first token of an answer counts `first_weight` times. The base model's words are not in the loss, for rows say them
@@ -36,6 +37,7 @@ from d2l_lib.training.row_features import Features
 _POOL = 64  # batches of like length are drawn from so many passages
 _AT_ONCE = 16  # questions of a pass through the upper layers: of like length, so little is padded
 _RARE = 3  # times that a word stands in a passage, at most, to be looked for
+Prompt = tuple[Tensor, Tensor]  # its stream into the match layer, its ids
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class RowsBatch:
 
     mask [P, T]: True at tokens. states [P, T, S]. tokens [P, T, 3]: what each row writes.
     streams: of each of Q questions what goes into the match layer [its tokens, hidden]. prompts: ids of its prompt.
-    others: the same of prompts about something else.
+    others: streams of prompts about something else.
     alike: for each question [its prompt's tokens, T], True at its passage's tokens that write the same rare word.
+    lacking: for each question, then each other prompt [its tokens], True where the other memory has no such word.
     owner [N]: each token's passage. question [N]: each token's question, in order. first [N]: of its answer.
     right [N, T, 3]: the rows of its passage that stand for it, where its answer stands.
     together: one memory for all.
@@ -59,6 +62,7 @@ class RowsBatch:
     prompts: tuple[Tensor, ...]
     others: tuple[Tensor, ...]
     alike: tuple[Tensor, ...]
+    lacking: tuple[Tensor, ...]
     labels: Tensor
     owner: Tensor
     question: Tensor
@@ -112,15 +116,15 @@ def same_words(asked: Tensor, words: Tensor) -> Tensor:
 class RowsBatches(Dataset):
     """Batches of `p.passages` passages of like length; item i is a function of (seed, i).
 
-    others: streams of prompts about something else; `p.others` of them are in each batch.
+    others: (stream, ids) of prompts about something else; `p.others` of them are in each batch.
     """
 
     def __init__(
-        self, passages: Sequence[Features], words: Words, p: RowsPreset, seed: int, others: Sequence[Tensor] = ()
+        self, passages: Sequence[Features], words: Words, p: RowsPreset, seed: int, others: Sequence[Prompt] = ()
     ):
         self.passages, self.words, self.p, self.seed, self.others = passages, words, p, seed, others
         self._order: dict[int, list[list[int]]] = {}
-        self._made: dict[int, tuple[Tensor, Tensor, list[Tensor]]] = {}
+        self._made: dict[int, tuple[Tensor, Tensor, list[Tensor], list[Tensor]]] = {}
         self._per_epoch = len(self._epoch(0))  # the same in each
 
     def __len__(self) -> int:
@@ -148,18 +152,23 @@ class RowsBatches(Dataset):
         together = rng.random() < self.p.together_share
         return self.collate(batch, together, rng.sample(self.others, min(self.p.others, len(self.others))))
 
-    def _rows(self, number: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """(tokens [T, 3], right [N, T, 3], alike of each question [its prompt's tokens, T]) of a passage."""
+    def _first(self, ids: Tensor) -> Tensor:
+        """The word of each token, in the form that begins an answer."""
+        return self.words.tokens(ids[None])[0, :, 0]
+
+    def _rows(self, number: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """Of a passage: tokens [T, 3], right [N, T, 3]; of its questions: words of the prompt, alike [those, T]."""
         if number not in self._made:
             one = self.passages[number]
             tokens = self.words.tokens(one.ids[None])[0]
             lists, ids = tokens.tolist(), one.ids.tolist()
             right = [answer_rows(ids, lists, answer.tolist()) for answer in one.answers]
-            asked = [self.words.tokens(prompt[None])[0, :, 0] for prompt in one.prompts]
-            self._made[number] = tokens, torch.cat(right), [same_words(words, tokens[:, 0]) for words in asked]
+            asked = [self._first(prompt) for prompt in one.prompts]
+            alike = [same_words(words, tokens[:, 0]) for words in asked]
+            self._made[number] = tokens, torch.cat(right), asked, alike
         return self._made[number]
 
-    def collate(self, numbers: Sequence[int], together: bool, others: Sequence[Tensor] = ()) -> RowsBatch:
+    def collate(self, numbers: Sequence[int], together: bool, others: Sequence[Prompt] = ()) -> RowsBatch:
         """These passages as a batch."""
         chosen = [self.passages[number] for number in numbers]
         made = [self._rows(number) for number in numbers]
@@ -181,23 +190,33 @@ class RowsBatches(Dataset):
             tokens=padded([tokens for tokens, *_ in made]),
             streams=tuple(stream for one in chosen for stream in one.streams),
             prompts=tuple(prompt for one in chosen for prompt in one.prompts),
-            others=tuple(others),
+            others=tuple(stream for stream, _ in others),
+            lacking=self._lacking(made, [ids for _, ids in others], together),
             alike=tuple(F.pad(alike, (0, T - alike.shape[1])) for *_, several in made for alike in several),
             labels=torch.cat(answers),
             owner=owner,
             question=question,
             first=first,
-            right=torch.cat([F.pad(right, (0, 0, 0, T - right.shape[1])) for _, right, _ in made]),
+            right=torch.cat([F.pad(right, (0, 0, 0, T - right.shape[1])) for _, right, *_ in made]),
             together=together,
         )
 
+    def _lacking(self, made: Sequence[tuple], others: Sequence[Tensor], together: bool) -> tuple[Tensor, ...]:
+        """`RowsBatch.lacking` of passages as `_rows` gives them."""
+        P, asked = len(made), [(own, words) for own, (_, _, several, _) in enumerate(made) for words in several]
+        lacking = []
+        for number, (own, words) in enumerate([*asked, *((None, self._first(ids)) for ids in others)]):
+            seen = [i for i in range(P) if i != own] if together else [(number if own is None else own + 1) % P]
+            lacking.append(~torch.isin(words, torch.cat([made[i][0][:, 0] for i in seen])))
+        return tuple(lacking)
+
 
 def validation_batches(
-    passages: Sequence[Features], words: Words, p: RowsPreset, others: Sequence[Tensor] = ()
+    passages: Sequence[Features], words: Words, p: RowsPreset, others: Sequence[Prompt] = ()
 ) -> list[RowsBatch]:
     """All passages, in batches of at most `p.passages`, each passage alone and all of a batch together.
 
-    others: streams of prompts about something else, shared out among the batches.
+    others: (stream, ids) of prompts about something else, shared out among the batches.
     """
     batches = RowsBatches(passages, words, p, seed=0)
     starts = range(0, len(passages), p.passages)
@@ -304,10 +323,11 @@ class RowsStep(nn.Module):
         base_model = self._frozen[0]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(base_model.device, base_model.dtype)
 
-    def matches(self, batch: RowsBatch, codes: Tensor, xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def matches(self, batch: RowsBatch, codes: Tensor, xs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """p(i, t) of tokens of the questions with their memory, and of questions and others with one that lacks them.
 
-        [Q, L, P', T] and [Q + others, L, P', T]; P' is 1 where each question sees a passage of its own.
+        [Q, L, P', T] and [Q + others, L, P', T]; P' is 1 where each question sees a passage of its own. Then the log of
+        the null row's share with the other memory [Q + others, L].
         """
         reader, P, Q = self.hypernetwork.reader, batch.n_contexts, len(batch.streams)
         unit = self.unit(reader.match_layer, nn.utils.rnn.pad_sequence(xs, batch_first=True))
@@ -324,10 +344,12 @@ class RowsStep(nn.Module):
         else:
             other = torch.cat([own + 1, rows[Q:]]) % P
             here, away = (logits[rows[: len(its)], :, its].unsqueeze(2) for its in (own, other))
-        return tuple(
-            torch.cat([none[: len(one), :, None], one.flatten(2)], -1).softmax(-1)[..., 1:].unflatten(-1, one.shape[2:])
+        here, away = (
+            (torch.cat([none[: len(one), :, None], one.flatten(2)], -1).log_softmax(-1), one.shape[2:])
             for one in (here, away)
         )
+        found, astray = (shares[..., 1:].exp().unflatten(-1, shape) for shares, shape in (here, away))
+        return found, astray, away[0][..., 0]
 
     def gates(self, evidence: Tensor) -> Tensor:
         """[...]: the gate's logit of evidence [..., P', T]."""
@@ -379,7 +401,7 @@ class RowsStep(nn.Module):
         p, Q, where = self.p, len(batch.streams), "together" if batch.together else "alone"
         codes = self.codes(batch)
         xs, streams = self.lower((*batch.streams, *batch.others))
-        found, astray = self.matches(batch, codes, xs)
+        found, astray, log_null = self.matches(batch, codes, xs)
         starts = torch.tensor([len(one) - 1 for one in batch.prompts], device=found.device)
         ends = torch.cat([starts, starts.new_tensor([len(one) - 1 for one in batch.others])])
         evidence = found.cumsum(1)
@@ -397,11 +419,14 @@ class RowsStep(nn.Module):
             lost = -log_rows.masked_fill(~right, -torch.inf)[reachable].logsumexp(-1)
             pointer = (lost * weights).sum() / weights.sum()
         matched = self.match_loss(batch, found)
+        lacked = [own[: len(lacking)][lacking] for own, lacking in zip(log_null, batch.lacking, strict=True)]
+        missed = -torch.cat(lacked).mean() if any(map(len, lacked)) else log_null.sum() * 0
         with torch.no_grad():
             best = right.gather(1, log_rows.argmax(1, keepdim=True))[:, 0]
         notes = {
             f"pointer_loss_{where}": pointer.item(),
             f"match_loss_{where}": matched.item(),
+            f"miss_loss_{where}": missed.item(),
             f"gate_loss_{where}": gate_loss.item(),
             f"rows_right_{where}": best[reachable].float().mean().item(),
             f"first_rows_right_{where}": best[reachable & batch.first].float().mean().item(),
@@ -412,7 +437,7 @@ class RowsStep(nn.Module):
         if not self.training:
             notes |= self._said(batch, stream, log_rows, where)
         notes = {name: value for name, value in notes.items() if not math.isnan(value)}  # means of nothing
-        return pointer + p.match_weight * matched + p.gate_weight * gate_loss, notes
+        return pointer + p.match_weight * (matched + missed) + p.gate_weight * gate_loss, notes
 
     def _right(self, batch: RowsBatch) -> Tensor:
         """[N, P' * T * 3]: the right rows of each token's memory."""

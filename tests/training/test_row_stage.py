@@ -290,7 +290,8 @@ def test_the_loss_is_that_of_the_adapted_model(base, made, features, together):
     for layer in (reader.match_layer, reader.last_layer):
         W = step.whitening(layer)
         assert torch.allclose(W, W.mT, atol=1e-4) and not torch.allclose(W, torch.eye(len(W)), atol=0.1)
-    others = row_features.streams_below(model, tokenizer, prompts, BELOW)
+    streams = row_features.streams_below(model, tokenizer, prompts, BELOW)
+    others = [(stream, torch.tensor(ids)) for stream, ids in zip(streams, prompts, strict=True)]
     batch = batches.collate(numbers, together, others)
     assert batch.right.flatten(1).any(1).all() and not batch.mask.all()
     loss, notes = step.loss(batch)
@@ -311,9 +312,10 @@ def test_words_of_a_question_are_sent_to_their_like(base, made, features):
     step.start(features, batches)
     for together in (False, True):
         batch = batches.collate([2, 7, 11], together)
-        here, away = step.matches(batch, step.codes(batch), step.lower(batch.streams)[0])
+        here, away, log_null = step.matches(batch, step.codes(batch), step.lower(batch.streams)[0])
         for found in (here, away):
             assert (found.flatten(2).sum(-1) <= 1 + 1e-5).all() and found.min() >= 0
+        torch.testing.assert_close(log_null.exp(), 1 - away.flatten(2).sum(-1), rtol=1e-3, atol=1e-5)
         losses, number = [], 0
         for place, i in enumerate((2, 7, 11)):
             passage = made[0][i]
