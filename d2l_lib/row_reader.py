@@ -11,7 +11,8 @@ First the words of a question look for their like in the document (late interact
     evidence      E(t) = sum over the tokens i so far of p(i, t)
     nearness      s_k(t) = log(1 + mean of E around t / FLOOR), weights exp(-distance / spread) before t, after t or on
                   both sides, for each of NEAR, inside t's chunk
-    gate          open from the first token on with sum over k of gate_k max over t of s_k(t) > gate_bias; gate_k > 0
+    gate          open from the first token on with sum over k of gate_k max over t of s_k(t) > gate_bias; gate_k > 0.
+                  Its p(i, t) is a softmax over one chunk and the null row, so other chunks cannot close it
     last layer    logit of row j at token t: q.c_j + sum over k of (weight_k + W_k u) s_k(t);  p = softmax over the rows
                   y = W x + sum over j of p_j B_j where the gate is open: B_j writes a word (see `token_rows`)
 

@@ -68,8 +68,8 @@ class _Rows:
         weights = torch.tensor([block.weight for block in blocks])
         self.offsets = weights.log().repeat_interleave(counts)  # [T], added to logits
         self.ends = counts.cumsum(0)  # in tokens
-        number = torch.arange(len(blocks)).repeat_interleave(counts)
-        self.slots = torch.arange(len(codes)) + REACH * number  # free places between chunks
+        self.chunk = torch.arange(len(blocks)).repeat_interleave(counts)  # of each token
+        self.slots = torch.arange(len(codes)) + REACH * self.chunk  # free places between chunks
 
     @cached_property
     def is_weighted(self) -> bool:
@@ -81,6 +81,17 @@ class _Rows:
         if not self.is_weighted:
             return logits
         return logits + self.offsets.to(q).repeat_interleave(len(codes) // len(self.offsets))
+
+    def found(self, q: Tensor, none: Tensor) -> Tensor:
+        """p(i, t) [..., 2, T] of q [..., d] and the null row: a softmax over all tokens, then over each chunk."""
+        logits = self.logits(q, self.context)
+        joint = torch.cat([none.unsqueeze(-1), logits], -1).softmax(-1)[..., 1:]
+        chunk = self.chunk.to(logits.device)
+        most = none.unsqueeze(-1).expand(*none.shape, len(self.blocks))
+        most = most.scatter_reduce(-1, chunk.expand_as(logits), logits, "amax")
+        parts = (logits - most[..., chunk]).exp()
+        sums = (none.unsqueeze(-1) - most).exp().index_add(-1, chunk, parts)
+        return torch.stack([joint, parts / sums[..., chunk]], -2)
 
 
 @dataclass
@@ -96,7 +107,9 @@ class Attended(Followed):
     reading: RowReading
     of_row: Tensor | None
     shares: dict[int, Tensor] = field(default_factory=dict)
-    over_time: dict[int, Tensor] = field(default_factory=dict)  # evidence [rows, T] at the last token
+    over_time: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # evidence [rows, 2, T] at the last token (`_Rows.found`)
     near: dict[int, Tensor] = field(default_factory=dict)  # nearness [rows, tokens, T, k] of this pass
     gates: Tensor | None = None  # [batch, tokens] of this pass: 1 where it is open, else 0
     mask: Tensor | None = None  # [batch, tokens] of all tokens so far; padding is 0
@@ -138,15 +151,15 @@ class Attended(Followed):
         for context, its, mine in self._present(len(x)):
             unit = _unit(x[mine])
             q, none = self.reader.asked(self.reader.match_layer, unit), self.reader.nothing(unit)
-            found = torch.cat([none.unsqueeze(-1), its.logits(q, its.context)], -1).softmax(-1)[..., 1:]
+            found = its.found(q, none)
             if self.mask is not None:  # padding finds nothing
-                found = found * self.mask[mine, -found.shape[1] :].to(found).unsqueeze(-1)
+                found = found * self.mask[mine, -found.shape[1] :].to(found)[..., None, None]
             so_far = found.cumsum(1)
             if context in self.over_time:
                 so_far = so_far + self.over_time[context].unsqueeze(1)
             self.over_time[context] = so_far[:, -1]
-            self.near[context] = near = nearness(so_far, its.slots.to(x.device))
-            self.gates[mine] = (self.reader.gate(near) > self.reading.null_logit).to(x)
+            self.near[context], of_each = nearness(so_far, its.slots.to(x.device)).unbind(-3)
+            self.gates[mine] = (self.reader.gate(of_each) > self.reading.null_logit).to(x)
         return x.new_zeros(())
 
     def _read(self, x: Tensor) -> Tensor:

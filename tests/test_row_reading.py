@@ -43,15 +43,19 @@ def oracle(model, adapter, reading: RowReading, text: str = QUESTIONS[0]) -> tor
         return torch.as_tensor(math.log1p(mean / sum(weights.values()) / FLOOR))
 
     def match(_, inputs, output):
-        so_far, name = 0.0, str(net.match_layer)
+        joint, each, name, tokens = 0.0, 0.0, str(net.match_layer), rows(3)
         for x in inputs[0][0]:
             u = x / x.norm()
-            logits = [u @ net.null_key + 10 * net.null_logit]
-            logits += [u @ net.keys[name] @ c + math.log(b.weight) for b, _, c, _ in rows(3)]
-            so_far = so_far + torch.stack(logits).softmax(0)[1:]
-            found = {(id(b), t): float(p) for (b, t, *_), p in zip(rows(3), so_far, strict=True)}
-            near.append({(id(b), t): torch.stack([around(found, b, t, *k) for k in NEAR]) for b, t, *_ in rows(3)})
-            most = torch.stack(list(near[-1].values())).amax(0)
+            none = u @ net.null_key + 10 * net.null_logit
+            logits = torch.stack([u @ net.keys[name] @ c + math.log(b.weight) for b, _, c, _ in tokens])
+            joint = joint + torch.cat([none[None], logits]).softmax(0)[1:]
+            parts = [logits[[i for i, row in enumerate(tokens) if row[0] is b]] for b in adapter.blocks]
+            each = each + torch.cat([torch.cat([none[None], part]).softmax(0)[1:] for part in parts])
+            maps = [
+                {(id(b), t): float(p) for (b, t, *_), p in zip(tokens, found, strict=True)} for found in (joint, each)
+            ]
+            near.append({(id(b), t): torch.stack([around(maps[0], b, t, *k) for k in NEAR]) for b, t, *_ in tokens})
+            most = torch.stack([torch.stack([around(maps[1], b, t, *k) for k in NEAR]) for b, t, *_ in tokens]).amax(0)
             logit = (most * (10 * net.gate_scaler).exp().add(1).log()).sum() - 10 * net.gate_bias
             gates.append(float(logit > reading.null_logit))
 

@@ -229,6 +229,21 @@ def validation_batches(
     ]
 
 
+@dataclass(frozen=True)
+class Found:
+    """p(i, t) of the match layer, for Q questions and other prompts of at most L tokens.
+
+    found [Q, L, P', T]: with their memory, one softmax over all of it. of_each [Q, L, P', T]: one over each passage.
+    astray [Q + others, L, P', T]: one over each passage of the other memory. log_null [Q + others, L]: the log of the
+    null row's share there, the mean of the passages. P' is 1 where each question sees one passage.
+    """
+
+    found: Tensor
+    of_each: Tensor
+    astray: Tensor
+    log_null: Tensor
+
+
 class RowsStep(nn.Module):
     """The loss {"loss": ...} of a `RowsBatch`, and numbers for the log."""
 
@@ -323,39 +338,32 @@ class RowsStep(nn.Module):
         base_model = self._frozen[0]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(base_model.device, base_model.dtype)
 
-    def matches(self, batch: RowsBatch, codes: Tensor, xs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """p(i, t) of tokens of the questions with their memory, and of questions and others with one that lacks them.
-
-        [Q, L, P', T] and [Q + others, L, P', T]; P' is 1 where each question sees a passage of its own. Then the log of
-        the null row's share with the other memory [Q + others, L].
-        """
+    def matches(self, batch: RowsBatch, codes: Tensor, xs: Sequence[Tensor]) -> Found:
+        """What tokens of the questions and other prompts find."""
         reader, P, Q = self.hypernetwork.reader, batch.n_contexts, len(batch.streams)
         unit = self.unit(reader.match_layer, nn.utils.rnn.pad_sequence(xs, batch_first=True))
         q, none = reader.asked(reader.match_layer, unit), reader.nothing(unit)
         context = codes[:, :, len(WORD_ROLES)]
         logits = (q.flatten(0, 1) @ context.flatten(0, 1).T).unflatten(1, context.shape[:2])
         logits = logits.masked_fill(~batch.mask, -torch.inf).unflatten(0, q.shape[:2])  # [Q + others, L, P, T]
-        own, rows = batch.own, torch.arange(len(xs), device=logits.device)
-        if batch.together:
-            here = logits[:Q]
-            hidden = torch.zeros(len(xs), P, dtype=torch.bool, device=logits.device)
-            hidden[rows[:Q], own] = True
-            away = logits.masked_fill(hidden[:, None, :, None], -torch.inf)
-        else:
-            other = torch.cat([own + 1, rows[Q:]]) % P
-            here, away = (logits[rows[: len(its)], :, its].unsqueeze(2) for its in (own, other))
-        here, away = (
-            (torch.cat([none[: len(one), :, None], one.flatten(2)], -1).log_softmax(-1), one.shape[2:])
-            for one in (here, away)
-        )
-        found, astray = (shares[..., 1:].exp().unflatten(-1, shape) for shares, shape in (here, away))
-        return found, astray, away[0][..., 0]
+        each = torch.cat([none[..., None, None].expand(-1, -1, P, 1), logits], -1).log_softmax(-1)
+        rows, own = torch.arange(len(xs), device=logits.device), batch.own
+        if not batch.together:
+            here = each[rows[:Q], :, own, 1:].exp().unsqueeze(2)
+            away = each[rows, :, torch.cat([own + 1, rows[Q:]]) % P]
+            return Found(here, here, away[..., 1:].exp().unsqueeze(2), away[..., 0])
+        joint = torch.cat([none[:Q, :, None], logits[:Q].flatten(2)], -1).softmax(-1)[..., 1:]
+        kept = torch.ones(len(xs), 1, P, device=logits.device)
+        kept[rows[:Q], 0, own] = 0
+        log_null = (each[..., 0] * kept).sum(-1) / kept.sum(-1)
+        of_each = each[..., 1:].exp()
+        return Found(joint.unflatten(-1, logits.shape[2:]), of_each[:Q], of_each * kept.unsqueeze(-1), log_null)
 
     def gates(self, evidence: Tensor) -> Tensor:
         """[...]: the gate's logit of evidence [..., P', T]."""
         return self.hypernetwork.reader.gate(nearness(evidence).flatten(-3, -2))
 
-    def _acting(self, found: Tensor, streams: Sequence[Tensor], starts: Tensor) -> list[Tensor]:
+    def _acting(self, of_each: Tensor, streams: Sequence[Tensor], starts: Tensor) -> list[Tensor]:
         """For each question [its tokens], 1 where the updates act: from the answer on, and where the gate opens before.
 
         In training the gate opens at a place of its question that is drawn.
@@ -364,7 +372,7 @@ class RowsStep(nn.Module):
             opened = (torch.rand(len(starts), device=starts.device) * (starts + 1)).long()
         else:
             with torch.no_grad():
-                is_open = self.gates(found.cumsum(1)) > 0  # [Q, L]
+                is_open = self.gates(of_each.cumsum(1)) > 0  # [Q, L]
             opened = torch.where(is_open.any(1), is_open.int().argmax(1), len(is_open[0]))
             opened = torch.minimum(opened, starts)
         return [
@@ -401,16 +409,16 @@ class RowsStep(nn.Module):
         p, Q, where = self.p, len(batch.streams), "together" if batch.together else "alone"
         codes = self.codes(batch)
         xs, streams = self.lower((*batch.streams, *batch.others))
-        found, astray, log_null = self.matches(batch, codes, xs)
-        starts = torch.tensor([len(one) - 1 for one in batch.prompts], device=found.device)
+        match = self.matches(batch, codes, xs)
+        starts = torch.tensor([len(one) - 1 for one in batch.prompts], device=codes.device)
         ends = torch.cat([starts, starts.new_tensor([len(one) - 1 for one in batch.others])])
-        evidence = found.cumsum(1)
-        related = self.gates(evidence[torch.arange(Q), starts])
-        unrelated = self.gates(astray.cumsum(1)[torch.arange(len(astray)), ends])
+        related = self.gates(match.of_each.cumsum(1)[torch.arange(Q), starts])
+        unrelated = self.gates(match.astray.cumsum(1)[torch.arange(len(xs)), ends])
         gate_loss = F.softplus(-related).mean() + F.softplus(unrelated).mean()
-        x, stream = self.upper(batch, streams[:Q], self._acting(found, streams[:Q], starts))
+        x, stream = self.upper(batch, streams[:Q], self._acting(match.of_each, streams[:Q], starts))
         place = torch.arange(len(x), device=x.device) - batch.first.nonzero()[:, 0][batch.question]  # in its answer
-        log_rows = self.shares(batch, codes, x, evidence[batch.question, starts[batch.question] + place])
+        evidence = match.found.cumsum(1)[batch.question, starts[batch.question] + place]
+        log_rows = self.shares(batch, codes, x, evidence)
         right = self._right(batch)
         reachable = right.any(1)
         pointer = log_rows.sum() * 0  # where no answer of the batch stands in its passage
@@ -418,9 +426,9 @@ class RowsStep(nn.Module):
             weights = 1 + (p.first_weight - 1) * batch.first[reachable].float()
             lost = -log_rows.masked_fill(~right, -torch.inf)[reachable].logsumexp(-1)
             pointer = (lost * weights).sum() / weights.sum()
-        matched = self.match_loss(batch, found)
-        lacked = [own[: len(lacking)][lacking] for own, lacking in zip(log_null, batch.lacking, strict=True)]
-        missed = -torch.cat(lacked).mean() if any(map(len, lacked)) else log_null.sum() * 0
+        matched = self.match_loss(batch, match.found)
+        lacked = [own[: len(lacking)][lacking] for own, lacking in zip(match.log_null, batch.lacking, strict=True)]
+        missed = -torch.cat(lacked).mean() if any(map(len, lacked)) else match.log_null.sum() * 0
         with torch.no_grad():
             best = right.gather(1, log_rows.argmax(1, keepdim=True))[:, 0]
         notes = {

@@ -17,7 +17,7 @@ from d2l_lib.documents import context_ids, question_ids, stop_ids
 from d2l_lib.encoder import ContextEncoder
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import RowsPreset
-from d2l_lib.row_reader import check_parts
+from d2l_lib.row_reader import check_parts, nearness
 from d2l_lib.row_reading import read_rows
 from d2l_lib.tasks.qa import load_qa
 from d2l_lib.token_rows import TokenRows, Words
@@ -233,18 +233,20 @@ def plain_loss(model, batch, passages, others, p) -> torch.Tensor:
         blocks.append(Block(f"passage {number}", 0, None, 1.0, {"down_proj": A}, {"down_proj": B}))
 
     def read(ids, seen, first: int):
-        """(gate's logit at token `first`, shares from there on) with these blocks inside."""
+        """(gate's logit at the last token, shares from token `first` on) with these blocks inside."""
         with read_rows(
             model.base_model, [model.adapter_of([blocks[i] for i in seen])], model.reading, net.reader
         ) as state:
             model.base_model(torch.tensor([ids]))
-        return net.reader.gate(state.near[0])[0, first], state.shares[0][0, first:, 1:]
+        of_each = nearness(state.over_time[0][0, 1], state.rows[0].slots)  # at the last token
+        return net.reader.gate(of_each), state.shares[0][0, first:, 1:]
 
     pointers, weights, opened, closed, every = [], [], [], [], range(len(blocks))
     for own, passage in enumerate(passages):
         for prompt, answer, _ in passage.questions:
             seen = list(every) if batch.together else [own]
-            gate, shares = read(prompt + answer[:-1], seen, len(prompt) - 1)
+            gate = read(prompt, seen, 0)[0]
+            shares = read(prompt + answer[:-1], seen, len(prompt) - 1)[1]
             opened.append(F.logsigmoid(gate))
             assert gate > 0
             for n, of_answer in enumerate(shares):
@@ -254,11 +256,9 @@ def plain_loss(model, batch, passages, others, p) -> torch.Tensor:
                 pointers.append(-weights[-1] * of_answer[torch.cat(right)].sum().log())
                 place += 1
             away = [i for i in every if i != own] if batch.together else [(own + 1) % len(blocks)]
-            closed.append(F.logsigmoid(-read(prompt + answer[:-1], away, len(prompt) - 1)[0]))
+            closed.append(F.logsigmoid(-read(prompt, away, 0)[0]))
     for number, prompt in enumerate(others, start=len(opened)):
-        closed.append(
-            F.logsigmoid(-read(prompt, every if batch.together else [number % len(blocks)], len(prompt) - 1)[0])
-        )
+        closed.append(F.logsigmoid(-read(prompt, every if batch.together else [number % len(blocks)], 0)[0]))
     gates = torch.stack(opened).mean() + torch.stack(closed).mean()
     return torch.stack(pointers).sum() / sum(weights) - p.gate_weight * gates
 
@@ -312,10 +312,13 @@ def test_words_of_a_question_are_sent_to_their_like(base, made, features):
     step.start(features, batches)
     for together in (False, True):
         batch = batches.collate([2, 7, 11], together)
-        here, away, log_null = step.matches(batch, step.codes(batch), step.lower(batch.streams)[0])
-        for found in (here, away):
-            assert (found.flatten(2).sum(-1) <= 1 + 1e-5).all() and found.min() >= 0
-        torch.testing.assert_close(log_null.exp(), 1 - away.flatten(2).sum(-1), rtol=1e-3, atol=1e-5)
+        match = step.matches(batch, step.codes(batch), step.lower(batch.streams)[0])
+        here, away = match.found, match.astray
+        assert (here.flatten(2).sum(-1) <= 1 + 1e-5).all() and here.min() >= 0
+        assert (away.sum(-1) <= 1 + 1e-5).all() and away.min() >= 0 and match.log_null.max() <= 0
+        if not together:
+            assert torch.equal(here, match.of_each)
+            torch.testing.assert_close(match.log_null.exp(), 1 - away.flatten(2).sum(-1), rtol=1e-3, atol=1e-5)
         losses, number = [], 0
         for place, i in enumerate((2, 7, 11)):
             passage = made[0][i]
