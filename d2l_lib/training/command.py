@@ -3,7 +3,7 @@
     d2l train                                        # base model and needle hypernetwork, from nothing
     d2l train --stage needle --seed 1
     d2l train --stage reading --seed 1               # data/tiny/qa with sparse reading on, into runs/tiny/reading_seed1
-    d2l train --stage rows --preset smollm2 --questions squad=train-v1.1.json      # token rows for a real model
+    d2l train --stage rows --preset smollm2 --questions squad=train-v1.1.json facts    # token rows for a real model
     d2l train --stage qa --preset paper-gemma --shards FOLDER ...       # the published recipe on shards
     torchrun --nproc_per_node 8 -m d2l_lib train ...                    # processes share the batches
 

@@ -73,3 +73,10 @@ def test_the_general_questions_are_different_and_have_answers():
     rows = read_rows(project_root() / interference.QUESTIONS)
     assert len(rows) == 200 == len({row["question"] for row in rows})
     assert all(row["answers"] and all(isinstance(one, str) and one for one in row["answers"]) for row in rows)
+
+
+def test_the_prompts_that_train_the_gate_are_others():
+    trained = [row["prompt"] for row in read_rows(project_root() / "data" / "unrelated_prompts.jsonl")]
+    asked = {row["question"].casefold() for row in read_rows(project_root() / interference.QUESTIONS)}
+    assert len(set(trained)) == len(trained) > 300
+    assert not asked & {prompt.casefold() for prompt in trained}
