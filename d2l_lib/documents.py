@@ -409,6 +409,12 @@ def question_ids(tokenizer, questions: str | Sequence[str], system: str = "") ->
     return ids[0] if isinstance(questions, str) else ids
 
 
+def answer_start(tokenizer) -> list[int]:
+    """Token ids between a question and its answer: the end of the user's turn and the start of the model's."""
+    _, after = _question_wrapping(tokenizer, "")
+    return _ids(tokenizer, after)
+
+
 def _question_wrapping(tokenizer, system: str) -> tuple[str, str]:
     user = {"role": "user", "content": SENTINEL}
     if not system:

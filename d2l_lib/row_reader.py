@@ -12,14 +12,14 @@ First the words of a question look for their like in the document (late interact
     nearness      s_k(t) = log(1 + mean of E around t / FLOOR), weights exp(-distance / spread) before t, after t or on
                   both sides, for each of NEAR, inside t's chunk
     gate          open from the first token on with sum over k of gate_k max over t of s_k(t) > gate_bias; gate_k > 0.
-                  Its p(i, t) is a softmax over one chunk and the null row, so other chunks cannot close it
+                  Its p(i, t) is a softmax over one chunk and the null row, so other chunks cannot close it, and tokens
+                  of an answer leave nothing for it: what is asked decides
     last layer    logit of row j at token t: q.c_j + sum over k of (weight_k + W_k u) s_k(t);  p = softmax over the rows
                   y = W x + sum over j of p_j B_j where the gate is open: B_j writes a word (see `token_rows`)
 
-Tokens of the answer leave evidence too, so an answer goes on where it began, and a gate that is open stays open. A
-low-rank update of all linears of the layers above the match layer lets the frozen model ask better: it is the published
-bias block in another place. It acts where the gate is open, so a question about something else gets the base model,
-bit for bit.
+Tokens of the answer leave evidence for the last layer, so an answer goes on where it began. A low-rank update of all
+linears of the layers above the match layer lets the frozen model ask better: it is the published bias block in another
+place. It acts where the gate is open, so a question about something else gets the base model, bit for bit.
 """
 
 from __future__ import annotations
@@ -47,12 +47,15 @@ class RowReader(nn.Module):
     """Key maps K of the two layers that look at rows, the gate, weights of nearness, updates of the upper layers.
 
     match_layer, last_layer: numbers of the base layers that look at rows. lora_layers: those that are updated.
+    answer_start, answer_ends: tokens before and after an answer in a chat (see `TokenRows.prepare`).
 
     ValueError where an updated layer is not above the match layer.
     """
 
     def __init__(self, config: HypernetworkConfig, n_roles: int):
         super().__init__()
+        self.answer_start: tuple[int, ...] = ()
+        self.answer_ends: frozenset[int] = frozenset()
         (self.match_layer, self.last_layer), self.lora_layers = config.row_layers, config.reader_layers
         if min(self.lora_layers) <= self.match_layer:
             raise ValueError(f"the gate is set in layer {self.match_layer}: only layers above it can have an update")
@@ -85,6 +88,11 @@ class RowReader(nn.Module):
         """[...]: a logit, above 0 where the gate is open; nearness [..., T, k] of all chunks."""
         found = nearness.amax(-2) @ F.softplus(_FAST * self.gate_scaler.to(nearness))
         return found - _FAST * self.gate_bias.to(nearness)
+
+    @torch.no_grad()
+    def raise_gate(self, nats: float) -> None:
+        """From now on the gate opens where its logit was above `nats`."""
+        self.gate_bias += nats / _FAST
 
     def favour(self, nearness: Tensor, unit: Tensor) -> Tensor:
         """[..., T, roles]: what nearness [..., T, k] adds to logits of rows of words at a token with u [..., d_in]."""

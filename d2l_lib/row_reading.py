@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -113,19 +113,28 @@ class Attended(Followed):
     near: dict[int, Tensor] = field(default_factory=dict)  # nearness [rows, tokens, T, k] of this pass
     gates: Tensor | None = None  # [batch, tokens] of this pass: 1 where it is open, else 0
     mask: Tensor | None = None  # [batch, tokens] of all tokens so far; padding is 0
+    turns: list[_Turn] = field(default_factory=list)  # of each row of the batch
+    asked: Tensor | None = None  # [batch, tokens] of this pass: 1 outside answers
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """Called before each pass: see `Followed`."""
         super().begin(arguments)
         mask = arguments.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        ids = arguments.get("input_ids")
+        self.asked = None
+        if isinstance(ids, Tensor):  # else embeddings go in, and all of them are a question's
+            self.turns = self.turns or [_Turn() for _ in ids]
+            rows = [turn.asked(row, self.reader) for turn, row in zip(self.turns, ids.tolist(), strict=True)]
+            self.asked = torch.tensor(rows, device=ids.device)
 
     def start(self) -> None:
         """Forget the evidence of before."""
-        self.over_time = {}
+        self.over_time, self.turns = {}, []
 
     def exchange(self, chosen: list[int]) -> None:
         """Row i of the batch goes on from row chosen[i]."""
+        self.turns = [replace(self.turns[row]) for row in chosen] if self.turns else []
         for context, evidence in self.over_time.items():
             own = rows_of(self.of_row, context, len(chosen))
             place = {row: index for index, row in enumerate(own)}
@@ -154,6 +163,8 @@ class Attended(Followed):
             found = its.found(q, none)
             if self.mask is not None:  # padding finds nothing
                 found = found * self.mask[mine, -found.shape[1] :].to(found)[..., None, None]
+            if self.asked is not None:  # words of an answer do not open the gate
+                found = torch.stack([found[..., 0, :], found[..., 1, :] * self.asked[mine].to(found)[..., None]], -2)
             so_far = found.cumsum(1)
             if context in self.over_time:
                 so_far = so_far + self.over_time[context].unsqueeze(1)
@@ -175,6 +186,24 @@ class Attended(Followed):
             added = read.new_zeros(*x.shape[:2], read.shape[-1]) if not added.dim() else added
             added[mine] = read
         return added
+
+
+@dataclass
+class _Turn:
+    """Where a row of a batch stands in its chat."""
+
+    tail: tuple[int, ...] = ()  # its last tokens
+    answers: bool = False
+
+    def asked(self, ids: list[int], reader: RowReader) -> list[bool]:
+        """For each of the next tokens whether it stands outside an answer; the token that ends one does."""
+        outside, n = [], len(reader.answer_start)
+        for token in ids:
+            self.answers = self.answers and token not in reader.answer_ends
+            outside.append(not self.answers)
+            self.tail = (*self.tail, token)[-n:] if n else ()
+            self.answers = self.answers or (n > 0 and self.tail == reader.answer_start)
+        return outside
 
 
 def _unit(x: Tensor) -> Tensor:

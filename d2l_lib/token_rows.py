@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2l_lib.base_model import decoder_body, final_norm_name
-from d2l_lib.documents import chat_affixes, stop_ids
+from d2l_lib.documents import answer_start, chat_affixes, stop_ids
 from d2l_lib.hypernetwork import HypernetworkConfig, Loras, zero_padding
 from d2l_lib.row_reader import RowReader
 
@@ -81,6 +81,8 @@ class TokenRows(nn.Module):
     def prepare(self, base_model: nn.Module, tokenizer) -> None:
         """Take the output embeddings and the tokens of the model that is written for."""
         self._words = Words(base_model, tokenizer)
+        self.reader.answer_start = tuple(answer_start(tokenizer))
+        self.reader.answer_ends = frozenset(stop_ids(tokenizer))
 
     @property
     def words(self) -> Words:

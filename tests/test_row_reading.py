@@ -156,6 +156,31 @@ def test_samples_and_beams_of_a_question_read_its_own_adapter(model, adapter):
         assert beams[row, : alone.shape[1]].tolist() == alone[0].tolist()
 
 
+def test_words_of_an_answer_do_not_open_the_gate(model, adapter):
+    """The same tokens open it as part of what is asked, and leave it closed as part of an answer."""
+    reader = model.hypernetwork.reader
+    prompt, words = question_ids(model.tokenizer, ["Who?"])[0], model.tokenizer(" Ada lives in Velm")["input_ids"]
+    assert tuple(prompt[-len(reader.answer_start) :]) == reader.answer_start
+    end = next(iter(reader.answer_ends))
+    again = prompt + words + [end] + words
+
+    def logits_of_gate(ids, cut=()):
+        gates, cache = [], None
+        with torch.no_grad(), read_rows(model.base_model, [adapter], RowReading(), reader) as state:
+            for start, stop in zip((0, *cut), (*cut, len(ids)), strict=True):
+                out = model.base_model(torch.tensor([ids[start:stop]]), past_key_values=cache, use_cache=True)
+                cache, gates = out.past_key_values, [*gates, state.over_time[0][0].clone()]
+        return gates
+
+    ((joint, of_each),) = logits_of_gate(prompt)
+    ((later, same),) = logits_of_gate(prompt + words)
+    assert torch.equal(of_each, same) and (later > joint).any()
+    ((_, more),) = logits_of_gate(again)
+    assert (more >= same).all() and (more > same).any()
+    steps = logits_of_gate(again, cut=range(len(prompt), len(again)))
+    torch.testing.assert_close(steps[-1], torch.stack(logits_of_gate(again)[0].unbind(0)), rtol=1e-4, atol=1e-5)
+
+
 def hand_made(model, word: int):
     """An adapter of two documents whose rows are silent but one, which writes `word`."""
     d, d_out = model.config.latent_size, model.config.d_out["down_proj"]

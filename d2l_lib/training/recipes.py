@@ -357,6 +357,11 @@ def train_rows(
     if is_first_process():
         _write_down(hypernetwork, run.folder, p.longest_passage)
     fit(step, batches, p, run)
+    if held_out:
+        test, n = RowsBatches(held_out, hypernetwork.words, p, run.seed), len(held_out)
+        parts = [range(start, min(start + p.passages, n)) for start in range(0, n, p.passages)]
+        shares = step.calibrate([test.collate(part, True, unseen) for part in parts])
+        print(f"the gate lets pass, {p.passages} passages inside: {shares}", flush=True)
     step.plain_keys()
     meta = {"seed": run.seed, "chunk_tokens": p.longest_passage, "base_model": source, "passages": len(train)}
     final = run.folder / "final" if final is None else final

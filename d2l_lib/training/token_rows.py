@@ -207,7 +207,7 @@ class RowsBatches(Dataset):
         lacking = []
         for number, (own, words) in enumerate([*asked, *((None, self._first(ids)) for ids in others)]):
             seen = [i for i in range(P) if i != own] if together else [(number if own is None else own + 1) % P]
-            lacking.append(~torch.isin(words, torch.cat([made[i][0][:, 0] for i in seen])))
+            lacking.append(~torch.isin(words, torch.cat([words[:0], *(made[i][0][:, 0] for i in seen)])))
         return tuple(lacking)
 
 
@@ -359,6 +359,12 @@ class RowsStep(nn.Module):
         of_each = each[..., 1:].exp()
         return Found(joint.unflatten(-1, logits.shape[2:]), of_each[:Q], of_each * kept.unsqueeze(-1), log_null)
 
+    def asked(self, batch: RowsBatch, match: Found, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate's logit when all is asked: [Q] with each question's memory, [Q + others] with the other one."""
+        ends = torch.cat([starts, starts.new_tensor([len(one) - 1 for one in batch.others])])
+        of_each, astray = match.of_each.cumsum(1), match.astray.cumsum(1)
+        return self.gates(of_each[range(len(starts)), starts]), self.gates(astray[range(len(ends)), ends])
+
     def gates(self, evidence: Tensor) -> Tensor:
         """[...]: the gate's logit of evidence [..., P', T]."""
         return self.hypernetwork.reader.gate(nearness(evidence).flatten(-3, -2))
@@ -411,9 +417,7 @@ class RowsStep(nn.Module):
         xs, streams = self.lower((*batch.streams, *batch.others))
         match = self.matches(batch, codes, xs)
         starts = torch.tensor([len(one) - 1 for one in batch.prompts], device=codes.device)
-        ends = torch.cat([starts, starts.new_tensor([len(one) - 1 for one in batch.others])])
-        related = self.gates(match.of_each.cumsum(1)[torch.arange(Q), starts])
-        unrelated = self.gates(match.astray.cumsum(1)[torch.arange(len(xs)), ends])
+        related, unrelated = self.asked(batch, match, starts)
         gate_loss = F.softplus(-related).mean() + F.softplus(unrelated).mean()
         x, stream = self.upper(batch, streams[:Q], self._acting(match.of_each, streams[:Q], starts))
         place = torch.arange(len(x), device=x.device) - batch.first.nonzero()[:, 0][batch.question]  # in its answer
@@ -512,6 +516,25 @@ class RowsStep(nn.Module):
         self.whitening(net.reader.last_layer).copy_(_whitening(torch.cat(last)))
         self.whitening(net.reader.match_layer).copy_(_whitening(torch.cat(match)))
         net.log_gain.copy_((2 * torch.cat(sizes).mean()).log())
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[RowsBatch]) -> dict[str, float]:
+        """Set the gate so that `p.gate_error` of the other prompts of these batches open it.
+
+        Shares that it lets pass then, for the log.
+        """
+        self.eval()
+        every = {"open_related": [], "open_others": []}
+        for batch in batches:
+            match = self.matches(batch, self.codes(batch), self.lower((*batch.streams, *batch.others))[0])
+            starts = torch.tensor([len(one) - 1 for one in batch.prompts], device=match.found.device)
+            related, unrelated = self.asked(batch, match, starts)
+            every["open_related"].append(related)
+            every["open_others"].append(unrelated[len(related) :])
+        logits = {name: torch.cat(several) for name, several in every.items()}
+        needs = logits["open_others"].quantile(1 - self.p.gate_error)
+        self.hypernetwork.reader.raise_gate(float(needs))
+        return {name: round(float((own > needs).float().mean()), 4) for name, own in logits.items()}
 
     @torch.no_grad()
     def plain_keys(self) -> None:
