@@ -256,7 +256,7 @@ class RowsPreset(Schedule):
     together_share: batches whose passages are one memory.
     others: prompts about something else in a batch.
     match_weight, gate_weight: of the losses. first_weight: of the first token of an answer, in its loss.
-    gate_error: share of prompts about something else that may open the gate with `passages` passages inside.
+    gate_error: share of prompts about something else that may open the gate.
     """
 
     latent_size: int = 384
@@ -276,7 +276,7 @@ class RowsPreset(Schedule):
     match_weight: float = 0.2
     gate_weight: float = 0.3
     first_weight: float = 2.0
-    gate_error: float = 0.02
+    gate_error: float = 0.01
 
 
 SHARD_STAGES = ("self_generated", "chunked")  # stages on self-generated data

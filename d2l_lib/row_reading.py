@@ -170,7 +170,7 @@ class Attended(Followed):
                 so_far = so_far + self.over_time[context].unsqueeze(1)
             self.over_time[context] = so_far[:, -1]
             self.near[context], of_each = nearness(so_far, its.slots.to(x.device)).unbind(-3)
-            self.gates[mine] = (self.reader.gate(of_each) > self.reading.null_logit).to(x)
+            self.gates[mine] = (self.reader.gate(of_each, len(its.blocks)) > self.reading.null_logit).to(x)
         return x.new_zeros(())
 
     def _read(self, x: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ def oracle(model, adapter, reading: RowReading, text: str = QUESTIONS[0]) -> tor
             near.append({(id(b), t): torch.stack([around(maps[0], b, t, *k) for k in NEAR]) for b, t, *_ in tokens})
             most = torch.stack([torch.stack([around(maps[1], b, t, *k) for k in NEAR]) for b, t, *_ in tokens]).amax(0)
             logit = (most * (10 * net.gate_scaler).exp().add(1).log()).sum() - 10 * net.gate_bias
+            logit = logit - net.gate_rise * math.log(len(adapter.blocks))
             gates.append(float(logit > reading.null_logit))
 
     def read(_, inputs, output):

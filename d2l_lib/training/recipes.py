@@ -360,8 +360,8 @@ def train_rows(
     if held_out:
         test, n = RowsBatches(held_out, hypernetwork.words, p, run.seed), len(held_out)
         parts = [range(start, min(start + p.passages, n)) for start in range(0, n, p.passages)]
-        shares = step.calibrate([test.collate(part, True, unseen) for part in parts])
-        print(f"the gate lets pass, {p.passages} passages inside: {shares}", flush=True)
+        asked = [test.collate(part, together, unseen) for part in parts for together in (False, True)]
+        print(f"the gate lets pass: {step.calibrate(asked)}", flush=True)
     step.plain_keys()
     meta = {"seed": run.seed, "chunk_tokens": p.longest_passage, "base_model": source, "passages": len(train)}
     final = run.folder / "final" if final is None else final

@@ -257,7 +257,7 @@ class RowsStep(nn.Module):
         lowest, upper = reader.match_layer, reader.match_layer + 1
         parts = [part_of_layers(base_model, slice(lowest, upper)), part_of_layers(base_model, slice(upper, None))]
         self._frozen = (base_model, *parts)
-        for parameter in (hypernetwork.feature_mean, hypernetwork.feature_scale):
+        for parameter in (hypernetwork.feature_mean, hypernetwork.feature_scale, reader.gate_rise):
             parameter.requires_grad_(False)
         self.tests = list(tests)  # batches that are never learned
         self._tally: dict[str, list[float]] = {}
@@ -363,11 +363,15 @@ class RowsStep(nn.Module):
         """The gate's logit when all is asked: [Q] with each question's memory, [Q + others] with the other one."""
         ends = torch.cat([starts, starts.new_tensor([len(one) - 1 for one in batch.others])])
         of_each, astray = match.of_each.cumsum(1), match.astray.cumsum(1)
-        return self.gates(of_each[range(len(starts)), starts]), self.gates(astray[range(len(ends)), ends])
+        chunks = torch.full_like(ends, of_each.shape[2])
+        chunks[: len(starts)] -= int(batch.together)  # all but its own
+        related = self.gates(of_each[range(len(starts)), starts])
+        return related, self.gates(astray[range(len(ends)), ends], chunks)
 
-    def gates(self, evidence: Tensor) -> Tensor:
-        """[...]: the gate's logit of evidence [..., P', T]."""
-        return self.hypernetwork.reader.gate(nearness(evidence).flatten(-3, -2))
+    def gates(self, evidence: Tensor, chunks: Tensor | None = None) -> Tensor:
+        """[...]: the gate's logit of evidence [..., P', T]; chunks [...]: how many count (None: all P')."""
+        near = nearness(evidence).flatten(-3, -2)
+        return self.hypernetwork.reader.gate(near, evidence.shape[-2] if chunks is None else chunks)
 
     def _acting(self, of_each: Tensor, streams: Sequence[Tensor], starts: Tensor) -> list[Tensor]:
         """For each question [its tokens], 1 where the updates act: from the answer on, and where the gate opens before.
@@ -519,22 +523,32 @@ class RowsStep(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[RowsBatch]) -> dict[str, float]:
-        """Set the gate so that `p.gate_error` of the other prompts of these batches open it.
+        """Set the gate so that a share of `p.gate_error` of the other prompts open it, with one passage and with all.
 
-        Shares that it lets pass then, for the log.
+        batches: half of them alone and half together. Shares that it lets pass then, for the log.
         """
         self.eval()
-        every = {"open_related": [], "open_others": []}
+        logits = [self._gate_logits(batch) for batch in batches]
+        most = max(batch.n_contexts for batch in batches)
+        others = [
+            torch.cat([own for (_, own), batch in zip(logits, batches, strict=True) if batch.together == together])
+            for together in (False, True)
+        ]
+        alone, among = (float(own.quantile(1 - self.p.gate_error)) for own in others)
+        self.hypernetwork.reader.raise_gate(alone, max(0.0, (among - alone) / math.log(most)))
+        shares: dict[str, list[Tensor]] = {}
         for batch in batches:
-            match = self.matches(batch, self.codes(batch), self.lower((*batch.streams, *batch.others))[0])
-            starts = torch.tensor([len(one) - 1 for one in batch.prompts], device=match.found.device)
-            related, unrelated = self.asked(batch, match, starts)
-            every["open_related"].append(related)
-            every["open_others"].append(unrelated[len(related) :])
-        logits = {name: torch.cat(several) for name, several in every.items()}
-        needs = logits["open_others"].quantile(1 - self.p.gate_error)
-        self.hypernetwork.reader.raise_gate(float(needs))
-        return {name: round(float((own > needs).float().mean()), 4) for name, own in logits.items()}
+            where = "together" if batch.together else "alone"
+            for name, own in zip(("related", "others"), self._gate_logits(batch), strict=True):
+                shares.setdefault(f"open_{name}_{where}", []).append(own > 0)
+        return {name: round(float(torch.cat(several).float().mean()), 4) for name, several in shares.items()}
+
+    def _gate_logits(self, batch: RowsBatch) -> tuple[Tensor, Tensor]:
+        """The gate's logits of questions with their memory, and of other prompts."""
+        match = self.matches(batch, self.codes(batch), self.lower((*batch.streams, *batch.others))[0])
+        starts = torch.tensor([len(one) - 1 for one in batch.prompts], device=match.found.device)
+        related, unrelated = self.asked(batch, match, starts)
+        return related, unrelated[len(related) :]
 
     @torch.no_grad()
     def plain_keys(self) -> None:

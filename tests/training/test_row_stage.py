@@ -239,7 +239,7 @@ def plain_loss(model, batch, passages, others, p) -> torch.Tensor:
         ) as state:
             model.base_model(torch.tensor([ids]))
         of_each = nearness(state.over_time[0][0, 1], state.rows[0].slots)  # at the last token
-        return net.reader.gate(of_each), state.shares[0][0, first:, 1:]
+        return net.reader.gate(of_each, len(seen)), state.shares[0][0, first:, 1:]
 
     pointers, weights, opened, closed, every = [], [], [], [], range(len(blocks))
     for own, passage in enumerate(passages):
@@ -272,6 +272,7 @@ def test_the_loss_is_that_of_the_adapted_model(base, made, features, together):
     for parameter in (*reader.lora_B.values(), reader.null_key, reader.null_logit, reader.evidence_keys):
         parameter.normal_()
     reader.gate_bias.fill_(-0.1)  # open, so that all reads are seen
+    reader.gate_rise.fill_(0.2)
     p = replace(SMALL, gate_weight=0.9, first_weight=3.0, match_weight=0.0)
     numbers, passages = [0, 4, 9], made[0]
     exact = [
@@ -330,6 +331,25 @@ def test_words_of_a_question_are_sent_to_their_like(base, made, features):
                         losses.append(-here[number, n, place if together else 0, like].sum().log())
                 number += 1
         torch.testing.assert_close(step.match_loss(batch, here), torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_prompts_about_something_else_set_the_gate(base, features):
+    net = prepared(base)
+    step = RowsStep(base[1], net, replace(SMALL, gate_error=0.25)).eval()
+    batches = RowsBatches(features, net.words, SMALL, 0)
+    step.start(features, batches)
+    net.reader.null_key.normal_()
+    prompts = question_ids(
+        base[2], [f"{word} is it?" for word in ("What", "Who", "Why", "How", "Where", "When", "Ada", "Bo")]
+    )
+    streams = row_features.streams_below(base[1], base[2], prompts, BELOW)
+    others = [(stream, torch.tensor(ids)) for stream, ids in zip(streams, prompts, strict=True)]
+    asked = [batches.collate(part, together, others) for part in ([0, 1, 2], [3, 4, 5]) for together in (False, True)]
+    shares = step.calibrate(asked)
+    assert set(shares) == {f"open_{who}_{where}" for who in ("related", "others") for where in ("alone", "together")}
+    assert shares["open_others_alone"] == 0.25 and 0 < shares["open_others_together"] <= 0.3
+    assert shares == step.calibrate(asked), "it stays where it is set"
 
 
 def test_a_batch_without_a_reachable_answer_is_finite(base, features):
