@@ -86,6 +86,11 @@ class RowsBatch:
         return self.owner[self.first]
 
     @property
+    def starts(self) -> Tensor:
+        """[Q]: the last token of each prompt, which chooses the first of its answer."""
+        return torch.tensor([len(prompt) - 1 for prompt in self.prompts], device=self.labels.device)
+
+    @property
     def n_contexts(self) -> int:
         """Passages."""
         return len(self.ids)
@@ -359,8 +364,9 @@ class RowsStep(nn.Module):
         of_each = each[..., 1:].exp()
         return Found(joint.unflatten(-1, logits.shape[2:]), of_each[:Q], of_each * kept.unsqueeze(-1), log_null)
 
-    def asked(self, batch: RowsBatch, match: Found, starts: Tensor) -> tuple[Tensor, Tensor]:
+    def gate_logits(self, batch: RowsBatch, match: Found) -> tuple[Tensor, Tensor]:
         """The gate's logit when all is asked: [Q] with each question's memory, [Q + others] with the other one."""
+        starts = batch.starts
         ends = torch.cat([starts, starts.new_tensor([len(one) - 1 for one in batch.others])])
         of_each, astray = match.of_each.cumsum(1), match.astray.cumsum(1)
         chunks = torch.full_like(ends, of_each.shape[2])
@@ -420,8 +426,8 @@ class RowsStep(nn.Module):
         codes = self.codes(batch)
         xs, streams = self.lower((*batch.streams, *batch.others))
         match = self.matches(batch, codes, xs)
-        starts = torch.tensor([len(one) - 1 for one in batch.prompts], device=codes.device)
-        related, unrelated = self.asked(batch, match, starts)
+        starts = batch.starts
+        related, unrelated = self.gate_logits(batch, match)
         gate_loss = F.softplus(-related).mean() + F.softplus(unrelated).mean()
         x, stream = self.upper(batch, streams[:Q], self._acting(match.of_each, streams[:Q], starts))
         place = torch.arange(len(x), device=x.device) - batch.first.nonzero()[:, 0][batch.question]  # in its answer
@@ -528,27 +534,24 @@ class RowsStep(nn.Module):
         batches: half of them alone and half together. Shares that it lets pass then, for the log.
         """
         self.eval()
-        logits = [self._gate_logits(batch) for batch in batches]
-        most = max(batch.n_contexts for batch in batches)
-        others = [
-            torch.cat([own for (_, own), batch in zip(logits, batches, strict=True) if batch.together == together])
-            for together in (False, True)
-        ]
-        alone, among = (float(own.quantile(1 - self.p.gate_error)) for own in others)
-        self.hypernetwork.reader.raise_gate(alone, max(0.0, (among - alone) / math.log(most)))
-        shares: dict[str, list[Tensor]] = {}
+        logits: dict[tuple[str, bool], list[Tensor]] = {}
         for batch in batches:
-            where = "together" if batch.together else "alone"
-            for name, own in zip(("related", "others"), self._gate_logits(batch), strict=True):
-                shares.setdefault(f"open_{name}_{where}", []).append(own > 0)
-        return {name: round(float(torch.cat(several).float().mean()), 4) for name, several in shares.items()}
-
-    def _gate_logits(self, batch: RowsBatch) -> tuple[Tensor, Tensor]:
-        """The gate's logits of questions with their memory, and of other prompts."""
-        match = self.matches(batch, self.codes(batch), self.lower((*batch.streams, *batch.others))[0])
-        starts = torch.tensor([len(one) - 1 for one in batch.prompts], device=match.found.device)
-        related, unrelated = self.asked(batch, match, starts)
-        return related, unrelated[len(related) :]
+            match = self.matches(batch, self.codes(batch), self.lower((*batch.streams, *batch.others))[0])
+            related, unrelated = self.gate_logits(batch, match)
+            for who, own in (("related", related), ("others", unrelated[len(related) :])):
+                logits.setdefault((who, batch.together), []).append(own)
+        alone, among = (
+            float(torch.cat(logits["others", together]).quantile(1 - self.p.gate_error)) for together in (False, True)
+        )
+        rise = max(0.0, (among - alone) / math.log(max(batch.n_contexts for batch in batches)))
+        self.hypernetwork.reader.raise_gate(alone, rise)
+        shares: dict[str, float] = {}
+        for (who, together), several in logits.items():
+            counts = [batch.n_contexts if together else 1 for batch in batches if batch.together == together]
+            is_open = [own > alone + rise * math.log(n) for own, n in zip(several, counts, strict=True)]
+            where = "together" if together else "alone"
+            shares[f"open_{who}_{where}"] = round(float(torch.cat(is_open).float().mean()), 4)
+        return shares
 
     @torch.no_grad()
     def plain_keys(self) -> None:
