@@ -279,6 +279,20 @@ class RowsPreset(Schedule):
     gate_error: float = 0.01
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadingLoraPreset(Schedule):
+    """A plain LoRA that learns to answer from the passage in its prompt (see `training.reading_lora`).
+
+    rank, scale: of the LoRA in every linear; the scale is alpha / rank.
+    passages: of a batch. validation: passages in the report, of those that are never learned.
+    """
+
+    rank: int = 8
+    scale: float = 2.0
+    passages: int = 4
+    validation: int = 48
+
+
 SHARD_STAGES = ("self_generated", "chunked")  # stages on self-generated data
 
 
@@ -319,6 +333,7 @@ class Preset:
 
     reading: the training of `qa`'s result with sparse reading switched on; None: there is none.
     rows: the training of a hypernetwork that writes token rows; None: there is none.
+    reading_lora: the training of a plain LoRA on the questions of `rows`; None: there is none.
     """
 
     name: str
@@ -327,6 +342,7 @@ class Preset:
     qa: QAPreset
     reading: ReadingPreset | None = None
     rows: RowsPreset | None = None
+    reading_lora: ReadingLoraPreset | None = None
 
     @property
     def base_source(self) -> str:
@@ -535,6 +551,11 @@ PRESETS |= {
 }
 PRESETS["smollm2"] = replace(
     _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=760, learning_rate=1e-3, warmup_steps=40)
+)
+
+PRESETS["smollm2"] = replace(
+    PRESETS["smollm2"],
+    reading_lora=ReadingLoraPreset(steps=240, batches_per_step=2, learning_rate=1e-3, warmup_steps=20),
 )
 
 

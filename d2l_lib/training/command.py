@@ -4,6 +4,7 @@
     d2l train --stage needle --seed 1
     d2l train --stage reading --seed 1               # data/tiny/qa with sparse reading on, into runs/tiny/reading_seed1
     d2l train --stage rows --preset smollm2 --questions squad=train-v1.1.json facts    # token rows for a real model
+    d2l train --stage reading-lora --preset smollm2 --questions squad=train-v1.1.json facts    # reads its prompt
     d2l train --stage qa --preset paper-gemma --shards FOLDER ...       # the published recipe on shards
     torchrun --nproc_per_node 8 -m d2l_lib train ...                    # processes share the batches
 
@@ -23,7 +24,8 @@ from d2l_lib.presets import NEEDLE_VARIANTS, PRESETS, Preset, changed, preset, s
 if TYPE_CHECKING:
     from d2l_lib.training.loop import Run
 
-STAGES = ("all", "base", "needle", "qa", "text-to-lora", "reading", "rows")
+STAGES = ("all", "base", "needle", "qa", "text-to-lora", "reading", "rows", "reading-lora")
+_ON_QUESTIONS = ("rows", "reading-lora")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--questions",
         nargs="+",
         metavar="DATASET[=FILE]",
-        help="for rows: data sets of questions about passages, and their files; facts are generated",
+        help="for rows and reading-lora: data sets of questions about passages, and their files; facts are generated",
     )
     parser.add_argument("--cache", type=Path, help="where shards are unpacked to (default: RUNS/shards)")
     own = parser.add_argument_group("runs of your own (they end in RUNS/PRESET/.../final, and leave --data alone)")
@@ -82,8 +84,8 @@ def run(a: argparse.Namespace) -> None:
         else:
             final = recipes.remake_reading(settings, source, run, a.data)
         print(f"{final}: d2l.load reads it", flush=True)
-    elif a.stage == "rows":
-        _run_rows(a, p)
+    elif a.stage in _ON_QUESTIONS:
+        _run_on_questions(a, p)
     elif own or a.shards:
         _run_own(a, p)
     elif a.stage == "qa":
@@ -107,10 +109,10 @@ def _check(a: argparse.Namespace, own: bool, p: Preset) -> None:
     """Status 2 for options that this stage does not have."""
     if a.stage == "reading" and (p.reading is None or a.base is not None or a.fast or a.variant != "ours"):
         a.error("the stage reading needs the preset tiny and takes --start, but no --base, --fast or --variant")
-    if a.stage == "rows" and (p.rows is None or a.questions is None or a.fast or a.variant != "ours"):
-        a.error("the stage rows needs --preset smollm2 and --questions, and takes neither --fast nor --variant")
-    if a.questions is not None and a.stage != "rows":
-        a.error(f"--questions is for --stage rows, not for {a.stage}")
+    if a.stage in _ON_QUESTIONS and (p.rows is None or a.questions is None or a.fast or a.variant != "ours"):
+        a.error(f"the stage {a.stage} needs --preset smollm2 and --questions, and takes neither --fast nor --variant")
+    if a.questions is not None and a.stage not in _ON_QUESTIONS:
+        a.error(f"--questions is for --stage {' and '.join(_ON_QUESTIONS)}, not for {a.stage}")
     if a.start is not None and a.stage != "reading":
         a.error(f"--start needs --stage reading, not {a.stage}")
     if own and (a.stage in ("base", "text-to-lora") or a.fast or a.variant != "ours"):
@@ -122,17 +124,25 @@ def _check(a: argparse.Namespace, own: bool, p: Preset) -> None:
         a.error(f"--shards and --cache are for --stage qa, not for {a.stage}")
 
 
-def _run_rows(a: argparse.Namespace, p: Preset) -> None:
-    """Train token rows: the bundled ones, or with other settings, for another base model, in RUNS."""
+def _run_on_questions(a: argparse.Namespace, p: Preset) -> None:
+    """Train token rows or the reading LoRA: the bundled ones, or with other settings, for another base, in RUNS."""
     from d2l_lib.tasks.qa import load_named
-    from d2l_lib.training import recipes
+    from d2l_lib.training import reading_lora, recipes
 
     tables = {name.partition("=")[0]: load_named(name, split="train", **_drawn(name, p)) for name in a.questions}
     seed, own = a.seed or 0, a.base is not None or a.steps is not None or bool(a.set)
-    run = _run_options(a, a.runs / p.name / f"rows_{'own_' if own else ''}seed{seed}", seed)
+    stage = a.stage.replace("-", "_")
+    run = _run_options(a, a.runs / p.name / f"{stage}_{'own_' if own else ''}seed{seed}", seed)
     features = a.runs / p.name / "features"
+    settings = shortened(changed(getattr(p, stage), a.set), a.steps)
+    if a.stage == "reading-lora":
+        if own:
+            final = reading_lora.train_reading_lora(settings, p.rows, _base_source(a, p), tables, run)
+        else:
+            final = reading_lora.remake_reading_lora(p, tables, run, a.data)
+        print(f"{final}: a PEFT LoRA, which d2l study passages and d2l study facts read", flush=True)
+        return
     if own:
-        settings = shortened(changed(p.rows, a.set), a.steps)
         final = recipes.train_rows(settings, _base_source(a, p), tables, run, features)
     else:
         final = recipes.remake_rows(p, tables, run, features, a.data)

@@ -166,7 +166,7 @@ def answer_logits(
     body = decoder_body(base_model)
     hidden = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     answers = find_answer_tokens(labels)
-    return _logits_of(base_model, hidden[answers.row, answers.position]), answers
+    return logits_of(base_model, hidden[answers.row, answers.position]), answers
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,10 @@ def _last_layer_logits(base_model, loras: _LastLayer, context: Tensor, batch: Ba
     counts = torch.bincount(context[answers.row], minlength=len(loras.A)).tolist()
     pieces = zip(x.split(counts), loras.A[:, 0], loras.B[:, 0], strict=True)
     added = torch.cat([x_c @ A.T @ B for x_c, A, B in pieces])
-    return _logits_of(base_model, final_norm(base_model)(stream + loras.scale * added)), answers
+    return logits_of(base_model, final_norm(base_model)(stream + loras.scale * added)), answers
 
 
-def _logits_of(base_model, hidden: Tensor) -> Tensor:
+def logits_of(base_model, hidden: Tensor) -> Tensor:
     """Logits [n, 1, vocabulary]; hidden [n, d] holds the normed states of the predicting positions."""
     logits = base_model.get_output_embeddings()(hidden)
     if cap := getattr(base_model.config.get_text_config(), "final_logit_softcapping", None):  # Gemma-2
