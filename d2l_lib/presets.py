@@ -284,13 +284,15 @@ class ReadingLoraPreset(Schedule):
     """A plain LoRA that learns to answer from the passage in its prompt (see `training.reading_lora`).
 
     rank, scale: of the LoRA in every linear; the scale is alpha / rank.
-    passages: of a batch. validation: passages in the report, of those that are never learned.
+    passages: of a batch.
+    validation: passages in the report, of those that are never learned; validation_reports: in every so many reports.
     """
 
     rank: int = 8
     scale: float = 2.0
     passages: int = 4
     validation: int = 48
+    validation_reports: int = 1
 
 
 SHARD_STAGES = ("self_generated", "chunked")  # stages on self-generated data
@@ -555,7 +557,9 @@ PRESETS["smollm2"] = replace(
 
 PRESETS["smollm2"] = replace(
     PRESETS["smollm2"],
-    reading_lora=ReadingLoraPreset(steps=240, batches_per_step=2, learning_rate=1e-3, warmup_steps=20),
+    reading_lora=ReadingLoraPreset(
+        steps=200, batches_per_step=2, learning_rate=1e-3, warmup_steps=16, validation_reports=5
+    ),
 )
 
 

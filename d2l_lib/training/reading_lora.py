@@ -45,6 +45,7 @@ from d2l_lib.training.loop import Run, fit, is_first_process, own_device, read_l
 from d2l_lib.training.row_features import Limits, passages_of
 from d2l_lib.training.step import logits_of
 
+_WRAPPING = 20  # characters of an answer's turn, about
 _POOL = 64  # batches of like length are drawn from so many passages
 _NEW_TOKENS = 24  # room for the answer, where a passage has to be cut
 
@@ -55,6 +56,11 @@ class Questions:
 
     passage: str
     pairs: tuple[tuple[str, str], ...]
+
+    @property
+    def size(self) -> int:
+        """About how many characters its row has."""
+        return len(self.passage) + sum(len(question) + len(answer) + _WRAPPING for question, answer in self.pairs)
 
 
 def questions_of(
@@ -151,7 +157,7 @@ class PackedBatches(Dataset):
             order, batches = list(range(len(self.passages))), []
             rng.shuffle(order)
             for start in range(0, len(order), _POOL):
-                pool = sorted(order[start : start + _POOL], key=lambda i: len(self.passages[i].passage))
+                pool = sorted(order[start : start + _POOL], key=lambda i: self.passages[i].size)
                 batches += [pool[i : i + size] for i in range(0, len(pool), size)]
             rng.shuffle(batches)
             self._order = {epoch: batches}
@@ -187,12 +193,13 @@ class ReadingLoraStep(nn.Module):
 
     tests: batches that are never learned, for the report.
 
-    The base model stays outside this module's state, which counts the questions and tokens that this process learned.
+    The base model stays outside this module's state, which counts the questions and tokens that this process learned,
+    and its reports.
     """
 
     def __init__(self, base_model: nn.Module, p: ReadingLoraPreset, seed: int, tests: Sequence[PackedBatch] = ()):
         super().__init__()
-        self.scale, self.tests, self._frozen = p.scale, list(tests), (base_model,)
+        self.p, self.tests, self._frozen = p, list(tests), (base_model,)
         d_in, d_out = module_sizes(base_model, linear_names(base_model))
         generator, shape = torch.Generator().manual_seed(seed), (len(decoder_layers(base_model)), p.rank)
         device = base_model.device
@@ -201,6 +208,7 @@ class ReadingLoraStep(nn.Module):
         )
         self.B = nn.ParameterDict({m: torch.zeros(*shape, size, device=device) for m, size in d_out.items()})
         self.register_buffer("learned", torch.zeros(2, dtype=torch.long))  # questions, tokens
+        self.register_buffer("reports", torch.zeros((), dtype=torch.long))
         self._losses: list[Tensor] = []
         self._right: list[Tensor] = []
 
@@ -225,7 +233,7 @@ class ReadingLoraStep(nn.Module):
     def logits(self, batch: PackedBatch) -> Tensor:
         """[n, vocabulary]: logits of the places that predict answers."""
         base_model = self._frozen[0]
-        with apply_lora(base_model, {m: (self.A[m][None], self.B[m][None]) for m in self.A}, self.scale):
+        with apply_lora(base_model, {m: (self.A[m][None], self.B[m][None]) for m in self.A}, self.p.scale):
             hidden = decoder_body(base_model)(
                 input_ids=batch.ids,
                 attention_mask=batch.mask(base_model.dtype),
@@ -238,10 +246,13 @@ class ReadingLoraStep(nn.Module):
     def report(self) -> dict[str, float]:
         """Means since the last report: nats per answer token, and exact match (every answer token the likeliest).
 
-        The same of the batches that are never learned, and the questions and tokens that were learned so far.
+        The same of the batches that are never learned, in every `p.validation_reports`-th report, and the questions and
+        tokens that were learned so far.
         """
-        means = _means(self._losses, self._right)
-        tested = _means(*zip(*map(self.losses, self.tests), strict=True)) if self.tests else {}
+        self.reports += 1
+        means, tested = _means(self._losses, self._right), {}
+        if self.tests and self.reports % self.p.validation_reports == 0:
+            tested = _means(*zip(*map(self.losses, self.tests), strict=True))
         self._losses, self._right = [], []
         questions, tokens = self.learned.tolist()
         tested = {f"validation_{name}": value for name, value in tested.items()}
@@ -254,7 +265,7 @@ class ReadingLoraStep(nn.Module):
         return Adapter(
             blocks=(Block("reading", 0, None, 1.0, A, B),),
             bias=None,
-            scale=self.scale,
+            scale=self.p.scale,
             base_model=source,
             base_key=Fingerprint().key(base_model),
             paths=module_paths(base_model, list(A)),
@@ -291,7 +302,7 @@ def train_reading_lora(
         learned, others = questions_of(frame, tokenizer, rows, 0 if train else rows.validation)
         train, held_out = train + learned, held_out + others
     batches = PackedBatches(train, tokenizer, window_of(base_model), p, run.seed)
-    held_out = sorted(held_out[: p.validation], key=lambda one: len(one.passage))
+    held_out = sorted(held_out[: p.validation], key=lambda one: one.size)
     tests = [batches.collate(held_out[i : i + p.passages]) for i in range(0, len(held_out), p.passages)]
     step = ReadingLoraStep(base_model, p, run.seed, tests)
     if is_first_process():

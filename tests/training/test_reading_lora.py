@@ -14,7 +14,7 @@ from d2l_lib.adapter import Adapter, stack_factors
 from d2l_lib.base_model import Fingerprint
 from d2l_lib.documents import question_ids, stop_ids
 from d2l_lib.lora import apply_lora
-from d2l_lib.presets import ReadingLoraPreset, RowsPreset, preset
+from d2l_lib.presets import PRESETS, ReadingLoraPreset, RowsPreset
 from d2l_lib.tasks.qa import PROMPT, load_qa
 from d2l_lib.training.batches import IGNORED
 from d2l_lib.training.loop import Run, read_log
@@ -203,12 +203,9 @@ def test_a_stopped_run_resumes_to_the_file_of_an_uninterrupted_one(base, tmp_pat
     assert not torch.allclose(read, model(ids).logits, atol=0.01)
 
 
-def test_the_command_ends_in_a_folder_of_peft(base, tmp_path, capsys):
-    source, _, _, _, file = base
+def test_the_command_ends_in_a_folder_of_peft(base, tmp_path, capsys, monkeypatch):
+    source, model, _, _, file = base
     command = ["train", "--preset", "smollm2", "--stage", "reading-lora", "--runs", str(tmp_path)]
-    own = ["--base", str(source), "--steps", "1", "--set", "rank=2", "validation=1"]
-    with pytest.raises(ValueError, match="needs more than 96"):
-        main([*command, "--questions", f"squad={file}", *own])
     for wrong, reason in (
         ([], "reading-lora needs --preset smollm2 and --questions"),
         (["--questions", "squad", "--fast"], "neither --fast nor --variant"),
@@ -216,9 +213,20 @@ def test_the_command_ends_in_a_folder_of_peft(base, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main([*command, *wrong])
         assert stopped.value.code == 2 and reason in capsys.readouterr().err
+    own = ["--questions", f"squad={file}", "--base", str(source)]
+    with pytest.raises(SystemExit):
+        main([*command, *own])
+    assert "12 passages have a question" in capsys.readouterr().err
+    small = replace(PRESETS["smollm2"], rows=ROWS, reading_lora=SMALL)
+    monkeypatch.setitem(PRESETS, "smollm2", small)
+    main([*command, *own, "--steps", "1", "--set", "rank=3"])
+    final = tmp_path / "smollm2" / "reading_lora_own_seed0" / "final"
+    assert f"{final}: a PEFT LoRA" in capsys.readouterr().out
+    assert Adapter.from_peft(final, model).rank == 3
 
-
-def test_the_preset_learns_what_token_rows_learn():
-    p = preset("smollm2")
-    assert p.reading_lora.steps % p.reading_lora.batches_per_step == 0
-    assert p.reading_lora.validation <= p.rows.validation
+    monkeypatch.setitem(PRESETS, "smollm2", replace(small, base=str(source)))
+    main([*command, *own[:2], "--data", str(tmp_path / "data"), "--report-steps", "1"])
+    bundled = Adapter.from_peft(tmp_path / "data" / "smollm2" / "reading_lora", model)
+    assert bundled.rank == 2 and bundled.base_model == str(source)
+    log = read_log(tmp_path / "data" / "full_runs" / "smollm2_reading_lora_seed0_training.jsonl")
+    assert [line["step"] for line in log] == [1, 2, 3] and {line["seed"] for line in log} == {0}
