@@ -52,6 +52,7 @@ _SIZES = {
     "--vocabulary": {"type": "count", "help": "256000 on a GPU, 4096 on a CPU"},
     "--dtype": {"choices": ("float32", "bfloat16", "float16")},
 }
+_ONLY = {"nargs": "+", "metavar": "WORD", "help": "methods with such a name; recorded rows of others stay"}
 STUDIES = {
     "base-model": Study(
         "base_scores:run",
@@ -88,11 +89,7 @@ STUDIES = {
         *(10, "documents of 20 facts, eight questions each"),
         options={
             "--distillation-steps": {"type": "count", "default": 300},
-            "--only": {
-                "nargs": "+",
-                "metavar": "WORD",
-                "help": "methods with such a name; recorded rows of others stay",
-            },
+            "--only": _ONLY,
             "--text-to-lora": {"help": "folder of a model that `d2l train --stage text-to-lora` made"},
         },
     ),
@@ -173,11 +170,7 @@ STUDIES = {
         *(1000, "questions", "smollm2"),
         options={
             "--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "data set, and its file (squad)"},
-            "--only": {
-                "nargs": "+",
-                "metavar": "WORD",
-                "help": "methods with such a name; recorded rows of others stay",
-            },
+            "--only": _ONLY,
         },
     ),
     "facts": Study(
@@ -185,6 +178,7 @@ STUDIES = {
         ("facts",),
         "paragraphs of four and eight English facts in one block",
         *(400, "questions for each number of facts", "smollm2"),
+        options={"--only": _ONLY},
     ),
     "prose-needles": Study(
         "prose_needles:run",

@@ -1,22 +1,32 @@
-"""Questions about passages of real text: the passage in the prompt, in an adapter, among others, and controls."""
+"""Questions about passages of real text: the passage in the prompt, in an adapter, among others, and controls.
+
+A plain LoRA that was trained to answer from its prompt (`training.reading_lora`) says how much of a passage the base
+model could tell. Retrieval chooses among the same ten passages that one adapter holds.
+"""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
-from d2l_lib.adapter import Adapter
+from d2l_lib.adapter import Adapter, stack_factors
+from d2l_lib.base_model import bundled_path
+from d2l_lib.documents import question_ids
+from d2l_lib.engine import greedy_texts
+from d2l_lib.lora import apply_lora
 from d2l_lib.model import DocToLoRA
 from d2l_lib.studies import earlier_rows
+from d2l_lib.studies.retrieval import PassageIndex, Retrieval
 from d2l_lib.tasks import qa, scores
 
-_IN_PROMPT = "passage in the prompt"
-_TOGETHER = 10  # passages of one adapter
-_TOGETHER_NAME = f"Doc-to-LoRA, {_TOGETHER} passages in one adapter"
-_OTHER = "another passage's adapter"
+READING = "passage in the prompt, reading LoRA"
+_BEST = "best of ten passages by BM25 in the prompt"
+_TOGETHER = 10  # passages of one adapter, and of one index
 _NEW_TOKENS = 24
 _AT_ONCE = 64  # questions, for memory
 _METRICS = ("token_f1_squad", "exact_match_squad", "recall")
@@ -30,20 +40,42 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, only: Sequence[str]
 
     Seconds are the processor's. ValueError if no method has such a name, and for recorded rows of other questions.
     """
-    chosen = [name for name in METHODS if only is None or any(word in name for word in only)]
+    chosen = choose(model, list(METHODS), only)
+    rows = other_rows("passages", chosen, n, seed) if only else []
+    frame = qa.load_named(questions, n=n, seed=seed)
+    for new in rows_of_methods(model, frame, chosen, seed):
+        rows += new
+        yield sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+
+
+def choose(model: DocToLoRA, methods: Sequence[str], only: Sequence[str] | None) -> list[str]:
+    """Those of the methods whose names hold one of the words of `only` (None: all that this model has).
+
+    ValueError where no name does, and for a method with a reading LoRA that this base model lacks.
+    """
+    chosen = [name for name in methods if only is None or any(word in name for word in only)]
     if not chosen:
-        raise ValueError(f"no method is called {' or '.join(only)}; there are {', '.join(METHODS)}")
-    rows = [row for row in earlier_rows("passages") if row["method"] not in chosen] if only else []
+        raise ValueError(f"no method is called {' or '.join(only)}; there are {', '.join(methods)}")
+    if _lora_folder(model).is_dir() or not any(METHODS[name].reads for name in chosen):
+        return chosen
+    if only is None:
+        return [name for name in chosen if not METHODS[name].reads]
+    raise ValueError(
+        f"there is no reading LoRA in {_lora_folder(model)}: d2l train --stage reading-lora makes one, or choose "
+        "other methods"
+    )
+
+
+def other_rows(record: str, methods: Sequence[str], n: int, seed: int) -> list[dict]:
+    """The recorded rows of other methods; ValueError where they are of other questions."""
+    rows = [row for row in earlier_rows(record) if row["method"] not in methods]
     for row in rows:
         if (row["seed"], row["n"]) != (seed, n):
             raise ValueError(
                 f"the record holds rows of seed {row['seed']}, n {row['n']}: the methods of a table answer the same "
                 "questions, so take its --n and --seed, or leave out --only"
             )
-    frame = qa.load_named(questions, n=n, seed=seed)
-    for new in rows_of_methods(model, frame, chosen, seed):
-        rows += new
-        yield sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+    return rows
 
 
 def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str], seed: int) -> Iterator[list[dict]]:
@@ -53,20 +85,26 @@ def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str
     """
     documents = [document for document, _ in qa.group_by_document(frame)]
     facts, adapters = {"dataset": frame["dataset"].iloc[0], "n_passages": len(documents)}, {}
-    if {"Doc-to-LoRA", _TOGETHER_NAME, _OTHER} & set(methods):
+    if any(METHODS[name].applied is not _nothing for name in methods):
         start = time.process_time()
         adapters = dict(zip(documents, model.internalize_each(documents), strict=True))
         cost = {
             "seconds_internalizing": round((time.process_time() - start) / len(documents), 4),
             "kilobytes": round(sum(one.nbytes for one in adapters.values()) / len(adapters) / 1e3, 1),
         }
-    for method in methods:
-        applied = METHODS[method](adapters, seed)
-        prompts = list(frame["question"]) if method != _IN_PROMPT else _with_passages(model, frame)
-        replies, seconds = ask(model, prompts, [applied.get(document) for document in frame["document"]])
-        rows = scored_rows(frame.assign(method=method, prediction=replies), seed, seconds=seconds)
-        print(method, {row["metric"]: round(row["score"], 3) for row in rows}, flush=True)
-        yield [row | facts | (cost if applied else {}) for row in rows]
+    lora = reading_lora(model) if any(METHODS[name].reads for name in methods) else None
+    for name in methods:
+        method = METHODS[name]
+        prompts, own = method.prompts(model, frame, seed)
+        if method.reads:
+            replies, seconds = read(model, prompts, lora)
+        else:
+            applied = method.applied(adapters, seed)
+            replies, seconds = ask(model, prompts, [applied.get(document) for document in frame["document"]])
+            own = own | (cost if applied else {})
+        rows = scored_rows(frame.assign(method=name, prediction=replies), seed, seconds=seconds)
+        print(name, {row["metric"]: round(row["score"], 3) for row in rows}, flush=True)
+        yield [row | facts | own for row in rows]
 
 
 def ask(
@@ -80,12 +118,73 @@ def ask(
     return replies, round((time.process_time() - start) / len(prompts), 4)
 
 
-def _with_passages(model: DocToLoRA, some: pd.DataFrame) -> list[str]:
+# --- the reading LoRA -----------------------------------------------------------------------------------------------
+def _lora_folder(model: DocToLoRA) -> Path:
+    return bundled_path(model.base_source or "") / "reading_lora"
+
+
+def reading_lora(model: DocToLoRA) -> Adapter:
+    """The bundled LoRA with which this base model reads its prompt; FileNotFoundError without one."""
+    return Adapter.from_peft(_lora_folder(model), model)
+
+
+def read(
+    model: DocToLoRA, prompts: Sequence[str], lora: Adapter, new_tokens: int = _NEW_TOKENS
+) -> tuple[list[str], float]:
+    """(answers, seconds of the processor for each) of the base model with this LoRA in its weights' place."""
+    replies, start = [], time.process_time()
+    with apply_lora(model.base_model, *stack_factors([lora])):
+        for first in range(0, len(prompts), model.answer_batch):
+            part = question_ids(model.tokenizer, list(prompts[first : first + model.answer_batch]))
+            replies += greedy_texts(model.base_model, model.tokenizer, part, [new_tokens] * len(part))
+    return replies, round((time.process_time() - start) / len(prompts), 4)
+
+
+# --- prompts, with what they cost -----------------------------------------------------------------------------------
+_Prompts = tuple[list[str], dict[str, float]]
+
+
+def _questions(model: DocToLoRA, frame: pd.DataFrame, seed: int) -> _Prompts:
+    return list(frame["question"]), {}
+
+
+def _with_passages(model: DocToLoRA, frame: pd.DataFrame, seed: int) -> _Prompts:
     """Each question with its passage in the prompt."""
-    return [
+    prompts = [
         qa.with_document(document, [question], model.tokenizer, model.window, _NEW_TOKENS)[0]
-        for document, question in zip(some["document"], some["question"], strict=True)
+        for document, question in zip(frame["document"], frame["question"], strict=True)
     ]
+    return prompts, {}
+
+
+def _with_best(model: DocToLoRA, frame: pd.DataFrame, seed: int) -> _Prompts:
+    """Each question with the passage of its group that shares most words with it, and what finding that costs.
+
+    Costs: seconds and kilobytes of the index (texts included) for each passage, seconds of a search, and the share of
+    prompts that hold the right passage.
+    """
+    method, start = Retrieval(model, max_new_tokens=_NEW_TOKENS), time.process_time()
+    groups = [(group, PassageIndex(group)) for group in _groups(set(frame["document"]), seed)]
+    indexed = time.process_time()
+    index_of = {document: index for group, index in groups for document in group}
+    pairs = list(zip(frame["document"], frame["question"], strict=True))
+    prompts = [method.prompts(index_of[document], [question])[0] for document, question in pairs]
+    right = [document in prompt for (document, _), prompt in zip(pairs, prompts, strict=True)]
+    return prompts, {
+        "seconds_indexing": round((indexed - start) / len(index_of), 4),
+        "seconds_searching": round((time.process_time() - indexed) / len(prompts), 4),
+        "kilobytes": round(sum(index.nbytes for _, index in groups) / len(index_of) / 1e3, 1),
+        "right_passage": round(sum(right) / len(right), 4),
+    }
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+def _nothing(adapters: Mapping[str, Adapter], seed: int) -> dict[str, Adapter]:
+    return {}
+
+
+def _own(adapters: Mapping[str, Adapter], seed: int) -> Mapping[str, Adapter]:
+    return adapters
 
 
 def _others(adapters: Mapping[str, Adapter], seed: int) -> dict[str, Adapter]:
@@ -95,12 +194,17 @@ def _others(adapters: Mapping[str, Adapter], seed: int) -> dict[str, Adapter]:
 
 
 def _together(adapters: Mapping[str, Adapter], seed: int) -> dict[str, Adapter]:
-    """For each document the sum of its group's adapters: all documents in groups of at most `_TOGETHER`."""
-    order, sums = _shuffled(adapters, f"passages/{seed}/together"), {}
-    for start in range(0, len(order), _TOGETHER):
-        group = order[start : start + _TOGETHER]
+    """For each document the sum of its group's adapters."""
+    sums = {}
+    for group in _groups(adapters, seed):
         sums |= dict.fromkeys(group, sum(adapters[document] for document in group))
     return sums
+
+
+def _groups(documents: Iterable[str], seed: int) -> list[list[str]]:
+    """All documents in groups of at most `_TOGETHER`."""
+    order = _shuffled(documents, f"passages/{seed}/together")
+    return [order[start : start + _TOGETHER] for start in range(0, len(order), _TOGETHER)]
 
 
 def _shuffled(documents: Iterable[str], seed: str) -> list[str]:
@@ -120,11 +224,28 @@ def scored_rows(predictions: pd.DataFrame, seed: int, **facts) -> list[dict]:
     return [row | facts for table in tables for row in table.to_dict("records")]
 
 
-# Method -> {document: what is applied}, of {document: its adapter} and a seed.
-METHODS: dict[str, Callable[[Mapping[str, Adapter], int], Mapping[str, Adapter]]] = {
-    "question alone": lambda adapters, seed: {},
-    _IN_PROMPT: lambda adapters, seed: {},
-    "Doc-to-LoRA": lambda adapters, seed: adapters,
-    _TOGETHER_NAME: _together,
-    _OTHER: _others,
+@dataclass(frozen=True)
+class Method:
+    """How questions are asked.
+
+    prompts: (a prompt for each question, costs), of the model, the questions and a seed.
+    applied: {document: what is applied}, of {document: its adapter} and a seed.
+    reads: with the reading LoRA, and no adapter of a document.
+    """
+
+    prompts: Callable[[DocToLoRA, pd.DataFrame, int], _Prompts] = _questions
+    applied: Callable[[Mapping[str, Adapter], int], Mapping[str, Adapter]] = _nothing
+    reads: bool = False
+
+
+METHODS = {
+    "question alone": Method(),
+    "passage in the prompt": Method(_with_passages),
+    READING: Method(_with_passages, reads=True),
+    _BEST: Method(_with_best),
+    f"{_BEST}, reading LoRA": Method(_with_best, reads=True),
+    "Doc-to-LoRA": Method(applied=_own),
+    "Doc-to-LoRA and the passage in the prompt": Method(_with_passages, _own),
+    f"Doc-to-LoRA, {_TOGETHER} passages in one adapter": Method(applied=_together),
+    "another passage's adapter": Method(applied=_others),
 }

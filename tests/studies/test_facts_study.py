@@ -45,6 +45,17 @@ def test_own_paragraphs_are_known_and_another_ones_adapter_tells_nothing():
     assert exact.loc[4, "tokens"].iloc[0] < exact.loc[8, "tokens"].iloc[0] < exact.loc[8, "most_tokens"].iloc[0]
 
 
+def test_some_methods_are_measured_again_and_the_others_stay(monkeypatch):
+    *_, whole = study.run(_FactReader(10_000), n=N, seed=5)
+    before = [row | {"seed": 5, "command": "before"} for row in whole]
+    monkeypatch.setattr("d2l_lib.studies.passages.earlier_rows", lambda name: before if name == "facts" else [])
+    *_, rows = study.run(_FactReader(10_000), n=N, seed=5, only=["alone"])
+    assert [(row["method"], row["n_facts"]) for row in rows] == [(row["method"], row["n_facts"]) for row in whole]
+    assert {row["method"] for row in rows if "command" not in row} == {"question alone"}
+    with pytest.raises(ValueError, match="no reading LoRA"):
+        next(study.run(_FactReader(10_000), n=N, seed=5, only=["reading"]))
+
+
 def test_a_paragraph_of_more_than_one_block_is_refused():
     with pytest.raises(ValueError, match="a block takes 20: take a model with longer chunks"):
         next(study.run(_FactReader(20), n=N, seed=5))

@@ -5,8 +5,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 import pytest
+import torch
+from tiny_models import build_rows_model
 
-from d2l_lib.base_model import bundled_path, load_tokenizer
+from d2l_lib.adapter import Adapter, Block
+from d2l_lib.base_model import bundled_path, load_tokenizer, module_sizes
+from d2l_lib.formats.peft import export_peft, merge
+from d2l_lib.model import DocToLoRA
 from d2l_lib.studies import passages
 
 N = 24
@@ -27,7 +32,7 @@ class _Inside:
 class _Reader:
     """Knows an answer where its passage is in the prompt or in the adapter."""
 
-    window = 1024
+    window, base_source = 1024, None
 
     def __init__(self, answers: dict[str, tuple[str, str]]):
         self.tokenizer = load_tokenizer(str(bundled_path("tiny") / "base_model"))
@@ -73,10 +78,17 @@ def test_every_method_is_asked_about_its_passage_and_the_control_about_another(s
     f1 = table[table["metric"] == "token_f1_squad"].set_index("method")["score"]
     assert f1["question alone"] == f1["another passage's adapter"] == 0
     assert f1["passage in the prompt"] == f1["Doc-to-LoRA"] == f1["Doc-to-LoRA, 10 passages in one adapter"] == 1
+    assert f1["best of ten passages by BM25 in the prompt"] == f1["Doc-to-LoRA and the passage in the prompt"] == 1
+    assert not f1.index.str.contains("reading LoRA").any(), "this base model has none"
     assert reader.sizes == {0, 1, 10, N - 20}
     assert set(table["n"]) == {N} and set(table["n_passages"]) == {N}
     with_adapter = table["method"].str.contains("Doc-to-LoRA|adapter")
-    assert set(table.loc[with_adapter, "kilobytes"]) == {1.0} and table.loc[~with_adapter, "kilobytes"].isna().all()
+    by_search = table["method"].str.contains("BM25")
+    assert set(table.loc[with_adapter, "kilobytes"]) == {1.0}
+    assert table.loc[~with_adapter & ~by_search, "kilobytes"].isna().all()
+    found = table[by_search]
+    assert set(found["right_passage"]) == {1.0} and found["kilobytes"].between(0.01, 1).all()
+    assert found["seconds_indexing"].notna().all() and found["seconds_searching"].notna().all()
     assert set(table["metric"]) == {"token_f1_squad", "exact_match_squad", "recall"}
 
 
@@ -97,11 +109,58 @@ def test_some_methods_are_measured_again_and_the_others_stay(squad, monkeypatch)
         passages, "earlier_rows", lambda name: [row | {"command": "before", "seed": 0} for row in whole]
     )
     in_steps = list(passages.run(_Reader(answers), **asked, only=["alone", "another"]))
-    assert [len(rows) for rows in in_steps] == [12, 15]
+    assert [len(rows) for rows in in_steps] == [18, 21]
     assert [row["method"] for row in in_steps[-1]] == [row["method"] for row in whole]
     again = {row["method"] for row in in_steps[-1] if "command" not in row}
     assert again == {"question alone", "another passage's adapter"}
+    with pytest.raises(ValueError, match="no reading LoRA in .*reading_lora: d2l train --stage reading-lora makes one"):
+        next(passages.run(_Reader(answers), **asked, only=["reading"]))
     with pytest.raises(ValueError, match="no method is called prayer; there are question alone"):
         next(passages.run(_Reader(answers), **asked, only=["prayer"]))
     with pytest.raises(ValueError, match=f"seed 0, n {N}"):
         next(passages.run(_Reader(answers), **asked | {"n": 3}, only=["alone"]))
+
+
+# --- with the passage in the prompt ---------------------------------------------------------------------------------
+def test_retrieval_chooses_among_the_passages_of_one_adapter(squad):
+    file, answers = squad
+    frame = passages.qa.load_named(f"squad={file}")
+    adapters = {document: _Inside((document,)) for document in frame["document"]}
+    inside = passages._together(adapters, 3)
+    others = {
+        question: next(one for one in inside[document].documents if one != document)
+        for question, (document, _) in answers.items()
+    }
+    shared = "Where does {} live? {} lives there."
+    frame["question"] = [shared.format(others[q].split()[0], others[q].split()[0]) for q in frame["question"]]
+    prompts, costs = passages._with_best(_Reader(answers), frame, 3)
+    assert [prompt.split("\n")[0] for prompt in prompts] == list(others.values()), "the best one of its ten"
+    assert costs["right_passage"] == 0
+
+
+@torch.no_grad()
+def test_the_reading_lora_answers_as_a_model_that_it_was_merged_into(squad, tmp_path, monkeypatch):
+    file, _ = squad
+    model, modules = build_rows_model(), ["down_proj", "q_proj"]
+    model.window = 1024
+    (d_in, d_out), shape = module_sizes(model.base_model, modules), (4, 3)
+    torch.manual_seed(0)
+    A, B = ({m: torch.randn(*shape, side[m]) * 0.2 for m in modules} for side in (d_in, d_out))
+    lora = Adapter((Block("reading", 0, None, 1.0, A, B),), None, 2.0, base_model="base", base_key=model.base_key)
+    folder = export_peft(lora, tmp_path / "reading_lora", dtype=torch.float16)
+    monkeypatch.setattr(passages, "bundled_path", lambda name: tmp_path)
+    asked, replies = {"n": 6, "seed": 0, "questions": f"squad={file}", "only": ["reading LoRA"]}, []
+    monkeypatch.setattr(passages, "earlier_rows", lambda name: [])
+    plain = passages.read
+    monkeypatch.setattr(passages, "read", lambda *arguments: replies.append(plain(*arguments)) or replies[-1])
+    *_, rows = passages.run(model, **asked)
+    assert [row["method"] for row in rows[::3]] == [
+        "passage in the prompt, reading LoRA",
+        "best of ten passages by BM25 in the prompt, reading LoRA",
+    ]
+    merged = merge(model.base_model, Adapter.from_peft(folder, model))
+    frame = passages.qa.load_named(f"squad={file}", n=6, seed=0)
+    prompts = passages._with_passages(model, frame, 0)[0]
+    read = DocToLoRA(merged, model.tokenizer, model.hypernetwork).answer(prompts, None, max_new_tokens=24)
+    assert replies[0][0] == read != model.answer(prompts, None, max_new_tokens=24)
+    assert all("kilobytes" not in row for row in rows[:3]) and all(row["right_passage"] == 1 for row in rows[3:])
