@@ -137,7 +137,7 @@ def test_a_branch_has_the_logits_of_a_row_of_its_own(base, batches, family):
     assert (batch.branch == -1).any(), "some rows are padded"
     losses, right = step.losses(batch)
     plain, exact = [], []
-    with apply_lora(model, {m: (step.A[m][None], step.B[m][None]) for m in step.A}, step.scale):
+    with apply_lora(model, {m: (step.A[m][None], step.B[m][None]) for m in step.A}, step.p.scale):
         for one in batches.passages[:4]:
             for question, answer in one.pairs:
                 (prompt,) = question_ids(tokenizer, [PROMPT.format(document=one.passage, question=question)])
