@@ -27,7 +27,7 @@ WRONG = {
     "train": [["--seed", "-1"], ["--steps", "0"], ["--report-steps", "-5"], ["--steps", "9" * 5000],
               ["--steps", "1e9"], ["--save-steps", "0"], ["--keep", "-1"], ["--stage", "none"],
               ["--stage", "text-to-lora", "--seed", "-1"], ["--stage", "reading", "--base", "x"],
-              ["--stage", "reading", "--preset", "paper-gemma"], ["--start", "x"]],
+              ["--stage", "reading", "--preset", "paper-gemma"], ["--start", "x"], ["--stage", "reading-lora"]],
     "watch": [[".", "--every", "0"], [".", "--every", "inf"], [".", "--n", "0"], [".", "--lengths", "-64"]],
     "cache": [["x"], ["--clear", "x"]],
     "convert": [["only one"], []],
