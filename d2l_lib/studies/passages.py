@@ -25,7 +25,6 @@ from d2l_lib.studies.retrieval import PassageIndex, Retrieval
 from d2l_lib.tasks import qa, scores
 
 READING = "passage in the prompt, reading LoRA"
-_BEST = "best of ten passages by BM25 in the prompt"
 _TOGETHER = 10  # passages of one adapter, and of one index
 _NEW_TOKENS = 24
 _AT_ONCE = 64  # questions, for memory
@@ -242,8 +241,8 @@ METHODS = {
     "question alone": Method(),
     "passage in the prompt": Method(_with_passages),
     READING: Method(_with_passages, reads=True),
-    _BEST: Method(_with_best),
-    f"{_BEST}, reading LoRA": Method(_with_best, reads=True),
+    "best of ten passages by BM25 in the prompt": Method(_with_best),
+    "best of ten passages by BM25, reading LoRA": Method(_with_best, reads=True),
     "Doc-to-LoRA": Method(applied=_own),
     "Doc-to-LoRA and the passage in the prompt": Method(_with_passages, _own),
     f"Doc-to-LoRA, {_TOGETHER} passages in one adapter": Method(applied=_together),

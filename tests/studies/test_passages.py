@@ -156,7 +156,7 @@ def test_the_reading_lora_answers_as_a_model_that_it_was_merged_into(squad, tmp_
     *_, rows = passages.run(model, **asked)
     assert [row["method"] for row in rows[::3]] == [
         "passage in the prompt, reading LoRA",
-        "best of ten passages by BM25 in the prompt, reading LoRA",
+        "best of ten passages by BM25, reading LoRA",
     ]
     merged = merge(model.base_model, Adapter.from_peft(folder, model))
     frame = passages.qa.load_named(f"squad={file}", n=6, seed=0)
