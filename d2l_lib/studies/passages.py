@@ -80,6 +80,8 @@ def other_rows(record: str, methods: Sequence[str], n: int, seed: int) -> list[d
 def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str], seed: int) -> Iterator[list[dict]]:
     """The rows of one of METHODS after another, one for each metric, with costs; they are printed too.
 
+    A prompt that several methods ask without an adapter is asked once, and its seconds count for each.
+
     frame: questions about passages, as `tasks.qa.load_qa` gives them.
     """
     documents = [document for document, _ in qa.group_by_document(frame)]
@@ -91,16 +93,20 @@ def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str
             "seconds_internalizing": round((time.process_time() - start) / len(documents), 4),
             "kilobytes": round(sum(one.nbytes for one in adapters.values()) / len(adapters) / 1e3, 1),
         }
-    lora = reading_lora(model) if any(METHODS[name].reads for name in methods) else None
+    lora = _reading_lora(model) if any(METHODS[name].reads for name in methods) else None
+    known: dict[tuple[bool, str], tuple[str, float]] = {}
     for name in methods:
         method = METHODS[name]
         prompts, own = method.prompts(model, frame, seed)
-        if method.reads:
-            replies, seconds = read(model, prompts, lora)
+        if method.applied is _nothing:
+            new = [one for one in dict.fromkeys(prompts) if (method.reads, one) not in known]
+            answers, seconds = _read(model, new, lora) if method.reads else ask(model, new, [None] * len(new))
+            known |= {(method.reads, one): (answer, seconds) for one, answer in zip(new, answers, strict=True)}
+            replies, each = zip(*(known[method.reads, one] for one in prompts), strict=True)
+            seconds = round(sum(each) / len(each), 4)
         else:
-            applied = method.applied(adapters, seed)
-            replies, seconds = ask(model, prompts, [applied.get(document) for document in frame["document"]])
-            own = own | (cost if applied else {})
+            applied, own = method.applied(adapters, seed), own | cost
+            replies, seconds = ask(model, prompts, [applied[document] for document in frame["document"]])
         rows = scored_rows(frame.assign(method=name, prediction=replies), seed, seconds=seconds)
         print(name, {row["metric"]: round(row["score"], 3) for row in rows}, flush=True)
         yield [row | facts | own for row in rows]
@@ -114,7 +120,7 @@ def ask(
     for first in range(0, len(prompts), _AT_ONCE):
         part = slice(first, first + _AT_ONCE)
         replies += model.answer(prompts[part], adapters[part], max_new_tokens=new_tokens)
-    return replies, round((time.process_time() - start) / len(prompts), 4)
+    return replies, round((time.process_time() - start) / max(1, len(prompts)), 4)
 
 
 # --- the reading LoRA -----------------------------------------------------------------------------------------------
@@ -122,12 +128,12 @@ def _lora_folder(model: DocToLoRA) -> Path:
     return bundled_path(model.base_source or "") / "reading_lora"
 
 
-def reading_lora(model: DocToLoRA) -> Adapter:
+def _reading_lora(model: DocToLoRA) -> Adapter:
     """The bundled LoRA with which this base model reads its prompt; FileNotFoundError without one."""
     return Adapter.from_peft(_lora_folder(model), model)
 
 
-def read(
+def _read(
     model: DocToLoRA, prompts: Sequence[str], lora: Adapter, new_tokens: int = _NEW_TOKENS
 ) -> tuple[list[str], float]:
     """(answers, seconds of the processor for each) of the base model with this LoRA in its weights' place."""
@@ -136,7 +142,7 @@ def read(
         for first in range(0, len(prompts), model.answer_batch):
             part = question_ids(model.tokenizer, list(prompts[first : first + model.answer_batch]))
             replies += greedy_texts(model.base_model, model.tokenizer, part, [new_tokens] * len(part))
-    return replies, round((time.process_time() - start) / len(prompts), 4)
+    return replies, round((time.process_time() - start) / max(1, len(prompts)), 4)
 
 
 # --- prompts, with what they cost -----------------------------------------------------------------------------------
@@ -224,7 +230,7 @@ def scored_rows(predictions: pd.DataFrame, seed: int, **facts) -> list[dict]:
 
 
 @dataclass(frozen=True)
-class Method:
+class _Method:
     """How questions are asked.
 
     prompts: (a prompt for each question, costs), of the model, the questions and a seed.
@@ -238,13 +244,13 @@ class Method:
 
 
 METHODS = {
-    "question alone": Method(),
-    "passage in the prompt": Method(_with_passages),
-    READING: Method(_with_passages, reads=True),
-    "best of ten passages by BM25 in the prompt": Method(_with_best),
-    "best of ten passages by BM25, reading LoRA": Method(_with_best, reads=True),
-    "Doc-to-LoRA": Method(applied=_own),
-    "Doc-to-LoRA and the passage in the prompt": Method(_with_passages, _own),
-    f"Doc-to-LoRA, {_TOGETHER} passages in one adapter": Method(applied=_together),
-    "another passage's adapter": Method(applied=_others),
+    "question alone": _Method(),
+    "passage in the prompt": _Method(_with_passages),
+    READING: _Method(_with_passages, reads=True),
+    "best of ten passages by BM25 in the prompt": _Method(_with_best),
+    "best of ten passages by BM25, reading LoRA": _Method(_with_best, reads=True),
+    "Doc-to-LoRA": _Method(applied=_own),
+    "Doc-to-LoRA and the passage in the prompt": _Method(_with_passages, _own),
+    f"Doc-to-LoRA, {_TOGETHER} passages in one adapter": _Method(applied=_together),
+    "another passage's adapter": _Method(applied=_others),
 }

@@ -38,12 +38,14 @@ class _Reader:
         self.tokenizer = load_tokenizer(str(bundled_path("tiny") / "base_model"))
         self.answers = answers  # by question: passage, answer
         self.sizes: set[int] = set()
+        self.n_plain = 0  # prompts without an adapter
 
     def internalize_each(self, documents):
         return [_Inside((document,)) for document in documents]
 
     def answer(self, prompts, adapters, max_new_tokens):
         replies = []
+        self.n_plain += adapters.count(None)
         for prompt, adapter in zip(prompts, adapters, strict=True):
             question = next(question for question in self.answers if question in prompt)
             document, answer = self.answers[question]
@@ -81,6 +83,9 @@ def test_every_method_is_asked_about_its_passage_and_the_control_about_another(s
     assert f1["best of ten passages by BM25 in the prompt"] == f1["Doc-to-LoRA and the passage in the prompt"] == 1
     assert not f1.index.str.contains("reading LoRA").any(), "this base model has none"
     assert reader.sizes == {0, 1, 10, N - 20}
+    assert reader.n_plain == 2 * N, "the best passage is the right one: the same prompts"
+    seconds = table.groupby("method")["seconds"].first()
+    assert seconds["best of ten passages by BM25 in the prompt"] == seconds["passage in the prompt"]
     assert set(table["n"]) == {N} and set(table["n_passages"]) == {N}
     with_adapter = table["method"].str.contains("Doc-to-LoRA|adapter")
     by_search = table["method"].str.contains("BM25")
@@ -151,8 +156,8 @@ def test_the_reading_lora_answers_as_a_model_that_it_was_merged_into(squad, tmp_
     monkeypatch.setattr(passages, "bundled_path", lambda name: tmp_path)
     asked, replies = {"n": 6, "seed": 0, "questions": f"squad={file}", "only": ["reading LoRA"]}, []
     monkeypatch.setattr(passages, "earlier_rows", lambda name: [])
-    plain = passages.read
-    monkeypatch.setattr(passages, "read", lambda *arguments: replies.append(plain(*arguments)) or replies[-1])
+    plain = passages._read
+    monkeypatch.setattr(passages, "_read", lambda *arguments: replies.append(plain(*arguments)) or replies[-1])
     *_, rows = passages.run(model, **asked)
     assert [row["method"] for row in rows[::3]] == [
         "passage in the prompt, reading LoRA",
