@@ -620,8 +620,8 @@ class DocToLoRA:
             others (see `routing`).
         shortlist: of how many blocks the most relevant is chosen, those whose keys respond most in one pass of the
             question. The keys of one layer are kept in one piece with the adapter (10,000 blocks of `tiny/qa`: 164 MB).
-            1 leaves the choice to the keys, which is better with hundreds of blocks (`d2l study router`). None tries
-            every block, with a row of a forward pass for each.
+            Left out, as many as answer: the keys choose, which is better with hundreds of blocks (`d2l study router`).
+            None tries every block, with a row of a forward pass for each.
         read: "sum", the published sum of the blocks. "sparse", the matching block at each token, in one pass (see
             `reading`), as `model.reading` says. Or a Reading. Left out: as the adapter applied around, else the sum.
         stream: called as stream(text so far) after each token of the answer to a single question. An error that it

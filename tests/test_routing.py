@@ -12,7 +12,6 @@ from d2l_lib.base_model import target_linears
 from d2l_lib.documents import question_ids
 from d2l_lib.reading import answer_reads
 from d2l_lib.routing import (
-    SHORTLIST,
     _lead,
     conformal_threshold,
     key_scores,
@@ -119,7 +118,7 @@ def test_a_block_that_answers_surely_beats_one_that_changes_as_much_with_doubts(
 def test_route_keeps_the_most_relevant_in_their_order(model, adapter, document):
     question = asked(document, 1)[0].text
     (score,) = relevance(model, [question], [adapter])
-    (routed,) = route(model, [question], [adapter], 3, least=-math.inf)
+    (routed,) = route(model, [question], [adapter], 3, least=-math.inf, shortlist=None)
     best = set(score.argsort(descending=True)[:3].tolist())
     assert [block.chunk for block in routed.blocks] == sorted(adapter.blocks[place].chunk for place in best)
     assert routed.bias is adapter.bias
@@ -160,9 +159,10 @@ def test_answer_with_blocks_is_the_answer_of_the_routed_adapter(model, adapter, 
 def test_a_shortlist_that_holds_all_blocks_answers_like_every_block_tried(model, adapter, document):
     texts = [question.text for question in asked(document)]
     texts += [question.text for question in world.encyclopedia_questions(random.Random(0), 4)]
-    eight = adapter.only(chunk=range(SHORTLIST))
-    assert model.answer(texts, eight, blocks=1) == model.answer(texts, eight, blocks=1, shortlist=None)
-    some, every = (route(model, texts, [eight] * len(texts), 2, shortlist=most) for most in (SHORTLIST, None))
+    eight = adapter.only(chunk=range(8))
+    some, every = (model.answer(texts, eight, blocks=1, shortlist=most) for most in (8, None))
+    assert some == every
+    some, every = (route(model, texts, [eight] * len(texts), 2, shortlist=most) for most in (8, None))
     assert some == every and {len(one.blocks) for one in some} > {0}
 
 
@@ -178,9 +178,10 @@ def test_only_the_blocks_of_the_largest_key_scores_are_tried(model, adapter, doc
         torch.testing.assert_close(lead[tried], whole[tried], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(divergence[tried], whole_divergence[tried], rtol=1e-4, atol=1e-4)
         assert divergence.isfinite().sum() == 3
-    (best,) = route(model, texts[:1], many[:1], least=-math.inf, shortlist=1)
-    assert best == route_by_keys(model, texts[:1], many[:1])[0], "a shortlist of one is the choice of the keys"
-    (five,) = route(model, texts[:1], many[:1], 5, least=-math.inf, shortlist=1)
+    (best,) = route(model, texts[:1], many[:1], least=-math.inf)
+    assert best == route_by_keys(model, texts[:1], many[:1])[0], "left out, the keys choose"
+    (five,) = route(model, texts[:1], many[:1], 5, least=-math.inf)
+    assert five == route_by_keys(model, texts[:1], many[:1], 5)[0]
     assert len(five.blocks) == 5, "the shortlist is no shorter than what answers"
     assert route(model, texts[:1], many[:1], least=math.inf)[0].blocks == (), "no block where none reaches the least"
     with pytest.raises(ValueError, match="shortlist"):
@@ -197,8 +198,11 @@ def test_many_blocks_take_as_many_rows_as_few(model, adapter, document, monkeypa
         for size in (9, len(adapter.blocks)):
             one = replace(adapter, blocks=adapter.blocks[:size])
             route(model, [question], [one])
-            assert rows == [1, SHORTLIST] and checks == [size], "each adapter is checked once, its blocks are not"
+            assert rows == [1, 1] and checks == [size], "each adapter is checked once, its blocks are not"
             rows.clear(), checks.clear()
+        route(model, [question], [adapter], shortlist=8)
+        assert rows == [1, 8]
+        rows.clear(), checks.clear()
         route(model, [question], [adapter], shortlist=None)
         assert rows == [1, len(adapter.blocks)]
         checks.clear()

@@ -44,6 +44,9 @@ def _question_kinds(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
             "in context": model.answer(prompts, None, max_new_tokens=48),
             "Doc-to-LoRA": model.answer(questions, adapters, max_new_tokens=48),
             "Doc-to-LoRA, routed": model.answer(questions, adapters, max_new_tokens=48, blocks=1),
+            "Doc-to-LoRA, most relevant of 8": model.answer(
+                questions, adapters, max_new_tokens=48, blocks=1, shortlist=8
+            ),
             "no context": model.answer(questions, None, max_new_tokens=48),
         }.items():
             tables.append(some.assign(method=method, prediction=answers))

@@ -83,8 +83,8 @@ def measure_router(
     """A row per number of blocks and measure: blocks, measure, n, share, low, high, cpu_milliseconds, and megabytes.
 
     Ranks by `routing.key_scores`: "right block first", "among 4", "among 8". Exact match of greedy answers: with the
-    first block ("best block"), with that where it is relevant enough ("best block, tried"), with the most relevant of
-    the best 8 (`answer(blocks=1)`), with sparse reading of the best 8 and of all blocks, with the most relevant of all
+    first block ("best block"), with that where it is relevant enough ("best block, tried": `answer(blocks=1)`), with
+    the most relevant of the best 8, with sparse reading of the best 8 and of all blocks, with the most relevant of all
     blocks (if few enough to try), and with the bias alone, for its time.
 
     megabytes, megabytes_of_keys: of the adapter's tensors, and of the keys of the one layer that the router needs.
@@ -130,7 +130,7 @@ def _answers(model: DocToLoRA, adapter: Adapter, size: int) -> list[tuple[str, i
     ways = [
         ("bias alone", None, lambda texts: model.answer(texts, bias)),
         ("best block", None, lambda texts: routed(texts, 1, "sum")),
-        ("best block, tried", None, lambda texts: model.answer(texts, adapter, blocks=1, shortlist=1)),
+        ("best block, tried", None, lambda texts: model.answer(texts, adapter, blocks=1)),
         ("most relevant of 8", None, lambda texts: model.answer(texts, adapter, blocks=1, shortlist=_SHORTLIST)),
         ("sparse reading of the best 8", None, lambda texts: routed(texts, _SHORTLIST, "sparse")),
         ("sparse reading of all", None, lambda texts: model.answer(texts, adapter, read="sparse")),
