@@ -2,6 +2,10 @@
 
 prompts (token ids) -> pad_rows -> generate (transformers' own, greedy) -> texts: greedy_texts
                                 -> TransformersEngine.reply -> token ids with their largest log-probabilities
+
+In `reply` a document is read once for its questions, new tokens find room in the cache, and finished rows leave their
+batch. On a CPU no bit of any answer changes by that: in products of four rows or more, no row depends on how many there
+are. Another padding does change bits, so rows of other batches do not come in.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from d2l_lib.base_model import input_device, window_of
 from d2l_lib.documents import stop_ids, tokenizer_fingerprint
@@ -23,6 +28,8 @@ from d2l_lib.lora import without_lora
 
 TOP_K = 16  # log-probabilities kept of each token
 _NEIGHBOURS = 4  # the last groups that a prompt is compared with
+_FEWEST = 4  # rows that stay in a batch
+_ROOM = 64  # tokens to come that a cache has room for
 Prompts = Sequence[Sequence[int]]  # token ids
 
 
@@ -48,6 +55,95 @@ def pad_rows(
 def pad_id_of(tokenizer) -> int:
     """An id to pad with; any will do, as it is always masked."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer that writes new tokens into room beside the earlier ones; transformers' copies those every time.
+
+    keys, values: views of the used part. What other methods put in their place is copied into new room.
+    """
+
+    def __init__(self, layer: DynamicLayer):
+        """layer: of transformers, with tokens in it."""
+        super().__init__()
+        super().lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys, layer.values
+        self._rooms: dict[str, tuple[Tensor, Tensor]] = {}  # the whole room, and the view of its used part
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, with these new ones [rows, heads, tokens, size]."""
+        for name, new in (("keys", key_states), ("values", value_states)):
+            old = getattr(self, name)
+            start, end = old.shape[-2], old.shape[-2] + new.shape[-2]
+            room, used = self._rooms.get(name, (None, None))
+            if used is not old or end > room.shape[-2]:
+                room = _room_for(old, len(old), new.shape[-2])
+                room[..., :start, :] = old
+            room[..., start:end, :] = new
+            self._keep(name, room, end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row i becomes row indices[i]: in place where the last rows take the places of others."""
+        rows = len(indices)
+        moved = (indices != torch.arange(rows, device=indices.device)).nonzero()[:, 0]
+        from_end = bool((indices[moved] >= rows).all())
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            room, used = self._rooms.get(name, (None, None))
+            if used is old and from_end:
+                room = room[:rows]
+                old[moved] = old[indices[moved]]
+            else:
+                room = _room_for(old, rows)
+                torch.index_select(old, 0, indices, out=room[..., : old.shape[-2], :])
+            self._keep(name, room, old.shape[-2])
+
+    def _keep(self, name: str, room: Tensor, length: int) -> None:
+        used = room[..., :length, :]
+        self._rooms[name] = room, used
+        setattr(self, name, used)
+
+
+def _room_for(states: Tensor, rows: int, tokens: int = 0) -> Tensor:
+    """An empty tensor for these states [.., heads, length, size] of so many rows, `tokens` more, and some of later."""
+    heads, length, size = states.shape[1:]
+    return states.new_empty(rows, heads, length + tokens + _ROOM, size)
+
+
+def _with_room(cache: Cache) -> Cache:
+    """The cache, with room in each layer of whole attention."""
+    for place, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is DynamicLayer and layer.get_seq_length():
+            cache.layers[place] = _RoomyLayer(layer)
+    return cache
+
+
+def _may_leave(cache: Any) -> bool:
+    """Whether rows of this cache can be left out: not those of recurrent layers, nor of a model's own cache."""
+    layers = getattr(cache, "layers", ())
+    return len(layers) > 0 and all(isinstance(layer, DynamicLayer) for layer in layers)
+
+
+def _staying(done: Sequence[bool], padded: Sequence[bool]) -> list[int]:
+    """The places of the rows that stay, in their order to come: the last ones take the places of those that leave.
+
+    done, padded: of each row.
+
+    All rows that are not done stay. Some of the others do too, so that numbers stay what they are in the whole batch,
+    to the last bit: at least _FEWEST rows (products of fewer go another way), and a padded one if there is any (a batch
+    without padding needs no mask).
+    """
+    ranked = sorted(range(len(done)), key=lambda row: (done[row], not padded[row]))
+    n = done.count(False)
+    if any(padded) and not any(padded[row] for row in ranked[:n]):
+        n += 1
+    chosen = set(ranked[: max(n, min(_FEWEST, len(done)))])
+    late = [row for row in sorted(chosen) if row >= len(chosen)]
+    return [row if row in chosen else late.pop() for row in range(len(chosen))]
 
 
 # --- greedy texts ---------------------------------------------------------------------------------------------------
@@ -252,47 +348,69 @@ class TransformersEngine:
         temperature: float,
         generator: torch.Generator,
     ) -> list[Reply]:
-        """Replies to prompts. shared: (n, rows) for each run of `rows` prompts that begin with the same n tokens."""
-        device, longest_shared = self.model.device, max(n for n, _ in shared)
+        """Replies to prompts. shared: (n, rows) for each run of `rows` prompts that begin with the same n tokens.
+
+        Finished rows leave the batch. Noise is drawn for all rows all the same: who leaves changes no other answer.
+        """
+        device = self.model.device
         begin = [n for n, rows in shared for _ in range(rows)]
         ids, mask = self._padded([prompt[n:] for prompt, n in zip(prompts, begin, strict=True)])
         limits = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
         limit, stops = torch.tensor(limits, device=device), torch.tensor(self.stops, device=device)
+        here = torch.arange(len(prompts), device=device)  # the prompts in the batch
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        cache, tokens, values, indices = None, [], [], []
+        cache, steps = None, []
         with without_lora(self.model):
-            if longest_shared:
-                starts = torch.tensor([0, *(rows for _, rows in shared)]).cumsum(0).tolist()
-                heads = [prompts[start][:n] for start, (n, _) in zip(starts, shared, strict=False)]
-                head_ids, head_mask = self._padded(heads)
-                repeats = torch.tensor([rows for _, rows in shared], device=device)
-                place = torch.arange(len(shared), device=device).repeat_interleave(repeats)
-                cache = self._step(head_ids, head_mask, None).past_key_values
-                cache.batch_select_indices(place)
-                mask = torch.cat([head_mask[place], mask], 1)
+            if any(n for n, _ in shared):
+                cache, head_mask = self._heads(prompts, shared)
+                mask = torch.cat([head_mask, mask], 1)
             while not done.all():
+                stay = _staying(done.tolist(), (mask == 0).any(1).tolist())
+                if len(stay) < len(here) and _may_leave(cache):
+                    stay = torch.tensor(stay, device=device)
+                    here, done, ids, mask = here[stay], done[stay], ids[stay], mask[stay]
+                    cache.batch_select_indices(stay)
                 output = self._step(ids, mask, cache)
-                cache = output.past_key_values
+                cache = _with_room(output.past_key_values) if cache is None else cache
                 log_probs = output.logits[:, -1].float().log_softmax(-1)  # [rows, vocabulary]
                 top = log_probs.topk(TOP_K)
                 chosen = top.indices[:, 0]
                 if temperature > 0:
-                    probabilities = (log_probs / temperature).softmax(-1).cpu()
-                    chosen = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(device)
-                tokens.append(chosen)
-                values.append(top.values)
-                indices.append(top.indices)
-                done |= torch.isin(chosen, stops) | (len(tokens) >= limit)
-                ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-        tokens = torch.stack(tokens, 1).tolist()
-        values, indices = (torch.stack(steps, 1).cpu().numpy() for steps in (values, indices))
+                    places = here.cpu()
+                    probabilities = torch.ones(len(prompts), log_probs.shape[1])
+                    probabilities[places] = (log_probs / temperature).softmax(-1).cpu()
+                    chosen = torch.multinomial(probabilities, 1, generator=generator)[places, 0].to(device)
+                steps.append((here, chosen, top.values, top.indices))
+                done = done | torch.isin(chosen, stops) | (len(steps) >= limit[here])
+                ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(here), 1)], 1)
+        return self._replies(steps, limits)
+
+    def _heads(self, prompts, shared: Sequence[tuple[int, int]]) -> tuple[Any, Tensor]:
+        """(cache, mask) of what the prompts of each run of `shared` begin with, read once per run: a row per prompt."""
+        starts = torch.tensor([0, *(rows for _, rows in shared)]).cumsum(0).tolist()
+        ids, mask = self._padded([prompts[start][:n] for start, (n, _) in zip(starts, shared, strict=False)])
+        repeats = torch.tensor([rows for _, rows in shared], device=mask.device)
+        place = torch.arange(len(shared), device=mask.device).repeat_interleave(repeats)
+        cache = _with_room(self._step(ids, mask, None).past_key_values)
+        cache.batch_select_indices(place)
+        return cache, mask[place]
+
+    def _replies(self, steps: Sequence[tuple[Tensor, ...]], limits: Sequence[int]) -> list[Reply]:
+        """The reply to each prompt of its steps: (prompts [rows], tokens [rows], values and indices [rows, k])."""
+        tokens = np.zeros((len(limits), len(steps)), dtype=np.int64)
+        values, indices = (np.zeros((*tokens.shape, TOP_K), dtype=kind) for kind in (np.float32, np.int64))
+        for step, columns in enumerate(steps):
+            rows, *written = (one.cpu().numpy() for one in columns)
+            for whole, part in zip((tokens, values, indices), written, strict=True):
+                whole[rows, step] = part
         if np.isnan(values).any():
             raise FloatingPointError(f"{self.name} gives log-probabilities that are not numbers: use another dtype")
         replies = []
         for row, most in enumerate(limits):
-            stop = next((i for i, token in enumerate(tokens[row][:most]) if token in self.stops), None)
+            ids = tokens[row, :most].tolist()
+            stop = next((i for i, token in enumerate(ids) if token in self.stops), None)
             n = most if stop is None else stop + 1
-            replies.append(Reply.rounded(tokens[row][:n], stop is not None, values[row, :n], indices[row, :n]))
+            replies.append(Reply.rounded(ids[:n], stop is not None, values[row, :n], indices[row, :n]))
         return replies
 
     def _padded(self, rows: Prompts) -> list[Tensor]:

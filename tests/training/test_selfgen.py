@@ -1,5 +1,6 @@
 """Self-generated data: true log-probabilities, nothing mixed up, the same bytes whatever happens to a run."""
 
+import copy
 import json
 import os
 import random
@@ -19,10 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_models import build_base_model, build_tokenizer
+from transformers import DynamicCache
 
 from d2l_lib.__main__ import main
 from d2l_lib.documents import chat_affixes, context_ids, question_ids
-from d2l_lib.engine import Reply, TransformersEngine, pad_rows
+from d2l_lib.engine import Reply, TransformersEngine, _staying, _with_room, pad_rows
 from d2l_lib.formats import shards as shard_files
 from d2l_lib.formats import writing
 from d2l_lib.formats.shards import PUBLISHED, SCHEMA, TEACHER_COLUMNS, read_shards
@@ -142,6 +144,111 @@ def test_sampling_follows_its_seed_and_stores_the_untempered_distribution(engine
     with torch.no_grad():
         logits = engine.model(torch.tensor([prompts[0] + first[0].ids])).logits[0, len(prompts[0]) - 1 : -1]
     np.testing.assert_allclose(first[0].values, logits.log_softmax(-1).topk(16).values, rtol=1e-3, atol=1e-3)
+
+
+class Plain(TransformersEngine):
+    """The plainest loop: nobody leaves a batch, and transformers' own cache grows."""
+
+    @torch.inference_mode()
+    def _generate(self, prompts, shared, max_new_tokens, temperature, generator):
+        places = [place for place, (_, rows) in enumerate(shared) for _ in range(rows)]
+        begin = [shared[place][0] for place in places]
+        ids, mask = self._padded([prompt[n:] for prompt, n in zip(prompts, begin, strict=True)])
+        limits = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
+        cache, steps = None, []
+        if any(begin):
+            heads = [prompts[places.index(place)][:n] for place, (n, _) in enumerate(shared)]
+            head_ids, head_mask = self._padded(heads)
+            cache = self._step(head_ids, head_mask, None).past_key_values
+            cache.batch_select_indices(torch.tensor(places))
+            mask = torch.cat([head_mask[places], mask], 1)
+        everybody, done = torch.arange(len(prompts)), torch.zeros(len(prompts), dtype=torch.bool)
+        while not done.all():
+            output = self._step(ids, mask, cache)
+            cache, log_probs = output.past_key_values, output.logits[:, -1].float().log_softmax(-1)
+            top = log_probs.topk(16)
+            chosen = top.indices[:, 0]
+            if temperature > 0:
+                probabilities = (log_probs / temperature).softmax(-1)
+                chosen = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            steps.append((everybody, chosen, top.values, top.indices))
+            done |= torch.isin(chosen, torch.tensor(self.stops)) | (len(steps) >= torch.tensor(limits))
+            ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
+        return self._replies(steps, limits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_shards_are_those_of_a_plain_loop_byte_by_byte(temperature, tmp_path):
+    """With the bundled model: its products are as large as those that are claimed to keep every bit."""
+    settings = Settings(documents=5, shard_size=5, temperature=temperature, max_new_tokens=24)
+    engine = selfgen.load_engine("transformers", "tiny", 16384)
+    sizes: list[int] = []
+    step = engine._step
+    engine._step = lambda ids, mask, cache: sizes.append(len(ids)) or step(ids, mask, cache)
+    plain = Plain("tiny", engine.model, engine.tokenizer)
+    folders = [tmp_path / name for name in ("ours", "plain")]
+    for one, folder in zip((engine, plain), folders, strict=True):
+        generate(settings, folder, one)
+    ours, theirs = map(contents, folders)
+    assert ours == theirs
+    assert len(set(sizes)) > 4 and min(sizes) < max(sizes) / 4, "rows left"
+
+
+@pytest.mark.parametrize(("family", "temperature"), [("llama", 0.0), ("llama", 1.5), ("gemma2", 3.0), ("mistral", 3.0)])
+def test_who_leaves_a_batch_changes_nobody_elses_answer(family, temperature):
+    engine = build_engine(family)
+    document = "The mayor of Velm is Ada Row. " * 3
+    texts = [f"{document}\n\n{'Who' * n} is it?" for n in range(1, 9)] + ["Who?", "Where?", "When was it built?"]
+    prompts = question_ids(engine.tokenizer, texts)
+    plain = Plain("plain", engine.model, engine.tokenizer)
+    if temperature > 0:  # every sixth token ends an answer
+        engine.stops = plain.stops = list(range(0, engine.model.get_input_embeddings().num_embeddings, 6))
+    ours, theirs = (one.reply(prompts, 24, temperature, seed=3) for one in (engine, plain))
+    assert len({len(reply.ids) for reply in ours}) > 2, "answers of different lengths"
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.ids, a.finished) == (b.ids, b.finished)
+        np.testing.assert_allclose(a.values.astype(float), b.values.astype(float), rtol=2e-3, atol=2e-3)
+
+
+def test_rows_that_stay():
+    rng = random.Random(0)
+    for _ in range(300):
+        n = rng.randint(1, 12)
+        done, padded = ([rng.random() < share for _ in range(n)] for share in (rng.random(), rng.random()))
+        stay = _staying(done, padded)
+        assert len(set(stay)) == len(stay) and {row for row in range(n) if not done[row]} <= set(stay)
+        assert all(row in (place, *range(len(stay), n)) for place, row in enumerate(stay)), "only the last ones move"
+        assert any(padded[row] for row in stay) == any(padded), "a mask stays a mask"
+        live = done.count(False)
+        assert max(live, min(4, n)) <= len(stay) <= max(live + 1, min(4, n))
+
+
+def test_a_cache_with_room_holds_what_transformers_own_cache_holds():
+    def states(rows, tokens):
+        return torch.randn(rows, 2, tokens, 3), torch.randn(rows, 2, tokens, 3)
+
+    torch.manual_seed(0)
+    plain = DynamicCache()
+    plain.update(*states(3, 5), 0)
+    roomy = _with_room(copy.deepcopy(plain))
+    changes = [
+        lambda cache: cache.batch_select_indices(torch.tensor([0, 0, 1, 1, 1, 2, 2])),
+        lambda cache: cache.batch_select_indices(torch.tensor([0, 6, 2, 5])),  # three of seven leave
+        lambda cache: cache.reorder_cache(torch.tensor([3, 0, 1, 0])),
+        lambda cache: cache.crop(-2),
+        lambda cache: cache.batch_select_indices(torch.tensor([2, 1])),
+    ]
+    for change in changes:
+        for cache in (plain, roomy):
+            change(cache)
+        for tokens in (4, 1, 70, 1):  # 70 do not fit into the room that is left
+            new = states(len(plain.layers[0].keys), tokens)
+            for a, b in zip(plain.update(*new, 0), roomy.update(*new, 0), strict=True):
+                assert torch.equal(a, b)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+    before = roomy.layers[0].keys.data_ptr()
+    roomy.update(*states(2, 1), 0)
+    assert roomy.layers[0].keys.data_ptr() == before, "earlier tokens are not copied"
 
 
 def test_a_shard_keeps_where_the_world_put_the_evidence(engine):
