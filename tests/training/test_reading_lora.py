@@ -11,7 +11,7 @@ from tiny_models import build_base_model, build_tokenizer
 
 from d2l_lib.__main__ import main
 from d2l_lib.adapter import Adapter, stack_factors
-from d2l_lib.base_model import Fingerprint
+from d2l_lib.base_model import Fingerprint, bundled_path
 from d2l_lib.documents import question_ids, stop_ids
 from d2l_lib.lora import apply_lora
 from d2l_lib.presets import PRESETS, ReadingLoraPreset, RowsPreset
@@ -230,3 +230,13 @@ def test_the_command_ends_in_a_folder_of_peft(base, tmp_path, capsys, monkeypatc
     assert bundled.rank == 2 and bundled.base_model == str(source)
     log = read_log(tmp_path / "data" / "full_runs" / "smollm2_reading_lora_seed0_training.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3] and {line["seed"] for line in log} == {0}
+
+
+def test_the_bundled_lora_is_small_and_fits_the_bundled_base_model():
+    folder = bundled_path("smollm2") / "reading_lora"
+    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
+    lora = Adapter.from_peft(folder)
+    assert (lora.base_model, lora.n_layers, lora.rank) == ("smollm2", 30, 8) and lora.base_key
+    assert lora.sizes["q_proj"] == (576, 576) and lora.sizes["down_proj"] == (1536, 576) and len(lora.sizes) == 7
+    assert all((one != 0).flatten(1).any(1).all() for one in lora.blocks[0].B.values())
