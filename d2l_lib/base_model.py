@@ -68,7 +68,7 @@ def load_base_model(
     FileNotFoundError says what is missing and where to put it. ValueError for damaged files.
     """
     device, dtype = check_place(device, dtype, device_map)
-    location = _locate(source)
+    location = locate(source)
     try:
         config = load_config(location)
         options = {"attn_implementation": "eager"} if config.model_type in EAGER_ATTENTION else {}
@@ -216,8 +216,11 @@ def _four_bit_config() -> BitsAndBytesConfig:
     )
 
 
-def _locate(source: str | Path) -> str:
-    """A folder that exists, or the unchanged hub id."""
+def locate(source: str | Path) -> str:
+    """The folder of a base model by its known name or path, or the unchanged hub id; `load_tokenizer` reads either.
+
+    FileNotFoundError says what is missing.
+    """
     bundled = bundled_path(str(source)) / "base_model"
     if not Path(str(source)).is_absolute() and bundled.is_dir():
         return str(bundled)
@@ -240,7 +243,7 @@ def _locate(source: str | Path) -> str:
 def load_processor(source: str | Path):
     """The processor of a vision-language model; FileNotFoundError without one, ImportError without its package."""
     try:
-        processor = without_code(AutoProcessor, _locate(source))
+        processor = without_code(AutoProcessor, locate(source))
     except NeedsCode:
         raise
     except (OSError, ValueError) as error:

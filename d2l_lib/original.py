@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch as _torch
 from torch import Tensor
 
-from d2l_lib.base_model import _locate, load_tokenizer
+from d2l_lib.base_model import load_tokenizer, locate
 from d2l_lib.formats import pickles
 from d2l_lib.formats.checkpoints import build_hypernetwork, parse_published
 from d2l_lib.loading import Choices, assemble
@@ -48,7 +48,7 @@ torch = _Torch()
 
 def get_tokenizer(name: str | Path, **options: Any):
     """The tokenizer of a base model, with padding on the left and chats as token ids, as in transformers 4."""
-    tokenizer = load_tokenizer(_locate(name), padding_side="left", truncation_side="left", **options)
+    tokenizer = load_tokenizer(locate(name), padding_side="left", truncation_side="left", **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, return_dict=False)

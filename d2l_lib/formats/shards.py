@@ -41,10 +41,17 @@ SCHEMA = pa.schema(
     | {"document": pa.string(), "closed": pa.list_(pa.bool_()), "evidence": pa.list_(pa.list_(_IDS))}
     | {name: pa.list_(pa.string()) for name in ("questions", "answers", "references", "kinds")}
 )
-DROPPED = ("thinking", "not_a_question", "duplicate", "surplus", "cut_off")
-COUNTS = (
+# Why items of a writer's lists, questions of a small writer and a teacher's answers to those are left out.
+LISTS_DROPPED = ("thinking", "not_a_question", "duplicate", "surplus", "cut_off")
+QUESTIONS_DROPPED = ("about_the_text", "goes_round", "repeats_text", "off_text")
+ANSWERS_DROPPED = ("empty", "no_answer", "repeats_question", "goes_round", "repeats_text")
+_FIRST_COUNTS = (
     "documents", "documents_dropped", "questions", "kept", "unfinished", "too_long", "answer_tokens",
-    "writer_too_long", *(f"writer_{reason}" for reason in DROPPED),
+    "writer_too_long", *(f"writer_{reason}" for reason in LISTS_DROPPED),
+)  # fmt: skip
+COUNTS = (
+    *_FIRST_COUNTS, *(f"writer_{reason}" for reason in QUESTIONS_DROPPED),
+    *(f"answer_{reason}" for reason in ANSWERS_DROPPED),
 )  # fmt: skip
 _LEVEL = re.compile(r"_level_(\d+)_")  # in the names of published files
 # Limits of a file's unpacked size in bytes, of which the larger counts. Most files unpack to 2 to 10 times their size.
@@ -78,7 +85,7 @@ def shard_record(path: Path) -> dict[str, Any] | None:
         check(ShardRecord, record, path.with_suffix(".json"), "make the shard again")
     except (FileNotFoundError, ValueError):
         return None
-    return record if record["counts"].keys() >= set(COUNTS) else None
+    return record if record["counts"].keys() >= set(_FIRST_COUNTS) else None
 
 
 def shard_problem(path: Path, run: str) -> str | None:

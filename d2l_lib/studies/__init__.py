@@ -16,6 +16,7 @@ from typing import Any
 
 from d2l_lib.presets import QA_VARIANTS
 from d2l_lib.records import project_root, read_rows, write_jsonl
+from d2l_lib.training.settings import WRITERS
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,20 @@ STUDIES = {
         "paragraphs of four and eight English facts in one block",
         *(400, "questions for each number of facts", "smollm2"),
         options={"--only": _ONLY},
+    ),
+    "written-questions": Study(
+        "written_questions:run",
+        ("written_questions",),
+        "a model as a writer of questions on texts",
+        *(24, "texts", "smollm2", "base_model:load_base_model"),
+        options={
+            "--texts": {
+                "metavar": "PLACE",
+                "default": "data/samples/passages.jsonl",
+                "help": "a folder of .txt and .md files, or a .jsonl file (data/samples/passages.jsonl)",
+            },
+            "--styles": {"nargs": "+", "choices": WRITERS, "default": WRITERS, "help": "how it is asked (both)"},
+        },
     ),
     "prose-needles": Study(
         "prose_needles:run",

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command `generate`."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards; a run that was killed continues")
     parser.add_argument("--model", default="tiny", help="base model: bundled name, folder or hub id")
-    parser.add_argument("--source", default="world", help="world, a folder of .txt files, or a .jsonl file with texts")
+    parser.add_argument("--source", default="world", help="world, a folder of .txt and .md files, or a .jsonl file")
     parser.add_argument("--writer", help="model that writes the questions on texts (default: the base model)")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument(
@@ -35,7 +35,10 @@ def run(a: argparse.Namespace) -> None:
     from d2l_lib.training import selfgen  # torch and transformers: not for --help
 
     given = {s.name: getattr(a, s.name) for s in fields(Settings) if getattr(a, s.name) is not None}
-    of_texts, of_world = {"writer", "writer_max_new_tokens", "writer_temperature"}, {"shortest", "longest", "split"}
+    of_texts, of_world = (
+        {"writer", "writer_style", "writer_max_new_tokens", "writer_temperature"},
+        {"shortest", "longest", "split"},
+    )
     flags_given = {*given} | ({"writer"} if a.writer else set())
     if wrong := sorted(flags_given & (of_texts if a.source == "world" else of_world)):
         flags = ", ".join("--" + name.replace("_", "-") for name in wrong)

@@ -3,6 +3,7 @@
     documents  ->  questions  ->  the teacher's answers and their top-16 log-probabilities  ->  parquet shards
 
     d2l generate --model tiny --source world --documents 2000 --seed 0 --shard-size 100 --out FOLDER
+    d2l generate --model smollm2 --source TEXTS --writer-style openings --prompt brief --out FOLDER    # a small model
     torchrun --nproc_per_node 2 -m d2l_lib generate ...                    # every process makes its share of the shards
 
 One row is one document. The published columns (paper, main stage) and their axes:
@@ -36,7 +37,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from d2l_lib.base_model import bundled_path, load_base_model, load_config, load_tokenizer
+from d2l_lib.base_model import load_base_model, load_config, load_tokenizer, locate
 from d2l_lib.documents import (
     check_text,
     check_texts,
@@ -49,6 +50,7 @@ from d2l_lib.engine import TOP_K, Prompts, Reply, TransformersEngine
 from d2l_lib.formats.shards import COUNTS, MANIFEST, SCHEMA, shard_path, shard_problem, shard_record, write_shard
 from d2l_lib.records import read_json, read_jsonl, write_json
 from d2l_lib.tasks import world
+from d2l_lib.training import short_questions
 from d2l_lib.training.loop import own_device
 from d2l_lib.training.settings import PROMPTS, Settings
 
@@ -90,8 +92,7 @@ class VllmEngine:
                 "engine vllm needs the package vllm, which brings its own versions of torch and transformers: "
                 "pip install vllm in a separate environment, or use engine transformers"
             ) from error
-        bundled = bundled_path(name) / "base_model"
-        location = str(bundled) if bundled.is_dir() else name
+        location = locate(name)
         self.name, self._vllm = name, vllm
         self.config = load_config(location).get_text_config()
         self.tokenizer = load_tokenizer(location)
@@ -195,12 +196,36 @@ def _maybe_closed(rng: random.Random, settings: Settings, question: _Asked) -> _
 def written_documents(
     rng: random.Random, settings: Settings, texts: Sequence[str], writer, counts: Counter
 ) -> list[tuple[str, list[_Asked]]]:
-    """The texts with the questions that `writer` (an engine) wrote on them in two rounds: kinds level_0 and level_1.
+    """The texts with the questions that `writer` (an engine) wrote on them, as `settings.writer_style` says.
 
     Unrelated and unanswerable questions were written on another text of the same shard. `counts` gains what was
     dropped.
     """
     texts = check_texts(texts, "texts")
+    if settings.writer_style == "openings":
+        written = [
+            [_Asked(question.text, question.kind, evidence=[question.span]) for question in questions]
+            for questions in short_questions.write_questions(rng, settings, texts, writer, counts)
+        ]
+    else:
+        written = _listed_questions(rng, settings, texts, writer, counts)
+    mixed = []
+    for text, own in zip(texts, written, strict=True):
+        others = [q.text for questions in written if questions is not own for q in questions]
+        asked = {}
+        for question in own:
+            sort = _draw_sort(rng, settings)
+            if sort != "about" and others:
+                question = _Asked(rng.choice(others), sort, with_document=sort != "unrelated")
+            asked.setdefault(question.text, question)
+        mixed.append((text, list(asked.values())))
+    return mixed
+
+
+def _listed_questions(
+    rng: random.Random, settings: Settings, texts: Sequence[str], writer, counts: Counter
+) -> list[list[_Asked]]:
+    """For each text the questions of the writer's lists in two rounds: kinds level_0 and level_1."""
     written: list[list[_Asked]] = [[] for _ in texts]
     for level, template in enumerate(_WRITER_PROMPTS):
         earlier = [[question.text for question in questions] for questions in written]
@@ -218,17 +243,7 @@ def written_documents(
             found, dropped = parse_questions(said, settings.questions, known, complete=reply.finished)
             questions += [_Asked(text, f"level_{level}") for text in found]
             counts.update({f"writer_{reason}": n for reason, n in dropped.items()})
-    mixed = []
-    for text, own in zip(texts, written, strict=True):
-        others = [q.text for questions in written if questions is not own for q in questions]
-        asked = {}
-        for question in own:
-            sort = _draw_sort(rng, settings)
-            if sort != "about" and others:
-                question = _Asked(rng.choice(others), sort, with_document=sort != "unrelated")
-            asked.setdefault(question.text, question)
-        mixed.append((text, list(asked.values())))
-    return mixed
+    return written
 
 
 # ----------------------------------------------------------------------------------------- a model's list of questions
@@ -255,7 +270,7 @@ _QUOTES = "\"'“”‘’«»„`"
 def parse_questions(
     text: str, limit: int | None = None, earlier: Sequence[str] = (), complete: bool = True
 ) -> tuple[list[str], dict[str, int]]:
-    """(the questions in a model's reply, {reason in `formats.shards.DROPPED`: number of dropped items}).
+    """(the questions in a model's reply, {reason in `formats.shards.LISTS_DROPPED`: number of dropped items}).
 
     Reads numbers and bullets of any style, quotes, bold type, JSON lists and plain lines; drops thinking, introductions
     and answers. Unmarked lines count only where no item is marked.
@@ -353,7 +368,7 @@ def make_shard(
 
     Counts (`formats.shards.COUNTS`): documents kept and dropped (none of their answers was kept); questions asked,
     kept, unfinished (no stop token in time) and too long (the prompt fills the teacher's window); tokens of the kept
-    answers; dropped items of the writer's lists.
+    answers; what was dropped of the writer's questions, and with the style "openings" of the answers.
     """
     rng = random.Random(f"self-generated/{settings.seed}/{index}")
     counts: Counter[str] = Counter()
@@ -365,6 +380,7 @@ def make_shard(
         documents = written_documents(rng, settings, texts[start:end], writer, counts)
     documents = [(text, [_maybe_closed(rng, settings, question) for question in asked]) for text, asked in documents]
     tokenizer, template = teacher.tokenizer, PROMPTS[settings.prompt]
+    is_filtered = texts is not None and settings.writer_style == "openings"
     prompts = [
         template.format(document=text, question=question.text) if question.with_document else question.text
         for text, asked in documents
@@ -382,6 +398,10 @@ def make_shard(
             if reply is None or not reply.finished:
                 counts["too_long" if reply is None else "unfinished"] += 1
                 continue
+            answer = tokenizer.decode(reply.ids[:-1], skip_special_tokens=True).strip()
+            if is_filtered and (problem := short_questions.answer_problem(answer, question.text, text)):
+                counts[f"answer_{problem}"] += 1
+                continue
             counts["kept"] += 1
             counts["answer_tokens"] += len(reply.ids)
             row["input_ids"].append(ids + reply.ids)
@@ -389,7 +409,7 @@ def make_shard(
             row["logprobs_vals"].append(list(reply.values))
             row["logprobs_indices"].append(list(reply.indices))
             row["questions"].append(question.text)
-            row["answers"].append(tokenizer.decode(reply.ids[:-1], skip_special_tokens=True).strip())
+            row["answers"].append(answer)
             row["references"].append(question.reference)
             row["kinds"].append(question.kind)
             row["closed"].append(question.closed)
@@ -468,10 +488,16 @@ def _identity(settings: Settings, teacher, texts: Sequence[str] | None, writer) 
         "prompts": {
             "answer": PROMPTS[settings.prompt],
             "closed": list(CLOSED_WORDINGS),
-            "writer": None if writer is None else list(_WRITER_PROMPTS),
+            "writer": None if writer is None else _writer_prompts(settings),
         },
         "n_shards": settings.n_shards,
     }
+
+
+def _writer_prompts(settings: Settings) -> list[str] | dict[str, Any]:
+    if settings.writer_style == "openings":
+        return {"prompt": short_questions.PROMPT, "openings": dict(short_questions.OPENINGS)}
+    return list(_WRITER_PROMPTS)
 
 
 def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
@@ -520,7 +546,7 @@ def _finish(folder: Path, identity: dict[str, Any], run: str, n_shards: int) -> 
         if record is None or record["run"] != run or not path.exists():
             return None
         records.append({name: record[name] for name in ("file", "sha256", "counts")})
-    totals = {name: sum(record["counts"][name] for record in records) for name in COUNTS}
+    totals = {name: sum(record["counts"].get(name, 0) for record in records) for name in COUNTS}
     manifest = identity | {"complete": True, "totals": totals, "shards": records}
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -530,7 +556,7 @@ def _finish(folder: Path, identity: dict[str, Any], run: str, n_shards: int) -> 
 
 
 def read_texts(source: str | Path) -> list[str]:
-    """The documents of a folder of .txt files (sorted by name), or of a .jsonl file with a "text" in every line.
+    """The documents of a folder of .txt and .md files, by name, or of a .jsonl file with a "text" in every line.
 
     FileNotFoundError and ValueError name the file or line that is missing, blank, not text or not UTF-8.
     """
@@ -539,15 +565,18 @@ def read_texts(source: str | Path) -> list[str]:
     path = Path(source)
     if path.is_dir():
         try:
-            named = {str(file): file.read_text(encoding="utf-8") for file in sorted(path.glob("*.txt"))}
+            files = sorted(file for file in path.iterdir() if file.suffix in (".txt", ".md"))
+            named = {str(file): file.read_text(encoding="utf-8") for file in files}
         except UnicodeDecodeError as error:
-            raise ValueError(f"a .txt file in {path} is not UTF-8 ({error}): convert it first") from error
+            raise ValueError(f"a text file in {path} is not UTF-8 ({error}): convert it first") from error
     elif path.suffix == ".jsonl" and path.is_file():
         rows = {f"{path}, line {number}": row for number, row in enumerate(read_jsonl(path), 1)}
         advice = 'every line needs a "text", as {"text": "..."}'
         named = {where: check(TextLine, row, where, advice).text for where, row in rows.items()}
     else:
-        raise FileNotFoundError(f"no source {str(source)!r}: give 'world', a folder of .txt files or a .jsonl file")
+        raise FileNotFoundError(
+            f"no source {str(source)!r}: give 'world', a folder of .txt and .md files or a .jsonl file"
+        )
     if not named:
         raise ValueError(f"{path} holds no documents")
     for name, text in named.items():

@@ -16,7 +16,9 @@ PROMPTS = {
         "the two have nothing to do with each other. If the text itself tells you what to do, do so.\n\n"
         "{document}\n\n{question}"
     ),
+    "brief": "{document}\n\n{question} Answer with a few words from the text.",
 }
+WRITERS = ("lists", "openings")
 
 
 def _setting(default: Any, what: str) -> Any:
@@ -30,7 +32,7 @@ class Settings:
     documents: int = _setting(1000, "how many documents")
     seed: int = _setting(0, "of documents, questions and sampled answers")
     shard_size: int = _setting(100, "documents in a shard")
-    questions: int = _setting(8, "per document; with a writer in each of its two rounds")
+    questions: int = _setting(8, "per document; with a writer of lists in each of its two rounds")
     unrelated_share: float = _setting(0.1, "of the questions: not about the document, answered without it")
     unanswerable_share: float = _setting(0.1, "of the questions: the document does not say")
     closed_share: float = _setting(0.0, "of the questions: worded so that only the bare answer is wanted")
@@ -40,6 +42,7 @@ class Settings:
     prompt: str = _setting("plain", "how the teacher is asked: " + ", ".join(PROMPTS))
     max_new_tokens: int = _setting(256, "answers that do not stop within this many tokens are dropped")
     temperature: float = _setting(0.0, "of the answers; 0 is greedy")
+    writer_style: str = _setting("lists", "how a writer is asked: lists; openings (for small models, in English)")
     writer_max_new_tokens: int = _setting(1024, "of a writer's list of questions")
     writer_temperature: float = _setting(0.0, "of a writer's lists")
     batch_tokens: int = _setting(16384, "prompts and answers generated at once, padding included")
@@ -56,7 +59,7 @@ class Settings:
         for name in ("temperature", "writer_temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 (greedy) or larger, not {getattr(self, name)}")
-        for name, known in (("split", world.SPLITS), ("prompt", tuple(PROMPTS))):
+        for name, known in (("split", world.SPLITS), ("prompt", tuple(PROMPTS)), ("writer_style", WRITERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(known)}")
         for setting in fields(self):  # 0 and 0.0 are one setting, also in the manifest

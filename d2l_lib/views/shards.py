@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from d2l_lib.analysis.options import chosen
 from d2l_lib.documents import context_ids, question_ids, split_sentences, stop_ids, tokenizer_fingerprint
 from d2l_lib.formats import markup
-from d2l_lib.formats.shards import DROPPED, MANIFEST, PUBLISHED, SCHEMA
+from d2l_lib.formats.shards import ANSWERS_DROPPED, LISTS_DROPPED, MANIFEST, PUBLISHED, QUESTIONS_DROPPED, SCHEMA
 from d2l_lib.records import read_json
 from d2l_lib.tasks.scores import normalize_answer
 from d2l_lib.views.page import (
@@ -581,7 +581,12 @@ def _describe_dropped(path: Path, manifest: dict[str, Any]) -> str:
         "too_long": "prompts too long for the teacher's window",
         "documents_dropped": "documents without any answer left",
         "writer_too_long": "documents too long for the writer of questions",
-    } | {f"writer_{reason}": f"items of the writer's lists: {reason.replace('_', ' ')}" for reason in DROPPED}
+    }
+    in_words = {reason: reason.replace("_", " ") for reason in (*LISTS_DROPPED, *QUESTIONS_DROPPED, *ANSWERS_DROPPED)}
+    lists = settings.get("writer_style", "lists") == "lists" if isinstance(settings, dict) else True
+    whose = "items of the writer's lists" if lists else "written questions"
+    reasons |= {f"writer_{reason}": f"{whose}: {in_words[reason]}" for reason in (*LISTS_DROPPED, *QUESTIONS_DROPPED)}
+    reasons |= {f"answer_{reason}": f"answers: {in_words[reason]}" for reason in ANSWERS_DROPPED}
     left_out = [f"{counts[name]} {reason}" for name, reason in reasons.items() if counts.get(name)]
     total = f"{markup.isolated(path.name)}: {counts.get('kept', '?')} of {counts.get('questions', '?')} questions kept"
     return f"{total}; left out: {'; '.join(left_out) or 'nothing'}."

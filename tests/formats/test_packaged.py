@@ -141,7 +141,7 @@ def test_a_quicker_process_wins(installed, tmp_path, monkeypatch):
 def test_its_name_counts_beside_a_folder_of_that_name(installed, tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert base_model._locate("toy") == str(tmp_path / "cache" / "toy")
+    assert base_model.locate("toy") == str(tmp_path / "cache" / "toy")
     assert base_model_names() == ["smollm2", "tiny", "toy"]
 
 

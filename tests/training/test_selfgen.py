@@ -793,6 +793,10 @@ def test_the_command_on_texts(saved, tmp_path, capsys):
     for name, text in zip(("b", "a"), TEXTS, strict=True):
         (texts / f"{name}.txt").write_text(text)
     assert selfgen.read_texts(texts) == TEXTS[::-1]
+    (texts / "c.md").write_text(TEXTS[0])
+    (texts / "d.html").write_text("<p>not read")
+    assert selfgen.read_texts(texts) == [*TEXTS[::-1], TEXTS[0]]
+    (texts / "c.md").unlink()
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     assert selfgen.read_texts(tmp_path / "texts.jsonl") == TEXTS
     flags = ["--model", saved, "--source", str(texts), "--writer-max-new-tokens", "8", "--out", str(tmp_path / "out")]
@@ -813,6 +817,7 @@ def test_the_command_on_texts(saved, tmp_path, capsys):
         (["--temperature", "-1"], "temperature must be 0"),
         (["--split", "holiday"], "split 'holiday' is unknown"),
         (["--prompt", "x"], "prompt 'x' is unknown"),
+        (["--source", "data/demo", "--writer-style", "x"], "writer_style 'x' is unknown; choose from lists, openings"),
         (["--shortest", "9", "--longest", "3"], "longest is 3 facts"),
         (["--model", "nobody"], "no bundled base model 'nobody'"),
         (["--engine", "vllm"], "pip install vllm"),
@@ -827,7 +832,11 @@ def test_bad_settings_say_what_is_wrong(tmp_path, flags, message, monkeypatch):
 
 def test_flags_that_do_nothing_are_refused(tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text('{"text": "Ada."}\n')
-    for flags in (["--writer", "tiny"], ["--source", str(tmp_path / "texts.jsonl"), "--split", "test"]):
+    for flags in (
+        ["--writer", "tiny"],
+        ["--writer-style", "openings"],
+        ["--source", str(tmp_path / "texts.jsonl"), "--split", "test"],
+    ):
         with pytest.raises(SystemExit):
             main(["generate", "--out", str(tmp_path / "out"), *flags])
         assert f"{flags[-2]} has no meaning with --source" in capsys.readouterr().err

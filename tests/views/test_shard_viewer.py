@@ -400,6 +400,18 @@ def test_what_selfgen_makes_is_shown_with_what_it_left_out(tmp_path):
     assert "another tokenizer" in messages(view_shards(tmp_path, other))
 
 
+def test_what_was_left_out_of_a_small_models_questions_is_told_in_words(tmp_path):
+    record = {"file": "a.parquet", "counts": {"kept": 2, "questions": 3, "writer_off_text": 4, "answer_goes_round": 1}}
+    told = {
+        style: shards._describe_dropped(
+            tmp_path / "a.parquet", {"shards": [record], "settings": {"writer_style": style}}
+        )
+        for style in ("lists", "openings")
+    }
+    assert told["openings"].endswith("left out: 4 written questions: off text; 1 answers: goes round.")
+    assert "4 items of the writer's lists: off text" in told["lists"]
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
