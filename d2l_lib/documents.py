@@ -409,6 +409,14 @@ def question_ids(tokenizer, questions: str | Sequence[str], system: str = "") ->
     return ids[0] if isinstance(questions, str) else ids
 
 
+def answer_ids(tokenizer, answer: str, *, after_space: bool = False) -> list[int]:
+    """Token ids of an answer, without an end of the turn. after_space: as it stands inside a text, after a space."""
+    if not after_space:
+        return tokenizer(answer.strip(), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]
+    return ids[1:] if len(ids) > 1 and not tokenizer.decode(ids[:1]).strip() else ids
+
+
 def answer_start(tokenizer) -> list[int]:
     """Token ids between a question and its answer: the end of the user's turn and the start of the model's."""
     _, after = _question_wrapping(tokenizer, "")

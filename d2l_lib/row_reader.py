@@ -11,10 +11,11 @@ First the words of a question look for their like in the document (late interact
     evidence      E(t) = sum over the tokens i so far of p(i, t)
     nearness      s_k(t) = log(1 + mean of E around t / FLOOR), weights exp(-distance / spread) before t, after t or on
                   both sides, for each of NEAR, inside t's chunk
-    gate          open from the first token on with sum over k of gate_k max over t of s_k(t) > gate_bias + gate_rise
-                  log(number of chunks); gate_k > 0. Its p(i, t) is a softmax over one chunk and the null row, so
-                  other chunks take nothing from it: among more chunks one is alike by chance, hence the rise. Tokens
-                  of an answer leave nothing for the gate: what is asked decides
+    gate          open where sum over k of gate_k max over t of s_k(t) > gate_bias + gate_rise log(number of chunks)
+                  + gate_length log(1 + sum over the tokens i so far of sigmoid(content_key u_i)); gate_k, gate_length
+                  > 0. Its p(i, t) is a softmax over one chunk and the null row, so other chunks take nothing from it:
+                  among more chunks one is alike by chance, hence the rise; and so it is where more is asked, hence the
+                  count of content words. Tokens of an answer leave nothing for the gate: what is asked decides
     last layer    logit of row j at token t: q.c_j + sum over k of (weight_k + W_k u) s_k(t);  p = softmax over the rows
                   y = W x + sum over j of p_j B_j where the gate is open: B_j writes a word (see `token_rows`)
 
@@ -66,6 +67,8 @@ class RowReader(nn.Module):
         self.null_key, self.null_logit = nn.Parameter(torch.zeros(d_in)), nn.Parameter(torch.zeros(()))
         self.gate_scaler = nn.Parameter(torch.full((len(NEAR),), -1.0 / _FAST))  # before softplus
         self.gate_bias = nn.Parameter(torch.tensor(4.0 / _FAST))
+        self.gate_length = nn.Parameter(torch.tensor(-1.0 / _FAST))  # before softplus
+        self.content_key = nn.Parameter(torch.zeros(d_in))
         self.gate_rise = nn.Parameter(torch.zeros(()), requires_grad=False)  # measured, not learned
         weights = torch.tensor([[0.0 if spread == 0 else 0.15] for spread, _ in NEAR])
         self.evidence_scaler = nn.Parameter(weights.repeat(1, n_roles) / _FAST)
@@ -86,12 +89,20 @@ class RowReader(nn.Module):
         """[...]: the logit of the match layer's null row, of u [..., d_in]."""
         return unit @ self.null_key.to(unit) + _FAST * self.null_logit.to(unit)
 
-    def gate(self, nearness: Tensor, chunks: int | Tensor) -> Tensor:
-        """[...]: a logit, above 0 where the gate is open; nearness [..., T, k] of all chunks; their number."""
+    def content(self, unit: Tensor) -> Tensor:
+        """[...]: 0 to 1, how much each token of u [..., d_in] asks for."""
+        return (unit @ self.content_key.to(unit)).sigmoid()
+
+    def gate(self, nearness: Tensor, content: Tensor, chunks: int | Tensor) -> Tensor:
+        """[...]: a logit, above 0 where the gate is open.
+
+        nearness: [..., T, k] of all chunks. content: [...], the sum over what was asked so far. chunks: their number.
+        """
         found = nearness.amax(-2) @ F.softplus(_FAST * self.gate_scaler.to(nearness))
         return (
             found
             - _FAST * self.gate_bias.to(nearness)
+            - F.softplus(_FAST * self.gate_length.to(nearness)) * content.to(nearness).log1p()
             - self.gate_rise.to(nearness) * torch.as_tensor(chunks).clamp_min(1).log()
         )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from d2l_lib.adapter import Adapter, Block
-from d2l_lib.documents import question_ids, stop_ids
+from d2l_lib.documents import answer_ids, question_ids, stop_ids
 from d2l_lib.following import Followed, rows_of
 from d2l_lib.lora import add_deltas
 from d2l_lib.row_reader import REACH, RowReader, nearness
@@ -110,6 +110,7 @@ class Attended(Followed):
     over_time: dict[int, Tensor] = field(
         default_factory=dict
     )  # evidence [rows, 2, T] at the last token (`_Rows.found`)
+    content: dict[int, Tensor] = field(default_factory=dict)  # of all that was asked so far [rows]
     near: dict[int, Tensor] = field(default_factory=dict)  # nearness [rows, tokens, T, k] of this pass
     gates: Tensor | None = None  # [batch, tokens] of this pass: 1 where it is open, else 0
     mask: Tensor | None = None  # [batch, tokens] of all tokens so far; padding is 0
@@ -130,7 +131,7 @@ class Attended(Followed):
 
     def start(self) -> None:
         """Forget the evidence of before."""
-        self.over_time, self.turns = {}, []
+        self.over_time, self.content, self.turns = {}, {}, []
 
     def exchange(self, chosen: list[int]) -> None:
         """Row i of the batch goes on from row chosen[i]."""
@@ -138,7 +139,8 @@ class Attended(Followed):
         for context, evidence in self.over_time.items():
             own = rows_of(self.of_row, context, len(chosen))
             place = {row: index for index, row in enumerate(own)}
-            self.over_time[context] = evidence[[place[chosen[row]] for row in own]]
+            kept = [place[chosen[row]] for row in own]
+            self.over_time[context], self.content[context] = evidence[kept], self.content[context][kept]
 
     def deltas(self, model: nn.Module) -> list[tuple[nn.Linear, Any]]:
         """What is done in the linears of a model, for `lora.add_deltas`."""
@@ -161,16 +163,21 @@ class Attended(Followed):
             unit = _unit(x[mine])
             q, none = self.reader.asked(self.reader.match_layer, unit), self.reader.nothing(unit)
             found = its.found(q, none)
-            if self.mask is not None:  # padding finds nothing
-                found = found * self.mask[mine, -found.shape[1] :].to(found)[..., None, None]
-            if self.asked is not None:  # words of an answer do not open the gate
-                found = torch.stack([found[..., 0, :], found[..., 1, :] * self.asked[mine].to(found)[..., None]], -2)
-            so_far = found.cumsum(1)
+            content = self.reader.content(unit)
+            if self.mask is not None:  # padding asks and finds nothing
+                own = self.mask[mine, -found.shape[1] :].to(found)
+                found, content = found * own[..., None, None], content * own
+            if self.asked is not None:  # words of an answer neither open nor close the gate
+                own = self.asked[mine].to(found)
+                found, content = torch.stack([found[..., 0, :], found[..., 1, :] * own[..., None]], -2), content * own
+            so_far, content = found.cumsum(1), content.cumsum(1)
             if context in self.over_time:
                 so_far = so_far + self.over_time[context].unsqueeze(1)
-            self.over_time[context] = so_far[:, -1]
+                content = content + self.content[context].unsqueeze(1)
+            self.over_time[context], self.content[context] = so_far[:, -1], content[:, -1]
             self.near[context], of_each = nearness(so_far, its.slots.to(x.device)).unbind(-3)
-            self.gates[mine] = (self.reader.gate(of_each, len(its.blocks)) > self.reading.null_logit).to(x)
+            logits = self.reader.gate(of_each, content, len(its.blocks))
+            self.gates[mine] = (logits > self.reading.null_logit).to(x)
         return x.new_zeros(())
 
     def _read(self, x: Tensor) -> Tensor:
@@ -265,7 +272,7 @@ def answer_rows(
     reading = model.reading if read is None else read
     answer = model.answer(question, adapter, read=reading) if answer is None else answer
     (prompt,) = question_ids(model.tokenizer, [question])
-    written = model.tokenizer(answer, add_special_tokens=False)["input_ids"] + list(stop_ids(model.tokenizer)[:1])
+    written = [*answer_ids(model.tokenizer, answer, after_space=True), stop_ids(model.tokenizer)[0]]
     ids = torch.tensor([prompt + written[:-1]], device=model.device)
     with read_rows(model.base_model, [adapter], reading, model.hypernetwork.reader) as state:
         model.base_model(ids, use_cache=False, logits_to_keep=1)

@@ -4,7 +4,7 @@ The published hypernetwork writes r rows a chunk, whatever its length, and the a
 token of a question or of an answer reads the rows by attention (`row_reader`, `row_reading`). Row 4t + k belongs to
 token t of the chunk, and says
 
-    k = 0    "write it as the first token of an answer" (without the space before it)
+    k = 0    "write it as the first token of an answer"
     k = 1    "write it as a later token of an answer"
     k = 2    "write the end of the turn after it"
     k = 3    "this is what it is": words of a question look for it, before the last layer
@@ -14,7 +14,8 @@ token t of the chunk, and says
 
 Output embeddings of all tokens are alike, so a mixture of them writes none. C is their covariance: its inverse turns e
 into the direction that tells the token from all others, and of a mixture the largest share is said. Values need no
-learning, so a row can write any word, also one that training never saw. Attention over the words of the
+learning, so a row can write any word, also one that training never saw. An answer is written in the tokens of the
+document, a space before its first word included: so a name goes on as it stands there, in whatever parts. Attention over the words of the
 input as output is the pointer network's (Vinyals et al. 2015, arXiv 1506.03134; See et al. 2017, arXiv 1704.04368);
 here it is an adapter: keys and values of one linear of a frozen model.
 """
@@ -22,6 +23,7 @@ here it is an adapter: keys and values of one linear of a frozen model.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -164,16 +166,21 @@ class Words:
         self._telling = torch.linalg.inv(covariance + ridge)
         self.end = stop_ids(tokenizer)[0]
         self.before, self.after = map(len, chat_affixes(tokenizer))
-        self._first: dict[int, int] = {}
 
-    def first_form(self, token: int) -> int:
-        """The token that begins an answer with the word that `token` begins: the one without a space before it."""
-        if token not in self._first:
-            word = self.tokenizer.decode([token]).strip()
-            word = "" if _BROKEN in word else word
-            ids = self.tokenizer(word, add_special_tokens=False)["input_ids"] if word else []
-            self._first[token] = ids[0] if ids else token
-        return self._first[token]
+    @cached_property
+    def _alike(self) -> Tensor:
+        """[vocabulary]: for each token the first one with the same text."""
+        first: dict[str, int] = {}
+        alike = torch.arange(len(self._embeddings))
+        for token in range(min(len(self._embeddings), len(self.tokenizer))):
+            text = self.tokenizer.decode([token]).strip().lower()
+            if text and _BROKEN not in text:
+                alike[token] = first.setdefault(text, token)
+        return alike
+
+    def alike(self, tokens: Tensor) -> Tensor:
+        """[...]: equal numbers for tokens [...] of one text, capitals and spaces around it left aside."""
+        return self._alike.to(tokens.device)[tokens]
 
     def directions(self, tokens: Tensor) -> Tensor:
         """[..., d_out] unit directions that write these tokens [...]."""
@@ -186,6 +193,5 @@ class Words:
         return mean, sum((part - mean).T @ (part - mean) for part in parts) / size
 
     def tokens(self, input_ids: Tensor) -> Tensor:
-        """[n, T, 3]: what the rows of words of each token write."""
-        first = torch.tensor([[self.first_form(token) for token in row] for row in input_ids.tolist()])
-        return torch.stack([first.to(input_ids), input_ids, torch.full_like(input_ids, self.end)], dim=-1)
+        """[..., 3]: what the rows of words of each token [...] write."""
+        return torch.stack([input_ids, input_ids, torch.full_like(input_ids, self.end)], dim=-1)

@@ -71,16 +71,17 @@ def spaced_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names, chat_template=CHAT_TEMPLATE)
 
 
-def test_first_forms_have_no_space_and_parts_of_letters_stay():
+def test_rows_write_the_tokens_of_the_document_and_words_are_alike_whatever_stands_before_them():
     tokenizer = spaced_tokenizer()
     words = Words(build_base_model(tokenizer), tokenizer)
-    plain, spaced = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the", " the"))
-    assert len(plain) == len(spaced) == 1 and plain != spaced
-    ids = [*spaced, *plain, *tokenizer("\N{SNOWMAN}", add_special_tokens=False)["input_ids"]]
-    assert len(ids) == 5
-    (table,) = words.tokens(torch.tensor([ids])).tolist()
-    assert [row[0] for row in table] == [*plain, *plain, *ids[2:]]
-    assert [row[1] for row in table] == ids and {row[2] for row in table} == {stop_ids(tokenizer)[0]}
+    plain, spaced, capital = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("t", " the", "T"))
+    whole = tokenizer("the", add_special_tokens=False)["input_ids"]
+    parts = tokenizer("\N{SNOWMAN}", add_special_tokens=False)["input_ids"]
+    assert list(map(len, (plain, spaced, capital, whole, parts))) == [1, 1, 1, 1, 3] and whole != spaced
+    ids = [*spaced, *whole, *plain, *capital, *parts]
+    assert words.tokens(torch.tensor(ids)).tolist() == [[token, token, stop_ids(tokenizer)[0]] for token in ids]
+    the, same, t, same_t, *broken = words.alike(torch.tensor(ids)).tolist()
+    assert the == same and t == same_t and len({the, t, *broken}) == 5 and broken == parts
 
 
 def test_a_chunk_in_a_batch_is_the_chunk_alone(model, each):

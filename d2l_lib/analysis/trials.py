@@ -26,6 +26,7 @@ from d2l_lib.adapter import Adapter, Factors, singular_vectors
 from d2l_lib.analysis.options import chosen
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import (
+    answer_ids,
     check_count,
     check_text,
     name_documents,
@@ -182,7 +183,7 @@ def answer_target(model: DocToLoRA, question: str, answer: str, system: str = ""
     """Question and answer as token ids; ValueError if the window cannot hold both."""
     check_text(answer, "the answer")
     prompt = question_ids(model.tokenizer, question, system)
-    ids = model.tokenizer(answer.strip(), add_special_tokens=False)["input_ids"]
+    ids = answer_ids(model.tokenizer, answer, after_space=model.writes_rows)  # rows write a document's own tokens
     if len(prompt) + len(ids) > model.window:
         raise ValueError(f"question and answer take {len(prompt) + len(ids)} tokens, the window is {model.window}")
     return Target(prompt, ids, [model.tokenizer.decode([token]) for token in ids])

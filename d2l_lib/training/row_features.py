@@ -84,15 +84,33 @@ def _ids(text: str, tokenizer) -> list[int]:
 
 def _passage(text: str, questions: Sequence[tuple[str, str]], tokenizer, limits: Limits) -> Passage:
     """A passage with those of its (question, answer) that are used."""
+    ids, places = _ids(text, tokenizer), _places(text.strip(), tokenizer)  # chat templates strip texts, too
     prompts = question_ids(tokenizer, [question for question, _ in questions])
-    answers = [answer for _, answer in questions]
-    written = tokenizer(answers, add_special_tokens=False)["input_ids"]
-    used = [
-        (prompt, [*ids, stop_ids(tokenizer)[0]], answer)
-        for prompt, ids, answer in zip(prompts, written, answers, strict=True)
-        if len(prompt) <= limits.question_tokens and 1 <= len(ids) <= limits.answer_tokens and answer in text
-    ]
-    return Passage(text, _ids(text, tokenizer), used[: limits.questions])
+    used = []
+    for prompt, (_, answer) in zip(prompts, questions, strict=True):
+        span = _span(text.strip(), answer, places) if len(places) == len(ids) else None
+        if span and len(prompt) <= limits.question_tokens and span[1] - span[0] <= limits.answer_tokens:
+            used.append((prompt, [*ids[slice(*span)], stop_ids(tokenizer)[0]], answer))
+    return Passage(text, ids, used[: limits.questions])
+
+
+def _places(text: str, tokenizer) -> list[tuple[int, int]]:
+    """For each token of a text its first and last character, spaces around it left out."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    parts = [(end - len(text[start:end].lstrip()), start, end) for start, end in offsets]
+    return [(first, first + len(text[start:end].strip())) for first, start, end in parts]
+
+
+def _span(text: str, answer: str, places: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """(first, end): the tokens of the first place where an answer stands as whole tokens; None if there is none."""
+    starts = {first: number for number, (first, end) in enumerate(places) if end > first}
+    ends = {end: number + 1 for number, (first, end) in enumerate(places) if end > first}
+    at = text.find(answer)
+    while at >= 0:
+        if at in starts and at + len(answer) in ends:
+            return starts[at], ends[at + len(answer)]
+        at = text.find(answer, at + 1)
+    return None
 
 
 def write_features(
@@ -230,4 +248,5 @@ def facts_of(
         "encoder_layers": list(encoder.encoder_layers),
         "below": below,
         "limits": asdict(limits),
+        "answers": "in the tokens of the passage",
     }

@@ -96,19 +96,18 @@ class RowsBatch:
         return len(self.ids)
 
 
-def answer_rows(ids: Sequence[int], tokens: Sequence[Sequence[int]], answer: Sequence[int]) -> Tensor:
-    """[len(answer), T, 3]: for each token of an answer, the rows that write it where the answer stands in `ids`.
+def answer_rows(ids: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """[len(answer), T, 3]: for each token of an answer, the rows that write it where the answer stands in `ids` [T].
 
-    ids [T], tokens [T][3] (see `Words.tokens`). answer: its ids, the end of the turn last. All places count.
+    answer: its ids, the end of the turn last. All places count.
     """
     rows = torch.zeros(len(answer), len(ids), len(WORD_ROLES), dtype=torch.bool)
     words = answer[:-1]
     for start in range(len(ids) - len(words) + 1):
-        places = range(start, start + len(words))
-        if all(tokens[place][min(n, 1)] == word for n, (place, word) in enumerate(zip(places, words, strict=True))):
-            for n, place in enumerate(places):
-                rows[n, place, min(n, 1)] = True
-            rows[-1, places[-1], 2] = True
+        if list(ids[start : start + len(words)]) == list(words):
+            for n in range(len(words)):
+                rows[n, start + n, min(n, 1)] = True
+            rows[-1, start + len(words) - 1, 2] = True
     return rows
 
 
@@ -157,20 +156,15 @@ class RowsBatches(Dataset):
         together = rng.random() < self.p.together_share
         return self.collate(batch, together, rng.sample(self.others, min(self.p.others, len(self.others))))
 
-    def _first(self, ids: Tensor) -> Tensor:
-        """The word of each token, in the form that begins an answer."""
-        return self.words.tokens(ids[None])[0, :, 0]
-
     def _rows(self, number: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Of a passage: tokens [T, 3], right [N, T, 3]; of its questions: words of the prompt, alike [those, T]."""
+        """Of a passage: words [T], right [N, T, 3]; of its questions: words of the prompt, alike [those, T]."""
         if number not in self._made:
             one = self.passages[number]
-            tokens = self.words.tokens(one.ids[None])[0]
-            lists, ids = tokens.tolist(), one.ids.tolist()
-            right = [answer_rows(ids, lists, answer.tolist()) for answer in one.answers]
-            asked = [self._first(prompt) for prompt in one.prompts]
-            alike = [same_words(words, tokens[:, 0]) for words in asked]
-            self._made[number] = tokens, torch.cat(right), asked, alike
+            own = self.words.alike(one.ids)
+            right = [answer_rows(one.ids.tolist(), answer.tolist()) for answer in one.answers]
+            asked = [self.words.alike(prompt) for prompt in one.prompts]
+            alike = [same_words(words, own) for words in asked]
+            self._made[number] = own, torch.cat(right), asked, alike
         return self._made[number]
 
     def collate(self, numbers: Sequence[int], together: bool, others: Sequence[Prompt] = ()) -> RowsBatch:
@@ -192,7 +186,7 @@ class RowsBatches(Dataset):
             ids=padded([one.ids for one in chosen]),
             mask=padded([torch.ones(len(one.ids), dtype=torch.bool) for one in chosen]),
             states=padded([one.states for one in chosen]).float(),
-            tokens=padded([tokens for tokens, *_ in made]),
+            tokens=padded([self.words.tokens(one.ids) for one in chosen]),
             streams=tuple(stream for one in chosen for stream in one.streams),
             prompts=tuple(prompt for one in chosen for prompt in one.prompts),
             others=tuple(stream for stream, _ in others),
@@ -210,9 +204,9 @@ class RowsBatches(Dataset):
         """`RowsBatch.lacking` of passages as `_rows` gives them."""
         P, asked = len(made), [(own, words) for own, (_, _, several, _) in enumerate(made) for words in several]
         lacking = []
-        for number, (own, words) in enumerate([*asked, *((None, self._first(ids)) for ids in others)]):
+        for number, (own, words) in enumerate([*asked, *((None, self.words.alike(ids)) for ids in others)]):
             seen = [i for i in range(P) if i != own] if together else [(number if own is None else own + 1) % P]
-            lacking.append(~torch.isin(words, torch.cat([words[:0], *(made[i][0][:, 0] for i in seen)])))
+            lacking.append(~torch.isin(words, torch.cat([words[:0], *(made[i][0] for i in seen)])))
         return tuple(lacking)
 
 
@@ -240,13 +234,15 @@ class Found:
 
     found [Q, L, P', T]: with their memory, one softmax over all of it. of_each [Q, L, P', T]: one over each passage.
     astray [Q + others, L, P', T]: one over each passage of the other memory. log_null [Q + others, L]: the log of the
-    null row's share there, the mean of the passages. P' is 1 where each question sees one passage.
+    null row's share there, the mean of the passages. content [Q + others, L]: how much is asked up to each token. P' is
+    1 where each question sees one passage.
     """
 
     found: Tensor
     of_each: Tensor
     astray: Tensor
     log_null: Tensor
+    content: Tensor
 
 
 class RowsStep(nn.Module):
@@ -348,6 +344,7 @@ class RowsStep(nn.Module):
         reader, P, Q = self.hypernetwork.reader, batch.n_contexts, len(batch.streams)
         unit = self.unit(reader.match_layer, nn.utils.rnn.pad_sequence(xs, batch_first=True))
         q, none = reader.asked(reader.match_layer, unit), reader.nothing(unit)
+        content = reader.content(unit).cumsum(1)
         context = codes[:, :, len(WORD_ROLES)]
         logits = (q.flatten(0, 1) @ context.flatten(0, 1).T).unflatten(1, context.shape[:2])
         logits = logits.masked_fill(~batch.mask, -torch.inf).unflatten(0, q.shape[:2])  # [Q + others, L, P, T]
@@ -356,30 +353,35 @@ class RowsStep(nn.Module):
         if not batch.together:
             here = each[rows[:Q], :, own, 1:].exp().unsqueeze(2)
             away = each[rows, :, torch.cat([own + 1, rows[Q:]]) % P]
-            return Found(here, here, away[..., 1:].exp().unsqueeze(2), away[..., 0])
+            return Found(here, here, away[..., 1:].exp().unsqueeze(2), away[..., 0], content)
         joint = torch.cat([none[:Q, :, None], logits[:Q].flatten(2)], -1).softmax(-1)[..., 1:]
         kept = torch.ones(len(xs), 1, P, device=logits.device)
         kept[rows[:Q], 0, own] = 0
         log_null = (each[..., 0] * kept).sum(-1) / kept.sum(-1)
         of_each = each[..., 1:].exp()
-        return Found(joint.unflatten(-1, logits.shape[2:]), of_each[:Q], of_each * kept.unsqueeze(-1), log_null)
+        astray = of_each * kept.unsqueeze(-1)
+        return Found(joint.unflatten(-1, logits.shape[2:]), of_each[:Q], astray, log_null, content)
 
     def gate_logits(self, batch: RowsBatch, match: Found) -> tuple[Tensor, Tensor]:
         """The gate's logit when all is asked: [Q] with each question's memory, [Q + others] with the other one."""
         starts = batch.starts
         ends = torch.cat([starts, starts.new_tensor([len(one) - 1 for one in batch.others])])
-        of_each, astray = match.of_each.cumsum(1), match.astray.cumsum(1)
+        of_each, astray, every = match.of_each.cumsum(1), match.astray.cumsum(1), range(len(ends))
         chunks = torch.full_like(ends, of_each.shape[2])
         chunks[: len(starts)] -= int(batch.together)  # all but its own
-        related = self.gates(of_each[range(len(starts)), starts])
-        return related, self.gates(astray[range(len(ends)), ends], chunks)
+        content = match.content[every, ends]
+        related = self.gates(of_each[every[: len(starts)], starts], content[: len(starts)])
+        return related, self.gates(astray[every, ends], content, chunks)
 
-    def gates(self, evidence: Tensor, chunks: Tensor | None = None) -> Tensor:
-        """[...]: the gate's logit of evidence [..., P', T]; chunks [...]: how many count (None: all P')."""
+    def gates(self, evidence: Tensor, content: Tensor, chunks: Tensor | None = None) -> Tensor:
+        """[...]: the gate's logit of evidence [..., P', T] and content [...].
+
+        chunks: [...], how many count (None: all P').
+        """
         near = nearness(evidence).flatten(-3, -2)
-        return self.hypernetwork.reader.gate(near, evidence.shape[-2] if chunks is None else chunks)
+        return self.hypernetwork.reader.gate(near, content, evidence.shape[-2] if chunks is None else chunks)
 
-    def _acting(self, of_each: Tensor, streams: Sequence[Tensor], starts: Tensor) -> list[Tensor]:
+    def _acting(self, match: Found, streams: Sequence[Tensor], starts: Tensor) -> list[Tensor]:
         """For each question [its tokens], 1 where the updates act: from the answer on, and where the gate opens before.
 
         In training the gate opens at a place of its question that is drawn.
@@ -388,7 +390,7 @@ class RowsStep(nn.Module):
             opened = (torch.rand(len(starts), device=starts.device) * (starts + 1)).long()
         else:
             with torch.no_grad():
-                is_open = self.gates(of_each.cumsum(1)) > 0  # [Q, L]
+                is_open = self.gates(match.of_each.cumsum(1), match.content[: len(starts)]) > 0  # [Q, L]
             opened = torch.where(is_open.any(1), is_open.int().argmax(1), len(is_open[0]))
             opened = torch.minimum(opened, starts)
         return [
@@ -429,7 +431,7 @@ class RowsStep(nn.Module):
         starts = batch.starts
         related, unrelated = self.gate_logits(batch, match)
         gate_loss = F.softplus(-related).mean() + F.softplus(unrelated).mean()
-        x, stream = self.upper(batch, streams[:Q], self._acting(match.of_each, streams[:Q], starts))
+        x, stream = self.upper(batch, streams[:Q], self._acting(match, streams[:Q], starts))
         place = torch.arange(len(x), device=x.device) - batch.first.nonzero()[:, 0][batch.question]  # in its answer
         evidence = match.found.cumsum(1)[batch.question, starts[batch.question] + place]
         log_rows = self.shares(batch, codes, x, evidence)
@@ -557,8 +559,12 @@ class RowsStep(nn.Module):
     def plain_keys(self) -> None:
         """Write keys that were learned in whitened coordinates in plain ones."""
         reader = self.hypernetwork.reader
-        for layer, own in ((reader.match_layer, reader.null_key), (reader.last_layer, reader.evidence_keys)):
-            for key in (reader.keys[str(layer)], own):
+        own = {
+            reader.match_layer: (reader.null_key, reader.content_key),
+            reader.last_layer: (reader.evidence_keys,),
+        }
+        for layer, keys in own.items():
+            for key in (reader.keys[str(layer)], *keys):
                 key.copy_(self.whitening(layer) @ key)
             self.whitening(layer).copy_(torch.eye(len(self.whitening(layer))))
 
