@@ -552,7 +552,7 @@ PRESETS |= {
     )
 }
 PRESETS["smollm2"] = replace(
-    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=760, learning_rate=1e-3, warmup_steps=40)
+    _published("smollm2", "smollm2", needle_l1=1.0), rows=RowsPreset(steps=900, learning_rate=1e-3, warmup_steps=40)
 )
 
 PRESETS["smollm2"] = replace(
