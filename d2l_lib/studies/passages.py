@@ -27,7 +27,7 @@ from d2l_lib.tasks import qa, scores
 READING = "passage in the prompt, reading LoRA"
 _TOGETHER = 10  # passages of one adapter, and of one index
 _NEW_TOKENS = 24
-_AT_ONCE = 64  # questions, for memory
+_AT_ONCE = 64, 1e9  # questions, and bytes of their adapters, for memory
 _METRICS = ("token_f1_squad", "exact_match_squad", "recall")
 
 
@@ -117,10 +117,26 @@ def ask(
 ) -> tuple[list[str], float]:
     """(answers, seconds of the processor for each); few at a time, for memory."""
     replies, start = [], time.process_time()
-    for first in range(0, len(prompts), _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
+    for part in _batches(adapters):
         replies += model.answer(prompts[part], adapters[part], max_new_tokens=new_tokens)
     return replies, round((time.process_time() - start) / max(1, len(prompts)), 4)
+
+
+def _batches(adapters: Sequence[Adapter | None]) -> Iterator[slice]:
+    """Parts of the questions with these adapters that fit into `_AT_ONCE`, at least one question each."""
+    first: int = 0
+    sizes: dict[int, int] = {}
+    for place, adapter in enumerate(adapters):
+        own = {} if adapter is None else {id(adapter): adapter.nbytes}
+        if place > first and (place - first >= _AT_ONCE[0] or sum((sizes | own).values()) > _AT_ONCE[1]):
+            yield slice(first, place)
+            first, sizes = place, {}
+        sizes |= own
+    if len(adapters):
+        yield slice(first, len(adapters))
+
+
+def _with_passages(model: DocToLoRA, some: pd.DataFrame) -> list[str]:
 
 
 # --- the reading LoRA -----------------------------------------------------------------------------------------------

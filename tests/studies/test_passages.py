@@ -169,3 +169,20 @@ def test_the_reading_lora_answers_as_a_model_that_it_was_merged_into(squad, tmp_
     read = DocToLoRA(merged, model.tokenizer, model.hypernetwork).answer(prompts, None, max_new_tokens=24)
     assert replies[0][0] == read != model.answer(prompts, None, max_new_tokens=24)
     assert all("kilobytes" not in row for row in rows[:3]) and all(row["right_passage"] == 1 for row in rows[3:])
+
+
+def test_questions_are_asked_together_as_far_as_adapters_fit(monkeypatch):
+    class Sized:
+        def __init__(self, nbytes: int):
+            self.nbytes = nbytes
+
+    monkeypatch.setattr(passages, "_AT_ONCE", (4, 10))
+    large, small = Sized(9), Sized(2)
+
+    def parts(adapters):
+        return [(part.start, part.stop) for part in passages._batches(adapters)]
+
+    assert parts([None] * 9) == [(0, 4), (4, 8), (8, 9)] and parts([]) == []
+    assert parts([large, large, large, large, large]) == [(0, 4), (4, 5)], "one adapter counts once"
+    assert parts([small, large, small, None, Sized(3)]) == [(0, 1), (1, 2), (2, 5)]
+    assert parts([Sized(99), Sized(99)]) == [(0, 1), (1, 2)], "each question is asked"
