@@ -33,14 +33,17 @@ from d2l_lib.analysis.trials import (
 )
 from d2l_lib.documents import chat_affixes, context_ids
 from d2l_lib.engine import pad_id_of, pad_rows
+from d2l_lib.row_reading import read_rows
+from d2l_lib.token_rows import ROLES, WORD_ROLES
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
-__all__ = ["METHODS", "attribute", "by_token", "ranks", "register"]
+__all__ = ["METHODS", "ROW_METHODS", "attribute", "by_token", "methods_of", "ranks", "register"]
 __all__ += ["Trials", "answer_target", "document_texts", "rows_of", "sentence_units", "weighted"]  # of `trials`
 
 METHODS: dict[str, tuple[str, ...]] = dict.fromkeys(LEVELS, ())  # {level: names of its methods}, see `register`
+ROW_METHODS: dict[str, tuple[str, ...]] = dict.fromkeys(("chunk", "sentence"), ())  # the same for token rows
 _RUN: dict[str, Callable[[Trials], Scores]] = {}
 _RANDOM_UNITS = 4  # left out as a control
 _PART = 12  # words of a question that are read by themselves, at most
@@ -59,26 +62,32 @@ class Scores(NamedTuple):
     elsewhere: float = 0.0
 
 
-def register(*levels: str) -> Callable:
-    """A decorator for a method of these levels; its name is the function's."""
+def register(*levels: str, rows: Sequence[str] = ()) -> Callable:
+    """A decorator for a method of these levels, and of the levels `rows` of token rows; its name is the function's."""
 
     def known(function: Callable[[Trials], Scores]) -> Callable[[Trials], Scores]:
         _RUN[function.__name__] = function
-        for level in levels:
-            METHODS[level] += (function.__name__,)
+        for methods, several in ((METHODS, levels), (ROW_METHODS, rows)):
+            for level in several:
+                methods[level] += (function.__name__,)
         return function
 
     return known
 
 
+def methods_of(model: DocToLoRA) -> dict[str, tuple[str, ...]]:
+    """{level: names of its methods} for the adapters of this model: METHODS, or ROW_METHODS."""
+    return ROW_METHODS if getattr(model, "writes_rows", False) else METHODS
+
+
 # ---------------------------------------------------------------------------------------------------------- methods
-@register("chunk", "sentence", "layer", "rank")
+@register("chunk", "sentence", "layer", "rank", rows=("chunk", "sentence"))
 def leave_one_out(trials: Trials) -> Scores:
     """The loss without each unit. Exact."""
     return Scores(*trials.leave_out(range(len(trials))))
 
 
-@register("chunk", "layer", "rank")
+@register("chunk", "layer", "rank", rows=("chunk",))
 def add_one_in(trials: Trials) -> Scores:
     """What each unit alone adds to the bias."""
     n = len(trials)
@@ -110,7 +119,7 @@ def integrated_gradients(trials: Trials) -> Scores:
     return _feature_gradients(trials, [(step + 0.5) / steps for step in range(steps)] if steps > 1 else [1.0], False)
 
 
-@register("chunk", "layer")
+@register("chunk", "layer", rows=("chunk",))
 def surrogate(trials: Trials) -> Scores:
     """Coefficients of a lasso over `options.samples` trials, each unit in or out with probability 1/2."""
     weights = torch.randint(0, 2, (trials.options.samples, len(trials)), generator=trials.generator).float()
@@ -147,7 +156,24 @@ def question_parts(trials: Trials) -> Scores:
     return Scores(contributions, unmeasured)
 
 
-@register("chunk", "sentence", "layer", "rank")
+@register(rows=("chunk", "sentence"))
+def attended(trials: Trials) -> Scores:
+    """The share of each answer token's attention that reads rows of the unit (0 to 1, not nats): what was read, and no
+    cause. No margin."""
+    model, adapter, target = trials.model, trials.adapter, trials.target
+    ids = torch.tensor([target.prompt + target.answer[:-1]], device=model.device)
+    with torch.no_grad(), read_rows(model.base_model, [adapter], model.reading, model.hypernetwork.reader) as state:
+        model.base_model(ids, use_cache=False, logits_to_keep=1)
+    shares = state.shares[0][0, len(target.prompt) - 1 :, 1:].unflatten(-1, (-1, len(WORD_ROLES))).sum(-1).cpu()
+    of_each = [block.rank // len(ROLES) if block.weight else 0 for block in adapter.blocks]
+    of_token = torch.arange(len(of_each)).repeat_interleave(torch.tensor(of_each))
+    if trials.level == "sentence":
+        of_token = torch.cat([_sentences_of(trials, number, n) for number, n in enumerate(of_each)])
+    contributions = torch.zeros(len(trials), len(target.answer)).index_add(0, of_token, shares.T)
+    return Scores(contributions, torch.full((len(trials),), math.nan))
+
+
+@register("chunk", "sentence", "layer", "rank", rows=("chunk", "sentence"))
 def random(trials: Trials) -> Scores:
     """Random numbers: a control."""
     contributions = torch.randn(len(trials), len(trials.target.answer), generator=trials.generator)
@@ -168,7 +194,7 @@ def attribute(
 
     answer: the one to explain (None: the model's own greedy one).
     level: "chunk", "sentence" (needs `documents`), "layer" (of each module) or "rank" (singular directions).
-    method: one of `METHODS[level]`, each a function of this module.
+    method: one of `methods_of(model)[level]`, each a function of this module.
     options: those of `Options`: documents, wrong, seed, samples, directions, steps, by_token, controls, system.
 
     Columns:
@@ -189,8 +215,11 @@ def attribute(
             adapter" (the bias alone) and the "wrong document" (the adapter `wrong`, or None); the mean and largest cost
             of leaving out a few "random units".
     """
-    if level in METHODS and method not in METHODS[level]:
-        raise ValueError(f"level {level!r} has no method {method!r}; it has {', '.join(METHODS[level])}")
+    methods = methods_of(model)
+    if level in LEVELS and method not in methods.get(level, ()):
+        if level not in methods:
+            raise ValueError(f"token rows have no {level}s: choose the level {' or '.join(methods)}")
+        raise ValueError(f"level {level!r} has no method {method!r}; it has {', '.join(methods[level])}")
     trials = Trials(model, adapter, question, answer, level, **options)
     began = time.perf_counter()
     scores = _RUN[method](trials)
@@ -215,7 +244,7 @@ def _controls(trials: Trials) -> dict:
     # no block in any layer: at the level of ranks some rows belong to no unit
     controls = {
         "all blocks": _reading(*trials.whole()),
-        "zero adapter": _reading(*trials.whole(rows_of(trials.adapter, "layer"), 0.0)),
+        "zero adapter": _reading(*trials.whole(None if model.writes_rows else rows_of(trials.adapter, "layer"), 0.0)),
         "wrong document": None,
     }
     if wrong is not None:
@@ -326,19 +355,23 @@ def _by_sentence(trials: Trials, values: Tensor, chunks: Sequence[str], lengths:
     chunks: their texts without spaces around them.
     lengths: their numbers of tokens, chat format included.
     """
-    units = trials.units
     prefix, suffix = map(len, chat_affixes(trials.model.encoder_tokenizer))
-    sums = torch.zeros(len(units), len(values))
-    for number, block in enumerate(trials.adapter.blocks):
-        inside = units["block"] == number
-        first = block.span[0] + trials.texts[block.document][slice(*block.span)].find(chunks[number])
+    sums = torch.zeros(len(trials), len(values))
+    for number in range(len(chunks)):
         n_text = lengths[number] - prefix - suffix
-        ends = torch.tensor([end - first for end in units["end"][inside]])
-        starts = torch.tensor(_token_places(trials.model, chunks[number], n_text))
-        sentence = torch.searchsorted(ends, starts, right=True).clamp(max=len(ends) - 1)
-        index = torch.tensor(units.index[inside].tolist())[sentence]
-        sums.index_add_(0, index, values[:, number, prefix : prefix + n_text].T)
+        sums.index_add_(0, _sentences_of(trials, number, n_text), values[:, number, prefix : prefix + n_text].T)
     return sums
+
+
+def _sentences_of(trials: Trials, number: int, n_tokens: int) -> Tensor:
+    """[n_tokens]: the sentence (row of `trials.units`) of each token of the text of block `number`."""
+    block, units = trials.adapter.blocks[number], trials.units
+    text = trials.texts[block.document][slice(*block.span)]
+    inside, first = units["block"] == number, block.span[0] + len(text) - len(text.lstrip())
+    ends = torch.tensor([end - first for end in units["end"][inside]])
+    starts = torch.tensor(_token_places(trials.model, text.strip(), n_tokens))
+    sentence = torch.searchsorted(ends, starts, right=True).clamp(max=len(ends) - 1)
+    return torch.tensor(units.index[inside].tolist())[sentence]
 
 
 def _token_places(model: DocToLoRA, text: str, n_tokens: int) -> list[int]:

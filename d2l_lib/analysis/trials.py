@@ -3,7 +3,7 @@
     y = W x + s * sum over rows r of w_r * b_r (a_r . x)
 
 An adapter is a sum of rows. A part is a set of rows; a weight of 0 on its rows leaves it out. Many trials run in one
-batch that shares the rows. Only a sentence that leaves its chunk needs the hypernetwork. A trial yields the
+batch that shares the rows. Of token rows, which are read by attention (`row_reading`), the parts are whole blocks. Only a sentence that leaves its chunk needs the hypernetwork. A trial yields the
 log-probability of an answer's tokens, each conditioned on the true ones before it.
 """
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2l_lib.adapter import Adapter, Factors, singular_vectors
+from d2l_lib.adapter import Adapter, Block, Factors, singular_vectors
 from d2l_lib.analysis.options import chosen
 from d2l_lib.base_model import target_linears
 from d2l_lib.documents import (
@@ -35,12 +35,14 @@ from d2l_lib.documents import (
     split_sentences,
 )
 from d2l_lib.lora import add_deltas
+from d2l_lib.row_reading import read_rows
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 LEVELS = ("chunk", "sentence", "layer", "rank")
 _TOKENS_AT_ONCE = 2048  # of question and answer, one copy per trial
+_BYTES_AT_ONCE = 1e9  # of token rows, one copy per trial
 _PLACES = ("document", "chunk", "start", "end", "layer", "module", "direction")
 
 
@@ -90,12 +92,14 @@ class Rows:
     unit: {module: [L, R]}, -1 for rows that are always on.
     units: one row per unit, columns unit, document, chunk, start, end, layer, module, direction (missing where a unit
         has none).
+    blocks: of token rows, one per unit; factors and unit are empty then.
     """
 
     factors: Factors
     unit: dict[str, Tensor]
     scale: float
     units: pd.DataFrame
+    blocks: tuple[Block, ...] = ()
 
 
 class Trials:
@@ -193,10 +197,19 @@ def answer_target(model: DocToLoRA, question: str, answer: str, system: str = ""
 def weighted(model: DocToLoRA, rows: Rows, weights: Tensor) -> Iterator[None]:
     """Inside the `with` block, unit u has the weight `weights[i, u]` in batch row i of the base model.
 
-    weights: [batch, units]; gradients reach it.
+    weights: [batch, units]; gradients reach it, where rows are summed.
 
     The model on exit is the model on entry.
     """
+    if rows.blocks:
+        adapters = [
+            model.adapter_of([block.weighted(block.weight * w) for block, w in zip(rows.blocks, own, strict=True)])
+            for own in weights.tolist()
+        ]
+        reader, places = model.hypernetwork.reader, torch.arange(len(adapters))
+        with read_rows(model.base_model, adapters, model.reading, reader, rows=places):
+            yield
+        return
     of_unit = F.pad(weights, (0, 1), value=1.0)  # unit -1 is the last column
     deltas = []
     for module, linears in target_linears(model.base_model, sorted(rows.factors)).items():
@@ -220,7 +233,11 @@ def likelihoods(model: DocToLoRA, rows: Rows, target: Target, weights: Tensor) -
     ids = torch.tensor(target.prompt + target.answer, device=model.device)
     right = torch.tensor(target.answer, device=model.device)[None, :, None]
     log_probs, margins = [], []
-    for some in weights.split(max(1, _TOKENS_AT_ONCE // len(ids))):
+    at_once = _TOKENS_AT_ONCE // len(ids)
+    if rows.blocks:
+        tensors = [tensor for block in rows.blocks for side in (block.A, block.B) for tensor in side.values()]
+        at_once = min(at_once, int(_BYTES_AT_ONCE // sum(tensor.nbytes for tensor in tensors)))
+    for some in weights.split(max(1, at_once)):
         with weighted(model, rows, some):
             batch = ids.expand(len(some), -1)
             logits = model.base_model(batch, use_cache=False, logits_to_keep=len(target.answer) + 1).logits
@@ -238,9 +255,15 @@ def rows_of(adapter: Adapter, level: str, directions: int = 8) -> Rows:
 
     "rank": the rows are the singular directions of the sum of all blocks, per layer and module. The `directions`
     strongest are units (column `strength`: their singular value, the scale included); weaker ones are always on.
+
+    ValueError for an adapter without documents, and for other levels than "chunk" of token rows.
     """
     if not adapter.blocks:
         raise ValueError("this adapter holds no document: there is nothing to trace an answer to")
+    if adapter.is_rows:
+        if level != "chunk":
+            raise ValueError(f"token rows are all read in the same layers: they have no {level}s, choose chunk or sentence")
+        return Rows({}, {}, adapter.scale, _unit_table(_block_units(adapter)), adapter.blocks)
     if level == "rank":
         return _directions(adapter, directions)
     factors = {module: adapter.factors(module) for module in adapter.modules}
@@ -250,11 +273,7 @@ def rows_of(adapter: Adapter, level: str, directions: int = 8) -> Rows:
         counts = torch.tensor([block.rank for block in adapter.blocks])
         of_row = torch.arange(len(counts)).repeat_interleave(counts)
         unit = dict.fromkeys(adapter.modules, F.pad(of_row, (0, n_bias), value=-1).expand(adapter.n_layers, -1))
-        units = [
-            {"unit": f"{block.document}, chunk {block.chunk}", "document": block.document, "chunk": block.chunk}
-            | ({} if block.span is None else {"start": block.span[0], "end": block.span[1]})
-            for block in adapter.blocks
-        ]
+        units = _block_units(adapter)
     else:
         unit, units = {}, []
         for number, module in enumerate(adapter.modules):
@@ -264,6 +283,14 @@ def rows_of(adapter: Adapter, level: str, directions: int = 8) -> Rows:
             for module in adapter.modules:
                 units.append({"unit": f"layer {layer}, {module}", "layer": layer, "module": module})
     return Rows(factors, unit, adapter.scale, _unit_table(units))
+
+
+def _block_units(adapter: Adapter) -> list[dict]:
+    return [
+        {"unit": f"{block.document}, chunk {block.chunk}", "document": block.document, "chunk": block.chunk}
+        | ({} if block.span is None else {"start": block.span[0], "end": block.span[1]})
+        for block in adapter.blocks
+    ]
 
 
 def _directions(adapter: Adapter, directions: int) -> Rows:

@@ -20,7 +20,7 @@ import ipywidgets as W
 import pandas as pd
 
 from d2l_lib.analysis import attribution
-from d2l_lib.analysis.attribution import METHODS
+from d2l_lib.analysis.attribution import METHODS, methods_of
 from d2l_lib.analysis.options import chosen
 from d2l_lib.analysis.trials import document_texts, sentence_units
 from d2l_lib.documents import sentence_number
@@ -165,6 +165,7 @@ class Trace:
         true: numbers of the sentences that hold evidence.
         said: what the model answers.
         answer: what is explained.
+        methods: {level: names of its methods} for this model.
     """
 
     def __init__(
@@ -184,6 +185,7 @@ class Trace:
         self.texts = document_texts(adapter, documents)
         self.units = sentence_units(adapter, documents)
         self.true = true_sentences(self.units, self.texts, evidence)
+        self.methods = methods_of(model)
         self.said = model.answer(question, adapter)
         self.answer = self.said if answer is None else answer
         self._tables: dict[tuple[str, str], pd.DataFrame] = {}
@@ -708,6 +710,8 @@ class _AttributionViewer(Viewer):
         ends = [min(start + _SENTENCES_AT_ONCE, len(trace.units)) for start in starts]
         choices = [(f"{sentence_number(start)} to {end}", start) for start, end in zip(starts, ends, strict=True)]
         with quietly():
+            if list(self._level.options) != list(trace.methods):
+                self._level.options = list(trace.methods)
             self._part.options, self._part.value = choices, 0
             if self._method.value is None:  # the first question
                 few = len(trace.units) <= _TRACED_SENTENCES
@@ -726,7 +730,7 @@ class _AttributionViewer(Viewer):
     def _select_level(self, _: Any = None) -> None:
         """Offer the methods of this level; the current method stays if it is one of them."""
         with self.work.lock:
-            names = METHODS[self._level.value]
+            names = (METHODS if self._trace is None else self._trace.methods)[self._level.value]
             chosen = self._method.value if self._method.value in names else names[0]
             with quietly():
                 self._method.options = [(name.replace("_", " "), name) for name in names]
