@@ -52,12 +52,14 @@ _TRACED_SENTENCES = 100  # with more of them a viewer begins with chunks, which 
 _SAVED_VIEWS = (
     ("sentence", "leave_one_out"),
     ("sentence", "gradient"),
+    ("sentence", "attended"),
     ("chunk", "leave_one_out"),
     ("layer", "leave_one_out"),
     ("rank", "leave_one_out"),
 )
 _MEASURES = {
     "relevance": "nats of relevance at the answer's first token (see routing)",
+    "attended": "share of the answer's attention, added up over its tokens: what was read, no proof",
     "random": "random numbers, a control: no unit",
 }
 _MEASURE = "nats of log-probability of {what}"
@@ -141,12 +143,12 @@ class ViewOptions(Options):
 class PageOptions(Options):
     """`Options`, and what a saved page holds.
 
-    views: the pairs (level, method) to choose from.
+    views: the pairs (level, method) to choose from (None: those of the usual ones that the model has).
     removals: how many sentences can be taken out, those of largest contribution in the first view. Each costs an
         internalization of its chunk.
     """
 
-    views: Sequence[tuple[str, str]] = _SAVED_VIEWS
+    views: Sequence[tuple[str, str]] | None = None
     removals: int = 50
 
 
@@ -910,10 +912,11 @@ def save_html(
     the sentence to take out. Fails as `attribution.attribute` does.
     """
     page = chosen(PageOptions, "a saved page", options)
-    if not page.views or any(isinstance(view, str) for view in page.views):
+    if page.views is not None and (not page.views or any(isinstance(view, str) for view in page.views)):
         raise ValueError(f"views must be a list of at least one pair (level, method), not {page.views!r}")
     trace = Trace(model, adapter, documents, question, answer, evidence, wrong=page.wrong, attribute=page.attribute)
-    tables = [trace.table(*view) for view in page.views]
+    usual = [(level, method) for level, method in _SAVED_VIEWS if method in trace.methods.get(level, ())]
+    tables = [trace.table(*view) for view in page.views or usual]
     values = sentence_values(trace.units, tables[0])
     order = sorted(range(len(values)), key=lambda place: -values[place] if math.isfinite(values[place]) else 0.0)
     without = {number: trace.answer_without({number}) for number in order[: page.removals]}

@@ -9,7 +9,7 @@ from tiny_models import build_rows_model
 from d2l_lib.analysis.attribution import METHODS, ROW_METHODS, Trials, attribute, methods_of
 from d2l_lib.documents import answer_ids, question_ids
 from d2l_lib.row_reading import answer_rows
-from d2l_lib.views.trace import Trace
+from d2l_lib.views.trace import Trace, save_html
 
 TEXTS = {"a": "Ada is here. Bob ran.", "b": "It rained. The end."}
 QUESTION, ANSWER = "Who?", "Bob"
@@ -108,3 +108,5 @@ def test_methods_are_those_of_the_model(small, tmp_path):
     trace = Trace(model, adapter, TEXTS, QUESTION, ANSWER)
     assert trace.methods is ROW_METHODS and len(trace.table("sentence", "leave_one_out")) == 4
     assert isinstance(trace.answer_without({0}), str)
+    page = save_html(tmp_path / "page.html", model, adapter, TEXTS, QUESTION, ANSWER, removals=1).read_text()
+    assert "sentence, attended" in page and "chunk, leave one out" in page and "layer" not in page.partition("<body")[2]
