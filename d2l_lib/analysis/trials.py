@@ -262,7 +262,9 @@ def rows_of(adapter: Adapter, level: str, directions: int = 8) -> Rows:
         raise ValueError("this adapter holds no document: there is nothing to trace an answer to")
     if adapter.is_rows:
         if level != "chunk":
-            raise ValueError(f"token rows are all read in the same layers: they have no {level}s, choose chunk or sentence")
+            raise ValueError(
+                f"token rows are all read in the same layers: they have no {level}s, choose chunk or sentence"
+            )
         return Rows({}, {}, adapter.scale, _unit_table(_block_units(adapter)), adapter.blocks)
     if level == "rank":
         return _directions(adapter, directions)

@@ -227,6 +227,13 @@ STUDIES = {
         *(300, "questions", "smollm2"),
         options={"--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "data set, and its file"}},
     ),
+    "tracing": Study(
+        "tracing:run",
+        ("tracing",),
+        "answers from real text, traced to the sentence that states them",
+        *(200, "questions that are answered rightly", "smollm2"),
+        options={"--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "passages (squad)"}},
+    ),
     "interference": Study(
         "interference:run",
         ("interference",),

@@ -19,7 +19,9 @@ QUESTION, ANSWER = "Who?", "Bob"
 def small():
     """A random model that writes token rows, and documents of one and two chunks."""
     model = build_rows_model()
-    return model, model.internalize_each({"a": TEXTS["a"]})[0] + model.internalize_each({"b": TEXTS["b"]}, chunk_tokens=12)[0]
+    return model, model.internalize_each({"a": TEXTS["a"]})[0] + model.internalize_each(
+        {"b": TEXTS["b"]}, chunk_tokens=12
+    )[0]
 
 
 @torch.no_grad()
@@ -97,7 +99,9 @@ def test_methods_are_those_of_the_model(small, tmp_path):
     assert set(ROW_METHODS) == {"chunk", "sentence"} and "attended" not in METHODS["chunk"]
     for level, methods in ROW_METHODS.items():
         for method in methods:
-            table = attribute(model, adapter, QUESTION, ANSWER, level, method, documents=TEXTS, samples=8, controls=False)
+            table = attribute(
+                model, adapter, QUESTION, ANSWER, level, method, documents=TEXTS, samples=8, controls=False
+            )
             assert len(table) == (3 if level == "chunk" else 4)
     with pytest.raises(ValueError, match="no method 'gradient'; it has leave_one_out"):
         attribute(model, adapter, QUESTION, ANSWER, "chunk", "gradient")

@@ -270,7 +270,13 @@ def test_the_loss_is_that_of_the_adapted_model(base, made, features, together):
     _, model, tokenizer, _, _ = base
     net = prepared(base)
     reader = net.reader
-    for parameter in (*reader.lora_B.values(), reader.null_key, reader.null_logit, reader.evidence_keys, reader.content_key):
+    for parameter in (
+        *reader.lora_B.values(),
+        reader.null_key,
+        reader.null_logit,
+        reader.evidence_keys,
+        reader.content_key,
+    ):
         parameter.normal_()
     reader.gate_bias.fill_(-1.0)  # open, so that all reads are seen
     reader.gate_rise.fill_(0.2)
