@@ -15,9 +15,10 @@ token t of the chunk, and says
 Output embeddings of all tokens are alike, so a mixture of them writes none. C is their covariance: its inverse turns e
 into the direction that tells the token from all others, and of a mixture the largest share is said. Values need no
 learning, so a row can write any word, also one that training never saw. An answer is written in the tokens of the
-document, a space before its first word included: so a name goes on as it stands there, in whatever parts. Attention over the words of the
-input as output is the pointer network's (Vinyals et al. 2015, arXiv 1506.03134; See et al. 2017, arXiv 1704.04368);
-here it is an adapter: keys and values of one linear of a frozen model.
+document, a space before its first word included, so a name goes on as it stands there, in whatever parts.
+
+Attention over the words of the input as output is the pointer network's (Vinyals et al. 2015, arXiv 1506.03134; See et
+al. 2017, arXiv 1704.04368); here it is an adapter: keys and values of one linear of a frozen model.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     y = W x + s * sum over rows r of w_r * b_r (a_r . x)
 
 An adapter is a sum of rows. A part is a set of rows; a weight of 0 on its rows leaves it out. Many trials run in one
-batch that shares the rows. Of token rows, which are read by attention (`row_reading`), the parts are whole blocks. Only a sentence that leaves its chunk needs the hypernetwork. A trial yields the
-log-probability of an answer's tokens, each conditioned on the true ones before it.
+batch that shares the rows. Of token rows, which are read by attention (`row_reading`), the parts are whole blocks. Only
+a sentence that leaves its chunk needs the hypernetwork. A trial yields the log-probability of an answer's tokens, each
+conditioned on the true ones before it.
 """
 
 from __future__ import annotations
