@@ -136,9 +136,6 @@ def _batches(adapters: Sequence[Adapter | None]) -> Iterator[slice]:
         yield slice(first, len(adapters))
 
 
-def _with_passages(model: DocToLoRA, some: pd.DataFrame) -> list[str]:
-
-
 # --- the reading LoRA -----------------------------------------------------------------------------------------------
 def _lora_folder(model: DocToLoRA) -> Path:
     return bundled_path(model.base_source or "") / "reading_lora"
