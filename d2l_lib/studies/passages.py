@@ -48,11 +48,15 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, only: Sequence[str]
 
 
 def choose(model: DocToLoRA, methods: Sequence[str], only: Sequence[str] | None) -> list[str]:
-    """Those of the methods whose names hold one of the words of `only` (None: all that this model has).
+    """Those of the methods whose names hold one of the words of `only`, or are it (None: all that this model has).
 
     ValueError where no name does, and for a method with a reading LoRA that this base model lacks.
     """
-    chosen = [name for name in methods if only is None or any(word in name for word in only)]
+    chosen = [
+        name
+        for name in methods
+        if only is None or any(word == name if word in methods else word in name for word in only)
+    ]
     if not chosen:
         raise ValueError(f"no method is called {' or '.join(only)}; there are {', '.join(methods)}")
     if _lora_folder(model).is_dir() or not any(METHODS[name].reads for name in chosen):
