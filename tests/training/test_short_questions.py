@@ -1,18 +1,24 @@
 """A small model's questions: openings that suit the sentence, and every kind of useless question or answer named."""
 
+import hashlib
+import json
 import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_models import build_tokenizer
 
-from d2l_lib.documents import question_ids, stop_ids
+from d2l_lib.documents import question_ids, split_sentences, stop_ids
 from d2l_lib.engine import Reply
-from d2l_lib.formats.shards import ANSWERS_DROPPED, QUESTIONS_DROPPED
+from d2l_lib.formats.shards import ANSWERS_DROPPED, QUESTIONS_DROPPED, read_shards
+from d2l_lib.records import read_json
 from d2l_lib.training import short_questions
-from d2l_lib.training.selfgen import Settings, make_shard
+from d2l_lib.training.selfgen import Settings, make_shard, read_texts
+
+SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
 
 TEXT = "The mill at Ottersby was built in 1702 by Anders Holm. Bread is sold there because it smells. Rain fell."
 OPENINGS = Settings(
@@ -184,3 +190,27 @@ def test_answers_to_listed_questions_are_kept_as_they_are():
     table, counts = make_shard(listed, 0, teacher, [TEXT], writer)
     assert table["answers"][0].as_py() == ["The answer is:"]
     assert counts["kept"] == 1 and counts["writer_duplicate"] == 1, "the second round wrote it again"
+
+
+# --- the samples that come with the project ---------------------------------------------------------------------------
+
+
+def test_the_bundled_samples_are_whole_and_none_of_them_should_have_been_left_out():
+    texts = read_texts(SAMPLES / "passages.jsonl")
+    manifest = read_json(SAMPLES / "smollm2" / "manifest.json")
+    assert manifest["complete"] and manifest["settings"]["writer_style"] == "openings"
+    assert manifest["source"]["sha256"] == hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    assert manifest["prompts"]["writer"]["openings"] == short_questions.OPENINGS, "made with other openings"
+    rows = read_shards(SAMPLES / "smollm2", vocabulary=49_152)
+    totals, asked = manifest["totals"], [question for row in rows for question in row["questions"]]
+    assert len(asked) == totals["kept"] and totals["documents"] == len(rows) > 20
+    for row in rows:
+        text = row["document"]
+        assert text in texts and len(set(row["questions"])) == len(row["questions"])
+        sentences = [text[start:end].strip() for start, end in split_sentences(text)]
+        assert all(text[slice(*span)] in sentences for spans in row["evidence"] for span in spans)
+        for question, answer in zip(row["questions"], row["answers"], strict=True):
+            assert short_questions.question_problem(question, text) is None
+            assert short_questions.answer_problem(answer, question, text) is None
+        assert all(np.shape(values)[1] == 16 and np.all(np.diff(values) <= 0) for values in row["logprobs_vals"])
+    assert sum(file.stat().st_size for file in (SAMPLES / "smollm2").iterdir()) < 1_500_000
