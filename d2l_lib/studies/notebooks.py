@@ -39,9 +39,10 @@ WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 _MARKS = {True: "✓", False: "✗", None: ""}
 _ABOUT_RESULTS = """# Results
 
-`d2l notebooks` writes this page from what the notebooks record. All figures are of the bundled models on the generated
-world: a base model of 2.3 M parameters, and a hypernetwork of 2.2 M for needles or of 3.4 M for questions about
-documents. None is of real text. Aims are this project's own; ✓ met, ✗ missed.
+`d2l notebooks` writes this page from what the notebooks record. Figures of page 09, and those of page 06
+that say "real text", are of SmolLM2-135M-Instruct and its bundled hypernetwork. All others are of the bundled models on
+the generated world: a base model of 2.3 M parameters, and a hypernetwork of 2.2 M for needles or of 3.4 M for questions
+about documents. Aims are this project's own; ✓ met, ✗ missed.
 
 - *In context*: the base model answers with the document in its prompt.
 - *All blocks*: the whole adapter answers. *Routed*: only the block that most surely changes the model's next word.
