@@ -146,7 +146,7 @@ def test_what_adds_adapters_up_refuses_rows(model, each, tmp_path):
         lambda: relevance(model, ["Who?"], [both]),
         lambda: key_scores(model, ["Who?"], [both]),
         lambda: route(model, ["Who?"], [both]),
-        lambda: attribute(model, both, "Who?", "Ada"),
+        lambda: attribute(model, both, "Who?", "Ada", "layer"),
         lambda: report(model, TEXTS),
     )
     for number, call in enumerate(refused):

@@ -26,6 +26,8 @@ class _Forgetful:
 
 
 class _Texts:
+    nbytes = 1
+
     def __init__(self, documents):
         self.documents = documents
 
