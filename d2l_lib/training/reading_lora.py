@@ -42,11 +42,10 @@ from d2l_lib.records import write_jsonl
 from d2l_lib.tasks import qa
 from d2l_lib.training.batches import IGNORED
 from d2l_lib.training.loop import Run, fit, is_first_process, own_device, read_log
-from d2l_lib.training.row_features import Limits, passages_of
+from d2l_lib.training.row_features import Limits, batches_of_like_size, never_learned, passages_of
 from d2l_lib.training.step import logits_of
 
 _WRAPPING = 20  # characters of an answer's turn, about
-_POOL = 64  # batches of like length are drawn from so many passages
 _NEW_TOKENS = 24  # room for the answer, where a passage has to be cut
 
 
@@ -84,7 +83,7 @@ def questions_of(
             f"{len(every)} passages have a question whose answer stands in at most {p.longest_passage} tokens; this "
             f"training needs more than {validation}"
         )
-    drawn = set(random.Random("rows/validation").sample(range(len(every)), validation))
+    drawn = never_learned(len(every), validation)
     return [one for i, one in enumerate(every) if i not in drawn], [every[i] for i in sorted(drawn)]
 
 
@@ -153,12 +152,8 @@ class PackedBatches(Dataset):
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         if epoch not in self._order:
-            rng, size = random.Random(f"reading LoRA/{self.seed}/{epoch}"), self.p.passages
-            order, batches = list(range(len(self.passages))), []
-            rng.shuffle(order)
-            for start in range(0, len(order), _POOL):
-                pool = sorted(order[start : start + _POOL], key=lambda i: self.passages[i].size)
-                batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+            rng = random.Random(f"reading LoRA/{self.seed}/{epoch}")
+            batches = batches_of_like_size(rng, [one.size for one in self.passages], self.p.passages)
             rng.shuffle(batches)
             self._order = {epoch: batches}
         return self._order[epoch]

@@ -17,7 +17,6 @@ their top-16 log-probabilities in `selfgen` or published shards.
 from __future__ import annotations
 
 import math
-import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,7 +56,15 @@ from d2l_lib.training import pretraining
 from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
 from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, read_log
 from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
-from d2l_lib.training.row_features import Limits, facts_of, passages_of, read_features, streams_below, write_features
+from d2l_lib.training.row_features import (
+    Limits,
+    facts_of,
+    never_learned,
+    passages_of,
+    read_features,
+    streams_below,
+    write_features,
+)
 from d2l_lib.training.step import Internalization
 from d2l_lib.training.token_rows import RowsBatches, RowsStep, validation_batches
 from d2l_lib.training.warm_up import (
@@ -339,7 +346,7 @@ def train_rows(
         write_features(base_model, tokenizer, passages, features / name, encoder=encoder, facts=facts)
         every = read_features(features / name, passages)
         if not train:
-            drawn = set(random.Random("rows/validation").sample(range(len(every)), p.validation))
+            drawn = never_learned(len(every), p.validation)
             held_out = [one for i, one in enumerate(every) if i in drawn]
             every = [one for i, one in enumerate(every) if i not in drawn]
         train += every

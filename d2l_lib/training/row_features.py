@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from d2l_lib.row_reader import check_parts, part_of_layers
 from d2l_lib.tasks.qa import group_by_document
 
 _PER_FILE = 24
+_POOL = 64  # passages, from which batches of like size are made
 _LARGEST = 6e4  # float16
 _BATCH = 6, 24  # passages, questions
 
@@ -73,6 +75,21 @@ def passages_of(frame: pd.DataFrame, tokenizer, limits: Limits) -> list[Passage]
             parts.append((text, [one for one, its in zip(questions, places, strict=True) if its == [number]]))
     found = (_passage(text, questions, tokenizer, limits) for text, questions in whole + parts if questions)
     return [one for one in found if one.questions]
+
+
+def never_learned(n_passages: int, n: int) -> set[int]:
+    """Numbers of the n of these passages that validation takes, the same in every training."""
+    return set(random.Random("rows/validation").sample(range(n_passages), n))
+
+
+def batches_of_like_size(rng: random.Random, sizes: Sequence[int], n: int) -> list[list[int]]:
+    """All places of `sizes` in batches of n of like size, each from `_POOL` places that are drawn."""
+    order, batches = list(range(len(sizes))), []
+    rng.shuffle(order)
+    for start in range(0, len(order), _POOL):
+        pool = sorted(order[start : start + _POOL], key=lambda i: sizes[i])
+        batches += [pool[i : i + n] for i in range(0, len(pool), n)]
+    return batches
 
 
 def _ids(text: str, tokenizer) -> list[int]:

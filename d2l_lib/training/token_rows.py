@@ -32,9 +32,8 @@ from d2l_lib.lora import add_deltas, hooked, without_lora
 from d2l_lib.presets import RowsPreset
 from d2l_lib.row_reader import nearness, part_of_layers
 from d2l_lib.token_rows import WORD_ROLES, TokenRows, Words
-from d2l_lib.training.row_features import Features
+from d2l_lib.training.row_features import Features, batches_of_like_size
 
-_POOL = 64  # batches of like length are drawn from so many passages
 _AT_ONCE = 16  # questions of a pass through the upper layers: of like length, so little is padded
 _RARE = 3  # times that a word stands in a passage, at most, to be looked for
 Prompt = tuple[Tensor, Tensor]  # its stream into the match layer, its ids
@@ -136,12 +135,8 @@ class RowsBatches(Dataset):
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         if epoch not in self._order:
-            rng, size = random.Random(f"rows/{self.seed}/{epoch}"), self.p.passages
-            order, batches = list(range(len(self.passages))), []
-            rng.shuffle(order)
-            for start in range(0, len(order), _POOL):
-                pool = sorted(order[start : start + _POOL], key=lambda i: len(self.passages[i].ids))
-                batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+            rng = random.Random(f"rows/{self.seed}/{epoch}")
+            batches = batches_of_like_size(rng, [len(one.ids) for one in self.passages], self.p.passages)
             batches = [batch for batch in batches if len(batch) > 1]
             rng.shuffle(batches)
             self._order = {epoch: batches}
