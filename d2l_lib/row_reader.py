@@ -17,6 +17,9 @@ First the words of a question look for their like in the document (late interact
                   among more chunks one is alike by chance, hence the rise; and so it is where more is asked, hence the
                   count of content words. Tokens of an answer leave nothing for the gate: what is asked decides
     last layer    logit of row j at token t: q.c_j + sum over k of (weight_k + W_k u) s_k(t);  p = softmax over the rows
+                  of the chunk with the largest  log sum over its rows of exp(logit) + sum over k of chunk_k max over
+                  its t of s_k(t) + rarity_weight * the sum over words of the question that it holds of
+                  log(number of chunks / number that hold the word)
                   y = W x + sum over j of p_j B_j where the gate is open: B_j writes a word (see `token_rows`)
 
 Tokens of the answer leave evidence for the last layer, so an answer goes on where it began. A low-rank update of all
@@ -28,6 +31,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +53,7 @@ class RowReader(nn.Module):
     """Key maps K of the two layers that look at rows, the gate, weights of nearness, updates of the upper layers.
 
     match_layer, last_layer: numbers of the base layers that look at rows. lora_layers: those that are updated.
-    answer_start, answer_ends: tokens before and after an answer in a chat (see `TokenRows.prepare`).
+    answer_start, answer_ends: tokens before and after an answer in a chat, and words: see `TokenRows.prepare`.
 
     ValueError where an updated layer is not above the match layer.
     """
@@ -58,6 +62,7 @@ class RowReader(nn.Module):
         super().__init__()
         self.answer_start: tuple[int, ...] = ()
         self.answer_ends: frozenset[int] = frozenset()
+        self.words: Any = None  # `token_rows.Words` of the base model
         (self.match_layer, self.last_layer), self.lora_layers = config.row_layers, config.reader_layers
         if min(self.lora_layers) <= self.match_layer:
             raise ValueError(f"the gate is set in layer {self.match_layer}: only layers above it can have an update")
@@ -73,6 +78,8 @@ class RowReader(nn.Module):
         weights = torch.tensor([[0.0 if spread == 0 else 0.15] for spread, _ in NEAR])
         self.evidence_scaler = nn.Parameter(weights.repeat(1, n_roles) / _FAST)
         self.evidence_keys = nn.Parameter(torch.zeros(d_in, len(NEAR) * n_roles))
+        self.chunk_weight = nn.Parameter(torch.zeros(len(NEAR)), requires_grad=False)  # measured, not learned
+        self.rarity_weight = nn.Parameter(torch.zeros(()), requires_grad=False)  # so is this
         n, r, sizes = len(self.lora_layers), config.reader_rank, config.reader_sizes
         self.lora_A = nn.ParameterDict(
             {module: nn.Parameter(torch.randn(n, r, d_in) / d_in**0.5) for module, (d_in, _) in sizes.items()}
@@ -112,10 +119,21 @@ class RowReader(nn.Module):
         self.gate_bias += nats / _FAST
         self.gate_rise += rise
 
+    @torch.no_grad()
+    def weigh_chunks(self, nearest: int, nearness: float, rarity: float) -> None:
+        """From now on the nearness with this number, and rare words, weigh so much where a chunk is chosen."""
+        self.chunk_weight.zero_()
+        self.chunk_weight[nearest] = nearness
+        self.rarity_weight.fill_(rarity)
+
     def favour(self, nearness: Tensor, unit: Tensor) -> Tensor:
         """[..., T, roles]: what nearness [..., T, k] adds to logits of rows of words at a token with u [..., d_in]."""
         weights = (unit @ self.evidence_keys.to(unit)).unflatten(-1, self.evidence_scaler.shape)
         return nearness @ (_FAST * self.evidence_scaler.to(unit) + weights)
+
+    def chunk_favour(self, nearness: Tensor, rarity: Tensor) -> Tensor:
+        """[...]: what is added to a chunk's logit, of the largest nearness [..., k] in it and its words' rarity [...]."""
+        return nearness @ self.chunk_weight.to(nearness) + self.rarity_weight.to(rarity) * rarity
 
     def linears(self, base_model: nn.Module) -> dict[int, nn.Linear]:
         """{layer that looks at rows: its target linear}, ValueError for a model of another depth."""

@@ -40,18 +40,36 @@ class RowReading:
 
     temperature: divides the logits; below 1 a token reads fewer rows.
     null_logit: what the gate's logit must exceed, in nats; above 0 an adapter is read less often.
+    chunks: how many chunks a token reads at most, those with the largest logits; None: all.
 
-    ValueError for a temperature that is not positive and for numbers that are not finite.
+    ValueError for a temperature or a number of chunks that is not positive and for numbers that are not finite.
     """
 
     temperature: float = 1.0
     null_logit: float = 0.0
+    chunks: int | None = 1
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature must be a positive number, not {self.temperature!r}")
         if not math.isfinite(self.null_logit):
             raise ValueError(f"null_logit must be a finite number of nats, not {self.null_logit!r}")
+        whole = isinstance(self.chunks, int) and not isinstance(self.chunks, bool)
+        if self.chunks is not None and not (whole and self.chunks > 0):
+            raise ValueError(f"chunks must be a positive whole number, or None for all, not {self.chunks!r}")
+
+
+@dataclass(frozen=True)
+class ChunkParts:
+    """What speaks for each chunk at each token.
+
+    rows: [..., chunks], the log of the sum of exp(logit) of its rows. nearness: [..., chunks, k], the largest in it.
+    rarity: [..., chunks], of the words asked so far that it holds.
+    """
+
+    rows: Tensor
+    nearness: Tensor
+    rarity: Tensor
 
 
 class _Rows:
@@ -82,6 +100,37 @@ class _Rows:
             return logits
         return logits + self.offsets.to(q).repeat_interleave(len(codes) // len(self.offsets))
 
+    def chooses(self, n: int | None) -> bool:
+        """Whether a token that reads n chunks leaves some out."""
+        return n is not None and n < len(self.blocks)
+
+    def rarity(self, tokens: Tensor, reader: RowReader) -> Tensor:
+        """[n, chunks]: for each of tokens [n], log(number of chunks / number that hold it) where a chunk holds it."""
+        holds = reader.words.standing_in(self.values[::_WORDS], tokens).float()
+        held = holds.new_zeros(len(tokens), len(self.blocks))
+        held = held.index_add(1, self.chunk.to(holds.device), holds).clamp_max(1)
+        return held * (len(self.blocks) / held.sum(1, keepdim=True).clamp_min(1)).log()
+
+    def chunk_parts(self, logits: Tensor, near: Tensor, rarity: Tensor) -> ChunkParts:
+        """What speaks for each chunk.
+
+        logits: [..., 3 T] of rows of words. near: nearness [..., T, k] at the same tokens. rarity: [..., chunks].
+        """
+        shape, chunk = (*logits.shape[:-1], len(self.blocks)), self.chunk.to(logits.device)
+        of_row = chunk.repeat_interleave(_WORDS).expand_as(logits)
+        most = logits.new_full(shape, -torch.inf).scatter_reduce(-1, of_row, logits, "amax")
+        sums = logits.new_zeros(shape).scatter_add(-1, of_row, (logits - most.gather(-1, of_row)).exp())
+        nearest = near.new_zeros(*shape, near.shape[-1])  # nearness is 0 or more
+        nearest = nearest.scatter_reduce(-2, chunk[:, None].expand_as(near), near, "amax")
+        return ChunkParts(most + sums.log(), nearest, rarity)
+
+    def kept(self, logits: Tensor, of_chunk: Tensor, n: int) -> Tensor:
+        """These logits [..., 3 T] of rows of words, -inf outside the n chunks with the largest of_chunk [..., chunks]."""
+        best = of_chunk.topk(n, -1).indices
+        out = torch.ones(of_chunk.shape, dtype=torch.bool, device=logits.device).scatter(-1, best, False)
+        of_row = self.chunk.to(logits.device).repeat_interleave(_WORDS).expand_as(logits)
+        return logits.masked_fill(out.gather(-1, of_row), -torch.inf)
+
     def found(self, q: Tensor, none: Tensor) -> Tensor:
         """p(i, t) [..., 2, T] of q [..., d] and the null row: a softmax over all tokens, then over each chunk."""
         logits = self.logits(q, self.context)
@@ -111,11 +160,15 @@ class Attended(Followed):
         default_factory=dict
     )  # evidence [rows, 2, T] at the last token (`_Rows.found`)
     content: dict[int, Tensor] = field(default_factory=dict)  # of all that was asked so far [rows]
+    rarity: dict[int, Tensor] = field(default_factory=dict)  # likewise, of its words in each chunk [rows, chunks]
+    rarities: dict[int, Tensor] = field(default_factory=dict)  # the same up to each token of this pass
+    chunk_parts: dict[int, ChunkParts] = field(default_factory=dict)  # of the last pass, where chunks are chosen
     near: dict[int, Tensor] = field(default_factory=dict)  # nearness [rows, tokens, T, k] of this pass
     gates: Tensor | None = None  # [batch, tokens] of this pass: 1 where it is open, else 0
     mask: Tensor | None = None  # [batch, tokens] of all tokens so far; padding is 0
     turns: list[_Turn] = field(default_factory=list)  # of each row of the batch
     asked: Tensor | None = None  # [batch, tokens] of this pass: 1 outside answers
+    ids: Tensor | None = None  # [batch, tokens] of this pass; None where embeddings go in
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """Called before each pass: see `Followed`."""
@@ -123,7 +176,7 @@ class Attended(Followed):
         mask = arguments.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         ids = arguments.get("input_ids")
-        self.asked = None
+        self.asked, self.ids = None, ids if isinstance(ids, Tensor) else None
         if isinstance(ids, Tensor):  # else embeddings go in, and all of them are a question's
             self.turns = self.turns or [_Turn() for _ in ids]
             rows = [turn.asked(row, self.reader) for turn, row in zip(self.turns, ids.tolist(), strict=True)]
@@ -131,7 +184,7 @@ class Attended(Followed):
 
     def start(self) -> None:
         """Forget the evidence of before."""
-        self.over_time, self.content, self.turns = {}, {}, []
+        self.over_time, self.content, self.rarity, self.turns = {}, {}, {}, []
 
     def exchange(self, chosen: list[int]) -> None:
         """Row i of the batch goes on from row chosen[i]."""
@@ -141,6 +194,7 @@ class Attended(Followed):
             place = {row: index for index, row in enumerate(own)}
             kept = [place[chosen[row]] for row in own]
             self.over_time[context], self.content[context] = evidence[kept], self.content[context][kept]
+            self.rarity[context] = self.rarity[context][kept]
 
     def deltas(self, model: nn.Module) -> list[tuple[nn.Linear, Any]]:
         """What is done in the linears of a model, for `lora.add_deltas`."""
@@ -175,10 +229,25 @@ class Attended(Followed):
                 so_far = so_far + self.over_time[context].unsqueeze(1)
                 content = content + self.content[context].unsqueeze(1)
             self.over_time[context], self.content[context] = so_far[:, -1], content[:, -1]
+            self._count(context, its, mine, x)
             self.near[context], of_each = nearness(so_far, its.slots.to(x.device)).unbind(-3)
             logits = self.reader.gate(of_each, content, len(its.blocks))
             self.gates[mine] = (logits > self.reading.null_logit).to(x)
         return x.new_zeros(())
+
+    def _count(self, context: int, its: _Rows, mine: list[int], x: Tensor) -> None:
+        """Add up how rare the words are that were asked, for each chunk that holds them."""
+        rarity = x.new_zeros(len(mine), x.shape[1], len(its.blocks), dtype=torch.float32)
+        if self.ids is not None and self.asked is not None and its.chooses(self.reading.chunks):
+            asked = self.asked[mine].bool()
+            if self.mask is not None:
+                asked = asked & self.mask[mine, -x.shape[1] :].bool()
+            if asked.any():
+                rarity[asked] = its.rarity(self.ids[mine][asked], self.reader)
+        rarity = rarity.cumsum(1)
+        if context in self.rarity:
+            rarity = rarity + self.rarity[context].unsqueeze(1)
+        self.rarity[context], self.rarities[context] = rarity[:, -1], rarity
 
     def _read(self, x: Tensor) -> Tensor:
         """What the rows add in the last layer for x [batch, tokens, d_in]."""
@@ -187,6 +256,11 @@ class Attended(Followed):
             unit, gates = _unit(x[mine]), self.gates[mine].float().unsqueeze(-1)
             logits = its.logits(self.reader.asked(self.reader.last_layer, unit), its.words)
             logits = logits + self.reader.favour(self.near[context], unit).flatten(-2)
+            if its.chooses(self.reading.chunks):
+                parts = its.chunk_parts(logits, self.near[context], self.rarities[context])
+                of_chunk = parts.rows + self.reader.chunk_favour(parts.nearness, parts.rarity)
+                logits = its.kept(logits, of_chunk, self.reading.chunks)
+                self.chunk_parts[context] = parts
             shares = logits.div(self.reading.temperature).softmax(-1) * gates
             self.shares[context] = torch.cat([1 - gates, shares], -1)
             read = shares @ its.values.to(shares)

@@ -39,6 +39,7 @@ WORD_ROLES = ("first", "inside", "end")
 ROLES = (*WORD_ROLES, "context")
 _RIDGE = 0.05  # of the mean variance of an embedding's numbers
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a part of a letter's bytes reads as
+_SAME = 0.99  # cosine of directions that write one token, half precision counted
 _KERNEL = 7  # tokens that a mixing convolution sees
 
 
@@ -83,7 +84,7 @@ class TokenRows(nn.Module):
 
     def prepare(self, base_model: nn.Module, tokenizer) -> None:
         """Take the output embeddings and the tokens of the model that is written for."""
-        self._words = Words(base_model, tokenizer)
+        self._words = self.reader.words = Words(base_model, tokenizer)
         self.reader.answer_start = tuple(answer_start(tokenizer))
         self.reader.answer_ends = frozenset(stop_ids(tokenizer))
 
@@ -182,6 +183,15 @@ class Words:
     def alike(self, tokens: Tensor) -> Tensor:
         """[...]: equal numbers for tokens [...] of one text, capitals and spaces around it left aside."""
         return self._alike.to(tokens.device)[tokens]
+
+    def standing_in(self, values: Tensor, tokens: Tensor) -> Tensor:
+        """[n, T]: where rows with these values [T, d_out] write a token of the same text as each of tokens [n]."""
+        alike, found = self._alike.to(tokens.device), torch.zeros(len(tokens), len(values), dtype=torch.bool)
+        units = F.normalize(values.float(), dim=-1)
+        for text in alike[tokens].unique():
+            same = (self.directions((alike == text).nonzero()[:, 0]) @ units.T > _SAME).any(0)
+            found[(alike[tokens] == text).cpu()] = same.cpu()
+        return found.to(values.device)
 
     def directions(self, tokens: Tensor) -> Tensor:
         """[..., d_out] unit directions that write these tokens [...]."""

@@ -1,5 +1,6 @@
 """Rows read by attention: against a plain oracle, with and without a cache, alone and in batches; what is refused."""
 
+import itertools
 import math
 
 import pytest
@@ -29,6 +30,19 @@ def oracle(model, adapter, reading: RowReading, text: str = QUESTIONS[0]) -> tor
     """Logits by the formula, row by row: plain hooks on the linears of the upper layers."""
     net, layers, handles, near, gates = model.hypernetwork.reader, model.base_model.model.layers, [], [], []
     gate_length = math.log1p(math.exp(10 * float(net.gate_length)))
+    asked, words = model.tokenizer(text)["input_ids"], model.hypernetwork.words
+    chunks = {id(b): TEXTS[b.document][slice(*b.span)] for b in adapter.blocks}
+    holds = {
+        b: set(words.alike(torch.tensor(model.tokenizer(chunk)["input_ids"])).tolist()) for b, chunk in chunks.items()
+    }
+
+    def rarity(block, so_far: int) -> float:
+        """Of the words asked up to this token."""
+        total = 0.0
+        for word in words.alike(torch.tensor(asked[: so_far + 1])).tolist():
+            if word in holds[block]:
+                total += math.log(len(holds) / sum(word in own for own in holds.values()))
+        return total
 
     def rows(role: int) -> list:
         return [(b, t, b.A["down_proj"][0, 4 * t + role], b.B["down_proj"][0, 4 * t + role])
@@ -65,13 +79,28 @@ def oracle(model, adapter, reading: RowReading, text: str = QUESTIONS[0]) -> tor
     def read(_, inputs, output):
         added, name = torch.zeros_like(output), str(net.last_layer)
         for place, x in enumerate(inputs[0][0]):
-            u, logits, values = x / x.norm(), [], []
+            u, logits, values, owners = x / x.norm(), [], [], []
             weights = (u @ net.evidence_keys).unflatten(0, net.evidence_scaler.shape) + 10 * net.evidence_scaler
             for role in range(3):
                 for block, t, c, B in rows(role):
                     favour = near[place][id(block), t] @ weights[:, role] + math.log(block.weight)
                     logits.append((u @ net.keys[name] @ c + favour) / reading.temperature)
                     values.append(B)
+                    owners.append(id(block))
+            if reading.chunks is not None:
+                of_chunk = {}
+                for own in set(owners):
+                    plain = [
+                        logit * reading.temperature for logit, one in zip(logits, owners, strict=True) if one == own
+                    ]
+                    most = torch.stack([near[place][key] for key in near[place] if key[0] == own]).amax(0)
+                    of_chunk[own] = (
+                        torch.stack(plain).logsumexp(0)
+                        + most @ net.chunk_weight
+                        + net.rarity_weight * rarity(own, place)
+                    )
+                best = sorted(of_chunk, key=of_chunk.get)[-reading.chunks :]
+                logits = [logit if own in best else logit - 1e9 for logit, own in zip(logits, owners, strict=True)]
             added[0, place] = gates[place] * (torch.stack(logits).softmax(0)[:, None] * torch.stack(values)).sum(0)
         return output + adapter.scale * added
 
@@ -99,11 +128,14 @@ def read_logits(model, adapter, reading, text: str = QUESTIONS[0]):
         return network(ids).logits
 
 
-@pytest.mark.parametrize("reading", [RowReading(), RowReading(0.4), RowReading(2.0, 12.0)], ids=str)
+@pytest.mark.parametrize(
+    "reading", [RowReading(), RowReading(0.4), RowReading(2.0, 12.0), RowReading(chunks=None)], ids=str
+)
 def test_reading_is_a_softmax_over_all_rows_where_the_gate_is_open(model, adapter, reading):
     half = adapter.only("a") + adapter.only("b").scaled(0.3)
-    for one in (adapter, half):
-        torch.testing.assert_close(read_logits(model, one, reading), oracle(model, one, reading), rtol=1e-3, atol=1e-3)
+    for one, text in itertools.product((adapter, half), QUESTIONS[:2]):
+        got, expected = read_logits(model, one, reading, text), oracle(model, one, reading, text)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     assert (read_logits(model, half, reading) - read_logits(model, adapter, reading)).abs().max() > 1e-2
     plain = RowReading()
     if reading != plain:

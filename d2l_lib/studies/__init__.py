@@ -227,6 +227,17 @@ STUDIES = {
         *(300, "questions", "smollm2"),
         options={"--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "data set, and its file"}},
     ),
+    "chunks": Study(
+        "chunks:run",
+        ("chunks",),
+        "which passage of an article is read, by what speaks for it",
+        *(100, "questions of each set", "smollm2"),
+        options={
+            "--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "what weights are fitted on"},
+            "--test": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "other questions"},
+            "--keep": {"metavar": "MODEL", "help": "write the weights into this model's folder"},
+        },
+    ),
     "tracing": Study(
         "tracing:run",
         ("tracing",),

@@ -12,6 +12,7 @@ from d2l_lib.studies.passages import ask, scored_rows
 from d2l_lib.tasks import qa
 
 _SIZES = 20_000, 50_000  # characters of an article
+_NO_TITLE = "untitled"  # of passages without one
 
 
 def run(model: DocToLoRA, n: int, seed: int, questions: str) -> pd.DataFrame:
@@ -20,12 +21,7 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str) -> pd.DataFrame:
     questions: a data set with titles, "DATASET" or "DATASET=FILE" (see `tasks.qa.load_named`). An article is all its
     passages, each a document of the adapter; questions are drawn with `seed`, as many from each article as from others.
     """
-    frame = qa.load_named(questions)
-    articles = {title: list(dict.fromkeys(own["document"])) for title, own in frame.groupby("title", sort=False)}
-    articles = {title: own for title, own in articles.items() if title and _SIZES[0] <= sum(map(len, own)) <= _SIZES[1]}
-    if not articles:
-        raise ValueError(f"{questions} has no article of {_SIZES[0]} to {_SIZES[1]} characters: are there titles?")
-    drawn = _drawn(frame[frame["title"].isin(articles)], n, seed)
+    articles, drawn = questions_on_articles(questions, n, seed)
     start = time.process_time()
     each, whole = {}, {}
     for title in dict.fromkeys(drawn["title"]):
@@ -48,6 +44,30 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str) -> pd.DataFrame:
         rows += scored_rows(drawn.assign(method=method, prediction=replies), seed, seconds=seconds)
         print(method, {row["metric"]: round(row["score"], 3) for row in rows[-3:]}, flush=True)
     return pd.DataFrame([row | facts for row in rows])
+
+
+def questions_on_articles(
+    questions: str, n: int, seed: int, most: int | None = None
+) -> tuple[dict[str, list[str]], pd.DataFrame]:
+    """({title: its passages}, n questions, as many from each article as from others).
+
+    questions: as for `run`. most: articles, of which so many are drawn with `seed`; None: all.
+
+    ValueError if no article is of 20,000 to 50,000 characters.
+    """
+    frame = qa.load_named(questions)
+    articles = {title: list(dict.fromkeys(own["document"])) for title, own in frame.groupby("title", sort=False)}
+    articles = {
+        title: own
+        for title, own in articles.items()
+        if title not in ("", _NO_TITLE) and _SIZES[0] <= sum(map(len, own)) <= _SIZES[1]
+    }
+    if not articles:
+        raise ValueError(f"{questions} has no article of {_SIZES[0]} to {_SIZES[1]} characters: are there titles?")
+    if most is not None and len(articles) > most:
+        kept = random.Random(f"articles/{seed}").sample(sorted(articles), most)
+        articles = {title: articles[title] for title in kept}
+    return articles, _drawn(frame[frame["title"].isin(articles)], n, seed)
 
 
 def _drawn(frame: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
