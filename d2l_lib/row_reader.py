@@ -132,7 +132,7 @@ class RowReader(nn.Module):
         return nearness @ (_FAST * self.evidence_scaler.to(unit) + weights)
 
     def chunk_favour(self, nearness: Tensor, rarity: Tensor) -> Tensor:
-        """[...]: what is added to a chunk's logit, of the largest nearness [..., k] in it and its words' rarity [...]."""
+        """[...]: what a chunk's logit gains by the largest nearness [..., k] in it and its words' rarity [...]."""
         return nearness @ self.chunk_weight.to(nearness) + self.rarity_weight.to(rarity) * rarity
 
     def linears(self, base_model: nn.Module) -> dict[int, nn.Linear]:

@@ -125,7 +125,7 @@ class _Rows:
         return ChunkParts(most + sums.log(), nearest, rarity)
 
     def kept(self, logits: Tensor, of_chunk: Tensor, n: int) -> Tensor:
-        """These logits [..., 3 T] of rows of words, -inf outside the n chunks with the largest of_chunk [..., chunks]."""
+        """logits [..., 3 T] of rows of words, -inf outside the n chunks with the largest of_chunk [..., chunks]."""
         best = of_chunk.topk(n, -1).indices
         out = torch.ones(of_chunk.shape, dtype=torch.bool, device=logits.device).scatter(-1, best, False)
         of_row = self.chunk.to(logits.device).repeat_interleave(_WORDS).expand_as(logits)

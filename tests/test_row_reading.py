@@ -13,6 +13,7 @@ from d2l_lib.row_reader import FLOOR, NEAR, REACH
 from d2l_lib.row_reading import RowReading, answer_rows, read_rows
 
 TEXTS = {"a": "Ada lives in Velm.", "b": "The lake is cold at night."}
+READINGS = [RowReading(), RowReading(0.4), RowReading(2.0, 12.0), RowReading(chunks=None)]
 QUESTIONS = ["Who is it?", "Where does Ada live?", "What?"]
 
 
@@ -90,15 +91,10 @@ def oracle(model, adapter, reading: RowReading, text: str = QUESTIONS[0]) -> tor
             if reading.chunks is not None:
                 of_chunk = {}
                 for own in set(owners):
-                    plain = [
-                        logit * reading.temperature for logit, one in zip(logits, owners, strict=True) if one == own
-                    ]
+                    its = [logit * reading.temperature for logit, o in zip(logits, owners, strict=True) if o == own]
                     most = torch.stack([near[place][key] for key in near[place] if key[0] == own]).amax(0)
-                    of_chunk[own] = (
-                        torch.stack(plain).logsumexp(0)
-                        + most @ net.chunk_weight
-                        + net.rarity_weight * rarity(own, place)
-                    )
+                    gain = most @ net.chunk_weight + net.rarity_weight * rarity(own, place)
+                    of_chunk[own] = torch.stack(its).logsumexp(0) + gain
                 best = sorted(of_chunk, key=of_chunk.get)[-reading.chunks :]
                 logits = [logit if own in best else logit - 1e9 for logit, own in zip(logits, owners, strict=True)]
             added[0, place] = gates[place] * (torch.stack(logits).softmax(0)[:, None] * torch.stack(values)).sum(0)
