@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,14 @@ _TOGETHER = 10  # passages of one adapter, and of one index
 _NEW_TOKENS = 24
 _AT_ONCE = 64, 1e9  # questions, and bytes of their adapters, for memory
 _METRICS = ("token_f1_squad", "exact_match_squad", "recall")
+_ENDS = 128, 200  # tokens of a passage: the ends of the ranges that are scored apart; the rest is longer
+RANGES = f"<= {_ENDS[0]}", f"{_ENDS[0] + 1}-{_ENDS[1]}", f"> {_ENDS[1]}"
 
 
 def run(model: DocToLoRA, n: int, seed: int, questions: str, only: Sequence[str] | None = None) -> Iterator[list[dict]]:
     """After each method all rows so far, one for each metric: n questions, score with its interval, seconds.
+
+    Rows with `tokens` follow, one of RANGES: scores of the questions on passages of such a length.
 
     questions: "DATASET" or "DATASET=FILE" (see `tasks.qa.load_named`); n of them are drawn with `seed`.
     only: methods whose names hold one of these words; rows of others that are recorded stay.
@@ -41,10 +46,16 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, only: Sequence[str]
     """
     chosen = choose(model, list(METHODS), only)
     rows = other_rows("passages", chosen, n, seed) if only else []
-    frame = qa.load_named(questions, n=n, seed=seed)
+    frame = _with_ranges(qa.load_named(questions, n=n, seed=seed), model.tokenizer)
     for new in rows_of_methods(model, frame, chosen, seed):
         rows += new
         yield sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+
+
+def _with_ranges(frame: pd.DataFrame, tokenizer) -> pd.DataFrame:
+    """`frame` with the column `tokens`, that one of RANGES in which the passage's length lies."""
+    lengths = qa.add_lengths(frame, tokenizer)["length_tokens"]
+    return frame.assign(tokens=[RANGES[bisect_left(_ENDS, length)] for length in lengths])
 
 
 def choose(model: DocToLoRA, methods: Sequence[str], only: Sequence[str] | None) -> list[str]:
@@ -73,7 +84,8 @@ def other_rows(record: str, methods: Sequence[str], n: int, seed: int) -> list[d
     """The recorded rows of other methods; ValueError where they are of other questions."""
     rows = [row for row in earlier_rows(record) if row["method"] not in methods]
     for row in rows:
-        if (row["seed"], row["n"]) != (seed, n):
+        of_a_part = row.get("tokens") in RANGES
+        if row["seed"] != seed or not (of_a_part or row["n"] == n):
             raise ValueError(
                 f"the record holds rows of seed {row['seed']}, n {row['n']}: the methods of a table answer the same "
                 "questions, so take its --n and --seed, or leave out --only"
@@ -86,7 +98,8 @@ def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str
 
     A prompt that several methods ask without an adapter is asked once, and its seconds count for each.
 
-    frame: questions about passages, as `tasks.qa.load_qa` gives them.
+    frame: questions about passages, as `tasks.qa.load_qa` gives them; with a column `tokens`, one of RANGES, each
+        range that occurs has rows of its own, without costs.
     """
     documents = [document for document, _ in qa.group_by_document(frame)]
     facts, adapters = {"dataset": frame["dataset"].iloc[0], "n_passages": len(documents)}, {}
@@ -111,9 +124,20 @@ def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str
         else:
             applied, own = method.applied(adapters, seed), own | cost
             replies, seconds = ask(model, prompts, [applied[document] for document in frame["document"]])
-        rows = scored_rows(frame.assign(method=name, prediction=replies), seed, seconds=seconds)
+        answered = frame.assign(method=name, prediction=replies)
+        rows = scored_rows(answered, seed, seconds=seconds)
         print(name, {row["metric"]: round(row["score"], 3) for row in rows}, flush=True)
-        yield [row | facts | own for row in rows]
+        yield [row | facts | own for row in rows] + _rows_by_length(answered, seed)
+
+
+def _rows_by_length(answered: pd.DataFrame, seed: int) -> list[dict]:
+    """Rows of one method's metrics for each range of the column `tokens`, if there is one."""
+    rows = []
+    for tokens in RANGES if "tokens" in answered else ():
+        part = answered[answered["tokens"] == tokens]
+        facts = {"dataset": answered["dataset"].iloc[0], "n_passages": part["document"].nunique(), "tokens": tokens}
+        rows += scored_rows(part, seed, **facts) if len(part) else []
+    return rows
 
 
 def ask(

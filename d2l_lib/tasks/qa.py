@@ -86,7 +86,7 @@ DATASETS: dict[str, _Dataset] = {
         _Dataset("drop", "ucinlp/drop", None, "validation"),
         _Dataset("ropes", "allenai/ropes", "plain_text", "validation"),
         _Dataset("pwc", "sggetao/PwC", None, "test", metric="rouge_l_first", template="{question}"),
-        # The main branches of these four hold loading scripts, which `datasets` no longer runs.
+        # The main branches of these, LongBench and Qasper hold loading scripts, which `datasets` no longer runs.
         _Dataset(
             "fairytaleqa", "WorkInTheDark/FairytaleQA", "plain_text", "test", metric="rouge_l", revision=_CONVERTED
         ),

@@ -13,6 +13,7 @@ from d2l_lib.base_model import bundled_path, load_tokenizer, module_sizes
 from d2l_lib.formats.peft import export_peft, merge
 from d2l_lib.model import DocToLoRA
 from d2l_lib.studies import passages
+from d2l_lib.tasks.scores import wilson
 
 N = 24
 
@@ -72,11 +73,16 @@ def squad(tmp_path):
     return file, answers
 
 
+def _whole(rows: list[dict]) -> list[dict]:
+    """The rows of all questions."""
+    return [row for row in rows if "tokens" not in row]
+
+
 def test_every_method_is_asked_about_its_passage_and_the_control_about_another(squad):
     file, answers = squad
     reader = _Reader(answers)
     *_, rows = passages.run(reader, n=N, seed=0, questions=f"squad={file}")
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(_whole(rows))
     f1 = table[table["metric"] == "token_f1_squad"].set_index("method")["score"]
     assert f1["question alone"] == f1["another passage's adapter"] == 0
     assert f1["passage in the prompt"] == f1["Doc-to-LoRA"] == f1["Doc-to-LoRA, 10 passages in one adapter"] == 1
@@ -101,9 +107,40 @@ def test_recall_counts_the_answers_words_in_a_sentence(squad):
     file, answers = squad
     talking = {question: (document, f"In {answer}, of course.") for question, (document, answer) in answers.items()}
     *_, rows = passages.run(_Reader(talking), n=N, seed=0, questions=f"squad={file}")
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(_whole(rows))
     own = table[table["method"] == "Doc-to-LoRA"].set_index("metric")["score"]
     assert own["recall"] == 1 and own["exact_match_squad"] == 0 and 0 < own["token_f1_squad"] < 1
+
+
+def test_scores_by_length_are_of_the_passages_of_that_length(squad, monkeypatch):
+    file, answers = squad
+    monkeypatch.setattr(passages, "_ENDS", (10, 11))  # Person9's passage has 10 tokens, Person10's has 12
+    short = list(answers)[:10]
+    known = {
+        question: (document, answer if question in short else "the sun")
+        for question, (document, answer) in answers.items()
+    }
+    *_, rows = passages.run(_Reader(known), n=N, seed=0, questions=f"squad={file}")
+    table = pd.DataFrame(rows)
+    assert set(table["method"]) == {name for name, method in passages.METHODS.items() if not method.reads}
+    for _, own in table.groupby(["method", "metric"]):
+        whole, parts = own[own["tokens"].isna()], own[own["tokens"].notna()].set_index("tokens")
+        assert len(whole) == 1 and list(parts.index) == ["<= 128", "> 200"], "ranges that occur, in their order"
+        assert list(parts["n"]) == list(parts["n_passages"]) == [10, N - 10] and whole["n"].item() == N
+        assert (parts["n"] * parts["score"]).sum() == pytest.approx(N * whole["score"].item())
+        assert parts["seconds"].isna().all() and whole["seconds"].notna().all()
+    exact = table[(table["method"] == "Doc-to-LoRA") & (table["metric"] == "exact_match_squad")].set_index("tokens")
+    assert exact.loc[["<= 128", "> 200"], "score"].tolist() == [1, 0]
+    intervals = list(exact.loc[["<= 128", "> 200"], ["low", "high"]].itertuples(index=False, name=None))
+    assert intervals == [wilson(10, 10), wilson(0, N - 10)]
+
+
+def test_ranges_are_told_by_the_models_tokens():
+    tokenizer = load_tokenizer(str(bundled_path("tiny") / "base_model"))
+    frame = pd.DataFrame({"document": ["a" + " a" * (length - 1) for length in (1, 128, 129, 200, 201, 900)]})
+    assert passages.qa.add_lengths(frame, tokenizer)["length_tokens"].tolist() == [1, 128, 129, 200, 201, 900]
+    tokens = passages._with_ranges(frame, tokenizer)["tokens"]
+    assert tokens.tolist() == ["<= 128", "<= 128", "129-200", "129-200", "> 200", "> 200"]
 
 
 def test_some_methods_are_measured_again_and_the_others_stay(squad, monkeypatch):
@@ -114,7 +151,7 @@ def test_some_methods_are_measured_again_and_the_others_stay(squad, monkeypatch)
         passages, "earlier_rows", lambda name: [row | {"command": "before", "seed": 0} for row in whole]
     )
     in_steps = list(passages.run(_Reader(answers), **asked, only=["alone", "another"]))
-    assert [len(rows) for rows in in_steps] == [18, 21]
+    assert [len(rows) for rows in in_steps] == [36, 42], "of all questions, and of the one range that occurs"
     assert [row["method"] for row in in_steps[-1]] == [row["method"] for row in whole]
     again = {row["method"] for row in in_steps[-1] if "command" not in row}
     assert again == {"question alone", "another passage's adapter"}
@@ -159,6 +196,7 @@ def test_the_reading_lora_answers_as_a_model_that_it_was_merged_into(squad, tmp_
     plain = passages._read
     monkeypatch.setattr(passages, "_read", lambda *arguments: replies.append(plain(*arguments)) or replies[-1])
     *_, rows = passages.run(model, **asked)
+    rows = _whole(rows)
     assert [row["method"] for row in rows[::3]] == [
         "passage in the prompt, reading LoRA",
         "best of ten passages by BM25, reading LoRA",
