@@ -21,11 +21,14 @@ from d2l_lib.documents import question_ids
 from d2l_lib.engine import greedy_texts
 from d2l_lib.lora import apply_lora
 from d2l_lib.model import DocToLoRA
+from d2l_lib.presets import PRESETS
 from d2l_lib.studies import earlier_rows
 from d2l_lib.studies.retrieval import PassageIndex, Retrieval
 from d2l_lib.tasks import qa, scores
+from d2l_lib.training.row_features import Limits, questions_on_learned
 
 READING = "passage in the prompt, reading LoRA"
+SEEN = "Doc-to-LoRA, seen passages"
 _TOGETHER = 10  # passages of one adapter, and of one index
 _NEW_TOKENS = 24
 _AT_ONCE = 64, 1e9  # questions, and bytes of their adapters, for memory
@@ -34,22 +37,44 @@ _ENDS = 128, 200  # tokens of a passage: the ends of the ranges that are scored 
 RANGES = f"<= {_ENDS[0]}", f"{_ENDS[0] + 1}-{_ENDS[1]}", f"> {_ENDS[1]}"
 
 
-def run(model: DocToLoRA, n: int, seed: int, questions: str, only: Sequence[str] | None = None) -> Iterator[list[dict]]:
+def run(
+    model: DocToLoRA, n: int, seed: int, questions: str, only: Sequence[str] | None = None, seen: str | None = None
+) -> Iterator[list[dict]]:
     """After each method all rows so far, one for each metric: n questions, score with its interval, seconds.
 
     Rows with `tokens` follow, one of RANGES: scores of the questions on passages of such a length.
 
     questions: "DATASET" or "DATASET=FILE" (see `tasks.qa.load_named`); n of them are drawn with `seed`.
     only: methods whose names hold one of these words; rows of others that are recorded stay.
+    seen: the file from which the bundled hypernetwork learned, named like `questions`. The method SEEN asks n questions
+        of it, drawn with `seed`, about passages that were learned (never those of validation); without it SEEN is left
+        out. Most of these questions were learned, too.
 
-    Seconds are the processor's. ValueError if no method has such a name, and for recorded rows of other questions.
+    Seconds are the processor's. ValueError if no method has such a name, for SEEN without its file and the other way
+    round, and for recorded rows of other questions.
     """
-    chosen = choose(model, list(METHODS), only)
+    if seen is None and any("seen" in word for word in only or ()):
+        raise ValueError(f"the method {SEEN!r} needs --seen, the file from which the hypernetwork learned")
+    chosen = choose(model, [name for name in METHODS if name != SEEN or seen is not None], only)
+    if seen is not None and SEEN not in chosen:
+        raise ValueError(f"--seen is for the method {SEEN!r}, which --only leaves out")
     rows = other_rows("passages", chosen, n, seed) if only else []
-    frame = _with_ranges(qa.load_named(questions, n=n, seed=seed), model.tokenizer)
-    for new in rows_of_methods(model, frame, chosen, seed):
-        rows += new
-        yield sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+    unseen = [name for name in chosen if name != SEEN]
+    parts = [(qa.load_named(questions, n=n, seed=seed), unseen)] if unseen else []
+    parts += [(_seen_questions(model, seen, n, seed), [SEEN])] if SEEN in chosen else []
+    for frame, methods in parts:
+        for new in rows_of_methods(model, _with_ranges(frame, model.tokenizer), methods, seed):
+            rows += new
+            yield sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+
+
+def _seen_questions(model: DocToLoRA, name: str, n: int, seed: int) -> pd.DataFrame:
+    """n questions about passages that the bundled hypernetwork learned, in the order of their file."""
+    p = PRESETS["smollm2"].rows
+    frame = qa.load_named(name, split="train")
+    frame = questions_on_learned(frame, model.tokenizer, Limits(p.longest_passage), p.validation)
+    drawn = random.Random(f"passages/{seed}/seen").sample(range(len(frame)), min(n, len(frame)))
+    return frame.iloc[sorted(drawn)].reset_index(drop=True)
 
 
 def _with_ranges(frame: pd.DataFrame, tokenizer) -> pd.DataFrame:
@@ -291,6 +316,7 @@ METHODS = {
     "best of ten passages by BM25 in the prompt": _Method(_with_best),
     "best of ten passages by BM25, reading LoRA": _Method(_with_best, reads=True),
     "Doc-to-LoRA": _Method(applied=_own),
+    SEEN: _Method(applied=_own),
     "Doc-to-LoRA and the passage in the prompt": _Method(_with_passages, _own),
     f"Doc-to-LoRA, {_TOGETHER} passages in one adapter": _Method(applied=_together),
     "another passage's adapter": _Method(applied=_others),

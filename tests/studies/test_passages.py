@@ -1,7 +1,7 @@
 """The study of passages of real text asks every method about the right passage, and its controls about another one."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import pytest
@@ -14,6 +14,7 @@ from d2l_lib.formats.peft import export_peft, merge
 from d2l_lib.model import DocToLoRA
 from d2l_lib.studies import passages
 from d2l_lib.tasks.scores import wilson
+from d2l_lib.training.row_features import never_learned
 
 N = 24
 
@@ -161,6 +162,54 @@ def test_some_methods_are_measured_again_and_the_others_stay(squad, monkeypatch)
         next(passages.run(_Reader(answers), **asked, only=["prayer"]))
     with pytest.raises(ValueError, match=f"seed 0, n {N}"):
         next(passages.run(_Reader(answers), **asked | {"n": 3}, only=["alone"]))
+
+
+# --- seen passages --------------------------------------------------------------------------------------------------
+def _learn(monkeypatch, validation: int) -> None:
+    """A training with so many passages for validation."""
+    whole = passages.PRESETS["smollm2"]
+    monkeypatch.setitem(passages.PRESETS, "smollm2", replace(whole, rows=replace(whole.rows, validation=validation)))
+
+
+def test_seen_passages_are_those_of_the_training_without_its_validation(squad, monkeypatch):
+    file, answers = squad
+    _learn(monkeypatch, validation=9)
+    asked = {"n": 7, "seed": 0, "questions": "squad=nowhere.json", "seen": f"squad={file}", "only": ["seen"]}
+    monkeypatch.setattr(passages, "earlier_rows", lambda name: [])
+    internalized = []
+    reader = _Reader(answers)
+    reader.internalize_each = lambda documents: (
+        internalized.append(documents) or _Reader.internalize_each(reader, documents)
+    )
+    *_, rows = passages.run(reader, **asked)
+    assert {row["method"] for row in rows} == {"Doc-to-LoRA, seen passages"} and len(rows) == 6
+    assert rows[0]["score"] == 1 and rows[0]["n"] == rows[0]["n_passages"] == 7
+    every = [document for document, _ in answers.values()]
+    held = {every[number] for number in never_learned(N, 9)}
+    assert len(internalized[0]) == 7 and held.isdisjoint(internalized[0])
+    *_, again = passages.run(reader, **asked)
+    *_, every_one = passages.run(reader, **asked | {"n": 100})
+    *_, other = passages.run(reader, **asked | {"seed": 1})
+    assert again[0]["n"] == 7 and every_one[0]["n"] == N - 9
+    assert internalized[0] == internalized[1] != internalized[3] and set(internalized[2]) == {*every} - held
+
+
+def test_seen_passages_stand_beside_unseen_ones_where_their_file_is_given(squad, monkeypatch):
+    file, answers = squad
+    _learn(monkeypatch, validation=4)
+    asked = {"n": N - 4, "seed": 0, "questions": f"squad={file}"}
+    *_, rows = passages.run(_Reader(answers), **asked, seen=f"squad={file}")
+    assert {row["method"] for row in rows} == {name for name, one in passages.METHODS.items() if not one.reads}
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    assert names.index("Doc-to-LoRA, seen passages") == names.index("Doc-to-LoRA") + 1
+    with pytest.raises(ValueError, match="the method 'Doc-to-LoRA, seen passages' needs --seen"):
+        next(passages.run(_Reader(answers), **asked, only=["seen"]))
+    with pytest.raises(ValueError, match="--seen is for the method .*, which --only leaves out"):
+        next(passages.run(_Reader(answers), **asked, only=["alone"], seen=f"squad={file}"))
+    _learn(monkeypatch, validation=N)
+    monkeypatch.setattr(passages, "earlier_rows", lambda name: [])
+    with pytest.raises(ValueError, match=f"{N} passages have a question .* more than {N}: is this its file"):
+        next(passages.run(_Reader(answers), **asked, only=["seen"], seen=f"squad={file}"))
 
 
 # --- with the passage in the prompt ---------------------------------------------------------------------------------
