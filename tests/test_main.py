@@ -43,6 +43,7 @@ WRONG = {
               ["reading", "--n", "0"], ["router", "--n", "0"], ["no-block", "--n", "0"],
               ["retrieval", "--n", "0"], ["two-hops", "--n", "0"],
               ["methods", "--only"], ["passages", "--n", "0"], ["passages", "--only"], ["interference", "--n", "0"],
+              ["passages", "--seen"],
               ["articles", "--n", "0"], ["chunks", "--n", "0"], ["tracing", "--n", "0"], ["absorption", "--n", "0"],
               ["facts", "--n", "0"], ["prose-needles", "--texts", "x", "--n", "0"],
               ["written-questions", "--n", "0"], ["written-questions", "--styles", "x"]],

@@ -172,6 +172,10 @@ STUDIES = {
         options={
             "--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "data set, and its file (squad)"},
             "--only": _ONLY,
+            "--seen": {
+                "metavar": "DATASET=FILE",
+                "help": "what the hypernetwork learned from: questions about passages of it, too",
+            },
         },
     ),
     "facts": Study(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,31 +21,66 @@ from d2l_lib.documents import question_ids
 from d2l_lib.engine import greedy_texts
 from d2l_lib.lora import apply_lora
 from d2l_lib.model import DocToLoRA
+from d2l_lib.presets import PRESETS
 from d2l_lib.studies import earlier_rows
 from d2l_lib.studies.retrieval import PassageIndex, Retrieval
 from d2l_lib.tasks import qa, scores
+from d2l_lib.training.row_features import Limits, questions_on_learned
 
 READING = "passage in the prompt, reading LoRA"
+SEEN = "Doc-to-LoRA, seen passages"
 _TOGETHER = 10  # passages of one adapter, and of one index
 _NEW_TOKENS = 24
 _AT_ONCE = 64, 1e9  # questions, and bytes of their adapters, for memory
 _METRICS = ("token_f1_squad", "exact_match_squad", "recall")
+_ENDS = 128, 200  # tokens of a passage: the ends of the ranges that are scored apart; the rest is longer
+RANGES = f"<= {_ENDS[0]}", f"{_ENDS[0] + 1}-{_ENDS[1]}", f"> {_ENDS[1]}"
 
 
-def run(model: DocToLoRA, n: int, seed: int, questions: str, only: Sequence[str] | None = None) -> Iterator[list[dict]]:
+def run(
+    model: DocToLoRA, n: int, seed: int, questions: str, only: Sequence[str] | None = None, seen: str | None = None
+) -> Iterator[list[dict]]:
     """After each method all rows so far, one for each metric: n questions, score with its interval, seconds.
+
+    Rows with `tokens` follow, one of RANGES: scores of the questions on passages of such a length.
 
     questions: "DATASET" or "DATASET=FILE" (see `tasks.qa.load_named`); n of them are drawn with `seed`.
     only: methods whose names hold one of these words; rows of others that are recorded stay.
+    seen: the file from which the bundled hypernetwork learned, named like `questions`. The method SEEN asks n questions
+        of it, drawn with `seed`, about passages that were learned (never those of validation); without it SEEN is left
+        out. Most of these questions were learned, too.
 
-    Seconds are the processor's. ValueError if no method has such a name, and for recorded rows of other questions.
+    Seconds are the processor's. ValueError if no method has such a name, for SEEN without its file and the other way
+    round, and for recorded rows of other questions.
     """
-    chosen = choose(model, list(METHODS), only)
+    if seen is None and any("seen" in word for word in only or ()):
+        raise ValueError(f"the method {SEEN!r} needs --seen, the file from which the hypernetwork learned")
+    chosen = choose(model, [name for name in METHODS if name != SEEN or seen is not None], only)
+    if seen is not None and SEEN not in chosen:
+        raise ValueError(f"--seen is for the method {SEEN!r}, which --only leaves out")
     rows = other_rows("passages", chosen, n, seed) if only else []
-    frame = qa.load_named(questions, n=n, seed=seed)
-    for new in rows_of_methods(model, frame, chosen, seed):
-        rows += new
-        yield sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+    unseen = [name for name in chosen if name != SEEN]
+    parts = [(qa.load_named(questions, n=n, seed=seed), unseen)] if unseen else []
+    parts += [(_seen_questions(model, seen, n, seed), [SEEN])] if SEEN in chosen else []
+    for frame, methods in parts:
+        for new in rows_of_methods(model, _with_ranges(frame, model.tokenizer), methods, seed):
+            rows += new
+            yield sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+
+
+def _seen_questions(model: DocToLoRA, name: str, n: int, seed: int) -> pd.DataFrame:
+    """n questions about passages that the bundled hypernetwork learned, in the order of their file."""
+    p = PRESETS["smollm2"].rows
+    frame = qa.load_named(name, split="train")
+    frame = questions_on_learned(frame, model.tokenizer, Limits(p.longest_passage), p.validation)
+    drawn = random.Random(f"passages/{seed}/seen").sample(range(len(frame)), min(n, len(frame)))
+    return frame.iloc[sorted(drawn)].reset_index(drop=True)
+
+
+def _with_ranges(frame: pd.DataFrame, tokenizer) -> pd.DataFrame:
+    """`frame` with the column `tokens`, that one of RANGES in which the passage's length lies."""
+    lengths = qa.add_lengths(frame, tokenizer)["length_tokens"]
+    return frame.assign(tokens=[RANGES[bisect_left(_ENDS, length)] for length in lengths])
 
 
 def choose(model: DocToLoRA, methods: Sequence[str], only: Sequence[str] | None) -> list[str]:
@@ -73,7 +109,8 @@ def other_rows(record: str, methods: Sequence[str], n: int, seed: int) -> list[d
     """The recorded rows of other methods; ValueError where they are of other questions."""
     rows = [row for row in earlier_rows(record) if row["method"] not in methods]
     for row in rows:
-        if (row["seed"], row["n"]) != (seed, n):
+        of_a_part = row.get("tokens") in RANGES
+        if row["seed"] != seed or not (of_a_part or row["n"] == n):
             raise ValueError(
                 f"the record holds rows of seed {row['seed']}, n {row['n']}: the methods of a table answer the same "
                 "questions, so take its --n and --seed, or leave out --only"
@@ -86,7 +123,8 @@ def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str
 
     A prompt that several methods ask without an adapter is asked once, and its seconds count for each.
 
-    frame: questions about passages, as `tasks.qa.load_qa` gives them.
+    frame: questions about passages, as `tasks.qa.load_qa` gives them; with a column `tokens`, one of RANGES, each
+        range that occurs has rows of its own, without costs.
     """
     documents = [document for document, _ in qa.group_by_document(frame)]
     facts, adapters = {"dataset": frame["dataset"].iloc[0], "n_passages": len(documents)}, {}
@@ -111,9 +149,20 @@ def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str
         else:
             applied, own = method.applied(adapters, seed), own | cost
             replies, seconds = ask(model, prompts, [applied[document] for document in frame["document"]])
-        rows = scored_rows(frame.assign(method=name, prediction=replies), seed, seconds=seconds)
+        answered = frame.assign(method=name, prediction=replies)
+        rows = scored_rows(answered, seed, seconds=seconds)
         print(name, {row["metric"]: round(row["score"], 3) for row in rows}, flush=True)
-        yield [row | facts | own for row in rows]
+        yield [row | facts | own for row in rows] + _rows_by_length(answered, seed)
+
+
+def _rows_by_length(answered: pd.DataFrame, seed: int) -> list[dict]:
+    """Rows of one method's metrics for each range of the column `tokens`, if there is one."""
+    rows = []
+    for tokens in RANGES if "tokens" in answered else ():
+        part = answered[answered["tokens"] == tokens]
+        facts = {"dataset": answered["dataset"].iloc[0], "n_passages": part["document"].nunique(), "tokens": tokens}
+        rows += scored_rows(part, seed, **facts) if len(part) else []
+    return rows
 
 
 def ask(
@@ -267,6 +316,7 @@ METHODS = {
     "best of ten passages by BM25 in the prompt": _Method(_with_best),
     "best of ten passages by BM25, reading LoRA": _Method(_with_best, reads=True),
     "Doc-to-LoRA": _Method(applied=_own),
+    SEEN: _Method(applied=_own),
     "Doc-to-LoRA and the passage in the prompt": _Method(_with_passages, _own),
     f"Doc-to-LoRA, {_TOGETHER} passages in one adapter": _Method(applied=_together),
     "another passage's adapter": _Method(applied=_others),

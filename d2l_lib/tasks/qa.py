@@ -3,11 +3,13 @@
     file or hub -> one record per question -> `load_qa` -> predictions -> `score` -> `summarise_scores`
 
 Original files nest questions in paragraphs (SQuAD, ROPES), passages (DROP) or papers (Qasper), as lists of objects. The
-hub's files store some of these lists as one object of lists. Both become one record per question first.
+hub's files store some of these lists as one object of lists. FairytaleQA has two files for each story, of questions and
+of numbered sections. All become one record per question first.
 """
 
 from __future__ import annotations
 
+import csv
 import logging
 import math
 import random
@@ -59,6 +61,7 @@ class _Dataset:
     hub, config, split, revision: its place on the Hugging Face hub, and the split for evaluation.
     metric: the column of `score` that counts, as in the published code: token F1 with the best answer for closed
         questions, ROUGE-L with the first answer for all else (the paper names ROUGE-L for SQuAD, DROP and ROPES too).
+        FairytaleQA is not in that paper: ROUGE-L with the better of two answers, as in its own.
     template: an answer-only instruction around "{question}".
     no_answer: the right answer to a question without answers (None: it cannot be used).
     """
@@ -83,7 +86,10 @@ DATASETS: dict[str, _Dataset] = {
         _Dataset("drop", "ucinlp/drop", None, "validation"),
         _Dataset("ropes", "allenai/ropes", "plain_text", "validation"),
         _Dataset("pwc", "sggetao/PwC", None, "test", metric="rouge_l_first", template="{question}"),
-        # The main branches of LongBench and Qasper hold loading scripts, which `datasets` no longer runs.
+        # The main branches of these, LongBench and Qasper hold loading scripts, which `datasets` no longer runs.
+        _Dataset(
+            "fairytaleqa", "WorkInTheDark/FairytaleQA", "plain_text", "test", metric="rouge_l", revision=_CONVERTED
+        ),
         _Dataset("qasper", "zai-org/LongBench", "qasper_e", "test", template=_ANSWER_QASPER, revision=_CONVERTED),
         _Dataset("2wikimqa", "zai-org/LongBench", "2wikimqa_e", "test", revision=_CONVERTED),
         _Dataset("multifieldqa_en", "zai-org/LongBench", "multifieldqa_en_e", "test", revision=_CONVERTED),
@@ -116,7 +122,10 @@ def load_qa(
     split: default: the data set's split for evaluation.
     n: draw at most `n` questions, with `seed`; rows stay in file order.
 
-    In DROP each span is an answer of its own (the hub's form cannot tell lists from alternatives). `world` and
+    In DROP each span is an answer of its own (the hub's form cannot tell lists from alternatives). A document of
+    FairytaleQA is the section (or sections) that the question is about, its line ends within paragraphs are spaces; the
+    answers are the first ones of its two annotators, and the kind says whether the text tells the answer (explicit) or
+    it has to be concluded (implicit). A folder of it holds questions/<split> and section-stories/<split>. `world` and
     `facts` are generated: they need `n` and take no source; `questions.world_samples` also gives the evidence,
     `facts.fact_samples` takes the number of facts.
 
@@ -258,24 +267,25 @@ def _hub_records(dataset: _Dataset, split: str, streaming: bool = False) -> Iter
 
 def _local_records(dataset: _Dataset, place: Path, split: str) -> Iterator[tuple[str, object]]:
     files = files_of(dataset.name, place, split)
-    rows = ((file, number, row) for file in files for number, row in enumerate(_READ[file.suffix](file), 1))
+    readers = _readers(dataset)
+    rows = ((file, number, row) for file in files for number, row in enumerate(readers[file.suffix](file), 1))
     return ((f"{file}, record {number}", row) for file, number, row in rows)
 
 
 def files_of(name: str, place: Path, split: str) -> list[Path]:
-    """The file (or shards) of a data set and split at `place`, a file or folder; errors as in `load_qa`."""
+    """The file (or shards, or stories) of a data set and split at `place`, a file or folder; errors as in `load_qa`."""
     dataset = _dataset(name)
     if not place.exists():
         raise FileNotFoundError(f"{place} does not exist: pass the file or folder that holds {dataset.hub}")
-    files = [place] if place.is_file() else _files(dataset, place, split)
-    if files[0].suffix not in _READ:
-        raise ValueError(f"{place} cannot be read: pass a folder, or a file that ends in {', '.join(_READ)}")
+    files = [place] if place.is_file() else _story_files(dataset, place, split) or _files(dataset, place, split)
+    if files[0].suffix not in (readers := _readers(dataset)):
+        raise ValueError(f"{place} cannot be read: pass a folder, or a file that ends in {', '.join(readers)}")
     return files
 
 
 def _files(dataset: _Dataset, folder: Path, split: str) -> list[Path]:
     """The file (or shards) of a data set and split, recognised by the names of files and folders."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in _READ)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in _readers(dataset))
     own = [path for path in paths if dataset.config in (path.stem, *path.relative_to(folder).parts)]
     words = {
         path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(folder)).lower())) & set().union(*_SPLIT_WORDS.values())
@@ -295,6 +305,20 @@ def _files(dataset: _Dataset, folder: Path, split: str) -> list[Path]:
             f"{folder} has several files for {dataset.name}, split {split}, or only some of its shards ({names}): "
             "pass one file, or complete the folder"
         )
+    return files
+
+
+def _story_files(dataset: _Dataset, folder: Path, split: str) -> list[Path]:
+    """FairytaleQA's files of questions, one for each story, in a folder named after the split; [] for other data."""
+    every = sorted(folder.rglob(f"*{_QUESTIONS}.csv")) if dataset.name == "fairytaleqa" else []
+    files = [file for file in every if file.parent.name in _SPLIT_WORDS.get(split, {split})]
+    names = ", ".join(str(parent) for parent in sorted({file.parent for file in files or every}))
+    if every and not files:
+        raise FileNotFoundError(
+            f"{folder} has no questions of {dataset.name}, split {split} (it has {names}): pass the folder"
+        )
+    if len({file.parent for file in files}) > 1:
+        raise ValueError(f"{folder} has several folders for {dataset.name}, split {split} ({names}): pass one of them")
     return files
 
 
@@ -333,6 +357,51 @@ _READ: dict[str, Callable[[Path], Iterable]] = {
     ".jsonl": iter_jsonl,
     ".json": _read_objects,
 }
+
+
+def _readers(dataset: _Dataset) -> dict[str, Callable[[Path], Iterable]]:
+    """What reads a data set's files, by their endings."""
+    return {**_READ, ".csv": _read_stories} if dataset.name == "fairytaleqa" else _READ
+
+
+def _read_csv(path: Path) -> Iterator[dict]:
+    """The rows of a .csv file whose first line names the columns; ValueError if it is incomplete."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+                if None in row or None in row.values():  # too many cells, too few
+                    raise ValueError(f"{path}, record {number} has not as many cells as columns: download it again")
+                yield row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a complete CSV file ({error}): download it again") from error
+
+
+_QUESTIONS = "-questions"  # how the name of a file of questions about one story ends
+
+
+def _read_stories(path: Path) -> Iterator[dict]:
+    """Rows in the hub's form: of its own file, or of questions about one story, with the sections of each."""
+    if not path.stem.endswith(_QUESTIONS):
+        yield from _read_csv(path)
+        return
+    title, home = path.stem.removesuffix(_QUESTIONS), path.resolve().parent
+    story = home.parent.parent / "section-stories" / home.name / f"{title}-story.csv"
+    if not story.is_file():
+        raise FileNotFoundError(f"{story} does not exist: {path} needs it, the sections of its story")
+    sections: dict[str, list[str]] = {}
+    for number, row in enumerate(_read_csv(story), 1):
+        where = f"{story}, record {number}"
+        sections.setdefault(_text(row, "section", where), []).append(_text(row, "text", where))
+    for number, row in enumerate(_read_csv(path), 1):
+        where = f"{path}, record {number}"
+        about = [one.strip() for one in _text(row, "cor_section", where).split(",")]
+        if missing := [one for one in about if one not in sections]:
+            raise ValueError(
+                f"{where}, column 'cor_section' names section {', '.join(map(repr, missing))}; {story} has "
+                f"{', '.join(sections)}: are both of one version?"
+            )
+        texts = (text for section, own in sections.items() if section in about for text in own)
+        yield row | {"story_name": title, "story_section": "\n\n".join(texts)}
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -431,6 +500,19 @@ def _paper(record: dict, where: str) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def _story_text(record: dict, where: str) -> str:
+    """Paragraphs; the ends of printed lines inside them are spaces."""
+    paragraphs = re.split(r"\n\s*\n", _text(record, "story_section", where))
+    return "\n\n".join(filter(None, (" ".join(one.split()) for one in paragraphs)))
+
+
+def _story_answers(record: dict, where: str) -> list[tuple[str, str]]:
+    """The first answer of each annotator; the original files have three columns for each, the hub's one."""
+    original = "answer4" in record
+    kind = _text(record, "ex-or-im1" if original else "ex-or-im", where)
+    return [(_text(record, column, where), kind) for column in ("answer1", "answer4" if original else "answer2")]
+
+
 @dataclass(frozen=True)
 class _Form:
     """Where a record of one question holds what: columns to join by new lines, or a function; title: its column."""
@@ -465,6 +547,7 @@ _FORMS = {
     "drop": _Form("query_id", "question", ("passage",), _drop_answers),
     "ropes": _Form("id", "question", ("background", "situation"), _listed_answers),
     "pwc": _Form(None, "prompt", ("input",), lambda record, where: [(_text(record, "answer", where), "")]),
+    "fairytaleqa": _Form(None, "question", _story_text, _story_answers, title="story_name"),
     "qasper": _LONGBENCH,
     "2wikimqa": _LONGBENCH,
     "multifieldqa_en": _LONGBENCH,

@@ -82,6 +82,29 @@ def never_learned(n_passages: int, n: int) -> set[int]:
     return set(random.Random("rows/validation").sample(range(n_passages), n))
 
 
+def questions_on_learned(frame: pd.DataFrame, tokenizer, limits: Limits, validation: int) -> pd.DataFrame:
+    """The rows of a training's first table that ask about documents from which it learned.
+
+    A document counts if a passage of it was learned, and none is of the `validation` ones that never were; then all its
+    questions are given, also those that the training could not use. ValueError for data with too few usable passages.
+    """
+    passages = passages_of(frame, tokenizer, limits)
+    if len(passages) <= validation:
+        raise ValueError(
+            f"{len(passages)} passages have a question whose answer stands in at most {limits.passage_tokens} tokens; "
+            f"the training needs more than {validation}: is this its file?"
+        )
+    drawn = never_learned(len(passages), validation)
+    learned = {one.text: number not in drawn for number, one in enumerate(passages)}
+    seen = {}
+    for document in frame["document"].unique():
+        whole = document in learned
+        texts = [document] if whole else [c.text for c in chunk_document(document, tokenizer, limits.passage_tokens)]
+        known = [learned[text] for text in texts if text in learned]
+        seen[document] = bool(known) and all(known)
+    return frame[[seen[document] for document in frame["document"]]].reset_index(drop=True)
+
+
 def batches_of_like_size(rng: random.Random, sizes: Sequence[int], n: int) -> list[list[int]]:
     """All places of `sizes` in batches of n of like size, each from `_POOL` places that are drawn."""
     order, batches = list(range(len(sizes))), []

@@ -1,7 +1,7 @@
 """The study of passages of real text asks every method about the right passage, and its controls about another one."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import pytest
@@ -13,6 +13,8 @@ from d2l_lib.base_model import bundled_path, load_tokenizer, module_sizes
 from d2l_lib.formats.peft import export_peft, merge
 from d2l_lib.model import DocToLoRA
 from d2l_lib.studies import passages
+from d2l_lib.tasks.scores import wilson
+from d2l_lib.training.row_features import never_learned
 
 N = 24
 
@@ -72,11 +74,16 @@ def squad(tmp_path):
     return file, answers
 
 
+def _whole(rows: list[dict]) -> list[dict]:
+    """The rows of all questions."""
+    return [row for row in rows if "tokens" not in row]
+
+
 def test_every_method_is_asked_about_its_passage_and_the_control_about_another(squad):
     file, answers = squad
     reader = _Reader(answers)
     *_, rows = passages.run(reader, n=N, seed=0, questions=f"squad={file}")
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(_whole(rows))
     f1 = table[table["metric"] == "token_f1_squad"].set_index("method")["score"]
     assert f1["question alone"] == f1["another passage's adapter"] == 0
     assert f1["passage in the prompt"] == f1["Doc-to-LoRA"] == f1["Doc-to-LoRA, 10 passages in one adapter"] == 1
@@ -101,9 +108,40 @@ def test_recall_counts_the_answers_words_in_a_sentence(squad):
     file, answers = squad
     talking = {question: (document, f"In {answer}, of course.") for question, (document, answer) in answers.items()}
     *_, rows = passages.run(_Reader(talking), n=N, seed=0, questions=f"squad={file}")
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(_whole(rows))
     own = table[table["method"] == "Doc-to-LoRA"].set_index("metric")["score"]
     assert own["recall"] == 1 and own["exact_match_squad"] == 0 and 0 < own["token_f1_squad"] < 1
+
+
+def test_scores_by_length_are_of_the_passages_of_that_length(squad, monkeypatch):
+    file, answers = squad
+    monkeypatch.setattr(passages, "_ENDS", (10, 11))  # Person9's passage has 10 tokens, Person10's has 12
+    short = list(answers)[:10]
+    known = {
+        question: (document, answer if question in short else "the sun")
+        for question, (document, answer) in answers.items()
+    }
+    *_, rows = passages.run(_Reader(known), n=N, seed=0, questions=f"squad={file}")
+    table = pd.DataFrame(rows)
+    assert set(table["method"]) == {name for name, method in passages.METHODS.items() if not method.reads}
+    for _, own in table.groupby(["method", "metric"]):
+        whole, parts = own[own["tokens"].isna()], own[own["tokens"].notna()].set_index("tokens")
+        assert len(whole) == 1 and list(parts.index) == ["<= 128", "> 200"], "ranges that occur, in their order"
+        assert list(parts["n"]) == list(parts["n_passages"]) == [10, N - 10] and whole["n"].item() == N
+        assert (parts["n"] * parts["score"]).sum() == pytest.approx(N * whole["score"].item())
+        assert parts["seconds"].isna().all() and whole["seconds"].notna().all()
+    exact = table[(table["method"] == "Doc-to-LoRA") & (table["metric"] == "exact_match_squad")].set_index("tokens")
+    assert exact.loc[["<= 128", "> 200"], "score"].tolist() == [1, 0]
+    intervals = list(exact.loc[["<= 128", "> 200"], ["low", "high"]].itertuples(index=False, name=None))
+    assert intervals == [wilson(10, 10), wilson(0, N - 10)]
+
+
+def test_ranges_are_told_by_the_models_tokens():
+    tokenizer = load_tokenizer(str(bundled_path("tiny") / "base_model"))
+    frame = pd.DataFrame({"document": ["a" + " a" * (length - 1) for length in (1, 128, 129, 200, 201, 900)]})
+    assert passages.qa.add_lengths(frame, tokenizer)["length_tokens"].tolist() == [1, 128, 129, 200, 201, 900]
+    tokens = passages._with_ranges(frame, tokenizer)["tokens"]
+    assert tokens.tolist() == ["<= 128", "<= 128", "129-200", "129-200", "> 200", "> 200"]
 
 
 def test_some_methods_are_measured_again_and_the_others_stay(squad, monkeypatch):
@@ -114,7 +152,7 @@ def test_some_methods_are_measured_again_and_the_others_stay(squad, monkeypatch)
         passages, "earlier_rows", lambda name: [row | {"command": "before", "seed": 0} for row in whole]
     )
     in_steps = list(passages.run(_Reader(answers), **asked, only=["alone", "another"]))
-    assert [len(rows) for rows in in_steps] == [18, 21]
+    assert [len(rows) for rows in in_steps] == [36, 42], "of all questions, and of the one range that occurs"
     assert [row["method"] for row in in_steps[-1]] == [row["method"] for row in whole]
     again = {row["method"] for row in in_steps[-1] if "command" not in row}
     assert again == {"question alone", "another passage's adapter"}
@@ -124,6 +162,54 @@ def test_some_methods_are_measured_again_and_the_others_stay(squad, monkeypatch)
         next(passages.run(_Reader(answers), **asked, only=["prayer"]))
     with pytest.raises(ValueError, match=f"seed 0, n {N}"):
         next(passages.run(_Reader(answers), **asked | {"n": 3}, only=["alone"]))
+
+
+# --- seen passages --------------------------------------------------------------------------------------------------
+def _learn(monkeypatch, validation: int) -> None:
+    """A training with so many passages for validation."""
+    whole = passages.PRESETS["smollm2"]
+    monkeypatch.setitem(passages.PRESETS, "smollm2", replace(whole, rows=replace(whole.rows, validation=validation)))
+
+
+def test_seen_passages_are_those_of_the_training_without_its_validation(squad, monkeypatch):
+    file, answers = squad
+    _learn(monkeypatch, validation=9)
+    asked = {"n": 7, "seed": 0, "questions": "squad=nowhere.json", "seen": f"squad={file}", "only": ["seen"]}
+    monkeypatch.setattr(passages, "earlier_rows", lambda name: [])
+    internalized = []
+    reader = _Reader(answers)
+    reader.internalize_each = lambda documents: (
+        internalized.append(documents) or _Reader.internalize_each(reader, documents)
+    )
+    *_, rows = passages.run(reader, **asked)
+    assert {row["method"] for row in rows} == {"Doc-to-LoRA, seen passages"} and len(rows) == 6
+    assert rows[0]["score"] == 1 and rows[0]["n"] == rows[0]["n_passages"] == 7
+    every = [document for document, _ in answers.values()]
+    held = {every[number] for number in never_learned(N, 9)}
+    assert len(internalized[0]) == 7 and held.isdisjoint(internalized[0])
+    *_, again = passages.run(reader, **asked)
+    *_, every_one = passages.run(reader, **asked | {"n": 100})
+    *_, other = passages.run(reader, **asked | {"seed": 1})
+    assert again[0]["n"] == 7 and every_one[0]["n"] == N - 9
+    assert internalized[0] == internalized[1] != internalized[3] and set(internalized[2]) == {*every} - held
+
+
+def test_seen_passages_stand_beside_unseen_ones_where_their_file_is_given(squad, monkeypatch):
+    file, answers = squad
+    _learn(monkeypatch, validation=4)
+    asked = {"n": N - 4, "seed": 0, "questions": f"squad={file}"}
+    *_, rows = passages.run(_Reader(answers), **asked, seen=f"squad={file}")
+    assert {row["method"] for row in rows} == {name for name, one in passages.METHODS.items() if not one.reads}
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    assert names.index("Doc-to-LoRA, seen passages") == names.index("Doc-to-LoRA") + 1
+    with pytest.raises(ValueError, match="the method 'Doc-to-LoRA, seen passages' needs --seen"):
+        next(passages.run(_Reader(answers), **asked, only=["seen"]))
+    with pytest.raises(ValueError, match="--seen is for the method .*, which --only leaves out"):
+        next(passages.run(_Reader(answers), **asked, only=["alone"], seen=f"squad={file}"))
+    _learn(monkeypatch, validation=N)
+    monkeypatch.setattr(passages, "earlier_rows", lambda name: [])
+    with pytest.raises(ValueError, match=f"{N} passages have a question .* more than {N}: is this its file"):
+        next(passages.run(_Reader(answers), **asked, only=["seen"], seen=f"squad={file}"))
 
 
 # --- with the passage in the prompt ---------------------------------------------------------------------------------
@@ -159,6 +245,7 @@ def test_the_reading_lora_answers_as_a_model_that_it_was_merged_into(squad, tmp_
     plain = passages._read
     monkeypatch.setattr(passages, "_read", lambda *arguments: replies.append(plain(*arguments)) or replies[-1])
     *_, rows = passages.run(model, **asked)
+    rows = _whole(rows)
     assert [row["method"] for row in rows[::3]] == [
         "passage in the prompt, reading LoRA",
         "best of ten passages by BM25, reading LoRA",

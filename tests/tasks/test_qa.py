@@ -1,5 +1,6 @@
 """Question answering: each published format as a small file, what a broken file says, and scores worked out by hand."""
 
+import csv
 import json
 import logging
 
@@ -92,6 +93,48 @@ def papers_hub():
     ]
 
 
+STORY = [  # (section, text); the data have a story with one number twice
+    ("1", "A miller had three\r\ngeese.\n\nHe was glad."),
+    ("2", "The fox came."),
+    ("2", "It was night."),
+    ("3", "The miller wept."),
+]
+TALES = [  # (section, explicit or implicit, question, the first answers of both annotators)
+    ("1", "explicit", "How many geese had the miller?", "three", "three geese"),
+    ("3", "implicit", "Why did the miller weep?", "The fox ate the geese.", ""),
+    ("2, 1", "explicit", "Who came to the miller?", "the fox", "the fox"),
+]
+
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_tale(folder, split="val", name="the-geese", rows=TALES):
+    """Both files of a story, with the columns of the data set; returns the file of questions."""
+    sections = [{"section": section, "text": text} for section, text in STORY]
+    write_csv(folder / "section-stories" / split / f"{name}-story.csv", sections)
+    questions = [
+        {"question_id": number, "local-or-sum": "local", "cor_section": section, "attribute1": "action"}
+        | {
+            "attribute2": "",
+            "question": question,
+            "ex-or-im1": kind,
+            "answer1": first,
+            "answer2": "other",
+            "answer3": "",
+        }
+        | {"ex-or-im2": kind, "answer4": second, "answer5": "another", "answer6": ""}
+        for number, (section, kind, question, first, second) in enumerate(rows, 1)
+    ]
+    return write_csv(folder / "questions" / split / f"{name}-questions.csv", questions)
+
+
 def drop_answer(number="", spans=(), **date):
     return {"number": number, "spans": list(spans), "date": {"day": "", "month": "", "year": ""} | date}
 
@@ -146,6 +189,70 @@ def test_ropes_original_and_hub_forms(tmp_path):
     flat = {"background": background, "situation": situation} | question | {"answers": {"text": ["wood"]}}
     pd.testing.assert_frame_equal(original, qa.load_qa("ropes", write(tmp_path / "validation.parquet", [flat])))
     assert original["document"][0] == "Wood floats.\nAnn has wood and iron."
+
+
+def test_fairytales_own_sections_and_the_hubs_form(tmp_path):
+    for name in ("the-geese", "a-tale"):
+        write_tale(tmp_path / "data-by-train-split", name=name)
+    write_tale(tmp_path / "data-by-train-split", "train")
+    frame = qa.load_named(f"fairytaleqa={tmp_path}", split="validation")
+    assert frame["title"].tolist() == ["a-tale"] * 3 + ["the-geese"] * 3
+    assert frame["document"].tolist()[:3] == [
+        "A miller had three geese.\n\nHe was glad.",
+        "The miller wept.",
+        "A miller had three geese.\n\nHe was glad.\n\nThe fox came.\n\nIt was night.",
+    ], "a question's own sections in the story's order; printed line ends are spaces"
+    assert frame["answers"].tolist()[3:] == [["three", "three geese"], ["The fox ate the geese."], ["the fox"]]
+    assert frame["kind"].tolist() == ["explicit", "implicit", "explicit"] * 2 and frame["id"].is_unique
+    scored = qa.score(frame.assign(prediction=[answers[-1] for answers in frame["answers"]]))
+    assert scored["score"].tolist() == [1] * 6 and set(scored["metric"]) == {"rouge_l"}
+    hub = [
+        {"story_name": row.title, "story_section": row.document, "question": row.question, "answer1": row.answers[0]}
+        | {"answer2": row.answers[-1], "local-or-sum": "local", "attribute": "action", "ex-or-im": row.kind}
+        for row in frame.itertuples()
+    ]
+    in_hubs_form = [
+        write(tmp_path / "hub" / "plain_text" / "validation" / "0000.parquet", hub),
+        write_csv(tmp_path / "files" / "valid.csv", hub),
+    ]
+    for file in in_hubs_form:
+        for place in (file, tmp_path / file.relative_to(tmp_path).parts[0]):
+            pd.testing.assert_frame_equal(frame, qa.load_qa("fairytaleqa", place, split="validation"))
+    own = tmp_path / "data-by-train-split" / "questions" / "train"
+    assert len(qa.load_qa("fairytaleqa", own, split="train")) == 3
+    assert len(qa.load_qa("fairytaleqa", own / "the-geese-questions.csv")) == 3
+    assert [row["question"] for row in qa.stream_qa("fairytaleqa", own, split="train")] == [row[2] for row in TALES]
+
+
+def test_a_broken_fairytale_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no questions of fairytaleqa, split test \(it has .*questions/val\)"):
+        write_tale(tmp_path)
+        qa.load_qa("fairytaleqa", tmp_path)
+    with pytest.raises(ValueError, match="several folders for fairytaleqa, split validation"):
+        write_tale(tmp_path / "copy")
+        qa.load_qa("fairytaleqa", tmp_path, split="validation")
+    file = write_tale(tmp_path / "one", rows=[*TALES, ("1, 7", "explicit", "Who?", "a miller", "")])
+    with pytest.raises(ValueError, match="record 4, column 'cor_section' names section '7'; .* has 1, 2, 3: are both"):
+        qa.load_qa("fairytaleqa", file)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for changed, message in (
+        ("\n".join(lines[:2]) + "\n2,local,1", "record 2 has not as many cells as columns"),
+        ("\n".join(lines[:2]) + ",more", "record 1 has not as many cells as columns"),
+        ("\n".join(lines[:2]) + '\n2,"local', "is not a complete CSV file"),
+        (lines[0].replace("answer1", "answer"), "it holds no questions"),
+        ("\n".join(lines).replace("answer1", "answer"), "record 1 has no column 'answer1', only question_id"),
+    ):
+        file.write_text(changed, encoding="utf-8")
+        with pytest.raises(ValueError, match=message) as raised:
+            qa.load_qa("fairytaleqa", file)
+        assert str(file) in str(raised.value)
+    file.write_bytes(b"question\n\xff\xfe\n")
+    with pytest.raises(ValueError, match="is not a complete CSV file"):
+        qa.load_qa("fairytaleqa", file)
+    story = tmp_path / "one" / "section-stories" / "val" / "the-geese-story.csv"
+    story.unlink()
+    with pytest.raises(FileNotFoundError, match="the-geese-story.csv does not exist: .*the-geese-questions.csv needs"):
+        qa.load_qa("fairytaleqa", file)
 
 
 def test_qasper_papers_original_and_hub_forms(tmp_path):

@@ -23,7 +23,7 @@ from d2l_lib.tasks.qa import load_qa
 from d2l_lib.token_rows import TokenRows, Words
 from d2l_lib.training import recipes, row_features
 from d2l_lib.training.loop import Run, read_log
-from d2l_lib.training.row_features import Limits, facts_of, passages_of, read_features, write_features
+from d2l_lib.training.row_features import Limits, facts_of, never_learned, passages_of, read_features, write_features
 from d2l_lib.training.token_rows import RowsBatches, RowsStep, answer_rows, validation_batches
 
 SMALL = RowsPreset(
@@ -119,6 +119,28 @@ def test_passages_and_chunks_of_long_ones_have_the_short_questions_whose_answers
         assert one.ids[at : at + len(answer) - 1] == answer[:-1], "in the tokens of the passage"
     assert len(passages_of(frame, tokenizer, replace(limits, questions=9))[0].questions) == 3
     assert len(passages_of(frame, tokenizer, replace(limits, answer_tokens=20))[0].questions) == 2
+
+
+def test_questions_on_learned_documents_are_none_of_a_document_with_a_passage_for_validation():
+    tokenizer, limits = build_tokenizer(), Limits(passage_tokens=20, question_tokens=50, answer_tokens=5)
+    documents = {  # and the answers that stand in one passage; a letter is a token
+        "Ada lives in Velm.": ["Velm", "a town of the north"],
+        "Bo lives in Oru now. Cy has been in Tak. Dan was in Siba too.": ["Oru", "Tak"],
+        "Eve lives in Mond. ": ["nobody knows"],
+        "Flo lives in Zell.": ["Flo"],
+    }
+    rows = [(document, f"{answer}?", [answer]) for document, answers in documents.items() for answer in answers]
+    frame = pd.DataFrame(rows, columns=["document", "question", "answers"]).assign(dataset="squad")
+    texts = [one.text for one in passages_of(frame, tokenizer, limits)]
+    assert len(texts) == 4 and sum(text in list(documents)[1] for text in texts) == 2
+    for n in range(4):
+        held = [texts[number] for number in never_learned(4, n)]
+        left = row_features.questions_on_learned(frame, tokenizer, limits, n)
+        learned = [one for one in documents if not any(text in one for text in held) and "Eve" not in one]
+        assert list(left["document"].unique()) == learned and list(left.index) == list(range(len(left)))
+        assert list(left["question"]) == [f"{answer}?" for one in learned for answer in documents[one]], "every one"
+    with pytest.raises(ValueError, match="4 passages have a question .* at most 20 tokens; the training needs more"):
+        row_features.questions_on_learned(frame, tokenizer, limits, 4)
 
 
 @torch.no_grad()
