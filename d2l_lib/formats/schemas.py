@@ -313,6 +313,7 @@ class RowReadingSettings(_Closed):
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     null_logit: float = 0.0
+    chunks: _Count | None = 1
 
 
 class _CheckpointMeta(_Open):
