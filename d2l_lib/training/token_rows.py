@@ -3,7 +3,9 @@
 What the frozen layers below make of passages and questions comes from disk (`row_features`); a step runs the
 hypernetwork, the upper layers and the output head. The memory of a batch is either each question's own passage or all
 passages of the batch together: then a question must find its passage among others. And each question, like prompts
-about something else, meets a memory that has nothing for it: the next passage, or all passages but its own.
+about something else, meets a memory that has nothing for it: the next passage, or all passages but its own. A
+token of an answer reads the rows of all passages of its memory here; which chunk it reads is weighed later, on articles
+(`studies.chunks`).
 
     loss = - mean log (sum of p_j over rows j of the right token in places where the answer stands)   p: last layer's
            - match_weight * (mean log (sum of p(i, t) over t with the word of token i)            p(i, t): match layer's

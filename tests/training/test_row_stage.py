@@ -18,7 +18,7 @@ from d2l_lib.encoder import ContextEncoder
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import RowsPreset
 from d2l_lib.row_reader import check_parts, nearness
-from d2l_lib.row_reading import read_rows
+from d2l_lib.row_reading import RowReading, read_rows
 from d2l_lib.tasks.qa import load_qa
 from d2l_lib.token_rows import TokenRows, Words
 from d2l_lib.training import recipes, row_features
@@ -258,7 +258,7 @@ def plain_loss(model, batch, passages, others, p) -> torch.Tensor:
     def read(ids, seen, first: int):
         """(gate's logit at the last token, shares from token `first` on) with these blocks inside."""
         with read_rows(
-            model.base_model, [model.adapter_of([blocks[i] for i in seen])], model.reading, net.reader
+            model.base_model, [model.adapter_of([blocks[i] for i in seen])], RowReading(chunks=None), net.reader
         ) as state:
             model.base_model(torch.tensor([ids]))
         of_each = nearness(state.over_time[0][0, 1], state.rows[0].slots)  # at the last token
