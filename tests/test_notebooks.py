@@ -32,6 +32,7 @@ QUICK = {
         "LENGTHS": [64, 512],
         "EXAMPLE_TOKENS": 2048,
         "COST_LENGTHS": [512, 1024],
+        "PROSE_TOKENS": 256,
     },
     "05_inside_the_adapters.ipynb": {
         "SEED": 1,

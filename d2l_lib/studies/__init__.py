@@ -285,8 +285,15 @@ STUDIES = {
     "speed-tiny": Study(
         "speed:run_tiny",
         ("speed_tiny",),
-        "seconds and memory of the bundled models",
+        "seconds and memory of the tiny models",
         *(5, "repeats of each measurement, at most", ""),
+        options=_OF_SPEED,
+    ),
+    "speed-smollm2": Study(
+        "speed:run_smollm2",
+        ("speed_smollm2",),
+        "seconds and memory of SmolLM2-135M-Instruct, from its first load on",
+        *(3, "repeats of each measurement, at most", ""),
         options=_OF_SPEED,
     ),
     "absorption": Study(

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import platform
 import random
 import resource
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import transformers
 
 from d2l_lib.adapter import Adapter
 from d2l_lib.base_model import default_device
-from d2l_lib.documents import check_count, chunk_document, question_ids
+from d2l_lib.documents import Chunk, check_count, chunk_document, context_ids, question_ids
 from d2l_lib.engine import generate
 from d2l_lib.loading import load
 from d2l_lib.model import DocToLoRA
@@ -40,7 +43,9 @@ MODES = {
     "documents": ("",),
     "save": ("",),
     "load": ("",),
+    "start": ("first", "later"),
 }
+_WITHOUT_DOCUMENT = ("documents", "start")
 NEW_TOKENS = 16  # of every answer, so that answers compare
 DOCUMENT_FACTS = 20  # of each document in "documents"
 # Imported once, before the fork: imports take longer than measurements.
@@ -58,7 +63,8 @@ _PRELOAD = [
 class Measurement:
     """What is measured; equal values are the same measurement.
 
-    what, mode: one of MODES.
+    what, mode: one of MODES. "save" and "load" are of an adapter; "start" is of the model itself, in a new Python, and
+        "first" also prepares a base model that comes in a package.
     model: what `d2l.load` takes, or "gemma-2-2b/<recipe>" (see `gemma_sizes`).
     length_tokens: of the document, also of an adapter's (0: none).
     documents: how many one call internalizes, for "documents".
@@ -83,7 +89,7 @@ class Measurement:
             known = "; ".join(f"{what}: {', '.join(modes) or 'none'}" for what, modes in MODES.items())
             raise ValueError(f"there is no measurement {self.what!r} with the mode {self.mode!r}; there are {known}")
         check_count(self.documents, "documents")
-        if self.what != "documents" and self.mode != "no adapter":
+        if self.what not in _WITHOUT_DOCUMENT and self.mode != "no adapter":
             check_count(self.length_tokens, "length_tokens")
         for name in ("layers", "vocabulary", "threads"):
             if getattr(self, name) is not None:
@@ -145,6 +151,14 @@ def adapter_of_length(model: DocToLoRA, length_tokens: int, seed: int) -> Adapte
     return replace(read, blocks=tuple(blocks))
 
 
+def bytes_of_rows(model: DocToLoRA, chunks: Sequence[Chunk]) -> int:
+    """Bytes of an adapter of token rows of these different chunks."""
+    hypernetwork, (module,) = model.hypernetwork, model.config.modules
+    own = [hypernetwork.rows_of(len(ids)) for ids in context_ids(model.encoder_tokenizer, [one.text for one in chunks])]
+    width = next(hypernetwork.parameters()).element_size()
+    return width * sum(rows.stop - rows.start for rows in own) * sum(hypernetwork.row_sizes(module))
+
+
 def adapter_bytes(model: DocToLoRA, n_chunks: int) -> int:
     """Bytes of an adapter of `n_chunks` different chunks, with its bias block."""
     config, width = model.config, next(model.hypernetwork.parameters()).element_size()
@@ -167,9 +181,9 @@ def _internalizing(model: DocToLoRA, texts: list[str]) -> Callable[[Stopwatch], 
 def _internalization(model: DocToLoRA, m: Measurement) -> _Prepared:
     text = distinct_text(model.encoder_tokenizer, m.length_tokens, m.seed)
     model.iterative = m.mode == "iterative"
-    chunks = len(chunk_document(text, model.encoder_tokenizer, model.chunk_tokens))
-    mib = round(adapter_bytes(model, chunks) / 2**20, 3)
-    return _internalizing(model, [text]), {"chunks": chunks, "adapter_mib": mib}
+    chunks = chunk_document(text, model.encoder_tokenizer, model.chunk_tokens)
+    size = bytes_of_rows(model, chunks) if model.writes_rows else adapter_bytes(model, len(chunks))
+    return _internalizing(model, [text]), {"chunks": len(chunks), "adapter_mib": round(size / 2**20, 3)}
 
 
 def _together(model: DocToLoRA, m: Measurement) -> _Prepared:
@@ -265,6 +279,54 @@ _PREPARE: dict[str, Callable[[DocToLoRA, Measurement], _Prepared]] = {
 }
 
 
+_START = """
+import json, pathlib, sys, time
+import torch
+from d2l_lib.formats import packaged
+from d2l_lib.loading import load
+from d2l_lib.studies.watches import peak_memory_mib
+model, device, dtype, threads, folder = sys.argv[1:]
+torch.set_num_threads(int(threads))
+if folder:
+    packaged.CACHE = pathlib.Path(folder)
+began, cpu = time.perf_counter(), time.process_time()
+load(model, device=device, dtype=getattr(torch, dtype))
+facts = {"loading": time.perf_counter() - began, "loading_cpu_seconds": time.process_time() - cpu}
+print(json.dumps(facts | {"peak_memory_mib": peak_memory_mib()}))
+"""
+
+
+def _starting(m: Measurement, repeats: int) -> dict:
+    """The rest of the row of a "start": each run is a new Python from its first line to its end.
+
+    The first load prepares the base model in an empty folder, once, and that folder is deleted. loading_cpu_seconds is
+    the part of cpu_seconds after Python has started and imported.
+    """
+    runs = []
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    for _ in range(1 if m.mode == "first" else repeats):
+        with tempfile.TemporaryDirectory(prefix="d2l-speed-") as folder:
+            place = folder if m.mode == "first" else ""
+            command = [sys.executable, "-c", _START, m.model, m.device, m.dtype, str(m.threads), place]
+            started = time.perf_counter()
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            seconds = time.perf_counter() - started
+        if done.returncode:
+            raise RuntimeError(f"loading {m.model} failed:\n{done.stderr[-2000:]}")
+        runs.append({"seconds": seconds} | json.loads(done.stdout.splitlines()[-1]))
+    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    middle = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
+    parts = {"starting Python": middle["seconds"] - middle["loading"], "loading": middle["loading"]}
+    return {
+        **_measured([run["seconds"] for run in runs], parts),
+        "peak_memory_mib": round(max(run["peak_memory_mib"] for run in runs), 1),
+        "cpu_seconds": round(busy / len(runs), 4),
+        "loading_cpu_seconds": round(sum(run["loading_cpu_seconds"] for run in runs) / len(runs), 4),
+        "cpu_share": round(busy / wall / m.threads, 3),
+    }
+
+
 # ------------------------------------------------------------------------------------------------------- measured here
 def measure(
     m: Measurement, model: DocToLoRA | None = None, *, repeats: int = 5, least: int = 3, budget_s: float = 6.0
@@ -277,11 +339,14 @@ def measure(
 
     Keys besides those of `m`: status ("measured" or "out of memory"), n, seconds (median), seconds_low and seconds_high
     (quartiles), parts ({part: seconds} of the median run), peak_memory_mib, resting_memory_mib (before, with the model
-    loaded), cpu_share (CPU seconds per second and thread; well below 1 on the CPU means that others used it too),
-    machine and model sizes.
+    loaded), cpu_seconds (of the processor, a mean of the runs; they stand also where other programs run), cpu_share
+    (CPU seconds per second and thread; well below 1 on the CPU means that others used it too), machine and model
+    sizes, which a "start" lacks.
     """
     m = m.here()
     row = asdict(m)
+    if m.what == "start":
+        return row | _place(m) | _starting(m, repeats)
     try:
         model = build(m) if model is None else model
         row |= _place(m) | _sizes(model)
@@ -293,22 +358,30 @@ def measure(
         while len(watches) < min(least, repeats) or (len(watches) < repeats and time.perf_counter() - began < budget_s):
             watches.append(Stopwatch(model.device))
             run(watches[-1])
-        share = (time.process_time() - cpu) / (time.perf_counter() - began) / m.threads
+        wall, busy = time.perf_counter() - began, time.process_time() - cpu
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return row | {"status": "out of memory"}
     middle = sorted(watches, key=lambda watch: watch.seconds)[len(watches) // 2]
-    low, median, high = np.quantile([watch.seconds for watch in watches], (0.25, 0.5, 0.75))
     return row | {
+        **_measured([watch.seconds for watch in watches], middle.parts),
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+        "cpu_seconds": round(busy / len(watches), 6),
+        "cpu_share": round(busy / wall / m.threads, 3),
+    }
+
+
+def _measured(seconds: Sequence[float], parts: dict[str, float]) -> dict:
+    """The columns of what was timed: status, n, median and quartiles of the runs, and the parts of the median run."""
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+    return {
         "status": "measured",
-        "n": len(watches),
+        "n": len(seconds),
         "seconds": round(float(median), 6),
         "seconds_low": round(float(low), 6),
         "seconds_high": round(float(high), 6),
-        "parts": {part: round(seconds, 6) for part, seconds in middle.parts.items()},
-        "peak_memory_mib": round(peak_memory_mib(), 1),
-        "cpu_share": round(share, 3),
+        "parts": {part: round(of_part, 6) for part, of_part in parts.items()},
     }
 
 

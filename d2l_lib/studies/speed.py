@@ -1,6 +1,7 @@
 """Seconds and memory: the costs of internalizing and answering, beside their lower bounds.
 
-    d2l study speed-tiny                                                   # the bundled models, on the CPU in minutes
+    d2l study speed-tiny                                                   # the tiny models, on the CPU in minutes
+    d2l study speed-smollm2                                                # the real one, in minutes
     d2l study speed-gemma --layers 26 --lengths 1024 4096 32768 131072     # Gemma-2-2B's sizes, on a GPU
 
 Each of the `measurements` runs in a process of its own and adds a row; an interrupted record continues.
@@ -36,6 +37,7 @@ PUBLISHED_LENGTH = 32_768  # tokens of the longest of these documents
 
 _TINY_LENGTHS = {"tiny": (1024, 8192, 32_768, 131_072), "tiny/qa": (1024, 8192)}
 _IN_CONTEXT_LENGTHS = (512, 1024, 2048, 4096, 8192)
+_SMOLLM2_LENGTHS = (128, 512, 2048)
 _DOCUMENTS = (1, 2, 4, 8, 16, 32)
 _GEMMA_LENGTHS = {"cpu": (1024, 2048), "gpu": tuple(2**k for k in range(10, 18))}
 _GEMMA_ON_CPU = {"layers": 2, "vocabulary": 4096, "dtype": "bfloat16"}
@@ -43,7 +45,7 @@ _GEMMA_ON_CPU = {"layers": 2, "vocabulary": 4096, "dtype": "bfloat16"}
 
 # ----------------------------------------------------------------------------------------------------------- the plans
 def tiny_measurements(seed: int = 0, lengths: Sequence[int] | None = None) -> list[Measurement]:
-    """The measurements of the bundled models; `lengths` replaces every list of lengths."""
+    """The measurements of the tiny models; `lengths` replaces every list of lengths."""
     plan = []
     for model, of_model in _TINY_LENGTHS.items():
         plan.append(Measurement("answer", model, mode="no adapter"))
@@ -53,6 +55,17 @@ def tiny_measurements(seed: int = 0, lengths: Sequence[int] | None = None) -> li
             plan += [Measurement(what, model, length) for what in ("floor", "save", "load")]
         plan += [Measurement("documents", model, documents=count) for count in _DOCUMENTS]
     plan += [Measurement("in context", "tiny", length) for length in lengths or _IN_CONTEXT_LENGTHS]
+    return [replace(m, seed=seed) for m in plan]
+
+
+def smollm2_measurements(seed: int = 0, lengths: Sequence[int] | None = None) -> list[Measurement]:
+    """The measurements of SmolLM2-135M-Instruct with token rows; `lengths` replaces the documents' lengths."""
+    plan = [Measurement("start", "smollm2", mode=mode) for mode in MODES["start"]]
+    plan.append(Measurement("answer", "smollm2", mode="no adapter"))
+    for length in lengths or _SMOLLM2_LENGTHS:
+        plan.append(Measurement("internalize", "smollm2", length, "batched"))
+        plan.append(Measurement("answer", "smollm2", length, "all blocks"))
+        plan += [Measurement(what, "smollm2", length) for what in ("floor", "in context", "save", "load")]
     return [replace(m, seed=seed) for m in plan]
 
 
@@ -81,8 +94,13 @@ def gemma_measurements(lengths: Sequence[int] | None = None, seed: int = 0, **si
 
 # ---------------------------------------------------------------------------------------------------------- the record
 def run_tiny(n: int, seed: int, lengths: Sequence[int] | None, **limits) -> Iterator[list[dict]]:
-    """The record of the bundled models; times are valid only if nothing else uses the cores."""
+    """The record of the tiny models; times are valid only if nothing else uses the cores."""
     return _recorded("speed_tiny", tiny_measurements(seed, lengths), n, **limits)
+
+
+def run_smollm2(n: int, seed: int, lengths: Sequence[int] | None, **limits) -> Iterator[list[dict]]:
+    """The record of SmolLM2-135M-Instruct; `cpu_share` says how much of a core each measurement had."""
+    return _recorded("speed_smollm2", smollm2_measurements(seed, lengths), n, **limits)
 
 
 def run_gemma(n: int, seed: int, lengths: Sequence[int] | None, **options) -> Iterator[list[dict]]:
@@ -126,7 +144,7 @@ def measurement_of(row: dict) -> Measurement:
 
 
 def read_records(name: str) -> pd.DataFrame:
-    """All recorded rows of "tiny" or "gemma"; FileNotFoundError says which command makes them."""
+    """All recorded rows of "tiny", "smollm2" or "gemma"; FileNotFoundError says which command makes them."""
     path = record_path(f"speed_{name}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: d2l study speed-{name} records it")

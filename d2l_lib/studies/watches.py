@@ -51,10 +51,10 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
 
     text: cutting the document into chunks and tokens.
     encoder, Perceiver: their passes.
-    head: the layers after the Perceiver and the two factors.
+    head: the layers after the Perceiver and the two factors; of token rows, which have no Perceiver, all of it.
     moving: checking the blocks, copying them to the CPU, and the next batch's padding.
     """
-    hypernetwork, aggregator = model.hypernetwork, model.hypernetwork.aggregator
+    hypernetwork = model.hypernetwork
 
     def outside() -> None:
         watch.lap("moving" if "encoder" in watch.parts else "text")
@@ -62,11 +62,14 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
     handles = [
         decoder_body(model.encoder.model).register_forward_pre_hook(lambda *_: outside()),
         hypernetwork.register_forward_pre_hook(lambda *_: watch.lap("encoder")),
-        # layer by layer, the Perceiver follows the head of the layer before
-        aggregator.register_forward_pre_hook(lambda *_: watch.lap("head")),
-        aggregator.register_forward_hook(lambda *_: watch.lap("Perceiver")),
         hypernetwork.register_forward_hook(lambda *_: watch.lap("head")),
     ]
+    if not model.writes_rows:
+        # layer by layer, the Perceiver follows the head of the layer before
+        handles += [
+            hypernetwork.aggregator.register_forward_pre_hook(lambda *_: watch.lap("head")),
+            hypernetwork.aggregator.register_forward_hook(lambda *_: watch.lap("Perceiver")),
+        ]
     try:
         yield
     finally:

@@ -141,8 +141,10 @@ def _band(axes: Axes, x: Iterable, low: Iterable, high: Iterable, color: str) ->
 
 
 def _line_with_band(axes: Axes, x: Iterable, rows: pd.DataFrame, i: int, method: str) -> None:
-    """Pooled rows (see `scores.pool`) as the i-th line, with their interval."""
+    """Pooled rows (see `scores.pool`) as the i-th line, with their interval; that of a single point is a thin line."""
     _band(axes, x, rows["low"], rows["high"], COLORS[i % len(COLORS)])
+    if len(rows) == 1:
+        axes.vlines(x, rows["low"], rows["high"], COLORS[i % len(COLORS)], linewidth=0.9)
     axes.plot(x, rows["exact_match"], **_look(i), label=_plain(method))
 
 

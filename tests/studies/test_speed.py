@@ -3,6 +3,7 @@
 Small random models stand in where only the counting is tested; what needs a process of its own runs the bundled model.
 """
 
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from tiny_models import build_model
+from tiny_models import build_model, build_rows_model
 
 from d2l_lib.__main__ import main
 from d2l_lib.adapter import Adapter
@@ -127,7 +128,7 @@ def test_every_kind_is_measured_and_says_what_on(model, monkeypatch):
     model.chunk_tokens = 60
     n_chunks = len(chunk_document(measurements.distinct_text(model.tokenizer, 200, 0), model.tokenizer, 60))
     for what, modes in measurements.MODES.items():
-        for mode in modes:
+        for mode in modes if what != "start" else ():
             length = 0 if what == "documents" or mode == "no adapter" else 200
             row = measurements.measure(Measurement(what, "mine", length, mode, documents=2), model, repeats=1, least=1)
             assert row["status"] == "measured" and 0 < row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
@@ -139,6 +140,44 @@ def test_every_kind_is_measured_and_says_what_on(model, monkeypatch):
                 assert row["blocks"] == (0 if mode == "no adapter" else n_chunks)
     assert asked, "routed answers choose a block"
     assert not model.base_model.model.layers[0].mlp.down_proj._forward_hooks
+
+
+def test_token_rows_are_measured_by_their_two_parts_and_the_size_of_their_rows(monkeypatch):
+    model = build_rows_model()
+    model.chunk_tokens = 60
+    row = measurements.measure(Measurement("internalize", "mine", 200, "batched"), model, repeats=1, least=1)
+    assert set(row["parts"]) == {"text", "encoder", "head", "moving"} and min(row["parts"].values()) > 0
+    text = measurements.distinct_text(model.tokenizer, 200, 0)
+    assert row["adapter_mib"] == round(model.internalize(text).nbytes / 2**20, 3) and row["chunks"] > 1
+    row = measurements.measure(Measurement("answer", "mine", 200, "all blocks"), model, repeats=1, least=1)
+    assert row["blocks"] > 1 and row["cpu_seconds"] > 0
+
+
+def test_a_start_is_a_new_python_whose_base_model_may_be_made_first(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        time = 1.0 * len(asked)
+        facts = {"loading": time / 4, "loading_cpu_seconds": time / 8, "peak_memory_mib": 100 * time}
+        return SimpleNamespace(returncode=0, stdout="a note\n" + json.dumps(facts) + "\n", stderr="")
+
+    monkeypatch.setattr(measurements.subprocess, "run", run)
+    row = measurements.measure(Measurement("start", "mine", mode="later"), repeats=3)
+    assert (row["n"], row["peak_memory_mib"], row["loading_cpu_seconds"]) == (3, 300.0, 0.25)
+    assert [command[-1] for command in asked] == ["", "", ""] and {command[3] for command in asked} == {"mine"}
+    assert set(row["parts"]) == {"starting Python", "loading"} and row["status"] == "measured"
+    row = measurements.measure(Measurement("start", "mine", mode="first"), repeats=3)
+    assert row["n"] == 1 and asked[-1][-1] and not os.path.exists(asked[-1][-1]), "an empty folder, deleted afterwards"
+    monkeypatch.setattr(measurements.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="gone"))
+    with pytest.raises(RuntimeError, match="loading mine failed:\ngone"):
+        measurements.measure(Measurement("start", "mine", mode="later"), repeats=1)
+
+
+def test_a_new_python_loads_the_model():
+    row = measurements.measure(Measurement("start", "tiny", mode="later"), repeats=1)
+    assert 0 < row["parts"]["loading"] < row["seconds"] and row["peak_memory_mib"] > 50
+    assert 0 < row["loading_cpu_seconds"] < row["cpu_seconds"]
 
 
 def test_iterative_is_passed_on(model, monkeypatch):
@@ -341,7 +380,7 @@ def test_other_threads_precision_or_device_are_another_measurement():
 
 
 def test_the_plans_hold_every_measurement_once_and_the_lengths_that_were_asked_for():
-    for plan in (speed.tiny_measurements(), speed.gemma_measurements()):
+    for plan in (speed.tiny_measurements(), speed.smollm2_measurements(), speed.gemma_measurements()):
         assert len(set(plan)) == len(plan)
     plan = speed.gemma_measurements([1024, 2048], layers=26, vocabulary=256_000, dtype="bfloat16", seed=3)
     assert {(m.layers, m.vocabulary, m.dtype, m.seed) for m in plan} == {(26, 256_000, "bfloat16", 3)}
@@ -349,6 +388,7 @@ def test_the_plans_hold_every_measurement_once_and_the_lengths_that_were_asked_f
     internalized = {(m.model, m.length_tokens, m.mode) for m in plan if m.what == "internalize"}
     assert len(internalized) == 2 * 2 * 2
     assert {m.length_tokens for m in speed.tiny_measurements(0, [64])} == {0, 64}
+    assert {(m.length_tokens, m.seed) for m in speed.smollm2_measurements(5, [64])} == {(0, 5), (64, 5)}
 
 
 def test_the_command_records_what_is_missing(tmp_path, counted, monkeypatch, capsys):
@@ -356,7 +396,7 @@ def test_the_command_records_what_is_missing(tmp_path, counted, monkeypatch, cap
     (tmp_path / "d2l_lib" / "__init__.py").touch()
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "full_runs"
-    for name in ("tiny", "gemma"):
+    for name in ("tiny", "smollm2", "gemma"):
         command = ["study", f"speed-{name}", "--lengths", "64", "--n", "1"]
         main(command)
         rows = read_jsonl(folder / f"speed_{name}.jsonl")
