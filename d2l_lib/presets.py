@@ -292,6 +292,7 @@ class PublishedPreset(Schedule):
     validation: passages that are never learned.
     dropout: share of a passage's tokens that are not read, in training.
     others: prompts about something else in a batch; others_weight: of their loss.
+    contrast_weight: of log(1 + p(answer | another passage) / p(answer | its passage)), in the first stage.
     first_weight: of the first token of an answer, in its loss.
     """
 
@@ -313,6 +314,7 @@ class PublishedPreset(Schedule):
     dropout: float = 0.1
     others: int = 2
     others_weight: float = 0.1
+    contrast_weight: float = 0.5
     first_weight: float = 2.0
 
 
@@ -596,7 +598,7 @@ PRESETS["smollm2"] = replace(
 PRESETS["smollm2"] = replace(
     PRESETS["smollm2"],
     published=PublishedPreset(
-        steps=850, pointer_steps=700, learning_rate=1.5e-3, warmup_steps=30, first_passages=1920, validation=48
+        steps=570, pointer_steps=450, learning_rate=1.5e-3, warmup_steps=20, first_passages=1920, validation=48
     ),
     reading_lora=ReadingLoraPreset(
         steps=200, batches_per_step=2, learning_rate=1e-3, warmup_steps=16, validation_reports=5

@@ -38,6 +38,9 @@ from d2l_lib.training.row_features import Features, batches_of_like_size
 
 _AT_ONCE = 16  # questions of a pass through the upper layers
 _CANDIDATES = 3000  # tokens that are always among those to choose from
+_TAG = 8.0  # of a row among latents; their other numbers have a root mean square near 1
+_LIKE_ANSWERS, _ASTRAY, _FAITHFUL = 2.0, 3.0, 1.2  # a fresh row's attention: to likely answers, at random, to its latent
+_MATCH = 0.4  # a fresh key's match with its own x
 Prompt = tuple[Tensor, Tensor]  # its stream into the first upper layer, its ids
 
 
@@ -296,16 +299,16 @@ class PublishedStep(nn.Module):
         weights = 1 + (self.p.first_weight - 1) * first.float()
         notes, losses = {}, {}
         for name, owner in (("own", batch.owner), ("wrong", (batch.owner + 1) % len(A))):
-            if name == "wrong" and self.training:
-                continue
             stream = self.pointer_streams(batch.asked, owner, A, B)
             logits = final_norm(self._frozen[0])(stream) @ E.T
             lost = F.cross_entropy(logits, places, reduction="none")
-            losses[name] = (lost * weights).sum() / weights.sum()
+            losses[name] = lost
             hits = logits.argmax(-1) == places
-            notes |= {f"pointer_{name}": losses[name].item(), f"pointer_{name}_right": hits.float().mean().item(),
+            notes |= {f"pointer_{name}": ((lost * weights).sum() / weights.sum()).item(), f"pointer_{name}_right": hits.float().mean().item(),
                       f"pointer_{name}_first_right": hits[first].float().mean().item()}
-        return losses["own"], notes
+        contrast = F.softplus(losses["own"] - losses["wrong"])
+        loss = losses["own"] + self.p.contrast_weight * contrast
+        return (loss * weights).sum() / weights.sum(), notes
 
     # --- through the upper layers ---------------------------------------------------------------------------------------
     def upper(self, streams: Sequence[Tensor], owner: Tensor, A: Tensor | None, B: Tensor | None, kept: Sequence[slice]) -> list[Tensor]:
@@ -410,78 +413,107 @@ def _plain(out: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def start_copying(hypernetwork: Hypernetwork, base_model: nn.Module, words: Words, passages: Sequence[Features], seed: int) -> None:
-    """Start a fresh hypernetwork as a copier: rows read single tokens, and their values write them.
+def start_copying(step: PublishedStep, words: Words, passages: Sequence[Features], asked: Sequence[Sequence[Asked]], seed: int) -> None:
+    """Start a fresh hypernetwork as a copier: rows read single tokens, look for their questions, and write them.
 
-    Half of the latent numbers are a code of the token, z = P^T d_t (d_t: the direction that writes it, P: its main
-    directions); the other half is a code of the encoder's state. They pass through attention unchanged.
+    Latent numbers are, in this order, a code of the token (z = P^T d_t; d_t: the direction that writes it, P: its main
+    directions), a code of the encoder's state, and one tag for each row. The first two pass through attention as they
+    are. A row's query is a random direction and, for all rows alike, the one that tells tokens of answers from others
+    (least squares). Keys are the linear map of both codes to x where this token is the answer (least squares).
+
+    asked: of these passages, x in whitened coordinates.
     """
-    net, generator = hypernetwork, torch.Generator().manual_seed(seed)
+    net, base_model, generator = step.hypernetwork, step._frozen[0], torch.Generator().manual_seed(seed)
     config, perceiver = net.config, net.aggregator.perceiver
-    (module,) = config.modules
-    d, hidden = config.latent_size, base_model.config.get_text_config().hidden_size
-    half = d // 2
-    some = passages[:: max(1, len(passages) // 256)]
-    embeddings = base_model.get_input_embeddings().weight
-    ids = torch.cat([one.ids for one in some])
-    f = torch.cat([embeddings[ids], torch.cat([one.states for one in some]).float()], -1).double()
-    # the token's code
-    directions = words.directions(ids).double()
-    main = torch.linalg.eigh(directions.T @ directions / len(directions))[1].flip(1)[:, :half]  # [hidden, half]
-    mean = f.mean(0)
-    second = f.T @ f / len(f)
-    ridge = 0.01 * torch.diag(second.diagonal().clamp_min(1e-12))
-    centred = f - mean
-    code = (directions - directions.mean(0)) @ main
-    covariance = centred.T @ centred / len(f) + 0.01 * torch.diag(centred.var(0))
-    to_code = torch.linalg.solve(covariance[:hidden, :hidden], centred[:, :hidden].T @ code / len(f))  # [hidden, half]
-    to_code = F.pad(to_code.T, (0, f.shape[1] - hidden))  # [half, F]
-    state = centred[:, hidden:]
-    values, vectors = torch.linalg.eigh(state.T @ state / len(f))
-    best = vectors.flip(1)[:, : d - half] * values.flip(0)[: d - half].rsqrt()
-    to_state = F.pad(best.T, (hidden, 0))  # [d - half, F]
-    through = torch.cat([to_code / (f @ to_code.T).std(), to_state / (f @ to_state.T - (mean @ to_state.T)).std()])
-    opening = torch.tensor(2.0, dtype=f.dtype)
-    gates = opening * torch.linalg.solve(second + ridge, mean)
-    gates = gates / (mean @ gates) * opening
+    d, hidden, rows = config.latent_size, base_model.config.get_text_config().hidden_size, config.n_latent_queries
+    n_code, n_passed = d // 2, d - rows  # numbers of the token's code; of both codes
     projection = perceiver.modality_projection
-    size = projection.up_proj.weight.shape[0]
-    fresh = torch.randn(size, f.shape[1], generator=generator, dtype=f.dtype) / f.std(0) / f.shape[1] ** 0.5
-    gate = 0.5 * fresh
-    up = 1.0 * fresh[torch.randperm(size, generator=generator)]
-    gate[:d], up[:d] = gates, through
-    projection.gate_proj.weight.copy_(gate)
-    projection.up_proj.weight.copy_(up)
-    down = 0.1 * torch.randn(d, size, generator=generator, dtype=f.dtype) / size**0.5
+    embeddings = base_model.get_input_embeddings().weight
+    ids = torch.cat([one.ids for one in passages])
+    f = torch.cat([embeddings[ids], torch.cat([one.states for one in passages]).float()], -1).double()
+    mean, centred = f.mean(0), f - f.mean(0)
+    directions = words.directions(ids).double()
+    main = torch.linalg.eigh(directions.T @ directions)[1].flip(1)[:, :n_code]  # [hidden, n_code]
+    to_code = _least_squares(centred[:, :hidden], (directions - directions.mean(0)) @ main)
+    values, vectors = torch.linalg.eigh(centred[:, hidden:].T @ centred[:, hidden:] / len(f))
+    to_state = vectors.flip(1)[:, : n_passed - n_code] * values.flip(0)[: n_passed - n_code].rsqrt()
+    through = f.new_zeros(d, f.shape[1])
+    through[:n_code, :hidden] = to_code.T / (centred[:, :hidden] @ to_code).std()
+    through[n_code:n_passed, hidden:] = to_state.T
+    # gates that open alike for all tokens: what they multiply passes without its mean
+    opening = torch.tensor(2.0, dtype=f.dtype)
+    second = f.T @ f / len(f)
+    gates = torch.linalg.solve(second + 0.01 * torch.diag(second.diagonal()), mean)
+    gates = gates / (mean @ gates)
+    through = through - torch.outer(through @ mean, gates)
+    fresh = torch.randn(projection.up_proj.weight.shape, generator=generator, dtype=f.dtype) / f.std(0) / f.shape[1] ** 0.5
+    gate, up = 0.5 * fresh, fresh[torch.randperm(len(fresh), generator=generator)]
+    gate[:d], up[:d] = opening * gates, through
+    down = 0.1 * torch.randn(d, len(fresh), generator=generator, dtype=f.dtype) / len(fresh) ** 0.5
     down[:, :d] = torch.eye(d, dtype=f.dtype) / F.silu(opening)
-    projection.down_proj.weight.copy_(down)
-    spread = (f @ gates).std()
-    print(f"gates open by {opening:.1f} +- {float(spread):.2f}", flush=True)
-    for resampler in (perceiver.encoder, perceiver.decoder):
-        for layer in resampler.layers:
-            attention = layer.self_attn
-            heads = config.n_heads
-            attention.v_proj.weight.copy_(torch.eye(config.head_dim * config.n_kv_heads, d))
-            attention.o_proj.weight.copy_(torch.eye(d, config.head_dim).repeat(1, heads) / heads)
-            layer.post_ff_layernorm.weight.fill_(0.1)
-    tags = torch.randn(perceiver.encoder.latents_q.shape, generator=generator)
-    tags[:, :half] = 0
+    down[n_passed:] = 0
+    for own, weight in zip((projection.gate_proj, projection.up_proj, projection.down_proj), (gate, up, down), strict=True):
+        own.weight.copy_(weight)
+    # attention that passes both codes, and adds them to a tag
+    passed = (torch.arange(d) < n_passed).float()
+    for layer in (*perceiver.encoder.layers, *perceiver.decoder.layers):
+        attention = layer.self_attn
+        attention.v_proj.weight.copy_(torch.eye(config.head_dim, d) * passed)
+        attention.o_proj.weight.copy_(torch.eye(d, config.head_dim).repeat(1, config.n_heads) / config.n_heads)
+        layer.post_ff_layernorm.weight.fill_(0.1)
+    tags = torch.zeros(rows, d)
+    tags[torch.arange(rows), n_passed + torch.arange(rows)] = _TAG
     perceiver.encoder.latents_q.copy_(tags)
-    for layer in perceiver.encoder.layers:  # latents look for kinds of states
-        same = torch.randn(config.head_dim, d, generator=generator) / d**0.5
-        layer.self_attn.k_proj.weight.copy_(2.0 * same.repeat(config.n_kv_heads, 1))
-        layer.self_attn.q_proj.weight.copy_(2.0 * torch.randn(config.n_heads * config.head_dim, d, generator=generator) / d**0.5)
-    rows = perceiver.decoder.latents_q
-    rows.copy_(tags[torch.arange(len(rows)) % len(tags)])
+    perceiver.decoder.latents_q.copy_(tags)
+    codes = F.rms_norm(projection(f.float()), (d,))
+    is_answer, places = [], []  # at tokens of all passages; of each answer's tokens
+    start = 0
+    for one in passages:
+        own = torch.zeros(len(one.ids))
+        for answer in one.answers:
+            at = _place(one.ids.tolist(), answer[:-1].tolist())
+            own[at : at + len(answer) - 1] = 1
+            places.append(torch.arange(start + at, start + at + len(answer) - 1))
+        is_answer.append(own)
+        start += len(one.ids)
+    is_answer = torch.cat(is_answer).double()
+    probe = _least_squares(codes.double() * passed, (is_answer - is_answer.mean()).unsqueeze(1))[:, 0].float()
+    probe = probe / (codes @ probe).std()
+    for layer in perceiver.encoder.layers:
+        queries = _LIKE_ANSWERS * probe + _ASTRAY * torch.randn(rows, d, generator=generator) * passed / n_passed**0.5
+        q = torch.zeros(d, d)
+        q[:, n_passed:] = (queries * config.head_dim**0.5 / d**0.5).T  # the tag of a latent has the size sqrt(d)
+        layer.self_attn.q_proj.weight.copy_(q[: config.head_dim].repeat(config.n_heads, 1))
+        layer.self_attn.k_proj.weight.copy_(torch.eye(config.head_dim, d))
     for layer in perceiver.decoder.layers:  # each row reads the latent with its own tag
-        only_tags = torch.eye(config.head_dim, d)
-        only_tags[:half] = 0
-        layer.self_attn.k_proj.weight.copy_(2.0 * only_tags)
-        layer.self_attn.q_proj.weight.copy_(2.0 * only_tags.repeat(config.n_heads, 1))
-    d_in = config.d_in[module]
-    head = 0.1 * torch.randn(net.head.weight.shape, generator=generator)
+        only_tags = _FAITHFUL * torch.eye(config.head_dim, d) * (1 - passed)
+        layer.self_attn.k_proj.weight.copy_(only_tags)
+        layer.self_attn.q_proj.weight.copy_(only_tags.repeat(config.n_heads, 1))
+    # keys and values
+    d_in = config.d_in[step.module]
+    flat = [one for several in asked for one in several]
+    x = torch.cat([one.x[:-1] for one in flat]).double()  # without the end of the turn
+    read = codes[torch.cat(places)].double() * passed
+    head = 0.02 * torch.randn(net.head.weight.shape, generator=generator)
+    for place in range(config.n_written):
+        keys = _least_squares(read - read.mean(0), x[:, place] - x[:, place].mean(0), 0.3)
+        scores = (((read - read.mean(0)) @ keys) * (x[:, place] - x[:, place].mean(0))).sum(1)
+        head[place, :, :d_in] += (keys * _MATCH / scores.mean() * d**0.5).float()
     head[..., d_in:] = 0
-    head[..., :half, d_in:] = main.T.float()
+    head[:, :n_code, d_in:] = main.T.float()
     net.head.weight.copy_(head)
-    net.scaler_A[module].fill_(1.0)
-    net.scaler_B[module].fill_(1.0)
+    net.scaler_A[step.module].fill_(1.0)
+    net.scaler_B[step.module].fill_(1.0)
+    spread = float((f @ gates).std() * opening)
+    print(f"gates open by {float(opening):.1f} +- {spread:.2f}", flush=True)
+
+
+def _least_squares(x: Tensor, y: Tensor, ridge: float = 0.02) -> Tensor:
+    """[d, k]: the linear map from x [n, d] to y [n, k]; ridge: of the mean variance of x."""
+    moment = x.T @ x
+    return torch.linalg.solve(moment + ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=x.dtype), x.T @ y)
+
+
+def _place(ids: list[int], answer: list[int]) -> int:
+    """Where an answer's tokens first stand among a passage's."""
+    return next(i for i in range(len(ids)) if ids[i : i + len(answer)] == answer)

@@ -456,8 +456,10 @@ def train_published(
     torch.manual_seed(run.seed)
     hypernetwork = Hypernetwork(published_config(p, base_model, tokenizer, source))
     step = PublishedStep(base_model, hypernetwork, p)
-    step.measure(step.asked(train[:: max(1, len(train) // 160)]))
-    start_copying(hypernetwork, base_model, Words(base_model, tokenizer), train, run.seed)
+    some = train[:: max(1, len(train) // 400)]
+    plain = step.asked(some)
+    step.measure(plain)
+    start_copying(step, Words(base_model, tokenizer), some, step.whitened(plain), run.seed)
     batches = PassageBatches(train, step.ask, p, run.seed, others)
     test = PassageBatches(held_out, step.ask, p, run.seed)
     parts = [range(start, min(start + p.passages, len(held_out))) for start in range(0, len(held_out), p.passages)]
