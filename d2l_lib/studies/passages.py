@@ -66,8 +66,8 @@ def choose(model: DocToLoRA, methods: Sequence[str], only: Sequence[str] | None)
         raise ValueError(f"no method is called {' or '.join(only)}; there are {', '.join(methods)}")
     if any(METHODS[name].published for name in chosen) and not _published_folder(model).is_dir():
         raise ValueError(
-            f"there is no hypernetwork of the published form in {_published_folder(model)}: d2l train --stage published "
-            "makes one, or choose other methods"
+            f"there is no hypernetwork of the published form in {_published_folder(model)}: d2l train --stage "
+            "published makes one, or choose other methods"
         )
     if _lora_folder(model).is_dir() or not any(METHODS[name].reads for name in chosen):
         return chosen

@@ -5,7 +5,7 @@
     d2l train --stage reading --seed 1               # data/tiny/qa with sparse reading on, into runs/tiny/reading_seed1
     d2l train --stage rows --preset smollm2 --questions squad=train-v1.1.json facts    # token rows for a real model
     d2l train --stage reading-lora --preset smollm2 --questions squad=train-v1.1.json facts    # reads its prompt
-    d2l train --stage published --preset smollm2 --questions squad=train-v1.1.json    # the published form, for comparison
+    d2l train --stage published --preset smollm2 --questions squad=train-v1.1.json    # rank 8, a plain sum
     d2l train --stage qa --preset paper-gemma --shards FOLDER ...       # the published recipe on shards
     torchrun --nproc_per_node 8 -m d2l_lib train ...                    # processes share the batches
 

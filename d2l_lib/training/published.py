@@ -39,7 +39,11 @@ from d2l_lib.training.row_features import Features, batches_of_like_size
 _AT_ONCE = 16  # questions of a pass through the upper layers
 _CANDIDATES = 3000  # tokens that are always among those to choose from
 _TAG = 8.0  # of a row among latents; their other numbers have a root mean square near 1
-_LIKE_ANSWERS, _ASTRAY, _FAITHFUL = 2.0, 3.0, 1.2  # a fresh row's attention: to likely answers, at random, to its latent
+_LIKE_ANSWERS, _ASTRAY, _FAITHFUL = (
+    2.0,
+    3.0,
+    1.2,
+)  # a fresh row's attention: to likely answers, at random, to its latent
 _MATCH = 0.4  # a fresh key's match with its own x
 Prompt = tuple[Tensor, Tensor]  # its stream into the first upper layer, its ids
 
@@ -60,8 +64,8 @@ class Asked:
 class PassageBatch:
     """Passages ids [P, T], mask [P, T], states [P, T, S], and their questions.
 
-    owner [Q]: each question's passage. asked: each as the base model sees it. streams, prompts, answers: see `Features`.
-    others: prompts about something else. whole: run the upper layers.
+    owner [Q]: each question's passage. asked: each as the base model sees it.
+    streams, prompts, answers: see `Features`. others: prompts about something else. whole: run the upper layers.
     """
 
     ids: Tensor
@@ -190,7 +194,11 @@ class PublishedStep(nn.Module):
         """For each passage its questions, x in plain coordinates; float16."""
         base_model, body = self._frozen
         linears, found = self._linears(), {}
-        flat = [(q[0].float(), len(q[1]), q[2]) for one in passages for q in zip(one.streams, one.prompts, one.answers, strict=True)]
+        flat = [
+            (q[0].float(), len(q[1]), q[2])
+            for one in passages
+            for q in zip(one.streams, one.prompts, one.answers, strict=True)
+        ]
         order, done = sorted(range(len(flat)), key=lambda i: len(flat[i][0])), {}
 
         def keep(layer: int):
@@ -199,7 +207,9 @@ class PublishedStep(nn.Module):
         with ExitStack() as stack:
             for place, linear in enumerate(linears):
                 stack.enter_context(hooked(linear.register_forward_pre_hook, keep(place)))
-            stack.enter_context(hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=_plain(out))))
+            stack.enter_context(
+                hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=_plain(out)))
+            )
             stack.enter_context(without_lora(base_model))
             for start in range(0, len(order), _AT_ONCE):
                 part = order[start : start + _AT_ONCE]
@@ -218,7 +228,9 @@ class PublishedStep(nn.Module):
 
     def _padded(self, rows: Sequence[Tensor]) -> Tensor:
         base_model = self._frozen[0]
-        return nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True).to(base_model.device, base_model.dtype)
+        return nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True).to(
+            base_model.device, base_model.dtype
+        )
 
     @torch.no_grad()
     def measure(self, asked: Sequence[Sequence[Asked]]) -> None:
@@ -228,8 +240,12 @@ class PublishedStep(nn.Module):
             x = torch.cat([one.x[:, place] for one in flat]).double()
             values, vectors = torch.linalg.eigh(x.T @ x / len(x))
             ridge = 0.02 * values.mean()
-            self.coordinates.whitening[place] = (vectors * (values + ridge).rsqrt() @ vectors.T / x.shape[1] ** 0.5).float()
-        self.coordinates.gain.fill_(torch.cat([one.stream for one in flat]).float().norm(dim=-1).mean() / self.hypernetwork.config.scale)
+            self.coordinates.whitening[place] = (
+                vectors * (values + ridge).rsqrt() @ vectors.T / x.shape[1] ** 0.5
+            ).float()
+        self.coordinates.gain.fill_(
+            torch.cat([one.stream for one in flat]).float().norm(dim=-1).mean() / self.hypernetwork.config.scale
+        )
 
     @torch.no_grad()
     def whitened(self, asked: Sequence[Sequence[Asked]]) -> list[list[Asked]]:
@@ -240,7 +256,7 @@ class PublishedStep(nn.Module):
             for several in asked
         ]
 
-    # --- the loss ------------------------------------------------------------------------------------------------------
+    # --- the loss -----------------------------------------------------------------------------------------------------
     def forward(self, batch: PassageBatch) -> dict[str, Tensor]:
         loss, notes = self.loss(batch)
         for name, value in notes.items():
@@ -304,14 +320,19 @@ class PublishedStep(nn.Module):
             lost = F.cross_entropy(logits, places, reduction="none")
             losses[name] = lost
             hits = logits.argmax(-1) == places
-            notes |= {f"pointer_{name}": ((lost * weights).sum() / weights.sum()).item(), f"pointer_{name}_right": hits.float().mean().item(),
-                      f"pointer_{name}_first_right": hits[first].float().mean().item()}
+            notes |= {
+                f"pointer_{name}": ((lost * weights).sum() / weights.sum()).item(),
+                f"pointer_{name}_right": hits.float().mean().item(),
+                f"pointer_{name}_first_right": hits[first].float().mean().item(),
+            }
         contrast = F.softplus(losses["own"] - losses["wrong"])
         loss = losses["own"] + self.p.contrast_weight * contrast
         return (loss * weights).sum() / weights.sum(), notes
 
-    # --- through the upper layers ---------------------------------------------------------------------------------------
-    def upper(self, streams: Sequence[Tensor], owner: Tensor, A: Tensor | None, B: Tensor | None, kept: Sequence[slice]) -> list[Tensor]:
+    # --- through the upper layers -------------------------------------------------------------------------------------
+    def upper(
+        self, streams: Sequence[Tensor], owner: Tensor, A: Tensor | None, B: Tensor | None, kept: Sequence[slice]
+    ) -> list[Tensor]:
         """For each stream the last residual stream [n, hidden] at its tokens `kept`, with plain blocks of `owner`."""
         base_model, body = self._frozen
         found, done = {}, {}
@@ -327,7 +348,9 @@ class PublishedStep(nn.Module):
             return add
 
         deltas = [] if A is None else [(linear, delta(place)) for place, linear in enumerate(self._linears())]
-        acting = without_lora(base_model) if A is None else add_deltas(base_model, deltas, self.hypernetwork.config.scale)
+        acting = (
+            without_lora(base_model) if A is None else add_deltas(base_model, deltas, self.hypernetwork.config.scale)
+        )
         with hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=_plain(out))), acting:
             for start in range(0, len(order), _AT_ONCE):
                 part = order[start : start + _AT_ONCE]
@@ -351,8 +374,13 @@ class PublishedStep(nn.Module):
             logits = self.head(torch.cat(self.upper(batch.streams, owner, A, B, kept)))
             lost = F.cross_entropy(logits, labels, reduction="none")
             hits = logits.argmax(-1) == labels
-            notes.update({f"{name}": ((lost * weights).sum() / weights.sum()).item(), f"{name}_right": hits.float().mean().item(),
-                          f"{name}_first_right": hits[first].float().mean().item()})
+            notes.update(
+                {
+                    f"{name}": ((lost * weights).sum() / weights.sum()).item(),
+                    f"{name}_right": hits.float().mean().item(),
+                    f"{name}_first_right": hits[first].float().mean().item(),
+                }
+            )
             return (lost * weights).sum() / weights.sum()
 
         loss = scored("own", batch.owner)
@@ -390,7 +418,9 @@ class PublishedStep(nn.Module):
         d_in = net.config.d_in[self.module]
         keys, values = to.plain(net.head.weight[..., :d_in], net.head.weight[..., d_in:])
         net.head.weight.copy_(torch.cat([keys, values], -1))
-        for bias, plain in zip((net.bias_A, net.bias_B), to.plain(net.bias_A[self.module], net.bias_B[self.module]), strict=True):
+        for bias, plain in zip(
+            (net.bias_A, net.bias_B), to.plain(net.bias_A[self.module], net.bias_B[self.module]), strict=True
+        ):
             bias[self.module].copy_(plain)
         to.whitening.copy_(torch.eye(d_in).expand_as(to.whitening))
         to.gain.fill_(1.0)
@@ -413,7 +443,9 @@ def _plain(out: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def start_copying(step: PublishedStep, words: Words, passages: Sequence[Features], asked: Sequence[Sequence[Asked]], seed: int) -> None:
+def start_copying(
+    step: PublishedStep, words: Words, passages: Sequence[Features], asked: Sequence[Sequence[Asked]], seed: int
+) -> None:
     """Start a fresh hypernetwork as a copier: rows read single tokens, look for their questions, and write them.
 
     Latent numbers are, in this order, a code of the token (z = P^T d_t; d_t: the direction that writes it, P: its main
@@ -446,13 +478,17 @@ def start_copying(step: PublishedStep, words: Words, passages: Sequence[Features
     gates = torch.linalg.solve(second + 0.01 * torch.diag(second.diagonal()), mean)
     gates = gates / (mean @ gates)
     through = through - torch.outer(through @ mean, gates)
-    fresh = torch.randn(projection.up_proj.weight.shape, generator=generator, dtype=f.dtype) / f.std(0) / f.shape[1] ** 0.5
+    fresh = (
+        torch.randn(projection.up_proj.weight.shape, generator=generator, dtype=f.dtype) / f.std(0) / f.shape[1] ** 0.5
+    )
     gate, up = 0.5 * fresh, fresh[torch.randperm(len(fresh), generator=generator)]
     gate[:d], up[:d] = opening * gates, through
     down = 0.1 * torch.randn(d, len(fresh), generator=generator, dtype=f.dtype) / len(fresh) ** 0.5
     down[:, :d] = torch.eye(d, dtype=f.dtype) / F.silu(opening)
     down[n_passed:] = 0
-    for own, weight in zip((projection.gate_proj, projection.up_proj, projection.down_proj), (gate, up, down), strict=True):
+    for own, weight in zip(
+        (projection.gate_proj, projection.up_proj, projection.down_proj), (gate, up, down), strict=True
+    ):
         own.weight.copy_(weight)
     # attention that passes both codes, and adds them to a tag
     passed = (torch.arange(d) < n_passed).float()
@@ -502,6 +538,12 @@ def start_copying(step: PublishedStep, words: Words, passages: Sequence[Features
     head[..., d_in:] = 0
     head[:, :n_code, d_in:] = main.T.float()
     net.head.weight.copy_(head)
+    # the bias block sees x at once: its mean, and random directions
+    middle = x.mean(0).float()  # [L, d_in]
+    size = (x - x.mean(0)).norm(dim=-1).mean().float()
+    bias = torch.randn(net.bias_A[step.module].shape, generator=generator) / size
+    bias[:, 0] = middle / middle.square().sum(-1, keepdim=True)
+    net.bias_A[step.module].copy_(bias)
     net.scaler_A[step.module].fill_(1.0)
     net.scaler_B[step.module].fill_(1.0)
     spread = float((f @ gates).std() * opening)
@@ -511,7 +553,9 @@ def start_copying(step: PublishedStep, words: Words, passages: Sequence[Features
 def _least_squares(x: Tensor, y: Tensor, ridge: float = 0.02) -> Tensor:
     """[d, k]: the linear map from x [n, d] to y [n, k]; ridge: of the mean variance of x."""
     moment = x.T @ x
-    return torch.linalg.solve(moment + ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=x.dtype), x.T @ y)
+    return torch.linalg.solve(
+        moment + ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=x.dtype), x.T @ y
+    )
 
 
 def _place(ids: list[int], answer: list[int]) -> int:

@@ -446,7 +446,9 @@ def train_published(
     if len(train) < needed:
         raise ValueError(f"{len(train)} passages have a question with an answer in them; this training needs {needed}")
     states = [one for one in rows.encoder_layers if one != 0]
-    train = [few_of(one, [states.index(layer) for layer in p.encoder_layers[1:]], len(states), p.questions) for one in train]
+    train = [
+        few_of(one, [states.index(layer) for layer in p.encoder_layers[1:]], len(states), p.questions) for one in train
+    ]
     drawn = never_learned(len(train), p.validation)
     held_out = [one for i, one in enumerate(train) if i in drawn]
     train = [one for i, one in enumerate(train) if i not in drawn]
@@ -505,7 +507,7 @@ def published_config(p: PublishedPreset, base_model, tokenizer, source: str) -> 
 
 # ---------------------------------------------------------------------------------------------------- what is bundled
 def remake_published(p: Preset, tables: Mapping[str, pd.DataFrame], run: Run, features: Path, data: Path) -> Path:
-    """`train_published` as the preset says; its log goes to `data`, and seed 0's hypernetwork becomes the bundled one."""
+    """`train_published` as the preset says; its log goes to `data`, seed 0's hypernetwork becomes the bundled one."""
     bundled = data / p.name / "published" if run.seed == 0 else None
     final = train_published(p.published, p.rows, p.base_source, tables, run, features, bundled)
     if is_first_process():

@@ -7,11 +7,10 @@ import torch
 from test_row_stage import base  # noqa: F401  a base model with questions about towns
 
 import d2l_lib as d2l
-from d2l_lib.__main__ import main
 from d2l_lib.documents import context_ids
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
-from d2l_lib.presets import PRESETS, PublishedPreset, RowsPreset
+from d2l_lib.presets import PublishedPreset, RowsPreset
 from d2l_lib.token_rows import Words
 from d2l_lib.training import recipes
 from d2l_lib.training.loop import Run, read_log
@@ -23,7 +22,7 @@ ROWS = RowsPreset(
     longest_passage=60,
 )  # fmt: skip
 SMALL = PublishedPreset(
-    latent_size=16, n_heads=2, head_dim=16, projection_size=24, rank=4, encoder_layers=(0, 2), written_layers=(2, 3),
+    latent_size=24, n_heads=2, head_dim=24, projection_size=32, rank=4, encoder_layers=(0, 2), written_layers=(2, 3),
     below=2, pointer_steps=4, steps=6, passages=4, whole_passages=3, validation=4, questions=2, learning_rate=3e-3,
     warmup_steps=1,
 )  # fmt: skip
@@ -54,8 +53,9 @@ def fresh(base, features, p=SMALL):  # noqa: F811
     torch.manual_seed(0)
     net = Hypernetwork(recipes.published_config(p, model, tokenizer, "random"))
     step = PublishedStep(model.requires_grad_(False), net, p)
-    step.measure(step.asked(features))
-    start_copying(net, model, Words(model, tokenizer), features, 0)
+    plain = step.asked(features)
+    step.measure(plain)
+    start_copying(step, Words(model, tokenizer), features, step.whitened(plain), 0)
     return step
 
 
@@ -65,7 +65,7 @@ def test_training_sees_the_logits_that_the_adapted_model_gives(base, features): 
     net = step.hypernetwork
     torch.nn.init.normal_(net.bias_B["down_proj"], std=0.1)
     batch = PassageBatches(features, step.ask, SMALL, 0).collate(range(3), True)
-    kept = [slice(len(prompt) - 1, None) for prompt in batch.prompts]
+    kept = [slice(len(q) - 1, len(q) - 1 + len(a)) for q, a in zip(batch.prompts, batch.answers, strict=True)]
     seen = step.upper(batch.streams, batch.owner, *step.rows(batch), kept)
     step.fold()
     ids = [torch.tensor(context_ids(tokenizer, tokenizer.decode(one.ids))) for one in features[:3]]
@@ -126,7 +126,7 @@ def test_a_trained_hypernetwork_writes_its_layers_alone_and_the_base_model_reads
     assert model.hypernetwork.described() == "rank 4 on down_proj of layers 2, 3"
     one, two = list(dict.fromkeys(frame["document"]))[:2]
     adapter, other = model.internalize_each([one, two])
-    for part in (adapter.blocks[0].A, adapter.blocks[0].B, adapter.bias_A):
+    for part in (adapter.blocks[0].A, adapter.blocks[0].B, {"down_proj": adapter.bias["down_proj"][0]}):
         rows = part["down_proj"]
         assert rows.shape[0] == 4 and not rows[:2].any() and rows[2:].any()
     assert adapter.rank == 8 and not adapter.is_rows
