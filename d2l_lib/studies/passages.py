@@ -55,8 +55,6 @@ def choose(model: DocToLoRA, methods: Sequence[str], only: Sequence[str] | None)
 
     ValueError where no name does, and for a method with a reading LoRA that this base model lacks.
     """
-    if only is None:
-        methods = [name for name in methods if not METHODS[name].published or _published_folder(model).is_dir()]
     chosen = [
         name
         for name in methods
@@ -64,7 +62,9 @@ def choose(model: DocToLoRA, methods: Sequence[str], only: Sequence[str] | None)
     ]
     if not chosen:
         raise ValueError(f"no method is called {' or '.join(only)}; there are {', '.join(methods)}")
-    if any(METHODS[name].published for name in chosen) and not _published_folder(model).is_dir():
+    if not _published_folder(model).is_dir():
+        chosen = [name for name in chosen if not METHODS[name].published]
+    if not chosen:
         raise ValueError(
             f"there is no hypernetwork of the published form in {_published_folder(model)}: d2l train --stage "
             "published makes one, or choose other methods"

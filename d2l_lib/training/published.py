@@ -459,6 +459,11 @@ def start_copying(
     config, perceiver = net.config, net.aggregator.perceiver
     d, hidden, rows = config.latent_size, base_model.config.get_text_config().hidden_size, config.n_latent_queries
     n_code, n_passed = d // 2, d - rows  # numbers of the token's code; of both codes
+    if n_passed < n_code or (config.head_dim, config.n_kv_heads, config.n_pre_head_layers) != (d, 1, 0):
+        raise ValueError(
+            f"latents of {d} numbers cannot pass codes and {rows} tags: they need twice as many as rows, heads of "
+            "their own size, one of keys, and nothing between Perceiver and head"
+        )
     projection = perceiver.modality_projection
     embeddings = base_model.get_input_embeddings().weight
     ids = torch.cat([one.ids for one in passages])

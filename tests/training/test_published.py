@@ -110,6 +110,8 @@ def test_what_cannot_be_is_refused(base, trained):  # noqa: F811
         ({"first_passages": 5}, "multiple of 24"),
         ({"encoder_layers": (0, 1)}, r"states on disk are of layers \(0, 2, 3\)"),
         ({"validation": 40}, "16 passages have a question"),
+        ({"latent_size": 8, "head_dim": 8}, "cannot pass codes and 8 tags"),
+        ({"head_dim": 8}, "cannot pass codes"),
         ({"written_layers": (3, 2)}, "written_layers must ascend"),
         ({"written_layers": (2, 4)}, "at most 3"),
     ):
