@@ -598,7 +598,7 @@ PRESETS["smollm2"] = replace(
 PRESETS["smollm2"] = replace(
     PRESETS["smollm2"],
     published=PublishedPreset(
-        steps=530, pointer_steps=450, learning_rate=6e-4, warmup_steps=10, first_passages=1920, validation=48
+        steps=200, pointer_steps=100, learning_rate=6e-4, warmup_steps=10, first_passages=1920, validation=48
     ),
     reading_lora=ReadingLoraPreset(
         steps=200, batches_per_step=2, learning_rate=1e-3, warmup_steps=16, validation_reports=5

@@ -7,6 +7,7 @@ import torch
 from test_row_stage import base  # noqa: F401  a base model with questions about towns
 
 import d2l_lib as d2l
+from d2l_lib.adapter import Adapter
 from d2l_lib.documents import context_ids
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
@@ -45,6 +46,12 @@ def features(base, trained):  # noqa: F811
     passages = passages_of(frame, tokenizer, Limits(60))
     every = read_features(trained[2][4] / "squad", passages)
     return [few_of(one, [0], 2, 2) for one in every]
+
+
+def features_of(model, text: str):
+    """(features, mask) of a text for a model's hypernetwork."""
+    ids = torch.tensor([context_ids(model.tokenizer, text)])
+    return model.encoder.encode(ids, attention_mask=torch.ones_like(ids)), torch.ones_like(ids)
 
 
 def fresh(base, features, p=SMALL):  # noqa: F811
@@ -133,6 +140,19 @@ def test_a_trained_hypernetwork_writes_its_layers_alone_and_the_base_model_reads
         assert rows.shape[0] == 4 and not rows[:2].any() and rows[2:].any()
     assert adapter.rank == 8 and not adapter.is_rows
     assert adapter != other
+    back = Adapter.from_peft(adapter.export_peft(run.folder / "peft"), model)
+    for ours, theirs in zip(adapter.factors("down_proj"), back.factors("down_proj"), strict=True):
+        assert ours.shape == theirs.shape
+    ours, theirs = (B.mT @ A for A, B in (one.factors("down_proj") for one in (adapter, back)))
+    torch.testing.assert_close(adapter.scale * ours, back.scale * theirs, rtol=1e-3, atol=1e-5)
+    assert len(model.answer(["Where is Ada's home?"] * 2, [adapter, other], max_new_tokens=3)) == 2
+    whole = model.hypernetwork(*(model_inputs := features_of(model, one)))
+    for layer in range(4):
+        alone = model.hypernetwork(*model_inputs, layer=layer)
+        step_by_step = model.hypernetwork(*model_inputs, iterative=True)
+        for own, part, same in zip(whole["down_proj"], alone["down_proj"], step_by_step["down_proj"], strict=True):
+            torch.testing.assert_close(part[:, 0], own[:, layer])
+            torch.testing.assert_close(same, own)
     log = read_log(run.folder / "log.jsonl")
     assert [line["step"] for line in log] == [2, 4, 6]
     assert "validation_pointer_wrong_first_right" in log[1] and "validation_wrong_first_right" in log[2]
