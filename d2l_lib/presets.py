@@ -280,6 +280,45 @@ class RowsPreset(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishedPreset(Schedule):
+    """A Perceiver that writes blocks of a plain sum for the last layers (see `training.published`).
+
+    latent_size, n_blocks, n_heads, head_dim, projection_size, rank: of the hypernetwork; n_kv_heads is 1.
+    encoder_layers: the base model's states that it reads, of those on disk; the embeddings (0) come first.
+    written_layers: base layers whose blocks are written. below: the first layer that is run; those below it are
+        computed once.
+    first_passages: so many passages of each data set are used (None: all). questions: of a passage, at most.
+    passages, whole_passages: of a batch of the two stages. pointer_steps: steps of the first stage.
+    validation: passages that are never learned.
+    dropout: share of a passage's tokens that are not read, in training.
+    others: prompts about something else in a batch; others_weight: of their loss.
+    contrast_weight: of log(1 + p(answer | another passage) / p(answer | its passage)), in the first stage.
+    first_weight: of the first token of an answer, in its loss.
+    """
+
+    latent_size: int = 256
+    n_blocks: int = 1
+    n_heads: int = 2
+    head_dim: int = 256
+    projection_size: int = 352
+    rank: int = 8
+    encoder_layers: tuple[int, ...] = (0, 14)
+    written_layers: tuple[int, ...] = (25, 26, 27, 28, 29)
+    below: int = 24
+    first_passages: int | None = None
+    questions: int = 3
+    pointer_steps: int = 1000
+    passages: int = 16
+    whole_passages: int = 6
+    validation: int = 96
+    dropout: float = 0.1
+    others: int = 2
+    others_weight: float = 0.1
+    contrast_weight: float = 0.5
+    first_weight: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReadingLoraPreset(Schedule):
     """A plain LoRA that learns to answer from the passage in its prompt (see `training.reading_lora`).
 
@@ -344,6 +383,7 @@ class Preset:
     qa: QAPreset
     reading: ReadingPreset | None = None
     rows: RowsPreset | None = None
+    published: PublishedPreset | None = None
     reading_lora: ReadingLoraPreset | None = None
 
     @property
@@ -557,6 +597,9 @@ PRESETS["smollm2"] = replace(
 
 PRESETS["smollm2"] = replace(
     PRESETS["smollm2"],
+    published=PublishedPreset(
+        steps=200, pointer_steps=100, learning_rate=6e-4, warmup_steps=10, first_passages=1920, validation=48
+    ),
     reading_lora=ReadingLoraPreset(
         steps=200, batches_per_step=2, learning_rate=1e-3, warmup_steps=16, validation_reports=5
     ),

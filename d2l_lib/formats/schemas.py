@@ -287,6 +287,9 @@ class HypernetworkSettings(_Closed):
     reader_layers: list[_Some] = []
     reader_rank: _Some = 0
     reader_sizes: dict[_ModuleName, Annotated[list[_Count], Field(min_length=2, max_length=2)]] = {}
+    written_layers: list[_Some] = []
+    projection_size: _Some = 0
+    wrapping: list[_Some] = []
 
 
 class GateSettings(_Closed):

@@ -1,7 +1,8 @@
 """Questions about passages of real text: the passage in the prompt, in an adapter, among others, and controls.
 
 A plain LoRA that was trained to answer from its prompt (`training.reading_lora`) says how much of a passage the base
-model could tell. Retrieval chooses among the same ten passages that one adapter holds.
+model could tell. Retrieval chooses among the same ten passages that one adapter holds. Another hypernetwork for the
+same base model writes adapters of the published form: rank 8, a plain sum.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from d2l_lib.adapter import Adapter, stack_factors
 from d2l_lib.base_model import bundled_path
 from d2l_lib.documents import question_ids
 from d2l_lib.engine import greedy_texts
+from d2l_lib.loading import load
 from d2l_lib.lora import apply_lora
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import PRESETS
@@ -29,6 +31,7 @@ from d2l_lib.training.row_features import Limits, questions_on_learned
 
 READING = "passage in the prompt, reading LoRA"
 SEEN = "Doc-to-LoRA, seen passages"
+PUBLISHED = "published form"  # of a hypernetwork: see `training.published`
 _TOGETHER = 10  # passages of one adapter, and of one index
 _NEW_TOKENS = 24
 _AT_ONCE = 64, 1e9  # questions, and bytes of their adapters, for memory
@@ -95,6 +98,13 @@ def choose(model: DocToLoRA, methods: Sequence[str], only: Sequence[str] | None)
     ]
     if not chosen:
         raise ValueError(f"no method is called {' or '.join(only)}; there are {', '.join(methods)}")
+    if not _published_folder(model).is_dir():
+        chosen = [name for name in chosen if not METHODS[name].published]
+    if not chosen:
+        raise ValueError(
+            f"there is no hypernetwork of the published form in {_published_folder(model)}: d2l train --stage "
+            "published makes one, or choose other methods"
+        )
     if _lora_folder(model).is_dir() or not any(METHODS[name].reads for name in chosen):
         return chosen
     if only is None:
@@ -127,14 +137,11 @@ def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str
         range that occurs has rows of its own, without costs.
     """
     documents = [document for document, _ in qa.group_by_document(frame)]
-    facts, adapters = {"dataset": frame["dataset"].iloc[0], "n_passages": len(documents)}, {}
-    if any(METHODS[name].applied is not _nothing for name in methods):
-        start = time.process_time()
-        adapters = dict(zip(documents, model.internalize_each(documents), strict=True))
-        cost = {
-            "seconds_internalizing": round((time.process_time() - start) / len(documents), 4),
-            "kilobytes": round(sum(one.nbytes for one in adapters.values()) / len(adapters) / 1e3, 1),
-        }
+    facts = {"dataset": frame["dataset"].iloc[0], "n_passages": len(documents)}
+    inside = {}  # {published or not: (model, adapters, costs)}
+    for published in {METHODS[name].published for name in methods if METHODS[name].applied is not _nothing}:
+        one = load(_published_folder(model), device=model.device, dtype=model.base_model.dtype) if published else model
+        inside[published] = one, *_internalized(one, documents)
     lora = _reading_lora(model) if any(METHODS[name].reads for name in methods) else None
     known: dict[tuple[bool, str], tuple[str, float]] = {}
     for name in methods:
@@ -147,8 +154,9 @@ def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str
             replies, each = zip(*(known[method.reads, one] for one in prompts), strict=True)
             seconds = round(sum(each) / len(each), 4)
         else:
+            one, adapters, cost = inside[method.published]
             applied, own = method.applied(adapters, seed), own | cost
-            replies, seconds = ask(model, prompts, [applied[document] for document in frame["document"]])
+            replies, seconds = ask(one, prompts, [applied[document] for document in frame["document"]])
         answered = frame.assign(method=name, prediction=replies)
         rows = scored_rows(answered, seed, seconds=seconds)
         print(name, {row["metric"]: round(row["score"], 3) for row in rows}, flush=True)
@@ -163,6 +171,16 @@ def _rows_by_length(answered: pd.DataFrame, seed: int) -> list[dict]:
         facts = {"dataset": answered["dataset"].iloc[0], "n_passages": part["document"].nunique(), "tokens": tokens}
         rows += scored_rows(part, seed, **facts) if len(part) else []
     return rows
+
+
+def _internalized(model: DocToLoRA, documents: Sequence[str]) -> tuple[dict[str, Adapter], dict[str, float]]:
+    """({document: its adapter}, what making one costs)."""
+    start = time.process_time()
+    adapters = dict(zip(documents, model.internalize_each(documents), strict=True))
+    return adapters, {
+        "seconds_internalizing": round((time.process_time() - start) / len(documents), 4),
+        "kilobytes": round(sum(one.nbytes for one in adapters.values()) / len(adapters) / 1e3, 1),
+    }
 
 
 def ask(
@@ -192,6 +210,10 @@ def _batches(adapters: Sequence[Adapter | None]) -> Iterator[slice]:
 # --- the reading LoRA -----------------------------------------------------------------------------------------------
 def _lora_folder(model: DocToLoRA) -> Path:
     return bundled_path(model.base_source or "") / "reading_lora"
+
+
+def _published_folder(model: DocToLoRA) -> Path:
+    return bundled_path(model.base_source or "") / "published"
 
 
 def _reading_lora(model: DocToLoRA) -> Adapter:
@@ -302,11 +324,13 @@ class _Method:
     prompts: (a prompt for each question, costs), of the model, the questions and a seed.
     applied: {document: what is applied}, of {document: its adapter} and a seed.
     reads: with the reading LoRA, and no adapter of a document.
+    published: with adapters of the published form, which another hypernetwork writes.
     """
 
     prompts: Callable[[DocToLoRA, pd.DataFrame, int], _Prompts] = _questions
     applied: Callable[[Mapping[str, Adapter], int], Mapping[str, Adapter]] = _nothing
     reads: bool = False
+    published: bool = False
 
 
 METHODS = {
@@ -320,4 +344,6 @@ METHODS = {
     "Doc-to-LoRA and the passage in the prompt": _Method(_with_passages, _own),
     f"Doc-to-LoRA, {_TOGETHER} passages in one adapter": _Method(applied=_together),
     "another passage's adapter": _Method(applied=_others),
+    PUBLISHED: _Method(applied=_own, published=True),
+    f"{PUBLISHED}, another passage": _Method(applied=_others, published=True),
 }

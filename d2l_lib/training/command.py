@@ -5,6 +5,7 @@
     d2l train --stage reading --seed 1               # data/tiny/qa with sparse reading on, into runs/tiny/reading_seed1
     d2l train --stage rows --preset smollm2 --questions squad=train-v1.1.json facts    # token rows for a real model
     d2l train --stage reading-lora --preset smollm2 --questions squad=train-v1.1.json facts    # reads its prompt
+    d2l train --stage published --preset smollm2 --questions squad=train-v1.1.json    # rank 8, a plain sum
     d2l train --stage qa --preset paper-gemma --shards FOLDER ...       # the published recipe on shards
     torchrun --nproc_per_node 8 -m d2l_lib train ...                    # processes share the batches
 
@@ -24,8 +25,8 @@ from d2l_lib.presets import NEEDLE_VARIANTS, PRESETS, Preset, changed, preset, s
 if TYPE_CHECKING:
     from d2l_lib.training.loop import Run
 
-STAGES = ("all", "base", "needle", "qa", "text-to-lora", "reading", "rows", "reading-lora")
-_ON_QUESTIONS = ("rows", "reading-lora")
+STAGES = ("all", "base", "needle", "qa", "text-to-lora", "reading", "rows", "reading-lora", "published")
+_ON_QUESTIONS = ("rows", "reading-lora", "published")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +143,12 @@ def _run_on_questions(a: argparse.Namespace, p: Preset) -> None:
             final = reading_lora.remake_reading_lora(p, tables, run, a.data)
         print(f"{final}: a PEFT LoRA, which d2l study passages and d2l study facts read", flush=True)
         return
-    if own:
+    if a.stage == "published":
+        if own:
+            final = recipes.train_published(settings, p.rows, _base_source(a, p), tables, run, features)
+        else:
+            final = recipes.remake_published(p, tables, run, features, a.data)
+    elif own:
         final = recipes.train_rows(settings, _base_source(a, p), tables, run, features)
     else:
         final = recipes.remake_rows(p, tables, run, features, a.data)

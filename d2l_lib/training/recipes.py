@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2l_lib.base_model import Fingerprint, default_modules, load_base_model, module_sizes
-from d2l_lib.documents import question_ids
+from d2l_lib.documents import chat_affixes, question_ids
 from d2l_lib.encoder import ContextEncoder, check_writes_residual
 from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.formats.shards import find_shards, read_shards
@@ -43,6 +43,7 @@ from d2l_lib.presets import (
     HypernetworkPreset,
     NeedlePreset,
     Preset,
+    PublishedPreset,
     QAPreset,
     ReadingPreset,
     RowsPreset,
@@ -51,12 +52,14 @@ from d2l_lib.presets import (
 )
 from d2l_lib.records import project_root, read_json, read_rows, write_json, write_jsonl
 from d2l_lib.row_reader import reader_sizes
-from d2l_lib.token_rows import ROLES, TokenRows
+from d2l_lib.token_rows import ROLES, TokenRows, Words
 from d2l_lib.training import pretraining
 from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
 from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, read_log
+from d2l_lib.training.published import PassageBatches, PublishedStep, few_of, start_copying
 from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
 from d2l_lib.training.row_features import (
+    PER_FILE,
     Limits,
     facts_of,
     never_learned,
@@ -407,7 +410,112 @@ def rows_config(p: RowsPreset, base_model, source: str) -> HypernetworkConfig:
     )
 
 
+def train_published(
+    p: PublishedPreset,
+    rows: RowsPreset,
+    source: str,
+    tables: Mapping[str, pd.DataFrame],
+    run: Run,
+    features: Path,
+    final: Path | None = None,
+) -> Path:
+    """The folder `final` (None: `run.folder`/final): a Perceiver that writes blocks of a plain sum. Resumable.
+
+    rows: whose features it learns from: states, longest passage and lower layers are theirs.
+    source, tables, features: as in `train_rows`.
+
+    ValueError for data with too few usable passages, and for states that are not on disk.
+    """
+    if set(p.encoder_layers) - set(rows.encoder_layers) or p.below != rows.row_layers[0] or p.encoder_layers[0] != 0:
+        raise ValueError(f"states on disk are of layers {rows.encoder_layers}, streams of {rows.row_layers[0]}: {p}")
+    if p.first_passages is not None and p.first_passages % PER_FILE:
+        raise ValueError(f"first_passages is {p.first_passages}: give a multiple of {PER_FILE}")
+    base_model, tokenizer = load_base_model(source, device=own_device())
+    base_model.requires_grad_(False)
+    on_disk = ContextEncoder.from_config(base_model, rows_config(rows, base_model, source), source)
+    limits, key, train = Limits(rows.longest_passage), Fingerprint().key(base_model), []
+    for name, frame in tables.items():
+        facts = facts_of(key, frame, on_disk, p.below, limits)
+        if p.first_passages is not None:
+            known = list(dict.fromkeys(frame["document"]))[: p.first_passages * 5 // 4]
+            frame = frame[frame["document"].isin(set(known))]
+        passages = passages_of(frame, tokenizer, limits)[: p.first_passages]
+        write_features(base_model, tokenizer, passages, features / name, encoder=on_disk, facts=facts)
+        train += read_features(features / name, passages, first=True)
+    needed = p.validation + p.passages
+    if len(train) < needed:
+        raise ValueError(f"{len(train)} passages have a question with an answer in them; this training needs {needed}")
+    states = [one for one in rows.encoder_layers if one != 0]
+    train = [
+        few_of(one, [states.index(layer) for layer in p.encoder_layers[1:]], len(states), p.questions) for one in train
+    ]
+    drawn = never_learned(len(train), p.validation)
+    held_out = [one for i, one in enumerate(train) if i in drawn]
+    train = [one for i, one in enumerate(train) if i not in drawn]
+    prompts = question_ids(tokenizer, [row["prompt"] for row in read_rows(project_root() / _UNRELATED)])
+    streams = streams_below(base_model, tokenizer, prompts, p.below)
+    others = [(stream.half(), torch.tensor(ids)) for stream, ids in zip(streams, prompts, strict=True)]
+    torch.manual_seed(run.seed)
+    hypernetwork = Hypernetwork(published_config(p, base_model, tokenizer, source))
+    step = PublishedStep(base_model, hypernetwork, p)
+    some = train[:: max(1, len(train) // 400)]
+    plain = step.asked(some)
+    step.measure(plain)
+    start_copying(step, Words(base_model, tokenizer), some, step.whitened(plain), run.seed)
+    batches = PassageBatches(train, step.ask, p, run.seed, others)
+    test = PassageBatches(held_out, step.ask, p, run.seed)
+    parts = [range(start, min(start + p.passages, len(held_out))) for start in range(0, len(held_out), p.passages)]
+    step.tests = [test.collate(part, False) for part in parts]
+    step.whole_tests = [test.collate(part, True) for part in parts]
+    fit(step, batches, p, run)
+    step.fold()
+    meta = {"seed": run.seed, "chunk_tokens": rows.longest_passage, "base_model": source, "passages": len(train)}
+    final = run.folder / "final" if final is None else final
+    if is_first_process():
+        save_checkpoint(final, hypernetwork, meta, torch.float16)
+    return final
+
+
+def published_config(p: PublishedPreset, base_model, tokenizer, source: str) -> HypernetworkConfig:
+    """The config of a Perceiver for `base_model` that `train_published` trains."""
+    modules, text = default_modules(base_model), base_model.config.get_text_config()
+    for module in modules:
+        check_writes_residual(base_model, module)
+    d_in, d_out = module_sizes(base_model, modules)
+    return HypernetworkConfig(
+        n_layers=text.num_hidden_layers,
+        d_in=d_in,
+        d_out=d_out,
+        feature_size=text.hidden_size * len(p.encoder_layers),
+        latent_size=p.latent_size,
+        rank=p.rank,
+        scale=1.0,
+        encoder_type="hidden_states",
+        encoder_layers=p.encoder_layers,
+        n_latent_queries=len(p.written_layers) * p.rank,
+        n_blocks=p.n_blocks,
+        n_pre_head_layers=0,
+        n_heads=p.n_heads,
+        n_kv_heads=1,
+        head_dim=p.head_dim,
+        base_model=source,
+        written_layers=p.written_layers,
+        projection_size=p.projection_size,
+        wrapping=tuple(map(len, chat_affixes(tokenizer))),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- what is bundled
+def remake_published(p: Preset, tables: Mapping[str, pd.DataFrame], run: Run, features: Path, data: Path) -> Path:
+    """`train_published` as the preset says; its log goes to `data`, seed 0's hypernetwork becomes the bundled one."""
+    bundled = data / p.name / "published" if run.seed == 0 else None
+    final = train_published(p.published, p.rows, p.base_source, tables, run, features, bundled)
+    if is_first_process():
+        log = [{"seed": run.seed, **line} for line in read_log(run.folder / "log.jsonl")]
+        write_jsonl(data / "full_runs" / f"{p.name}_published_seed{run.seed}_training.jsonl", log)
+    return final
+
+
 def remake_rows(p: Preset, tables: Mapping[str, pd.DataFrame], run: Run, features: Path, data: Path) -> Path:
     """`train_rows` as the preset says; its log goes to `data`, and seed 0's hypernetwork becomes the bundled one."""
     bundled = data / p.name / "hypernetwork" if run.seed == 0 else None

@@ -32,7 +32,7 @@ from d2l_lib.lora import hooked, without_lora
 from d2l_lib.row_reader import check_parts, part_of_layers
 from d2l_lib.tasks.qa import group_by_document
 
-_PER_FILE = 24
+PER_FILE = 24  # passages of a file
 _POOL = 64  # passages, from which batches of like size are made
 _LARGEST = 6e4  # float16
 _BATCH = 6, 24  # passages, questions
@@ -171,13 +171,13 @@ def write_features(
     """
     check_parts(base_model, passages[0].questions[0][0], int(facts["below"]))
     folder.mkdir(parents=True, exist_ok=True)
-    parts = range(0, len(passages), _PER_FILE)
+    parts = range(0, len(passages), PER_FILE)
     for number, start in enumerate(parts):
         file = folder / f"features-{number:05}.safetensors"
         if file.exists():
             _check_facts(file, facts)
             continue
-        tensors = _features(base_model, tokenizer, passages[start : start + _PER_FILE], encoder, int(facts["below"]))
+        tensors = _features(base_model, tokenizer, passages[start : start + PER_FILE], encoder, int(facts["below"]))
         with atomic_file(file) as unfinished:
             save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})
         print(f"features {number + 1} of {len(parts)}", flush=True)
@@ -249,14 +249,18 @@ class Features:
     prompts: tuple[Tensor, ...]
 
 
-def read_features(folder: Path, passages: Sequence[Passage]) -> list[Features]:
+def read_features(folder: Path, passages: Sequence[Passage], first: bool = False) -> list[Features]:
     """The features of these passages, from a folder that `write_features` filled with them.
+
+    first: the folder may hold more passages behind these.
 
     FileNotFoundError for a folder without files; ValueError for one of other passages.
     """
     files = sorted(folder.glob("features-*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no features in {folder}: make them first")
+    if first:
+        files = files[: -(-len(passages) // PER_FILE)]
     every = [one for file in files for one in _passages_in(file)]
     if [ids.tolist() for ids, *_ in every] != [one.ids for one in passages]:
         raise ValueError(f"{folder} holds features of other passages: choose another folder")

@@ -158,6 +158,8 @@ def test_some_methods_are_measured_again_and_the_others_stay(squad, monkeypatch)
     assert again == {"question alone", "another passage's adapter"}
     with pytest.raises(ValueError, match="no reading LoRA in .*reading_lora: d2l train --stage reading-lora makes one"):
         next(passages.run(_Reader(answers), **asked, only=["reading"]))
+    with pytest.raises(ValueError, match="no hypernetwork of the published form in .*published: d2l train --stage"):
+        next(passages.run(_Reader(answers), **asked, only=["published form"]))
     with pytest.raises(ValueError, match="no method is called prayer; there are question alone"):
         next(passages.run(_Reader(answers), **asked, only=["prayer"]))
     with pytest.raises(ValueError, match=f"seed 0, n {N}"):

@@ -74,7 +74,7 @@ def made(base, tmp_path_factory):
     options = {"encoder": encoder, "facts": facts}
     passages, folder = passages_of(frame, tokenizer, limits), tmp_path_factory.mktemp("features")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_features, "_PER_FILE", 6)
+        patch.setattr(row_features, "PER_FILE", 6)
         write_features(model, tokenizer, passages, folder, **options)
     return passages, folder, options
 
@@ -166,7 +166,7 @@ def test_features_are_those_of_a_plain_pass(base, made, features):
 def test_a_folder_of_features_is_continued_and_refuses_other_facts(base, made, tmp_path, monkeypatch):
     _, model, tokenizer, _, _ = base
     passages, folder, options = made
-    monkeypatch.setattr(row_features, "_PER_FILE", 6)
+    monkeypatch.setattr(row_features, "PER_FILE", 6)
     files = sorted(folder.glob("*"))
     assert [file.name for file in files] == [f"features-0000{i}.safetensors" for i in range(3)]
     for file in files[:1] + files[2:]:
