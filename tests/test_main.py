@@ -40,6 +40,7 @@ WRONG = {
               ["attribution", "--seed", "9" * 20], ["gate", "--n", "0"], ["dial", "--seed", "1.5"],
               ["probes", "--n", "0"],
               ["report", "--n", "0"], ["speed-tiny", "--lengths", "64", "0"], ["speed-tiny", "--n", "0"],
+              ["speed-smollm2", "--n", "0"],
               ["speed-gemma", "--limit", "nan"], ["recompression", "--length", "0"], ["routing", "--seed", "-1"],
               ["reading", "--n", "0"], ["router", "--n", "0"], ["no-block", "--n", "0"],
               ["retrieval", "--n", "0"], ["two-hops", "--n", "0"],
