@@ -34,18 +34,13 @@ from d2l_lib.lora import add_deltas, hooked, without_lora
 from d2l_lib.presets import PublishedPreset
 from d2l_lib.row_reader import part_of_layers
 from d2l_lib.token_rows import Words
-from d2l_lib.training.row_features import Features, batches_of_like_size
+from d2l_lib.training.row_features import Features, Prompt, batches_of_like_size, layer_output, whitening
 
 _AT_ONCE = 16  # questions of a pass through the upper layers
 _CANDIDATES = 3000  # tokens that are always among those to choose from
 _TAG = 8.0  # of a row among latents; their other numbers have a root mean square near 1
-_LIKE_ANSWERS, _ASTRAY, _FAITHFUL = (
-    2.0,
-    3.0,
-    1.2,
-)  # a fresh row's attention: to likely answers, at random, to its latent
+_LIKE_ANSWERS, _ASTRAY, _FAITHFUL = 2.0, 3.0, 1.2  # a fresh row's attention: to answers, at random, to its latent
 _MATCH = 0.4  # a fresh key's match with its own x
-Prompt = tuple[Tensor, Tensor]  # its stream into the first upper layer, its ids
 
 
 @dataclass(frozen=True)
@@ -208,7 +203,7 @@ class PublishedStep(nn.Module):
             for place, linear in enumerate(linears):
                 stack.enter_context(hooked(linear.register_forward_pre_hook, keep(place)))
             stack.enter_context(
-                hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=_plain(out)))
+                hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=layer_output(out)))
             )
             stack.enter_context(without_lora(base_model))
             for start in range(0, len(order), _AT_ONCE):
@@ -237,12 +232,7 @@ class PublishedStep(nn.Module):
         """Take the whitenings of x and the size of the stream from these questions."""
         flat = [one for several in asked for one in several]
         for place in range(len(self.layers)):
-            x = torch.cat([one.x[:, place] for one in flat]).double()
-            values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-            ridge = 0.02 * values.mean()
-            self.coordinates.whitening[place] = (
-                vectors * (values + ridge).rsqrt() @ vectors.T / x.shape[1] ** 0.5
-            ).float()
+            self.coordinates.whitening[place] = whitening(torch.cat([one.x[:, place] for one in flat]))
         self.coordinates.gain.fill_(
             torch.cat([one.stream for one in flat]).float().norm(dim=-1).mean() / self.hypernetwork.config.scale
         )
@@ -351,7 +341,10 @@ class PublishedStep(nn.Module):
         acting = (
             without_lora(base_model) if A is None else add_deltas(base_model, deltas, self.hypernetwork.config.scale)
         )
-        with hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=_plain(out))), acting:
+        with (
+            hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=layer_output(out))),
+            acting,
+        ):
             for start in range(0, len(order), _AT_ONCE):
                 part = order[start : start + _AT_ONCE]
                 found["part"] = torch.tensor(part)
@@ -436,10 +429,6 @@ def few_of(one: Features, states: Sequence[int], n_states: int, questions: int) 
 def _firsts(answers: Sequence[Tensor]) -> Tensor:
     """[N]: True at the first token of each answer."""
     return torch.cat([torch.arange(len(one)) == 0 for one in answers])
-
-
-def _plain(out: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return out if isinstance(out, Tensor) else out[0]
 
 
 @torch.no_grad()

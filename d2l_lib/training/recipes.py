@@ -60,7 +60,9 @@ from d2l_lib.training.published import PassageBatches, PublishedStep, few_of, st
 from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
 from d2l_lib.training.row_features import (
     PER_FILE,
+    Features,
     Limits,
+    Prompt,
     facts_of,
     never_learned,
     passages_of,
@@ -349,13 +351,9 @@ def train_rows(
         write_features(base_model, tokenizer, passages, features / name, encoder=encoder, facts=facts)
         every = read_features(features / name, passages)
         if not train:
-            drawn = never_learned(len(every), p.validation)
-            held_out = [one for i, one in enumerate(every) if i in drawn]
-            every = [one for i, one in enumerate(every) if i not in drawn]
+            every, held_out = _split(every, p.validation)
         train += every
-    prompts = question_ids(tokenizer, [row["prompt"] for row in read_rows(project_root() / _UNRELATED)])
-    streams = streams_below(base_model, tokenizer, prompts, below)
-    others = [(stream.half(), torch.tensor(ids)) for stream, ids in zip(streams, prompts, strict=True)]
+    others = _unrelated(base_model, tokenizer, below)
     torch.manual_seed(run.seed)
     hypernetwork = TokenRows(config)
     hypernetwork.prepare(base_model, tokenizer)
@@ -378,6 +376,20 @@ def train_rows(
     if is_first_process():
         save_checkpoint(final, hypernetwork, meta, torch.float16)
     return final
+
+
+def _unrelated(base_model, tokenizer, below: int) -> list[Prompt]:
+    """Prompts about something else: the stream of each into layer `below`, and its ids."""
+    prompts = question_ids(tokenizer, [row["prompt"] for row in read_rows(project_root() / _UNRELATED)])
+    streams = streams_below(base_model, tokenizer, prompts, below)
+    return [(stream.half(), torch.tensor(ids)) for stream, ids in zip(streams, prompts, strict=True)]
+
+
+def _split(passages: list[Features], n: int) -> tuple[list[Features], list[Features]]:
+    """(those to learn, the n that are never learned)."""
+    drawn = never_learned(len(passages), n)
+    kept = [one for i, one in enumerate(passages) if i not in drawn]
+    return kept, [one for i, one in enumerate(passages) if i in drawn]
 
 
 def rows_config(p: RowsPreset, base_model, source: str) -> HypernetworkConfig:
@@ -449,12 +461,8 @@ def train_published(
     train = [
         few_of(one, [states.index(layer) for layer in p.encoder_layers[1:]], len(states), p.questions) for one in train
     ]
-    drawn = never_learned(len(train), p.validation)
-    held_out = [one for i, one in enumerate(train) if i in drawn]
-    train = [one for i, one in enumerate(train) if i not in drawn]
-    prompts = question_ids(tokenizer, [row["prompt"] for row in read_rows(project_root() / _UNRELATED)])
-    streams = streams_below(base_model, tokenizer, prompts, p.below)
-    others = [(stream.half(), torch.tensor(ids)) for stream, ids in zip(streams, prompts, strict=True)]
+    train, held_out = _split(train, p.validation)
+    others = _unrelated(base_model, tokenizer, p.below)
     torch.manual_seed(run.seed)
     hypernetwork = Hypernetwork(published_config(p, base_model, tokenizer, source))
     step = PublishedStep(base_model, hypernetwork, p)

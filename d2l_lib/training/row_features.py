@@ -38,6 +38,9 @@ _LARGEST = 6e4  # float16
 _BATCH = 6, 24  # passages, questions
 
 
+Prompt = tuple[Tensor, Tensor]  # its stream into the first upper layer, its ids
+
+
 @dataclass(frozen=True)
 class Limits:
     """Which passages and questions are used: the most tokens of each, and questions of a passage."""
@@ -223,7 +226,7 @@ def streams_below(base_model, tokenizer, rows: Sequence[list[int]], below: int) 
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
 
     def keep(_, __, out) -> None:
-        last["h"] = out if isinstance(out, Tensor) else out[0]
+        last["h"] = layer_output(out)
 
     with hooked(body.layers[-1].register_forward_hook, keep), without_lora(base_model):
         for start in range(0, len(order), _BATCH[1]):
@@ -294,3 +297,16 @@ def facts_of(
         "limits": asdict(limits),
         "answers": "in the tokens of the passage",
     }
+
+
+def layer_output(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What a decoder layer gives back, alone."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def whitening(x: Tensor) -> Tensor:
+    """[d, d], symmetric: x [N, d] times it has like size in all directions, and a length near 1."""
+    x = x.double()
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    ridge = 0.02 * values.mean()
+    return (vectors * (values + ridge).rsqrt() @ vectors.T / x.shape[1] ** 0.5).float()

@@ -34,11 +34,10 @@ from d2l_lib.lora import add_deltas, hooked, without_lora
 from d2l_lib.presets import RowsPreset
 from d2l_lib.row_reader import nearness, part_of_layers
 from d2l_lib.token_rows import WORD_ROLES, TokenRows, Words
-from d2l_lib.training.row_features import Features, batches_of_like_size
+from d2l_lib.training.row_features import Features, Prompt, batches_of_like_size, layer_output, whitening
 
 _AT_ONCE = 16  # questions of a pass through the upper layers: of like length, so little is padded
 _RARE = 3  # times that a word stands in a passage, at most, to be looked for
-Prompt = tuple[Tensor, Tensor]  # its stream into the match layer, its ids
 
 
 @dataclass(frozen=True)
@@ -293,7 +292,7 @@ class RowsStep(nn.Module):
         order, xs, after = sorted(range(len(streams)), key=lambda i: len(streams[i])), {}, {}
         with (
             hooked(linear.register_forward_pre_hook, lambda _, inputs: found.update(x=inputs[0])),
-            hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=_plain(out))),
+            hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=layer_output(out))),
             without_lora(base_model),
         ):
             for start in range(0, len(order), _AT_ONCE):
@@ -316,7 +315,7 @@ class RowsStep(nn.Module):
         updates = [] if gates is None else list(reader.updates(base_model, lambda: found["gates"]))
         with (
             hooked(linear.register_forward_pre_hook, lambda _, inputs: found.update(x=inputs[0])),
-            hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=_plain(out))),
+            hooked(body.layers[-1].register_forward_hook, lambda _, __, out: found.update(stream=layer_output(out))),
             add_deltas(base_model, updates, self.hypernetwork.config.scale) if updates else without_lora(base_model),
         ):
             for start in range(0, len(order), _AT_ONCE):
@@ -522,8 +521,8 @@ class RowsStep(nn.Module):
             last.append(x)
             match += [own[::3] for own in xs]
             sizes.append(stream.norm(dim=-1))
-        self.whitening(net.reader.last_layer).copy_(_whitening(torch.cat(last)))
-        self.whitening(net.reader.match_layer).copy_(_whitening(torch.cat(match)))
+        self.whitening(net.reader.last_layer).copy_(whitening(_directions(torch.cat(last))))
+        self.whitening(net.reader.match_layer).copy_(whitening(_directions(torch.cat(match))))
         net.log_gain.copy_((2 * torch.cat(sizes).mean()).log())
 
     @torch.no_grad()
@@ -566,15 +565,7 @@ class RowsStep(nn.Module):
             self.whitening(layer).copy_(torch.eye(len(self.whitening(layer))))
 
 
-def _plain(out: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """What a layer gives back, alone."""
-    return out if isinstance(out, Tensor) else out[0]
-
-
-def _whitening(x: Tensor) -> Tensor:
-    """[d, d], symmetric: x / |x| [N, d] times it has like size in all directions."""
+def _directions(x: Tensor) -> Tensor:
+    """x / |x| of those x [N, d] that are not zero."""
     x = x[x.norm(dim=-1) > 0].double()
-    x = x / x.norm(dim=-1, keepdim=True)
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-    ridge = 0.02 * values.mean()
-    return (vectors * (values + ridge).rsqrt() @ vectors.T / x.shape[1] ** 0.5).float()
+    return x / x.norm(dim=-1, keepdim=True)
