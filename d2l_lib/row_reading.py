@@ -164,6 +164,7 @@ class Attended(Followed):
     rarities: dict[int, Tensor] = field(default_factory=dict)  # the same up to each token of this pass
     chunk_parts: dict[int, ChunkParts] = field(default_factory=dict)  # of the last pass, where chunks are chosen
     near: dict[int, Tensor] = field(default_factory=dict)  # nearness [rows, tokens, T, k] of this pass
+    gate_logits: dict[int, Tensor] = field(default_factory=dict)  # [rows, tokens] of this pass
     gates: Tensor | None = None  # [batch, tokens] of this pass: 1 where it is open, else 0
     mask: Tensor | None = None  # [batch, tokens] of all tokens so far; padding is 0
     turns: list[_Turn] = field(default_factory=list)  # of each row of the batch
@@ -231,8 +232,8 @@ class Attended(Followed):
             self.over_time[context], self.content[context] = so_far[:, -1], content[:, -1]
             self._count(context, its, mine, x)
             self.near[context], of_each = nearness(so_far, its.slots.to(x.device)).unbind(-3)
-            logits = self.reader.gate(of_each, content, len(its.blocks))
-            self.gates[mine] = (logits > self.reading.null_logit).to(x)
+            self.gate_logits[context] = self.reader.gate(of_each, content, len(its.blocks))
+            self.gates[mine] = (self.gate_logits[context] > self.reading.null_logit).to(x)
         return x.new_zeros(())
 
     def _count(self, context: int, its: _Rows, mine: list[int], x: Tensor) -> None:

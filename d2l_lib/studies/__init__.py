@@ -242,6 +242,16 @@ STUDIES = {
             "--keep": {"metavar": "MODEL", "help": "write the weights into this model's folder"},
         },
     ),
+    "rise": Study(
+        "rise:run",
+        ("rise",),
+        "how far the gate rises with the number of chunks",
+        *(320, "prompts about something else", "smollm2"),
+        options={
+            "--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "passages (squad)"},
+            "--keep": {"metavar": "MODEL", "help": "write the rise into this model's folder"},
+        },
+    ),
     "tracing": Study(
         "tracing:run",
         ("tracing",),

@@ -378,9 +378,18 @@ def train_rows(
     return final
 
 
+def never_learned_prompts() -> list[str]:
+    """The prompts about something else that no training of rows has learned from."""
+    return _unrelated_prompts()[::_UNSEEN]
+
+
+def _unrelated_prompts() -> list[str]:
+    return [row["prompt"] for row in read_rows(project_root() / _UNRELATED)]
+
+
 def _unrelated(base_model, tokenizer, below: int) -> list[Prompt]:
     """Prompts about something else: the stream of each into layer `below`, and its ids."""
-    prompts = question_ids(tokenizer, [row["prompt"] for row in read_rows(project_root() / _UNRELATED)])
+    prompts = question_ids(tokenizer, _unrelated_prompts())
     streams = streams_below(base_model, tokenizer, prompts, below)
     return [(stream.half(), torch.tensor(ids)) for stream, ids in zip(streams, prompts, strict=True)]
 
