@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only", "hidden_states")
-_WRITERS = ("perceiver", "token_rows")
-_TUPLES = ("encoder_layers", "row_layers", "reader_layers", "written_layers", "wrapping")
+_WRITERS = ("perceiver", "token_rows", "pooled_rows")
+_TUPLES = ("encoder_layers", "row_layers", "reader_layers", "written_layers")
 # Fields that files of before do not have: written only where they say something.
 _LATER = (
     *("null_rows", "writer", "encoder_layers", "row_layers", "reader_layers", "reader_rank", "reader_sizes"),
-    *("written_layers", "projection_size", "wrapping"),
+    *("written_layers", "pooled_size", "pooled_blocks"),
 )
 Loras = dict[str, tuple[Tensor, Tensor]]
 
@@ -40,12 +40,12 @@ class HypernetworkConfig:
     encoder_layers: for hidden_states, after how many base layers each state is taken (0: the embeddings); a feature is
         these states one after another.
     null_rows: learned keys of "no block" in each layer and module (see `null`); 0: none, as published.
-    writer: "perceiver", as published, or "token_rows" (see `token_rows`; n_layers is 1 then).
+    writer: "perceiver", as published, "token_rows" (see `token_rows`; n_layers is 1 then), or "pooled_rows" (see
+        `pooled_rows`).
     row_layers, reader_layers, reader_rank, reader_sizes: for token_rows, the base layers that read rows, those with a
         low-rank update, its rank, and {linear: (d_in, d_out)} of such a layer (see `row_reader`).
-    written_layers: base layers whose blocks are written; those of others are zero. (): all, as published.
-    projection_size: hidden size of the Perceiver's first projection (0: four times the feature size, as published).
-    wrapping: so many tokens of chat wrapping before and after a chunk's text are not read. (): all are, as published.
+    written_layers, pooled_size, pooled_blocks: for pooled_rows, the base layers whose blocks are written, those of
+        others being zero, and size and depth of its Perceiver.
     """
 
     n_layers: int
@@ -79,8 +79,8 @@ class HypernetworkConfig:
     reader_rank: int = 0
     reader_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     written_layers: tuple[int, ...] = ()
-    projection_size: int = 0
-    wrapping: tuple[int, ...] = ()
+    pooled_size: int = 0
+    pooled_blocks: int = 0
 
     def __post_init__(self):
         self._check_numbers()
@@ -99,23 +99,18 @@ class HypernetworkConfig:
             raise ValueError('writer "token_rows", row_layers and reader_layers go together')
         if self.row_layers and (len(self.row_layers) != 2 or self.row_layers[0] >= self.row_layers[1]):
             raise ValueError(f"row_layers must be two, a lower one and the last, not {self.row_layers}")
+        pooled = {bool(one) for one in (self.written_layers, self.pooled_size, self.pooled_blocks)}
+        if pooled != {self.writer == "pooled_rows"}:
+            raise ValueError('writer "pooled_rows", written_layers, pooled_size and pooled_blocks go together')
+        written = self.written_layers
+        if written and (list(written) != sorted(set(written)) or not 0 <= written[0] <= written[-1] < self.n_layers):
+            raise ValueError(f"written_layers must ascend from 0 to at most {self.n_layers - 1}, not {written}")
         if (self.encoder_type == "hidden_states") != bool(self.encoder_layers):
             raise ValueError('encoder_type "hidden_states" and encoder_layers, the states, go together')
-        self._check_written()
         if not self.d_in or self.d_in.keys() != self.d_out.keys():
             raise ValueError(f"d_in names {sorted(self.d_in)} and d_out {sorted(self.d_out)}: name the same modules")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
-
-    def _check_written(self) -> None:
-        """ValueError for written layers or a wrapping that cannot be."""
-        written = self.written_layers
-        if written and (list(written) != sorted(set(written)) or not 0 <= written[0] <= written[-1] < self.n_layers):
-            raise ValueError(f"written_layers must ascend from 0 to at most {self.n_layers - 1}, not {written}")
-        if written and (self.layer_to_layer or self.writer != "perceiver" or self.null_rows):
-            raise ValueError("written_layers are for a Perceiver that reads one sequence, without null rows")
-        if self.wrapping and (len(self.wrapping) != 2 or self.writer != "perceiver" or self.layer_to_layer):
-            raise ValueError(f"wrapping must be two numbers, for a Perceiver that reads one sequence: {self.wrapping}")
 
     def _check_numbers(self) -> None:
         """ValueError names a size or count that is too small or no whole number."""
@@ -124,7 +119,7 @@ class HypernetworkConfig:
         numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.type in (int, int | None)}
         numbers |= {f"{side}[{m!r}]": size for side in ("d_in", "d_out") for m, size in getattr(self, side).items()}
         may_be_zero = ("n_self_attention_per_block", "n_pre_head_layers", "encoder_layer", "null_rows", "reader_rank")
-        may_be_zero += ("projection_size",)
+        may_be_zero += ("pooled_size", "pooled_blocks")
         smallest = dict.fromkeys(may_be_zero, 0)
         for name, value in numbers.items():
             if name == "encoder_layer" and value is None:
@@ -137,11 +132,6 @@ class HypernetworkConfig:
     def modules(self) -> list[str]:
         """Target module names, in the order of their latents."""
         return sorted(self.d_in)
-
-    @property
-    def n_written(self) -> int:
-        """How many base layers have blocks that are written."""
-        return len(self.written_layers) or self.n_layers
 
     @property
     def layer_to_layer(self) -> bool:
@@ -322,9 +312,8 @@ class _Perceiver(nn.Module):
 
     def __init__(self, config: HypernetworkConfig):
         super().__init__()
-        rows = len(config.modules) * config.rank * (1 if config.layer_to_layer else config.n_written)
-        hidden = config.projection_size or 4 * config.feature_size
-        self.modality_projection = _SwiGLU(config.feature_size, hidden, config.latent_size)
+        rows = len(config.modules) * config.rank * (1 if config.layer_to_layer else config.n_layers)
+        self.modality_projection = _SwiGLU(config.feature_size, 4 * config.feature_size, config.latent_size)
         self.encoder = _Resampler(
             config,
             config.n_latent_queries,
@@ -366,7 +355,7 @@ class _Aggregator(nn.Module):
                 embedding = self.perceiver(features, mask, taps, slice(layer * rows, (layer + 1) * rows))
             return embedding.view(n, 1, *row_shape)
         if not config.layer_to_layer:
-            return self.perceiver(features, mask, taps).view(n, config.n_written, *row_shape)
+            return self.perceiver(features, mask, taps).view(n, config.n_layers, *row_shape)
         by_layer = features.transpose(0, 1).flatten(0, 1)  # [L*n, T, F]: layer-major, one sequence per layer and chunk
         mask = None if mask is None else mask.repeat(config.n_layers, 1)
         return self.perceiver(by_layer, mask, taps).view(config.n_layers, n, *row_shape).transpose(0, 1)
@@ -392,7 +381,7 @@ class _PerLayerResidual(nn.Module):
 
     def __init__(self, config: HypernetworkConfig):
         super().__init__()
-        d, n_layers = config.latent_size, config.n_written
+        d, n_layers = config.latent_size, config.n_layers
         self.layers = nn.Sequential(
             nn.LayerNorm(d),
             PerLayerLinear(n_layers, d, 4 * d),
@@ -436,7 +425,7 @@ class _Head(nn.Module):
         super().__init__()
         d, width = config.latent_size, max(config.d_in[m] + config.d_out[m] for m in config.modules)
         n_modules = len(config.modules)
-        shape = (config.n_written, d, width) if n_modules == 1 else (config.n_written, n_modules, d, width)
+        shape = (config.n_layers, d, width) if n_modules == 1 else (config.n_layers, n_modules, d, width)
         self.weight = nn.Parameter(torch.randn(shape) * 0.5 / math.sqrt(d + width * config.rank))
 
     def forward(self, x: Tensor, layer: int | None = None) -> Tensor:
@@ -453,9 +442,7 @@ class BlockWriter(nn.Module):
 
     def described(self) -> str:
         """What it writes, in a few words."""
-        layers = self.config.written_layers
-        where = f" of layers {', '.join(map(str, layers))}" if layers else ""
-        return f"rank {self.config.rank} on {', '.join(self.config.modules)}{where}"
+        return f"rank {self.config.rank} on {', '.join(self.config.modules)}"
 
     def rows_of(self, n_tokens: int) -> slice:
         """The rows that are a chunk's own, of `n_tokens` tokens: all."""
@@ -482,7 +469,7 @@ class Hypernetwork(BlockWriter):
         self.aggregator = _Aggregator(config)
         residual = _PerLayerResidual if config.per_layer_processing else _SharedResidual
         self.layers = nn.Sequential(*[residual(config) for _ in range(config.n_pre_head_layers)])
-        n_layers, r = config.n_written, config.rank
+        n_layers, r = config.n_layers, config.rank
         if config.use_bias:
             self.bias_A = nn.ParameterDict(
                 {m: torch.randn(n_layers, r, size) * 0.2 / math.sqrt(size * r) for m, size in config.d_in.items()}
@@ -518,7 +505,7 @@ class Hypernetwork(BlockWriter):
         own precision, as published. ValueError for shapes that do not fit the config.
         """
         self._check(features)
-        features, mask = zero_padding(features, self._text(attention_mask))
+        features, mask = zero_padding(features, attention_mask)
         parameter_dtype = self.head.weight.dtype
         half = features.dtype in (torch.bfloat16, torch.float16)
         features = features if half else features.to(parameter_dtype)
@@ -527,62 +514,21 @@ class Hypernetwork(BlockWriter):
         if layer is not None:
             if iterative or not 0 <= layer < self.config.n_layers:
                 raise ValueError(f"layer {layer!r} must be from 0 to {self.config.n_layers - 1}, and not iterative")
-            written = self._place_of_layer(layer)
-            if written is None:
-                return self._nothing(len(features))
-            return self._write(self._embed(features, mask, half, taps, written), taps, written)
+            return self._write(self._embed(features, mask, half, taps, layer), taps, layer)
         by_layer = iterative and self.config.layer_to_layer
         embedding = None if by_layer else self._embed(features, mask, half, taps)  # [n, L, M, r, d]
         if not iterative:
-            return self._in_all_layers(self._write(embedding, taps))
+            return self._write(embedding, taps)
         parts = [
             self._write(
                 self._embed(features, mask, half, None, layer) if by_layer else embedding[:, layer, None], None, layer
             )
-            for layer in range(self.config.n_written)
+            for layer in range(self.config.n_layers)
         ]
-        whole = {
+        return {
             m: tuple(torch.cat(factors, dim=1) for factors in zip(*(part[m] for part in parts), strict=True))
             for m in self.config.modules
         }
-        return self._in_all_layers(whole)
-
-    def _text(self, attention_mask: Tensor) -> Tensor:
-        """The mask without chat wrapping; ValueError for a chunk without text."""
-        if not self.config.wrapping:
-            return attention_mask
-        before, after = self.config.wrapping
-        real = attention_mask.bool()
-        place, length = real.cumsum(1), real.sum(1, keepdim=True)
-        if (length <= before + after).any():
-            raise ValueError("a chunk has no text within its chat wrapping: wrap it as documents.context_ids does")
-        return real & (place > before) & (place <= length - after)
-
-    def _place_of_layer(self, layer: int) -> int | None:
-        """The place of a base layer among the written ones; None where nothing is written."""
-        if not self.config.written_layers:
-            return layer
-        return self.config.written_layers.index(layer) if layer in self.config.written_layers else None
-
-    def _nothing(self, n: int) -> Loras:
-        """Blocks of one layer that is not written: zeros."""
-        r, like = self.config.rank, self.head.weight
-        return {
-            m: (like.new_zeros(n, 1, r, self.config.d_in[m]), like.new_zeros(n, 1, r, self.config.d_out[m]))
-            for m in self.config.modules
-        }
-
-    def _in_all_layers(self, loras: Loras, dim: int = 1) -> Loras:
-        """Blocks of the written layers among zeros for all others."""
-        if not self.config.written_layers:
-            return loras
-
-        def spread(rows: Tensor) -> Tensor:
-            shape = (*rows.shape[:dim], self.config.n_layers, *rows.shape[dim + 1 :])
-            places = torch.tensor(self.config.written_layers, device=rows.device)
-            return rows.new_zeros(shape).index_copy(dim, places, rows)
-
-        return {m: (spread(A), spread(B)) for m, (A, B) in loras.items()}
 
     def _embed(self, features, mask, half: bool, taps: dict | None, layer: int | None = None) -> Tensor:
         with torch.autocast(features.device.type, dtype=torch.bfloat16) if half else nullcontext():
@@ -604,7 +550,7 @@ class Hypernetwork(BlockWriter):
         """The learned block of no document: {module: (A [L, r, d_in], B [L, r, d_out])}, or None."""
         if not self.config.use_bias:
             return None
-        return self._in_all_layers({m: (self.bias_A[m], self.bias_B[m]) for m in self.config.modules}, dim=0)
+        return {m: (self.bias_A[m], self.bias_B[m]) for m in self.config.modules}
 
     def null(self) -> Loras | None:
         """What sparse reading asks a block to exceed: {module: (keys [L, null_rows, d_in], floor [L])}, or None."""

@@ -57,7 +57,7 @@ from d2l_lib.lora import apply_lora, noted_adapter, without_lora
 from d2l_lib.reading import Reading, read_sparsely
 from d2l_lib.routing import SHORTLIST, Gate, route_prompts
 from d2l_lib.row_reading import RowReading, read_rows
-from d2l_lib.token_rows import TokenRows
+from d2l_lib.token_rows import TokenRows, TokenStates
 
 # Longest chunk of the published models (needle evaluation, section 2).
 _LONGEST_CHUNK = 1024
@@ -105,7 +105,7 @@ class DocToLoRA:
         self,
         base_model: nn.Module,
         tokenizer,
-        hypernetwork: Hypernetwork | TokenRows,
+        hypernetwork: Hypernetwork | TokenStates,
         *,
         chunk_tokens: int | None = None,
         least_relevance: float = -math.inf,
@@ -120,6 +120,7 @@ class DocToLoRA:
         self.hypernetwork = hypernetwork
         self.config = hypernetwork.config
         self.writes_rows = isinstance(hypernetwork, TokenRows)
+        self.copies_tokens = isinstance(hypernetwork, TokenStates)
         self.base_source = base_source
         if encoder is None:
             encoder = ContextEncoder.from_config(base_model, self.config, source=base_source)
@@ -128,10 +129,10 @@ class DocToLoRA:
         self.encoder = encoder
         self.encoder_tokenizer = tokenizer if encoder_tokenizer is None else encoder_tokenizer
         self._check_base_model()
-        if self.writes_rows:
+        if self.copies_tokens:
             if self.encoder_tokenizer is not tokenizer and self.encoder_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(
-                    "token rows write the tokens that were read: the context encoder needs the base model's tokenizer"
+                    "rows of tokens write what was read: the context encoder needs the base model's tokenizer"
                 )
             hypernetwork.prepare(base_model, tokenizer)
         self.current: Adapter | None = None
@@ -310,7 +311,7 @@ class DocToLoRA:
 
     def _image_inputs(self, image: Document, name: str) -> dict[str, Tensor]:
         """The context encoder's inputs for an image; ValueError if it reads text only or too few tokens."""
-        if self.writes_rows:
+        if self.copies_tokens:
             raise ValueError(f"image {name!r} has no words to write: token rows are for texts")
         inputs = image_inputs(self.encoder.processor, image)
         length, window = inputs["input_ids"].shape[1], window_of(self.encoder.model)
@@ -414,7 +415,7 @@ class DocToLoRA:
         features = self.encoder.encode(ids, **inputs)
         place = next(self.hypernetwork.parameters()).device
         mask = inputs["attention_mask"].to(place)
-        more = {"input_ids": ids} if self.writes_rows else {}
+        more = {"input_ids": ids} if self.copies_tokens else {}
         loras = self.hypernetwork(features.to(place), attention_mask=mask, iterative=self.iterative, **more)
         ends = [end for pair in loras.values() for tensor in pair for end in tensor.aminmax()]  # NaN spreads to both
         if not torch.stack(ends).isfinite().all():

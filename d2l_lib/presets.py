@@ -283,38 +283,27 @@ class RowsPreset(Schedule):
 class PublishedPreset(Schedule):
     """A Perceiver that writes blocks of a plain sum for the last layers (see `training.published`).
 
-    latent_size, n_blocks, n_heads, head_dim, projection_size, rank: of the hypernetwork; n_kv_heads is 1.
-    encoder_layers: the base model's states that it reads, of those on disk; the embeddings (0) come first.
-    written_layers: base layers whose blocks are written. below: the first layer that is run; those below it are
-        computed once.
+    The schedule is that of its second stage; pointer: that of the first.
+
+    rows: the bundled name, or the folder, of a hypernetwork of token rows whose mixing layers it takes over.
+    pooled_size, pooled_blocks, rank: of the Perceiver and the blocks. written_layers: base layers that get blocks.
     first_passages: so many passages of each data set are used (None: all). questions: of a passage, at most.
-    passages, whole_passages: of a batch of the two stages. pointer_steps: steps of the first stage.
-    validation: passages that are never learned.
+    passages: of a batch. validation: passages that are never learned.
     dropout: share of a passage's tokens that are not read, in training.
-    others: prompts about something else in a batch; others_weight: of their loss.
-    contrast_weight: of log(1 + p(answer | another passage) / p(answer | its passage)), in the first stage.
     first_weight: of the first token of an answer, in its loss.
     """
 
-    latent_size: int = 256
-    n_blocks: int = 1
-    n_heads: int = 2
-    head_dim: int = 256
-    projection_size: int = 352
+    pointer: Schedule
+    rows: str = "smollm2"
+    pooled_size: int = 256
+    pooled_blocks: int = 2
     rank: int = 8
-    encoder_layers: tuple[int, ...] = (0, 14)
-    written_layers: tuple[int, ...] = (25, 26, 27, 28, 29)
-    below: int = 24
+    written_layers: tuple[int, ...] = (27, 28, 29)
     first_passages: int | None = None
-    questions: int = 3
-    pointer_steps: int = 1000
+    questions: int = 4
     passages: int = 16
-    whole_passages: int = 6
     validation: int = 96
-    dropout: float = 0.1
-    others: int = 2
-    others_weight: float = 0.1
-    contrast_weight: float = 0.5
+    dropout: float = 0.15
     first_weight: float = 2.0
 
 
@@ -598,7 +587,11 @@ PRESETS["smollm2"] = replace(
 PRESETS["smollm2"] = replace(
     PRESETS["smollm2"],
     published=PublishedPreset(
-        steps=200, pointer_steps=100, learning_rate=6e-4, warmup_steps=10, first_passages=1920, validation=48
+        pointer=Schedule(steps=500, learning_rate=1e-3, warmup_steps=60),
+        steps=500,
+        learning_rate=3e-4,
+        warmup_steps=40,
+        first_passages=2424,
     ),
     reading_lora=ReadingLoraPreset(
         steps=200, batches_per_step=2, learning_rate=1e-3, warmup_steps=16, validation_reports=5

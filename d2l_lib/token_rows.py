@@ -58,18 +58,12 @@ class _Mixer(nn.Module):
         return self.attention(x, src_key_padding_mask=~mask)
 
 
-class TokenRows(nn.Module):
-    """Hidden states of n chunks -> rows (see the module's text), and what reads them: `reader`.
-
-    `prepare` tells it the base model's words before the first `forward`; `codes` needs none.
-    """
+class TokenStates(nn.Module):
+    """Hidden states of a chunk's tokens, mixed among each other, and the base model's words."""
 
     def __init__(self, config: HypernetworkConfig):
         super().__init__()
-        if config.n_layers != 1 or len(config.modules) != 1 or config.use_bias or config.rank != len(ROLES):
-            raise ValueError(f"token rows are for one module, {len(ROLES)} a token, without a bias block")
         self.config = config
-        (self.module,) = config.modules
         d = config.latent_size
         self.feature_mean = nn.Parameter(torch.zeros(config.feature_size))
         self.feature_scale = nn.Parameter(torch.ones(config.feature_size))
@@ -77,16 +71,11 @@ class TokenRows(nn.Module):
         self.place_scaler = nn.Parameter(torch.tensor(0.5))
         self.mixers = nn.ModuleList(_Mixer(config) for _ in range(config.n_blocks))
         self.norm = nn.RMSNorm(d)
-        self.roles = nn.Linear(d, len(ROLES) * d)
-        self.log_gain = nn.Parameter(torch.zeros(len(WORD_ROLES)))
-        self.reader = RowReader(config, len(WORD_ROLES))
         self._words: Words | None = None
 
     def prepare(self, base_model: nn.Module, tokenizer) -> None:
         """Take the output embeddings and the tokens of the model that is written for."""
-        self._words = self.reader.words = Words(base_model, tokenizer)
-        self.reader.answer_start = tuple(answer_start(tokenizer))
-        self.reader.answer_ends = frozenset(stop_ids(tokenizer))
+        self._words = Words(base_model, tokenizer)
 
     @property
     def words(self) -> Words:
@@ -95,13 +84,58 @@ class TokenRows(nn.Module):
             raise RuntimeError("these rows write a model's own words: call prepare(base_model, tokenizer) first")
         return self._words
 
-    def codes(self, features: Tensor, mask: Tensor) -> Tensor:
-        """c [n, T, 4, d] of features [n, T, F]; mask [n, T] is True at tokens of chunks."""
+    def states(self, features: Tensor, mask: Tensor) -> Tensor:
+        """[n, T, d] of features [n, T, F]; mask [n, T] is True at tokens of chunks."""
         x = self.project(((features - self.feature_mean) / self.feature_scale).clamp(-8, 8))
         x = x + self.place_scaler * _places(mask, x)
         for mixer in self.mixers:
             x = mixer(x, mask)
-        return F.rms_norm(self.roles(self.norm(x)).unflatten(-1, (len(ROLES), -1)), (self.config.latent_size,))
+        return self.norm(x)
+
+    def take_mixing(self, other: TokenStates) -> None:
+        """Take over the mixing layers of another hypernetwork, of the same sizes."""
+        own = dict(TokenStates(self.config).named_parameters())
+        self.load_state_dict({name: value for name, value in other.state_dict().items() if name in own}, strict=False)
+
+    def text(self, attention_mask: Tensor) -> Tensor:
+        """[n, T]: True at a chunk's text, its chat wrapping left out.
+
+        attention_mask: [n, T], 0 at padding on the right. RuntimeError before `prepare`; ValueError without text.
+        """
+        own = torch.zeros_like(attention_mask, dtype=torch.bool)
+        for row, length in enumerate(attention_mask.sum(1).tolist()):
+            if length <= self.words.before + self.words.after:
+                raise ValueError(f"a chunk of {length} tokens has no text: wrap it as documents.context_ids does")
+            own[row, self.words.before : length - self.words.after] = True
+        return own
+
+
+class TokenRows(TokenStates):
+    """Hidden states of n chunks -> rows (see the module's text), and what reads them: `reader`.
+
+    `prepare` tells it the base model's words before the first `forward`; `codes` needs none.
+    """
+
+    def __init__(self, config: HypernetworkConfig):
+        if config.n_layers != 1 or len(config.modules) != 1 or config.use_bias or config.rank != len(ROLES):
+            raise ValueError(f"token rows are for one module, {len(ROLES)} a token, without a bias block")
+        super().__init__(config)
+        (self.module,) = config.modules
+        self.roles = nn.Linear(config.latent_size, len(ROLES) * config.latent_size)
+        self.log_gain = nn.Parameter(torch.zeros(len(WORD_ROLES)))
+        self.reader = RowReader(config, len(WORD_ROLES))
+
+    def prepare(self, base_model: nn.Module, tokenizer) -> None:
+        """Take the output embeddings and the tokens of the model that is written for."""
+        super().prepare(base_model, tokenizer)
+        self.reader.words = self.words
+        self.reader.answer_start = tuple(answer_start(tokenizer))
+        self.reader.answer_ends = frozenset(stop_ids(tokenizer))
+
+    def codes(self, features: Tensor, mask: Tensor) -> Tensor:
+        """c [n, T, 4, d] of features [n, T, F]; mask [n, T] is True at tokens of chunks."""
+        codes = self.roles(self.states(features, mask)).unflatten(-1, (len(ROLES), -1))
+        return F.rms_norm(codes, (self.config.latent_size,))
 
     def forward(self, features: Tensor, attention_mask: Tensor, input_ids: Tensor, iterative: bool = False) -> Loras:
         """{module: (A [n, 1, 4 T, d], B [n, 1, 4 T, d_out])} of chunks of T tokens, chat wrapping included.
@@ -112,11 +146,7 @@ class TokenRows(nn.Module):
         `rows_of` tells which rows are a chunk's own. RuntimeError before `prepare`; ValueError without text.
         """
         features, _ = zero_padding(features, attention_mask)
-        own = torch.zeros_like(attention_mask, dtype=torch.bool)
-        for row, length in enumerate(attention_mask.sum(1).tolist()):
-            if length <= self.words.before + self.words.after:
-                raise ValueError(f"a chunk of {length} tokens has no text: wrap it as documents.context_ids does")
-            own[row, self.words.before : length - self.words.after] = True
+        own = self.text(attention_mask)
         A = self.codes(features.to(self.project.weight.dtype), own)
         B = F.pad(self.values(self.words.tokens(input_ids)), (0, 0, 0, 1))  # rows of context write no word
         return {self.module: (A.flatten(1, 2).unsqueeze(1), B.flatten(1, 2).unsqueeze(1))}

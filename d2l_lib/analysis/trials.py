@@ -188,7 +188,7 @@ def answer_target(model: DocToLoRA, question: str, answer: str, system: str = ""
     """Question and answer as token ids; ValueError if the window cannot hold both."""
     check_text(answer, "the answer")
     prompt = question_ids(model.tokenizer, question, system)
-    ids = answer_ids(model.tokenizer, answer, after_space=model.writes_rows)  # rows write a document's own tokens
+    ids = answer_ids(model.tokenizer, answer, after_space=model.copies_tokens)  # a document's own tokens
     if len(prompt) + len(ids) > model.window:
         raise ValueError(f"question and answer take {len(prompt) + len(ids)} tokens, the window is {model.window}")
     return Target(prompt, ids, [model.tokenizer.decode([token]) for token in ids])

@@ -34,6 +34,7 @@ from d2l_lib.formats.schemas import (
 from d2l_lib.formats.tensors import check_tensors, read_tensors
 from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder, check_folder, read_whole
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
+from d2l_lib.pooled_rows import PooledRows
 from d2l_lib.records import read_json
 from d2l_lib.token_rows import TokenRows
 
@@ -45,6 +46,7 @@ WEIGHTS = "hypernetwork.safetensors"
 SETTINGS = "config.json"
 PUBLISHED = "pytorch_model.bin"
 PARTS = ("base_model", "encoder_model")  # models that may lie in the folder too
+_WRITERS = {"perceiver": Hypernetwork, "token_rows": TokenRows, "pooled_rows": PooledRows}
 
 
 # ------------------------------------------------------------------------------------------- this project's format
@@ -186,7 +188,7 @@ def _skeleton(config: HypernetworkConfig) -> Hypernetwork:
         if n_layers > MOST_LAYERS:
             raise ValueError(f"{n_layers} Perceiver and head layers, {MOST_LAYERS} at most are supported")
         with torch.device("meta"):
-            return TokenRows(config) if config.writer == "token_rows" else Hypernetwork(config)
+            return _WRITERS[config.writer](config)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:LONGEST_NAME]
         raise CheckpointError(f"the settings describe no hypernetwork: {reason}") from error
@@ -346,9 +348,7 @@ def _write_published(
 ) -> Path:
     base_model, config = base_model or config.base_model, replace(config, null_rows=0)
     if config.writer != "perceiver" or config.encoder_layers:
-        raise ValueError("the published code has no token rows and reads no hidden states of several layers")
-    if config.written_layers or config.projection_size or config.wrapping:
-        raise ValueError("the published code writes all layers, has projections of one size, and reads chat wrapping")
+        raise ValueError("the published code has no rows of tokens and reads no hidden states of several layers")
     if not base_model:
         raise ValueError("the published format stores the base model's name or path: pass base_model=")
     if (heads := (config.n_heads, config.n_kv_heads, config.head_dim)) != (16, 4, 128):

@@ -281,15 +281,15 @@ class HypernetworkSettings(_Closed):
     encoder_model: _ModelName | None = None
     encoder_4bit: bool = False
     null_rows: _Some = 0
-    writer: Literal["perceiver", "token_rows"] = "perceiver"
+    writer: Literal["perceiver", "token_rows", "pooled_rows"] = "perceiver"
     encoder_layers: list[_Some] = []
     row_layers: list[_Some] = []
     reader_layers: list[_Some] = []
     reader_rank: _Some = 0
     reader_sizes: dict[_ModuleName, Annotated[list[_Count], Field(min_length=2, max_length=2)]] = {}
     written_layers: list[_Some] = []
-    projection_size: _Some = 0
-    wrapping: list[_Some] = []
+    pooled_size: _Some = 0
+    pooled_blocks: _Some = 0
 
 
 class GateSettings(_Closed):

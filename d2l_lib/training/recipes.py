@@ -30,13 +30,14 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2l_lib.base_model import Fingerprint, default_modules, load_base_model, module_sizes
-from d2l_lib.documents import chat_affixes, question_ids
+from d2l_lib.documents import question_ids
 from d2l_lib.encoder import ContextEncoder, check_writes_residual
-from d2l_lib.formats.checkpoints import save_checkpoint
+from d2l_lib.formats.checkpoints import load_checkpoint, save_checkpoint
 from d2l_lib.formats.shards import find_shards, read_shards
 from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
-from d2l_lib.loading import load
+from d2l_lib.loading import find_checkpoint, load
+from d2l_lib.pooled_rows import PooledRows
 from d2l_lib.presets import (
     NEEDLE_VARIANTS,
     SHARD_STAGES,
@@ -52,11 +53,11 @@ from d2l_lib.presets import (
 )
 from d2l_lib.records import project_root, read_json, read_rows, write_json, write_jsonl
 from d2l_lib.row_reader import reader_sizes
-from d2l_lib.token_rows import ROLES, TokenRows, Words
+from d2l_lib.token_rows import ROLES, TokenRows
 from d2l_lib.training import pretraining
 from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
 from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, read_log
-from d2l_lib.training.published import PassageBatches, PublishedStep, few_of, start_copying
+from d2l_lib.training.published import PassageBatches, PublishedStep, few_of
 from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
 from d2l_lib.training.row_features import (
     PER_FILE,
@@ -68,6 +69,7 @@ from d2l_lib.training.row_features import (
     passages_of,
     read_features,
     streams_below,
+    streams_higher,
     write_features,
 )
 from d2l_lib.training.step import Internalization
@@ -442,49 +444,52 @@ def train_published(
 ) -> Path:
     """The folder `final` (None: `run.folder`/final): a Perceiver that writes blocks of a plain sum. Resumable.
 
-    rows: whose features it learns from: states, longest passage and lower layers are theirs.
+    rows: the preset of the token rows whose mixing layers it takes over: states, longest passage and lower layers.
     source, tables, features: as in `train_rows`.
 
-    ValueError for data with too few usable passages, and for states that are not on disk.
+    Passages that validation took when those rows were trained are taken again, so no part has learned from them.
+    ValueError for data with too few usable passages, and for token rows of other states.
     """
-    if set(p.encoder_layers) - set(rows.encoder_layers) or p.below != rows.row_layers[0] or p.encoder_layers[0] != 0:
-        raise ValueError(f"states on disk are of layers {rows.encoder_layers}, streams of {rows.row_layers[0]}: {p}")
     if p.first_passages is not None and p.first_passages % PER_FILE:
         raise ValueError(f"first_passages is {p.first_passages}: give a multiple of {PER_FILE}")
+    below = rows.row_layers[0]
+    if p.written_layers[0] < below:
+        raise ValueError(f"written_layers {p.written_layers} begin below layer {below}, where the streams on disk do")
     base_model, tokenizer = load_base_model(source, device=own_device())
     base_model.requires_grad_(False)
-    on_disk = ContextEncoder.from_config(base_model, rows_config(rows, base_model, source), source)
-    limits, key, train = Limits(rows.longest_passage), Fingerprint().key(base_model), []
+    token_rows, _ = load_checkpoint(find_checkpoint(p.rows))
+    if not isinstance(token_rows, TokenRows) or token_rows.config.encoder_layers != rows.encoder_layers:
+        raise ValueError(f"{p.rows} holds no token rows that read the states {rows.encoder_layers}")
+    on_disk = ContextEncoder.from_config(base_model, token_rows.config, source)
+    limits, key, train, held_out = Limits(rows.longest_passage), Fingerprint().key(base_model), [], []
     for name, frame in tables.items():
-        facts = facts_of(key, frame, on_disk, p.below, limits)
-        if p.first_passages is not None:
-            known = list(dict.fromkeys(frame["document"]))[: p.first_passages * 5 // 4]
-            frame = frame[frame["document"].isin(set(known))]
-        passages = passages_of(frame, tokenizer, limits)[: p.first_passages]
-        write_features(base_model, tokenizer, passages, features / name, encoder=on_disk, facts=facts)
-        train += read_features(features / name, passages, first=True)
-    needed = p.validation + p.passages
-    if len(train) < needed:
-        raise ValueError(f"{len(train)} passages have a question with an answer in them; this training needs {needed}")
-    states = [one for one in rows.encoder_layers if one != 0]
-    train = [
-        few_of(one, [states.index(layer) for layer in p.encoder_layers[1:]], len(states), p.questions) for one in train
-    ]
-    train, held_out = _split(train, p.validation)
-    others = _unrelated(base_model, tokenizer, p.below)
+        facts = facts_of(key, frame, on_disk, below, limits)
+        passages = passages_of(frame, tokenizer, limits)
+        drawn = never_learned(len(passages), min(rows.validation, len(passages))) if not held_out else set()
+        own = passages[: p.first_passages]
+        write_features(base_model, tokenizer, own, features / name, encoder=on_disk, facts=facts)
+        every = [few_of(one, p.questions) for one in read_features(features / name, own, first=True)]
+        held_out += [one for number, one in enumerate(every) if number in drawn]
+        train += [one for number, one in enumerate(every) if number not in drawn]
+    if len(train) < p.passages or len(held_out) < 2:
+        raise ValueError(
+            f"{len(train)} passages to learn and {len(held_out)} others have a question with an answer in them; this "
+            f"training needs {p.passages} and two: give more passages"
+        )
+    train, held_out = (_higher(base_model, several, below, p.written_layers[0]) for several in (train, held_out))
     torch.manual_seed(run.seed)
-    hypernetwork = Hypernetwork(published_config(p, base_model, tokenizer, source))
+    hypernetwork = PooledRows(published_config(p, token_rows.config, base_model))
+    hypernetwork.prepare(base_model, tokenizer)
+    hypernetwork.take_mixing(token_rows)
     step = PublishedStep(base_model, hypernetwork, p)
-    some = train[:: max(1, len(train) // 400)]
-    plain = step.asked(some)
-    step.measure(plain)
-    start_copying(step, Words(base_model, tokenizer), some, step.whitened(plain), run.seed)
-    batches = PassageBatches(train, step.ask, p, run.seed, others)
-    test = PassageBatches(held_out, step.ask, p, run.seed)
+    step.start(train[:: max(1, len(train) // 400)])
+    test = PassageBatches(held_out, step, p, 0, run.seed)
     parts = [range(start, min(start + p.passages, len(held_out))) for start in range(0, len(held_out), p.passages)]
-    step.tests = [test.collate(part, False) for part in parts]
-    step.whole_tests = [test.collate(part, True) for part in parts]
-    fit(step, batches, p, run)
+    step.tests = [test.collate(part) for part in parts if len(part) > 1]
+    batches = PassageBatches(train, step, p, p.pointer.steps, run.seed)
+    fit(step, batches, p.pointer, run.stage("pointer"))
+    step.adds, batches.steps = True, p.steps
+    fit(step, batches, p, run.stage("sum", seed=run.seed + 1))
     step.fold()
     meta = {"seed": run.seed, "chunk_tokens": rows.longest_passage, "base_model": source, "passages": len(train)}
     final = run.folder / "final" if final is None else final
@@ -493,32 +498,27 @@ def train_published(
     return final
 
 
-def published_config(p: PublishedPreset, base_model, tokenizer, source: str) -> HypernetworkConfig:
-    """The config of a Perceiver for `base_model` that `train_published` trains."""
-    modules, text = default_modules(base_model), base_model.config.get_text_config()
-    for module in modules:
-        check_writes_residual(base_model, module)
-    d_in, d_out = module_sizes(base_model, modules)
-    return HypernetworkConfig(
-        n_layers=text.num_hidden_layers,
-        d_in=d_in,
-        d_out=d_out,
-        feature_size=text.hidden_size * len(p.encoder_layers),
-        latent_size=p.latent_size,
+def _higher(base_model, passages: Sequence[Features], below: int, layer: int) -> list[Features]:
+    """The same with streams into a higher layer."""
+    streams = iter(streams_higher(base_model, [one for own in passages for one in own.streams], below, layer))
+    return [replace(own, streams=tuple(next(streams) for _ in own.streams)) for own in passages]
+
+
+def published_config(p: PublishedPreset, rows: HypernetworkConfig, base_model) -> HypernetworkConfig:
+    """The config of a Perceiver on the mixed states of a hypernetwork of token rows."""
+    return replace(
+        rows,
+        n_layers=base_model.config.get_text_config().num_hidden_layers,
         rank=p.rank,
-        scale=1.0,
-        encoder_type="hidden_states",
-        encoder_layers=p.encoder_layers,
-        n_latent_queries=len(p.written_layers) * p.rank,
-        n_blocks=p.n_blocks,
-        n_pre_head_layers=0,
-        n_heads=p.n_heads,
-        n_kv_heads=1,
-        head_dim=p.head_dim,
-        base_model=source,
+        use_bias=True,
+        writer="pooled_rows",
+        row_layers=(),
+        reader_layers=(),
+        reader_rank=0,
+        reader_sizes={},
         written_layers=p.written_layers,
-        projection_size=p.projection_size,
-        wrapping=tuple(map(len, chat_affixes(tokenizer))),
+        pooled_size=p.pooled_size,
+        pooled_blocks=p.pooled_blocks,
     )
 
 
@@ -528,7 +528,11 @@ def remake_published(p: Preset, tables: Mapping[str, pd.DataFrame], run: Run, fe
     bundled = data / p.name / "published" if run.seed == 0 else None
     final = train_published(p.published, p.rows, p.base_source, tables, run, features, bundled)
     if is_first_process():
-        log = [{"seed": run.seed, **line} for line in read_log(run.folder / "log.jsonl")]
+        log = [
+            {"seed": run.seed, "stage": stage, **line}
+            for stage in ("pointer", "sum")
+            for line in read_log(run.folder / stage / "log.jsonl")
+        ]
         write_jsonl(data / "full_runs" / f"{p.name}_published_seed{run.seed}_training.jsonl", log)
     return final
 

@@ -237,6 +237,26 @@ def streams_below(base_model, tokenizer, rows: Sequence[list[int]], below: int) 
     return [parts[i] for i in range(len(rows))]
 
 
+@torch.no_grad()
+def streams_higher(base_model, streams: Sequence[Tensor], below: int, layer: int) -> list[Tensor]:
+    """For each stream into layer `below` [T, hidden]: the one into a higher layer."""
+    if layer == below:
+        return list(streams)
+    body, last, higher = part_of_layers(base_model, slice(below, layer)), {}, {}
+    order = sorted(range(len(streams)), key=lambda i: len(streams[i]))
+
+    def keep(_, __, out) -> None:
+        last["h"] = layer_output(out)
+
+    with hooked(body.layers[-1].register_forward_hook, keep), without_lora(base_model):
+        for start in range(0, len(order), _BATCH[1]):
+            part = order[start : start + _BATCH[1]]
+            rows = nn.utils.rnn.pad_sequence([streams[i].float() for i in part], batch_first=True)
+            body(inputs_embeds=rows.to(base_model.device, base_model.dtype), use_cache=False)
+            higher |= {i: last["h"][row, : len(streams[i])].to(streams[i]) for row, i in enumerate(part)}
+    return [higher[i] for i in range(len(streams))]
+
+
 @dataclass(frozen=True)
 class Features:
     """Features of one passage.
