@@ -55,7 +55,8 @@ def test_the_gates_own_logits(file):
     adapter = model.internalize("The fen is deep. The mill is old.")
     (alone,) = rise._logits(model, ["Where is the mill?"], adapter)
     first, again = rise._logits(model, ["Who is old?", "Where is the mill?"], adapter)
-    assert again == pytest.approx(alone, abs=1e-5) and first != pytest.approx(alone, abs=1e-5)  # no prompt leaves a trace
+    assert again == pytest.approx(alone, abs=1e-5)  # no prompt leaves a trace
+    assert first != pytest.approx(alone, abs=1e-5)
 
 
 def test_the_kept_rise_is_that_of_the_record(monkeypatch, tmp_path, file):

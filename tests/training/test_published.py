@@ -165,7 +165,8 @@ def test_mixing_layers_are_taken_over_and_stay_as_they_are(base, trained, rows_f
     ours = d2l.load(trained[0]).hypernetwork
     theirs = d2l.load(rows_folder, base_model=str(base[0])).hypernetwork.state_dict()
     own = ours.state_dict()
-    shared = [name for name in own if name.split(".")[0] in ("project", "mixers", "norm", "place_scaler", "feature_mean")]
+    parts = ("project", "mixers", "norm", "place_scaler", "feature_mean")
+    shared = [name for name in own if name.split(".")[0] in parts]
     assert len(shared) > 10
     for name in shared:
         torch.testing.assert_close(own[name], theirs[name], rtol=1e-3, atol=1e-3)  # kept in half precision
