@@ -348,7 +348,7 @@ def _write_published(
 ) -> Path:
     base_model, config = base_model or config.base_model, replace(config, null_rows=0)
     if config.writer != "perceiver" or config.encoder_layers:
-        raise ValueError("the published code has no rows of tokens and reads no hidden states of several layers")
+        raise ValueError("the published code has no token rows and reads no hidden states of several layers")
     if not base_model:
         raise ValueError("the published format stores the base model's name or path: pass base_model=")
     if (heads := (config.n_heads, config.n_kv_heads, config.head_dim)) != (16, 4, 128):
