@@ -36,8 +36,8 @@ class PooledRows(TokenStates, BlockWriter):
 
     def __init__(self, config: HypernetworkConfig):
         super().__init__(config)
-        if len(config.modules) != 1 or not config.written_layers or not config.pooled_size:
-            raise ValueError("pooled rows are for one module, with written_layers and a pooled_size")
+        if len(config.modules) != 1:
+            raise ValueError(f"pooled rows are for one module, not for {', '.join(config.modules)}")
         if config.pooled_size % _HEAD:
             raise ValueError(f"pooled_size {config.pooled_size} must be a multiple of {_HEAD}")
         (self.module,) = config.modules
@@ -98,12 +98,8 @@ class PooledRows(TokenStates, BlockWriter):
         features, _ = zero_padding(features, attention_mask)
         own = self.text(attention_mask)
         a, share, _ = self.pooled(features.to(self.pool_project.weight.dtype), own)
-        return {
-            self.module: (
-                self._in_all_layers(a, 1),
-                self._in_all_layers(self.values(share, self.words.tokens(input_ids)), 1),
-            )
-        }
+        b = self.values(share, self.words.tokens(input_ids))
+        return {self.module: (self._in_all_layers(a, 1), self._in_all_layers(b, 1))}
 
     def described(self) -> str:
         """What it writes, in a few words."""

@@ -288,7 +288,7 @@ class PublishedPreset(Schedule):
     rows: the bundled name, or the folder, of a hypernetwork of token rows whose mixing layers it takes over.
     pooled_size, pooled_blocks, rank: of the Perceiver and the blocks. written_layers: base layers that get blocks.
     first_passages: so many passages of each data set are used (None: all). questions: of a passage, at most.
-    passages: of a batch. validation: passages that are never learned.
+    passages: of a batch. Those of validation are the ones that the rows never learned from.
     dropout: share of a passage's tokens that are not read, in training.
     first_weight: of the first token of an answer, in its loss.
     """
@@ -302,7 +302,6 @@ class PublishedPreset(Schedule):
     first_passages: int | None = None
     questions: int = 4
     passages: int = 16
-    validation: int = 96
     dropout: float = 0.15
     first_weight: float = 2.0
 
@@ -679,7 +678,7 @@ def changed(settings, changes: Sequence[str]):
 def shortened(settings: Schedule | QAPreset | None, steps: int | None):
     """`settings` with `steps` optimizer steps in each of their stages (None: unchanged).
 
-    settings: of the warm-up, of one training with its warm-up and polish, or of all stages of question answering.
+    settings: of the warm-up, of one training with its stages, or of all stages of question answering.
     The warm-up of the rate takes at most a tenth of the steps. ValueError unless steps is a whole number of at least 1.
     """
     if steps is None or settings is None:
@@ -694,6 +693,8 @@ def shortened(settings: Schedule | QAPreset | None, steps: int | None):
     if isinstance(settings, NeedlePreset):
         changes["readout"] = shortened(settings.readout, steps)
         changes["polish_steps"] = batches if settings.polish_steps else 0
+    if isinstance(settings, PublishedPreset):
+        changes["pointer"] = shortened(settings.pointer, steps)
     return replace(settings, **changes)
 
 

@@ -47,7 +47,7 @@ class PassageBatch:
     """Passages ids [P, T], mask [P, T], states [P, T, S], mixed [P, T, d], words [P, T, 3], and their questions.
 
     owner [Q]: each question's passage. streams, prompts, answers: of each question, see `Features`.
-    x: of each question [its answer's tokens, L, d_in], whitened; empty in the second stage's batches for validation.
+    x: of each question [its answer's tokens, L, d_in], whitened.
     """
 
     ids: Tensor

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -222,19 +222,12 @@ def _features(base_model, tokenizer, passages: Sequence[Passage], encoder: Conte
 
 def streams_below(base_model, tokenizer, rows: Sequence[list[int]], below: int) -> list[Tensor]:
     """For each row of ids [T, hidden]: the residual stream that goes into layer `below`."""
-    body, last, parts = part_of_layers(base_model, slice(below)), {}, {}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
 
-    def keep(_, __, out) -> None:
-        last["h"] = layer_output(out)
+    def inputs(part: list[int]) -> dict[str, Tensor]:
+        ids, mask = pad_rows([rows[i] for i in part], tokenizer.pad_token_id)
+        return {"input_ids": ids.to(base_model.device), "attention_mask": mask.to(base_model.device)}
 
-    with hooked(body.layers[-1].register_forward_hook, keep), without_lora(base_model):
-        for start in range(0, len(order), _BATCH[1]):
-            batch = order[start : start + _BATCH[1]]
-            ids, mask = pad_rows([rows[i] for i in batch], tokenizer.pad_token_id)
-            body(input_ids=ids.to(base_model.device), attention_mask=mask.to(base_model.device), use_cache=False)
-            parts |= {i: last["h"][row, : len(rows[i])].float() for row, i in enumerate(batch)}
-    return [parts[i] for i in range(len(rows))]
+    return _streams_after(base_model, slice(below), [len(row) for row in rows], inputs)
 
 
 @torch.no_grad()
@@ -242,8 +235,21 @@ def streams_higher(base_model, streams: Sequence[Tensor], below: int, layer: int
     """For each stream into layer `below` [T, hidden]: the one into a higher layer."""
     if layer == below:
         return list(streams)
-    body, last, higher = part_of_layers(base_model, slice(below, layer)), {}, {}
-    order = sorted(range(len(streams)), key=lambda i: len(streams[i]))
+
+    def inputs(part: list[int]) -> dict[str, Tensor]:
+        rows = nn.utils.rnn.pad_sequence([streams[i].float() for i in part], batch_first=True)
+        return {"inputs_embeds": rows.to(base_model.device, base_model.dtype)}
+
+    higher = _streams_after(base_model, slice(below, layer), [len(one) for one in streams], inputs)
+    return [one.to(own) for one, own in zip(higher, streams, strict=True)]
+
+
+def _streams_after(
+    base_model, layers: slice, sizes: Sequence[int], inputs: Callable[[list[int]], dict[str, Tensor]]
+) -> list[Tensor]:
+    """For each sequence of `sizes` tokens [T, hidden]: the stream after these layers; inputs: of some of them."""
+    body, last, done = part_of_layers(base_model, layers), {}, {}
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
 
     def keep(_, __, out) -> None:
         last["h"] = layer_output(out)
@@ -251,10 +257,9 @@ def streams_higher(base_model, streams: Sequence[Tensor], below: int, layer: int
     with hooked(body.layers[-1].register_forward_hook, keep), without_lora(base_model):
         for start in range(0, len(order), _BATCH[1]):
             part = order[start : start + _BATCH[1]]
-            rows = nn.utils.rnn.pad_sequence([streams[i].float() for i in part], batch_first=True)
-            body(inputs_embeds=rows.to(base_model.device, base_model.dtype), use_cache=False)
-            higher |= {i: last["h"][row, : len(streams[i])].to(streams[i]) for row, i in enumerate(part)}
-    return [higher[i] for i in range(len(streams))]
+            body(**inputs(part), use_cache=False)
+            done |= {i: last["h"][row, : sizes[i]].float() for row, i in enumerate(part)}
+    return [done[i] for i in range(len(sizes))]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.hypernetwork import HypernetworkConfig
 from d2l_lib.model import DocToLoRA
 from d2l_lib.pooled_rows import PooledRows
-from d2l_lib.presets import PublishedPreset, RowsPreset, Schedule
+from d2l_lib.presets import PublishedPreset, RowsPreset, Schedule, shortened
 from d2l_lib.token_rows import TokenRows
 from d2l_lib.training import published, recipes
 from d2l_lib.training.loop import Run, read_log
@@ -243,3 +243,8 @@ def test_a_killed_training_ends_as_a_whole_one(trained, rows_folder, tmp_path, m
     monkeypatch.setattr(recipes, "fit", real)
     again = recipes.train_published(p, rows, source, tables, half, features)
     assert (again / "hypernetwork.safetensors").read_bytes() == (final / "hypernetwork.safetensors").read_bytes()
+
+
+def test_a_shorter_run_shortens_both_stages():
+    short = shortened(SMALL, 2)
+    assert (short.steps, short.pointer.steps, short.warmup_steps, short.pointer.warmup_steps) == (2, 2, 0, 0)
