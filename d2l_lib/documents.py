@@ -417,10 +417,10 @@ def answer_ids(tokenizer, answer: str, *, after_space: bool = False) -> list[int
     return ids[1:] if len(ids) > 1 and not tokenizer.decode(ids[:1]).strip() else ids
 
 
-def answer_start(tokenizer) -> list[int]:
-    """Token ids between a question and its answer: the end of the user's turn and the start of the model's."""
-    _, after = _question_wrapping(tokenizer, "")
-    return _ids(tokenizer, after)
+def question_affixes(tokenizer) -> tuple[list[int], list[int]]:
+    """(prefix, suffix): token ids around every question; an answer follows the suffix."""
+    before, after = _question_wrapping(tokenizer, "")
+    return _ids(tokenizer, before), _ids(tokenizer, after)
 
 
 def _question_wrapping(tokenizer, system: str) -> tuple[str, str]:

@@ -11,15 +11,19 @@ First the words of a question look for their like in the document (late interact
     evidence      E(t) = sum over the tokens i so far of p(i, t)
     nearness      s_k(t) = log(1 + mean of E around t / FLOOR), weights exp(-distance / spread) before t, after t or on
                   both sides, for each of NEAR, inside t's chunk
-    gate          open where sum over k of gate_k max over t of s_k(t) > gate_bias + gate_rise log(number of chunks)
-                  + gate_length log(1 + sum over the tokens i so far of sigmoid(content_key u_i)); gate_k, gate_length
-                  > 0. Its p(i, t) is a softmax over one chunk and the null row, so other chunks take nothing from it:
-                  among more chunks one is alike by chance, hence the rise; and so it is where more is asked, hence the
-                  count of content words. Tokens of an answer leave nothing for the gate: what is asked decides
+    words         w_1(c) of chunk c: sum over the words i of the question so far of log(n / n_i) f (K + 1) / (f + K (1 -
+                  L + L |c| / mean |c|)), where n_i of n chunks hold the word, c holds it f times, and |c| is its length
+                  (BM25: Robertson and Zaragoza 2009); w_2(c): likewise of words with the one before them. Words are
+                  tokens of the question's own text; capitals and spaces do not count. All are 0 where there is one chunk
+    gate          open where sum over k of gate_k max over t of s_k(t) + gate_words max over c of w_1(c) > gate_bias
+                  + gate_rise log(n) + gate_length log(1 + sum over the tokens i so far of sigmoid(content_key u_i));
+                  gate_k, gate_length > 0. Its p(i, t) is a softmax over one chunk and the null row, so other chunks take
+                  nothing from it: among more chunks one is alike by chance, hence the rise; and so it is where more is
+                  asked, hence the count of content words. Tokens of an answer leave nothing for the gate: what is asked
+                  decides
     last layer    logit of row j at token t: q.c_j + sum over k of (weight_k + W_k u) s_k(t);  p = softmax over the rows
-                  of the chunk with the largest  log sum over its rows of exp(logit) + sum over k of chunk_k max over
-                  its t of s_k(t) + rarity_weight * the sum over words of the question that it holds of
-                  log(number of chunks / number that hold the word)
+                  of the chunk c with the largest  log sum over its rows of exp(logit) + sum over k of chunk_k max over
+                  its t of s_k(t) + sum over m of chunk_words_m w_m(c)
                   y = W x + sum over j of p_j B_j where the gate is open: B_j writes a word (see `token_rows`)
 
 Tokens of the answer leave evidence for the last layer, so an answer goes on where it began. A low-rank update of all
@@ -30,7 +34,7 @@ place. It acts where the gate is open, so a question about something else gets t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +48,7 @@ from d2l_lib.lora import without_lora
 NEAR = ((0.0, 0), (3.0, -1), (3.0, 1), (12.0, -1), (12.0, 1), (24.0, 0))  # tokens; -1: evidence before t, 1: after it
 FLOOR = 0.01  # evidence of one token that begins to count
 REACH = 48  # tokens to each side
+SATURATION, LENGTH = 1.2, 0.75  # K and L of BM25
 _STRIDE = 64  # places whose nearness one matrix product gives
 _FAST = 10.0  # single numbers learn so many times faster than matrices
 _Delta = tuple[nn.Linear, Callable[[Tensor], Tensor]]
@@ -53,7 +58,8 @@ class RowReader(nn.Module):
     """Key maps K of the two layers that look at rows, the gate, weights of nearness, updates of the upper layers.
 
     match_layer, last_layer: numbers of the base layers that look at rows. lora_layers: those that are updated.
-    answer_start, answer_ends: tokens before and after an answer in a chat, and words: see `TokenRows.prepare`.
+    answer_start, answer_ends: tokens before and after an answer in a chat; wrapping: around a question; and words: see
+        `TokenRows.prepare`.
 
     ValueError where an updated layer is not above the match layer.
     """
@@ -62,6 +68,7 @@ class RowReader(nn.Module):
         super().__init__()
         self.answer_start: tuple[int, ...] = ()
         self.answer_ends: frozenset[int] = frozenset()
+        self.wrapping: frozenset[int] = frozenset()
         self.words: Any = None  # `token_rows.Words` of the base model
         (self.match_layer, self.last_layer), self.lora_layers = config.row_layers, config.reader_layers
         if min(self.lora_layers) <= self.match_layer:
@@ -74,12 +81,13 @@ class RowReader(nn.Module):
         self.gate_bias = nn.Parameter(torch.tensor(4.0 / _FAST))
         self.gate_length = nn.Parameter(torch.tensor(-1.0 / _FAST))  # before softplus
         self.content_key = nn.Parameter(torch.zeros(d_in))
-        self.gate_rise = nn.Parameter(torch.zeros(()), requires_grad=False)  # measured, not learned
+        self.gate_rise = nn.Parameter(torch.zeros(()), requires_grad=False)  # measured, not learned, like all below
+        self.gate_words = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.chunk_weight = nn.Parameter(torch.zeros(len(NEAR)), requires_grad=False)
+        self.chunk_words = nn.Parameter(torch.zeros(2), requires_grad=False)
         weights = torch.tensor([[0.0 if spread == 0 else 0.15] for spread, _ in NEAR])
         self.evidence_scaler = nn.Parameter(weights.repeat(1, n_roles) / _FAST)
         self.evidence_keys = nn.Parameter(torch.zeros(d_in, len(NEAR) * n_roles))
-        self.chunk_weight = nn.Parameter(torch.zeros(len(NEAR)), requires_grad=False)  # measured, not learned
-        self.rarity_weight = nn.Parameter(torch.zeros(()), requires_grad=False)  # so is this
         n, r, sizes = len(self.lora_layers), config.reader_rank, config.reader_sizes
         self.lora_A = nn.ParameterDict(
             {module: nn.Parameter(torch.randn(n, r, d_in) / d_in**0.5) for module, (d_in, _) in sizes.items()}
@@ -100,12 +108,15 @@ class RowReader(nn.Module):
         """[...]: 0 to 1, how much each token of u [..., d_in] asks for."""
         return (unit @ self.content_key.to(unit)).sigmoid()
 
-    def gate(self, nearness: Tensor, content: Tensor, chunks: int | Tensor) -> Tensor:
+    def gate(self, nearness: Tensor, content: Tensor, chunks: int | Tensor, words: Tensor | None = None) -> Tensor:
         """[...]: a logit, above 0 where the gate is open.
 
         nearness: [..., T, k] of all chunks. content: [...], the sum over what was asked so far. chunks: their number.
+        words: [...], the largest w_1 of any chunk; None: 0.
         """
         found = nearness.amax(-2) @ F.softplus(_FAST * self.gate_scaler.to(nearness))
+        if words is not None:
+            found = found + self.gate_words.to(found) * words.to(found)
         return (
             found
             - _FAST * self.gate_bias.to(nearness)
@@ -120,20 +131,26 @@ class RowReader(nn.Module):
         self.gate_rise += rise
 
     @torch.no_grad()
-    def weigh_chunks(self, nearest: int, nearness: float, rarity: float) -> None:
-        """From now on the nearness with this number, and rare words, weigh so much where a chunk is chosen."""
+    def weigh_gate(self, words: float, rise: float) -> None:
+        """From now on the largest w_1, and the logarithm of the number of chunks, weigh so much in the gate."""
+        self.gate_words.fill_(words)
+        self.gate_rise.fill_(rise)
+
+    @torch.no_grad()
+    def weigh_chunks(self, nearest: int, nearness: float, words: Sequence[float]) -> None:
+        """From now on the nearness with this number, and the two w, weigh so much where a chunk is chosen."""
         self.chunk_weight.zero_()
         self.chunk_weight[nearest] = nearness
-        self.rarity_weight.fill_(rarity)
+        self.chunk_words.copy_(torch.tensor(words))
 
     def favour(self, nearness: Tensor, unit: Tensor) -> Tensor:
         """[..., T, roles]: what nearness [..., T, k] adds to logits of rows of words at a token with u [..., d_in]."""
         weights = (unit @ self.evidence_keys.to(unit)).unflatten(-1, self.evidence_scaler.shape)
         return nearness @ (_FAST * self.evidence_scaler.to(unit) + weights)
 
-    def chunk_favour(self, nearness: Tensor, rarity: Tensor) -> Tensor:
-        """[...]: what a chunk's logit gains by the largest nearness [..., k] in it and its words' rarity [...]."""
-        return nearness @ self.chunk_weight.to(nearness) + self.rarity_weight.to(rarity) * rarity
+    def chunk_favour(self, nearness: Tensor, words: Tensor) -> Tensor:
+        """[...]: what a chunk's logit gains by the largest nearness [..., k] in it and by its words w [..., 2]."""
+        return nearness @ self.chunk_weight.to(nearness) + words @ self.chunk_words.to(words)
 
     def linears(self, base_model: nn.Module) -> dict[int, nn.Linear]:
         """{layer that looks at rows: its target linear}, ValueError for a model of another depth."""
@@ -147,6 +164,16 @@ class RowReader(nn.Module):
         for module, linears in target_linears(base_model, sorted(self.lora_A)).items():
             for place, layer in enumerate(self.lora_layers):
                 yield linears[layer], _update(self.lora_A[module][place], self.lora_B[module][place], gates)
+
+
+def word_gains(counts: Tensor, lengths: Tensor) -> Tensor:
+    """[..., chunks]: what a word adds to each chunk's w.
+
+    counts: [..., chunks], how often each chunk holds it. lengths: [chunks], in tokens.
+    """
+    n, holding = counts.shape[-1], (counts > 0).sum(-1, keepdim=True)
+    free = SATURATION * (1 - LENGTH + LENGTH * lengths / lengths.mean())
+    return (n / holding.clamp_min(1)).log() * counts * (SATURATION + 1) / (counts + free)
 
 
 def nearness(evidence: Tensor, slots: Tensor | None = None) -> Tensor:

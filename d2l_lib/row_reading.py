@@ -16,13 +16,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2l_lib.adapter import Adapter, Block
 from d2l_lib.documents import answer_ids, question_ids, stop_ids
 from d2l_lib.following import Followed, rows_of
 from d2l_lib.lora import add_deltas
-from d2l_lib.row_reader import REACH, RowReader, nearness
+from d2l_lib.row_reader import REACH, RowReader, nearness, word_gains
 from d2l_lib.token_rows import ROLES, WORD_ROLES
 
 if TYPE_CHECKING:
@@ -64,12 +65,12 @@ class ChunkParts:
     """What speaks for each chunk at each token.
 
     rows: [..., chunks], the log of the sum of exp(logit) of its rows. nearness: [..., chunks, k], the largest in it.
-    rarity: [..., chunks], of the words asked so far that it holds.
+    words: [..., chunks, 2], w_1 and w_2 of what was asked so far.
     """
 
     rows: Tensor
     nearness: Tensor
-    rarity: Tensor
+    words: Tensor
 
 
 class _Rows:
@@ -104,17 +105,20 @@ class _Rows:
         """Whether a token that reads n chunks leaves some out."""
         return n is not None and n < len(self.blocks)
 
-    def rarity(self, tokens: Tensor, reader: RowReader) -> Tensor:
-        """[n, chunks]: for each of tokens [n], log(number of chunks / number that hold it) where a chunk holds it."""
-        holds = reader.words.standing_in(self.values[::_WORDS], tokens).float()
-        held = holds.new_zeros(len(tokens), len(self.blocks))
-        held = held.index_add(1, self.chunk.to(holds.device), holds).clamp_max(1)
-        return held * (len(self.blocks) / held.sum(1, keepdim=True).clamp_min(1)).log()
+    def words_held(self, words: Tensor, before: Tensor, reader: RowReader) -> Tensor:
+        """[n, chunks, 2]: what each of words [n] adds to w_1 and w_2 of the chunks; before: the one before it, or -1."""
+        own = self.values[::_WORDS]
+        holds, first = (reader.words.standing_in(own, some.clamp_min(0)) for some in (words, before))
+        chunk = self.chunk.to(holds.device)
+        follows = F.pad(first[:, :-1] & (chunk[1:] == chunk[:-1]), (1, 0)) & (before >= 0)[:, None]
+        held = torch.stack([holds, holds & follows], 1).float()  # [n, 2, T]
+        counts = held.new_zeros(len(words), 2, len(self.blocks)).index_add(2, chunk, held)
+        return word_gains(counts, chunk.bincount().float()).mT
 
-    def chunk_parts(self, logits: Tensor, near: Tensor, rarity: Tensor) -> ChunkParts:
+    def chunk_parts(self, logits: Tensor, near: Tensor, words: Tensor) -> ChunkParts:
         """What speaks for each chunk.
 
-        logits: [..., 3 T] of rows of words. near: nearness [..., T, k] at the same tokens. rarity: [..., chunks].
+        logits: [..., 3 T] of rows of words. near: nearness [..., T, k] at the same tokens. words: [..., chunks, 2].
         """
         shape, chunk = (*logits.shape[:-1], len(self.blocks)), self.chunk.to(logits.device)
         of_row = chunk.repeat_interleave(_WORDS).expand_as(logits)
@@ -122,7 +126,7 @@ class _Rows:
         sums = logits.new_zeros(shape).scatter_add(-1, of_row, (logits - most.gather(-1, of_row)).exp())
         nearest = near.new_zeros(*shape, near.shape[-1])  # nearness is 0 or more
         nearest = nearest.scatter_reduce(-2, chunk[:, None].expand_as(near), near, "amax")
-        return ChunkParts(most + sums.log(), nearest, rarity)
+        return ChunkParts(most + sums.log(), nearest, words)
 
     def kept(self, logits: Tensor, of_chunk: Tensor, n: int) -> Tensor:
         """logits [..., 3 T] of rows of words, -inf outside the n chunks with the largest of_chunk [..., chunks]."""
@@ -160,8 +164,8 @@ class Attended(Followed):
         default_factory=dict
     )  # evidence [rows, 2, T] at the last token (`_Rows.found`)
     content: dict[int, Tensor] = field(default_factory=dict)  # of all that was asked so far [rows]
-    rarity: dict[int, Tensor] = field(default_factory=dict)  # likewise, of its words in each chunk [rows, chunks]
-    rarities: dict[int, Tensor] = field(default_factory=dict)  # the same up to each token of this pass
+    held: dict[int, Tensor] = field(default_factory=dict)  # likewise, of its words: w [rows, chunks, 2]
+    words: dict[int, Tensor] = field(default_factory=dict)  # w [rows, tokens, chunks, 2] up to each token of this pass
     chunk_parts: dict[int, ChunkParts] = field(default_factory=dict)  # of the last pass, where chunks are chosen
     near: dict[int, Tensor] = field(default_factory=dict)  # nearness [rows, tokens, T, k] of this pass
     gate_logits: dict[int, Tensor] = field(default_factory=dict)  # [rows, tokens] of this pass
@@ -169,7 +173,7 @@ class Attended(Followed):
     mask: Tensor | None = None  # [batch, tokens] of all tokens so far; padding is 0
     turns: list[_Turn] = field(default_factory=list)  # of each row of the batch
     asked: Tensor | None = None  # [batch, tokens] of this pass: 1 outside answers
-    ids: Tensor | None = None  # [batch, tokens] of this pass; None where embeddings go in
+    pairs: Tensor | None = None  # [batch, tokens, 2] of this pass: words before and at each token (see `_Turn.read`)
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """Called before each pass: see `Followed`."""
@@ -177,15 +181,16 @@ class Attended(Followed):
         mask = arguments.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         ids = arguments.get("input_ids")
-        self.asked, self.ids = None, ids if isinstance(ids, Tensor) else None
-        if isinstance(ids, Tensor):  # else embeddings go in, and all of them are a question's
+        self.asked = self.pairs = None
+        if isinstance(ids, Tensor):  # else embeddings go in, and all of them are a question's, without words
             self.turns = self.turns or [_Turn() for _ in ids]
-            rows = [turn.asked(row, self.reader) for turn, row in zip(self.turns, ids.tolist(), strict=True)]
-            self.asked = torch.tensor(rows, device=ids.device)
+            read = [turn.read(row, self.reader) for turn, row in zip(self.turns, ids.tolist(), strict=True)]
+            self.asked = torch.tensor([outside for outside, _ in read], device=ids.device)
+            self.pairs = torch.tensor([pairs for _, pairs in read], device=ids.device)
 
     def start(self) -> None:
         """Forget the evidence of before."""
-        self.over_time, self.content, self.rarity, self.turns = {}, {}, {}, []
+        self.over_time, self.content, self.held, self.turns = {}, {}, {}, []
 
     def exchange(self, chosen: list[int]) -> None:
         """Row i of the batch goes on from row chosen[i]."""
@@ -195,7 +200,7 @@ class Attended(Followed):
             place = {row: index for index, row in enumerate(own)}
             kept = [place[chosen[row]] for row in own]
             self.over_time[context], self.content[context] = evidence[kept], self.content[context][kept]
-            self.rarity[context] = self.rarity[context][kept]
+            self.held[context] = self.held[context][kept]
 
     def deltas(self, model: nn.Module) -> list[tuple[nn.Linear, Any]]:
         """What is done in the linears of a model, for `lora.add_deltas`."""
@@ -232,23 +237,26 @@ class Attended(Followed):
             self.over_time[context], self.content[context] = so_far[:, -1], content[:, -1]
             self._count(context, its, mine, x)
             self.near[context], of_each = nearness(so_far, its.slots.to(x.device)).unbind(-3)
-            self.gate_logits[context] = self.reader.gate(of_each, content, len(its.blocks))
+            most = self.words[context][..., 0].amax(-1)
+            self.gate_logits[context] = self.reader.gate(of_each, content, len(its.blocks), most)
             self.gates[mine] = (self.gate_logits[context] > self.reading.null_logit).to(x)
         return x.new_zeros(())
 
     def _count(self, context: int, its: _Rows, mine: list[int], x: Tensor) -> None:
-        """Add up how rare the words are that were asked, for each chunk that holds them."""
-        rarity = x.new_zeros(len(mine), x.shape[1], len(its.blocks), dtype=torch.float32)
-        if self.ids is not None and self.asked is not None and its.chooses(self.reading.chunks):
-            asked = self.asked[mine].bool()
+        """Add up what the words that were asked count for the chunks that hold them."""
+        w = x.new_zeros(len(mine), x.shape[1], len(its.blocks), 2, dtype=torch.float32)
+        if self.pairs is not None and len(its.blocks) > 1:  # of one chunk all are 0
+            pairs = self.pairs[mine]
+            asked = pairs[..., 1] >= 0
             if self.mask is not None:
                 asked = asked & self.mask[mine, -x.shape[1] :].bool()
             if asked.any():
-                rarity[asked] = its.rarity(self.ids[mine][asked], self.reader)
-        rarity = rarity.cumsum(1)
-        if context in self.rarity:
-            rarity = rarity + self.rarity[context].unsqueeze(1)
-        self.rarity[context], self.rarities[context] = rarity[:, -1], rarity
+                before, words = pairs[asked].unbind(-1)
+                w[asked] = its.words_held(words, before, self.reader).to(w)
+        w = w.cumsum(1)
+        if context in self.held:
+            w = w + self.held[context].unsqueeze(1)
+        self.held[context], self.words[context] = w[:, -1], w
 
     def _read(self, x: Tensor) -> Tensor:
         """What the rows add in the last layer for x [batch, tokens, d_in]."""
@@ -258,8 +266,8 @@ class Attended(Followed):
             logits = its.logits(self.reader.asked(self.reader.last_layer, unit), its.words)
             logits = logits + self.reader.favour(self.near[context], unit).flatten(-2)
             if its.chooses(self.reading.chunks):
-                parts = its.chunk_parts(logits, self.near[context], self.rarities[context])
-                of_chunk = parts.rows + self.reader.chunk_favour(parts.nearness, parts.rarity)
+                parts = its.chunk_parts(logits, self.near[context], self.words[context])
+                of_chunk = parts.rows + self.reader.chunk_favour(parts.nearness, parts.words)
                 logits = its.kept(logits, of_chunk, self.reading.chunks)
                 self.chunk_parts[context] = parts
             shares = logits.div(self.reading.temperature).softmax(-1) * gates
@@ -276,16 +284,24 @@ class _Turn:
 
     tail: tuple[int, ...] = ()  # its last tokens
     answers: bool = False
+    word: int = -1  # its last token, if it is a word of a question
 
-    def asked(self, ids: list[int], reader: RowReader) -> list[bool]:
-        """For each of the next tokens whether it stands outside an answer; the token that ends one does."""
-        outside, n = [], len(reader.answer_start)
+    def read(self, ids: list[int], reader: RowReader) -> tuple[list[bool], list[tuple[int, int]]]:
+        """For each of the next tokens whether it stands outside an answer, and the word before it and its own.
+
+        The token that ends an answer stands outside. A word is a token of a question, not of the wrapping around it; -1
+        where there is none.
+        """
+        outside, pairs, n = [], [], len(reader.answer_start)
         for token in ids:
             self.answers = self.answers and token not in reader.answer_ends
             outside.append(not self.answers)
+            word = -1 if self.answers or token in reader.wrapping else token
+            pairs.append((self.word, word))
+            self.word = word
             self.tail = (*self.tail, token)[-n:] if n else ()
             self.answers = self.answers or (n > 0 and self.tail == reader.answer_start)
-        return outside
+        return outside, pairs
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2l_lib.base_model import decoder_body, final_norm_name
-from d2l_lib.documents import answer_start, chat_affixes, stop_ids
+from d2l_lib.documents import chat_affixes, question_affixes, stop_ids
 from d2l_lib.hypernetwork import HypernetworkConfig, Loras, zero_padding
 from d2l_lib.row_reader import RowReader
 
@@ -129,7 +129,8 @@ class TokenRows(TokenStates):
         """Take the output embeddings and the tokens of the model that is written for."""
         super().prepare(base_model, tokenizer)
         self.reader.words = self.words
-        self.reader.answer_start = tuple(answer_start(tokenizer))
+        before, after = question_affixes(tokenizer)
+        self.reader.answer_start, self.reader.wrapping = tuple(after), frozenset(before + after)
         self.reader.answer_ends = frozenset(stop_ids(tokenizer))
 
     def codes(self, features: Tensor, mask: Tensor) -> Tensor:

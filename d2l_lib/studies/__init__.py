@@ -235,7 +235,7 @@ STUDIES = {
         "chunks:run",
         ("chunks",),
         "which passage of an article is read, by what speaks for it",
-        *(100, "questions of each set", "smollm2"),
+        *(300, "questions of each set", "smollm2"),
         options={
             "--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "what weights are fitted on"},
             "--test": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "other questions"},
@@ -245,11 +245,11 @@ STUDIES = {
     "rise": Study(
         "rise:run",
         ("rise",),
-        "how far the gate rises with the number of chunks",
+        "how the gate weighs words, and rises, among many chunks",
         *(320, "prompts about something else", "smollm2"),
         options={
             "--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "passages (squad)"},
-            "--keep": {"metavar": "MODEL", "help": "write the rise into this model's folder"},
+            "--keep": {"metavar": "MODEL", "help": "write the weights into this model's folder"},
         },
     ),
     "tracing": Study(

@@ -1,6 +1,7 @@
 """Which chunk of an article a token of the answer should read: the right one first, by what speaks for a chunk.
 
-What speaks for a chunk is in `row_reader`: its rows, nearness in it, and rare words of the question that it holds.
+What speaks for a chunk is in `row_reader`: its rows, nearness in it, and the words of the question that it holds, alone
+and with the word before.
 Weights are fitted on articles of the training set, and judged on others.
 """
 
@@ -25,17 +26,19 @@ _NEAREST = NEAR.index((24.0, 0))  # of all nearnesses the one that finds the chu
 _USED = {  # parts by method
     "rows": (0,),
     "nearness": (1,),
-    "rare words": (2,),
+    "words": (2,),
+    "pairs of words": (3,),
     "rows and nearness": (0, 1),
-    "rows and rare words": (0, 2),
-    "all three": (0, 1, 2),
+    "words and pairs": (2, 3),
+    "rows, nearness and words": (0, 1, 2),
+    "all four": (0, 1, 2, 3),
 }
 _RIDGE, _STEPS = 0.01, 200
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """Of one question when all of it is read: parts [chunks, 3], and right [chunks], True at chunks of its passage."""
+    """Of one question when all of it is read: parts [chunks, 4], and right [chunks], True at chunks of its passage."""
 
     parts: Tensor
     right: Tensor
@@ -46,7 +49,7 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, test: str, keep: st
 
     n: questions of each set, on articles of 20,000 to 50,000 characters. questions: those that the weights of the
     methods are fitted on; test: others. Both "DATASET" or "DATASET=FILE" (see `tasks.qa.load_named`).
-    keep: the model whose folder takes the weights of "all three"; None: they are recorded alone.
+    keep: the model whose folder takes the weights of "all four"; None: they are recorded alone.
     """
     fitted, rows = [], []
     for name, source, most in (("fitted", questions, _ARTICLES), ("test", test, None)):
@@ -60,8 +63,8 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, test: str, keep: st
     if keep is not None:
         folder = find_checkpoint(keep)
         hypernetwork, meta = load_checkpoint(folder)
-        of_rows, nearness, rarity = fitted[-1].tolist()
-        hypernetwork.reader.weigh_chunks(_NEAREST, nearness / of_rows, rarity / of_rows)
+        nearness, *words = (fitted[-1][1:] / fitted[-1][0]).tolist()
+        hypernetwork.reader.weigh_chunks(_NEAREST, nearness, words)
         save_checkpoint(folder, hypernetwork, meta, torch.float16)
     return rows
 
@@ -78,7 +81,7 @@ def _ask(model: DocToLoRA, questions: str, n: int, seed: int, most: int | None) 
             with torch.no_grad(), read_rows(model.base_model, [whole], reading, reader) as state:
                 model.base_model(ids, use_cache=False, logits_to_keep=1)
             found = state.chunk_parts[0]
-            parts = [found.rows[0, -1], found.nearness[0, -1, :, _NEAREST], found.rarity[0, -1]]
+            parts = [found.rows[0, -1], found.nearness[0, -1, :, _NEAREST], *found.words[0, -1].unbind(-1)]
             right = owner == articles[title].index(document)
             asked.append(_Asked(torch.stack(parts, -1).float().cpu(), right))
         print(f"{len(asked)} of {len(drawn)} questions", flush=True)

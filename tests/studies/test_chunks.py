@@ -10,13 +10,13 @@ from d2l_lib.studies import articles, chunks
 
 
 def made(n: int, seed: int) -> list:
-    """Questions on six chunks: the first part tells nothing, the third more than the second."""
+    """Questions on six chunks: the first and the last part tell nothing, the third more than the second."""
     torch.manual_seed(seed)
     asked = []
     for number in range(n):
         right = torch.zeros(6, dtype=torch.bool)
         right[number % 6] = True
-        parts = torch.randn(6, 3)
+        parts = torch.randn(6, 4)
         parts[:, 1] += 1.5 * right
         parts[:, 2] += 4 * right
         asked.append(chunks._Asked(parts, right))
@@ -26,11 +26,11 @@ def made(n: int, seed: int) -> list:
 def test_parts_that_tell_the_right_chunk_weigh_more(monkeypatch):
     monkeypatch.setattr(chunks, "_ask", lambda _, source, n, seed, most: made(n, seed=len(source)))
     rows = {(row["split"], row["method"]): row for row in chunks.run(None, 90, 0, "learned", "others", None)}
-    first = {method: rows["test", method]["first"] for method in ("rows", "nearness", "rare words", "all three")}
-    assert first["rows"] < 0.4 < first["nearness"] < first["rare words"] <= first["all three"] + 0.02
-    assert rows["test", "all three"]["among_three"] > 0.95
-    weights = rows["fitted", "all three"]["weights"]
-    assert weights == rows["test", "all three"]["weights"]  # fitted once
+    first = {method: rows["test", method]["first"] for method in ("rows", "nearness", "words", "all four")}
+    assert first["rows"] < 0.4 < first["nearness"] < first["words"] <= first["all four"] + 0.02
+    assert rows["test", "all four"]["among_three"] > 0.95
+    weights = rows["fitted", "all four"]["weights"]
+    assert weights == rows["test", "all four"]["weights"]  # fitted once
     assert 0 <= weights[0] < weights[1] < weights[2]
 
 
@@ -39,14 +39,14 @@ def test_kept_weights_are_those_of_the_record(monkeypatch, tmp_path):
     folder = save_checkpoint(tmp_path / "model", model.hypernetwork, {"chunk_tokens": 32}, torch.float16)
     monkeypatch.setattr(chunks, "_ask", lambda _, source, n, seed, most: made(n, seed=len(source)))
     rows = chunks.run(None, 60, 0, "learned", "others", str(folder))
-    of_rows, near, rare = next(row["weights"] for row in rows if row["method"] == "all three")
+    of_rows, near, *words = next(row["weights"] for row in rows if row["method"] == "all four")
     kept, meta = load_checkpoint(folder)
     assert meta == {"chunk_tokens": 32}
-    assert float(kept.reader.rarity_weight) == pytest.approx(rare / of_rows, rel=1e-2)
+    assert kept.reader.chunk_words.tolist() == pytest.approx([one / of_rows for one in words], rel=1e-2)
     assert float(kept.reader.chunk_weight[chunks._NEAREST]) == pytest.approx(near / of_rows, rel=1e-2)
     assert float(kept.reader.chunk_weight.abs().sum()) == pytest.approx(near / of_rows, rel=1e-2)
     for name, value in model.hypernetwork.named_parameters():  # nothing else is changed
-        if name not in ("reader.rarity_weight", "reader.chunk_weight"):
+        if name not in ("reader.chunk_words", "reader.chunk_weight"):
             assert torch.equal(dict(kept.named_parameters())[name], value.half().float()), name
 
 
@@ -56,7 +56,7 @@ def test_what_speaks_for_the_chunks_of_an_article(monkeypatch, tmp_path):
     asked = chunks._ask(build_rows_model(), f"squad={file}", 4, 0, 2)
     assert len(asked) == 4
     for one in asked:
-        assert one.parts.shape == (len(one.right), 3) and one.parts.isfinite().all()
+        assert one.parts.shape == (len(one.right), 4) and one.parts.isfinite().all()
         assert one.right.any() and not one.right.all()
-        assert (one.parts[:, 1] >= 0).all() and (one.parts[:, 2] >= 0).all()
+        assert (one.parts[:, 1:] >= 0).all()
     assert len(articles.questions_on_articles(f"squad={file}", 4, 0, 1)[0]) == 1

@@ -1,13 +1,17 @@
-"""The study of the gate's rise: a slope that holds for all numbers of chunks, and its place in a model's folder."""
+"""The study of the gate among chunks: weights that hold for all numbers of them, and their place in a model's folder."""
 
+import dataclasses
 import math
+import random
 
 import pytest
 import torch
 from test_articles import squad_file
 from tiny_models import build_rows_model
 
+from d2l_lib.documents import question_ids
 from d2l_lib.formats.checkpoints import load_checkpoint, save_checkpoint
+from d2l_lib.presets import PRESETS
 from d2l_lib.records import project_root, read_rows
 from d2l_lib.studies import rise
 from d2l_lib.training import recipes
@@ -18,11 +22,38 @@ def file(tmp_path):
     return squad_file(tmp_path, {"a": 8, "b": 8}, 40)[0]
 
 
+@pytest.fixture
+def few_unseen(monkeypatch):
+    """Four of the file's passages are never learned."""
+    own = dataclasses.replace(PRESETS["smollm2"], rows=dataclasses.replace(PRESETS["smollm2"].rows, validation=4))
+    monkeypatch.setitem(rise.PRESETS, "smollm2", own)
+
+
 def test_slope_of_levels():
-    assert rise.fit({n: 0.3 * math.log(n) for n in rise.SIZES}) == pytest.approx(0.3)
-    assert rise.fit({1: 0.5, 4: 1.0}) == pytest.approx(1 / math.log(4))  # one chunk tells nothing
-    assert rise.fit({1: 0.0, 4: -2.0}) == 0.0
-    assert rise.fit({1: 0.0}) == 0.0
+    assert rise.fit_rise({n: 0.3 * math.log(n) for n in rise.SIZES}) == pytest.approx(0.3)
+    assert rise.fit_rise({1: 0.5, 4: 1.0}) == pytest.approx(1 / math.log(4))  # one chunk tells nothing
+    assert rise.fit_rise({1: 0.0, 4: -2.0}) == 0.0
+    assert rise.fit_rise({1: 0.0}) == 0.0
+
+
+def made(rng, n: int, share: float) -> list:
+    """Prompts and questions among 4 and 64 chunks: words tell `share` as much as the logit does."""
+    asked = []
+    for size in (4, 64):
+        both = []
+        for about in (0, 1):
+            logits = torch.randn(n, generator=rng) + 2 * about + 0.3 * math.log(size)
+            words = torch.randn(n, generator=rng) + 2 * share * about
+            both.append(rise._Asked(size, logits, words))
+        asked.append(both)
+    return asked
+
+
+def test_words_weigh_as_much_as_they_tell():
+    rng = torch.Generator().manual_seed(0)
+    assert rise.fit_words(made(rng, 2000, 1.0)) == pytest.approx(1.0, abs=0.1)
+    assert rise.fit_words(made(rng, 2000, 0.5)) == pytest.approx(0.5, abs=0.1)
+    assert rise.fit_words(made(rng, 2000, -1.0)) == 0.0  # never against a chunk
 
 
 def test_prompts_are_those_that_training_leaves_out():
@@ -30,36 +61,53 @@ def test_prompts_are_those_that_training_leaves_out():
     assert rise.never_learned_prompts() == every[:: recipes._UNSEEN]
 
 
-def test_rows_count_the_prompts_that_open_the_gate(monkeypatch, file):
-    monkeypatch.setattr(rise, "SIZES", (1, 4, 16, 10**6))  # the last has too few passages
-    model, slope = build_rows_model(), 0.5
-    model.hypernetwork.reader.raise_gate(0.0, slope - float(model.hypernetwork.reader.gate_rise))
-
-    def logits(_, prompts, adapter):
-        """Without a rise: log(number of chunks) times 0.2, 0.4 or 0.8."""
-        size = math.log(len(adapter.blocks))
-        return [(share - slope) * size - (size == 0) for share in (0.2, 0.4, 0.8, 0.8)][: len(prompts)]
-
-    monkeypatch.setattr(rise, "_OF_ONE", 4)
-    monkeypatch.setattr(rise, "_logits", logits)
-    rows = rise.run(model, 8, 0, f"squad={file}", None)
-    assert [row["chunks"] for row in rows] == [1, 4, 16]
-    assert [row["open_before"] for row in rows] == pytest.approx([0, 0.5, 0.5])
-    assert rows[-1]["rise_before"] == pytest.approx(slope)
-    assert rows[-1]["rise_fitted"] == pytest.approx(0.8, abs=1e-3)
-    assert [row["level"] for row in rows[1:]] == pytest.approx([0.8 * math.log(4), 0.8 * math.log(16)], abs=1e-3)
-
-
-def test_the_gates_own_logits(file):
+def test_rows_count_the_prompts_and_the_questions_that_open_the_gate(monkeypatch, file, few_unseen):
+    monkeypatch.setattr(rise, "SIZES", (1, 4, 8, 10**6))  # the last has too few passages
     model = build_rows_model()
-    adapter = model.internalize("The fen is deep. The mill is old.")
-    (alone,) = rise._logits(model, ["Where is the mill?"], adapter)
-    first, again = rise._logits(model, ["Who is old?", "Where is the mill?"], adapter)
-    assert again == pytest.approx(alone, abs=1e-5)  # no prompt leaves a trace
-    assert first != pytest.approx(alone, abs=1e-5)
+    model.hypernetwork.reader.weigh_gate(0.0, 0.5)
+    seen = []
+
+    def asked(_, some, blocks, size, n, rng):
+        """About something else: 0.2, 0.4 or 0.8 of log(number of chunks). About a chunk: more, and words."""
+        about = bool(some[0][1])
+        seen.append((about, len(some), size, len(blocks)))
+        shares = torch.tensor([0.2, 0.4, 0.8, 0.8]) + about
+        return rise._Asked(size, shares * math.log(size) - (size == 1), torch.full((4,), 3.0 * about))
+
+    monkeypatch.setattr(rise, "_ask", asked)
+    rows = rise.run(model, 4, 0, f"squad={file}", None)
+    assert [row["chunks"] for row in rows] == [1, 4, 8]
+    assert [row["open_before"] for row in rows] == pytest.approx([0, 0.5, 0.5])
+    assert [row["related_before"] for row in rows] == pytest.approx([0, 1, 1])
+    assert rows[-1]["rise_before"] == pytest.approx(0.5) and rows[-1]["words_before"] == 0
+    assert rows[-1]["rise_fitted"] == pytest.approx(0.8, abs=1e-3) and rows[-1]["words_fitted"] > 0
+    assert [row["level"] for row in rows[1:]] == pytest.approx([0.8 * math.log(4), 0.8 * math.log(8)], abs=1e-3)
+    assert {n for about, n, *_ in seen if about} == {rows[0]["questions"]}
+    assert {n for about, n, *_ in seen if not about} == {len(rise.never_learned_prompts())}
+    assert {n for *_, n in seen} == {12}  # chunks are of passages that were learned
 
 
-def test_the_kept_rise_is_that_of_the_record(monkeypatch, tmp_path, file):
+def test_the_gates_own_logits_and_words(monkeypatch):
+    model = build_rows_model()
+    reader = model.hypernetwork.reader
+    blocks = model.internalize({"a": "The fen is deep.", "b": "The mill is old."}).blocks
+    (prompt,) = question_ids(model.tokenizer, ["Where is the mill?"])
+    plain = []
+    for words, slope in ((0.0, 0.0), (0.7, 0.4)):
+        reader.weigh_gate(words, slope)
+        plain.append(rise._gate(model, prompt, model.adapter_of(blocks)))
+    assert plain[0] == pytest.approx(plain[1], abs=1e-4) and plain[0][1] > 0
+    assert rise._gate(model, prompt, model.adapter_of(blocks[:1]))[1] == 0  # one chunk
+    sizes = []
+    monkeypatch.setattr(rise, "_gate", lambda _, ids, adapter: sizes.append(adapter.blocks) or (1.0, 2.0))
+    some = [(prompt, blocks[:1])]
+    one = rise._ask(model, some, blocks[1:] * 3, 3, 5, random.Random(0))
+    assert one.logits.tolist() == [1.0] * 5 and one.words.tolist() == [2.0] * 5 and one.chunks == 3
+    assert all(len(own) == 3 and own[0].document == "a" for own in sizes)
+    assert one.gate(0.5, 1.0).tolist() == pytest.approx([2 - math.log(3)] * 5)
+
+
+def test_the_kept_weights_are_those_of_the_record(monkeypatch, tmp_path, file, few_unseen):
     monkeypatch.setattr(rise, "SIZES", (1, 2))
     model = build_rows_model()
     folder = save_checkpoint(tmp_path / "model", model.hypernetwork, {"chunk_tokens": 32}, torch.float16)
@@ -67,6 +115,7 @@ def test_the_kept_rise_is_that_of_the_record(monkeypatch, tmp_path, file):
     kept, meta = load_checkpoint(folder)
     assert meta == {"chunk_tokens": 32}
     assert float(kept.reader.gate_rise) == pytest.approx(rows[0]["rise_fitted"], rel=1e-2)
+    assert float(kept.reader.gate_words) == pytest.approx(rows[0]["words_fitted"], rel=1e-2)
     for name, value in model.hypernetwork.named_parameters():  # nothing else is changed
-        if name != "reader.gate_rise":
+        if name not in ("reader.gate_rise", "reader.gate_words"):
             assert torch.equal(dict(kept.named_parameters())[name], value.half().float()), name
