@@ -11,16 +11,17 @@ First the words of a question look for their like in the document (late interact
     evidence      E(t) = sum over the tokens i so far of p(i, t)
     nearness      s_k(t) = log(1 + mean of E around t / FLOOR), weights exp(-distance / spread) before t, after t or on
                   both sides, for each of NEAR, inside t's chunk
-    words         w_1(c) of chunk c: sum over the words i of the question so far of log(n / n_i) f (K + 1) / (f + K (1 -
-                  L + L |c| / mean |c|)), where n_i of n chunks hold the word, c holds it f times, and |c| is its length
-                  (BM25: Robertson and Zaragoza 2009); w_2(c): likewise of words with the one before them. Words are
-                  tokens of the question's own text; capitals and spaces do not count. All are 0 where there is one chunk
+    words         w_1(c) of chunk c: sum over the words i of the question so far of
+                  log(n / n_i) f (K + 1) / (f + K (1 - L + L |c| / mean |c|)), where n_i of n chunks hold the word, c
+                  holds it f times, and |c| is its length (BM25: Robertson and Zaragoza 2009); w_2(c): likewise of words
+                  with the one before them. Words are tokens of the question's own text; capitals and spaces do not
+                  count. Where there is one chunk, all are 0
     gate          open where sum over k of gate_k max over t of s_k(t) + gate_words max over c of w_1(c) > gate_bias
                   + gate_rise log(n) + gate_length log(1 + sum over the tokens i so far of sigmoid(content_key u_i));
-                  gate_k, gate_length > 0. Its p(i, t) is a softmax over one chunk and the null row, so other chunks take
-                  nothing from it: among more chunks one is alike by chance, hence the rise; and so it is where more is
-                  asked, hence the count of content words. Tokens of an answer leave nothing for the gate: what is asked
-                  decides
+                  gate_k, gate_length > 0. Its p(i, t) is a softmax over one chunk and the null row, so other chunks
+                  take nothing from it: among more chunks one is alike by chance, hence the rise; and so it is where
+                  more is asked, hence the count of content words. Tokens of an answer leave nothing for the gate: what
+                  is asked decides
     last layer    logit of row j at token t: q.c_j + sum over k of (weight_k + W_k u) s_k(t);  p = softmax over the rows
                   of the chunk c with the largest  log sum over its rows of exp(logit) + sum over k of chunk_k max over
                   its t of s_k(t) + sum over m of chunk_words_m w_m(c)

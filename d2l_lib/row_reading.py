@@ -106,7 +106,7 @@ class _Rows:
         return n is not None and n < len(self.blocks)
 
     def words_held(self, words: Tensor, before: Tensor, reader: RowReader) -> Tensor:
-        """[n, chunks, 2]: what each of words [n] adds to w_1 and w_2 of the chunks; before: the one before it, or -1."""
+        """[n, chunks, 2]: what each of words [n] adds to w_1 and w_2 of the chunks; before: the last word, or -1."""
         own = self.values[::_WORDS]
         holds, first = (reader.words.standing_in(own, some.clamp_min(0)) for some in (words, before))
         chunk = self.chunk.to(holds.device)

@@ -50,6 +50,8 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, test: str, keep: st
     n: questions of each set, on articles of 20,000 to 50,000 characters. questions: those that the weights of the
     methods are fitted on; test: others. Both "DATASET" or "DATASET=FILE" (see `tasks.qa.load_named`).
     keep: the model whose folder takes the weights of "all four"; None: they are recorded alone.
+
+    ValueError for `keep` where rows have no weight, as those of the other parts are kept in proportion to it.
     """
     fitted, rows = [], []
     for name, source, most in (("fitted", questions, _ARTICLES), ("test", test, None)):
@@ -61,6 +63,8 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, test: str, keep: st
             rows.append(_row(asked, used, weights) | {"method": method, "split": name, "seed": seed})
             print(name, method, rows[-1], flush=True)
     if keep is not None:
+        if not fitted[-1][0]:
+            raise ValueError("rows tell nothing about the right chunk, so other parts cannot be weighed beside them")
         folder = find_checkpoint(keep)
         hypernetwork, meta = load_checkpoint(folder)
         nearness, *words = (fitted[-1][1:] / fitted[-1][0]).tolist()

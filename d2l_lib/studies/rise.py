@@ -54,9 +54,9 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, keep: str | None) -
     alone.
 
     The weight of words is fitted by a logistic regression of what is asked (something else, or one of the chunks) on
-    the logit, the words and the logarithm of the number of chunks. `level` is the logit that the chosen share of prompts
-    exceeds among so many chunks; the rise is the slope of these levels, less that of one chunk's, over that logarithm,
-    by least squares.
+    the logit, the words and the logarithm of the number of chunks. `level` is the logit, without a rise, that the
+    chosen share of prompts exceeds among so many chunks; the rise is the slope of these levels over that logarithm, by
+    least squares.
     """
     frame, p = qa.load_named(questions), PRESETS["smollm2"].rows
     passages = passages_of(frame, model.tokenizer, Limits(p.longest_passage))
@@ -66,9 +66,7 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, keep: str | None) -
     drawn = rng.sample(documents, min(_PASSAGES, len(documents)))
     blocks = [block for one in model.internalize_each(drawn) for block in one.blocks]
     adapters = model.internalize_each([one.text for one in unseen])
-    about = [
-        (prompt, own.blocks) for one, own in zip(unseen, adapters, strict=True) for prompt, _, _ in one.questions
-    ]
+    about = [(prompt, own.blocks) for one, own in zip(unseen, adapters, strict=True) for prompt, _, _ in one.questions]
     others = [(prompt, ()) for prompt in question_ids(model.tokenizer, never_learned_prompts())]
     reader, error = model.hypernetwork.reader, RowsPreset.gate_error
     before = float(reader.gate_words), float(reader.gate_rise)

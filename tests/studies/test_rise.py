@@ -1,4 +1,4 @@
-"""The study of the gate among chunks: weights that hold for all numbers of them, and their place in a model's folder."""
+"""The study of the gate among chunks: weights for all numbers of them, and their place in a model's folder."""
 
 import dataclasses
 import math
@@ -72,7 +72,7 @@ def test_rows_count_the_prompts_and_the_questions_that_open_the_gate(monkeypatch
         about = bool(some[0][1])
         seen.append((about, len(some), size, len(blocks)))
         shares = torch.tensor([0.2, 0.4, 0.8, 0.8]) + about
-        return rise._Asked(size, shares * math.log(size) - (size == 1), torch.full((4,), 3.0 * about))
+        return rise._Asked(size, shares * math.log(size) - float(size == 1), torch.full((4,), 3.0 * about))
 
     monkeypatch.setattr(rise, "_ask", asked)
     rows = rise.run(model, 4, 0, f"squad={file}", None)
