@@ -72,6 +72,13 @@ def test_analysis_tells_the_same(model, adapter, old):
             for one in (adapter, old)
         ]
         assert tables[0].equals(tables[1]) and tables[0]["contribution"].abs().max() > 0
+    by_gradient = [
+        attribution.attribute(
+            model, one, QUESTION, answer="Bo", level="sentence", method="gradient", documents={"mill": TEXT}
+        )["contribution"]
+        for one in (adapter, old)
+    ]
+    assert by_gradient[0].equals(by_gradient[1]) and by_gradient[0].abs().max() > 0
     assert weights.norms(adapter).equals(weights.norms(old))
     sizes = [weights.recompression(one, [1, 100])["bytes"].tolist() for one in (adapter, old)]
     assert sizes[0][1] == adapter.nbytes and sizes[1] == [2 * size for size in sizes[0]]
