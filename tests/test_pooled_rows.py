@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def adapter(model):
-    return model.internalize({"mill": TEXT}, chunk_tokens=30)
+    return model.internalize({"mill": TEXT}, chunk_tokens=50)  # two sentences a chunk
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def old(adapter, tmp_path_factory):
 
 
 def test_it_holds_the_written_layers_alone(model, adapter):
-    assert adapter.layers == (N_LAYERS - 2, N_LAYERS - 1) and len(adapter.blocks) > 2
+    assert adapter.layers == (N_LAYERS - 2, N_LAYERS - 1) and len(adapter.blocks) == 2
     sizes = sum(adapter.sizes["down_proj"])
     assert adapter.nbytes == 4 * 2 * 2 * sizes * (len(adapter.blocks) + 1)
     assert adapter.nbytes == measurements.adapter_bytes(model, len(adapter.blocks))
