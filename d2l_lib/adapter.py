@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, reduce
 from itertools import islice
@@ -50,9 +50,9 @@ def _may_replace(path: Path) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """What one chunk of one document adds: weight * B^T A in every layer and module.
+    """What one chunk of one document adds: weight * B^T A in every module of the layers that are written.
 
-    A[module] is [n_layers, r, d_in], B[module] is [n_layers, r, d_out].
+    A[module] is [layers, r, d_in], B[module] is [layers, r, d_out]; which layers is said by its adapter.
     span: the chunk's (start, end) in characters of its document; None for a chunk of token ids alone.
     """
 
@@ -160,6 +160,8 @@ class Adapter:
     `scaled_bias` change weights linearly; `factors` gives the summed matrices; `compressed` lowers their rank.
 
     n_layers, sizes: of the base model, sizes as {module: (d_in, d_out)}. By default from the blocks or the bias.
+    layers: the base layers that blocks and bias hold, in ascending order (0 = first; empty: all). Others stay as they
+        are.
     base_model, base_key, hypernetwork_key: what made the adapter.
     paths: where each module sits in the base model ("model.layers.{layer}.mlp.down_proj").
     """
@@ -175,6 +177,7 @@ class Adapter:
     hypernetwork_key: str = ""
     paths: dict[str, str] = field(default_factory=dict)
     bias_inside: bool = False
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -194,6 +197,9 @@ class Adapter:
             sizes = {module: (A.shape[-1], B.shape[-1]) for module, (A, B) in first.items()}
             object.__setattr__(self, "sizes", sizes)
             object.__setattr__(self, "n_layers", next(iter(first.values()))[0].shape[0])
+        object.__setattr__(self, "layers", tuple(self.layers) or self._all_layers)
+        if list(self.layers) != sorted(set(self.layers) & set(self._all_layers)):
+            raise ValueError(f"layers must ascend from 0 to at most {self.n_layers - 1}, not {self.layers}")
         for block in self.blocks:
             self._check_shapes(block, {m: (block.A[m], block.B[m]) for m in block.A})
         if self.bias is not None:
@@ -210,13 +216,14 @@ class Adapter:
         """ValueError unless the tensors have this adapter's modules, layers and sizes."""
         if factors.keys() != self.sizes.keys():
             raise ValueError(f"{_label(part)} has modules {sorted(factors)}, the adapter has {self.modules}")
+        n_held = len(self.layers)
         for module, (A, B) in factors.items():
             d_in, d_out = self.sizes[module]
             r = A.shape[1] if A.dim() == 3 else -1
-            if A.shape != (self.n_layers, r, d_in) or B.shape != (self.n_layers, r, d_out):
+            if A.shape != (n_held, r, d_in) or B.shape != (n_held, r, d_out):
                 raise ValueError(
                     f"{_label(part)}, {module}: A is {tuple(A.shape)} and B {tuple(B.shape)}; expected "
-                    f"({self.n_layers}, rank, {d_in}) and ({self.n_layers}, rank, {d_out})"
+                    f"({n_held}, rank, {d_in}) and ({n_held}, rank, {d_out})"
                 )
 
     # --- what is inside ---------------------------------------------------------------------------------------------
@@ -249,6 +256,10 @@ class Adapter:
         """Bytes of all tensors; a shared tensor counts once."""
         return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in self._tensors()}.values())
 
+    @property
+    def _all_layers(self) -> tuple[int, ...]:
+        return tuple(range(self.n_layers))
+
     def _tensors(self) -> Iterator[Tensor]:
         for block in self.blocks:
             yield from (*block.A.values(), *block.B.values())
@@ -259,11 +270,10 @@ class Adapter:
         if not isinstance(other, Adapter):
             return NotImplemented
         plain = ("scale", "bias_weight", "n_layers", "sizes", "base_key", "hypernetwork_key", "bias_inside")
-        return (
-            all(getattr(self, name) == getattr(other, name) for name in plain)
-            and self.blocks == other.blocks
-            and _equal(self.bias, other.bias)
-        )
+        if any(getattr(self, name) != getattr(other, name) for name in plain):
+            return False
+        self, other = _in_same_layers(self, other)
+        return self.blocks == other.blocks and _equal(self.bias, other.bias)
 
     __hash__ = None
 
@@ -280,11 +290,12 @@ class Adapter:
 
         A document of `other` is renamed "name (2)" where its name and one of its chunk numbers are taken.
         An adapter that no hypernetwork made (`from_peft`) takes over the other's bias and scale; its update stays.
-        Modules that only one of the two writes get zero rows in the other.
+        Modules and layers that only one of the two writes get zero rows in the other.
         ValueError for different base models, hypernetworks, biases, scales or precisions.
         """
         if not isinstance(other, Adapter):
             return NotImplemented
+        self, other = _in_same_layers(self, other)
         if self._is_foreign or other._is_foreign:
             self, other = _made_alike(self, other)
         else:
@@ -438,6 +449,11 @@ class Adapter:
 
         Rows follow the order of the blocks, the bias last. A contains the weights. The tensors are new: free to change.
         """
+        A, B = self._factors(module)
+        return _in_layers(A, self.layers, self._all_layers), _in_layers(B, self.layers, self._all_layers)
+
+    def _factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """`factors` of the layers that are held alone."""
         self.check_summed()
         if module not in self.sizes:
             raise ValueError(f"no module {module!r} in this adapter; it has {', '.join(self.modules)}")
@@ -445,7 +461,7 @@ class Adapter:
         if self.bias is not None:
             parts.append((*self.bias[module], self.bias_weight))
         if not parts:
-            return tuple(torch.zeros(self.n_layers, 0, size) for size in self.sizes[module])
+            return tuple(torch.zeros(len(self.layers), 0, size) for size in self.sizes[module])
         A = torch.cat([A if weight == 1 else A * weight for A, _, weight in parts], dim=1)
         return A, torch.cat([B for _, B, _ in parts], dim=1)
 
@@ -459,7 +475,7 @@ class Adapter:
         rank = max((block.rank for block in self.blocks), default=0)
 
         def stack(side: str, module: str, size: int) -> Tensor:
-            whole = [getattr(block, side)[module] for block in self.blocks]
+            whole = [_in_layers(getattr(block, side)[module], self.layers, self._all_layers) for block in self.blocks]
             padded = [torch.nn.functional.pad(one, (0, 0, 0, rank - one.shape[1])) for one in whole]
             return torch.stack(padded, dim=1) if padded else torch.zeros(self.n_layers, 0, rank, size)
 
@@ -478,7 +494,7 @@ class Adapter:
             rank = max((block.rank for block in self.blocks), default=0)
             kept[layer] = {}
             for module, (d_in, _) in self.sizes.items():
-                whole = [block.A[module][layer] for block in self.blocks]
+                whole = [_in_layers(block.A[module], self.layers, (layer,))[0] for block in self.blocks]
                 padded = [torch.nn.functional.pad(one, (0, 0, 0, rank - len(one))) for one in whole]
                 kept[layer][module] = torch.stack(padded) if padded else torch.zeros(0, rank, d_in)
         return kept[layer]
@@ -494,7 +510,7 @@ class Adapter:
             raise ValueError("this adapter is empty: there is nothing to compress")
         new_A, new_B = {}, {}
         for module in self.modules:
-            A, B = self.factors(module)
+            A, B = self._factors(module)
             U, S, V = singular_vectors(A, B)
             root = S[:, :rank].sqrt().unsqueeze(-1)  # [L, rank, 1]
             new_A[module] = self._padded(root * V[:, :, :rank].mT, rank, A.dtype)
@@ -515,20 +531,34 @@ class Adapter:
             raise ValueError(
                 f"dtype must be a floating-point one, not {dtype}: the adapter would be rounded to nothing"
             )
-        moved: dict[int, Tensor] = {}
+        return self._changed(lambda tensor: tensor.to(device=device, dtype=dtype))
 
-        def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def in_layers(self, layers: Sequence[int]) -> Adapter:
+        """The same update, held for these layers: with zeros where this adapter writes nothing.
+
+        ValueError where one that it writes is not among them.
+        """
+        layers = tuple(layers)
+        if missing := sorted(set(self.layers) - set(layers)):
+            raise ValueError(f"this adapter writes layer {missing[0]}, which is not among layers {layers}")
+        return self._changed(lambda tensor: _in_layers(tensor, self.layers, layers), layers=layers)
+
+    def _changed(self, change: Callable[[Tensor], Tensor], **fields: object) -> Adapter:
+        """This adapter with these fields and every tensor changed; blocks that share a tensor still do."""
+        changed: dict[int, Tensor] = {}
+
+        def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for tensor in tensors.values():
-                if id(tensor) not in moved:
-                    moved[id(tensor)] = tensor.to(device=device, dtype=dtype)
-            return {module: moved[id(tensor)] for module, tensor in tensors.items()}
+                if id(tensor) not in changed:
+                    changed[id(tensor)] = change(tensor)
+            return {module: changed[id(tensor)] for module, tensor in tensors.items()}
 
-        blocks = tuple(replace(block, A=move(block.A), B=move(block.B)) for block in self.blocks)
+        blocks = tuple(replace(block, A=of(block.A), B=of(block.B)) for block in self.blocks)
         bias = None
         if self.bias is not None:
-            A, B = (move({module: pair[side] for module, pair in self.bias.items()}) for side in (0, 1))
+            A, B = (of({module: pair[side] for module, pair in self.bias.items()}) for side in (0, 1))
             bias = {module: (A[module], B[module]) for module in self.bias}
-        return replace(self, blocks=blocks, bias=bias)
+        return replace(self, blocks=blocks, bias=bias, **fields)
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -562,6 +592,7 @@ class Adapter:
             pairs = {"A": {m: A for m, (A, _) in self.bias.items()}, "B": {m: B for m, (_, B) in self.bias.items()}}
             bias = {side: keep(f"bias.{side}", factors) for side, factors in pairs.items()}
         plain = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        plain |= {} if self.layers == self._all_layers else {"layers": self.layers}  # files of before lack it
         header = {"format": FORMAT, "version": _FORMAT_VERSION, "blocks": rows, "bias": bias, **plain}
         with atomic_file(path, replaces=_may_replace) as temporary:
             text = json.dumps(header, ensure_ascii=False)
@@ -627,7 +658,7 @@ class Adapter:
         if not header.sizes:
             raise ValueError("sizes names no module")
         plain = {name: getattr(header, name) for name in _PLAIN_FIELDS}
-        return cls(blocks=tuple(blocks), bias=bias, **plain)
+        return cls(blocks=tuple(blocks), bias=bias, layers=tuple(header.layers), **plain)
 
     def export_peft(
         self,
@@ -658,9 +689,9 @@ class Adapter:
             None: the highest layer that the LoRA adapts counts as the last.
         name: of the block's document (None: the folder's name).
 
-        B contains alpha / r (or alpha / sqrt(r)), rank_pattern and alpha_pattern, so the scale is 1. Layers and rows
-        that the LoRA lacks are zero. A folder by `export_peft` knows its base model; with the bias inside it cannot be
-        added to others, like a compressed adapter.
+        B contains alpha / r (or alpha / sqrt(r)), rank_pattern and alpha_pattern, so the scale is 1. Rows that the
+        LoRA lacks are zero, and layers that it lacks are not held. A folder by `export_peft` knows its base model; with
+        the bias inside it cannot be added to others, like a compressed adapter.
 
         Reads safetensors files only. ValueError names what is no plain LoRA (other PEFT types, DoRA, biases,
         modules_to_save, ...) or lies outside the decoder layers: merge such an adapter into the base model with peft.
@@ -684,6 +715,9 @@ class Adapter:
             hypernetwork_key=lora.hypernetwork_key,
             paths=lora.paths,
             bias_inside=lora.bias_inside,
+            n_layers=lora.n_layers,
+            sizes={module: (A.shape[2], lora.B[module].shape[2]) for module, A in lora.A.items()},
+            layers=lora.layers,
         )
 
     def path_of(self, module: str) -> str:
@@ -719,7 +753,8 @@ class Adapter:
 
     def _summary(self) -> str:
         contents = f"{_plural(len(self._names.chunks), 'document')}, {_plural(len(self.blocks), 'chunk')}"
-        place = f"{_plural(self.n_layers, 'layer')} x {', '.join(self.modules)}"
+        held = "" if self.layers == self._all_layers else f"{len(self.layers)} of "
+        place = f"{held}{_plural(self.n_layers, 'layer')} x {', '.join(self.modules)}"
         return f"{contents}; rank {self.rank}, {place}; scale {self.scale:g}; {_size(self.nbytes)}"
 
     def __repr__(self) -> str:
@@ -777,6 +812,25 @@ def _size(n_bytes: int) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.1f} {unit}"
     return f"{n_bytes} bytes"
+
+
+def _in_layers(rows: Tensor, layers: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """Rows [layers, ...] as [wanted layers, ...], zero in layers that they lack; `rows` itself where all is there."""
+    if layers == wanted:
+        return rows
+    picked = rows.new_zeros(len(wanted), *rows.shape[1:])
+    for place, layer in enumerate(wanted):
+        if layer in layers:
+            picked[place] = rows[layers.index(layer)]
+    return picked
+
+
+def _in_same_layers(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
+    """Both, held for the layers of both; as they are where the base models differ."""
+    if first.layers == second.layers or first.n_layers != second.n_layers:
+        return first, second
+    both = sorted({*first.layers, *second.layers})
+    return first.in_layers(both), second.in_layers(both)
 
 
 def _made_alike(first: Adapter, second: Adapter) -> tuple[Adapter, Adapter]:
@@ -852,12 +906,13 @@ def same_base(first: str, second: str) -> bool:
     return all(a == b for a, b in zip(first.split("-"), second.split("-"), strict=False) if a and b)
 
 
-def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float]:
-    """Several adapters side by side: ({module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}, scale).
+def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float, tuple[int, ...] | None]:
+    """Several adapters side by side, for `lora.apply_lora`: (loras, scale, the L layers that any of them writes).
 
-    R is the largest rank; zero rows fill up the others. None (the plain base model) is zero rows only, and so is a
-    module that an adapter does not write. The precision is the highest among them. Where scales differ, A contains
-    them and the common scale is 1. ValueError where all are None.
+    loras: {module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}. Layers are None where they are all.
+    R is the largest rank; zero rows fill up the others. None (the plain base model) is zero rows only, and so are a
+    module and a layer that an adapter does not write. The precision is the highest among them. Where scales differ, A
+    contains them and the common scale is 1. ValueError where all are None.
     """
     present = [adapter for adapter in adapters if adapter is not None]
     if not present:
@@ -867,21 +922,22 @@ def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float]:
     tensors = [tensor for adapter in present for tensor in adapter._tensors()] or [torch.zeros(0)]
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
     sizes = {module: size for adapter in present for module, size in adapter.sizes.items()}
+    layers = tuple(sorted({layer for adapter in present for layer in adapter.layers}))
     stacked = {}
     for module in sorted(sizes):
         if len(adapters) == 1:  # spares a copy
-            A, B = first.factors(module)
+            A, B = first._factors(module)
             stacked[module] = (A.unsqueeze(0), B.unsqueeze(0))
             continue
-        shapes = ((len(adapters), first.n_layers, rank, size) for size in sizes[module])
+        shapes = ((len(adapters), len(layers), rank, size) for size in sizes[module])
         A, B = (torch.zeros(shape, dtype=dtype, device=tensors[0].device) for shape in shapes)
         for context, adapter in enumerate(adapters):
             if adapter is not None and module in adapter.sizes:
-                rows_A, rows_B = adapter.factors(module)
+                rows_A, rows_B = (_in_layers(rows, adapter.layers, layers) for rows in adapter._factors(module))
                 A[context, :, : adapter.rank] = rows_A if one_scale else rows_A * adapter.scale
                 B[context, :, : adapter.rank] = rows_B
         stacked[module] = (A, B)
-    return stacked, first.scale if one_scale else 1.0
+    return stacked, first.scale if one_scale else 1.0, None if len(layers) == first.n_layers else layers
 
 
 _Decomposition = tuple[Tensor, Tensor, Tensor]
@@ -907,9 +963,9 @@ def singular_part(adapter: Adapter, start: int = 0, stop: int | None = None) -> 
     `singular_part(a, 0, r)` is `a.compressed(r)` and `singular_part(a, r)` the rest: their sum is `a`.
     ValueError where no direction is left.
     """
-    A, B = {}, {}
+    A, B, held = {}, {}, list(adapter.layers)
     for module in adapter.modules:
-        U, S, V = decompose(adapter, module)
+        U, S, V = (side[held] for side in decompose(adapter, module))
         chosen = slice(start, stop)
         if start < 0 or not S[:, chosen].shape[1]:
             raise ValueError(f"no directions {start} to {stop}: this adapter has {S.shape[1]} in {module}")
@@ -932,7 +988,7 @@ def only_layers(adapter: Adapter, layers: Sequence[int]) -> Adapter:
     """The adapter with its update, bias included, in these layers only (0 = first); ValueError for an unknown layer."""
     if unknown := sorted(set(layers) - set(range(adapter.n_layers))):
         raise ValueError(f"no layer {unknown} in this adapter: it has 0 to {adapter.n_layers - 1}")
-    inside = torch.tensor([float(layer in set(layers)) for layer in range(adapter.n_layers)]).view(-1, 1, 1)
+    inside = torch.tensor([float(layer in set(layers)) for layer in adapter.layers]).view(-1, 1, 1)
     blocks = [replace(block, B={m: B * inside.to(B) for m, B in block.B.items()}) for block in adapter.blocks]
     bias = adapter.bias and {module: (A, B * inside.to(B)) for module, (A, B) in adapter.bias.items()}
     return replace(adapter, blocks=tuple(blocks), bias=bias)
@@ -955,8 +1011,10 @@ def scaled_layers(adapter: Adapter, weights: Sequence[float] | Mapping[int, floa
     if wrong := [weight for weight in weights if not math.isfinite(weight)]:
         raise ValueError(f"a layer's weight must be a finite number, not {wrong[0]}")
 
+    held = [weights[layer] for layer in adapter.layers]
+
     def scale(A):
-        return A * A.new_tensor(weights).view(-1, 1, 1)  # [n_layers, r, d_in]
+        return A * A.new_tensor(held).view(-1, 1, 1)  # [layers, r, d_in]
 
     blocks = (replace(block, A={module: scale(A) for module, A in block.A.items()}) for block in adapter.blocks)
     return replace(adapter, blocks=tuple(blocks))

@@ -44,8 +44,8 @@ class HypernetworkConfig:
         `pooled_rows`).
     row_layers, reader_layers, reader_rank, reader_sizes: for token_rows, the base layers that read rows, those with a
         low-rank update, its rank, and {linear: (d_in, d_out)} of such a layer (see `row_reader`).
-    written_layers, pooled_size, pooled_blocks: for pooled_rows, the base layers whose blocks are written, those of
-        others being zero, and size and depth of its Perceiver.
+    written_layers, pooled_size, pooled_blocks: for pooled_rows, the base layers that get blocks, and size and depth of
+        its Perceiver.
     """
 
     n_layers: int

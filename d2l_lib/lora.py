@@ -127,6 +127,7 @@ def apply_lora(
     model: nn.Module,
     loras: Loras,
     scale: float,
+    layers: Sequence[int] | None = None,
     *,
     rows: Tensor | None = None,
     **notes: Any,
@@ -134,6 +135,7 @@ def apply_lora(
     """Inside the `with` block every target linear returns y + scale * B^T (A x).
 
     loras: {module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}.
+    layers: the L base layers that have them, by number (None: all). Linears of others stay as they are.
     rows: [batch], the context of each batch row (None: row i is context i, or one context serves all rows). Beam
         search repeats each entry: the batch is a multiple of `rows`.
     notes: see OpenBlock.
@@ -144,10 +146,11 @@ def apply_lora(
     """
     linears = target_linears(model, sorted(loras))
     for module, (A, B) in loras.items():
-        _check_fit(module, A, B, linears[module], rows)
+        _check_fit(module, A, B, linears[module], layers, rows)
     deltas = []
     for module, (A, B) in loras.items():
-        for layer, linear in enumerate(linears[module]):
+        own = linears[module] if layers is None else [linears[module][layer] for layer in layers]
+        for layer, linear in enumerate(own):
             # a weight that waits elsewhere comes to x: `_delta` then moves the factors with each call
             place = A.device if linear.weight.is_meta else linear.weight.device
             factors = {"A": A[:, layer].to(place), "B": B[:, layer].to(place)}
@@ -252,14 +255,17 @@ def _in_equal_groups(rows: Tensor, contexts: int) -> bool:
     return torch.equal(rows, each)
 
 
-def _check_fit(module: str, A: Tensor, B: Tensor, linears: list[nn.Linear], rows: Tensor | None) -> None:
+def _check_fit(
+    module: str, A: Tensor, B: Tensor, linears: list[nn.Linear], layers: Sequence[int] | None, rows: Tensor | None
+) -> None:
     if A.dim() != 4 or B.dim() != 4 or A.shape[:3] != B.shape[:3]:
         raise ValueError(f"{module}: A {list(A.shape)} and B {list(B.shape)} must share [contexts, layers, rank]")
     contexts, n_layers = A.shape[:2]
-    if n_layers != len(linears):
+    fits = n_layers == len(linears) if layers is None else n_layers == len(layers) and max(layers) < len(linears)
+    if not fits:
+        held = f"{n_layers} layers" + ("" if layers is None else f", as numbers {', '.join(map(str, layers))}")
         raise ValueError(
-            f"{module}: adapter has blocks for {n_layers} layers, this model has {len(linears)}: "
-            "was it made for another model?"
+            f"{module}: adapter has blocks for {held}, this model has {len(linears)}: was it made for another model?"
         )
     sizes = (linears[0].in_features, linears[0].out_features)
     if (A.shape[3], B.shape[3]) != sizes:

@@ -337,7 +337,7 @@ class DocToLoRA:
 
     @torch.no_grad()
     def _encode(self, chunks: Sequence[list[int] | dict[str, Tensor]], progress: _Progress) -> list[_BlockFactors]:
-        """(A, B) of every chunk (token ids, or an image's inputs), each {module: [n_layers, r, size]}, on the CPU.
+        """(A, B) of every chunk (token ids, or an image's inputs), each {module: [L, r, size]}, on the CPU.
 
         Equal chunks of token ids share their tensors.
         """
@@ -435,6 +435,7 @@ class DocToLoRA:
             bias=bias,
             scale=self.config.scale,
             n_layers=self.config.n_layers,
+            layers=self.config.written_layers,
             sizes={module: self.hypernetwork.row_sizes(module) for module in self.config.modules},
             base_model=self.base_source or self.config.base_model,
             base_key=self.base_key,
@@ -516,8 +517,7 @@ class DocToLoRA:
             with read_sparsely(self.base_model, contexts, reading, rows=rows, starts=starts, null=null, **notes):
                 yield
         else:
-            loras, scale = stack_factors(contexts)
-            with apply_lora(self.base_model, loras, scale, rows=rows, **notes):
+            with apply_lora(self.base_model, *stack_factors(contexts), rows=rows, **notes):
                 yield
 
     def _check_adapters(self, adapters: Sequence[object]) -> None:

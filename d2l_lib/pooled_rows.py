@@ -2,6 +2,8 @@
 
     y = W x + s * B^T (A x)    in the last layers of the base model, all rows added: a plain LoRA
 
+Adapters hold these layers alone: no zeros of others are kept, and no product of zeros is taken.
+
 Written words and what looks for them are those of token rows (`token_rows`), so mixing layers that were trained there
 can be taken over. A Perceiver's latents, r for each written layer, read the mixed states of the chunk's tokens. Latent
 i then chooses among 3 rows a token, one for each role of a written word:
@@ -29,7 +31,7 @@ _HEAD = 64  # numbers of an attention head
 
 
 class PooledRows(TokenStates, BlockWriter):
-    """Hidden states of n chunks -> blocks of rank r for the written layers (see the module's text).
+    """Hidden states of n chunks -> blocks of rank r for the L written layers (see the module's text).
 
     `prepare` tells it the base model's words before the first `forward`; `pooled` needs none.
     """
@@ -88,7 +90,7 @@ class PooledRows(TokenStates, BlockWriter):
         return b.unflatten(1, (len(self.log_gain), -1)) * self.log_gain.exp()[:, None, None]
 
     def forward(self, features: Tensor, attention_mask: Tensor, input_ids: Tensor, iterative: bool = False) -> Loras:
-        """{module: (A [n, layers, r, d_in], B [n, layers, r, d_out])}, zeros where nothing is written.
+        """{module: (A [n, L, r, d_in], B [n, L, r, d_out])}.
 
         features: [n, T, F]. attention_mask: [n, T], 0 at padding on the right. input_ids: [n, T], chat wrapping
         included. iterative: few layers are written, so it changes nothing.
@@ -99,21 +101,15 @@ class PooledRows(TokenStates, BlockWriter):
         own = self.text(attention_mask)
         a, share, _ = self.pooled(features.to(self.pool_project.weight.dtype), own)
         b = self.values(share, self.words.tokens(input_ids))
-        return {self.module: (self._in_all_layers(a, 1), self._in_all_layers(b, 1))}
+        return {self.module: (a, b)}
 
     def described(self) -> str:
         """What it writes, in a few words."""
         return f"rank {self.config.rank} on {self.module} of layers {', '.join(map(str, self.config.written_layers))}"
 
     def bias(self) -> Loras:
-        """The block of no document: {module: (A [layers, r, d_in], B [layers, r, d_out])}."""
-        return {self.module: (self._in_all_layers(self.bias_A, 0), self._in_all_layers(self.bias_B, 0))}
+        """The block of no document: {module: (A [L, r, d_in], B [L, r, d_out])}."""
+        return {self.module: (self.bias_A, self.bias_B)}
 
     def null(self) -> None:
         """None: a plain sum is not read sparsely."""
-
-    def _in_all_layers(self, rows: Tensor, dim: int) -> Tensor:
-        """Rows of the written layers among zeros for all others."""
-        places = torch.tensor(self.config.written_layers, device=rows.device)
-        shape = (*rows.shape[:dim], self.config.n_layers, *rows.shape[dim + 1 :])
-        return rows.new_zeros(shape).index_copy(dim, places, rows)

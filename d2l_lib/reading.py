@@ -157,8 +157,8 @@ class _Generation(Followed):
                 continue
             rows = rows_of(self.rows, context, len(x))
             own = x[rows].to(dtype)
-            if adapter.bias is not None:
-                A, B = (one[layer].to(own) for one in adapter.bias[module])
+            if adapter.bias is not None and layer in adapter.layers:
+                A, B = (one[adapter.layers.index(layer)].to(own) for one in adapter.bias[module])
                 added[rows] = adapter.scale * adapter.bias_weight * (own @ A.T @ B)
             if reads and rows and any(block.weight for block in adapter.blocks):
                 first, read = self._read(own, (layer, module, context), rows)

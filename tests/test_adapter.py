@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import build_model, logits_of
+from safetensors import safe_open
+from tiny_models import build_model, held, logits_of
 
-from d2l_lib.adapter import Adapter, Block, stack_factors
+from d2l_lib.adapter import Adapter, Block, only_layers, scaled_layers, singular_part, stack_factors
 
 N_LAYERS, SIZES, RANK = 3, {"down_proj": (6, 5), "q_proj": (5, 4)}, 2
 
@@ -361,9 +362,9 @@ def test_html_is_escaped():
 
 def test_stack_fills_up_with_zero_rows():
     a, b = build_adapter(("a",)), build_adapter(("b", "c"), seed=1)
-    loras, scale = stack_factors([a, None, b])
+    loras, scale, layers = stack_factors([a, None, b])
     A, B = loras["q_proj"]
-    assert scale == a.scale
+    assert scale == a.scale and layers is None
     assert A.shape == (3, N_LAYERS, b.rank, 5)
     assert torch.equal(A[0, :, : a.rank], a.factors("q_proj")[0])
     assert not A[0, :, a.rank :].any()
@@ -373,10 +374,107 @@ def test_stack_fills_up_with_zero_rows():
 
 def test_stack_of_different_scales():
     a, b = build_adapter(), build_adapter(scale=0.5)
-    loras, scale = stack_factors([a, b])
+    loras, scale, _ = stack_factors([a, b])
     A, B = loras["down_proj"]
     for index, adapter in enumerate((a, b)):
         assert torch.allclose(scale * B[index].mT @ A[index], update(adapter, "down_proj").float(), atol=1e-5)
+
+
+# --- some layers alone ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def partial():
+    """An adapter that holds layers 0 and 2 of 3."""
+    return held(build_adapter(), (0, 2))
+
+
+def test_layers_that_are_not_held_take_no_room_and_are_zeros(partial):
+    whole, full = build_adapter(), partial.in_layers(range(N_LAYERS))
+    assert partial.nbytes * N_LAYERS == whole.nbytes * 2 and full.nbytes == whole.nbytes
+    assert "2 of 3 layers x down_proj" in repr(partial) and "rank 10, 3 layers x" in repr(full)
+    for module in SIZES:
+        rows = zip(partial.factors(module), full.factors(module), whole.factors(module), strict=True)
+        for mine, wide, all_layers in rows:
+            assert torch.equal(mine, wide) and torch.equal(mine[[0, 2]], all_layers[[0, 2]]) and not mine[1].any()
+        assert torch.equal(partial.stacked[module][1], full.stacked[module][1])
+        for layer in range(N_LAYERS):
+            assert torch.equal(replace(partial).keys_of(layer)[module], replace(full).keys_of(layer)[module])
+    assert partial == full and full == partial and partial != whole and partial != partial.scaled(2)
+    with pytest.raises(ValueError, match="writes layer 2, which is not among"):
+        partial.in_layers([0, 1])
+
+
+@pytest.mark.parametrize("wrong", [(2, 0), (0, 0), (0, 3), (-1, 0)])
+def test_layers_are_checked(partial, wrong):
+    with pytest.raises(ValueError, match="layers must ascend from 0 to at most 2"):
+        replace(partial, layers=wrong)
+    with pytest.raises(ValueError, match=r"A is \(2, 2, 6\).*expected \(1, rank, 6\)"):
+        replace(partial, layers=(1,))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda one: one.scaled(0.5, document="b").scaled_bias(2),
+        lambda one: one.without(document="a"),
+        lambda one: one.compressed(3),
+        lambda one: one.as_lora(),
+        lambda one: one.to(dtype=torch.float64),
+        lambda one: one + held(build_adapter(("c",), seed=1), (0, 2)).in_layers(one.layers),
+        lambda one: only_layers(one, [1, 2]),
+        lambda one: scaled_layers(one, [0.1, 0.2, 0.3]),
+        lambda one: singular_part(one, 1, 4),
+    ],
+    ids=["scaled", "without", "compressed", "as_lora", "to", "sum", "only_layers", "scaled_layers", "singular_part"],
+)
+def test_operations_are_those_of_the_full_adapter_and_hold_no_more_layers(partial, operation):
+    mine, full = operation(partial), operation(partial.in_layers(range(N_LAYERS)))
+    assert mine.layers == (0, 2) and full.layers == (0, 1, 2) and mine.nbytes * 3 == full.nbytes * 2
+    assert same_update(mine, full, 1e-12) and any(update(mine, module)[2].any() for module in SIZES)
+
+
+def test_a_sum_holds_the_layers_of_both(partial):
+    full = partial.in_layers(range(N_LAYERS))
+    other = held(build_adapter(("c",), seed=1), (0, 2)).in_layers(range(N_LAYERS))
+    for first, second in ((partial, other), (other, partial)):
+        both = first + second
+        assert both.layers == (0, 1, 2) and both == first.in_layers(range(N_LAYERS)) + second.in_layers(range(3))
+    repeated = replace(partial, blocks=[replace(partial.blocks[0], chunk=number) for number in range(5)])
+    assert (repeated + other).nbytes < (full + other).nbytes, "blocks that share tensors still do"
+    lora = held(replace(build_adapter(("d",), seed=3, bias=False, scale=0.5), hypernetwork_key=""), (1,))
+    both = lora + partial
+    assert both.layers == (0, 1, 2)
+    for module in SIZES:
+        assert torch.allclose(update(both, module), update(lora, module) + update(partial, module), atol=1e-6)
+
+
+def test_layers_that_are_held_come_back_from_a_file(partial, tmp_path):
+    loaded = Adapter.load(partial.save(tmp_path / "x"))
+    assert loaded == partial and loaded.layers == (0, 2) and loaded.nbytes == partial.nbytes
+    full = build_adapter()
+    with safe_open(full.save(tmp_path / "y"), "pt") as file:
+        assert "layers" not in json.loads(file.metadata()["d2l-adapter"]), "as files of before"
+    assert Adapter.load(tmp_path / "y").layers == (0, 1, 2)
+
+
+def test_stacks_hold_the_layers_that_any_adapter_writes(partial):
+    middle = held(build_adapter(("c",), seed=1), (1,))
+    for adapters, expected in (
+        ([partial], (0, 2)),
+        ([partial, None, partial.without(document="a")], (0, 2)),
+        ([partial, held(build_adapter(), (0,))], (0, 2)),
+        ([partial, middle], None),
+    ):
+        loras, scale, layers = stack_factors(adapters)
+        assert layers == expected
+        for module in SIZES:
+            A, B = loras[module]
+            assert A.shape[1] == B.shape[1] == len(expected or range(N_LAYERS))
+            for context, adapter in enumerate(adapters):
+                formed = scale * B[context].mT.double() @ A[context].double()
+                own = torch.zeros(N_LAYERS, *formed.shape[1:]).double() if adapter is None else update(adapter, module)
+                assert torch.allclose(formed, own[list(expected or range(N_LAYERS))], atol=1e-6)
 
 
 # --- many documents, and names of all kinds ---------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build_model, build_rows_model
+from tiny_models import build_model, build_pooled_model, build_rows_model
 
 from d2l_lib import __main__ as command
 from d2l_lib.cache import AdapterCache, document_key
@@ -17,6 +17,7 @@ OTHER = "The harbour was dug by Carl. It is deep."
 BUILDERS = {
     "sum of blocks": build_model,
     "token rows": build_rows_model,
+    "some layers": build_pooled_model,
 }
 
 

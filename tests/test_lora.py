@@ -189,6 +189,20 @@ def test_output_keeps_the_base_precision(config):
         assert logits(half, random_ids(1, 5)).dtype == torch.bfloat16
 
 
+def test_layers_that_are_not_named_stay_as_they_are(model, config):
+    ids, loras = random_ids(2, 6), random_loras(config, 2, 4)
+    some = [1, config.n_layers - 1]
+    with apply_lora(model, {m: (A[:, some], B[:, some]) for m, (A, B) in loras.items()}, SCALE, some):
+        mine = logits(model, ids)
+        linears = target_linears(model, config.modules)
+        hooked = {(m, layer) for m in linears for layer, one in enumerate(linears[m]) if one._forward_hooks}
+    assert hooked == {(m, layer) for m in config.modules for layer in some}
+    zero = torch.tensor([float(layer in some) for layer in range(config.n_layers)]).view(-1, 1, 1)
+    with apply_lora(model, {m: (A * zero, B * zero) for m, (A, B) in loras.items()}, SCALE):
+        assert torch.equal(mine, logits(model, ids))
+    assert not torch.equal(mine, logits(model, ids))
+
+
 def test_misfits_say_what_is_wrong(model, config):
     ids, loras = random_ids(3, 5), random_loras(config, 2, 4)
     with (
@@ -196,6 +210,14 @@ def test_misfits_say_what_is_wrong(model, config):
         apply_lora(model, {m: (A[:, :3], B[:, :3]) for m, (A, B) in loras.items()}, SCALE),
     ):
         pass
+    two = {m: (A[:, :2], B[:, :2]) for m, (A, B) in loras.items()}
+    for layers in ([0, config.n_layers], [1]):
+        numbers = ", ".join(map(str, layers))
+        with (
+            pytest.raises(ValueError, match=f"2 layers, as numbers {numbers}, this model has {config.n_layers}"),
+            apply_lora(model, two, SCALE, layers),
+        ):
+            pass
     with pytest.raises(ValueError, match="adapter maps"), apply_lora(model, {"down_proj": loras["q_proj"]}, SCALE):
         pass
     with (

@@ -4,13 +4,17 @@ models with their processors, a hypernetwork.
 No training, no download; building one takes well under a second. Every weight is random, so that nothing is a no-op.
 """
 
+from dataclasses import replace
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from d2l_lib.adapter import Adapter
 from d2l_lib.base_model import EAGER_ATTENTION, module_sizes
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
+from d2l_lib.pooled_rows import PooledRows
 from d2l_lib.row_reader import reader_sizes
 from d2l_lib.token_rows import TokenRows
 
@@ -228,6 +232,33 @@ def build_rows_model(base_seed: int = 0, seed: int = 1, family: str = "llama") -
             keys.mul_(4)
         hypernetwork.reader.gate_bias.fill_(0)  # open from the first token on
     return DocToLoRA(base_model, tokenizer, hypernetwork.eval())
+
+
+def build_pooled_model(seed: int = 1) -> DocToLoRA:
+    """A whole random model that writes rank 2 in the last two layers alone, with a bias block."""
+    tokenizer = build_tokenizer()
+    base_model = build_base_model(tokenizer)
+    d_in, d_out = module_sizes(base_model, ["down_proj"])
+    config = HypernetworkConfig(
+        n_layers=N_LAYERS, d_in=d_in, d_out=d_out, feature_size=3 * HIDDEN, latent_size=16, rank=2, scale=1.0,
+        n_blocks=1, encoder_type="hidden_states", encoder_layers=(0, 2, 3), n_heads=4, n_kv_heads=4,
+        writer="pooled_rows", written_layers=(N_LAYERS - 2, N_LAYERS - 1), pooled_size=64, pooled_blocks=1,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    hypernetwork = PooledRows(config)
+    randomize(hypernetwork)
+    return DocToLoRA(base_model, tokenizer, hypernetwork.eval())
+
+
+def held(adapter: Adapter, layers: tuple[int, ...]) -> Adapter:
+    """The adapter with the tensors of these layers alone."""
+
+    def of(side):
+        return {module: rows[list(layers)] for module, rows in side.items()}
+
+    blocks = tuple(replace(block, A=of(block.A), B=of(block.B)) for block in adapter.blocks)
+    bias = adapter.bias and {m: (A[list(layers)], B[list(layers)]) for m, (A, B) in adapter.bias.items()}
+    return replace(adapter, blocks=blocks, bias=bias, layers=layers)
 
 
 @torch.no_grad()

@@ -321,7 +321,7 @@ def _feature_gradients(trials: Trials, positions: Sequence[float], by_token: boo
     gradients = torch.zeros(n_tokens + 1, *mask.shape)  # of each answer token and the margin, by each chunk's tokens
     for position in positions:
         moved = (mean + position * difference).requires_grad_()
-        log_probs, margins = _likelihoods_of(trials, moved, mask)
+        log_probs, margins = _likelihoods_of(trials, moved, padded, mask)
         goals = [*log_probs[0]] if by_token else [log_probs.sum()]
         for place, goal in [*enumerate(goals), (n_tokens, margins.min())]:
             (of_goal,) = torch.autograd.grad(goal, moved, retain_graph=place < n_tokens)
@@ -335,18 +335,27 @@ def _feature_gradients(trials: Trials, positions: Sequence[float], by_token: boo
     return Scores(contributions[:, :n_tokens], contributions[:, n_tokens], elsewhere)
 
 
-def _likelihoods_of(trials: Trials, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _likelihoods_of(trials: Trials, features: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """`likelihoods` of the answer with the bias and the blocks that the hypernetwork writes from these features."""
-    weights = torch.tensor([block.weight for block in trials.adapter.blocks], device=trials.model.device)
-    n_rows = sum(block.rank for block in trials.adapter.blocks)
-    factors = {}
-    for module, (A, B) in trials.model.hypernetwork(features, attention_mask=mask).items():
-        written = (A * weights[:, None, None, None], B)
-        factors[module] = tuple(
-            torch.cat([new.transpose(0, 1).flatten(1, 2), old[:, n_rows:].to(new)], dim=1)  # [L, n*r + bias, d]
-            for new, old in zip(written, trials.rows.factors[module], strict=True)
+    model, blocks = trials.model, trials.adapter.blocks
+    n_rows = sum(block.rank for block in blocks)
+    more = {"input_ids": ids} if model.copies_tokens else {}
+    loras = model.hypernetwork(features, attention_mask=mask, **more)
+    written = model.adapter_of(
+        [
+            replace(block, A={m: A[i] for m, (A, _) in loras.items()}, B={m: B[i] for m, (_, B) in loras.items()})
+            for i, block in enumerate(blocks)
+        ],
+        bias=False,
+    )
+    factors = {
+        module: tuple(
+            torch.cat([new, old[:, n_rows:].to(new)], dim=1)  # [L, n*r + bias, d]
+            for new, old in zip(written.factors(module), trials.rows.factors[module], strict=True)
         )
-    return likelihoods(trials.model, replace(trials.rows, factors=factors), trials.target, torch.ones(1, len(weights)))
+        for module in written.modules
+    }
+    return likelihoods(model, replace(trials.rows, factors=factors), trials.target, torch.ones(1, len(blocks)))
 
 
 def _by_sentence(trials: Trials, values: Tensor, chunks: Sequence[str], lengths: Sequence[int]) -> Tensor:

@@ -314,9 +314,8 @@ def _directions(adapter: Adapter, directions: int) -> Rows:
                     | {"direction": direction, "strength": adapter.scale * float(S[layer, direction])}
                 )
         if adapter.bias is not None:
-            bias_A, bias_B = adapter.bias[module]
-            parts.append((bias_A * adapter.bias_weight, bias_B))
-            of_row = F.pad(of_row, (0, bias_A.shape[1]), value=-1)
+            parts.append(replace(adapter, blocks=()).factors(module))
+            of_row = F.pad(of_row, (0, parts[-1][0].shape[1]), value=-1)
         factors[module] = tuple(torch.cat(side, dim=1) for side in zip(*parts, strict=True))
         unit[module] = of_row
     return Rows(factors, unit, adapter.scale, _unit_table(units))
@@ -400,7 +399,8 @@ def _without_sentences(trials: Trials, units: pd.DataFrame) -> tuple[Rows, Tenso
         anew = model.internalize_each(list(shortened.values()), chunk_tokens=max(map(len, ids)))
         for number, written in zip(shortened, anew, strict=True):
             weight = adapter.blocks[units["block"].iloc[number]].weight
-            blocks += [replace(block, document=f"anew {number}", weight=weight) for block in written.blocks]
+            new = written.in_layers(adapter.layers).blocks
+            blocks += [replace(block, document=f"anew {number}", weight=weight) for block in new]
             of_unit += [number] * len(written.blocks)
     weights = torch.ones(len(units), len(blocks))
     weights[:, len(adapter.blocks) :] = 0.0

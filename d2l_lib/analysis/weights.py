@@ -429,7 +429,7 @@ def recompression(adapter: Adapter, ranks: Sequence[int]) -> pd.DataFrame:
     """The error and size of the update at smaller ranks, from its singular values (Eckart and Young 1936).
 
     Columns: rank, error (||dW - dW_rank||_F / ||dW||_F over all layers and modules, 0 to 1; NaN where dW is 0), bytes
-    (of factors of that rank in all layers and modules, as of `export_peft`; never more than before).
+    (of factors of that rank in the adapter's layers and modules, as of `export_peft`; never more than before).
     """
     if len(ranks) == 0:
         raise ValueError("no rank to try: give whole numbers from 1")
@@ -437,7 +437,7 @@ def recompression(adapter: Adapter, ranks: Sequence[int]) -> pd.DataFrame:
         check_count(rank, "rank")
     values = spectra(adapter)
     energy = values["value"] ** 2
-    per_rank = next(adapter._tensors()).element_size() * adapter.n_layers * sum(map(sum, adapter.sizes.values()))
+    per_rank = next(adapter._tensors()).element_size() * len(adapter.layers) * sum(map(sum, adapter.sizes.values()))
     lost = {rank: float(energy[values["index"] > rank].sum()) for rank in ranks}
     total = float(energy.sum())
     return pd.DataFrame(

@@ -109,7 +109,7 @@ def export_peft(
     norms: dict[str, Tensor] = {}
     for module in adapter.modules:
         A, B, norms[module] = _stored(adapter, written, module, dtype)
-        for layer in range(adapter.n_layers):
+        for layer in adapter.layers:
             path = f"base_model.model.{adapter.path_of(module).replace('{layer}', str(layer))}"
             tensors[f"{path}.lora_A.weight"] = A[layer].detach().cpu().contiguous().clone()  # [r, d_in]
             tensors[f"{path}.lora_B.weight"] = B[layer].detach().cpu().mT.contiguous()  # [d_out, r]
@@ -136,13 +136,17 @@ def _stored(
 
 def _config_of(adapter: Adapter, rank: int) -> dict[str, Any]:
     """adapter_config.json: a plain LoRA whose alpha / r is 1."""
+    targets, whole = _target_modules(adapter), len(adapter.layers) == adapter.n_layers
+    # a pattern names the layers itself, and PEFT takes no list of layers beside one
+    some = {} if whole or isinstance(targets, str) else {"layers_to_transform": list(adapter.layers)}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base_model,
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": _target_modules(adapter),
+        "target_modules": targets,
+        **some,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -173,7 +177,8 @@ def _target_modules(adapter: Adapter) -> list[str] | str:
     paths = [adapter.path_of(module) for module in adapter.modules]
     if all(path.startswith("model.layers.") for path in paths):
         return adapter.modules
-    return "|".join(re.escape(path).replace(r"\{layer\}", r"\d+") for path in paths)
+    layers = r"\d+" if len(adapter.layers) == adapter.n_layers else f"({'|'.join(map(str, adapter.layers))})"
+    return "|".join(re.escape(path).replace(r"\{layer\}", layers) for path in paths)
 
 
 def _rounded(factor: Tensor, precision: torch.dtype, module: str) -> Tensor:
@@ -447,13 +452,16 @@ def _misfits(pairs: _Pairs, network: nn.Module) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- from a folder
 @dataclass(frozen=True)
 class PlainLora:
-    """A PEFT LoRA as W x + B^T (A x): {module: A [n_layers, r, d_in]} and {module: B [n_layers, r, d_out]}, float32.
+    """A PEFT LoRA as W x + B^T (A x): {module: A [layers, r, d_in]} and {module: B [layers, r, d_out]}, float32.
 
+    n_layers, layers: of the base model, and which of them it adapts.
     base_model is the name that the folder gives; the keys, as in `Adapter`, are known of exports alone.
     """
 
     A: dict[str, Tensor]
     B: dict[str, Tensor]
+    n_layers: int
+    layers: tuple[int, ...]
     paths: dict[str, str]
     base_model: str
     base_key: str
@@ -462,17 +470,19 @@ class PlainLora:
 
 
 def read_lora(folder: str | Path, base_model: nn.Module | DocToLoRA | None = None) -> PlainLora:
-    """The LoRA in a PEFT folder; layers and rows that it lacks are zero. See `Adapter.from_peft`."""
+    """The LoRA in a PEFT folder; rows that it lacks are zero. See `Adapter.from_peft`."""
     config, tensors, record = read_whole(folder, _read_folder)
     _check_config(folder, config)
     pairs = _plain_pairs(folder, config, tensors)
     places = _places(folder, pairs)
-    n_layers = _n_layers(folder, pairs, places, record, base_model)
-    A, B = _block_factors(folder, config, pairs, places, n_layers)
+    n_layers, layers = _n_layers(folder, pairs, places, record, base_model), sorted({layer for layer, _ in places})
+    A, B = _block_factors(folder, config, pairs, places, layers)
     holds_bias = bool(record.get("bias"))
     return PlainLora(
         A,
         B,
+        n_layers=n_layers,
+        layers=tuple(layers),
         paths={module: _IN_LAYER.sub(r"\g<before>.{layer}.\g<after>", path) for (_, module), path in places.items()},
         base_model=config.get("base_model_name_or_path") or "",
         base_key=record.get("base_key", ""),
@@ -512,7 +522,7 @@ def _n_layers(
 
 
 def _block_factors(
-    folder: str | Path, config: Mapping, pairs: _Pairs, places: _Places, n_layers: int
+    folder: str | Path, config: Mapping, pairs: _Pairs, places: _Places, layers: Sequence[int]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """{module: A [L, r, d_in]} and {module: B [L, r, d_out]} with the LoRA's scale in B; rows that it lacks are 0."""
     A: dict[str, Tensor] = {}
@@ -524,13 +534,14 @@ def _block_factors(
         if r != lora_A.shape[0]:
             raise ValueError(f"{folder}: {path} has {lora_A.shape[0]} rows, {_CONFIG} says {r}")
         if module not in A:
-            A[module] = torch.zeros(n_layers, rank, lora_A.shape[1])
-            B[module] = torch.zeros(n_layers, rank, lora_B.shape[0])
+            A[module] = torch.zeros(len(layers), rank, lora_A.shape[1])
+            B[module] = torch.zeros(len(layers), rank, lora_B.shape[0])
         if (A[module].shape[2], B[module].shape[2]) != (lora_A.shape[1], lora_B.shape[0]):
             raise ValueError(f"{folder}: {module} has different sizes in different layers")
-        A[module][layer, :r] = lora_A.float()
-        B[module][layer, :r] = lora_B.float().mT * scale
-        if not (A[module][layer].isfinite().all() and B[module][layer].isfinite().all()):
+        place = layers.index(layer)
+        A[module][place, :r] = lora_A.float()
+        B[module][place, :r] = lora_B.float().mT * scale
+        if not (A[module][place].isfinite().all() and B[module][place].isfinite().all()):
             raise ValueError(f"{folder}: {path} holds NaN or infinity: the file is damaged")
     return A, B
 

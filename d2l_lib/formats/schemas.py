@@ -212,6 +212,7 @@ class AdapterHeader(_Closed):
     scale: _Factor
     bias_weight: _Factor
     n_layers: _Layers
+    layers: list[_Some] = []
     sizes: dict[_ModuleName, _Sizes]
     base_model: _Text
     base_key: _Text

@@ -162,7 +162,7 @@ def bytes_of_rows(model: DocToLoRA, chunks: Sequence[Chunk]) -> int:
 def adapter_bytes(model: DocToLoRA, n_chunks: int) -> int:
     """Bytes of an adapter of `n_chunks` different chunks, with its bias block."""
     config, width = model.config, next(model.hypernetwork.parameters()).element_size()
-    rows = (n_chunks + config.use_bias) * config.n_layers * config.rank
+    rows = (n_chunks + config.use_bias) * (len(config.written_layers) or config.n_layers) * config.rank
     return rows * width * sum(config.d_in[module] + config.d_out[module] for module in config.modules)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,7 +104,8 @@ class ContextDistillation:
             optimizer.step()
             optimizer.zero_grad()
         factors = ({m: t.detach().cpu() for m, t in side.items()} for side in (A, B))
-        return self.model.adapter_of([Block("document", 0, None, 1.0, *factors)], bias=False)
+        empty = self.model.adapter_of([], bias=False)
+        return replace(empty, blocks=(Block("document", 0, None, 1.0, *factors),), layers=())
 
     def answer(self, prepared: Adapter, questions: Sequence[str]) -> list[str]:
         return self.model.answer(check_texts(questions, "questions"), prepared, max_new_tokens=self.max_new_tokens)

@@ -223,7 +223,7 @@ class Trace:
         # as long as the whole chunk: what is left of it then stays one chunk
         whole = self.model.encoder_tokenizer([text[slice(*block.span)]], add_special_tokens=False)["input_ids"][0]
         [written] = self.model.internalize_each([kept], chunk_tokens=max(self.model.chunk_tokens, len(whole)))
-        return [replace(block, A=new.A, B=new.B) for new in written.blocks]
+        return [replace(block, A=new.A, B=new.B) for new in written.in_layers(self.adapter.layers).blocks]
 
     def answer_without(self, removed: Collection[int]) -> str:
         """What the model answers once these sentences are out of the adapter."""

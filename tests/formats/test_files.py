@@ -135,6 +135,8 @@ def put(*path, value):
         (("blocks",), ({}, "x", None), "a list"),
         (("n_layers",), (0, -1), "a number of at least 1"),
         (("n_layers",), (10**12,), "a number of at most 1000"),
+        (("layers",), ("0", 1), "a list"),
+        (("layers",), ([-1], [1.5]), "a number|a whole number"),
         (("sizes", "q_proj"), ([1, 2, 3], []), "values|value"),
         (("sizes", "q_proj", 0), (0,), "a number of at least 1"),
         (("paths", "q_proj"), (5,), "a text"),
@@ -172,6 +174,9 @@ def test_tensors_that_are_missing_left_over_or_shared_wrongly(tmp_path, adapter)
         d2l.Adapter.load(edited(path, tmp_path / "b", lambda labels: labels["blocks"][0]["A"].pop("q_proj")))
     with pytest.raises(ValueError, match="blocks.0 has other modules than sizes"):
         d2l.Adapter.load(edited(path, tmp_path / "b", lambda labels: labels["sizes"].pop("q_proj")))
+    for layers, wrong in (([1, 0], "layers must ascend"), ([7], "layers must ascend"), ([0], "expected .1, rank")):
+        with pytest.raises(ValueError, match=f"damaged header: .*{wrong}"):
+            d2l.Adapter.load(edited(path, tmp_path / "b", put("layers", value=layers)))
 
 
 BAD_TENSORS = {

@@ -14,6 +14,7 @@ from tiny_models import (
     build_model,
     build_tokenizer,
     build_vision_model,
+    held,
     logits_of,
     random_hypernetwork,
 )
@@ -266,6 +267,10 @@ def test_a_vision_part_with_the_same_names_gets_no_lora(tmp_path, family):
     adapted = {name for name, _ in wrapped.named_parameters() if ".lora_A." in name}
     assert len(adapted) == N_LAYERS * 2
     assert all("language_model.layers." in name for name in adapted)
+    some = held(adapter, (1, 3))
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base), some.export_peft(tmp_path / "some"))
+    assert_same(plain_logits(wrapped, model), logits_of(model, some))
+    assert len([name for name, _ in wrapped.named_parameters() if ".lora_A." in name]) == 2 * 2
 
 
 def test_llama_cpp_file_holds_the_same_update(tmp_path, adapter):
@@ -442,9 +447,29 @@ def test_layers_above_the_last_adapted_one_need_the_base_model(tmp_path, model):
     assert Adapter.from_peft(tmp_path / "one").n_layers == 2
     imported = Adapter.from_peft(tmp_path / "one", model.base_model)
     assert imported.n_layers == N_LAYERS
+    assert imported.layers == (1,) and imported.blocks[0].A["down_proj"].shape[0] == 1
     for layer in (0, 2, 3):
-        assert not imported.blocks[0].A["down_proj"][layer].any()
-        assert not imported.blocks[0].B["down_proj"][layer].any()
+        assert not dense(imported, "down_proj")[layer].any()
+    assert_same(logits_of(model, imported), plain_logits(wrapped, model))
+
+
+def test_an_adapter_of_some_layers_leaves_for_them_alone(tmp_path, model, adapter):
+    some = held(adapter, (1, 3))
+    hooks = logits_of(model, some)
+    assert (hooks - logits_of(model, adapter)).abs().max() > 0.1
+    folder = some.export_peft(tmp_path / "peft", loader="vllm")
+    assert {name.split(".")[4] for name in load_file(folder / "adapter_model.safetensors")} == {"1", "3"}
+    wrapped = in_peft(model, folder)
+    assert_same(plain_logits(wrapped, model), hooks)
+    assert len([name for name, _ in wrapped.named_parameters() if ".lora_A." in name]) == 2 * 2
+    assert_same(plain_logits(merge(model, some), model), hooks)
+    imported = Adapter.from_peft(folder, model)
+    assert imported.layers == Adapter.from_peft(folder).layers == (1, 3) and imported.n_layers == N_LAYERS
+    assert_same(logits_of(model, imported), hooks)
+    smaller = export_errors(some.export_peft(tmp_path / "small", rank=2)).set_index(["module", "layer"])["error"]
+    full = export_errors(some.in_layers(range(N_LAYERS)).export_peft(tmp_path / "full", rank=2))
+    assert smaller.tolist() == pytest.approx(full["error"].tolist()) and len(smaller) == 2 * N_LAYERS
+    assert smaller["down_proj", 1] > 0 == smaller["down_proj", 0]
 
 
 @pytest.mark.parametrize("modules", [["down_proj", "q_proj"], ["q_proj", "v_proj"]], ids=["same", "other modules"])

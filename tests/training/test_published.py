@@ -208,8 +208,9 @@ def test_a_trained_hypernetwork_writes_its_layers_alone_and_the_base_model_reads
     one, two = list(dict.fromkeys(frame["document"]))[:2]
     adapter, other = model.internalize_each([one, two])
     for part in (adapter.blocks[0].A, adapter.blocks[0].B, {"down_proj": adapter.bias["down_proj"][0]}):
-        rows = part["down_proj"]
-        assert rows.shape[0] == 4 and not rows[:2].any() and rows[2:].any()
+        assert part["down_proj"].shape[:2] == (2, 4) and part["down_proj"].any()
+    assert (adapter.layers, adapter.n_layers) == ((2, 3), 4)
+    assert not adapter.factors("down_proj")[1][:2].any() and adapter.factors("down_proj")[1][2:].any()
     assert adapter.rank == 8 and not adapter.is_rows
     assert adapter != other
     back = Adapter.from_peft(adapter.export_peft(run.folder / "peft"), model)

@@ -66,6 +66,10 @@ class ToyBlock:
 @dataclass(frozen=True)
 class ToyAdapter:
     blocks: tuple
+    layers = ()
+
+    def in_layers(self, layers):
+        return self
 
     @property
     def documents(self):
