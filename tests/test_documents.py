@@ -137,6 +137,13 @@ def test_question_has_no_system_turn(tokenizer):
     assert documents.question_ids(tokenizer, [" Who? ", "Who?"]) == [ids, ids]
 
 
+def test_what_is_around_a_question(tokenizer):
+    prefix, suffix = documents.question_affixes(tokenizer)
+    for text in ("Who lives in Velm?", "Why?"):
+        assert documents.question_ids(tokenizer, [text])[0] == prefix + tokenizer(text)["input_ids"] + suffix
+    assert prefix and suffix
+
+
 def test_a_system_message_stands_where_the_template_has_it(tokenizer):
     ids = documents.question_ids(tokenizer, "Who?", system=" Be brief. ")
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
