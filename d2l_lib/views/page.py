@@ -410,13 +410,15 @@ class Work:
     def _report(self, job: _Job, done: int, total: int) -> None:
         if job.stop.is_set():
             raise Stopped
-        now = time.monotonic()
+        now, count = time.monotonic(), f"{done:,} of {total:,} {job.unit}".strip()
+        if count == self._count.value:  # the next change then waits for nothing
+            return
         if now - self._redrawn >= REDRAW_S or done >= total:
             self._redrawn = now
             with self.lock:
                 self._progress.max = max(1, total)
                 self._progress.value = done
-                self._count.value = f"{done:,} of {total:,} {job.unit}".strip()
+                self._count.value = count
 
     # --- what is seen ---------------------------------------------------------------------------------------------
 
