@@ -23,6 +23,7 @@ from d2l_lib.formats import markup
 CSS = """
 .d2l-view { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.5; }
 .d2l-view { color: var(--jp-ui-font-color1, inherit); overflow-wrap: anywhere; }
+.widget-html-content:has(> .d2l-view) { min-width: 0; }
 .d2l-view table { border-collapse: collapse; width: 100%; }
 .d2l-view table th, .d2l-view table td { text-align: left; vertical-align: top; padding: 4px 10px 4px 0; }
 .d2l-view th, .d2l-view td { border-bottom: 1px solid #8884; overflow-wrap: anywhere; min-width: 3.5em; }

@@ -609,9 +609,7 @@ def _render_parts(table: pd.DataFrame, texts: Mapping[str, str], token: int | No
         f"<div>{render_controls(table)}</div></div>"
     )
     data = {name: table.attrs[name] for name in ("level", "method")}
-    return f"<style>{CSS}</style>" + render_view(
-        "trace", body, **data, token="whole" if token is None else token, units=len(table)
-    )
+    return render_view("trace", body, **data, token="whole" if token is None else token, units=len(table))
 
 
 def render_trace(trace: Trace, level: str, method: str, token: int | None = None) -> str:
@@ -666,10 +664,12 @@ class _AttributionViewer(Viewer):
         self._tokens = W.ToggleButtons(description="Explain", style=W.ToggleButtonsStyle(button_width="auto"))
         self._restore = W.Button(description="Restore all", icon="undo", tooltip="put all sentences back")
         self._answers, self._legend, self._parts = W.HTML(), W.HTML(), W.HTML()
+        style = W.HTML(f"<style>{CSS}</style>", layout=W.Layout(display="none"))
         self._sentences = W.Box()
         for css in ("d2l-sentences", self._scope):
             self._sentences.add_class(css)
         self.children = [
+            style,
             wrapped([self._asked, self._explained]),
             self._answers,
             wrapped([self._level, self._method, self._part, self._restore]),
@@ -706,6 +706,8 @@ class _AttributionViewer(Viewer):
             self._removed.clear()
             self._answers.value = self._legend.value = self._parts.value = ""
             self._sentences.children = ()
+            with quietly():
+                self._tokens.options = ()
             self.work.leave_out(lambda key: True)
             for key in ("answer", "table"):
                 self.work.tell("", key=key)
@@ -794,7 +796,7 @@ class _AttributionViewer(Viewer):
             hint = f'<div class="d2l-note">Click a sentence to take it out, and again to put it back.{note}</div>'
             page = render_view("trace-legend", scale + hint, level=level, method=method)
             style = f".{self._scope} {{ counter-reset: d2l-sentence {self._part.value};\n{style} }}"
-            self._legend.value = f"<style>{CSS}{style}</style>{page}"
+            self._legend.value = f"<style>{style}</style>{page}"
             self._parts.value = _render_parts(table, trace.texts, token)
 
     # --- sentences ------------------------------------------------------------------------------------------------

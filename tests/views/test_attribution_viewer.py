@@ -415,6 +415,18 @@ def test_the_page_says_where_a_table_is_scrolled(n_tokens, of_units, token_by_to
     assert tuple("scroll the table sideways" in text for text in pages) == (of_units, token_by_token)
 
 
+def test_a_page_without_contributions_keeps_its_style_and_offers_no_tokens():
+    viewer = toy_view()
+    assert len(controls(viewer)["Explain"].options) > 1
+    controls(viewer)["Level"].value = "chunk"
+    controls(viewer)["Method"].value = "surrogate"  # which fails
+    controls(viewer)["Question"].value = "Where?"
+    assert boxes(viewer) and "RuntimeError" in page(viewer, "message").text
+    assert controls(viewer)["Explain"].options == (), "those of the answer before"
+    shown = "".join(child.value for child in viewer.children if isinstance(child, W.HTML))
+    assert ".d2l-sentences label {" in shown and "d2l-trace-legend" not in shown
+
+
 def test_the_bar_moves_while_contributions_are_computed(monkeypatch):
     monkeypatch.setattr("d2l_lib.views.page.REDRAW_S", 0.0)
     viewer = toy_view()
