@@ -48,6 +48,7 @@ LEAST_LIMIT = 0.1  # nats: where all contributions are smaller, colours stay pal
 _SHOWN_UNITS = 8
 _COLUMNS_AT_ONCE = 8  # of numbers, beside the unit; the others are scrolled to
 _LONGEST_TOKEN = 24  # characters
+_WHOLE = ("whole answer", -1)
 _SENTENCES_AT_ONCE = 200  # more are shown in parts
 _TRACED_SENTENCES = 100  # with more of them a viewer begins with chunks, which cost no hypernetwork pass
 _SAVED_VIEWS = (
@@ -707,7 +708,7 @@ class _AttributionViewer(Viewer):
             self._answers.value = self._legend.value = self._parts.value = ""
             self._sentences.children = ()
             with quietly():
-                self._tokens.options = ()
+                self._tokens.options = [_WHOLE]  # an empty list would leave the buttons on the page
             self.work.leave_out(lambda key: True)
             for key in ("answer", "table"):
                 self.work.tell("", key=key)
@@ -783,7 +784,7 @@ class _AttributionViewer(Viewer):
                 return
             level, method = table.attrs["level"], table.attrs["method"]
             texts = [_visible(text) for text in table.attrs["tokens"]] if has_tokens(table) else []
-            choices = [("whole answer", -1), *((f"{i} {text}", i - 1) for i, text in enumerate(texts, 1))]
+            choices = [_WHOLE, *((f"{i} {text}", i - 1) for i, text in enumerate(texts, 1))]
             if [*self._tokens.options] != choices:
                 chosen = self._tokens.value
                 with quietly():
