@@ -440,8 +440,9 @@ class Adapter:
         if self.is_rows:
             raise ValueError(
                 "this adapter holds token rows, which attention reads and nothing adds up: weights, export, "
-                "compression, merging, routing, attribution and reports are for adapters that are summed. "
-                "row_reading.answer_rows tells what was read, and without() leaves a document out"
+                "compression, merging, routing and reports are for adapters that are summed. "
+                "row_reading.answer_rows tells what was read, analysis.attribution which chunk or sentence an answer "
+                "hangs on, and without() leaves a document out"
             )
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:

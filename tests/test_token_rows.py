@@ -157,6 +157,8 @@ def test_what_adds_adapters_up_refuses_rows(model, each, tmp_path):
         else:
             pytest.fail(f"number {number} took rows")
     assert not (tmp_path / "peft").exists()
+    with pytest.raises(ValueError, match=r"analysis\.attribution which chunk or sentence"):
+        a.factors("down_proj")
     with pytest.raises(ValueError, match="leave blocks out"):
         model.answer("Who?", both, blocks=1)
     assert not build_model().internalize("A.").is_rows

@@ -195,7 +195,8 @@ def attribute(
     answer: the one to explain (None: the model's own greedy one).
     level: "chunk", "sentence" (needs `documents`), "layer" (of each module) or "rank" (singular directions).
     method: one of `methods_of(model)[level]`, each a function of this module.
-    options: those of `Options`: documents, wrong, seed, samples, directions, steps, by_token, controls, system.
+    options: those of `Options`: documents, wrong, seed, samples, directions, steps, by_token, controls, system,
+        progress.
 
     Columns:
         level, unit (a label), document, chunk, start, end (characters), layer, module, direction: missing where a unit

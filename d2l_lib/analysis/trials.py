@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -59,6 +59,8 @@ class Options:
     by_token: False saves the gradient of sentences a backward pass per answer token.
     controls: whether the controls are computed.
     system: the system message of the prompt.
+    progress: called as progress(done, total) now and then, in chunks written anew, then in trials. An error that it
+        raises ends the work.
     """
 
     documents: str | Mapping[str, str] | None = None
@@ -70,6 +72,7 @@ class Options:
     by_token: bool = True
     controls: bool = True
     system: str = ""
+    progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self):
         for name in ("samples", "directions", "steps"):
@@ -160,7 +163,8 @@ class Trials:
         weights: [trials, units], the factor of each part; 1 is the adapter as it is, 0 leaves the part out.
         rows: the rows to weight (None: `self.rows`).
         """
-        return likelihoods(self.model, self.rows if rows is None else rows, self.target, weights)
+        rows = self.rows if rows is None else rows
+        return likelihoods(self.model, rows, self.target, weights, self.options.progress)
 
     def whole(self, rows: Rows | None = None, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """`score` of one trial in which all units have the same weight."""
@@ -229,11 +233,20 @@ def _weighted_delta(x: Tensor, *, A: Tensor, B: Tensor, weights: Tensor) -> Tens
     return ((x.to(A.dtype) @ A.T) * weights[:, None]) @ B
 
 
-def likelihoods(model: DocToLoRA, rows: Rows, target: Target, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probability, margin to the best other token in logits) of every answer token, each [trials, tokens]."""
+def likelihoods(
+    model: DocToLoRA,
+    rows: Rows,
+    target: Target,
+    weights: Tensor,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(log-probability, margin to the best other token in logits) of every answer token, each [trials, tokens].
+
+    progress: called as progress(done, total), in trials.
+    """
     ids = torch.tensor(target.prompt + target.answer, device=model.device)
     right = torch.tensor(target.answer, device=model.device)[None, :, None]
-    log_probs, margins = [], []
+    log_probs, margins, done = [], [], 0
     at_once = _TOKENS_AT_ONCE // len(ids)
     if rows.blocks:
         tensors = [tensor for block in rows.blocks for side in (block.A, block.B) for tensor in side.values()]
@@ -247,6 +260,9 @@ def likelihoods(model: DocToLoRA, rows: Rows, target: Target, weights: Tensor) -
         own = logits.gather(-1, place)[..., 0]
         log_probs.append(own - logits.logsumexp(-1))
         margins.append(own - logits.scatter(-1, place, -math.inf).amax(-1))
+        done += len(some)
+        if progress is not None:
+            progress(done, len(weights))
     return torch.cat(log_probs).cpu(), torch.cat(margins).cpu()
 
 
@@ -396,7 +412,8 @@ def _without_sentences(trials: Trials, units: pd.DataFrame) -> tuple[Rows, Tenso
     of_unit: list[int] = []  # the unit of each new block
     if shortened:
         ids = model.encoder_tokenizer(list(shortened.values()), add_special_tokens=False)["input_ids"]
-        anew = model.internalize_each(list(shortened.values()), chunk_tokens=max(map(len, ids)))
+        options = {"chunk_tokens": max(map(len, ids)), "progress": trials.options.progress}
+        anew = model.internalize_each(list(shortened.values()), **options)
         for number, written in zip(shortened, anew, strict=True):
             weight = adapter.blocks[units["block"].iloc[number]].weight
             new = written.in_layers(adapter.layers).blocks

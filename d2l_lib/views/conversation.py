@@ -43,11 +43,12 @@ READINGS = {"published sum": "sum", "sparse reading": "sparse"}
 
 
 def render_inside(
-    documents: Iterable[dict], adapter_strength: float, bias_strength: float, model_name: str = ""
+    documents: Iterable[dict], adapter_strength: float | None, bias_strength: float | None, model_name: str = ""
 ) -> str:
     """What is inside the model now.
 
     documents: name, n_blocks, n_characters, weight, and warning, if any; the first 100 are listed.
+    adapter_strength, bias_strength: None for a model without strengths.
     model_name: "" where there is but one.
     """
     documents = list(documents)
@@ -59,8 +60,9 @@ def render_inside(
     if len(documents) > LISTED:
         rows.append(f"<li>and {len(documents) - LISTED:,} more</li>")
     if rows:
-        strengths = f"adapter strength {adapter_strength:.2f}, bias strength {bias_strength:.2f}"
-        body = f"<b>Inside right now</b> ({strengths})<ul>{''.join(rows)}</ul>"
+        known = adapter_strength is not None
+        strengths = f" (adapter strength {adapter_strength:.2f}, bias strength {bias_strength:.2f})" if known else ""
+        body = f"<b>Inside right now</b>{strengths}<ul>{''.join(rows)}</ul>"
     else:
         body = (
             "<b>Inside right now:</b> nothing. Add a document first; until then all answers are the base model's own."
@@ -101,8 +103,9 @@ def render_answers(turns: Sequence[tuple]) -> str:
 
 
 def render_writing(turn: Turn) -> str:
-    """A turn whose answers are being written."""
-    return render_view("writing", _rendered_turn(turn), answers=len(turn.answers))
+    """A turn whose answers are being written; "…" stands for one without a word yet."""
+    shown = turn._replace(answers=[(source, text or "…") for source, text in turn.answers])
+    return render_view("writing", _rendered_turn(shown), answers=len(turn.answers))
 
 
 def _rendered_turn(turn: Turn, state: str = "") -> str:
@@ -134,8 +137,8 @@ class Conversation:
 
     read: "sum" or "sparse", as of `model.answer`. At first it is how the model was trained: sparse for a model with a
     null block, whose sum of many blocks drowns and disturbs unrelated questions (`d2l study reading`); else the
-    published sum. An `answer` without `read` knows the sum alone. A model that writes rows is read in its own way, and
-    has neither the sum nor a most relevant block.
+    published sum. An `answer` without `read` knows the sum alone. A model that writes rows is read in its own way: it
+    has neither the sum, nor a most relevant block, nor strengths (the shares of its rows add up to one).
 
     Every question stands alone: earlier ones are not in the prompt. Every document is internalized once, when it is
     added; weights and strengths only scale blocks. Threads may share a conversation.
@@ -162,6 +165,11 @@ class Conversation:
         self.reads_sparsely = takes(model.answer, "read") and not self.has_rows
         prefers = self.reads_sparsely and getattr(model, "has_null_block", False)
         self.read = "sparse" if self.has_rows or prefers else "sum"
+
+    @property
+    def strengths(self) -> tuple[float, float] | None:
+        """Of the adapter and of the bias; None for a model that writes rows."""
+        return None if self.has_rows else (self.adapter_strength, self.bias_strength)
 
     def copy(self) -> "Conversation":
         """A copy of the present state, for an answer that takes a while."""
@@ -257,8 +265,9 @@ class Conversation:
         held = self.copy()
         if not held._adapters:
             return None
-        adapter = sum(each.scaled(held.weights[name] * held.adapter_strength) for name, each in held._adapters.items())
-        return adapter if adapter.bias is None else adapter.scaled_bias(held.bias_strength)
+        strength, bias_strength = held.strengths or (1.0, 1.0)
+        adapter = sum(each.scaled(held.weights[name] * strength) for name, each in held._adapters.items())
+        return adapter if adapter.bias is None else adapter.scaled_bias(bias_strength)
 
     def inside(self) -> list[dict]:
         """One row per document: name, n_characters, n_blocks, weight (before the adapter strength), warning or ""."""
@@ -282,7 +291,7 @@ class Conversation:
         more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
         line = f"inside: {', '.join(names[:_NAMED]) or 'nothing'}{more}"
         if names:
-            line += f"; adapter {held.adapter_strength:.2f}, bias {held.bias_strength:.2f}"
+            line += "; adapter {:.2f}, bias {:.2f}".format(*held.strengths) if held.strengths else ""
             line += "; sparse reading" if held.read == "sparse" else ""
         return line + (f"; system: {held.system.strip()}" if held.system.strip() else "")
 
@@ -384,7 +393,7 @@ class Chat(Viewer):
         self._coming: set[str] = set()  # names of documents that wait for their internalization, or are in it
         self._requested: tuple | None = None  # what the latest answers depend on
         self._is_shown = False  # until the first documents are inside
-        self._redrawn = 0.0  # when the answer that is being written was last drawn
+        self._redrawn = 0.0, 0  # when the turn that is being written was last drawn, and its number of answers
         self._make_controls(question)
         self._make_menus()
         self._arrange()
@@ -423,8 +432,16 @@ class Chat(Viewer):
         self._read = W.Dropdown(
             description="Reading", options=list(READINGS.items()), value=self.conversation.read,
             tooltip="all blocks at every token, as published; or at each token the block that matches",
-            layout=W.Layout(max_width="100%", display=None if self.conversation.reads_sparsely else "none"),
+            layout=W.Layout(max_width="100%"),
         )  # fmt: skip
+        self._show_dials()
+
+    def _show_dials(self) -> None:
+        """Show the strengths and the reading where the model knows them."""
+        held = self.conversation
+        for dial in (self._adapter_strength, self._bias_strength):
+            dial.layout.display = None if held.strengths else "none"
+        self._read.layout.display = None if held.reads_sparsely else "none"
 
     def _make_menus(self) -> None:
         names, wide = self._menu.names, {"layout": W.Layout(width="auto", flex="0 1 340px", max_width="100%")}
@@ -479,7 +496,7 @@ class Chat(Viewer):
             held.adapter_strength, held.bias_strength = self._adapter_strength.value, self._bias_strength.value
             held.system, held.read = self._system.value, self._read.value
             name = held.model_name if len(self._menu.names) > 1 else ""
-            self._inside.value = render_inside(held.inside(), held.adapter_strength, held.bias_strength, name)
+            self._inside.value = render_inside(held.inside(), *(held.strengths or (None, None)), name)
             self._suggest()
             question = self._asked.value.strip()
             settings = (held.model_name, held.adapter_strength, held.bias_strength, held.read, held.system)
@@ -518,12 +535,13 @@ class Chat(Viewer):
         self._requested, self._writing.value = None, ""
 
     def _draw_writing(self, turn: Turn) -> None:
-        """Show a turn that is being written, not more often than a page can be read."""
-        now = time.monotonic()
-        if now - self._redrawn >= REDRAW_S:
+        """Show a turn that is being written: every new answer, and its words not more often than they can be read."""
+        now, n_answers = time.monotonic(), len(turn.answers)
+        before, n_drawn = self._redrawn
+        if now - before >= REDRAW_S or n_answers != n_drawn:
             with self.work.lock:
                 if self.work.has(("answer", turn.question)):
-                    self._redrawn, self._writing.value = now, render_writing(turn)
+                    self._redrawn, self._writing.value = (now, n_answers), render_writing(turn)
 
     def _on_ask(self, _: Any) -> None:
         if self._asked.value.strip():
@@ -559,7 +577,7 @@ class Chat(Viewer):
                 held.take(moved)
                 with quietly():
                     self._read.value = held.read
-                self._read.layout.display = None if held.reads_sparsely else "none"
+                self._show_dials()
                 self._refresh()
 
             def stay(_: str) -> None:

@@ -23,6 +23,7 @@ from d2l_lib.formats import markup
 CSS = """
 .d2l-view { font-family: var(--jp-ui-font-family, sans-serif); font-size: 13px; line-height: 1.5; }
 .d2l-view { color: var(--jp-ui-font-color1, inherit); overflow-wrap: anywhere; }
+.widget-html-content:has(> .d2l-view) { min-width: 0; }
 .d2l-view table { border-collapse: collapse; width: 100%; }
 .d2l-view table th, .d2l-view table td { text-align: left; vertical-align: top; padding: 4px 10px 4px 0; }
 .d2l-view th, .d2l-view td { border-bottom: 1px solid #8884; overflow-wrap: anywhere; min-width: 3.5em; }
@@ -410,13 +411,15 @@ class Work:
     def _report(self, job: _Job, done: int, total: int) -> None:
         if job.stop.is_set():
             raise Stopped
-        now = time.monotonic()
+        now, count = time.monotonic(), f"{done:,} of {total:,} {job.unit}".strip()
+        if count == self._count.value:  # the next change then waits for nothing
+            return
         if now - self._redrawn >= REDRAW_S or done >= total:
             self._redrawn = now
             with self.lock:
                 self._progress.max = max(1, total)
                 self._progress.value = done
-                self._count.value = f"{done:,} of {total:,} {job.unit}".strip()
+                self._count.value = count
 
     # --- what is seen ---------------------------------------------------------------------------------------------
 

@@ -354,12 +354,13 @@ def plot_training_curves(
         below.plot(matches["step"], matches["exact_match"], **look, markersize=4, label=f"seed {seed}")
     above.set_ylabel("loss (nats per token)")
     if (history["loss"].dropna() > 0).all():
-        above.set_yscale("log")
+        _log_axis(above)
     below.axhline(chance, **_DOTTED, label=f"chance ({chance:g})")
     _share_axis(below, "exact match (% of questions)")
     below.set_xlabel("training step (optimizer updates)")
     below.legend(loc="best")
-    _caption(figure, f"n = {history['seed'].nunique()} training runs, seeds {_seeds(history)}")
+    n, several = history["seed"].nunique(), "s" if history["seed"].nunique() > 1 else ""
+    _caption(figure, f"n = {n} training run{several}, seed{several} {_seeds(history)}")
     return figure
 
 

@@ -587,7 +587,7 @@ def _describe_dropped(path: Path, manifest: dict[str, Any]) -> str:
     whose = "items of the writer's lists" if lists else "written questions"
     reasons |= {f"writer_{reason}": f"{whose}: {in_words[reason]}" for reason in (*LISTS_DROPPED, *QUESTIONS_DROPPED)}
     reasons |= {f"answer_{reason}": f"answers: {in_words[reason]}" for reason in ANSWERS_DROPPED}
-    left_out = [f"{counts[name]} {reason}" for name, reason in reasons.items() if counts.get(name)]
+    left_out = [f"{reason} ({counts[name]})" for name, reason in reasons.items() if counts.get(name)]
     total = f"{markup.isolated(path.name)}: {counts.get('kept', '?')} of {counts.get('questions', '?')} questions kept"
     return f"{total}; left out: {'; '.join(left_out) or 'nothing'}."
 

@@ -28,6 +28,7 @@ from d2l_lib.formats import markup
 from d2l_lib.formats.writing import write_atomic
 from d2l_lib.views.page import CSS as VIEW_CSS
 from d2l_lib.views.page import (
+    Report,
     Viewer,
     Work,
     listen,
@@ -45,8 +46,9 @@ _Evidence = Iterable[tuple[int, int]] | Mapping[str, Iterable[tuple[int, int]]]
 SUPPORTS, OPPOSES = (67, 147, 195), (224, 120, 86)  # colours of the largest contribution of either sign
 LEAST_LIMIT = 0.1  # nats: where all contributions are smaller, colours stay pale
 _SHOWN_UNITS = 8
-_COLUMNS_AT_ONCE = 8  # of answer tokens; the others are scrolled to
+_COLUMNS_AT_ONCE = 8  # of numbers, beside the unit; the others are scrolled to
 _LONGEST_TOKEN = 24  # characters
+_WHOLE = ("whole answer", -1)
 _SENTENCES_AT_ONCE = 200  # more are shown in parts
 _TRACED_SENTENCES = 100  # with more of them a viewer begins with chunks, which cost no hypernetwork pass
 _SAVED_VIEWS = (
@@ -59,7 +61,7 @@ _SAVED_VIEWS = (
 )
 _MEASURES = {
     "relevance": "nats of relevance at the answer's first token (see routing)",
-    "attended": "share of the answer's attention, added up over its tokens: what was read, no proof",
+    "attended": "attention of {what} (1 for each token; what was read, no proof)",
     "random": "random numbers, a control: no unit",
 }
 _MEASURE = "nats of log-probability of {what}"
@@ -73,7 +75,7 @@ CSS = """
 .d2l-view .d2l-scroll { overflow-x: auto; max-width: 100%; padding-bottom: 4px; }
 .d2l-view table.d2l-units { border-collapse: separate; border-spacing: 0; }
 .d2l-view table.d2l-units th { vertical-align: bottom; }
-.d2l-view table.d2l-units .d2l-left { min-width: 20em; max-width: 20em; position: sticky; left: 0; z-index: 1; }
+.d2l-view table.d2l-units .d2l-left { min-width: 16em; max-width: 16em; position: sticky; left: 0; z-index: 1; }
 .d2l-view table.d2l-units .d2l-left { background: var(--jp-layout-color1, #fff); border-right: 1px solid #8886; }
 .d2l-view table.d2l-units .d2l-left { color: var(--jp-ui-font-color1, #111); }
 .d2l-view table.d2l-units .d2l-token-column { box-sizing: border-box; min-width: 5.8em; max-width: 5.8em; }
@@ -81,7 +83,8 @@ CSS = """
 .d2l-view table.d2l-units .d2l-token-column { padding: 2px 4px; overflow-wrap: anywhere; font-weight: normal; }
 .d2l-view td.d2l-shade, .d2l-view .d2l-heat td[style], .d2l-view .d2l-units td[style] { color: #000; }
 .d2l-view td.d2l-shade, .d2l-view .d2l-heat td[style], .d2l-view .d2l-units td[style] { border: 1px solid #e4e4e4; }
-.d2l-view .d2l-legend { display: inline-block; width: 3.8em; text-align: center; color: #000; font-size: 11px; }
+.d2l-view .d2l-legend { display: inline-block; min-width: 3.8em; padding: 0 2px; box-sizing: border-box; }
+.d2l-view .d2l-legend { text-align: center; white-space: nowrap; color: #000; font-size: 11px; }
 .d2l-view .d2l-side { display: flex; flex-wrap: wrap; gap: 4px 36px; align-items: flex-start; }
 .d2l-view .d2l-side > * { max-width: 100%; min-width: 0; }
 .d2l-view .d2l-changed { background: #ffe08a; color: #000; padding: 1px 4px; border-radius: 2px; }
@@ -193,12 +196,12 @@ class Trace:
         self._tables: dict[tuple[str, str], pd.DataFrame] = {}
         self._answers = {frozenset(): self.said}
 
-    def table(self, level: str, method: str) -> pd.DataFrame:
+    def table(self, level: str, method: str, progress: Report | None = None) -> pd.DataFrame:
         """`attribution.attribute` of this answer; made once."""
         if (level, method) not in self._tables:
             traced = (self.model, self.adapter, self.question, self.answer, level, method)
-            make = self.options.attribute
-            self._tables[level, method] = make(*traced, documents=self.texts, wrong=self.options.wrong)
+            options = {"documents": self.texts, "wrong": self.options.wrong, "progress": progress}
+            self._tables[level, method] = self.options.attribute(*traced, **options)
         return self._tables[level, method]
 
     def adapter_without(self, removed: Collection[int]) -> Any:
@@ -317,10 +320,13 @@ def _counts(value: float) -> bool:
 
 def measure(table: pd.DataFrame, token: int | None = None) -> str:
     """The unit of the contributions, in words."""
-    what = (
-        "the whole answer" if token is None else f"answer token {token + 1}, {_visible(table.attrs['tokens'][token])}"
-    )
-    return _MEASURES.get(table.attrs["method"], _MEASURE.format(what=what))
+    if token is None:
+        return _measure_of(table, "the whole answer")
+    return _measure_of(table, f"answer token {token + 1}, {_visible(table.attrs['tokens'][token])}")
+
+
+def _measure_of(table: pd.DataFrame, what: str) -> str:
+    return _MEASURES.get(table.attrs["method"], _MEASURE).replace("{what}", what)
 
 
 def _visible(text: str) -> str:
@@ -487,9 +493,14 @@ def _token_cells(table: pd.DataFrame) -> tuple[str, list[str]]:
     return head, ["".join(_cell(float(value), limit) for value in values) for values in table["by_token"]]
 
 
+def _aside(n_columns: int) -> str:
+    """What a person has to do to see all columns."""
+    return ": scroll the table sideways to see them all" if n_columns > _COLUMNS_AT_ONCE else ""
+
+
 def _scrolled(rows: str) -> str:
-    """A table of units that shows _COLUMNS_AT_ONCE tokens at once and scrolls to the others."""
-    width = f"max-width: min(100%, {20 + 5.8 * _COLUMNS_AT_ONCE + 2:g}em)"
+    """A table of units that shows _COLUMNS_AT_ONCE columns at once and scrolls to the others."""
+    width = f"max-width: min(100%, {16 + 5.8 * _COLUMNS_AT_ONCE + 2:g}em)"
     table = f'<table class="d2l-cells d2l-units">{rows}</table>'
     return f'<div class="d2l-scroll" tabindex="0" style="{width}">{table}</div>'
 
@@ -517,8 +528,7 @@ def render_units(
     more = "" if has_tokens(table) else "; this method does not tell tokens apart"
     if head:
         n_tokens = len(table.attrs["tokens"])
-        aside = ": scroll the table sideways to see them all" if n_tokens > _COLUMNS_AT_ONCE else ""
-        more = f", and their contribution to each of the {n_tokens} answer tokens{aside}"
+        more = f", and their contribution to each of the {n_tokens} answer tokens{_aside(n_tokens + 2)}"
     return (
         f'<h4>{note}</h4><div class="d2l-note">in {markup.escape(measure(table, token))}{more}</div>'
         f"{_scrolled(f'<tr>{first}{head}</tr>{rows}')}"
@@ -537,8 +547,8 @@ def _render_each_token(table: pd.DataFrame, texts: Mapping[str, str]) -> str:
         for row in sorted(chosen)
     )
     head = f'<tr><th class="d2l-left">{table.attrs["level"]}</th>{head}</tr>'
-    aside = ": scroll the table sideways to see them all" if n_tokens > _COLUMNS_AT_ONCE else ""
-    note = f'<div class="d2l-note">in nats of log-probability of each of the {n_tokens} answer tokens{aside}</div>'
+    unit = markup.escape(_measure_of(table, f"each of the {n_tokens} answer tokens"))
+    note = f'<div class="d2l-note">in {unit}{_aside(n_tokens)}</div>'
     return f"<h4>Token by token</h4>{note}{_scrolled(head + rows)}"
 
 
@@ -600,9 +610,7 @@ def _render_parts(table: pd.DataFrame, texts: Mapping[str, str], token: int | No
         f"<div>{render_controls(table)}</div></div>"
     )
     data = {name: table.attrs[name] for name in ("level", "method")}
-    return f"<style>{CSS}</style>" + render_view(
-        "trace", body, **data, token="whole" if token is None else token, units=len(table)
-    )
+    return render_view("trace", body, **data, token="whole" if token is None else token, units=len(table))
 
 
 def render_trace(trace: Trace, level: str, method: str, token: int | None = None) -> str:
@@ -657,10 +665,12 @@ class _AttributionViewer(Viewer):
         self._tokens = W.ToggleButtons(description="Explain", style=W.ToggleButtonsStyle(button_width="auto"))
         self._restore = W.Button(description="Restore all", icon="undo", tooltip="put all sentences back")
         self._answers, self._legend, self._parts = W.HTML(), W.HTML(), W.HTML()
+        style = W.HTML(f"<style>{CSS}</style>", layout=W.Layout(display="none"))
         self._sentences = W.Box()
         for css in ("d2l-sentences", self._scope):
             self._sentences.add_class(css)
         self.children = [
+            style,
             wrapped([self._asked, self._explained]),
             self._answers,
             wrapped([self._level, self._method, self._part, self._restore]),
@@ -697,6 +707,8 @@ class _AttributionViewer(Viewer):
             self._removed.clear()
             self._answers.value = self._legend.value = self._parts.value = ""
             self._sentences.children = ()
+            with quietly():
+                self._tokens.options = [_WHOLE]  # an empty list would leave the buttons on the page
             self.work.leave_out(lambda key: True)
             for key in ("answer", "table"):
                 self.work.tell("", key=key)
@@ -752,11 +764,12 @@ class _AttributionViewer(Viewer):
 
             self.work.start(
                 "computing contributions ...",
-                lambda _: trace.table(level, method),
+                lambda report: trace.table(level, method, report),
                 show,
                 self._blank,
                 key="table",
                 replaces=True,
+                unit="steps",
             )
 
     def _blank(self, _: str) -> None:
@@ -771,7 +784,7 @@ class _AttributionViewer(Viewer):
                 return
             level, method = table.attrs["level"], table.attrs["method"]
             texts = [_visible(text) for text in table.attrs["tokens"]] if has_tokens(table) else []
-            choices = [("whole answer", -1), *((f"{i} {text}", i - 1) for i, text in enumerate(texts, 1))]
+            choices = [_WHOLE, *((f"{i} {text}", i - 1) for i, text in enumerate(texts, 1))]
             if [*self._tokens.options] != choices:
                 chosen = self._tokens.value
                 with quietly():
@@ -784,7 +797,7 @@ class _AttributionViewer(Viewer):
             hint = f'<div class="d2l-note">Click a sentence to take it out, and again to put it back.{note}</div>'
             page = render_view("trace-legend", scale + hint, level=level, method=method)
             style = f".{self._scope} {{ counter-reset: d2l-sentence {self._part.value};\n{style} }}"
-            self._legend.value = f"<style>{CSS}{style}</style>{page}"
+            self._legend.value = f"<style>{style}</style>{page}"
             self._parts.value = _render_parts(table, trace.texts, token)
 
     # --- sentences ------------------------------------------------------------------------------------------------

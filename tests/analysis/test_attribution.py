@@ -336,6 +336,26 @@ def test_trials_in_parts_are_trials_at_once(small, monkeypatch):
     np.testing.assert_allclose(attribute(model, adapter, QUESTION, ANSWER)["contribution"], whole, atol=1e-4)
 
 
+def test_progress_counts_what_is_written_anew_and_the_trials(small, monkeypatch):
+    model, adapter = small
+    monkeypatch.setattr("d2l_lib.analysis.trials._TOKENS_AT_ONCE", 1)
+    seen = []
+    options = {"documents": TEXT, "controls": False, "progress": lambda *count: seen.append(count)}
+    table = attribute(model, adapter, QUESTION, ANSWER, "sentence", **options)
+    trials = len(table) + 1
+    written, scored = seen[:-trials], seen[-trials:]
+    assert scored == [(done, trials) for done in range(1, trials + 1)]
+    shortened = int(table["block"].duplicated(keep=False).sum())
+    assert written[-1] == (shortened, shortened)
+
+    def stop(done, total):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        attribute(model, adapter, QUESTION, ANSWER, progress=stop)
+    assert not is_applied(model.base_model)
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 def test_what_cannot_be_traced_is_named(small):
     model, adapter = small

@@ -121,9 +121,11 @@ def toy_table(units: pd.DataFrame, level: str, method: str, tokens: list, answer
     return table
 
 
-def toy_attribute(model, adapter, question, answer, level, method, *, documents, wrong):
+def toy_attribute(model, adapter, question, answer, level, method, *, documents, wrong, progress):
     """As `attribution.attribute` is called and answers; the tokens are words."""
     tokens = [" " + word for word in answer.split()][:3]
+    if progress is not None:
+        progress(2, 3)
     if method == "surrogate":
         raise RuntimeError(f"no {HOSTILE}")
     if level == "sentence":
@@ -205,6 +207,10 @@ def test_the_legend_has_units_and_the_ends_of_the_scale():
     assert "whole answer" in trace_module.measure(table)
     assert "no unit" in trace_module.measure(trace.table("sentence", "random"))
     assert "nats of relevance" in trace_module.measure(trace.table("chunk", "relevance"))
+    read = trace.table("sentence", "leave_one_out").copy()
+    read.attrs = table.attrs | {"method": "attended"}
+    assert trace_module.measure(read, 1).startswith("attention of answer token 2, “ lamps” (1 for each token")
+    assert "in attention of each of the 2 answer tokens" in trace_module._render_each_token(read, trace.texts)
 
 
 def test_sentences_are_shaded_and_the_evidence_is_outlined():
@@ -400,6 +406,38 @@ def test_another_question_is_asked_anew_and_the_answer_before_is_not_explained()
     control["Question"].value = QUESTION
     assert control["Answer"].value == "" and "explained" not in page(viewer, "trace-answer").text
     assert any("d2l-true" in box._dom_classes for box in boxes(viewer).values()), "its evidence is known again"
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "of_units", "token_by_token"), [(6, False, False), (7, True, False), (9, True, True)]
+)
+def test_the_page_says_where_a_table_is_scrolled(n_tokens, of_units, token_by_token):
+    """Eight columns of numbers are seen at once: the strongest units have two beside those of the tokens."""
+    trace = toy_trace()
+    table = toy_table(trace.units, "sentence", "leave_one_out", [" word"] * n_tokens)
+    pages = (render_units(table, trace.texts), trace_module._render_each_token(table, trace.texts))
+    assert tuple("scroll the table sideways" in text for text in pages) == (of_units, token_by_token)
+
+
+def test_a_page_without_contributions_keeps_its_style_and_offers_no_tokens():
+    viewer = toy_view()
+    assert len(controls(viewer)["Explain"].options) > 1
+    controls(viewer)["Level"].value = "chunk"
+    controls(viewer)["Method"].value = "surrogate"  # which fails
+    controls(viewer)["Question"].value = "Where?"
+    assert boxes(viewer) and "RuntimeError" in page(viewer, "message").text
+    assert [label for label, _ in controls(viewer)["Explain"].options] == ["whole answer"]
+    shown = "".join(child.value for child in viewer.children if isinstance(child, W.HTML))
+    assert ".d2l-sentences label {" in shown and "d2l-trace-legend" not in shown
+
+
+def test_the_bar_moves_while_contributions_are_computed(monkeypatch):
+    monkeypatch.setattr("d2l_lib.views.page.REDRAW_S", 0.0)
+    viewer = toy_view()
+    counts = []
+    viewer.work._count.observe(lambda change: counts.append(change["new"]), "value")
+    controls(viewer)["Method"].value = "random"
+    assert "2 of 3 steps" in counts
 
 
 def test_sentences_have_the_same_numbers_everywhere(tmp_path):

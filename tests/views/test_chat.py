@@ -452,6 +452,26 @@ def test_a_chat_begins_with_the_reading_that_its_model_was_trained_for():
     assert list(panes(chat)) == [SPARSELY, WITHOUT, IN_PROMPT], "rows choose by themselves, not block by block"
 
 
+def test_a_model_of_rows_has_no_strengths():
+    class OfRows(ToyModel):
+        writes_rows = True
+
+    chat = viewers.chat(models={"sums": ToyModel(), "rows": OfRows()}, documents={"a": "A."}, question="What?")
+    control = controls(chat)
+    dials = [control[name] for name in ("Adapter strength", "Bias strength")]
+    control["Adapter strength"].value = 0.0
+    control["Bias strength"].value = 0.5
+    assert all(dial.layout.display is None for dial in dials)
+    assert "adapter strength 0.00" in page(chat, "inside").text and "adapter 0.00" in chat.turns[-1].state
+    control["Model"].value = "rows"
+    assert all(dial.layout.display == "none" for dial in dials)
+    assert panes(chat)[SPARSELY].startswith("inside=A.*1; bias=1;"), "dials that cannot be seen move nothing"
+    assert "strength" not in page(chat, "inside").text and chat.turns[-1].state == "inside: a; sparse reading"
+    control["Model"].value = "sums"
+    assert all(dial.layout.display is None for dial in dials)
+    assert panes(chat)[WITH_ADAPTER].startswith("inside=A.*0; bias=0.5;")
+
+
 def test_chat_adds_weighs_and_removes_documents():
     model = ToyModel()
     viewer = viewers.chat(model, {"a": "A."}, "What?")

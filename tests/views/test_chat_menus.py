@@ -273,9 +273,19 @@ def test_answers_appear_as_they_are_written(monkeypatch):
     chat._writing.observe(lambda change: seen.append(Tags(change["new"]).text), "value")
     controls(chat)["Question"].value = "What?"
     first = [text for text in seen if WITH_ADAPTER in text and "base model" not in text]
-    assert first[0] == f"QuestionWhat?{WITH_ADAPTER}" and first[-1].endswith("inside=A.*1; bias=1; prompt=What?")
+    assert first[0] == f"QuestionWhat?{WITH_ADAPTER}…" and first[-1].endswith("inside=A.*1; bias=1; prompt=What?")
     assert len(first) == 1 + len("inside=A.*1; bias=1; prompt=What?")
     assert seen[-2].endswith(panes(chat)[IN_PROMPT]) and chat._writing.value == ""
+
+
+def test_the_place_of_each_answer_is_shown_before_its_first_word(monkeypatch):
+    monkeypatch.setattr("d2l_lib.views.conversation.REDRAW_S", 1000.0)
+    chat = viewers.chat(Writing(), {"a": "A."})
+    seen = []
+    chat._writing.observe(lambda change: seen.append(Tags(change["new"]).text), "value")
+    controls(chat)["Question"].value = "What?"
+    last = [text for text in seen if IN_PROMPT in text]
+    assert len(last) == 1 and last[0].endswith(f"prompt=What?{IN_PROMPT}…"), "a long prompt is read meanwhile"
 
 
 def test_stop_ends_an_answer_between_two_tokens(monkeypatch):

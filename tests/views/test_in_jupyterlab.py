@@ -342,6 +342,13 @@ def test_attribution_viewer_in_a_browser(page):
     cell.locator(".widget-dropdown select").first.select_option("rank")
     expect(cell.locator(".d2l-heat")).to_have_count(1)
     shoot(cell, "attribution_viewer_rank.png")
+    cell.locator(".widget-dropdown select").first.select_option("sentence")
+    expect(cell.locator(".d2l-trace")).to_have_attribute("data-level", "sentence")
+    page.set_viewport_size({"width": 800, "height": 1000})
+    is_wide = "element => element.scrollWidth > element.clientWidth"
+    assert cell.locator(".d2l-scroll").last.evaluate(is_wide), "the table is scrolled ..."
+    assert not cell.locator(".jp-OutputArea-output").last.evaluate(is_wide), "... and not the page"
+    page.set_viewport_size({"width": 1300, "height": 1000})
 
     expect(toy.locator(".d2l-sentences")).to_contain_text(HOSTILE)
     expect(toy.locator(".d2l-sentences")).to_contain_text("costs $5 and $6.")

@@ -90,6 +90,22 @@ def test_the_bar_counts(monkeypatch):
     assert is_idle(work)
 
 
+def test_a_count_that_stays_does_not_hide_the_next():
+    """An answer reports the same count with every token; what comes after its last one takes long."""
+    work, shown = Work(), []
+
+    def answer(report):
+        work._redrawn -= 2 * page.REDRAW_S
+        report(0, 3)
+        work._redrawn -= 2 * page.REDRAW_S  # a while later
+        report(0, 3)
+        report(1, 3)
+        shown.append(work._count.value)
+
+    work.start("answering ...", answer, unit="answers")
+    assert shown == ["1 of 3 answers"]
+
+
 def test_stop_ends_the_work_at_its_next_report_and_what_waits():
     work, gate, dropped, results = Work(background=True), Gate(1000), [], []
     work.start("reading ...", gate, results.append, dropped.append)

@@ -373,6 +373,18 @@ def test_training_curves_skip_steps_that_were_not_evaluated(tables):
     assert len(above.lines[0].get_xdata()) == 10
 
 
+def test_losses_of_less_than_a_decade_have_plain_labels(tables):
+    history = tables[plots.plot_training_curves]
+    one = history[history["seed"] == history["seed"].min()].copy()
+    one["loss"] = np.linspace(3.1, 0.76, len(one))
+    figure = plots.plot_training_curves(one)
+    figure.savefig(io.BytesIO(), format="png")  # which writes the labels
+    low, high = figure.axes[0].get_ylim()
+    ticks = figure.axes[0].yaxis.get_major_ticks() + figure.axes[0].yaxis.get_minor_ticks()
+    assert [tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high] == ["1", "2"]
+    assert "n = 1 training run, seed 0" in [text.get_text() for text in figure.texts]
+
+
 def test_cost_reference_is_linear_through_the_longest_document(tables):
     axes = plots.plot_internalization_cost_by_length(tables[plots.plot_internalization_cost_by_length]).axes[0]
     linear = next(line for line in axes.lines if line.get_label() == "linear in length")

@@ -391,7 +391,7 @@ def test_what_selfgen_makes_is_shown_with_what_it_left_out(tmp_path):
     viewer = view_shards(tmp_path, TOKENIZER)
     text = page(viewer, "shard").text
     assert f"{totals['kept']} of {totals['questions']} questions kept" in text
-    assert f"{totals['unfinished']} answers without a stop token within 16 tokens" in text
+    assert f"answers without a stop token within 16 tokens ({totals['unfinished']})" in text
     table = pq.read_table(tmp_path / "shard-00000.parquet")
     assert page(viewer, "shard").root()["data-matches"] == str(totals["kept"])
     assert table["questions"][0][0].as_py() in text
@@ -408,8 +408,8 @@ def test_what_was_left_out_of_a_small_models_questions_is_told_in_words(tmp_path
         )
         for style in ("lists", "openings")
     }
-    assert told["openings"].endswith("left out: 4 written questions: off text; 1 answers: goes round.")
-    assert "4 items of the writer's lists: off text" in told["lists"]
+    assert told["openings"].endswith("left out: written questions: off text (4); answers: goes round (1).")
+    assert "items of the writer's lists: off text (4)" in told["lists"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
