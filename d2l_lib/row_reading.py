@@ -348,7 +348,13 @@ def _rows_of(adapter: Adapter | None) -> _Rows | None:
 
 @torch.no_grad()
 def answer_rows(
-    model: DocToLoRA, question: str, adapter: Adapter, answer: str | None = None, *, read: RowReading | None = None
+    model: DocToLoRA,
+    question: str,
+    adapter: Adapter,
+    answer: str | None = None,
+    *,
+    read: RowReading | None = None,
+    system: str = "",
 ) -> pd.DataFrame:
     """What each token of an answer reads, three rows of the table a token, those with the largest shares first.
 
@@ -356,13 +362,14 @@ def answer_rows(
     document, chunk, row (in its block; -1: nothing is read, the gate is closed), place (the number of the row's token
     in its chunk) and role ("first", "inside" or "end"; see `token_rows`).
 
-    answer: None, the greedy one. read: None, `model.reading`. It says what was read, and is no proof of a cause.
+    answer: None, the greedy one. read: None, `model.reading`. system: as of `model.answer`. It says what was read, and is
+    no proof of a cause.
     """
     import pandas as pd  # only tables need it: asking starts sooner without
 
     reading = model.reading if read is None else read
-    answer = model.answer(question, adapter, read=reading) if answer is None else answer
-    (prompt,) = question_ids(model.tokenizer, [question])
+    answer = model.answer(question, adapter, read=reading, system=system) if answer is None else answer
+    (prompt,) = question_ids(model.tokenizer, [question], system)
     written = [*answer_ids(model.tokenizer, answer, after_space=True), stop_ids(model.tokenizer)[0]]
     ids = torch.tensor([prompt + written[:-1]], device=model.device)
     with read_rows(model.base_model, [adapter], reading, model.hypernetwork.reader) as state:

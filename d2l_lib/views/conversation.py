@@ -10,6 +10,8 @@ import ipywidgets as W
 
 from d2l_lib.documents import check_texts, name_documents, read_document
 from d2l_lib.formats import markup
+from d2l_lib.model import DocToLoRA
+from d2l_lib.row_reading import answer_rows
 from d2l_lib.views.examples import ModelMenu, checked_examples, suggestions
 from d2l_lib.views.page import (
     REDRAW_S,
@@ -35,6 +37,8 @@ ROUTED = "adapter, its most relevant block alone"
 WITHOUT = "base model alone"
 IN_PROMPT = "base model, document in its prompt"
 _SUGGESTED = 8  # questions in the line of suggestions
+_NO_ANSWER = "(no answer: "
+_READ = 0.05  # share of what an answer read from which a document is named
 Answers = list[tuple[str, str]]  # (source, text)
 READINGS = {"published sum": "sum", "sparse reading": "sparse"}
 
@@ -80,12 +84,14 @@ class Turn(NamedTuple):
 
     state: what was inside then, in words.
     model: the name of the model that answered; "" where there is but one.
+    read: what the adapter's answer was read from, in words.
     """
 
     question: str
     answers: Sequence[tuple[str, str]]
     state: str = ""
     model: str = ""
+    read: str = ""
 
 
 def render_answers(turns: Sequence[tuple]) -> str:
@@ -118,7 +124,8 @@ def _rendered_turn(turn: Turn, state: str = "") -> str:
     line = f'<div class="d2l-note d2l-state">{markup.escape(state)}</div>' if state else ""
     model = f'<div class="d2l-note d2l-model">answered by {markup.inline(turn.model)}</div>' if turn.model else ""
     asked = f'<h4>Question</h4><div class="d2l-text d2l-question">{markup.escape(turn.question)}</div>'
-    return f'<div class="d2l-turn">{line}{asked}{model}<div class="d2l-columns">{panes}</div></div>'
+    read = f'<div class="d2l-note d2l-read">{markup.escape(turn.read)}</div>' if turn.read else ""
+    return f'<div class="d2l-turn">{line}{asked}{model}<div class="d2l-columns">{panes}</div>{read}</div>'
 
 
 def render_suggestions(questions: Iterable[str]) -> str:
@@ -332,13 +339,30 @@ class Conversation:
                 report(len(answers), len(ways))
         return answers
 
+    def read_from(self, question: str, answer: str) -> str:
+        """What the adapter's answer was read from, in words; "" without one, and for a model that writes no rows."""
+        held = self.copy()
+        adapter = held.adapter()
+        reads = held.has_rows and isinstance(held.model, DocToLoRA) and not answer.startswith(_NO_ANSWER)
+        if not reads or adapter is None or not any(block.weight for block in adapter.blocks):
+            return ""
+        table = answer_rows(held.model, question, adapter, answer, system=held.system)
+        shares = table[table["row"] >= 0].groupby("document")["share"].sum().sort_values(ascending=False)
+        if shares.sum() < table["share"].sum() / 2:
+            return (
+                "With the adapter nothing was read: too little of the question is inside, so the model answered itself."
+            )
+        shares = (shares / shares.sum()).round(2)
+        parts = [f"{markup.isolated(name)} ({share:.0%})" for name, share in shares[shares >= _READ].items()]
+        return f"The adapter's answer was read from {', '.join(parts)}."
+
     def _answer(self, prompt: str, adapter: Any, **options: Any) -> str:
         if self.system.strip():
             options["system"] = self.system
         try:
             return self.model.answer(prompt, adapter, **options)
         except (ValueError, RuntimeError) as error:
-            return f"(no answer: {error})"
+            return f"{_NO_ANSWER}{error})"
 
 
 def _internalized(
@@ -521,7 +545,8 @@ class Chat(Viewer):
         def draw(answers: Answers) -> None:
             self._draw_writing(Turn(question, answers, state, name))
 
-        return Turn(question, held.answers(question, report, draw if self._is_shown else None), state, name)
+        answers = held.answers(question, report, draw if self._is_shown else None)
+        return Turn(question, answers, state, name, held.read_from(question, answers[0][1]))
 
     def _keep_turn(self, turn: Turn) -> None:
         last = self.turns[-1] if self.turns else None

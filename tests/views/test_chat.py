@@ -6,6 +6,7 @@ from pages import controls, page, panes
 from toy_models import SlowModel, ToyModel
 
 from d2l_lib import viewers
+from d2l_lib.row_reading import RowReading, answer_rows
 from d2l_lib.views.conversation import IN_PROMPT, ROUTED, SPARSELY, WITH_ADAPTER, WITHOUT, Chat
 
 
@@ -470,6 +471,24 @@ def test_a_model_of_rows_has_no_strengths():
     control["Model"].value = "sums"
     assert all(dial.layout.display is None for dial in dials)
     assert panes(chat)[WITH_ADAPTER].startswith("inside=A.*0; bias=0.5;")
+
+
+def test_a_turn_says_what_its_answer_was_read_from():
+    model = tiny_models.build_rows_model()
+    chat = viewers.chat(model, {"fen": "The fen is deep.", "mill": "The mill is old."}, "Where is the mill?")
+    (turn,) = chat.turns
+    table = answer_rows(model, turn.question, chat.conversation.adapter(), turn.answers[0][1])
+    shares = table[table["row"] >= 0].groupby("document")["share"].sum()
+    named = [f"{name} ({share:.0%})" for name, share in (shares / shares.sum()).items() if share >= 0.05]
+    assert named and turn.read.startswith("The adapter's answer was read from ")
+    assert all(one in turn.read for one in named)
+    assert turn.read in page(chat, "answers").text.replace("&#x27;", "'")
+    model.reading = RowReading(null_logit=1e4)
+    assert "nothing was read" in chat.conversation.read_from(turn.question, "Ada")
+    for name in ("fen", "mill"):
+        chat.conversation.weights[name] = 0.0
+    assert chat.conversation.read_from(turn.question, "Ada") == ""
+    assert chat.conversation.read_from(turn.question, "(no answer: too long)") == ""
 
 
 def test_chat_adds_weighs_and_removes_documents():
