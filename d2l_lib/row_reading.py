@@ -362,8 +362,8 @@ def answer_rows(
     document, chunk, row (in its block; -1: nothing is read, the gate is closed), place (the number of the row's token
     in its chunk) and role ("first", "inside" or "end"; see `token_rows`).
 
-    answer: None, the greedy one. read: None, `model.reading`. system: as of `model.answer`. It says what was read, and is
-    no proof of a cause.
+    answer: None, the greedy one. read: None, `model.reading`. system: as of `model.answer`. The table says what was
+    read, and is no proof of a cause.
     """
     import pandas as pd  # only tables need it: asking starts sooner without
 
