@@ -134,24 +134,26 @@ def _ask(
     rng: random.Random,
 ) -> _Asked:
     """n of these prompts, each with its own blocks and so many others that there are `size`."""
-    logits, words = [], []
+    found: list[tuple[float, float]] = []
     for start in range(0, n, _OF_ONE):
         part = [some[i % len(some)] for i in range(start, min(start + _OF_ONE, n))]
         chosen = rng.sample(blocks, size)
-        for prompt, own in part:
-            adapter = model.adapter_of([*own, *chosen[: size - len(own)]] if own else chosen)
-            logit, most = _gate(model, prompt, adapter)
-            logits.append(logit)
-            words.append(most)
-    return _Asked(size, torch.tensor(logits), torch.tensor(words))
+        groups = [([prompt for prompt, _ in part], ())] if not part[0][1] else [([prompt], own) for prompt, own in part]
+        for prompts, own in groups:
+            found += _gates(model, prompts, model.adapter_of([*own, *chosen[: size - len(own)]]))
+    logits, words = torch.tensor(found).unbind(-1)
+    return _Asked(size, logits, words)
 
 
 @torch.no_grad()
-def _gate(model: DocToLoRA, prompt: list[int], adapter: Adapter) -> tuple[float, float]:
-    """(the gate's logit at the end of a prompt without words and rise, the largest w_1 of a chunk)."""
-    reader, n = model.hypernetwork.reader, len(adapter.blocks)
+def _gates(model: DocToLoRA, prompts: Sequence[list[int]], adapter: Adapter) -> list[tuple[float, float]]:
+    """For each prompt (the gate's logit at its end without words and rise, the largest w_1 of a chunk)."""
+    reader, rise, found = model.hypernetwork.reader, math.log(len(adapter.blocks)), []
     with read_rows(model.base_model, [adapter], model.reading, reader) as state:
-        model.base_model(torch.tensor([prompt], device=model.device), use_cache=False, logits_to_keep=1)
-    words = float(state.words[0][0, -1, :, 0].max())
-    logit = float(state.gate_logits[0][0, -1])
-    return logit - float(reader.gate_words) * words + float(reader.gate_rise) * math.log(n), words
+        for prompt in prompts:
+            state.start()
+            model.base_model(torch.tensor([prompt], device=model.device), use_cache=False, logits_to_keep=1)
+            words = float(state.words[0][0, -1, :, 0].max())
+            logit = float(state.gate_logits[0][0, -1]) - float(reader.gate_words) * words
+            found.append((logit + float(reader.gate_rise) * rise, words))
+    return found

@@ -87,24 +87,37 @@ def test_rows_count_the_prompts_and_the_questions_that_open_the_gate(monkeypatch
     assert {n for *_, n in seen} == {12}  # chunks are of passages that were learned
 
 
-def test_the_gates_own_logits_and_words(monkeypatch):
+def test_the_gates_own_logits_and_words():
     model = build_rows_model()
     reader = model.hypernetwork.reader
     blocks = model.internalize({"a": "The fen is deep.", "b": "The mill is old."}).blocks
-    (prompt,) = question_ids(model.tokenizer, ["Where is the mill?"])
+    prompts = question_ids(model.tokenizer, ["Who is old?", "Where is the mill?"])
     plain = []
     for words, slope in ((0.0, 0.0), (0.7, 0.4)):
         reader.weigh_gate(words, slope)
-        plain.append(rise._gate(model, prompt, model.adapter_of(blocks)))
-    assert plain[0] == pytest.approx(plain[1], abs=1e-4) and plain[0][1] > 0
-    assert rise._gate(model, prompt, model.adapter_of(blocks[:1]))[1] == 0  # one chunk
-    sizes = []
-    monkeypatch.setattr(rise, "_gate", lambda _, ids, adapter: sizes.append(adapter.blocks) or (1.0, 2.0))
-    some = [(prompt, blocks[:1])]
-    one = rise._ask(model, some, blocks[1:] * 3, 3, 5, random.Random(0))
+        plain.append(rise._gates(model, prompts, model.adapter_of(blocks)))
+    for first, second in zip(*plain, strict=True):
+        assert first == pytest.approx(second, abs=1e-4) and first[1] > 0
+    (alone,) = rise._gates(model, prompts[1:], model.adapter_of(blocks))
+    assert plain[1][1] == pytest.approx(alone, abs=1e-5)  # no prompt leaves a trace
+    assert rise._gates(model, prompts[1:], model.adapter_of(blocks[:1]))[0][1] == 0  # one chunk
+
+
+def test_each_question_meets_its_own_chunk_among_others(monkeypatch):
+    model = build_rows_model()
+    blocks = model.internalize({"a": "The fen is deep.", "b": "The mill is old."}).blocks
+    (prompt,) = question_ids(model.tokenizer, ["Where is the mill?"])
+    met = []
+    monkeypatch.setattr(
+        rise, "_gates", lambda _, prompts, adapter: met.append(adapter.blocks) or [(1.0, 2.0)] * len(prompts)
+    )
+    one = rise._ask(model, [(prompt, blocks[:1])], blocks[1:] * 3, 3, 5, random.Random(0))
     assert one.logits.tolist() == [1.0] * 5 and one.words.tolist() == [2.0] * 5 and one.chunks == 3
-    assert all(len(own) == 3 and own[0].document == "a" for own in sizes)
+    assert len(met) == 5 and all([block.document for block in own] == ["a", "b", "b"] for own in met)
     assert one.gate(0.5, 1.0).tolist() == pytest.approx([2 - math.log(3)] * 5)
+    met.clear()
+    elsewhere = rise._ask(model, [(prompt, ())], blocks * 2, 3, 20, random.Random(0))
+    assert len(elsewhere.logits) == 20 and [len(own) for own in met] == [3, 3]  # sixteen share their chunks
 
 
 def test_the_kept_weights_are_those_of_the_record(monkeypatch, tmp_path, file, few_unseen):
