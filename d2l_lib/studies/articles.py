@@ -56,18 +56,23 @@ def questions_on_articles(
     ValueError if no article is of 20,000 to 50,000 characters.
     """
     frame = qa.load_named(questions)
-    articles = {title: list(dict.fromkeys(own["document"])) for title, own in frame.groupby("title", sort=False)}
-    articles = {
-        title: own
-        for title, own in articles.items()
-        if title not in ("", _NO_TITLE) and _SIZES[0] <= sum(map(len, own)) <= _SIZES[1]
-    }
+    articles = articles_of(frame)
     if not articles:
         raise ValueError(f"{questions} has no article of {_SIZES[0]} to {_SIZES[1]} characters: are there titles?")
     if most is not None and len(articles) > most:
         kept = random.Random(f"articles/{seed}").sample(sorted(articles), most)
         articles = {title: articles[title] for title in kept}
     return articles, _drawn(frame[frame["title"].isin(articles)], n, seed)
+
+
+def articles_of(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """{title: its passages} of the articles of 20,000 to 50,000 characters in a table of questions."""
+    articles = {title: list(dict.fromkeys(own["document"])) for title, own in frame.groupby("title", sort=False)}
+    return {
+        title: own
+        for title, own in articles.items()
+        if title not in ("", _NO_TITLE) and _SIZES[0] <= sum(map(len, own)) <= _SIZES[1]
+    }
 
 
 def _drawn(frame: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from d2l_lib.records import project_root, read_rows, write_jsonl
-from d2l_lib.studies import interference
+from d2l_lib.studies import articles, interference
 
 KNOWN = {f"What is {number}?": f"Answer{number}" for number in range(6)}
 
@@ -54,6 +54,11 @@ def test_what_stays_right_is_counted_for_each_adapter(tmp_path, monkeypatch):
     assert [row["inside"] for row in rows] == ["no adapter", "one passage", "10 passages"]
     assert [row["right"] for row in rows] == [1, 5 / 6, 0] == [row["stay_right"] for row in rows]
     assert all(row["n"] == 6 and row["n_passages"] == 12 and row["low"] <= row["right"] <= row["high"] for row in rows)
+    monkeypatch.setattr(articles, "_SIZES", (50, 200))  # characters: the file is one article
+    again = interference.run(_Forgetful(), n=6, seed=0, questions=f"squad={file}")
+    assert again[:3] == [row | {"seconds": again[i]["seconds"]} for i, row in enumerate(rows)]
+    (row,) = again[3:]
+    assert (row["inside"], row["n_passages"], row["stay_right"]) == ("a whole article", 12, 0)
 
 
 @pytest.mark.parametrize(
