@@ -3,10 +3,10 @@
     response  s_l(t, k) = |A_k x_l(t)|, with x_l(t) the input of layer l's target linears at token t of the prompt
     null      n_l(t), the same of the null block (see `reading`)
     log-odds  o(k) = offset + sum over layers of last_token_l * log(s_l(T, k) / n_l(T)), at the last token T
-    by words  v(k) = sum over layers of words_l * max over t < T of z_l(t, k)
+    by words  v(k) = sum over layers of words_l * max over t < T of log(s_l(t, k) / mean over the blocks of s_l(t, .))
 
-z_l(t, k) is s_l(t, k) less its mean over the blocks, in standard deviations: a word to which few blocks respond counts
-more than one to which all do, as in late interaction with rare words.
+The mean makes a word to which few blocks respond count more than one to which all do, as in late interaction with rare
+words.
 
 The block of the largest log-odds answers if they are positive; that is a choice among the blocks and the null block.
 Keys are learned for questions that ask for a value, at the last token. A question that names two things, or asks which
@@ -82,7 +82,6 @@ def log_margins(responses: Tensor, null: Tensor) -> Tensor:
 
 
 def word_peaks(responses: Tensor) -> Tensor:
-    """The largest z of each block over the tokens before the last: [layers, K]."""
-    words = responses[:, :-1]
-    deviation = words.std(-1, correction=0, keepdim=True)
-    return ((words - words.mean(-1, keepdim=True)) / (deviation + _TINY)).amax(1)
+    """The largest log(s / mean s) of each block over the tokens before the last: [layers, K]."""
+    words = responses[:, :-1] + _TINY
+    return (words / words.mean(-1, keepdim=True)).log().amax(1)

@@ -13,8 +13,8 @@ A model with a `Router` (learned weights, see `router`) tries no block: in the s
 keys, in all layers and at all words, with one another and with the null block, and no block answers where the null
 block is nearer.
 
-Routing adds nothing to an adapter. What it costs does not grow with the number of blocks, but for
-one product with the keys of one layer.
+Routing adds nothing to an adapter. What it costs does not grow with the number of blocks, but for one product with the
+keys of one layer.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 2048  # of questions, one copy per block
 _SHUT = 50.0  # nats: a null block that stops everything
-# Blocks that are tried, unless more of them answer. One leaves the choice to the keys. Trials of eight choose no better
-# among the blocks of one document, at twice the time of an answer: on documents of 20 and 40 facts and on each kind of
-# question they differ by at most two answers of a hundred, in both directions (`d2l study kinds` measures both). Among
-# hundreds of blocks they choose worse (`d2l study router`).
+# Blocks that are tried, unless more of them answer. One leaves the choice to the router, or to the keys. Trials of
+# eight choose no better, at twice the time of an answer (`d2l study kinds`), and among hundreds of blocks they choose
+# worse (`d2l study router`).
 SHORTLIST = 1
 SHARE = 0.3  # of the divergence in a block's relevance; `studies.routing_shares` measures others
 

@@ -83,7 +83,7 @@ def _right(adapter: Adapter, spans: Sequence[tuple[str, int, int]]) -> frozenset
 def fit_router(model: DocToLoRA, asked: Sequence[_Asked]) -> Router:
     """The router that is most likely on these questions."""
     layers = model.reading.layers_of(model.config.n_layers)
-    by_words = [one for one in asked if one.kind in BY_WORDS and one.right]
+    by_words = [one for one in asked if one.kind in BY_WORDS[:2] and one.right]  # no block answers yes or no
     others = [one for one in asked if one.kind not in BY_WORDS]
     last = _conditional_logit([log_margins(one.weighed.responses, one.weighed.null) for one in others], others, True)
     words = _conditional_logit([word_peaks(one.weighed.responses) for one in by_words], by_words, False)
@@ -151,8 +151,16 @@ def _ideas(router: Router) -> dict[str, Callable[[Weighed], list[int]]]:
         "words": lambda one: first(torch.tensor(router.words) @ word_peaks(one.responses)),
         "words, last layer": lambda one: first(word_peaks(one.responses)[-1]),
         "words, without means": lambda one: first(one.responses[:, :-1].amax(1).sum(0)),
+        "words, standardised": lambda one: first(torch.tensor(router.words) @ _standardised_peaks(one.responses)),
         "router": lambda one: router.choose(one.responses, one.null, one.log_refusal, 1),
     }
+
+
+def _standardised_peaks(responses: Tensor) -> Tensor:
+    """`word_peaks` of z-scores over the blocks."""
+    words = responses[:, :-1]
+    deviation = words.std(-1, correction=0, keepdim=True) + 1e-3
+    return ((words - words.mean(-1, keepdim=True)) / deviation).amax(1)
 
 
 def measure_router_weights(
