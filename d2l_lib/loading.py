@@ -23,6 +23,7 @@ from d2l_lib.formats.writing import read_whole
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.model import DocToLoRA
 from d2l_lib.reading import Reading
+from d2l_lib.router import Router
 from d2l_lib.routing import Gate
 from d2l_lib.row_reading import RowReading
 
@@ -118,6 +119,7 @@ def assemble(
         chunk_tokens=meta.get("chunk_tokens"),
         least_relevance=meta.get("least_relevance", -math.inf),
         gate=_gate_of(meta),
+        router=_router_of(meta, hypernetwork),
         reading=_reading_of(meta),
         base_source=base_source,
         encoder=encoder,
@@ -160,6 +162,22 @@ def _gate_of(meta: dict) -> Gate | None:
         raise ValueError(
             f"this checkpoint's gate is damaged ({named!r}): it needs known, growth and refusal"
         ) from error
+
+
+def _router_of(meta: dict, hypernetwork: Hypernetwork) -> Router | None:
+    """The router in a checkpoint's meta, if any; ValueError where it is damaged or does not fit the hypernetwork."""
+    named = meta.get("router")
+    if named is None:
+        return None
+    try:
+        sorts = {sort: tuple(float(one) for one in named[sort]) for sort in ("last_token", "words", "by_words")}
+        layers = tuple(int(layer) for layer in named["layers"])
+        router = Router(layers=layers, offset=float(named["offset"]), refusal=str(named["refusal"]), **sorts)
+        if hypernetwork.null() is None or not all(0 <= layer < hypernetwork.config.n_layers for layer in layers):
+            raise ValueError("the hypernetwork lacks its layers or a null block")
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"this checkpoint's router is damaged ({named!r}): {error}") from error
+    return router
 
 
 def _reading_of(meta: dict) -> Reading | RowReading | None:

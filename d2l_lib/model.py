@@ -55,6 +55,7 @@ from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, Loras
 from d2l_lib.lora import apply_lora, noted_adapter, without_lora
 from d2l_lib.reading import Reading, read_sparsely
+from d2l_lib.router import Router
 from d2l_lib.routing import SHORTLIST, Gate, route_prompts
 from d2l_lib.row_reading import RowReading, read_rows
 from d2l_lib.token_rows import TokenRows, TokenStates
@@ -89,8 +90,9 @@ class DocToLoRA:
         window: the most tokens that the base model reads.
         chunk_tokens: default length of a chunk, in the encoder's tokens, without its chat wrapping.
         chunk_batch, batch_tokens: the most chunks, and tokens, of one encoder batch.
-        least_relevance: nats that a block must reach to answer when `blocks` is a number (see `routing`); minus
-            infinity unless the checkpoint names it.
+        least_relevance: nats that a block must reach to answer when `blocks` is a number and blocks are tried (see
+            `routing`); minus infinity unless the checkpoint names it.
+        router: the weights with which keys choose blocks where `blocks` is a number (a Router, or None: see `routing`).
         gate: the threshold of `routing.gated` where the base model has an answer of its own (a Gate, or None).
         reading: how `read="sparse"` chooses what each token of an answer reads (a Reading; a RowReading where the
             hypernetwork writes rows, whose adapters are read in no other way).
@@ -110,6 +112,7 @@ class DocToLoRA:
         chunk_tokens: int | None = None,
         least_relevance: float = -math.inf,
         gate: Gate | None = None,
+        router: Router | None = None,
         reading: Reading | None = None,
         base_source: str | None = None,
         encoder: ContextEncoder | None = None,
@@ -138,7 +141,7 @@ class DocToLoRA:
         self.current: Adapter | None = None
         self.iterative = False
         self.cache: AdapterCache | None = None
-        self.least_relevance, self.gate = least_relevance, gate
+        self.least_relevance, self.gate, self.router = least_relevance, gate, router
         self.reading = (RowReading() if self.writes_rows else Reading()) if reading is None else reading
         self._evaluating = 0  # how many threads internalize now
         self._lock = threading.Lock()
@@ -621,8 +624,8 @@ class DocToLoRA:
             others (see `routing`).
         shortlist: of how many blocks the most relevant is chosen, those whose keys respond most in one pass of the
             question. The keys of one layer are kept in one piece with the adapter (10,000 blocks of `tiny/qa`: 164 MB).
-            Left out, as many as answer: the keys choose, which is better with hundreds of blocks (`d2l study router`).
-            None tries every block, with a row of a forward pass for each.
+            Left out, as many as answer: the model's router chooses, or else the keys of the last layer, which is better
+            with hundreds of blocks (`d2l study router`). None tries every block, with a row of a forward pass for each.
         read: "sum", the published sum of the blocks. "sparse", the matching block at each token, in one pass (see
             `reading`), as `model.reading` says. Or a Reading. Left out: as the adapter applied around, else the sum.
         stream: called as stream(text so far) after each token of the answer to a single question. An error that it
@@ -748,6 +751,8 @@ class DocToLoRA:
             meta["least_relevance"] = self.least_relevance
         if self.gate is not None:
             meta["gate"] = asdict(self.gate)
+        if self.router is not None:
+            meta["router"] = asdict(self.router)
         if self.writes_rows:
             meta["row_reading"] = asdict(self.reading)
         elif self.reading != Reading():

@@ -9,8 +9,12 @@ answer. With one block at a time, the model itself shows it (`relevance`). A blo
 does not change the first token of the answer. A block that holds something similar changes it with doubts, but among
 many such blocks some change it without: so the keys choose, and the trial tells whether the choice is relevant.
 
-Routing needs no training and adds nothing to an adapter. What it costs does not grow with the number of blocks, but for
-one product with the keys of one layer.
+A model with a `Router` (learned weights, see `router`) tries no block: in the same pass its weights compare the blocks'
+keys, in all layers and at all words, with one another and with the null block, and no block answers where the null
+block is nearer.
+
+Routing adds nothing to an adapter. What it costs does not grow with the number of blocks, but for one product with the
+keys of one layer.
 """
 
 from __future__ import annotations
@@ -26,20 +30,20 @@ from torch import Tensor
 
 from d2l_lib.adapter import Adapter
 from d2l_lib.base_model import target_linears
-from d2l_lib.documents import check_count, check_texts, question_ids
+from d2l_lib.documents import answer_ids, check_count, check_texts, question_ids
 from d2l_lib.engine import pad_id_of, pad_rows
 from d2l_lib.lora import hooked
-from d2l_lib.reading import Reading, read_sparsely
+from d2l_lib.reading import Reading, null_score, read_sparsely
+from d2l_lib.router import CANDIDATES
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 TOKENS_AT_ONCE = 2048  # of questions, one copy per block
 _SHUT = 50.0  # nats: a null block that stops everything
-# Blocks that are tried, unless more of them answer. One leaves the choice to the keys. Trials of eight choose no better
-# among the blocks of one document, at twice the time of an answer: on documents of 20 and 40 facts and on each kind of
-# question they differ by at most two answers of a hundred, in both directions (`d2l study kinds` measures both). Among
-# hundreds of blocks they choose worse (`d2l study router`).
+# Blocks that are tried, unless more of them answer. One leaves the choice to the router, or to the keys. Trials of
+# eight choose no better, at twice the time of an answer (`d2l study kinds`), and among hundreds of blocks they choose
+# worse (`d2l study router`).
 SHORTLIST = 1
 SHARE = 0.3  # of the divergence in a block's relevance; `studies.routing_shares` measures others
 
@@ -136,7 +140,7 @@ def _measures(
         for row, adapter in enumerate(adapters[batch]):
             places = list(range(len(adapter.blocks)))
             if shortlist is not None and shortlist < len(places):
-                scores = _scores_of_batch(model, adapters[batch], inputs) if scores is None else scores
+                scores = _scores_of_batch(adapters[batch], inputs) if scores is None else scores
                 places = scores[row].topk(shortlist).indices.sort().values.tolist()
             tried.append(places)
     measures = [tuple(torch.full((len(one.blocks),), -math.inf) for _ in range(2)) for one in adapters]
@@ -170,23 +174,27 @@ def _last_token(model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequen
     return torch.log_softmax(logits.float(), -1).cpu()
 
 
-def _bias_pass(
-    model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """One pass with the bias alone: (log-probabilities [rows, vocabulary] of the next token, {module: [rows, d_in]}).
+Inputs = dict[int, dict[str, Tensor]]  # {layer: {module: x [rows, tokens, d_in]}}, prompts padded on the left
 
-    The second are the inputs of the target linears at the last token of each prompt, in the last layer that reads.
+
+def _bias_pass(
+    model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter], layers: Sequence[int] = ()
+) -> tuple[Tensor, Inputs]:
+    """One pass with the bias alone: (log-probabilities [rows, vocabulary] of the next token, inputs of the linears).
+
+    layers: whose inputs are kept, beside those of the last layer that reads.
     """
     biases = {id(one): one._with(blocks=()) for one in adapters}
-    inputs: dict[str, Tensor] = {}
+    inputs: Inputs = {layer: {} for layer in sorted({*layers, _last_layer(model)})}
     modules = sorted({module for one in adapters for module in one.sizes})
     with ExitStack() as stack:
         for module, linears in target_linears(model.base_model, modules).items():
+            for layer, of_layer in inputs.items():
 
-            def keep(_, arguments, module=module):
-                inputs[module] = arguments[0][:, -1]
+                def keep(_, arguments, module=module, of_layer=of_layer):
+                    of_layer[module] = arguments[0]
 
-            stack.enter_context(hooked(linears[_last_layer(model)].register_forward_pre_hook, keep))
+                stack.enter_context(hooked(linears[layer].register_forward_pre_hook, keep))
         return _last_token(model, prompts, [biases[id(one)] for one in adapters]), inputs
 
 
@@ -211,7 +219,7 @@ def key_scores(
     scores: list[Tensor] = []
     for start in range(0, len(prompts), model.answer_batch):
         batch = slice(start, start + model.answer_batch)
-        scores += _scores_of_batch(model, adapters[batch], _bias_pass(model, prompts[batch], adapters[batch])[1])
+        scores += _scores_of_batch(adapters[batch], _bias_pass(model, prompts[batch], adapters[batch])[1])
     return scores
 
 
@@ -219,22 +227,23 @@ def _last_layer(model: DocToLoRA) -> int:
     return model.reading.layers_of(model.config.n_layers)[-1]
 
 
-def _scores_of_batch(model: DocToLoRA, adapters: Sequence[Adapter], inputs: dict[str, Tensor]) -> list[Tensor]:
-    """`key_scores` [n_blocks] of each row; inputs: {module: [rows, d_in]}."""
+def _scores_of_batch(adapters: Sequence[Adapter], inputs: Inputs) -> list[Tensor]:
+    """`key_scores` [n_blocks] of each row, of the inputs of the last layer that reads."""
+    layer = max(inputs)
     rows_of: dict[int, list[int]] = {}
     for row, adapter in enumerate(adapters):
         rows_of.setdefault(id(adapter), []).append(row)
     scores = [torch.zeros(0)] * len(adapters)
     for rows in rows_of.values():
         if adapters[rows[0]].blocks:
-            own = {module: x[rows] for module, x in inputs.items()}
-            for row, score in zip(rows, _key_norms(adapters[rows[0]], own, _last_layer(model)), strict=True):
+            own = {module: x[rows, -1] for module, x in inputs[layer].items()}
+            for row, score in zip(rows, _key_norms(adapters[rows[0]], own, layer), strict=True):
                 scores[row] = score
     return scores
 
 
 def _key_norms(adapter: Adapter, inputs: dict[str, Tensor], layer: int) -> Tensor:
-    """|A_k x| of every block [rows, n_blocks], over all modules of one layer."""
+    """|A_k x| of every block [rows, n_blocks] for x [rows, d_in], over all modules of one layer; 0 without weight."""
     squares = []
     for module, keys in adapter.keys_of(layer).items():  # [K, r, d_in]
         products = keys.flatten(0, 1) @ inputs[module].to(keys).T  # [K r, rows]
@@ -243,6 +252,60 @@ def _key_norms(adapter: Adapter, inputs: dict[str, Tensor], layer: int) -> Tenso
     norms = torch.stack(squares).sum(0).sqrt().T.cpu().contiguous()
     norms[:, silent] = 0.0
     return norms
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What a router compares for one question: see `router`.
+
+    adapter: with the blocks that are compared. responses: s [layers, tokens, blocks]. null: n [layers, tokens].
+    log_refusal: the base model's log-probability, with the bias alone, of the first token of its refusal.
+    """
+
+    adapter: Adapter
+    responses: Tensor
+    null: Tensor
+    log_refusal: float
+
+
+@torch.no_grad()
+def weigh(
+    model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter], layers: Sequence[int], refusal: str
+) -> list[Weighed]:
+    """The responses of the blocks' keys to each question (token ids), in one pass with the bias alone.
+
+    Of more than `CANDIDATES` blocks only those of the largest `key_scores` are compared.
+    """
+    nulls, first, weighed = model.hypernetwork.null(), answer_ids(model.tokenizer, refusal)[0], []
+    for start in range(0, len(prompts), model.answer_batch):
+        batch = slice(start, start + model.answer_batch)
+        log_probs, inputs = _bias_pass(model, prompts[batch], adapters[batch], layers)
+        many = [len(adapter.blocks) > CANDIDATES for adapter in adapters[batch]]
+        scores = _scores_of_batch(adapters[batch], inputs) if any(many) else None
+        for row, (prompt, adapter) in enumerate(zip(prompts[batch], adapters[batch], strict=True)):
+            few = most_relevant(adapter, scores[row], CANDIDATES) if many[row] else adapter
+            responses, null = [], []
+            for layer in layers:
+                own = {module: x[row, -len(prompt) :] for module, x in inputs[layer].items()}
+                responses.append(_key_norms(few, own, layer))
+                of_modules = [
+                    null_score(x.float(), *(one[layer].to(x.device, torch.float32) for one in nulls[module]))
+                    for module, x in own.items()
+                ]
+                null.append(torch.stack(of_modules).square().sum(0).sqrt().cpu())
+            weighed.append(Weighed(few, torch.stack(responses), torch.stack(null), float(log_probs[row, first])))
+    return weighed
+
+
+def _chosen_by_router(
+    model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter], blocks: int
+) -> list[Adapter]:
+    """For each question the bias and at most `blocks` blocks that the model's router chooses."""
+    router, chosen = model.router, []
+    for one in weigh(model, prompts, adapters, router.layers, router.refusal):
+        places = sorted(router.choose(one.responses, one.null, one.log_refusal, blocks))
+        chosen.append(one.adapter._with(blocks=tuple(one.adapter.blocks[place] for place in places)))
+    return chosen
 
 
 @torch.no_grad()
@@ -327,6 +390,8 @@ def route(
         keys choose (None: every block, with a row of a forward pass for each). Adapters with no more blocks come out
         the same either way.
 
+    Where both are left out, a model with a `Router` tries no block: its router chooses, or none answers.
+
     None comes back unchanged; so does an adapter with no more than `blocks` if `least` is minus infinity.
     """
     prompts = _checked_prompts(model, questions, adapters, system)
@@ -347,6 +412,13 @@ def route_prompts(
     if shortlist is not None:
         check_count(shortlist, "shortlist")
         shortlist = max(shortlist, blocks)
+    if model.router is not None and least is None and shortlist == blocks:
+        places = [place for place, one in enumerate(adapters) if one is not None and one.blocks]
+        chosen = _chosen_by_router(model, [prompts[i] for i in places], [adapters[i] for i in places], blocks)
+        routed = list(adapters)
+        for place, one in zip(places, chosen, strict=True):
+            routed[place] = one
+        return routed
     least = model.least_relevance if least is None else least
     many = [
         place

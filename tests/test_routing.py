@@ -135,6 +135,7 @@ def test_route_leaves_small_adapters_and_none_alone(model, adapter):
 def test_without_a_limit_of_its_own_route_takes_the_models(model, adapter, monkeypatch):
     small = adapter.only(chunk=[0, 1])
     monkeypatch.setattr(model, "least_relevance", math.inf)
+    monkeypatch.setattr(model, "router", None)
     assert len(route(model, ["Who?"], [small])[0].blocks) == 0
     monkeypatch.setattr(model, "least_relevance", -math.inf)
     assert route(model, ["Who?"], [small], 2)[0] is small
@@ -197,8 +198,11 @@ def test_many_blocks_take_as_many_rows_as_few(model, adapter, document, monkeypa
     try:
         for size in (9, len(adapter.blocks)):
             one = replace(adapter, blocks=adapter.blocks[:size])
-            route(model, [question], [one])
+            route(model, [question], [one], least=-math.inf)
             assert rows == [1, 1] and checks == [size], "each adapter is checked once, its blocks are not"
+            rows.clear(), checks.clear()
+            route(model, [question], [one])
+            assert rows == [1] and checks == [size], "the router tries none"
             rows.clear(), checks.clear()
         route(model, [question], [adapter], shortlist=8)
         assert rows == [1, 8]

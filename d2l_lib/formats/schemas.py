@@ -301,6 +301,17 @@ class GateSettings(_Closed):
     refusal: _Name
 
 
+class RouterSettings(_Closed):
+    """The weights with which keys choose blocks (see `router.Router`)."""
+
+    layers: Annotated[list[_Some], Field(min_length=1)]
+    last_token: list[float]
+    offset: float
+    words: list[float]
+    by_words: Annotated[list[float], Field(min_length=3, max_length=3)]
+    refusal: _Name
+
+
 class ReadingSettings(_Closed):
     """The sparse reading of blocks in a checkpoint (see `reading.Reading`)."""
 
@@ -328,6 +339,7 @@ class _CheckpointMeta(_Open):
     encoder_model: _ModelName | None = None
     least_relevance: float = 0.0
     gate: GateSettings | None = None
+    router: RouterSettings | None = None
     reading: ReadingSettings | None = None
     row_reading: RowReadingSettings | None = None
 

@@ -139,7 +139,7 @@ STUDIES = {
         options={
             "--training-seed": _TRAINING_SEED,
             "--only": {
-                "choices": ("bias alone", "published sum", "sparse", "sparse, always open", "in context"),
+                "choices": ("bias alone", "published sum", "sparse", "sparse, always open", "router", "in context"),
                 "nargs": "+",
                 "help": "methods; the seed of the null block's training matters to sparse alone",
             },
@@ -150,6 +150,13 @@ STUDIES = {
         ("router",),
         "blocks found and answers given by keys, of 64 to 10,000 blocks",
         *(200, "questions for each number of blocks"),
+    ),
+    "router-weights": Study(
+        "router_weights:run",
+        ("router_weights",),
+        "the router's weights, fitted and judged, and what else was tried",
+        *(300, "documents of each split"),
+        options={"--keep": {"metavar": "MODEL", "help": "write the weights into this model's folder"}},
     ),
     "no-block": Study(
         "no_block:run",

@@ -16,7 +16,7 @@ from d2l_lib.tasks import qa, world
 from d2l_lib.tasks.questions import disjoint_documents, marked, one_hop_question
 from d2l_lib.tasks.scores import summarise
 
-METHODS = ("bias alone", "published sum", "sparse", "sparse, always open", "in context")
+METHODS = ("bias alone", "published sum", "sparse", "sparse, always open", "router", "in context")
 _SIZES = (8, 20, 40)  # facts in a document
 _TOGETHER = (16, 64)  # documents in an adapter
 _KINDS = ("two_hop", "paraphrase", "unanswerable", "which_of", "yes_no", "list")
@@ -110,16 +110,17 @@ def _answered(model: DocToLoRA, groups: list[_Group], only: Sequence[str]) -> pd
     biases = {id(one): replace(one, blocks=()) for one in adapters}
     always_open = replace(model.reading, thresholds=(), gate_weights=(), null_threshold=_OPEN)
     ways = {  # prompts, adapters, how they are read
-        "bias alone": (texts, [biases[id(one)] for one in adapters], "sum"),
-        "published sum": (texts, adapters, "sum"),
-        "sparse": (texts, adapters, model.reading),
-        "sparse, always open": (texts, adapters, always_open),
-        "in context": (prompts, None, "sum"),
+        "bias alone": (texts, [biases[id(one)] for one in adapters], {"read": "sum"}),
+        "published sum": (texts, adapters, {"read": "sum"}),
+        "sparse": (texts, adapters, {"read": model.reading}),
+        "sparse, always open": (texts, adapters, {"read": always_open}),
+        "router": (texts, adapters, {"blocks": 1}),
+        "in context": (prompts, None, {}),
     }
     for method in only:
-        asked, inside, read = ways[method]
+        asked, inside, how = ways[method]
         began = time.process_time()
-        predictions = model.answer(asked, inside, read=read)
+        predictions = model.answer(asked, inside, **how)
         seconds = (time.process_time() - began) / len(texts)
         rows += [row | {"method": method, "seconds": seconds} for row in marked(questions, predictions)]
     return pd.DataFrame(rows).assign(condition=conditions * len(only))
@@ -136,6 +137,8 @@ def measure_reading(
 
     "in context" is the base model with the document in its prompt, or alone for the encyclopedia. The sum of 16 or more
     documents has no such row.
+
+    "router" is the one block that the model's router chooses, or none (`answer(blocks=1)`).
 
     only: methods, of METHODS. The null block matters to "sparse" alone.
     """

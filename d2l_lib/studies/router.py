@@ -12,7 +12,7 @@ import pandas as pd
 from d2l_lib.adapter import Adapter
 from d2l_lib.documents import Chunk, chunk_document
 from d2l_lib.model import DocToLoRA
-from d2l_lib.routing import key_scores, route_by_keys
+from d2l_lib.routing import key_scores, route, route_by_keys
 from d2l_lib.tasks import world
 from d2l_lib.tasks.scores import wilson
 
@@ -83,9 +83,10 @@ def measure_router(
     """A row per number of blocks and measure: blocks, measure, n, share, low, high, cpu_milliseconds, and megabytes.
 
     Ranks by `routing.key_scores`: "right block first", "among 4", "among 8". Exact match of greedy answers: with the
-    first block ("best block"), with that where it is relevant enough ("best block, tried": `answer(blocks=1)`), with
-    the most relevant of the best 8, with sparse reading of the best 8 and of all blocks, with the most relevant of all
-    blocks (if few enough to try), and with the bias alone, for its time.
+    first block ("best block"), with that where it is relevant enough ("best block, tried"), with the block that the
+    model's router chooses, if any ("router": `answer(blocks=1)`), with the most relevant of the best 8, with sparse
+    reading of the best 8 and of all blocks, with the most relevant of all blocks (if few enough to try), and with the
+    bias alone, for its time.
 
     megabytes, megabytes_of_keys: of the adapter's tensors, and of the keys of the one layer that the router needs.
     """
@@ -127,17 +128,21 @@ def _answers(model: DocToLoRA, adapter: Adapter, size: int) -> list[tuple[str, i
     def routed(texts, blocks, read):
         return model.answer(texts, route_by_keys(model, texts, [adapter] * len(texts), blocks), read=read)
 
+    def tried(texts):
+        return route(model, texts, [adapter] * len(texts), least=model.least_relevance)
+
     ways = [
         ("bias alone", None, lambda texts: model.answer(texts, bias)),
         ("best block", None, lambda texts: routed(texts, 1, "sum")),
-        ("best block, tried", None, lambda texts: model.answer(texts, adapter, blocks=1)),
+        ("best block, tried", None, lambda texts: model.answer(texts, tried(texts))),
+        ("router", None, lambda texts: model.answer(texts, adapter, blocks=1)),
         ("most relevant of 8", None, lambda texts: model.answer(texts, adapter, blocks=1, shortlist=_SHORTLIST)),
         ("sparse reading of the best 8", None, lambda texts: routed(texts, _SHORTLIST, "sparse")),
         ("sparse reading of all", None, lambda texts: model.answer(texts, adapter, read="sparse")),
     ]
     if size <= _MOST_TRIED:
-        tried = {"blocks": 1, "shortlist": None}
-        ways.append(("every block tried", _TRIED, lambda texts: model.answer(texts, adapter, **tried)))
+        every = {"blocks": 1, "shortlist": None}
+        ways.append(("every block tried", _TRIED, lambda texts: model.answer(texts, adapter, **every)))
     return ways
 
 
