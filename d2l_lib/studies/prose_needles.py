@@ -31,12 +31,8 @@ def run(
     stories, rows = read_texts(texts), []
     for length in lengths:
         some = list(prose.haystacks(stories, model.tokenizer, length, n, seed, piece_tokens=model.chunk_tokens))
-        of_piece = _blocks_of(model, [piece for one in some for piece in one.pieces])
-        adapters = [
-            model.adapter_of([replace(of_piece[piece], chunk=k) for k, piece in enumerate(one.pieces)]) for one in some
-        ]
         asked = [one.needle.question for one in some]
-        replies, seconds = ask(model, asked, adapters, _NEW_TOKENS)
+        replies, seconds = _ask_inside(model, some)
         rows += _rows("Doc-to-LoRA", length, some, replies, seconds)
         replies, seconds = ask(model, asked, [None] * n, _NEW_TOKENS)
         rows += _rows("question alone", length, some, replies, seconds)
@@ -49,6 +45,24 @@ def run(
             rows += _rows("haystack in the prompt", length, some, replies, seconds)
         print(length, {row["method"]: row["exact_match"] for row in rows if row["length_tokens"] == length}, flush=True)
         yield list(rows)
+
+
+def _ask_inside(model: DocToLoRA, some: Sequence[prose.ProseHaystack]) -> tuple[list[str], float]:
+    """(answers with each haystack inside, seconds of the processor for each); one stretch at a time, for memory."""
+    replies, seconds = [""] * len(some), 0.0
+    for stretch in sorted({one.stretch for one in some}):
+        places = [place for place, one in enumerate(some) if one.stretch == stretch]
+        own = [some[place] for place in places]
+        of_piece = _blocks_of(model, [piece for one in own for piece in one.pieces])
+        adapters = [
+            model.adapter_of([replace(of_piece[piece], chunk=k) for k, piece in enumerate(one.pieces)]) for one in own
+        ]
+        answers, each = ask(model, [one.needle.question for one in own], adapters, _NEW_TOKENS)
+        for place, answer in zip(places, answers, strict=True):
+            replies[place] = answer
+        seconds += each * len(own)
+        print(f"{len(own)} haystacks of {own[0].length_tokens} tokens", flush=True)
+    return replies, round(seconds / len(some), 4)
 
 
 def _blocks_of(model: DocToLoRA, pieces: Sequence[str]) -> dict[str, Block]:

@@ -37,6 +37,7 @@ class ProseHaystack:
     """Pieces of a text with a needle in one of them.
 
     place: the number of that piece. depth: where it stands, 0 to 1. length_tokens: of all pieces, without the needle.
+    stretch: the number of the text; haystacks of one share all other pieces.
     """
 
     pieces: tuple[str, ...]
@@ -44,6 +45,7 @@ class ProseHaystack:
     place: int
     depth: float
     length_tokens: int
+    stretch: int
 
     @property
     def text(self) -> str:
@@ -89,7 +91,8 @@ def haystacks(
         raise ValueError(f"pieces of {piece_tokens} tokens have no room for a needle of {room}: make them longer")
     stretches = [_stretch(texts, tokenizer, length_tokens, limit, rng) for _ in range(min(_N_STRETCHES, n))]
     for i in range(n):
-        pieces, length = stretches[i % len(stretches)]
+        stretch = i % len(stretches)
+        pieces, length = stretches[stretch]
         depth = ((i % _N_DEPTHS) + rng.random()) / _N_DEPTHS
         place = min(int(depth * len(pieces)), len(pieces) - 1)
         needle = draw_needle(rng, KINDS[i % len(KINDS)])
@@ -97,7 +100,8 @@ def haystacks(
         cut = rng.choice([0, *ends])
         before, after = pieces[place][:cut].rstrip(), pieces[place][cut:].lstrip()
         changed = " ".join(filter(None, (before, needle.sentence, after)))
-        yield ProseHaystack((*pieces[:place], changed, *pieces[place + 1 :]), needle, place, depth, length)
+        changed_pieces = (*pieces[:place], changed, *pieces[place + 1 :])
+        yield ProseHaystack(changed_pieces, needle, place, depth, length, stretch)
 
 
 def _stretch(

@@ -30,12 +30,14 @@ def test_each_length_and_way_has_its_rows(folder, monkeypatch):
     assert len(first) == 8 and len(second) == 16 and second[:8] == first
     assert {row["method"] for row in second} == {"Doc-to-LoRA", "question alone"}
     assert [row["n"] for row in first[:4]] == [2, 2, 2, 6] and all(row["exact_match"] == 0 for row in second)
-    (_, some), (_, none) = seen[:2]
-    assert none == [None] * 6 and all(one.documents == ["haystack"] for one in some)
+    *inside, (_, none) = seen[:4]
+    assert none == [None] * 6 and [len(adapters) for _, adapters in inside] == [2, 2, 2]  # a stretch at a time
+    some = [one for _, adapters in inside for one in adapters]
+    assert all(one.documents == ["haystack"] for one in some)
     blocks = [len(one.blocks) for one in some]
     assert min(blocks) > 3 and len({tuple(block.chunk for block in one.blocks) for one in some}) == len(set(blocks))
     # haystacks with the same text share all blocks but those with a needle
-    one, other = some[0], some[3]
+    one, other = some[:2]
     shared = [a.A["down_proj"] is b.A["down_proj"] for a, b in zip(one.blocks, other.blocks, strict=True)]
     assert 0 < shared.count(False) <= 2
 
@@ -52,12 +54,14 @@ def test_right_answers_are_counted_by_kind(folder, monkeypatch):
 
     monkeypatch.setattr(prose_needles.prose, "draw_needle", kept)
 
+    place = {}
+
     def ask(model, prompts, adapters, new_tokens):
-        place, replies = {}, []
+        replies = []
         for prompt, adapter in zip(prompts, adapters, strict=True):
             question = next(question for question in needles if question in prompt)
             number = place[question] = place.get(question, -1) + 1
-            answer = needles[question][20 + number]  # 20 were drawn to see how long they are
+            answer = needles[question][20 + number % 2]  # 20 were drawn to see how long they are
             replies.append("no" if adapter is None or "date" in prompt else answer)
         return replies, 0.5
 
