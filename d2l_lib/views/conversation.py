@@ -10,8 +10,6 @@ import ipywidgets as W
 
 from d2l_lib.documents import check_texts, name_documents, read_document
 from d2l_lib.formats import markup
-from d2l_lib.model import DocToLoRA
-from d2l_lib.row_reading import answer_rows
 from d2l_lib.views.examples import ModelMenu, checked_examples, suggestions
 from d2l_lib.views.page import (
     REDRAW_S,
@@ -342,8 +340,13 @@ class Conversation:
     def read_from(self, question: str, answer: str) -> str:
         """What the adapter's answer was read from, in words; "" without one, and for a model that writes no rows."""
         held = self.copy()
+        if not held.has_rows:
+            return ""
+        from d2l_lib.model import DocToLoRA  # which imports torch
+        from d2l_lib.row_reading import answer_rows
+
         adapter = held.adapter()
-        reads = held.has_rows and isinstance(held.model, DocToLoRA) and not answer.startswith(_NO_ANSWER)
+        reads = isinstance(held.model, DocToLoRA) and not answer.startswith(_NO_ANSWER)
         if not reads or adapter is None or not any(block.weight for block in adapter.blocks):
             return ""
         table = answer_rows(held.model, question, adapter, answer, system=held.system)
