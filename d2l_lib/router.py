@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 CANDIDATES = 64  # blocks that are weighed in all layers, those that respond most in the last one
-_LEAST_LOG = -12.0  # of the probability of a refusal: below, all answers are as sure
+LEAST_LOG = -12.0  # of the probability of a refusal: below, all answers are as sure
 _TINY = 1e-3  # of responses, which are around 1
 
 
@@ -73,7 +73,7 @@ class Router:
     def goes_by_words(self, log_refusal: float, first_margin: float) -> bool:
         """Whether the words of the question choose, and not its last token."""
         constant, of_refusal, of_margin = self.by_words
-        return constant + of_refusal * max(log_refusal, _LEAST_LOG) + of_margin * first_margin > 0
+        return constant + of_refusal * max(log_refusal, LEAST_LOG) + of_margin * first_margin > 0
 
 
 def log_margins(responses: Tensor, null: Tensor) -> Tensor:

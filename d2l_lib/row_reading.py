@@ -108,7 +108,7 @@ class _Rows:
     def words_held(self, words: Tensor, before: Tensor, reader: RowReader) -> Tensor:
         """[n, chunks, 2]: what each of words [n] adds to w_1 and w_2 of the chunks; before: the last word, or -1."""
         own = self.values[::_WORDS]
-        holds, first = (reader.words.standing_in(own, some.clamp_min(0)) for some in (words, before))
+        holds, first = reader.words.standing_in(own, torch.cat([words, before.clamp_min(0)])).chunk(2)
         chunk = self.chunk.to(holds.device)
         follows = F.pad(first[:, :-1] & (chunk[1:] == chunk[:-1]), (1, 0)) & (before >= 0)[:, None]
         held = torch.stack([holds, holds & follows], 1).float()  # [n, 2, T]

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from d2l_lib.documents import question_ids
-from d2l_lib.formats.checkpoints import load_checkpoint, save_checkpoint
-from d2l_lib.loading import find_checkpoint
 from d2l_lib.model import DocToLoRA
 from d2l_lib.row_reader import NEAR
 from d2l_lib.row_reading import RowReading, read_rows
 from d2l_lib.studies.articles import questions_on_articles
+from d2l_lib.studies.fits import keep_in_reader, minimised
 from d2l_lib.tasks import scores
 
 _ARTICLES = 15  # that weights are fitted on
@@ -33,7 +32,7 @@ _USED = {  # parts by method
     "rows, nearness and words": (0, 1, 2),
     "all four": (0, 1, 2, 3),
 }
-_RIDGE, _STEPS = 0.01, 200
+_RIDGE = 0.01
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,8 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, test: str, keep: st
     if keep is not None:
         if not fitted[-1][0]:
             raise ValueError("rows tell nothing about the right chunk, so other parts cannot be weighed beside them")
-        folder = find_checkpoint(keep)
-        hypernetwork, meta = load_checkpoint(folder)
         nearness, *words = (fitted[-1][1:] / fitted[-1][0]).tolist()
-        hypernetwork.reader.weigh_chunks(_NEAREST, nearness, words)
-        save_checkpoint(folder, hypernetwork, meta, torch.float16)
+        keep_in_reader(keep, lambda reader: reader.weigh_chunks(_NEAREST, nearness, words))
     return rows
 
 
@@ -99,20 +95,14 @@ def fit(parts: list[Tensor], right: list[Tensor]) -> Tensor:
     """
     parts = [one - one.mean(0) for one in parts]
     size = torch.cat(parts).std(0).clamp_min(1e-6)
-    weights = torch.zeros(len(size), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
+    def loss(weights: Tensor) -> Tensor:
         of_each = [
             -(one / size @ weights).log_softmax(0)[own].logsumexp(0) for one, own in zip(parts, right, strict=True)
         ]
-        total = torch.stack(of_each).mean() + _RIDGE * weights.square().sum()
-        total.backward()
-        return total
+        return torch.stack(of_each).mean() + _RIDGE * weights.square().sum()
 
-    optimizer.step(loss)
-    return (weights.detach() / size).clamp_min(0)
+    return (minimised(loss, len(size)) / size).clamp_min(0)
 
 
 def _row(asked: list[_Asked], used: tuple[int, ...], weights: Tensor) -> dict:

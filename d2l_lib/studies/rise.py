@@ -17,11 +17,10 @@ from torch import Tensor
 
 from d2l_lib.adapter import Adapter, Block
 from d2l_lib.documents import question_ids
-from d2l_lib.formats.checkpoints import load_checkpoint, save_checkpoint
-from d2l_lib.loading import find_checkpoint
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import PRESETS, RowsPreset
 from d2l_lib.row_reading import read_rows
+from d2l_lib.studies.fits import keep_in_reader, minimised
 from d2l_lib.tasks import qa
 from d2l_lib.training.recipes import never_learned_prompts
 from d2l_lib.training.row_features import Limits, never_learned, passages_of
@@ -29,7 +28,7 @@ from d2l_lib.training.row_features import Limits, never_learned, passages_of
 SIZES = 1, 4, 16, 64, 256  # chunks
 _PASSAGES = 320  # that chunks are drawn from
 _OF_ONE = 16  # prompts that meet the same chunks
-_RIDGE, _STEPS = 1e-3, 200
+_RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,7 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, keep: str | None) -
             row |= {f"words_{name}": round(weights[0], 4), f"rise_{name}": round(weights[1], 4)}
         rows.append(row | {"seed": seed})
     if keep is not None:
-        folder = find_checkpoint(keep)
-        hypernetwork, meta = load_checkpoint(folder)
-        hypernetwork.reader.weigh_gate(*fitted)
-        save_checkpoint(folder, hypernetwork, meta, torch.float16)
+        keep_in_reader(keep, lambda reader: reader.weigh_gate(*fitted))
     return rows
 
 
@@ -104,18 +100,12 @@ def fit_words(asked: Sequence[Sequence[_Asked]]) -> float:
             about.append(torch.full_like(one.words, place))
     x, y = torch.cat(parts), torch.cat(about)
     mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
-    weights = torch.zeros(len(scale) + 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
+    def loss(weights: Tensor) -> Tensor:
         logits = (x - mean) / scale @ weights[:-1] + weights[-1]
-        total = F.binary_cross_entropy_with_logits(logits, y) + _RIDGE * weights[:-1].square().sum()
-        total.backward()
-        return total
+        return F.binary_cross_entropy_with_logits(logits, y) + _RIDGE * weights[:-1].square().sum()
 
-    optimizer.step(loss)
-    logit, words, _ = (weights.detach()[:-1] / scale).tolist()
+    logit, words, _ = (minimised(loss, len(scale) + 1)[:-1] / scale).tolist()
     return max(0.0, words / logit) if logit > 0 else 0.0
 
 

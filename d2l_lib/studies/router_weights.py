@@ -23,8 +23,9 @@ from d2l_lib.formats.schemas import CheckpointSettings, check
 from d2l_lib.loading import find_checkpoint
 from d2l_lib.model import DocToLoRA
 from d2l_lib.records import read_json, write_json
-from d2l_lib.router import Router, log_margins, word_peaks
+from d2l_lib.router import LEAST_LOG, Router, log_margins, word_peaks
 from d2l_lib.routing import Weighed, weigh
+from d2l_lib.studies.fits import minimised
 from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import disjoint_documents, one_hop_question
 from d2l_lib.tasks.scores import wilson
@@ -32,7 +33,6 @@ from d2l_lib.tasks.scores import wilson
 BY_WORDS = ("which_of", "list", "yes_no")  # kinds that name the value and do not ask for it
 _ENCYCLOPEDIA, _MANY = "encyclopedia", "64 documents"
 _PENALTY = 1e-3  # of squared weights
-_SHUT = -12.0  # log-probability of a refusal: all below are alike
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def fit_router(model: DocToLoRA, asked: Sequence[_Asked]) -> Router:
 
 def _of_question(one: _Asked) -> tuple[float, float]:
     margins = log_margins(one.weighed.responses, one.weighed.null)
-    return max(one.weighed.log_refusal, _SHUT), float(margins[0].max())
+    return max(one.weighed.log_refusal, LEAST_LOG), float(margins[0].max())
 
 
 def _conditional_logit(features: Sequence[Tensor], asked: Sequence[_Asked], null: bool) -> list[float]:
@@ -123,18 +123,8 @@ def _conditional_logit(features: Sequence[Tensor], asked: Sequence[_Asked], null
 
 def _minimised(loss: Callable[[Tensor], Tensor], size: int) -> list[float]:
     """The weights of the least loss, with a small penalty."""
-    w = torch.zeros(size, requires_grad=True)
-    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        total = loss(w) + _PENALTY * w.square().sum()
-        total.backward()
-        return total
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return [round(one, 4) for one in w.tolist()]
+    weights = minimised(lambda w: loss(w) + _PENALTY * w.square().sum(), size)
+    return [round(one, 4) for one in weights.tolist()]
 
 
 def _ideas(router: Router) -> dict[str, Callable[[Weighed], list[int]]]:
