@@ -185,6 +185,16 @@ STUDIES = {
             },
         },
     ),
+    "distilled-passages": Study(
+        "distilled_passages:run",
+        ("distilled_passages",),
+        "a LoRA trained for each passage of real text, against adapters",
+        *(8, "passages, at most five questions each", "smollm2"),
+        options={
+            "--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "data set, and its file (squad)"},
+            "--steps": {"type": "count", "default": 300, "help": "of training a LoRA (300)"},
+        },
+    ),
     "facts": Study(
         "facts:run",
         ("facts",),

@@ -98,19 +98,19 @@ def choose(model: DocToLoRA, methods: Sequence[str], only: Sequence[str] | None)
     ]
     if not chosen:
         raise ValueError(f"no method is called {' or '.join(only)}; there are {', '.join(methods)}")
-    if not _published_folder(model).is_dir():
+    if not published_folder(model).is_dir():
         chosen = [name for name in chosen if not METHODS[name].published]
     if not chosen:
         raise ValueError(
-            f"there is no hypernetwork of the published form in {_published_folder(model)}: d2l train --stage "
+            f"there is no hypernetwork of the published form in {published_folder(model)}: d2l train --stage "
             "published makes one, or choose other methods"
         )
-    if _lora_folder(model).is_dir() or not any(METHODS[name].reads for name in chosen):
+    if lora_folder(model).is_dir() or not any(METHODS[name].reads for name in chosen):
         return chosen
     if only is None:
         return [name for name in chosen if not METHODS[name].reads]
     raise ValueError(
-        f"there is no reading LoRA in {_lora_folder(model)}: d2l train --stage reading-lora makes one, or choose "
+        f"there is no reading LoRA in {lora_folder(model)}: d2l train --stage reading-lora makes one, or choose "
         "other methods"
     )
 
@@ -140,16 +140,16 @@ def rows_of_methods(model: DocToLoRA, frame: pd.DataFrame, methods: Sequence[str
     facts = {"dataset": frame["dataset"].iloc[0], "n_passages": len(documents)}
     inside = {}  # {published or not: (model, adapters, costs)}
     for published in {METHODS[name].published for name in methods if METHODS[name].applied is not _nothing}:
-        one = load(_published_folder(model), device=model.device, dtype=model.base_model.dtype) if published else model
+        one = load(published_folder(model), device=model.device, dtype=model.base_model.dtype) if published else model
         inside[published] = one, *_internalized(one, documents)
-    lora = _reading_lora(model) if any(METHODS[name].reads for name in methods) else None
+    lora = reading_lora(model) if any(METHODS[name].reads for name in methods) else None
     known: dict[tuple[bool, str], tuple[str, float]] = {}
     for name in methods:
         method = METHODS[name]
         prompts, own = method.prompts(model, frame, seed)
         if method.applied is _nothing:
             new = [one for one in dict.fromkeys(prompts) if (method.reads, one) not in known]
-            answers, seconds = _read(model, new, lora) if method.reads else ask(model, new, [None] * len(new))
+            answers, seconds = ask_reading(model, new, lora) if method.reads else ask(model, new, [None] * len(new))
             known |= {(method.reads, one): (answer, seconds) for one, answer in zip(new, answers, strict=True)}
             replies, each = zip(*(known[method.reads, one] for one in prompts), strict=True)
             seconds = round(sum(each) / len(each), 4)
@@ -208,20 +208,22 @@ def _batches(adapters: Sequence[Adapter | None]) -> Iterator[slice]:
 
 
 # --- the reading LoRA -----------------------------------------------------------------------------------------------
-def _lora_folder(model: DocToLoRA) -> Path:
+def lora_folder(model: DocToLoRA) -> Path:
+    """Where the bundled reading LoRA of this base model would be."""
     return bundled_path(model.base_source or "") / "reading_lora"
 
 
-def _published_folder(model: DocToLoRA) -> Path:
+def published_folder(model: DocToLoRA) -> Path:
+    """Where the bundled hypernetwork of the published form of this base model would be."""
     return bundled_path(model.base_source or "") / "published"
 
 
-def _reading_lora(model: DocToLoRA) -> Adapter:
+def reading_lora(model: DocToLoRA) -> Adapter:
     """The bundled LoRA with which this base model reads its prompt; FileNotFoundError without one."""
-    return Adapter.from_peft(_lora_folder(model), model)
+    return Adapter.from_peft(lora_folder(model), model)
 
 
-def _read(
+def ask_reading(
     model: DocToLoRA, prompts: Sequence[str], lora: Adapter, new_tokens: int = _NEW_TOKENS
 ) -> tuple[list[str], float]:
     """(answers, seconds of the processor for each) of the base model with this LoRA in its weights' place."""

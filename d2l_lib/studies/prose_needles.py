@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pandas as pd
 
-from d2l_lib.adapter import Block
+from d2l_lib.adapter import Adapter, Block
 from d2l_lib.model import DocToLoRA
-from d2l_lib.studies.passages import ask
+from d2l_lib.studies.passages import ask, ask_reading, lora_folder, reading_lora
 from d2l_lib.tasks import prose, qa, scores
 from d2l_lib.training.selfgen import read_texts
 
 _NEW_TOKENS = 12
 _PROMPT_TOKENS = 24  # the base model answers in sentences
+_AT_ONCE = 16384  # tokens of prompts, for memory
+IN_PROMPT = "haystack in the prompt"
+WITH_LORA = f"{IN_PROMPT}, reading LoRA"
 
 
 def run(
@@ -26,9 +29,10 @@ def run(
     lengths: of haystacks, in tokens. in_prompt: those that the base model also reads in its prompt.
 
     An answer is right by SQuAD's exact match; in the prompt it is also counted where the reply holds the answer's
-    words, as the base model answers in sentences.
+    words, as the base model answers in sentences. With its reading LoRA, if it has one, it answers in a few words.
     """
     stories, rows = read_texts(texts), []
+    lora = reading_lora(model) if in_prompt and lora_folder(model).is_dir() else None
     for length in lengths:
         some = list(prose.haystacks(stories, model.tokenizer, length, n, seed, piece_tokens=model.chunk_tokens))
         asked = [one.needle.question for one in some]
@@ -41,8 +45,9 @@ def run(
                 qa.with_document(one.text, [question], model.tokenizer, model.window, _PROMPT_TOKENS)[0]
                 for one, question in zip(some, asked, strict=True)
             ]
-            replies, seconds = ask(model, prompts, [None] * n, _PROMPT_TOKENS)
-            rows += _rows("haystack in the prompt", length, some, replies, seconds)
+            for reader in [None] if lora is None else [None, lora]:
+                replies, seconds = _ask_in_prompt(model, prompts, length, reader)
+                rows += _rows(IN_PROMPT if reader is None else WITH_LORA, length, some, replies, seconds)
         print(length, {row["method"]: row["exact_match"] for row in rows if row["length_tokens"] == length}, flush=True)
         yield list(rows)
 
@@ -63,6 +68,23 @@ def _ask_inside(model: DocToLoRA, some: Sequence[prose.ProseHaystack]) -> tuple[
         seconds += each * len(own)
         print(f"{len(own)} haystacks of {own[0].length_tokens} tokens", flush=True)
     return replies, round(seconds / len(some), 4)
+
+
+def _ask_in_prompt(
+    model: DocToLoRA, prompts: Sequence[str], length: int, lora: Adapter | None
+) -> tuple[list[str], float]:
+    """(answers of the base model, with this LoRA if there is one, seconds of the processor for each)."""
+    replies, seconds, size = [], 0.0, max(1, _AT_ONCE // length)
+    for start in range(0, len(prompts), size):
+        part = prompts[start : start + size]
+        answers, each = (
+            ask(model, part, [None] * len(part), _PROMPT_TOKENS)
+            if lora is None
+            else ask_reading(model, part, lora, _PROMPT_TOKENS)
+        )
+        replies += answers
+        seconds += each * len(part)
+    return replies, round(seconds / len(prompts), 4)
 
 
 def _blocks_of(model: DocToLoRA, pieces: Sequence[str]) -> dict[str, Block]:

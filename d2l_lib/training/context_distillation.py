@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2l_lib.adapter import Adapter, Block
 from d2l_lib.base_model import module_sizes
@@ -48,10 +48,11 @@ def sample_questions(model: DocToLoRA, document: str, n: int, seed: int, rounds:
 
 @dataclass
 class ContextDistillation:
-    """A LoRA trained by gradient descent on the base model's answers with the document in its prompt.
+    """A LoRA trained by gradient descent on a teacher's answers with the document in its prompt.
 
     queries: "oracle" (the questions that are asked later), or a number for `questions_from(model, document, n, seed)`.
     steps: of AdamW (published: 300), on at most `batch` questions each.
+    teacher: what answers with the document in its prompt (None: the base model), of the same tokenizer.
 
     Answers and top-16 log-probabilities are as in self-generated data. Target linears, rank and scale are those of the
     model's hypernetwork.
@@ -66,6 +67,7 @@ class ContextDistillation:
     name: str = ""
     questions_from: Callable[[DocToLoRA, str, int, int], list[str]] = sample_questions
     max_new_tokens: int = 48
+    teacher: nn.Module | None = None
 
     def __post_init__(self):
         if self.queries != "oracle" and not (isinstance(self.queries, int) and self.queries > 0):
@@ -79,7 +81,8 @@ class ContextDistillation:
         questions = check_texts(questions, "questions")
         tokenizer = self.model.tokenizer
         prompts = qa.with_document(document, questions, tokenizer, self.model.window, self.max_new_tokens)
-        engine = TransformersEngine("teacher", self.model.base_model, tokenizer)
+        teacher = self.model.base_model if self.teacher is None else self.teacher
+        engine = TransformersEngine("teacher", teacher, tokenizer)
         replies = engine.reply(question_ids(tokenizer, prompts), self.max_new_tokens, 0.0, self.seed)
         pairs = zip(question_ids(tokenizer, questions), replies, strict=True)
         return self._train([(ids, reply) for ids, reply in pairs if reply and reply.finished])

@@ -248,8 +248,8 @@ def test_the_reading_lora_answers_as_a_model_that_it_was_merged_into(squad, tmp_
     monkeypatch.setattr(passages, "bundled_path", lambda name: tmp_path)
     asked, replies = {"n": 6, "seed": 0, "questions": f"squad={file}", "only": ["reading LoRA"]}, []
     monkeypatch.setattr(passages, "earlier_rows", lambda name: [])
-    plain = passages._read
-    monkeypatch.setattr(passages, "_read", lambda *arguments: replies.append(plain(*arguments)) or replies[-1])
+    plain = passages.ask_reading
+    monkeypatch.setattr(passages, "ask_reading", lambda *arguments: replies.append(plain(*arguments)) or replies[-1])
     *_, rows = passages.run(model, **asked)
     rows = _whole(rows)
     assert [row["method"] for row in rows[::3]] == [

@@ -70,3 +70,30 @@ def test_right_answers_are_counted_by_kind(folder, monkeypatch):
     by_kind = {row["kind"]: row["exact_match"] for row in rows if row["method"] == "Doc-to-LoRA"}
     assert by_kind == {"date": 1, "number": 1, "word": 1, "all": 1}
     assert all(row["exact_match"] == row["holds_answer"] == 0 for row in rows if row["method"] == "question alone")
+
+
+def test_the_base_model_reads_haystacks_in_its_prompt_with_and_without_a_lora(folder, monkeypatch):
+    model, parts = build_rows_model(), []
+    model.window = 1024
+    monkeypatch.setattr(prose_needles, "_AT_ONCE", 1600)
+
+    def ask(model, prompts, adapters, new_tokens):
+        parts.append((new_tokens, len(prompts)))
+        return ["I cannot tell."] * len(prompts), 1.0
+
+    def ask_reading(model, prompts, lora, new_tokens):
+        assert lora == "the LoRA" and all(prompt.count("gulls") > 5 for prompt in prompts)
+        parts.append(("LoRA", len(prompts)))
+        return [f"{number}" for number in range(len(prompts))], 2.0 if len(prompts) == 2 else 5.0
+
+    monkeypatch.setattr(prose_needles, "ask", ask)
+    monkeypatch.setattr(prose_needles, "ask_reading", ask_reading)
+    monkeypatch.setattr(prose_needles, "reading_lora", lambda model: "the LoRA")
+    monkeypatch.setattr(prose_needles, "lora_folder", lambda model: folder)
+    (rows,) = prose_needles.run(model, 5, 0, str(folder), [700], [700])
+    seconds = {row["method"]: row["seconds"] for row in rows if row["kind"] == "all"}
+    assert seconds[prose_needles.IN_PROMPT] == 1 and seconds[prose_needles.WITH_LORA] == (2 * 2 + 2 * 2 + 5) / 5
+    assert parts[-6:] == [(24, 2), (24, 2), (24, 1), ("LoRA", 2), ("LoRA", 2), ("LoRA", 1)], "few at a time, for memory"
+    monkeypatch.setattr(prose_needles, "lora_folder", lambda model: folder / "none")
+    (rows,) = prose_needles.run(model, 5, 0, str(folder), [700], [700])
+    assert {row["method"] for row in rows} == {"Doc-to-LoRA", "question alone", prose_needles.IN_PROMPT}

@@ -288,8 +288,7 @@ def test_shard_viewer_in_a_browser(page):
     expect(open_panel).to_contain_text("token 2: 97.0 %")
 
     cell.locator(".noUi-handle").nth(0).focus()
-    for _ in range(4):
-        page.keyboard.press("PageUp")
+    page.keyboard.press("PageUp")  # once: of several presses the last may reach the kernel after the button's click
     expect(view).not_to_have_attribute("data-matches", str(count + 1))
     cell.get_by_role("button", name="Clear filters").click()
     expect(view).to_have_attribute("data-matches", str(count + 1))
