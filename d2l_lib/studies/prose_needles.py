@@ -8,9 +8,10 @@ from dataclasses import replace
 import pandas as pd
 
 from d2l_lib.adapter import Adapter, Block
+from d2l_lib.loading import reading_lora, reading_lora_folder
 from d2l_lib.model import DocToLoRA
 from d2l_lib.studies import earlier_rows
-from d2l_lib.studies.passages import ask, ask_reading, lora_folder, reading_lora
+from d2l_lib.studies.passages import ask, ask_reading
 from d2l_lib.tasks import prose, qa, scores
 from d2l_lib.training.selfgen import read_texts
 
@@ -36,7 +37,7 @@ def run(
     """
     stories = read_texts(texts)
     rows = [row for row in earlier_rows("prose_needles") if row["length_tokens"] not in lengths]
-    lora = reading_lora(model) if in_prompt and lora_folder(model).is_dir() else None
+    lora = reading_lora(model) if in_prompt and reading_lora_folder(model).is_dir() else None
     for length in lengths:
         some = list(prose.haystacks(stories, model.tokenizer, length, n, seed, piece_tokens=model.chunk_tokens))
         asked = [one.needle.question for one in some]

@@ -105,11 +105,11 @@ def test_the_base_model_reads_haystacks_in_its_prompt_with_and_without_a_lora(fo
     monkeypatch.setattr(prose_needles, "ask", ask)
     monkeypatch.setattr(prose_needles, "ask_reading", ask_reading)
     monkeypatch.setattr(prose_needles, "reading_lora", lambda model: "the LoRA")
-    monkeypatch.setattr(prose_needles, "lora_folder", lambda model: folder)
+    monkeypatch.setattr(prose_needles, "reading_lora_folder", lambda model: folder)
     (rows,) = prose_needles.run(model, 5, 0, str(folder), [700], [700])
     seconds = {row["method"]: row["seconds"] for row in rows if row["kind"] == "all"}
     assert seconds[prose_needles.IN_PROMPT] == 1 and seconds[prose_needles.WITH_LORA] == (2 * 2 + 2 * 2 + 5) / 5
     assert parts[-6:] == [(24, 2), (24, 2), (24, 1), ("LoRA", 2), ("LoRA", 2), ("LoRA", 1)], "few at a time, for memory"
-    monkeypatch.setattr(prose_needles, "lora_folder", lambda model: folder / "none")
+    monkeypatch.setattr(prose_needles, "reading_lora_folder", lambda model: folder / "none")
     (rows,) = prose_needles.run(model, 5, 0, str(folder), [700], [700])
     assert {row["method"] for row in rows} == {"Doc-to-LoRA", "question alone", prose_needles.IN_PROMPT}
