@@ -439,10 +439,10 @@ class Adapter:
         """ValueError for rows that attention reads: they have no sum."""
         if self.is_rows:
             raise ValueError(
-                "this adapter holds token rows, which attention reads and nothing adds up: weights, export, "
-                "compression, merging, routing and reports are for adapters that are summed. "
+                "this adapter holds token rows, which attention reads and nothing adds up: analysis.weights, export, "
+                "compression, merging and routing are for adapters that are summed. analysis.rows measures it, "
                 "row_reading.answer_rows tells what was read, analysis.attribution which chunk or sentence an answer "
-                "hangs on, and without() leaves a document out"
+                "hangs on, d2l.report what it holds, and without() leaves a document out"
             )
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, steps: int) -> list
     methods = [
         NoContext(model, "question alone", max_new_tokens=_NEW_TOKENS),
         _Reading(model, teacher),
-        Internalized(model, max_new_tokens=_NEW_TOKENS, read="sparse"),
+        Internalized(model, max_new_tokens=_NEW_TOKENS),
         ContextDistillation(form, "oracle", name="context distillation, the questions themselves", **common),
         ContextDistillation(form, _QUERIES, name=f"context distillation, {_QUERIES} written questions", **common),
     ]
