@@ -34,6 +34,7 @@ FORMAT = "d2l-adapter"
 _FORMAT_VERSION = 1
 _USUAL_ENDINGS = ("", ".safetensors", ".st", ".sft", ".adapter", ".lora", ".d2l")  # of files that `save` may replace
 # Where a target module sits in a decoder layer, for an adapter without paths of its own.
+_FOLD = 4  # times d_out: of a larger rank the sum itself is applied
 _USUAL_PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
 _USUAL_PARENTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 
@@ -439,10 +440,10 @@ class Adapter:
         """ValueError for rows that attention reads: they have no sum."""
         if self.is_rows:
             raise ValueError(
-                "this adapter holds token rows, which attention reads and nothing adds up: weights, export, "
-                "compression, merging, routing and reports are for adapters that are summed. "
+                "this adapter holds token rows, which attention reads and nothing adds up: analysis.weights, export, "
+                "compression, merging and routing are for adapters that are summed. analysis.rows measures it, "
                 "row_reading.answer_rows tells what was read, analysis.attribution which chunk or sentence an answer "
-                "hangs on, and without() leaves a document out"
+                "hangs on, d2l.report what it holds, and without() leaves a document out"
             )
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
@@ -465,6 +466,23 @@ class Adapter:
             return tuple(torch.zeros(len(self.layers), 0, size) for size in self.sizes[module])
         A = torch.cat([A if weight == 1 else A * weight for A, _, weight in parts], dim=1)
         return A, torch.cat([B for _, B, _ in parts], dim=1)
+
+    def _applied_factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """(A [L, R, d_in], B [L, R, d_out]) with the same sum as `_factors`, of the layers that are held alone.
+
+        An adapter of a rank far above d_out costs more to apply than its sum does. It is added up then, once: the
+        update itself as A, of rank d_out, and the identity as B. Tensors that learn stay as they are.
+        """
+        d_in, d_out = self.sizes[module]
+        if self.rank < _FOLD * d_out or any(tensor.requires_grad for tensor in self._tensors()):
+            return self._factors(module)
+        folded = self.__dict__.setdefault("_folded", {})
+        if module not in folded:
+            A, B = self._factors(module)
+            wide = torch.promote_types(A.dtype, torch.float32)
+            update = (B.to(wide).mT @ A.to(wide)).to(A.dtype)
+            folded[module] = update, torch.eye(d_out, dtype=B.dtype, device=B.device).expand(len(update), -1, -1)
+        return folded[module]
 
     @cached_property
     def stacked(self) -> Factors:
@@ -911,14 +929,15 @@ def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float, t
     """Several adapters side by side, for `lora.apply_lora`: (loras, scale, the L layers that any of them writes).
 
     loras: {module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}. Layers are None where they are all.
-    R is the largest rank; zero rows fill up the others. None (the plain base model) is zero rows only, and so are a
+    R is the largest rank, and at most 4 d_out where nothing learns (see `Adapter._applied_factors`); zero rows fill up
+    the others. None (the plain base model) is zero rows only, and so are a
     module and a layer that an adapter does not write. The precision is the highest among them. Where scales differ, A
     contains them and the common scale is 1. ValueError where all are None.
     """
     present = [adapter for adapter in adapters if adapter is not None]
     if not present:
         raise ValueError("no adapter to apply: all are None")
-    first, rank = present[0], max(adapter.rank for adapter in present)
+    first = present[0]
     one_scale = all(adapter.scale == first.scale for adapter in present)
     tensors = [tensor for adapter in present for tensor in adapter._tensors()] or [torch.zeros(0)]
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
@@ -927,16 +946,18 @@ def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float, t
     stacked = {}
     for module in sorted(sizes):
         if len(adapters) == 1:  # spares a copy
-            A, B = first._factors(module)
+            A, B = first._applied_factors(module)
             stacked[module] = (A.unsqueeze(0), B.unsqueeze(0))
             continue
+        parts = [None if one is None or module not in one.sizes else one._applied_factors(module) for one in adapters]
+        rank = max(own[0].shape[1] for own in parts if own is not None)
         shapes = ((len(adapters), len(layers), rank, size) for size in sizes[module])
         A, B = (torch.zeros(shape, dtype=dtype, device=tensors[0].device) for shape in shapes)
-        for context, adapter in enumerate(adapters):
-            if adapter is not None and module in adapter.sizes:
-                rows_A, rows_B = (_in_layers(rows, adapter.layers, layers) for rows in adapter._factors(module))
-                A[context, :, : adapter.rank] = rows_A if one_scale else rows_A * adapter.scale
-                B[context, :, : adapter.rank] = rows_B
+        for context, (adapter, own) in enumerate(zip(adapters, parts, strict=True)):
+            if own is not None:
+                rows_A, rows_B = (_in_layers(rows, adapter.layers, layers) for rows in own)
+                A[context, :, : rows_A.shape[1]] = rows_A if one_scale else rows_A * adapter.scale
+                B[context, :, : rows_B.shape[1]] = rows_B
         stacked[module] = (A, B)
     return stacked, first.scale if one_scale else 1.0, None if len(layers) == first.n_layers else layers
 

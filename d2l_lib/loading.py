@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from d2l_lib.adapter import Adapter
 from d2l_lib.base_model import base_model_names, bundled_path, check_place, input_device, load_base_model
 from d2l_lib.encoder import ContextEncoder
 from d2l_lib.formats.checkpoints import WEIGHTS, build_hypernetwork, load_checkpoint, read_published
@@ -257,6 +258,16 @@ def find_checkpoint(source: str | Path) -> Path:
         f"nothing at {str(source)!r}: give a bundled name ({known or 'none here'}), a folder that model.save wrote, "
         "a published checkpoint (*.bin), or a hub id owner/name"
     )
+
+
+def reading_lora_folder(model: DocToLoRA) -> Path:
+    """Where the bundled reading LoRA of this base model would be (see `reading_lora`)."""
+    return bundled_path(model.base_source or "") / "reading_lora"
+
+
+def reading_lora(model: DocToLoRA) -> Adapter:
+    """The bundled LoRA with which this base model answers from its prompt; FileNotFoundError without one."""
+    return Adapter.from_peft(reading_lora_folder(model), model)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -372,6 +372,32 @@ def test_stack_fills_up_with_zero_rows():
     assert not B[1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_of_a_large_rank_is_added_up_once(dtype):
+    small, many = build_adapter(("a",)), build_adapter(("b", "c"), n_chunks=20, seed=1).scaled(0.5, document="c")
+    many = many.to(dtype=dtype)
+    d_out = SIZES["q_proj"][1]
+    assert small.rank < 4 * d_out <= many.rank
+    loras, scale, _ = stack_factors([small.to(dtype=dtype), None, many])
+    alone, *_ = stack_factors([many])
+    A, B = loras["q_proj"]
+    assert A.shape[2] == max(small.rank, d_out) and alone["q_proj"][0].shape[2] == d_out and A.dtype == dtype
+    expected = update(many, "q_proj").float() / scale
+    for formed in (B[2].mT @ A[2], alone["q_proj"][1][0].mT @ alone["q_proj"][0][0]):
+        assert torch.allclose(
+            formed.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.05 * expected.abs().max()
+        )
+    again, *_ = stack_factors([many])
+    assert again["q_proj"][0].data_ptr() == alone["q_proj"][0].data_ptr(), "formed once"
+    part, *_ = stack_factors([many.without(document="c")])
+    own = update(many.without(document="c"), "q_proj").float() / scale
+    formed = (part["q_proj"][1][0].mT @ part["q_proj"][0][0]).float()
+    assert (formed - own).abs().max() < (formed - expected).abs().max() / 10, "a part has a sum of its own"
+    block = replace(many.blocks[0], A={m: t.clone().requires_grad_() for m, t in many.blocks[0].A.items()})
+    learned, *_ = stack_factors([replace(many, blocks=(block, *many.blocks[1:]))])
+    assert learned["q_proj"][0].shape[2] == many.rank, "what learns stays as it is"
+
+
 def test_stack_of_different_scales():
     a, b = build_adapter(), build_adapter(scale=0.5)
     loras, scale, _ = stack_factors([a, b])

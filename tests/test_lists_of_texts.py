@@ -24,7 +24,9 @@ from d2l_lib.training import selfgen, slurm
 from d2l_lib.training.context_distillation import ContextDistillation
 from d2l_lib.views.conversation import Conversation
 
-MODEL = SimpleNamespace(gate=None, least_relevance=0.0, tokenizer=None, window=9, answer=lambda *_, **__: [])
+MODEL = SimpleNamespace(
+    writes_rows=False, gate=None, least_relevance=0.0, tokenizer=None, window=9, answer=lambda *_, **__: []
+)
 TABLE = pd.DataFrame({"correct": [True], "what": ["answer"], "method": "m", "dataset": "d", "document": "x"})
 RNG = random.Random(0)
 

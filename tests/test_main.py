@@ -46,7 +46,7 @@ WRONG = {
               ["router-weights", "--n", "0"],
               ["retrieval", "--n", "0"], ["two-hops", "--n", "0"],
               ["methods", "--only"], ["passages", "--n", "0"], ["passages", "--only"], ["interference", "--n", "0"],
-              ["passages", "--seen"],
+              ["passages", "--seen"], ["distilled-passages", "--steps", "0"],
               ["articles", "--n", "0"], ["chunks", "--n", "0"], ["rise", "--n", "0"], ["tracing", "--n", "0"],
               ["absorption", "--n", "0"],
               ["facts", "--n", "0"], ["prose-needles", "--texts", "x", "--n", "0"],

@@ -6,6 +6,10 @@
 No question has to be known beforehand. The margin of an answer is the smallest lead of its tokens over the best other
 token: above 0 the adapter gives exactly this answer. Controls: the adapter without its documents (its bias alone), and
 with another document in their place.
+
+A base model that has read the web (`ask_by_openings`) is asked for one question at a time, and answers from the
+sentence with its reading LoRA, if it has one: in a few words, as adapters of token rows do. Where rows say the same in
+other or fewer words, the words that both answers share count (`tasks.scores.token_scores`).
 """
 
 from __future__ import annotations
@@ -20,12 +24,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
 from d2l_lib import presets
 from d2l_lib.adapter import Adapter, Block
 from d2l_lib.analysis.options import chosen as options_of
+from d2l_lib.analysis.rows import row_ranks
 from d2l_lib.analysis.weights import bias_and_documents, norms
 from d2l_lib.documents import (
+    answer_ids,
     check_count,
     check_texts,
     name_documents,
@@ -36,13 +43,20 @@ from d2l_lib.documents import (
     stop_ids,
 )
 from d2l_lib.engine import Reply, TransformersEngine, pad_id_of, pad_rows
+from d2l_lib.formats.peft import merge
+from d2l_lib.loading import reading_lora, reading_lora_folder
 from d2l_lib.model import DocToLoRA
+from d2l_lib.records import project_root, read_rows
 from d2l_lib.routing import route
 from d2l_lib.tasks import world
+from d2l_lib.tasks.scores import token_scores
+from d2l_lib.tasks.short_questions import write_questions
 
 _FLAG_BELOW = 0.5  # of `kept`: below it a sentence counts as lost; `studies.flags.flag_curve` tries others
 _UNSURE = ("i do not know", "i don't know", "i am not sure", "i'm not sure", "not stated", "unknown")
 _TOKENS = 48  # of a question, and of an answer
+_WORLD = "tiny"  # the base model that knows the generated world
+_GENERAL = 20  # questions
 _PUBLISHED_CHUNKS, _PUBLISHED_CHUNK_TOKENS = 8, 512  # of the published recipe's training
 Ask = Callable[[DocToLoRA, Sequence[str], int, int], list[dict[str, int]]]
 
@@ -64,6 +78,17 @@ def ask_about(
         texts = (tokenizer.decode(reply.ids, skip_special_tokens=True).strip() for reply in finished)
         questions.append(dict(Counter(text for text in texts if text.endswith("?"))))
     return questions
+
+
+def ask_by_openings(model: DocToLoRA, sentences: Sequence[str], n: int, seed: int) -> list[dict[str, int]]:
+    """{question: 1} of at most `n` questions about each sentence, which an English base model goes on with.
+
+    An opening ("Who", "When") that suits the sentence is put into its mouth (see `tasks.short_questions`).
+    """
+    engine, rng = TransformersEngine("base", model.base_model, model.tokenizer), random.Random(f"openings/{seed}")
+    sentences = check_texts(sentences, "sentences")
+    written = write_questions(rng, sentences, engine, Counter(), most=n, max_new_tokens=_TOKENS)
+    return [dict.fromkeys((question.text for question in own), 1) for own in written]
 
 
 def _words(text: str) -> list[str]:
@@ -132,12 +157,20 @@ def margins_by_condition(
 
 
 def find_questions(
-    model: DocToLoRA, sentences: Sequence[str], *, n: int = 12, seed: int = 0, ask: Ask = ask_about
+    model: DocToLoRA,
+    sentences: Sequence[str],
+    *,
+    n: int = 12,
+    seed: int = 0,
+    ask: Ask = ask_about,
+    teacher: nn.Module | None = None,
 ) -> pd.DataFrame:
     """The questions about these sentences (`is_about`), of `n` sampled for each: one row per question.
 
-    Columns: sentence (its place), question, times (its count), told (the base model's answer with the sentence in the
-    prompt), told_ids (its tokens, end of turn included).
+    teacher: what answers with the sentence in its prompt (None: the base model), of the same tokenizer.
+
+    Columns: sentence (its place), question, times (its count), told (the answer with the sentence in the prompt),
+    told_ids (its tokens, end of turn included).
     """
     sentences = check_texts(sentences, "sentences")
     questions = [
@@ -145,21 +178,27 @@ def find_questions(
         for place, texts in enumerate(ask(model, sentences, n, seed))
         for text, times in texts.items()
     ]
-    replies = _base_replies(model, [f"{sentences[place]}\n\n{text}" for place, text, _ in questions])
+    replies = _replies(model, [f"{sentences[place]}\n\n{text}" for place, text, _ in questions], teacher)
     rows = []
     for (place, text, times), reply in zip(questions, replies, strict=True):
         if reply is None or not reply.finished:
             continue
         answer = model.tokenizer.decode(reply.ids, skip_special_tokens=True).strip()
         if is_about(sentences[place], text, answer):
-            rows.append({"sentence": place, "question": text, "times": times, "told": answer, "told_ids": reply.ids})
+            ids = _as_rows_say(model, answer) if model.writes_rows else reply.ids
+            rows.append({"sentence": place, "question": text, "times": times, "told": answer, "told_ids": ids})
     return pd.DataFrame(rows, columns=["sentence", "question", "times", "told", "told_ids"])
 
 
-def _base_replies(model: DocToLoRA, prompts: list[str]) -> list[Reply | None]:
-    """The base model's greedy answers, with their log-probabilities."""
-    engine = TransformersEngine("base", model.base_model, model.tokenizer)
+def _replies(model: DocToLoRA, prompts: list[str], teacher: nn.Module | None = None) -> list[Reply | None]:
+    """Greedy answers of a teacher (None: the base model), with their log-probabilities."""
+    engine = TransformersEngine("base", model.base_model if teacher is None else teacher, model.tokenizer)
     return engine.reply(question_ids(model.tokenizer, prompts), _TOKENS, 0.0, 0) if prompts else []
+
+
+def _as_rows_say(model: DocToLoRA, answer: str) -> list[int]:
+    """An answer in the tokens that it has inside a text, end of turn included: rows write a document's own tokens."""
+    return [*answer_ids(model.tokenizer, answer, after_space=True), stop_ids(model.tokenizer)[0]]
 
 
 def probe_questions(
@@ -204,14 +243,17 @@ def most_frequent(questions: pd.DataFrame) -> pd.Series:
 
 def _with_answers(model: DocToLoRA, probed: pd.DataFrame, adapter: Adapter, blocks: int | None) -> pd.DataFrame:
     """The rows with the adapter's answer (said), and the base model's without the sentence (alone) with its probability
-    (confidence).
+    (confidence). Where rows are read, an answer that shares the words of the right one is kept as far as it does.
     """
     answers = probed["told"].copy()
     lost = probed["margin"] <= 0  # the greedy answer is another
     if lost.any():
         answers[lost] = model.answer(probed["question"][lost].tolist(), adapter, max_new_tokens=_TOKENS, blocks=blocks)
+    if model.writes_rows:
+        shared = [token_scores(*both, "squad").f1 for both in zip(answers, probed["told"], strict=True)]
+        probed = probed.assign(kept=[max(one, f1) for one, f1 in zip(probed["kept"], shared, strict=True)])
     alone, confidence = [], []
-    for reply in _base_replies(model, probed["question"].tolist()):
+    for reply in _replies(model, probed["question"].tolist()):
         alone.append("" if reply is None else model.tokenizer.decode(reply.ids, skip_special_tokens=True).strip())
         confidence.append(0.0 if reply is None else math.exp(reply.values[:, 0].astype(float).sum()))
     return probed.assign(said=answers, alone=alone, confidence=confidence)
@@ -227,7 +269,7 @@ class Report:
         (nats, of the most frequent question; see `probe_questions`), status ("stored", "lost", or "not asked", with NaN
         for the numbers), believed (the base model's confident other answer, or "").
     questions: one row per question.
-    capacity: the rows of `weights.norms` without the bias, and the rank.
+    capacity: the rows of `weights.norms` without the bias, and the rank; of token rows those of `rows.row_ranks`.
     unrelated: one row per question: question, alone, said, changed.
     facts: {name: number}.
     warnings: sentences to read.
@@ -264,11 +306,12 @@ class Options:
     adapter: the one to examine; it holds the documents and perhaps others (None: made here).
     blocks: how many blocks answer a question (None: all).
     wrong: another text, internalized as a control (None: a generated document).
-    unrelated: questions without relation to the documents (None: some about the bundled base model's encyclopedia).
+    unrelated: questions without relation to the documents (None: what the base model may know: for "tiny" some about
+        its encyclopedia, for others twenty general ones).
     n: questions sampled for each sentence.
     flag_below: a sentence is lost if its `kept` is smaller.
     belief: the least probability at which an answer of the base model alone is a belief.
-    ask: writes the questions; called as `ask_about`.
+    ask: writes the questions; called as `ask_about` (None: that one for "tiny", for others `ask_by_openings`).
     """
 
     adapter: Adapter | None = None
@@ -278,7 +321,7 @@ class Options:
     n: int = 12
     flag_below: float = _FLAG_BELOW
     belief: float = 0.5
-    ask: Ask = ask_about
+    ask: Ask | None = None
     seed: int = 0
 
 
@@ -296,18 +339,20 @@ def report(
     check_count(chosen.n, "n")
     rng, blocks = random.Random(f"report/{chosen.seed}"), chosen.blocks
     adapter = sum(model.internalize_each(named)) if chosen.adapter is None else chosen.adapter
-    adapter.check_summed()
+    of_world = model.base_source in (None, _WORLD)
     spans = [(name, *span) for name, text in named.items() for span in split_sentences(text)]
     sentences = [named[name][start:end].strip() for name, start, end in spans]
     wrong = chosen.wrong
     if wrong is None:
         wrong = world.draw_document(rng, "train", max(1, min(len(sentences), 40))).text
     (other,) = model.internalize_each([wrong])
-    questions = find_questions(model, sentences, n=chosen.n, seed=chosen.seed, ask=chosen.ask)
+    ask = chosen.ask or (ask_about if of_world else ask_by_openings)
+    teacher = merge(model.base_model, reading_lora(model)) if reading_lora_folder(model).is_dir() else None
+    questions = find_questions(model, sentences, n=chosen.n, seed=chosen.seed, ask=ask, teacher=teacher)
     questions = _with_answers(model, probe_questions(model, questions, adapter, other, blocks), adapter, blocks)
     table = _sentence_table(questions, spans, sentences, adapter, chosen)
     if unrelated is None:
-        unrelated = [question.text for question in world.encyclopedia_questions(rng, 50)]
+        unrelated = [question.text for question in world.encyclopedia_questions(rng, 50)] if of_world else _general()
     disturbed = _disturbed(model, unrelated, adapter, blocks)
     capacity = _capacity_table(adapter)
     facts = {
@@ -373,8 +418,17 @@ def _disturbed(model: DocToLoRA, unrelated: list[str], adapter: Adapter, blocks:
     return pd.DataFrame({"question": unrelated, "alone": alone, "said": inside, "changed": changed})
 
 
+def _general() -> list[str]:
+    return [row["question"] for row in read_rows(project_root() / "data" / "general_questions.jsonl")[:_GENERAL]]
+
+
 def _capacity_table(adapter: Adapter) -> pd.DataFrame:
-    """How much of an adapter's capacity its documents take: `weights.norms` without the bias, and the rank."""
+    """How much of an adapter's capacity its documents take: `weights.norms` without the bias, and the rank.
+
+    Of token rows, which are as many as the text has tokens: `rows.row_ranks`.
+    """
+    if adapter.is_rows:
+        return row_ranks({"": adapter}).drop(columns="adapter")
     documents = replace(adapter, bias=None)
     return norms(documents).assign(rank=documents.rank)
 
@@ -385,6 +439,8 @@ def trained_on(model: DocToLoRA) -> tuple[int, int]:
     for name, preset in presets.PRESETS.items():
         if config.base_model != name:
             continue
+        if model.writes_rows:
+            return preset.rows.passages, preset.rows.longest_passage
         if model.chunk_tokens == preset.needle.chunk_tokens:
             return max(preset.needle.chunk_probabilities), preset.needle.longest
         stages = [stage for stage in preset.qa.stages.values() if model.chunk_tokens <= stage.longest_chunk]

@@ -98,6 +98,7 @@ def norms(adapter: Adapter, base_model: nn.Module | None = None) -> pd.DataFrame
 
 def _base_weights(adapter: Adapter, base_model: nn.Module) -> dict[str, list[Tensor]]:
     """{module: W [d_out, d_in] of every layer}, float64 on the CPU."""
+    adapter.check_summed()
     of_module = {}
     for module, linears in target_linears(base_model, adapter.modules).items():
         weights = [linear.weight.detach().double().cpu() for linear in linears]
@@ -336,6 +337,7 @@ def by_direction(adapter: Adapter, counts: Sequence[int]) -> dict[tuple[int, str
 
 def by_layer(adapter: Adapter) -> dict[tuple[int, str], Adapter]:
     """{(layer, "only this layer" | "all but this layer"): that part}, the bias's rows of other layers left out too."""
+    adapter.check_summed()
     parts = {}
     for layer in range(adapter.n_layers):
         parts[layer, "only this layer"] = only_layers(adapter, [layer])

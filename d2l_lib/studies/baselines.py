@@ -46,7 +46,7 @@ class Internalized:
     iterative: write blocks layer by layer: less memory, same numbers.
     with_context: put the document into the prompt too.
     blocks: how many blocks answer a question, the most relevant (None: all).
-    read: how they are read, as `DocToLoRA.answer` takes it ("sum" or "sparse").
+    read: how they are read, as `DocToLoRA.answer` takes it (None: blocks as their sum, token rows by attention).
     """
 
     model: DocToLoRA
@@ -56,7 +56,7 @@ class Internalized:
     iterative: bool = False
     with_context: bool = False
     max_new_tokens: int = 48
-    read: str = "sum"
+    read: str | None = None
 
     def prepare(self, document: str, questions: Sequence[str]) -> tuple[Adapter, str | None]:
         before = self.model.iterative

@@ -17,14 +17,13 @@ from torch import nn
 from d2l_lib.documents import question_ids
 from d2l_lib.engine import TransformersEngine, greedy_texts
 from d2l_lib.formats.peft import merge
-from d2l_lib.loading import load
+from d2l_lib.loading import load, reading_lora
 from d2l_lib.model import DocToLoRA
 from d2l_lib.studies.baselines import Internalized, NoContext, compare, costs
-from d2l_lib.studies.passages import published_folder, reading_lora, scored_rows
+from d2l_lib.studies.passages import published_folder, scored_rows
 from d2l_lib.tasks import qa
+from d2l_lib.tasks.short_questions import write_questions
 from d2l_lib.training.context_distillation import ContextDistillation
-from d2l_lib.training.settings import Settings
-from d2l_lib.training.short_questions import write_questions
 
 _NEW_TOKENS = 24
 _QUERIES = 20  # questions that the model writes on a passage
@@ -52,13 +51,13 @@ class _Reading:
 
 
 def written_questions(model: DocToLoRA, document: str, n: int, seed: int) -> list[str]:
-    """Up to `n` different questions on the document that the base model writes (`training.short_questions`)."""
+    """Up to `n` different questions on the document that the base model writes (`tasks.short_questions`)."""
     engine = TransformersEngine("writer", model.base_model, model.tokenizer)
     written: dict[str, None] = {}
     for number in range(_ROUNDS):
         rng = random.Random(f"distilled passages/{seed}/{number}")
-        settings = Settings(questions=2 * n, writer_max_new_tokens=32, writer_temperature=0.7 if number else 0.0)
-        (own,) = write_questions(rng, settings, [document], engine, Counter())
+        how = {"most": 2 * n, "max_new_tokens": 32, "temperature": 0.7 if number else 0.0}
+        (own,) = write_questions(rng, [document], engine, Counter(), **how)
         written |= dict.fromkeys(one.text for one in own)
         if len(written) >= n:
             break
@@ -85,7 +84,7 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, steps: int) -> list
     methods = [
         NoContext(model, "question alone", max_new_tokens=_NEW_TOKENS),
         _Reading(model, teacher),
-        Internalized(model, max_new_tokens=_NEW_TOKENS, read="sparse"),
+        Internalized(model, max_new_tokens=_NEW_TOKENS),
         ContextDistillation(form, "oracle", name="context distillation, the questions themselves", **common),
         ContextDistillation(form, _QUERIES, name=f"context distillation, {_QUERIES} written questions", **common),
     ]

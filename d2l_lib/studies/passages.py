@@ -20,7 +20,7 @@ from d2l_lib.adapter import Adapter, stack_factors
 from d2l_lib.base_model import bundled_path
 from d2l_lib.documents import question_ids
 from d2l_lib.engine import greedy_texts
-from d2l_lib.loading import load
+from d2l_lib.loading import load, reading_lora, reading_lora_folder
 from d2l_lib.lora import apply_lora
 from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import PRESETS
@@ -105,13 +105,13 @@ def choose(model: DocToLoRA, methods: Sequence[str], only: Sequence[str] | None)
             f"there is no hypernetwork of the published form in {published_folder(model)}: d2l train --stage "
             "published makes one, or choose other methods"
         )
-    if lora_folder(model).is_dir() or not any(METHODS[name].reads for name in chosen):
+    if reading_lora_folder(model).is_dir() or not any(METHODS[name].reads for name in chosen):
         return chosen
     if only is None:
         return [name for name in chosen if not METHODS[name].reads]
     raise ValueError(
-        f"there is no reading LoRA in {lora_folder(model)}: d2l train --stage reading-lora makes one, or choose "
-        "other methods"
+        f"there is no reading LoRA in {reading_lora_folder(model)}: d2l train --stage reading-lora makes one, or "
+        "choose other methods"
     )
 
 
@@ -208,19 +208,9 @@ def _batches(adapters: Sequence[Adapter | None]) -> Iterator[slice]:
 
 
 # --- the reading LoRA -----------------------------------------------------------------------------------------------
-def lora_folder(model: DocToLoRA) -> Path:
-    """Where the bundled reading LoRA of this base model would be."""
-    return bundled_path(model.base_source or "") / "reading_lora"
-
-
 def published_folder(model: DocToLoRA) -> Path:
     """Where the bundled hypernetwork of the published form of this base model would be."""
     return bundled_path(model.base_source or "") / "published"
-
-
-def reading_lora(model: DocToLoRA) -> Adapter:
-    """The bundled LoRA with which this base model reads its prompt; FileNotFoundError without one."""
-    return Adapter.from_peft(lora_folder(model), model)
 
 
 def ask_reading(

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pandas as pd
 
 from d2l_lib.adapter import Adapter, Block
+from d2l_lib.loading import reading_lora, reading_lora_folder
 from d2l_lib.model import DocToLoRA
-from d2l_lib.studies.passages import ask, ask_reading, lora_folder, reading_lora
+from d2l_lib.studies import earlier_rows
+from d2l_lib.studies.passages import ask, ask_reading
 from d2l_lib.tasks import prose, qa, scores
 from d2l_lib.training.selfgen import read_texts
 
@@ -25,14 +27,17 @@ def run(
 ) -> Iterator[list[dict]]:
     """After each length all rows so far: for each method and kind of needle n haystacks, right answers, interval.
 
+    Recorded rows of other lengths stay.
+
     texts: a folder of .txt files, or a .jsonl file (see `selfgen.read_texts`).
     lengths: of haystacks, in tokens. in_prompt: those that the base model also reads in its prompt.
 
     An answer is right by SQuAD's exact match; in the prompt it is also counted where the reply holds the answer's
     words, as the base model answers in sentences. With its reading LoRA, if it has one, it answers in a few words.
     """
-    stories, rows = read_texts(texts), []
-    lora = reading_lora(model) if in_prompt and lora_folder(model).is_dir() else None
+    stories = read_texts(texts)
+    rows = [row for row in earlier_rows("prose_needles") if row["length_tokens"] not in lengths]
+    lora = reading_lora(model) if in_prompt and reading_lora_folder(model).is_dir() else None
     for length in lengths:
         some = list(prose.haystacks(stories, model.tokenizer, length, n, seed, piece_tokens=model.chunk_tokens))
         asked = [one.needle.question for one in some]
@@ -49,7 +54,7 @@ def run(
                 replies, seconds = _ask_in_prompt(model, prompts, length, reader)
                 rows += _rows(IN_PROMPT if reader is None else WITH_LORA, length, some, replies, seconds)
         print(length, {row["method"]: row["exact_match"] for row in rows if row["length_tokens"] == length}, flush=True)
-        yield list(rows)
+        yield sorted(rows, key=lambda row: row["length_tokens"])
 
 
 def _ask_inside(model: DocToLoRA, some: Sequence[prose.ProseHaystack]) -> tuple[list[str], float]:

@@ -55,7 +55,7 @@ class ContextDistillation:
     teacher: what answers with the document in its prompt (None: the base model), of the same tokenizer.
 
     Answers and top-16 log-probabilities are as in self-generated data. Target linears, rank and scale are those of the
-    model's hypernetwork.
+    model's hypernetwork; ValueError for one that writes token rows.
     """
 
     model: DocToLoRA
@@ -72,6 +72,11 @@ class ContextDistillation:
     def __post_init__(self):
         if self.queries != "oracle" and not (isinstance(self.queries, int) and self.queries > 0):
             raise ValueError(f'queries must be "oracle" or a number of questions, not {self.queries!r}')
+        if self.model.writes_rows:
+            raise ValueError(
+                "this hypernetwork writes token rows, and distillation trains a LoRA: give a model whose adapters are "
+                'summed, for the same base model (for "smollm2" that is "smollm2/published")'
+            )
         queries = "oracle" if self.queries == "oracle" else f"{self.queries} queries"
         self.name = self.name or f"distillation ({queries})"
 

@@ -49,8 +49,7 @@ from d2l_lib.documents import (
 from d2l_lib.engine import TOP_K, Prompts, Reply, TransformersEngine
 from d2l_lib.formats.shards import COUNTS, MANIFEST, SCHEMA, shard_path, shard_problem, shard_record, write_shard
 from d2l_lib.records import read_json, read_jsonl, write_json
-from d2l_lib.tasks import world
-from d2l_lib.training import short_questions
+from d2l_lib.tasks import short_questions, world
 from d2l_lib.training.loop import own_device
 from d2l_lib.training.settings import PROMPTS, Settings
 
@@ -205,7 +204,7 @@ def written_documents(
     if settings.writer_style == "openings":
         written = [
             [_Asked(question.text, question.kind, evidence=[question.span]) for question in questions]
-            for questions in short_questions.write_questions(rng, settings, texts, writer, counts)
+            for questions in short_questions.write_questions(rng, texts, writer, counts, **_of_writer(settings))
         ]
     else:
         written = _listed_questions(rng, settings, texts, writer, counts)
@@ -220,6 +219,15 @@ def written_documents(
             asked.setdefault(question.text, question)
         mixed.append((text, list(asked.values())))
     return mixed
+
+
+def _of_writer(settings: Settings) -> dict[str, Any]:
+    """What `short_questions.write_questions` takes of the settings."""
+    return {
+        "most": settings.questions,
+        "max_new_tokens": settings.writer_max_new_tokens,
+        "temperature": settings.writer_temperature,
+    }
 
 
 def _listed_questions(

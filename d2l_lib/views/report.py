@@ -94,5 +94,5 @@ def _render_report(made: numbers.Report) -> str:
     changed = made.unrelated[made.unrelated["changed"]]
     body += f"<h4>Unrelated questions answered otherwise ({len(changed)} of {len(made.unrelated)})</h4>"
     body += _table(changed[["question", "alone", "said"]])
-    body += "<h4>Capacity, by layer and module</h4>" + _table(made.capacity)
+    body += "<h4>Capacity</h4>" + _table(made.capacity)
     return render_view("report", body, **{status.replace(" ", "_"): count for status, count in counts.items()})

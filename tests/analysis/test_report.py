@@ -4,15 +4,20 @@ import random
 import re
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
+from tiny_models import build_rows_model
 
 import d2l_lib as d2l
 from d2l_lib.analysis import report
 from d2l_lib.analysis.report import beyond_training, is_about, score_answers, trained_on
-from d2l_lib.documents import stop_ids
+from d2l_lib.analysis.rows import PARTS
+from d2l_lib.documents import answer_ids, stop_ids
+from d2l_lib.engine import Reply
 from d2l_lib.studies.flags import SIGNALS, flag_curve
 from d2l_lib.tasks import world
+from d2l_lib.tasks.short_questions import Written
 
 DOCUMENT = world.draw_document(random.Random("reports"), "test", 4, distractors=0.0)
 
@@ -176,6 +181,71 @@ def test_what_is_flagged_is_counted():
 def test_blank_documents_are_refused(model):
     with pytest.raises(ValueError, match="no text"):
         d2l.report(model, " ")
+
+
+# --- adapters of token rows -----------------------------------------------------------------------------------------
+TEXT = "Ada lives in Velm. Bo paints lamps."
+QUESTIONS = ["Where does Ada live?", "What does Bo paint?"]
+
+
+@pytest.fixture
+def rows_model(monkeypatch):
+    """A random model that writes token rows; its base model answers with the last word of the sentence before it."""
+
+    def replies(model, prompts, teacher=None):
+        said = [prompt.partition(".")[0].split()[-1] if "." in prompt else "nothing" for prompt in prompts]
+        stop = stop_ids(model.tokenizer)[0]
+        ids = [[*model.tokenizer(one, add_special_tokens=False)["input_ids"], stop] for one in said]
+        return [Reply(one, True, np.zeros((len(one), 1), np.float16), None) for one in ids]
+
+    monkeypatch.setattr(report, "_replies", replies)
+    return build_rows_model()
+
+
+def _ask(model, sentences, n, seed):
+    return [{question: 1} for question in QUESTIONS[: len(sentences)]]
+
+
+def test_a_report_on_token_rows_has_their_tokens_and_capacity(rows_model, tmp_path):
+    model = rows_model
+    made = d2l.report(model, {"notes": TEXT}, ask=_ask, unrelated=["Who is it?"], wrong="Rain fell.")
+    assert made.questions["told"].tolist() == ["Velm", "lamps"]
+    ends = stop_ids(model.tokenizer)[:1]
+    inside = [[*answer_ids(model.tokenizer, text, after_space=True), *ends] for text in ("Velm", "lamps")]
+    assert made.questions["told_ids"].tolist() == inside, "as they stand in the text"
+    assert made.capacity["part"].tolist() == list(PARTS) and made.facts["rank"] == sum(b.rank for b in _blocks(model))
+    assert set(made.table["status"]) <= {"stored", "lost"} and (made.questions["margin"] != 0).all()
+    assert made.save_html(tmp_path / "report.html").stat().st_size > 1000
+
+
+def _blocks(model):
+    (adapter,) = model.internalize_each([TEXT])
+    return adapter.blocks
+
+
+@pytest.mark.parametrize(("said", "least"), [("in Velm", 0.66), ("Velm", 1.0), ("Bo", 0.0)])
+def test_rows_that_say_the_same_in_other_words_keep_a_sentence(rows_model, monkeypatch, said, least):
+    monkeypatch.setattr(type(rows_model), "answer", lambda self, asked, *_, **how: [said] * len(asked))
+    monkeypatch.setattr(report, "score_answers", lambda model, asked, *_: [(-9.0, -9.0)] * len(asked))
+    made = d2l.report(rows_model, TEXT, ask=_ask, unrelated=[], wrong="Rain fell.")
+    assert made.table["kept"][0] == pytest.approx(max(least, 1e-4), abs=0.01)
+    assert made.table["status"].tolist() == ["stored" if least > 0.5 else "lost", "lost"]
+
+
+def test_a_base_model_that_has_read_the_web_is_asked_in_its_own_way(rows_model, monkeypatch, tmp_path):
+    calls = []
+
+    def written(rng, texts, writer, counts, *, most, max_new_tokens):
+        calls.append((list(texts), most))
+        return [[Written(question, "where", (0, 4))] for question in QUESTIONS]
+
+    monkeypatch.setattr(report, "write_questions", written)
+    monkeypatch.setattr(report, "reading_lora_folder", lambda model: tmp_path / "none")
+    monkeypatch.setattr(rows_model, "base_source", "smollm2")
+    made = d2l.report(rows_model, TEXT, n=3)
+    assert calls == [(["Ada lives in Velm.", "Bo paints lamps."], 3)]
+    assert made.questions["question"].tolist() == QUESTIONS and len(made.unrelated) == 20
+    assert made.unrelated["question"][0] == "What is the capital of France?"
 
 
 @pytest.mark.parametrize("unrelated", [[], ()])

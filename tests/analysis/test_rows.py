@@ -7,6 +7,7 @@ import torch
 from tiny_models import build_model, build_rows_model
 
 from d2l_lib.analysis import rows, weights
+from d2l_lib.formats.peft import merge
 
 TEXT = "The museum opened in May. The museum has a bell."
 OTHER = "A bee that has been far away runs in circles."
@@ -84,3 +85,30 @@ def test_summed_and_empty_adapters_and_unknown_parts_are_refused(adapters):
         rows.row_similarity(adapters, "keys")
     with pytest.raises(ValueError, match="no adapter to compare"):
         rows.row_similarity({})
+
+
+_OF_SUMS = {
+    "spectra": weights.spectra,
+    "norms": weights.norms,
+    "norms over those of the base model": lambda one: weights.norms(one, build_rows_model().base_model),
+    "bias_and_documents": weights.bias_and_documents,
+    "block_energy": weights.block_energy,
+    "block_norms": weights.block_norms,
+    "similarity": lambda one: weights.similarity({"one": one, "other": one}),
+    "intruder_dimensions": lambda one: weights.intruder_dimensions(one, build_rows_model().base_model),
+    "by_direction": lambda one: weights.by_direction(one, [1]),
+    "by_layer": weights.by_layer,
+    "recompression": lambda one: weights.recompression(one, [1]),
+    "compressed": lambda one: one.compressed(1),
+    "as_lora": lambda one: one.as_lora(),
+    "merge": lambda one: merge(build_rows_model(), one),
+    "export_peft": lambda one: one.export_peft("never written"),
+}
+
+
+@pytest.mark.parametrize("name", _OF_SUMS)
+def test_what_is_for_sums_says_so(adapters, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"holds token rows.*analysis\.rows measures it"):
+        _OF_SUMS[name](adapters["one"])
+    assert not list(tmp_path.iterdir())

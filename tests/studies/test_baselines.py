@@ -1,9 +1,11 @@
 """The methods that Doc-to-LoRA is compared with, on the bundled base model, which answers well enough to tell."""
 
 import random
+from dataclasses import replace
 
 import pandas as pd
 import pytest
+from tiny_models import build_rows_model
 
 import d2l_lib as d2l
 from d2l_lib.studies import baselines, methods
@@ -76,6 +78,17 @@ def test_distillation_on_the_asked_questions_learns_their_answers(model, questio
     assert len(adapter.blocks) == 1 and adapter.bias is None and adapter.scale == model.config.scale
     assert all((a == b).all() for a, b in zip(before, model.base_model.parameters(), strict=True))
     assert not any(parameter.requires_grad for parameter in model.base_model.parameters())
+
+
+def test_adapters_of_token_rows_are_compared_in_their_own_way(questions):
+    model = build_rows_model()
+    few = questions[questions["document"] == questions["document"][0]].head(2)
+    methods = [baselines.Internalized(model, max_new_tokens=4), baselines.Internalized(model, "asked", read="sparse")]
+    table = baselines.compare([methods[0], replace(methods[1], max_new_tokens=4)], few)
+    said = table.groupby("method", sort=False)["prediction"].apply(list)
+    assert said["Doc-to-LoRA"] == said["asked"] and (table["bytes_kept"] > 0).all()
+    with pytest.raises(ValueError, match="token rows, and distillation trains a LoRA: give a model whose adapters are"):
+        context_distillation.ContextDistillation(model, "oracle")
 
 
 def test_the_base_model_asks_questions_of_its_own(model, questions):

@@ -15,9 +15,9 @@ from d2l_lib.engine import TransformersEngine
 from d2l_lib.formats.peft import merge
 from d2l_lib.studies import distilled_passages
 from d2l_lib.tasks import qa
+from d2l_lib.tasks.short_questions import Written
 from d2l_lib.training import context_distillation
 from d2l_lib.training.context_distillation import ContextDistillation
-from d2l_lib.training.short_questions import Written
 
 DOCUMENTS = [f"Ada{i} lives in Velm{i}. Bo{i} paints lamps." for i in range(4)]
 COSTS = ["seconds_prepare", "seconds_answer", "bytes_kept", "peak_memory_mib"]
@@ -63,13 +63,13 @@ def test_questions_are_written_until_there_are_enough(model, monkeypatch):
     rounds = [["a?", "b?"], ["b?", "c?"], ["d?", "e?"], ["f?"]]
     settings = []
 
-    def written(rng, own, texts, writer, counts):
-        settings.append(own)
+    def written(rng, texts, writer, counts, **how):
+        settings.append(how)
         return [[Written(text, "who", (0, 1)) for text in rounds[len(settings) - 1]]]
 
     monkeypatch.setattr(distilled_passages, "write_questions", written)
     assert distilled_passages.written_questions(model, DOCUMENTS[0], 4, 0) == ["a?", "b?", "c?", "d?"]
-    assert [one.writer_temperature for one in settings] == [0.0, 0.7, 0.7], "greedy first, then others"
+    assert [how["temperature"] for how in settings] == [0.0, 0.7, 0.7], "greedy first, then others"
 
 
 def test_every_method_answers_the_same_questions_with_its_costs(model, lora, tmp_path, monkeypatch):

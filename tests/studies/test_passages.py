@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import build_rows_model
 
+from d2l_lib import loading
 from d2l_lib.adapter import Adapter, Block
 from d2l_lib.base_model import bundled_path, load_tokenizer, module_sizes
 from d2l_lib.formats.peft import export_peft, merge
@@ -245,7 +246,8 @@ def test_the_reading_lora_answers_as_a_model_that_it_was_merged_into(squad, tmp_
     A, B = ({m: torch.randn(*shape, side[m]) * 0.2 for m in modules} for side in (d_in, d_out))
     lora = Adapter((Block("reading", 0, None, 1.0, A, B),), None, 2.0, base_model="base", base_key=model.base_key)
     folder = export_peft(lora, tmp_path / "reading_lora", dtype=torch.float16)
-    monkeypatch.setattr(passages, "bundled_path", lambda name: tmp_path)
+    for place in (passages, loading):
+        monkeypatch.setattr(place, "bundled_path", lambda name: tmp_path)
     asked, replies = {"n": 6, "seed": 0, "questions": f"squad={file}", "only": ["reading LoRA"]}, []
     monkeypatch.setattr(passages, "earlier_rows", lambda name: [])
     plain = passages.ask_reading

@@ -8,6 +8,14 @@ from d2l_lib.studies import prose_needles
 STORY = " ".join(f"On day {i} the old captain walked home and counted {7 * i} gulls." for i in range(300))
 
 
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch):
+    """The rows that the record holds before."""
+    rows = []
+    monkeypatch.setattr(prose_needles, "earlier_rows", lambda name: rows if name == "prose_needles" else None)
+    return rows
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "story.txt").write_text(STORY)
@@ -40,6 +48,14 @@ def test_each_length_and_way_has_its_rows(folder, monkeypatch):
     one, other = some[:2]
     shared = [a.A["down_proj"] is b.A["down_proj"] for a, b in zip(one.blocks, other.blocks, strict=True)]
     assert 0 < shared.count(False) <= 2
+
+
+def test_rows_of_other_lengths_stay(folder, monkeypatch, recorded):
+    recorded += [{"length_tokens": length, "n": 50, "method": "question alone"} for length in (64, 700, 9000)]
+    monkeypatch.setattr(prose_needles, "ask", lambda model, prompts, *_: ([""] * len(prompts), 0.5))
+    (rows,) = prose_needles.run(build_rows_model(), 3, 0, str(folder), [700], [])
+    assert [row["length_tokens"] for row in rows] == [64, *[700] * 8, 9000]
+    assert rows[0] is recorded[0] and 50 not in [row["n"] for row in rows[1:-1]]
 
 
 def test_right_answers_are_counted_by_kind(folder, monkeypatch):
@@ -89,11 +105,11 @@ def test_the_base_model_reads_haystacks_in_its_prompt_with_and_without_a_lora(fo
     monkeypatch.setattr(prose_needles, "ask", ask)
     monkeypatch.setattr(prose_needles, "ask_reading", ask_reading)
     monkeypatch.setattr(prose_needles, "reading_lora", lambda model: "the LoRA")
-    monkeypatch.setattr(prose_needles, "lora_folder", lambda model: folder)
+    monkeypatch.setattr(prose_needles, "reading_lora_folder", lambda model: folder)
     (rows,) = prose_needles.run(model, 5, 0, str(folder), [700], [700])
     seconds = {row["method"]: row["seconds"] for row in rows if row["kind"] == "all"}
     assert seconds[prose_needles.IN_PROMPT] == 1 and seconds[prose_needles.WITH_LORA] == (2 * 2 + 2 * 2 + 5) / 5
     assert parts[-6:] == [(24, 2), (24, 2), (24, 1), ("LoRA", 2), ("LoRA", 2), ("LoRA", 1)], "few at a time, for memory"
-    monkeypatch.setattr(prose_needles, "lora_folder", lambda model: folder / "none")
+    monkeypatch.setattr(prose_needles, "reading_lora_folder", lambda model: folder / "none")
     (rows,) = prose_needles.run(model, 5, 0, str(folder), [700], [700])
     assert {row["method"] for row in rows} == {"Doc-to-LoRA", "question alone", prose_needles.IN_PROMPT}

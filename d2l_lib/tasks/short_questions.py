@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from d2l_lib.documents import question_ids, split_sentences
-from d2l_lib.training.settings import Settings
 
 PROMPT = "{sentence}\n\nWrite a short question about this sentence."
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
@@ -58,13 +57,21 @@ class Written(NamedTuple):
 
 
 def write_questions(
-    rng: random.Random, settings: Settings, texts: Sequence[str], writer, counts: Counter
+    rng: random.Random,
+    texts: Sequence[str],
+    writer,
+    counts: Counter,
+    *,
+    most: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
 ) -> list[list[Written]]:
-    """For each text the questions that `writer` (an engine) wrote on it, at most `settings.questions`.
+    """For each text the questions that `writer` (an engine) wrote on it, at most `most`.
 
     counts: gains "writer_REASON" for each question that was left out (see `question_problem`).
+    max_new_tokens: of a question. temperature: 0 is greedy.
     """
-    chosen = [(place, *pair) for place, text in enumerate(texts) for pair in _draw_pairs(rng, text, settings.questions)]
+    chosen = [(place, *pair) for place, text in enumerate(texts) for pair in _draw_pairs(rng, text, most)]
     sentences = [PROMPT.format(sentence=texts[place][slice(*span)]) for place, span, _ in chosen]
     tokenizer = writer.tokenizer
     begun = [opening for *_, opening in chosen]
@@ -73,7 +80,7 @@ def write_questions(
         for ids, opening in zip(question_ids(tokenizer, sentences), begun, strict=True)
     ]
     seed = rng.getrandbits(63)
-    replies = writer.reply(prompts, settings.writer_max_new_tokens, settings.writer_temperature, seed)
+    replies = writer.reply(prompts, max_new_tokens, temperature, seed)
     written: list[list[Written]] = [[] for _ in texts]
     for (place, span, opening), reply in zip(chosen, replies, strict=True):
         if reply is None:

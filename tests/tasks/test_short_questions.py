@@ -15,7 +15,7 @@ from d2l_lib.documents import question_ids, split_sentences, stop_ids
 from d2l_lib.engine import Reply
 from d2l_lib.formats.shards import ANSWERS_DROPPED, QUESTIONS_DROPPED, read_shards
 from d2l_lib.records import read_json
-from d2l_lib.training import short_questions
+from d2l_lib.tasks import short_questions
 from d2l_lib.training.selfgen import Settings, make_shard, read_texts
 
 SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
@@ -24,6 +24,7 @@ TEXT = "The mill at Ottersby was built in 1702 by Anders Holm. Bread is sold the
 OPENINGS = Settings(
     documents=1, questions=9, writer_style="openings", unrelated_share=0, unanswerable_share=0, writer_max_new_tokens=9
 )
+OF_WRITER = {"most": 9, "max_new_tokens": 9}
 
 
 class Writer:
@@ -86,21 +87,21 @@ def test_questions_go_on_from_their_opening_and_keep_their_sentence():
         }
     )
     counts = Counter()
-    (written,) = short_questions.write_questions(random.Random(0), OPENINGS, [TEXT], writer, counts)
+    (written,) = short_questions.write_questions(random.Random(0), [TEXT], writer, counts, **OF_WRITER)
     assert [(q.text, q.kind) for q in written] == [("Who built the mill at Ottersby?", "who")]
     assert TEXT[slice(*written[0].span)] == "The mill at Ottersby was built in 1702 by Anders Holm."
     assert counts == {"writer_not_a_question": 1, "writer_too_long": 1, "writer_about_the_text": 1}
     (prompt,) = question_ids(writer.tokenizer, [short_questions.PROMPT.format(sentence=TEXT[slice(*written[0].span)])])
     assert writer.prompts[0] == writer.tokenizer.decode(prompt) + "Who"
     cut = Writer({"Who": " built", "When": " did", "Where": " was", "Why": " is bread sold?"}, finished=False)
-    (written,) = short_questions.write_questions(random.Random(0), OPENINGS, [TEXT], cut, counts := Counter())
+    (written,) = short_questions.write_questions(random.Random(0), [TEXT], cut, counts := Counter(), **OF_WRITER)
     assert [q.text for q in written] == ["Why is bread sold?"] and counts == {"writer_cut_off": 3}
 
 
 def test_a_question_comes_once():
     writer = Writer({"Who": "", "When": "", "Where": "", "Why": " is bread sold?"})
     text = "Bread is sold because it smells. Bread is sold because it is good."
-    (written,) = short_questions.write_questions(random.Random(0), OPENINGS, [text], writer, counts := Counter())
+    (written,) = short_questions.write_questions(random.Random(0), [text], writer, counts := Counter(), **OF_WRITER)
     assert len(written) == 1 and counts == {"writer_duplicate": 1}
 
 
