@@ -313,6 +313,12 @@ STUDIES = {
         *(3, "repeats of each measurement, at most", ""),
         options=_OF_SPEED,
     ),
+    "elastic": Study(
+        "elastic:run",
+        ("elastic",),
+        "a training and shards, killed and resumed with 1, 2 and 4 processes",
+        *(12, "steps of each stage", ""),
+    ),
     "absorption": Study(
         "absorption:run",
         ("absorption",),
