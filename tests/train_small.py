@@ -1,6 +1,5 @@
 """A small needle training run for a process of its own, or for several that share the batches."""
 
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -56,9 +55,5 @@ def train(run: Path, seconds_per_batch: float, p: NeedlePreset = SMALL, save_ste
         save_checkpoint(run / "final", hypernetwork, {})
 
 
-def train_together(rank: int, n_processes: int, port: int, run: Path, seconds_per_batch: float) -> None:
-    """Train ELASTIC as one of several processes, told by the variables that torchrun sets."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes, "LOCAL_WORLD_SIZE": n_processes}
-    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in told.items()}
+def train_elastic(run: Path, seconds_per_batch: float) -> None:
     train(run, seconds_per_batch, ELASTIC, save_steps=3)

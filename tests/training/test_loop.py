@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -186,21 +185,14 @@ def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp
     )
 
 
-def start_together(n_processes: int, run: Path, seconds_per_batch: float) -> list:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = n_processes, port, run, seconds_per_batch
-    return [processes.start(train_small.train_together, rank, *arguments) for rank in range(n_processes)]
-
-
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_with_one_two_and_four_processes_has_the_curve_of_one(base, tmp_path):
     """Checkpoints lie between report lines, so that what was noted is resumed too."""
     one, two = tmp_path / "one", tmp_path / "two"
-    (alone,) = start_together(1, one, 0)
+    (alone,) = processes.start_together(1, train_small.train_elastic, one, 0)
     for n_processes, last in ((1, 3), (2, 6), (4, None)):
-        together = start_together(n_processes, two, 0 if last is None else 0.1)
+        slowly = 0 if last is None else 0.1
+        together = processes.start_together(n_processes, train_small.train_elastic, two, slowly)
         deadline = time.monotonic() + 120
         while last is not None and not is_whole(two / f"checkpoint-{last}"):
             assert time.monotonic() < deadline and all(process.is_alive() for process in together)
