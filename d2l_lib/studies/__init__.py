@@ -317,7 +317,7 @@ STUDIES = {
         "elastic:run",
         ("elastic",),
         "a training and shards, killed and resumed with 1, 2 and 4 processes",
-        *(12, "steps of each stage", ""),
+        *(6, "steps of each stage", ""),
     ),
     "absorption": Study(
         "absorption:run",

@@ -5,6 +5,7 @@ Each run is a command under torchrun in a folder of its own. A kill is SIGKILL t
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from d2l_lib.training.loop import checkpoints, is_whole, read_log, step_of
 
 PROCESSES = (1, 2, 4)
 _STAGES = ("readout", "recall", "world", "polish")
-_SMALLER = ("batches_per_step=4", "contexts=12", "chunks=16", "questions=16")
+_SMALLER = ("batches_per_step=4", "contexts=6", "chunks=8", "questions=8")
 _DOCUMENTS, _SHARD_SIZE = 60, 5
 
 
@@ -76,7 +77,7 @@ def _shards(folder: Path, seed: int) -> list[dict]:
 
 def _start(words: list[str], processes: int) -> subprocess.Popen:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "d2l_lib"]
-    return subprocess.Popen([sys.executable, *torchrun, *words])
+    return subprocess.Popen([sys.executable, *torchrun, *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def _until_end(words: list[str], processes: int) -> None:

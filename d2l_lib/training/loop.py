@@ -3,7 +3,8 @@
 Batches are functions of (seed, step), and the Trainer saves the optimizer. A killed run continues from its last
 checkpoint and ends with the weights of an uninterrupted one. Under torchrun every process takes its share of each
 step's batches, also on several nodes (`slurm` writes the script): a step, its batches, its gradient and its log line
-are the same whatever the number of processes, up to rounding, and a run may go on with another number.
+are the same whatever the number of processes, and a run may go on with another number. To the last bit that holds on
+one kind of machine where each process has one thread.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -184,6 +189,11 @@ class InOrderTrainer(Trainer):
     muon_rate: float | None = None
     muon_float32: bool = False
     _taken: int = 0  # batches of this step that this process has taken
+    _unsynced: nn.Module | None = None  # the model whose processes do not add up gradients themselves
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._sums: dict[nn.Parameter, torch.Tensor] = {}  # gradients of this step's batches so far
 
     def create_optimizer(self, model=None):
         if self.muon_rate is None or self.optimizer is not None:
@@ -224,14 +234,38 @@ class InOrderTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
-    def training_step(self, *arguments, **options):
-        if self.batches_per_step > 1:  # with one, random numbers go on from the checkpoint
+    def training_step(self, model, *arguments, **options):
+        several = self.batches_per_step > 1  # with one, random numbers go on from the checkpoint
+        if several:
             self._seed_batch()
-        loss = super().training_step(*arguments, **options)
+            if isinstance(model, DistributedDataParallel) and model is not self._unsynced:
+                model.register_comm_hook(None, noop_hook)
+                self._unsynced = model
+        loss = super().training_step(model, *arguments, **options)
         if not torch.isfinite(loss):
             raise FloatingPointError("the loss is not a number: lower the learning rate; earlier checkpoints are kept")
         self.model.notes.add("total_loss", loss.item() / self.args.world_size, 1 / self.batches_per_step)
+        if several:
+            self._add_gradients()
         return loss
+
+    def _add_gradients(self) -> None:
+        """Add a batch's gradient to those of its step; after the last one, all processes' sum is the gradient.
+
+        In float64 nearly all sums of float32 are exact, so it does not matter which process took which batch.
+        """
+        wide = torch.float32 if self.args.device.type == "mps" else torch.float64
+        for p in self.model.parameters():
+            if p.grad is not None:
+                self._sums[p] = self._sums.get(p, 0) + p.grad.to(wide)
+                p.grad = None
+        if self._taken < self.current_gradient_accumulation_steps:
+            return
+        for p, total in self._sums.items():
+            if self.args.world_size > 1:
+                dist.all_reduce(total)
+            p.grad = (total / self.args.world_size).to(p.dtype)
+        self._sums = {}
 
     def _seed_batch(self) -> None:
         """Give the next batch random numbers of its own, whichever process takes it and after whatever start."""
