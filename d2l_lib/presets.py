@@ -42,7 +42,7 @@ class Schedule:
     """The length and the rates of a training.
 
     steps, warmup_steps: in batches.
-    batches_per_step: batches per optimizer step, over all processes; 1: one batch of each process.
+    batches_per_step: batches per optimizer step, over all processes, whose number has to divide it.
     min_learning_rate: the end of the cosine; None: 2% of the rate.
     muon_rate: Muon's rate for the matrices; None: AdamW for all.
     muon_float32: Muon's products in float32: faster on CPUs without bfloat16.
@@ -410,6 +410,7 @@ _TINY_QA = DistillationPreset(
     questions=64,
     l1=0.0,
     steps=800,
+    batches_per_step=2,
     learning_rate=5e-4,
     warmup_steps=50,
     most_facts=64,
@@ -434,6 +435,7 @@ _TINY_READING = ReadingPreset(
     **vars(_TINY_QA)
     | {
         "steps": 400,
+        "batches_per_step": 1,
         "learning_rate": 3e-3,
         "muon_rate": 1e-4,
         "muon_float32": True,
@@ -491,7 +493,9 @@ PRESETS = {
             readout=WarmUpPreset(steps=200, sentences=48, learning_rate=1e-3, warmup_steps=50),
         ),
         qa=QAPreset(
-            readout=WarmUpPreset(steps=2400, sentences=32, learning_rate=2e-3, warmup_steps=60, muon_rate=4e-3),
+            readout=WarmUpPreset(
+                steps=2400, batches_per_step=2, sentences=32, learning_rate=2e-3, warmup_steps=60, muon_rate=4e-3
+            ),
             recall=_TINY_RECALL,
             world=_TINY_QA,
             polish=replace(_TINY_QA, steps=800, most_facts=12, unrelated_share=0.2, unanswerable_share=0.35),
@@ -600,11 +604,12 @@ PRESETS["smollm2"] = replace(
 
 # For comparisons of recipes: warm-up and recall of the bundled recipe, smaller and shorter.
 SHORT_QA = QAPreset(
-    readout=replace(PRESETS["tiny"].qa.readout, steps=800, warmup_steps=20),
+    readout=replace(PRESETS["tiny"].qa.readout, steps=800, warmup_steps=20, batches_per_step=1),
     recall=replace(
         _TINY_RECALL,
         n_latent_queries=16,
         steps=300,
+        batches_per_step=1,
         warmup_steps=20,
         chunks=48,
         most_facts=48,
@@ -668,10 +673,14 @@ def changed(settings, changes: Sequence[str]):
             kinds.append("int")
         if type(value).__name__.replace("NoneType", "None") not in (kind.partition("[")[0] for kind in kinds):
             raise ValueError(f"{change!r}: {name} must be {known[name].type}")
-        least = 1 if name == "steps" else 0
+        least = 1 if name in ("steps", "batches_per_step") else 0
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise ValueError(f"{change!r}: {name} must be a finite number of at least {least}")
         values[name] = value
+    for before in ("readout", "pointer"):  # a stage before this one has as many batches in a step
+        if "batches_per_step" in values and getattr(settings, before, None) is not None:
+            of_step = values["batches_per_step"]
+            values[before] = replace(getattr(settings, before), batches_per_step=of_step)
     return replace(settings, **values)
 
 

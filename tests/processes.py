@@ -4,6 +4,8 @@ Environment variables are those of the test's process when the first one starts:
 """
 
 import multiprocessing
+import os
+import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -26,6 +28,21 @@ def start(function: Callable, *arguments: Any) -> BaseProcess:
     process = _context().Process(target=function, args=arguments)
     process.start()
     return process
+
+
+def start_together(n_processes: int, function: Callable, *arguments: Any) -> list[BaseProcess]:
+    """The running processes, which call the function; each is told what torchrun tells."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [start(_together, rank, n_processes, port, function, arguments) for rank in range(n_processes)]
+
+
+def _together(rank: int, n_processes: int, port: int, function: Callable, arguments: tuple) -> None:
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes, "LOCAL_WORLD_SIZE": n_processes}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in told.items()}
+    function(*arguments)
 
 
 def run(function: Callable, *arguments: Any, timeout: float = 300) -> Any:

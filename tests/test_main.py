@@ -42,7 +42,7 @@ WRONG = {
               ["report", "--n", "0"], ["speed-tiny", "--lengths", "64", "0"], ["speed-tiny", "--n", "0"],
               ["speed-smollm2", "--n", "0"],
               ["speed-gemma", "--limit", "nan"], ["recompression", "--length", "0"], ["routing", "--seed", "-1"],
-              ["reading", "--n", "0"], ["router", "--n", "0"], ["no-block", "--n", "0"],
+              ["reading", "--n", "0"], ["elastic", "--n", "0"], ["router", "--n", "0"], ["no-block", "--n", "0"],
               ["router-weights", "--n", "0"],
               ["retrieval", "--n", "0"], ["two-hops", "--n", "0"],
               ["methods", "--only"], ["passages", "--n", "0"], ["passages", "--only"], ["interference", "--n", "0"],

@@ -13,7 +13,8 @@ def test_so_many_steps_are_those_of_every_stage(name):
     assert needle.polish_steps == (needle.steps if p.needle.polish_steps else 0)
     for warm_up, before in ((needle.readout, p.needle.readout), (qa.readout, p.qa.readout)):
         assert (warm_up is None) == (before is None)
-        assert warm_up is None or (warm_up.steps, warm_up.warmup_steps) == (8, 0)
+        batches = 8 * warm_up.batches_per_step if warm_up else 0
+        assert warm_up is None or (warm_up.steps, warm_up.warmup_steps) == (batches, batches // 10)
     assert qa.stages.keys() == p.qa.stages.keys()
     for stage in qa.stages.values():
         assert stage.steps == 8 * stage.batches_per_step

@@ -1,6 +1,5 @@
-"""A small needle training run for a process of its own, or for two that share the batches."""
+"""A small needle training run for a process of its own, or for several that share the batches."""
 
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from d2l_lib.base_model import load_tokenizer
 from d2l_lib.formats.checkpoints import save_checkpoint
-from d2l_lib.presets import WarmUpPreset, preset
+from d2l_lib.presets import NeedlePreset, WarmUpPreset, preset
 from d2l_lib.training import contexts, loop, recipes
 
 STEPS = 16
@@ -20,6 +19,10 @@ SMALL = replace(
     shortest=32, longest=64, steps=STEPS, contexts=3, warmup_steps=2, polish_steps=4,
     readout=WarmUpPreset(steps=4, sentences=4, learning_rate=1e-3, warmup_steps=1),
 )  # fmt: skip
+# Steps of four batches, with unequal numbers of contexts, and noise.
+ELASTIC = replace(
+    SMALL, batches_per_step=4, steps=48, warmup_steps=8, context_tokens=160, neftune=5.0, readout=None, polish_steps=0
+)
 
 
 class SlowBatches(contexts.NeedleBatches):
@@ -43,17 +46,14 @@ def small_base():
     return LlamaForCausalLM(config).eval().requires_grad_(False), tokenizer
 
 
-def train(run: Path, seconds_per_batch: float) -> None:
+def train(run: Path, seconds_per_batch: float, p: NeedlePreset = SMALL, save_steps: int = 4) -> None:
     SlowBatches.seconds = seconds_per_batch
     recipes.NeedleBatches = SlowBatches
     base = recipes.Base(*small_base(), "small")
-    hypernetwork = recipes.train_needle(SMALL, base, loop.Run(run, save_steps=4, report_steps=2))
+    hypernetwork = recipes.train_needle(p, base, loop.Run(run, save_steps=save_steps, report_steps=2))
     if loop.is_first_process():
         save_checkpoint(run / "final", hypernetwork, {})
 
 
-def train_together(rank: int, port: int, run: Path) -> None:
-    """`train` as one of two processes, told by the variables that torchrun sets."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    train(run, 0)
+def train_elastic(run: Path, seconds_per_batch: float) -> None:
+    train(run, seconds_per_batch, ELASTIC, save_steps=3)

@@ -323,6 +323,12 @@ STUDIES = {
         *(3, "repeats of each measurement, at most", ""),
         options=_OF_SPEED,
     ),
+    "elastic": Study(
+        "elastic:run",
+        ("elastic",),
+        "a training and shards, killed and resumed with 1, 2 and 4 processes",
+        *(6, "steps of each stage", ""),
+    ),
     "absorption": Study(
         "absorption:run",
         ("absorption",),

@@ -7,7 +7,7 @@
     d2l train --stage reading-lora --preset smollm2 --questions squad=train-v1.1.json facts    # reads its prompt
     d2l train --stage published --preset smollm2 --questions squad=train-v1.1.json    # rank 8, a plain sum
     d2l train --stage qa --preset paper-gemma --shards FOLDER ...       # the published recipe on shards
-    torchrun --nproc_per_node 8 -m d2l_lib train ...                    # processes share the batches
+    torchrun --nproc_per_node 8 -m d2l_lib train ...                    # processes share a step's batches
 
 Killed runs continue (see `loop`). A preset of a published base model takes --base (a folder or another hub name), and
 --steps and --set for runs of another size. Its hypernetwork ends in a folder that `d2l.load` reads.
@@ -129,6 +129,7 @@ def _run_on_questions(a: argparse.Namespace, p: Preset) -> None:
     """Train token rows or the reading LoRA: the bundled ones, or with other settings, for another base, in RUNS."""
     from d2l_lib.tasks.qa import load_named
     from d2l_lib.training import reading_lora, recipes
+    from d2l_lib.training.loop import processes
 
     tables = {name.partition("=")[0]: load_named(name, split="train", **_drawn(name, p)) for name in a.questions}
     seed, own = a.seed or 0, a.base is not None or a.steps is not None or bool(a.set)
@@ -136,6 +137,7 @@ def _run_on_questions(a: argparse.Namespace, p: Preset) -> None:
     run = _run_options(a, a.runs / p.name / f"{stage}_{'own_' if own else ''}seed{seed}", seed)
     features = a.runs / p.name / "features"
     settings = shortened(changed(getattr(p, stage), a.set), a.steps)
+    settings.accumulation(processes())  # before features are computed
     if a.stage == "reading-lora":
         if own:
             final = reading_lora.train_reading_lora(settings, p.rows, _base_source(a, p), tables, run)
@@ -176,7 +178,10 @@ def _run_own(a: argparse.Namespace, p: Preset) -> None:
         recipes.own_needle(settled(p.needle), source, run, p.name)
         return
     stages = {name: settled(settings) for name, settings in p.qa.stages.items()}
-    settings = replace(p.qa, readout=shortened(p.qa.readout, a.steps), **stages)
+    readout = p.qa.readout
+    if readout is not None:
+        readout = replace(readout, batches_per_step=next(iter(stages.values())).batches_per_step)
+    settings = replace(p.qa, readout=shortened(readout, a.steps), **stages)
     recipes.own_qa(settings, source, run, p.name, a.shards, a.cache or a.runs / "shards")
 
 

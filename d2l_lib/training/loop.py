@@ -1,13 +1,16 @@
 """Training runs on `transformers.Trainer`: batches in order, one report line per so many steps, resumable.
 
 Batches are functions of (seed, step), and the Trainer saves the optimizer. A killed run continues from its last
-checkpoint and ends with the weights of an uninterrupted one. Under torchrun every process takes its share of the
-batches, also on several nodes (`slurm` writes the script).
+checkpoint and ends with the weights of an uninterrupted one. Under torchrun every process takes its share of each
+step's batches, also on several nodes (`slurm` writes the script): a step, its batches, its gradient and its log line
+are the same whatever the number of processes, and a run may go on with another number. To the last bit that holds on
+one kind of machine where each process has one thread.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,17 +19,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from d2l_lib.formats.writing import FolderKind, name_failed_writes, remove_output
 from d2l_lib.hypernetwork import names_without_decay
 from d2l_lib.presets import Schedule
 from d2l_lib.records import append_jsonl, read_appended, read_json, write_jsonl
+from d2l_lib.training.notes import Step
 
 _LOG = "log.jsonl"
 _STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole
+_NOTES = "notes"  # in it: what was noted since the last report
 # What the Trainer writes into a checkpoint.
 _TRAINING_CHECKPOINT = FolderKind(
     "checkpoint of a training",
@@ -40,13 +48,14 @@ _TRAINING_CHECKPOINT = FolderKind(
 
 
 class _Report(TrainerCallback):
-    """Report lines, printed and (as JSON) in `run`/log.jsonl: step, seconds trained, loss, the model's own report.
+    """Report lines, printed and (as JSON) in `run`/log.jsonl: step, seconds trained, rate, the step's own report.
 
     The same numbers go to `run`/tensorboard if the package tensorboard is installed. Seconds count on over
-    interruptions. A resumed start drops the lines of steps that will be trained again.
+    interruptions. A resumed start drops the lines of steps that will be trained again, and goes on with what the
+    checkpoint noted.
     """
 
-    def __init__(self, path: Path, model: nn.Module):
+    def __init__(self, path: Path, model: Step):
         self.path, self.model = path, model
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -54,6 +63,8 @@ class _Report(TrainerCallback):
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.start = time.monotonic()
         self.board = None
+        before = state.stateful_callbacks.pop(_NOTES, {})
+        self.model.notes.sums = before if state.is_world_process_zero else {}
         if state.is_world_process_zero:
             write_jsonl(self.path, kept)
             if find_spec("tensorboard"):
@@ -62,15 +73,19 @@ class _Report(TrainerCallback):
                 self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=state.global_step + 1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "loss" not in logs:
+        if "loss" not in logs:
             return
+        self.model.notes.gather()
+        if not state.is_world_process_zero:
+            return
+        said = self.model.report()
         line = {
             "step": state.global_step,
             "seconds": round(self.seconds_before + time.monotonic() - self.start, 1),
-            "loss": round(logs["loss"], 5),  # the model's report may replace it with the loss without penalties
-            "total_loss": round(logs["loss"], 5),
+            "loss": said["total_loss"],  # the step's own report may replace it with the loss without penalties
+            "total_loss": said["total_loss"],
             "learning_rate": logs["learning_rate"],
-            **self.model.report(),
+            **said,
         }
         append_jsonl(self.path, line)
         if self.board is not None:
@@ -160,6 +175,7 @@ class InOrderTrainer(Trainer):
     """A Trainer that takes batches in order and exempts `without_decay` from weight decay.
 
     keep: number of last checkpoints to keep (None: all). Only files that a Trainer writes are deleted.
+    batches_per_step: over all processes.
     muon_rate: learning rate of Muon (Jordan et al. 2024) for the matrices with weight decay; all else follows AdamW.
     muon_float32: Muon's products in float32.
 
@@ -169,8 +185,15 @@ class InOrderTrainer(Trainer):
 
     without_decay: frozenset[str] = frozenset()
     keep: int | None = None
+    batches_per_step: int = 1
     muon_rate: float | None = None
     muon_float32: bool = False
+    _taken: int = 0  # batches of this step that this process has taken
+    _unsynced: nn.Module | None = None  # the model whose processes do not add up gradients themselves
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._sums: dict[nn.Parameter, torch.Tensor] = {}  # gradients of this step's batches so far
 
     def create_optimizer(self, model=None):
         if self.muon_rate is None or self.optimizer is not None:
@@ -201,6 +224,7 @@ class InOrderTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, and their number of contexts in all processes if the model asks for it."""
+        self._taken = 0
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.model_accepts_loss_kwargs:
             own = torch.tensor(sum(inputs["batch"].n_contexts for inputs in batches), device=device)
@@ -210,13 +234,49 @@ class InOrderTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
-    def training_step(self, *arguments, **options):
-        loss = super().training_step(*arguments, **options)
+    def training_step(self, model, *arguments, **options):
+        several = self.batches_per_step > 1  # with one, random numbers go on from the checkpoint
+        if several:
+            self._seed_batch()
+            if isinstance(model, DistributedDataParallel) and model is not self._unsynced:
+                model.register_comm_hook(None, noop_hook)
+                self._unsynced = model
+        loss = super().training_step(model, *arguments, **options)
         if not torch.isfinite(loss):
             raise FloatingPointError("the loss is not a number: lower the learning rate; earlier checkpoints are kept")
+        self.model.notes.add("total_loss", loss.item() / self.args.world_size, 1 / self.batches_per_step)
+        if several:
+            self._add_gradients()
         return loss
 
+    def _add_gradients(self) -> None:
+        """Add a batch's gradient to those of its step; after the last one, all processes' sum is the gradient.
+
+        In float64 nearly all sums of float32 are exact, so it does not matter which process took which batch.
+        """
+        wide = torch.float32 if self.args.device.type == "mps" else torch.float64
+        for p in self.model.parameters():
+            if p.grad is not None:
+                self._sums[p] = self._sums.get(p, 0) + p.grad.to(wide)
+                p.grad = None
+        if self._taken < self.current_gradient_accumulation_steps:
+            return
+        for p, total in self._sums.items():
+            if self.args.world_size > 1:
+                dist.all_reduce(total)
+            p.grad = (total / self.args.world_size).to(p.dtype)
+        self._sums = {}
+
+    def _seed_batch(self) -> None:
+        """Give the next batch random numbers of its own, whichever process takes it and after whatever start."""
+        place = self._taken * self.args.world_size + self.args.process_index  # in the step
+        number = self.state.global_step * self.batches_per_step + place
+        torch.manual_seed(random.Random(f"batch/{self.args.seed}/{number}").getrandbits(32))
+        self._taken += 1
+
     def _save_checkpoint(self, model, trial):
+        self.model.notes.gather()
+        self.state.stateful_callbacks[_NOTES] = self.model.notes.sums
         with name_failed_writes(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
         if self.args.should_save and self.keep is not None:
@@ -233,8 +293,7 @@ class Run:
     """How this machine trains: where a run is kept, its seed, and technical options.
 
     folder: checkpoints and log; a killed run continues there.
-    save_steps, report_steps: optimizer steps between checkpoints, and between log lines. Where a step is one batch of
-        each process, they count the steps of one process, as the schedule's `steps` do.
+    save_steps, report_steps: optimizer steps between checkpoints, and between log lines.
     stop_at: end with a checkpoint after so many steps of the full schedule.
     keep: number of last checkpoints to keep (None: all).
     bf16: bfloat16 autocast around float32 parameters.
@@ -259,32 +318,34 @@ class Run:
         return replace(self, folder=self.folder / name, **changes)
 
 
-def fit(model: nn.Module, batches: Dataset, schedule: Schedule, run: Run) -> None:
+def fit(model: Step, batches: Dataset, schedule: Schedule, run: Run) -> None:
     """Train `model` on `batches` in order, from the last checkpoint in `run.folder` on.
 
     model: its forward takes `batch` (or the fields of a batch that is a dict) and returns {"loss": ...}. `report` gives
         numbers for the log. With `accepts_loss_kwargs` it also takes num_items_in_batch, the contexts of a step, and
         divides its sums by it: then batches of unequal numbers of contexts can be accumulated.
-    schedule: `steps` and `warmup_steps` count batches. Each of W processes takes every W-th batch. An optimizer step
-        has `batches_per_step` batches; if that is 1 it has W, as in one process with gradient_accumulation_steps=W.
+    schedule: `steps` and `warmup_steps` count batches. An optimizer step has `batches_per_step` batches, of which each
+        of W processes takes every W-th; what is left of `steps` after the last whole step is not learned.
 
-    FloatingPointError if the loss is not a number; earlier checkpoints are kept. RuntimeError if one process sees
-    several GPUs. FileExistsError if the folder holds checkpoints or a log of another program. OSError names a
-    checkpoint that cannot be written.
+    ValueError if W does not divide `batches_per_step`. FloatingPointError if the loss is not a number; earlier
+    checkpoints are kept. RuntimeError if one process sees several GPUs. FileExistsError if the folder holds checkpoints
+    or a log of another program. OSError names a checkpoint that cannot be written.
     """
+    arguments, each = _training_arguments(schedule, run), schedule.batches_per_step
     run.folder.mkdir(parents=True, exist_ok=True)
     _check_run(run.folder)
+    whole = arguments.max_steps * each
     trainer = InOrderTrainer(
         model=model,
-        args=_training_arguments(schedule, run),
-        train_dataset=batches,
+        args=arguments,
+        train_dataset=batches if len(batches) <= whole else Subset(batches, range(whole)),
         data_collator=_named_batch,
         callbacks=[_Report(run.folder / _LOG, model)],
     )
-    trainer.keep = run.keep
+    trainer.keep, trainer.batches_per_step = run.keep, each
     trainer.muon_rate, trainer.muon_float32 = schedule.muon_rate, schedule.muon_float32
     if run.stop_at is not None:
-        trainer.add_callback(_Stop(_optimizer_steps(run.stop_at * schedule.batches_per_step, schedule, run)))
+        trainer.add_callback(_Stop(run.stop_at))
     if hasattr(model, "hypernetwork"):
         names = names_without_decay(model.hypernetwork)
         trainer.without_decay = frozenset(f"hypernetwork.{name}" for name in names)
@@ -298,17 +359,17 @@ def _training_arguments(schedule: Schedule, run: Run) -> TrainingArguments:
     options = {"ddp_find_unused_parameters": False} | dict(run.arguments)
     arguments = TrainingArguments(
         output_dir=str(run.folder),
-        max_steps=_optimizer_steps(schedule.steps, schedule, run),
+        max_steps=max(1, schedule.steps // each),
         per_device_train_batch_size=1,
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.02} if floor is None else {"min_lr": floor},
-        warmup_steps=_optimizer_steps(schedule.warmup_steps, schedule, run),
+        warmup_steps=max(1, round(schedule.warmup_steps / each)),
         weight_decay=0.01,
         adam_beta2=schedule.adam_beta2,
-        logging_steps=_optimizer_steps(run.report_steps * each, schedule, run),
+        logging_steps=run.report_steps,
         logging_nan_inf_filter=False,
-        save_steps=_optimizer_steps(run.save_steps * each, schedule, run),
+        save_steps=run.save_steps,
         seed=run.seed,
         bf16=run.bf16,
         disable_tqdm=True,
@@ -316,7 +377,7 @@ def _training_arguments(schedule: Schedule, run: Run) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         remove_unused_columns=False,
-        **options | {"gradient_accumulation_steps": _accumulation(schedule, run)},
+        **options | {"gradient_accumulation_steps": schedule.accumulation(processes())},
     )
     if arguments.n_gpu > 1:
         raise RuntimeError(
@@ -326,18 +387,8 @@ def _training_arguments(schedule: Schedule, run: Run) -> TrainingArguments:
     return arguments
 
 
-def _optimizer_steps(batches: int, schedule: Schedule, run: Run) -> int:
-    return max(1, round(batches / (_processes() * _accumulation(schedule, run))))
-
-
-def _accumulation(schedule: Schedule, run: Run) -> int:
-    """Batches per step that one process takes."""
-    if schedule.batches_per_step > 1:
-        return schedule.accumulation(_processes())
-    return run.arguments.get("gradient_accumulation_steps", 1)
-
-
-def _processes() -> int:
+def processes() -> int:
+    """How many there are: torchrun's, or one."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

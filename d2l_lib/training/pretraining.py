@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from d2l_lib.engine import pad_rows
 from d2l_lib.tasks import needles, world
 from d2l_lib.training.batches import IGNORED
+from d2l_lib.training.notes import Step
 
 _SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -227,8 +228,10 @@ def _collides(question: world.Question, stated: set[tuple[str, str]]) -> bool:
     return any(subject in question.text for subject, _ in stated)
 
 
-class AnswerLoss(nn.Module):
+class AnswerLoss(Step):
     """Next-token cross-entropy with logits at labelled positions only: the same value in far less memory.
+
+    It notes the share of labelled tokens predicted right, by kind of row.
 
     body: the decoder without its head; the output matrix is the tied embedding.
     compiled: run `body` through torch.compile, once per row length.
@@ -239,21 +242,12 @@ class AnswerLoss(nn.Module):
         self.body = body
         if compiled:
             body.compile(dynamic=False)
-        self._right, self._scored = [0] * len(_ROW_KINDS), [0] * len(_ROW_KINDS)
 
     def forward(self, input_ids: Tensor, labels: Tensor, kind: Tensor) -> dict[str, Tensor]:
         hidden = self.body(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         keep = targets != IGNORED
         logits = nn.functional.linear(hidden[keep], self.body.embed_tokens.weight)
-        self._right[int(kind)] += int((logits.argmax(-1) == targets[keep]).sum())
-        self._scored[int(kind)] += len(logits)
+        right = int((logits.argmax(-1) == targets[keep]).sum())
+        self.notes.add(f"right_{_ROW_KINDS[int(kind)]}", right, len(logits))
         return {"loss": nn.functional.cross_entropy(logits.float(), targets[keep])}
-
-    def report(self) -> dict[str, float]:
-        """Share of labelled tokens predicted right since the last report, by kind of row."""
-        shares = {
-            f"right_{k}": round(r / n, 4) for k, r, n in zip(_ROW_KINDS, self._right, self._scored, strict=True) if n
-        }
-        self._right, self._scored = [0] * len(_ROW_KINDS), [0] * len(_ROW_KINDS)
-        return shares

@@ -33,6 +33,7 @@ from d2l_lib.lora import add_deltas, hooked, without_lora
 from d2l_lib.pooled_rows import PooledRows
 from d2l_lib.presets import PublishedPreset
 from d2l_lib.row_reader import part_of_layers
+from d2l_lib.training.notes import Notes, Step
 from d2l_lib.training.row_features import Features, batches_of_like_size, layer_output, whitening
 
 _AT_ONCE = 16  # questions of a pass through the upper layers
@@ -132,7 +133,7 @@ class PassageBatches(Dataset):
         )
 
 
-class PublishedStep(nn.Module):
+class PublishedStep(Step):
     """The loss {"loss": ...} of a `PassageBatch`, and numbers for the log.
 
     adds: the second stage, where blocks act in the upper layers; else the first. tests: batches that are never learned.
@@ -152,7 +153,6 @@ class PublishedStep(nn.Module):
             part.requires_grad_(False)
         self.adds = False
         self.tests: list[PassageBatch] = []
-        self._tally: dict[str, list[float]] = {}
 
     # --- what frozen parts make of passages and questions -------------------------------------------------------------
     @torch.no_grad()
@@ -226,7 +226,7 @@ class PublishedStep(nn.Module):
     def forward(self, batch: PassageBatch) -> dict[str, Tensor]:
         loss, notes = self.loss(batch)
         for name, value in notes.items():
-            self._tally.setdefault(name, []).append(value)
+            self.notes.add(name, value)
         return {"loss": loss}
 
     def pooled(self, batch: PassageBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,16 +342,13 @@ class PublishedStep(nn.Module):
     @torch.no_grad()
     def report(self) -> dict[str, float]:
         """Means since the last report, and the same of the batches that are never learned (validation_...)."""
-        means = {name: sum(values) / len(values) for name, values in self._tally.items()}
-        self._tally, was_training = {}, self.training
+        means, tested, was_training = super().report(), Notes(), self.training
         self.eval()
-        tested: dict[str, list[float]] = {}
         for batch in self.tests:
             for name, value in self.loss(batch)[1].items():
-                tested.setdefault(f"validation_{name}", []).append(value)
+                tested.add(f"validation_{name}", value)
         self.train(was_training)
-        means |= {name: sum(values) / len(values) for name, values in tested.items()}
-        return {name: round(value, 4) for name, value in means.items()}
+        return means | tested.take()
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -180,6 +180,7 @@ class ReadingStep(Internalization):
     """The loss {"loss": ...} of a `ReadingBatch` (see above), for a hypernetwork with one module and a null block.
 
     The bank is `p.bank` blocks of the two batches before, which do not learn; as buffers they are part of a checkpoint.
+    Several processes would each have a bank of their own, so there is one.
     """
 
     def __init__(self, base_model, hypernetwork: Hypernetwork, p: ReadingPreset, encoder_model=None):
@@ -197,7 +198,6 @@ class ReadingStep(Internalization):
         for side, sizes in (("A", config.d_in), ("B", config.d_out)):
             empty = torch.zeros(p.bank, config.n_layers, config.rank, sizes[self.module])
             self.register_buffer(f"bank_{side}", empty)
-        self._tally: dict[str, list[float]] = {}
 
     def forward(self, batch: ReadingBatch) -> dict[str, Tensor]:
         base_model = self._frozen[0]
@@ -255,7 +255,8 @@ class ReadingStep(Internalization):
         """Notes for `report`; answered: [questions], True where right; shares: of the last layer."""
         first = right.gather(1, shares[:, :-1].argmax(1, keepdim=True))[:, 0].tolist()
         is_open = (shares[:, -1] < math.log(0.5)).tolist()
-        note = lambda name, value: self._tally.setdefault(name, []).append(float(value))  # noqa: E731
+        note = lambda name, value: self.notes.add(name, float(value))  # noqa: E731
+        self.notes.add("questions", len(batch.kinds), 0)
         note("evidence_loss", evidence_loss.item())
         for row, (kind, has_evidence) in enumerate(zip(batch.kinds, batch.evidence.any(1).tolist(), strict=True)):
             note(f"exact_match_{kind}", answered[row])
@@ -272,11 +273,7 @@ class ReadingStep(Internalization):
             but evidence_loss.
         sharpness: mean over layers. exact_match_KIND: by kind of question.
         """
-        questions, means = self._n_questions, {name: sum(all_) / len(all_) for name, all_ in self._tally.items()}
-        means = {name: round(means[name], 4) for name in sorted(means)}
-        self._tally = {}
-        sharpness = round(self.log_sharpness.detach().exp().mean().item(), 3)
-        return super().report() | {"questions": questions, "sharpness": sharpness} | means
+        return super().report() | {"sharpness": round(self.log_sharpness.detach().exp().mean().item(), 3)}
 
 
 @torch.no_grad()

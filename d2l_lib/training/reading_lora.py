@@ -42,6 +42,7 @@ from d2l_lib.records import write_jsonl
 from d2l_lib.tasks import qa
 from d2l_lib.training.batches import IGNORED
 from d2l_lib.training.loop import Run, fit, is_first_process, own_device, read_log
+from d2l_lib.training.notes import Notes, Step
 from d2l_lib.training.row_features import Limits, batches_of_like_size, never_learned, passages_of
 from d2l_lib.training.step import logits_of
 
@@ -183,13 +184,12 @@ def linear_names(model: nn.Module) -> list[str]:
     return [path.rpartition(".")[2] for path, module in named if isinstance(module, nn.Linear)]
 
 
-class ReadingLoraStep(nn.Module):
+class ReadingLoraStep(Step):
     """The loss {"loss": ...} of a `PackedBatch` with a LoRA in every linear of every layer.
 
     tests: batches that are never learned, for the report.
 
-    The base model stays outside this module's state, which counts the questions and tokens that this process learned,
-    and its reports.
+    The base model stays outside this module's state, which counts the questions and tokens learned, and its reports.
     """
 
     def __init__(self, base_model: nn.Module, p: ReadingLoraPreset, seed: int, tests: Sequence[PackedBatch] = ()):
@@ -204,14 +204,12 @@ class ReadingLoraStep(nn.Module):
         self.B = nn.ParameterDict({m: torch.zeros(*shape, size, device=device) for m, size in d_out.items()})
         self.register_buffer("learned", torch.zeros(2, dtype=torch.long))  # questions, tokens
         self.register_buffer("reports", torch.zeros((), dtype=torch.long))
-        self._losses: list[Tensor] = []
-        self._right: list[Tensor] = []
 
     def forward(self, batch: PackedBatch) -> dict[str, Tensor]:
         losses, right = self.losses(batch)
-        self.learned += self.learned.new_tensor([batch.n_questions, batch.n_tokens])
-        self._losses.append(losses.detach())
-        self._right.append(right)
+        self.notes.add("questions", batch.n_questions, 0)
+        self.notes.add("tokens", batch.n_tokens, 0)
+        _note(self.notes, losses, right)
         return {"loss": losses.mean()}
 
     def losses(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -245,13 +243,12 @@ class ReadingLoraStep(nn.Module):
         tokens that were learned so far.
         """
         self.reports += 1
-        means, tested = _means(self._losses, self._right), {}
+        means, tested = super().report(), Notes()
+        self.learned += self.learned.new_tensor([means.get(name, 0) for name in ("questions", "tokens")])
         if self.tests and self.reports % self.p.validation_reports == 0:
-            tested = _means(*zip(*map(self.losses, self.tests), strict=True))
-        self._losses, self._right = [], []
-        questions, tokens = self.learned.tolist()
-        tested = {f"validation_{name}": value for name, value in tested.items()}
-        return {**means, **tested, "questions": questions, "tokens": tokens}
+            for batch in self.tests:
+                _note(tested, *self.losses(batch), "validation_")
+        return means | tested.take() | dict(zip(("questions", "tokens"), self.learned.tolist(), strict=True))
 
     def adapter(self, source: str) -> Adapter:
         """The LoRA as an adapter for the base model `source`."""
@@ -267,11 +264,9 @@ class ReadingLoraStep(nn.Module):
         )
 
 
-def _means(losses: Sequence[Tensor], right: Sequence[Tensor]) -> dict[str, float]:
-    if not losses:
-        return {}
-    means = {"loss": torch.cat([*losses]).mean(), "exact_match": torch.cat([*right]).float().mean()}
-    return {name: round(float(value), 4) for name, value in means.items()}
+def _note(notes: Notes, losses: Tensor, right: Tensor, prefix: str = "") -> None:
+    notes.add(f"{prefix}loss", losses.sum().item(), len(losses))
+    notes.add(f"{prefix}exact_match", int(right.sum()), len(right))
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ from d2l_lib.row_reader import reader_sizes
 from d2l_lib.token_rows import ROLES, TokenRows
 from d2l_lib.training import pretraining
 from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
-from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, read_log
+from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, processes, read_log
 from d2l_lib.training.published import PassageBatches, PublishedStep, few_of
 from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
 from d2l_lib.training.row_features import (
@@ -293,8 +293,10 @@ def train_reading(p: ReadingPreset, source: str | Path, run: Run, final: Path | 
     """The folder `final` (None: `run.folder`/final): the model at `source`, trained to be read sparsely. Resumable.
 
     It is in float16 and names its reading. Where blocks learn it has neither gate nor relevance: those of `source` were
-    measured with other weights.
+    measured with other weights. ValueError for several processes.
     """
+    if processes() > 1:
+        raise ValueError("sparse reading is trained by one process: each would keep a bank of its own blocks")
     model = load(source, device=own_device())
     hypernetwork = with_null_block(model.hypernetwork, p, run.seed)
     step = ReadingStep(model.base_model, hypernetwork, p, model.encoder.model)
@@ -590,7 +592,7 @@ def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) ->
 
 def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
     """Train a question-answering hypernetwork on the bundled base model; logs and the bundled weights go to `data`."""
-    run = Run(runs / p.name / f"qa_seed{seed}", seed)
+    run = Run(runs / p.name / f"qa_seed{seed}", seed, save_steps=125, report_steps=25)
     hypernetwork = train_qa(p.qa, Base(*load_base_model(p.name), p.name), run)
     if not is_first_process():
         return

@@ -17,8 +17,9 @@ One row is one document. The published columns (paper, main stage) and their axe
 An answer includes its stop token. Our shards also have text columns: document, questions, answers, references, kinds,
 closed, evidence. Readers of the published columns can ignore them.
 
-A shard is a function of the settings, the models and its index. Workers make shards independently, and a killed run
-continues to the same bytes on the same kind of machine, library versions and number of threads (not with vLLM).
+A shard is a function of the settings, the models and its index. Each worker makes its shards on one thread, so a killed
+run continues to the same bytes with any number of workers on the same kind of machine and library versions (not with
+vLLM). On a CPU start a process for each core.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from d2l_lib.base_model import load_base_model, load_config, load_tokenizer, locate
 from d2l_lib.documents import (
@@ -444,8 +447,9 @@ def generate(
     teacher, writer: engines; the writer (default: the teacher) asks the questions on `texts`.
     texts: the documents; None draws them from the world.
 
-    Whole shards are kept; a damaged one is made again, as a printed line says. The last worker to finish writes the
-    manifest. ValueError if the folder holds other data, or if the settings do not fit the texts.
+    Shards are made on one thread, so that they are the same with any number of workers. Whole ones are kept; a damaged
+    one is made again, as a printed line says. The last worker to finish writes the manifest. ValueError if the folder
+    holds other data, or if the settings do not fit the texts.
     """
     if not 0 <= worker < workers:
         raise ValueError(f"worker {worker} of {workers}: workers are numbered from 0")
@@ -465,7 +469,8 @@ def generate(
     made: Counter[str] = Counter()
     began = time.monotonic()
     for n, index in enumerate(todo, 1):
-        table, counts = make_shard(settings, index, teacher, texts, writer)
+        with _one_thread():
+            table, counts = make_shard(settings, index, teacher, texts, writer)
         write_shard(shard_path(folder, index), run, table, counts)
         made.update(counts)
         seconds = max(time.monotonic() - began, 1e-9)
@@ -477,6 +482,17 @@ def generate(
             flush=True,
         )
     return _finish(folder, identity, run, settings.n_shards)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inside the `with` block torch computes on one thread: the last bits of its sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _identity(settings: Settings, teacher, texts: Sequence[str] | None, writer) -> dict[str, Any]:

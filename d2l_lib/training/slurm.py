@@ -48,8 +48,7 @@ def sbatch_script(
             f"{nodes} nodes with {gpus} GPUs, {cpus} cores each, {hours} hours: at least one of everything"
         )
     for settings in [p.needle] if stage == "needle" else p.qa.stages.values():
-        if settings.batches_per_step > 1:
-            settings.accumulation(nodes * gpus)
+        settings.accumulation(nodes * gpus)
     if stage == "qa" and not shards and all(one in SHARD_STAGES for one in p.qa.stages):
         raise ValueError("this preset learns from self-generated data: give its folders as shards")
     command = ["-m", "d2l_lib", "train", "--stage", stage, "--preset", name, "--runs", runs]

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from d2l_lib.base_model import decoder_body, final_norm
@@ -31,11 +31,12 @@ from d2l_lib.training.losses import (
     find_answer_tokens,
     l1_penalty,
 )
+from d2l_lib.training.notes import Step
 
 _RECOMPUTED_TOKENS = 4096  # per piece with recomputed activations
 
 
-class Internalization(nn.Module):
+class Internalization(Step):
     """The loss {"loss": ...} of a `Batch`: read chunks, write blocks, answer without the document.
 
     Only the hypernetwork has parameters here; the frozen models stay outside this module's state.
@@ -55,7 +56,6 @@ class Internalization(nn.Module):
         self.layer = hypernetwork.config.n_layers - 1 if p.last_layer else None
         encoder_model = base_model if encoder_model is None else encoder_model
         self._frozen = (base_model, ContextEncoder.from_config(encoder_model, hypernetwork.config))
-        self._losses, self._right, self._n_questions = [], 0, 0
 
     def forward(self, batch: Batch, num_items_in_batch: Tensor | int | None = None) -> dict[str, Tensor]:
         """num_items_in_batch: contexts of the whole step, over all batches and processes (None: of this batch)."""
@@ -137,21 +137,13 @@ class Internalization(nn.Module):
         return l1_penalty(written, counts, self.hypernetwork.config.rank, has_bias=bias is not None)
 
     def _note(self, loss: Tensor, logits: Tensor, answers: AnswerTokens) -> Tensor:
-        """Notes for `report`; [questions], True where every answer token is right."""
+        """Notes the loss and exact match (every answer token right); [questions], True where right."""
         wrong = torch.bincount(
             answers.row, weights=(logits[:, 0].argmax(-1) != answers.label).float(), minlength=answers.n_questions
         )
-        self._right += int((wrong == 0).sum())
-        self._n_questions += answers.n_questions
-        self._losses.append(loss.item())
+        self.notes.add("loss", loss.item())
+        self.notes.add("exact_match", int((wrong == 0).sum()), answers.n_questions)
         return wrong == 0
-
-    def report(self) -> dict[str, float]:
-        """Means since the last report: nats per answer token, and exact match (every answer token right)."""
-        loss = sum(self._losses) / max(1, len(self._losses))
-        share = self._right / max(1, self._n_questions)
-        self._losses, self._right, self._n_questions = [], 0, 0
-        return {"loss": round(loss, 5), "exact_match": round(share, 4)}
 
 
 # ------------------------------------------------------------------------------------------- logits of answer tokens

@@ -34,6 +34,7 @@ from d2l_lib.lora import add_deltas, hooked, without_lora
 from d2l_lib.presets import RowsPreset
 from d2l_lib.row_reader import nearness, part_of_layers
 from d2l_lib.token_rows import WORD_ROLES, TokenRows, Words
+from d2l_lib.training.notes import Notes, Step
 from d2l_lib.training.row_features import Features, Prompt, batches_of_like_size, layer_output, whitening
 
 _AT_ONCE = 16  # questions of a pass through the upper layers: of like length, so little is padded
@@ -241,7 +242,7 @@ class Found:
     content: Tensor
 
 
-class RowsStep(nn.Module):
+class RowsStep(Step):
     """The loss {"loss": ...} of a `RowsBatch`, and numbers for the log."""
 
     def __init__(self, base_model: nn.Module, hypernetwork: TokenRows, p: RowsPreset, tests=()):
@@ -257,7 +258,6 @@ class RowsStep(nn.Module):
         for parameter in (hypernetwork.feature_mean, hypernetwork.feature_scale, reader.gate_rise):
             parameter.requires_grad_(False)
         self.tests = list(tests)  # batches that are never learned
-        self._tally: dict[str, list[float]] = {}
 
     def whitening(self, layer: int) -> Tensor:
         """[d_in, d_in]: brings x / |x| of a layer to whitened coordinates."""
@@ -266,7 +266,7 @@ class RowsStep(nn.Module):
     def forward(self, batch: RowsBatch) -> dict[str, Tensor]:
         loss, notes = self.loss(batch.to(next(self.hypernetwork.parameters()).device))
         for name, value in notes.items():
-            self._tally.setdefault(name, []).append(value)
+            self.notes.add(name, value)
         return {"loss": loss}
 
     def codes(self, batch: RowsBatch) -> Tensor:
@@ -492,16 +492,13 @@ class RowsStep(nn.Module):
     @torch.no_grad()
     def report(self) -> dict[str, float]:
         """Means since the last report, and the same of the batches that are never learned (validation_...)."""
-        means = {name: sum(values) / len(values) for name, values in self._tally.items()}
-        self._tally, was_training = {}, self.training
+        means, tested, was_training = super().report(), Notes(), self.training
         self.eval()
-        tested: dict[str, list[float]] = {}
         for batch in self.tests:
             for name, value in self.loss(batch)[1].items():
-                tested.setdefault(f"validation_{name}", []).append(value)
+                tested.add(f"validation_{name}", value)
         self.train(was_training)
-        means |= {name: sum(values) / len(values) for name, values in tested.items()}
-        return {name: round(value, 4) for name, value in means.items()}
+        return means | tested.take()
 
     @torch.no_grad()
     def start(self, passages: Sequence[Features], batches: RowsBatches) -> None:

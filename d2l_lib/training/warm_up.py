@@ -36,6 +36,7 @@ from d2l_lib.presets import WarmUpPreset
 from d2l_lib.tasks import needles, world
 from d2l_lib.training.batches import IGNORED, Chunks, SentenceBatch
 from d2l_lib.training.loop import Run, fit
+from d2l_lib.training.notes import Step
 
 _Sentence = tuple[str, str, str]  # a text, a question about it, the answer
 _SHARPNESS, _KEY_WEIGHT = 20.0, 10.0  # logit scale of the values; weight of the keys' loss
@@ -89,11 +90,11 @@ class ReadoutBatches(Dataset):
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
 
-class Readout(nn.Module):
+class Readout(Step):
     """The warm-up step of `train_readout`: the sum of two cross-entropies.
 
     Row j of each layer predicts token j of the answer. The mean of the rows predicts the words of the question, all
-    equally likely.
+    equally likely. It notes nats per answer token and per question word, and the share of answer tokens right.
     """
 
     def __init__(self, base_model, hypernetwork: Hypernetwork):
@@ -102,7 +103,6 @@ class Readout(nn.Module):
         d, vocabulary = hypernetwork.config.latent_size, base_model.get_input_embeddings().num_embeddings
         self.answer, self.question = nn.Linear(d, vocabulary), nn.Linear(d, vocabulary)
         self._frozen = (ContextEncoder.from_config(base_model, hypernetwork.config),)
-        self._right, self._scored, self._losses = 0, 0, []
 
     def forward(self, batch: SentenceBatch) -> dict[str, Tensor]:
         """{"loss": ...} of a batch."""
@@ -117,17 +117,11 @@ class Readout(nn.Module):
         words = _word_shares(batch.question_ids, logits.shape[-1])
         question_loss = -(words[:, None] * self.question(rows.mean(2)).log_softmax(-1)).sum(-1).mean()
         scored = targets != IGNORED
-        self._right += int(((logits.argmax(-1) == targets) & scored).sum())
-        self._scored += int(scored.sum())
-        self._losses.append((answer_loss.item(), question_loss.item()))
+        right = int(((logits.argmax(-1) == targets) & scored).sum())
+        self.notes.add("loss", answer_loss.item())
+        self.notes.add("question_loss", question_loss.item())
+        self.notes.add("answer_tokens_right", right, int(scored.sum()))
         return {"loss": answer_loss + question_loss}
-
-    def report(self) -> dict[str, float]:
-        """Means since the last report: nats per answer token and per question word, share of answer tokens right."""
-        answer, question = (sum(column) / len(column) for column in zip(*self._losses or [(0.0, 0.0)], strict=True))
-        right = self._right / max(1, self._scored)
-        self._right, self._scored, self._losses = 0, 0, []
-        return {"loss": round(answer, 5), "question_loss": round(question, 5), "answer_tokens_right": round(right, 4)}
 
 
 @torch.no_grad()
@@ -169,7 +163,7 @@ def start_linear(hypernetwork: Hypernetwork, base_model, tokenizer, seed: int, n
 
 
 # ----------------------------------------------------------------------------------------------------- keys and values
-class KeysAndValues(nn.Module):
+class KeysAndValues(Step):
     """The warm-up step for many facts: row j of a block, s * B_j (A_j x), is a key A_j and a value B_j.
 
     values: B_j points to the output embedding (times the final norm's weights) of token j of the answer.
@@ -198,7 +192,6 @@ class KeysAndValues(nn.Module):
         self.register_buffer("directions", directions, persistent=False)
         self.register_buffer("whitening", whitening, persistent=False)
         self._frozen = (base_model, ContextEncoder.from_config(base_model, config))
-        self._sums, self._n = {}, 0
 
     def forward(self, batch: SentenceBatch) -> dict[str, Tensor]:
         """{"loss": ...} of a batch."""
@@ -223,10 +216,12 @@ class KeysAndValues(nn.Module):
             matches = (keys @ inputs.transpose(1, 2)).sum(0)  # [keys, queries]
             own_wins = matches.argmax(0) == torch.arange(len(matches), device=matches.device)
             right = ((logits.argmax(-1) == targets) & scored[:, None]).sum() / scored.sum() / logits.shape[1]
-        self._add(
-            loss=value_loss, key_cosine=cosines.mean(), question_loss=question_loss, keys_found=own_wins.float().mean(),
-            values_right=right,
-        )  # fmt: skip
+        noted = {
+            "loss": value_loss, "key_cosine": cosines.mean(), "question_loss": question_loss,
+            "keys_found": own_wins.float().mean(), "values_right": right,
+        }  # fmt: skip
+        for name, value in noted.items():
+            self.notes.add(name, value.item())
         return {"loss": value_loss + _KEY_WEIGHT * key_loss + question_loss}
 
     def rows(self, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,11 +241,6 @@ class KeysAndValues(nn.Module):
         rows = torch.arange(len(input_ids), device=starts.device)[:, None]
         return x[:, rows, places] @ self.whitening[self.layers, None]
 
-    def _add(self, **values: Tensor) -> None:
-        self._n += 1
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.item()
-
     def report(self) -> dict[str, float]:
         """Means since the last report.
 
@@ -259,9 +249,7 @@ class KeysAndValues(nn.Module):
         keys_found: share of keys with the best match for their own question in the batch.
         values_right: share of values that point to the right token.
         """
-        means = {name: round(total / max(1, self._n), 5) for name, total in self._sums.items()}
-        self._sums, self._n = {}, 0
-        return means
+        return super().report()
 
 
 def key_whitening(

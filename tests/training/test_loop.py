@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from d2l_lib.tasks import needles
 from d2l_lib.training import step
 from d2l_lib.training.batches import group_by_length
 from d2l_lib.training.contexts import NeedleBatches, _random_chunks
-from d2l_lib.training.loop import InOrderTrainer, Run, read_log
+from d2l_lib.training.loop import InOrderTrainer, Run, checkpoints, is_whole, read_log
 from d2l_lib.training.recipes import Base, hypernetwork_config, train_needle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,23 +186,37 @@ def test_scalers_norms_biases_and_queries_are_spared_from_weight_decay(base, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_train_to_the_curve_of_one(base, tmp_path):
-    """Two processes with a batch each make the steps of one process with two batches."""
-    run = Run(tmp_path / "one", save_steps=4, report_steps=2, arguments={"gradient_accumulation_steps": 2})
-    alone = train_needle(train_small.SMALL, base, run)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    together = [processes.start(train_small.train_together, rank, port, tmp_path / "two") for rank in (0, 1)]
-    for process in together:
-        process.join(300)
-    assert [process.exitcode for process in together] == [0, 0]
-    one, two = dict(alone.named_parameters()), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    start = Hypernetwork(hypernetwork_config(train_small.SMALL, base.model, "x")).state_dict()
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
-    assert any((one[name] - start[name]).abs().max() > 1e-2 for name in one)
-    logs = [read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two")]
-    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == list(range(1, 9))
-    curves = [[line["total_loss"] for line in log] for log in logs]
-    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+def test_a_run_killed_and_resumed_with_one_two_and_four_processes_has_the_curve_of_one(base, tmp_path):
+    """Checkpoints lie between report lines, so that what was noted is resumed too."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    (alone,) = processes.start_together(1, train_small.train_elastic, one, 0)
+    for n_processes, last in ((1, 3), (2, 6), (4, None)):
+        slowly = 0 if last is None else 0.1
+        together = processes.start_together(n_processes, train_small.train_elastic, two, slowly)
+        deadline = time.monotonic() + 120
+        while last is not None and not is_whole(two / f"checkpoint-{last}"):
+            assert time.monotonic() < deadline and all(process.is_alive() for process in together)
+            time.sleep(0.02)
+        if last is not None:
+            time.sleep(0.3)  # into the next step
+            for process in together:
+                process.kill()
+            assert checkpoints(two)[-1].name == f"checkpoint-{last}"
+        for process in together:
+            process.join(120)
+            assert process.exitcode == (0 if last is None else -signal.SIGKILL)
+    alone.join(120)
+    logs = [read_jsonl(run / "log.jsonl") for run in (one, two)]
+    assert [line["step"] for line in logs[0]] == list(range(2, 13, 2))
+    for name in ("step", "loss", "total_loss", "exact_match", "learning_rate"):
+        assert [line[name] for line in logs[0]] == pytest.approx([line[name] for line in logs[1]], abs=1e-5), name
+    expected, resumed = weights(one), weights(two)
+    start = Hypernetwork(hypernetwork_config(train_small.ELASTIC, base.model, "x")).state_dict()
+    assert all(torch.allclose(expected[name], resumed[name], atol=1e-6) for name in expected)
+    assert any((expected[name] - start[name]).abs().max() > 1e-2 for name in expected)
+
+
+def test_processes_that_cannot_share_a_step_are_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes cannot share out 1 batches evenly: start a number that divides"):
+        train_needle(train_small.SMALL, base, Run(tmp_path))

@@ -305,9 +305,12 @@ def test_settings_are_changed_by_name_and_wrong_ones_are_named():
         ("rank=four", "rank must be int"),
         ("rank=True", "rank must be int"),
         ("steps=None", "steps must be int"),
+        ("batches_per_step=0", "batches_per_step must be a finite number of at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             changed(p, [change])
+    several = changed(preset("tiny").needle, ["batches_per_step=4"])
+    assert several.readout == replace(preset("tiny").needle.readout, batches_per_step=4)
     short = shortened(p, 50)
     assert (short.steps, short.warmup_steps) == (50 * 16, 80) and shortened(p, None) is p
     assert shortened(replace(p, warmup_steps=16), 50).warmup_steps == 16

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,6 +202,26 @@ def test_a_stopped_run_resumes_to_the_file_of_an_uninterrupted_one(base, tmp_pat
     with torch.no_grad(), apply_lora(model, *stack_factors([adapter])):
         read = model(ids).logits
     assert not torch.allclose(read, model(ids).logits, atol=0.01)
+
+
+def train_from_file(source, file, run: Run) -> None:
+    train_reading_lora(replace(SMALL, steps=8), ROWS, str(source), {"towns": load_qa("squad", file)}, run)
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_does(base, tmp_path):
+    source, _, _, _, file = base
+    logs = []
+    for n_processes in (1, 2):
+        run = Run(tmp_path / str(n_processes), seed=1, report_steps=2)
+        started = processes.start_together(n_processes, train_from_file, source, file, run)
+        for process in started:
+            process.join(120)
+        assert [process.exitcode for process in started] == [0] * n_processes
+        logs.append([{**line, "seconds": 0} for line in read_log(run.folder / "log.jsonl")])
+    assert [line["step"] for line in logs[0]] == [2, 4] and logs[0][1]["questions"] > logs[0][0]["questions"]
+    for one, two in zip(*logs, strict=True):
+        assert one == pytest.approx(two, abs=2e-5)
 
 
 def test_the_command_ends_in_a_folder_of_peft(base, tmp_path, capsys, monkeypatch):

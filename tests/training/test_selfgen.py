@@ -12,6 +12,7 @@ import types
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import processes
@@ -495,35 +496,40 @@ def test_lists_of_questions_with_limits():
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def run_and_kill(folder: Path, seed: int) -> int:
-    """In a process of its own: start the run of SMALL again and again, each time killed at a random point, until it
-    is through; how often it was killed.
+def run_and_kill(folder: Path, seed: int) -> list[int]:
+    """In a process of its own: start the run of SMALL again and again, by turns with one, two and four workers, each
+    time killed at a random point, until it is through; the workers of each start that was killed.
     """
-    rng, kills, engine = random.Random(seed), 0, build_engine()
+    rng, killed, engine = random.Random(seed), [], build_engine()
     engine.reply([[5]], 1, 0.0, 0)  # what is imported late is imported before the first fork
     while True:
         before = len(list(folder.iterdir())) if folder.exists() else 0
-        child = os.fork()
-        if child == 0:
-            generate(SMALL, folder, engine)
-            os._exit(0)
+        workers = (1, 2, 4)[len(killed) % 3]
+        children = {os.fork() or _work(folder, engine, worker, workers) for worker in range(workers)}
         deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and not os.waitpid(child, os.WNOHANG)[0]:
-            if folder.exists() and len(list(folder.iterdir())) > before:
+        while time.monotonic() < deadline and children:
+            children -= {child for child in children if os.waitpid(child, os.WNOHANG)[0]}
+            if children and folder.exists() and len(list(folder.iterdir())) > before:
                 time.sleep(rng.uniform(0, 0.06))
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                kills += 1
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                killed.append(workers)
                 break
             time.sleep(0.0005)
         else:
-            return kills
+            return killed
+
+
+def _work(folder: Path, engine: TransformersEngine, worker: int, workers: int) -> NoReturn:
+    generate(SMALL, folder, engine, worker=worker, workers=workers)
+    os._exit(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.slow
-def test_a_run_that_is_killed_many_times_ends_with_the_same_bytes(whole, tmp_path):
-    assert processes.run(run_and_kill, tmp_path / "killed", 0) >= 3
+def test_a_run_that_is_killed_with_one_two_and_four_workers_ends_with_the_same_bytes(whole, tmp_path):
+    assert set(processes.run(run_and_kill, tmp_path / "killed", 0)) == {1, 2, 4}
     assert contents(tmp_path / "killed") == contents(whole)
 
 

@@ -19,11 +19,12 @@ def torchrun_command(script: str) -> list[str]:
 @pytest.mark.parametrize("preset", ["paper-gemma", "paper-mistral", "paper-qwen", "tiny"])
 @pytest.mark.parametrize("stage", ["needle", "qa"])
 def test_bash_parses_it(preset, stage):
-    script = slurm.sbatch_script(preset, stage, nodes=2, gpus=8, shards=["/data/it's here"])
+    nodes, gpus = (1, 1) if preset == "tiny" else (2, 8)
+    script = slurm.sbatch_script(preset, stage, nodes=nodes, gpus=gpus, shards=["/data/it's here"])
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert script.startswith("#!/bin/bash\n#SBATCH") and "#SBATCH --nodes=2\n" in script
+    assert script.startswith("#!/bin/bash\n#SBATCH") and f"#SBATCH --nodes={nodes}\n" in script
     command = torchrun_command(script)
-    assert "--nnodes=2" in command and "--nproc_per_node=8" in command and command[-1] != "&"
+    assert f"--nnodes={nodes}" in command and f"--nproc_per_node={gpus}" in command and command[-1] != "&"
     assert ("/data/it's here" in command) == (stage == "qa")
 
 
