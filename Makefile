@@ -1,5 +1,5 @@
 # make lab                  a newcomer's first command: installs, then opens JupyterLab at notebook 00
-# make notebooks | test | train PRESET=tiny | screenshots | lint | setup | clean
+# make notebooks | test | bench | train PRESET=tiny | screenshots | lint | setup | clean
 #
 # Needs Python 3.11 or newer. Writes inside this folder only (.venv and .cache), except for pip's own cache.
 
@@ -9,6 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 UV := $(shell command -v uv 2>/dev/null)
 PRESET ?= tiny
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # Processes that share the tests: one per core, at most 4; make test WORKERS=0 runs them in pytest's own process.
 WORKERS ?= logical
 
@@ -38,7 +39,7 @@ export npm_config_cache := $(CACHE)/npm
 RUN := XDG_CACHE_HOME="$(CACHE)/xdg" TMPDIR="$(CACHE)/tmp" .venv/bin/python
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: lab setup notebooks test train screenshots lint clean
+.PHONY: lab setup notebooks test bench train screenshots lint clean
 
 # Opens JupyterLab in the browser; the first time, installs before.
 lab: setup
@@ -75,6 +76,11 @@ test: setup
 	@mkdir -p "$(CACHE)/tmp"
 	@$(OFFLINE) $(RUN) -m pytest -o cache_dir="$(CACHE)/pytest" -n $(WORKERS) --maxprocesses 4 \
 		--dist worksteal $(PYTEST_ARGS)
+
+# Ours beside the published computation and beside arithmetic; BENCH_ARGS="--again --n 1" is a quick look.
+bench: setup
+	@mkdir -p "$(CACHE)/tmp"
+	@$(OFFLINE) $(RUN) -m d2l_lib study bench $(BENCH_ARGS)
 
 # From nothing: the base model (an hour with `d2l train --fast`, about two without), the needle hypernetwork (14 minutes).
 train: setup

@@ -156,6 +156,14 @@ class HypernetworkConfig:
         return cls(**values)
 
 
+def _unit_rms(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + 1e-6), computed in float32 and returned in x's dtype."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
 class _RMSNorm(nn.Module):
     """w * x / sqrt(mean(x^2) + 1e-6), computed in float32 and returned in x's dtype."""
 
@@ -166,9 +174,7 @@ class _RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-        return self.weight * normed.to(x.dtype)
+        return self.weight * _unit_rms(x)
 
 
 class _SwiGLU(nn.Module):
@@ -201,6 +207,7 @@ class Attention(nn.Module):
     (seconds of both: `d2l study absorption`).
 
     absorbs: True or False chooses the way (None: by the counts).
+    gain [d]: of a norm, multiplies the context; as K (gain x) = (K gain) x, no token is touched.
     """
 
     absorbs: bool | None = None
@@ -214,13 +221,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, config.n_kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.head_dim, d, bias=False)
 
-    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, latents: Tensor, context: Tensor, mask: Tensor | None = None, gain: Tensor | None = None
+    ) -> Tensor:
         n, k = len(context), latents.shape[1]
         queries = self.q_proj(latents).view(-1, k, self.n_kv_heads, self.group, self.head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(-1, self.n_kv_heads, self.group * k, self.head_dim)
         visible = None if mask is None else mask[:, None, None, :]
         read = self._read_absorbed if self.is_absorbed(k, context.shape[1]) else self._read_plain
-        mixed = read(queries, context, visible)  # [n, H, g k, h]
+        maps = (one.weight if gain is None else one.weight * gain for one in (self.k_proj, self.v_proj))
+        mixed = read(queries, context, visible, *maps)  # [n, H, g k, h]
         mixed = mixed.reshape(n, self.n_kv_heads, self.group, k, self.head_dim).permute(0, 3, 1, 2, 4)
         return self.o_proj(mixed.reshape(n, k, -1))
 
@@ -232,28 +242,30 @@ class Attention(nn.Module):
         plain, absorbed = h * n_tokens * (d + rows), rows * d * (n_tokens + h)  # 2 H times as many
         return 4 * absorbed <= 3 * plain
 
-    def _read_plain(self, queries: Tensor, context: Tensor, visible: Tensor | None) -> Tensor:
-        """Values [n, H, g k, h] that queries [n or 1, H, g k, h] read."""
+    def _read_plain(self, queries: Tensor, context: Tensor, visible: Tensor | None, K: Tensor, V: Tensor) -> Tensor:
+        """Values [n, H, g k, h] that queries [n or 1, H, g k, h] read; K, V: [H h, d]."""
         n = len(context)
-        keys = self.k_proj(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        values = self.v_proj(context).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        keys, values = (
+            F.linear(context, one).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2) for one in (K, V)
+        )
         return F.scaled_dot_product_attention(queries.expand(n, -1, -1, -1), keys, values, attn_mask=visible)
 
-    def _read_absorbed(self, queries: Tensor, context: Tensor, visible: Tensor | None) -> Tensor:
+    def _read_absorbed(self, queries: Tensor, context: Tensor, visible: Tensor | None, K: Tensor, V: Tensor) -> Tensor:
         """The same values without keys and values of the tokens: all heads are rows of one head of size d."""
         n, by_head = len(context), (self.n_kv_heads, self.head_dim, -1)
-        queries = torch.einsum("nhqk,hkd->nhqd", queries, self.k_proj.weight.view(by_head))
+        queries = torch.einsum("nhqk,hkd->nhqd", queries, K.view(by_head))
         queries = queries.flatten(1, 2).unsqueeze(1).expand(n, -1, -1, -1)  # [n, 1, H g k, d]
         tokens, scale = context.unsqueeze(1), self.head_dim**-0.5
         read = F.scaled_dot_product_attention(queries, tokens, tokens, attn_mask=visible, scale=scale)
         read = read.reshape(n, self.n_kv_heads, -1, read.shape[-1])
-        return torch.einsum("nhqd,hkd->nhqk", read, self.v_proj.weight.view(by_head))
+        return torch.einsum("nhqd,hkd->nhqk", read, V.view(by_head))
 
 
 class _PerceiverLayer(nn.Module):
     """h = lat + RMS(attn(RMS(lat), context)); out = h + RMS(SwiGLU(RMS(h))).
 
-    With `cross` the context is RMS(context), otherwise the normed latents themselves (self-attention).
+    With `cross` the context is RMS(context), otherwise the normed latents themselves (self-attention). `forward` takes
+    the context without its norm's weight: what is left is the same for all layers.
     """
 
     def __init__(self, config: HypernetworkConfig, cross: bool):
@@ -267,12 +279,12 @@ class _PerceiverLayer(nn.Module):
         self.post_ff_layernorm = _RMSNorm(d)
         self.mlp = _SwiGLU(d, 4 * d, d)
 
-    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        queries = self.input_latents_layernorm(latents)
-        if self.input_context_layernorm is None:
-            attended = self.self_attn(queries, queries, None)
+    def forward(self, latents: Tensor, unit_context: Tensor, mask: Tensor | None) -> Tensor:
+        queries, norm = self.input_latents_layernorm(latents), self.input_context_layernorm
+        if norm is None:
+            attended = self.self_attn(queries, queries)
         else:
-            attended = self.self_attn(queries, self.input_context_layernorm(context), mask)
+            attended = self.self_attn(queries, unit_context, mask, norm.weight)
         hidden = latents + self.post_attention_layernorm(attended)
         return hidden + self.post_ff_layernorm(self.mlp(self.pre_ff_layernorm(hidden)))
 
@@ -302,8 +314,9 @@ class _Resampler(nn.Module):
     def forward(self, context: Tensor, mask: Tensor | None, chosen: slice = slice(None)) -> Tensor:
         """chosen: these queries alone; the numbers are the same if there is no self-attention."""
         latents = self.latents_q[chosen].unsqueeze(0)  # shared by all contexts until the first attention
+        unit_context = _unit_rms(context)
         for layer in self.layers:
-            latents = layer(latents, context, mask)
+            latents = layer(latents, unit_context, mask)
         return self.layernorm(latents)
 
 

@@ -48,7 +48,7 @@ WRONG = {
               ["methods", "--only"], ["passages", "--n", "0"], ["passages", "--only"], ["interference", "--n", "0"],
               ["passages", "--seen"], ["distilled-passages", "--steps", "0"],
               ["articles", "--n", "0"], ["chunks", "--n", "0"], ["rise", "--n", "0"], ["tracing", "--n", "0"],
-              ["absorption", "--n", "0"],
+              ["absorption", "--n", "0"], ["bench", "--n", "0"], ["bench", "--chunks"], ["bench", "--chunks", "0"],
               ["facts", "--n", "0"], ["prose-needles", "--texts", "x", "--n", "0"],
               ["written-questions", "--n", "0"], ["written-questions", "--styles", "x"]],
 }  # fmt: skip

@@ -335,6 +335,16 @@ STUDIES = {
         "the Perceiver's attention with and without keys and values",
         *(7, "runs of each way, in turn", ""),
     ),
+    "bench": Study(
+        "bench:run",
+        ("bench",),
+        "ours, the plain published computation, and arithmetic, in turn",
+        *(5, "turns of each task", ""),
+        options={
+            "--chunks": {"type": "count", "nargs": "+", "default": (1, 8), "help": "of internalized documents (1 8)"},
+            "--again": {"action": "store_true", "help": "measure again what is recorded"},
+        },
+    ),
     "speed-gemma": Study(
         "speed:run_gemma",
         ("speed_gemma",),

@@ -46,17 +46,17 @@ _DOCUMENTS = {
     "tiny": (264, (1, 8)),
     "tiny/qa": (28, (1, 48)),
 }
-_CONTEXTS, _QUESTIONS, _QUESTION_TOKENS, _ANSWER_TOKENS = 4, 4, 32, 8  # of a training step, one chunk to a context
+CONTEXTS, QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS = 4, 4, 32, 8  # of a training step, one chunk to a context
 _WAYS = {"plain": False, "absorbed": True}
 
 
-def random_model(configuration: str, seed: int = 0) -> DocToLoRA:
-    """A random model of one of CONFIGURATIONS, with the bundled tokenizer."""
+def random_model(configuration: str, seed: int = 0, *, layers: int | None = None, rank: int = 8) -> DocToLoRA:
+    """A random model of one of CONFIGURATIONS, with the bundled tokenizer; layers: of the base model (None: BASE's)."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model("llama", **BASE)
+    config = AutoConfig.for_model("llama", **BASE | ({} if layers is None else {"num_hidden_layers": layers}))
     base_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     d_in, d_out = module_sizes(base_model, ["down_proj"])
-    sizes = {"n_layers": config.num_hidden_layers, "feature_size": config.hidden_size, "latent_size": 256, "rank": 8}
+    sizes = {"n_layers": config.num_hidden_layers, "feature_size": config.hidden_size, "latent_size": 256, "rank": rank}
     own = {"d_in": d_in, "d_out": d_out, "n_blocks": 8, "per_layer_processing": True} | CONFIGURATIONS[configuration]
     hypernetwork = Hypernetwork(HypernetworkConfig(**sizes, **own)).eval().requires_grad_(False)
     for parameter in hypernetwork.scaler_B.values():
@@ -77,7 +77,7 @@ def run(n: int, seed: int) -> Iterator[list[dict]]:
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(model.base_model.config.vocab_size, (max(counts), tokens), generator=generator)
         tasks = [("internalize", count, partial(model.internalize_ids, ids[:count])) for count in counts]
-        for task, count, do in (*tasks, ("training step", _CONTEXTS, _training_step(model, tokens, generator))):
+        for task, count, do in (*tasks, ("training step", CONTEXTS, _training_step(model, tokens, generator))):
             for row in _alternating(model, do, n):
                 row["chosen"] = _WAYS[row["way"]] == absorbs
                 rows.append(facts | {"task": task, "chunks": count} | row)
@@ -106,20 +106,28 @@ def _alternating(model: DocToLoRA, do: Callable[[], object], n: int) -> list[dic
     return [row | {"share": round(row["cpu_seconds"] / rows[0]["cpu_seconds"], 3)} for row in rows]
 
 
-def _training_step(model: DocToLoRA, tokens: int, generator: torch.Generator) -> Callable[[], None]:
-    """A function that takes a step's loss and gradients, on random chunks, questions and answers."""
-    n_tokens, n_questions = model.base_model.config.vocab_size, _CONTEXTS * _QUESTIONS
-    ids = torch.randint(n_tokens, (n_questions, _QUESTION_TOKENS), generator=generator)
-    labels = torch.where(torch.arange(_QUESTION_TOKENS) < _QUESTION_TOKENS - _ANSWER_TOKENS, IGNORED, ids)
-    chunks = torch.randint(n_tokens, (_CONTEXTS, tokens), generator=generator).tolist()
-    batch = Batch(
-        chunks=Chunks.of(chunks, [1] * _CONTEXTS, 0),
+def random_batch(n_tokens: int, tokens: int, generator: torch.Generator) -> Batch:
+    """A batch of a training step: random chunks of `tokens` tokens, questions and answers; n_tokens: the vocabulary."""
+    ids = torch.randint(n_tokens, (CONTEXTS * QUESTIONS, QUESTION_TOKENS), generator=generator)
+    labels = torch.where(torch.arange(QUESTION_TOKENS) < QUESTION_TOKENS - ANSWER_TOKENS, IGNORED, ids)
+    chunks = torch.randint(n_tokens, (CONTEXTS, tokens), generator=generator).tolist()
+    return Batch(
+        chunks=Chunks.of(chunks, [1] * CONTEXTS, 0),
         input_ids=ids,
         labels=labels,
-        n_questions=torch.full((_CONTEXTS,), _QUESTIONS),
+        n_questions=torch.full((CONTEXTS,), QUESTIONS),
     )
-    hypernetwork = model.hypernetwork.requires_grad_(True)
-    step = Internalization(model.base_model, hypernetwork, replace(PRESETS["tiny"].qa.world, l1=0.0))
+
+
+def internalization(model: DocToLoRA) -> Internalization:
+    """The training step of cross-entropy alone."""
+    return Internalization(model.base_model, model.hypernetwork, replace(PRESETS["tiny"].qa.world, l1=0.0))
+
+
+def _training_step(model: DocToLoRA, tokens: int, generator: torch.Generator) -> Callable[[], None]:
+    """A function that takes a step's loss and gradients, on random chunks, questions and answers."""
+    batch = random_batch(model.base_model.config.vocab_size, tokens, generator)
+    hypernetwork, step = model.hypernetwork.requires_grad_(True), internalization(model)
 
     def run() -> None:
         hypernetwork.zero_grad()

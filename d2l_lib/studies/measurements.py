@@ -434,10 +434,7 @@ def measure_alone(m: Measurement, *, limit_s: float = 600.0, memory_limit_mib: i
     RuntimeError shows the process's last words after any other failure.
     """
     m = m.here()
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(_PRELOAD)
+    context = own_processes()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_and_send, args=(m, options, memory_limit_mib, sender), daemon=True)
     process.start()
@@ -455,6 +452,15 @@ def measure_alone(m: Measurement, *, limit_s: float = 600.0, memory_limit_mib: i
     if "error" in row:
         raise RuntimeError(f"measuring {m} failed:\n{row['error']}")
     return asdict(m) | _place(m) | row
+
+
+def own_processes():
+    """The `multiprocessing` context whose new processes hold nothing of this one, and have imported already."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def _measure_and_send(m: Measurement, options: dict, memory_limit_mib: int | None, sender) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -81,11 +83,21 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
 def peak_memory_mib() -> float:
     """The most memory in MiB that this process has held so far, or since `reset_peak_memory`.
 
-    On a GPU: what torch allocated there. Else: the resident set, from /proc if it exists, as getrusage after a fork
-    includes the parent's memory.
+    On a GPU: what torch allocated there. Else: `peak_of_process_mib`.
     """
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_of_process_mib()
+
+
+def reset_peak_memory() -> None:
+    """Restart `peak_memory_mib` at the memory held now, if the system can (not on macOS and Windows)."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        reset_peak_of_process()
+
+
+def peak_of_process_mib() -> float:
+    """The largest resident set in MiB so far, from /proc if it exists: getrusage after a fork includes the parent's."""
     status = Path("/proc/self/status")
     if status.is_file():
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
@@ -94,10 +106,21 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def reset_peak_memory() -> None:
-    """Restart `peak_memory_mib` at the memory held now, if the system can (not on macOS and Windows)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+def reset_peak_of_process() -> None:
+    """Restart `peak_of_process_mib` at the memory held now, where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def growth_of_peak_mib(do: Callable[[], object]) -> float:
+    """By how many MiB `do` raises the peak of this process above what it holds now; never below 0.
+
+    Memory that Python and torch keep for later goes back to the system first, where it can: it would hide a need.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc's own function
+        ctypes.CDLL(None).malloc_trim(0)
+    reset_peak_of_process()
+    before = peak_of_process_mib()
+    do()
+    return max(before, peak_of_process_mib()) - before  # a peak does not fall, but its readings are rounded
