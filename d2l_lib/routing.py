@@ -333,17 +333,16 @@ def _by_first_hop(
     hops = {row: hop[0] for row, question in enumerate(questions) if (hop := _HOP.search(question))}
     replaced: dict[int, str] = {}
     for form in _ASK_HOP:
-        rows = [row for row in hops if row not in replaced]
-        asked = [form.format(hops[row]) for row in rows]
-        first = _chosen_by_router(model, question_ids(model.tokenizer, asked, system), [adapters[i] for i in rows], 1)
-        found = [place for place, one in enumerate(first) if one.blocks]
-        answers = model.answer(
-            [asked[i] for i in found], [first[i] for i in found], max_new_tokens=_HOP_TOKENS, system=system
-        )
-        for place, answer in zip(found, answers, strict=True):
-            row = rows[place]
-            same = any(one is first[place].blocks[0] for one in chosen[row].blocks)
-            replaced[row] = questions[row] if same or not answer else questions[row].replace(hops[row], answer)
+        asked = {row: form.format(hop) for row, hop in hops.items() if row not in replaced}
+        prompts = question_ids(model.tokenizer, list(asked.values()), system)
+        first = _chosen_by_router(model, prompts, [adapters[row] for row in asked], 1)
+        found = {row: one for row, one in zip(asked, first, strict=True) if one.blocks}
+        replaced |= {row: questions[row] for row in found}
+        others = [row for row, one in found.items() if all(one.blocks[0] is not block for block in chosen[row].blocks)]
+        texts, inside = [asked[row] for row in others], [found[row] for row in others]
+        answers = model.answer(texts, inside, max_new_tokens=_HOP_TOKENS, system=system)
+        for row, answer in zip(others, answers, strict=True):
+            replaced[row] = questions[row].replace(hops[row], answer or hops[row])
     rows = [row for row, question in replaced.items() if question != questions[row]]
     prompts = question_ids(model.tokenizer, [replaced[row] for row in rows], system)
     for row, second in zip(rows, _chosen_by_router(model, prompts, [adapters[i] for i in rows], blocks), strict=True):
