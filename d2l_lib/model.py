@@ -621,7 +621,7 @@ class DocToLoRA:
         max_new_tokens: the longest answer. It ends earlier at the end of its turn, or of the window.
         system: the text of a system turn before the question.
         blocks: how many blocks answer, the most relevant to each question (None: all). That keeps out the noise of the
-            others (see `routing`).
+            others (see `routing`). With a router, what "the X of Y" in a question is, is asked first.
         shortlist: of how many blocks the most relevant is chosen, those whose keys respond most in one pass of the
             question. The keys of one layer are kept in one piece with the adapter (10,000 blocks of `tiny/qa`: 164 MB).
             Left out, as many as answer: the model's router chooses, or else the keys of the last layer, which is better
@@ -661,7 +661,7 @@ class DocToLoRA:
         if blocks is not None and self.writes_rows:
             raise ValueError("rows of all blocks are read by attention, which chooses by itself: leave blocks out")
         if blocks is not None:
-            per_row = route_prompts(self, prompts, per_row, blocks, shortlist=shortlist)
+            per_row = route_prompts(self, questions, prompts, per_row, blocks, shortlist=shortlist, system=system)
         answers: list[str] = []
         for start in range(0, len(questions), self.answer_batch):
             batch = slice(start, start + self.answer_batch)

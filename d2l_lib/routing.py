@@ -11,7 +11,7 @@ many such blocks some change it without: so the keys choose, and the trial tells
 
 A model with a `Router` (learned weights, see `router`) tries no block: in the same pass its weights compare the blocks'
 keys, in all layers and at all words, with one another and with the null block, and no block answers where the null
-block is nearer.
+block is nearer. A question about "the X of Y" needs two blocks, one after the other: see `_by_first_hop`.
 
 Routing adds nothing to an adapter. What it costs does not grow with the number of blocks, but for one product with the
 keys of one layer.
@@ -20,6 +20,7 @@ keys of one layer.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 TOKENS_AT_ONCE = 2048  # of questions, one copy per block
+_HOP = re.compile(r"the [a-z]+ of (?:the )?[A-Z]\w*(?:.{,60}\b[A-Z]\w*)?")  # "the founder of the Lencott Bank"
+_ASK_HOP = ("What is {}?", "Who is {}?")
+_HOP_TOKENS = 16  # of the value that stands for it
 _SHUT = 50.0  # nats: a null block that stops everything
 # Blocks that are tried, unless more of them answer. One leaves the choice to the router, or to the keys. Trials of
 # eight choose no better, at twice the time of an answer (`d2l study kinds`), and among hundreds of blocks they choose
@@ -308,6 +312,44 @@ def _chosen_by_router(
     return chosen
 
 
+def _by_first_hop(
+    model: DocToLoRA,
+    questions: Sequence[str],
+    adapters: Sequence[Adapter],
+    chosen: Sequence[Adapter],
+    blocks: int,
+    system: str,
+) -> list[Adapter]:
+    """The blocks `chosen` by the router, and others where "the X of Y" in a question is a question of its own.
+
+    "When was the mayor of Halmere born?" matches the keys of every birth. So "What is the mayor of Halmere?" is asked
+    first, and where the router chooses no block for it, "Who is ...?" (self-ask, Press et al. 2022). If the one block
+    that answers is not among those chosen for the whole question, the router chooses again, with the answer in place of
+    the words. The question that is answered at last stays as it was asked.
+
+    Y is a name, in capitals; English alone is read so. It costs an answer and two or three passes of short questions.
+    """
+    routed = list(chosen)
+    hops = {row: hop[0] for row, question in enumerate(questions) if (hop := _HOP.search(question))}
+    replaced: dict[int, str] = {}
+    for form in _ASK_HOP:
+        asked = {row: form.format(hop) for row, hop in hops.items() if row not in replaced}
+        prompts = question_ids(model.tokenizer, list(asked.values()), system)
+        first = _chosen_by_router(model, prompts, [adapters[row] for row in asked], 1)
+        found = {row: one for row, one in zip(asked, first, strict=True) if one.blocks}
+        replaced |= {row: questions[row] for row in found}
+        others = [row for row, one in found.items() if all(one.blocks[0] is not block for block in chosen[row].blocks)]
+        texts, inside = [asked[row] for row in others], [found[row] for row in others]
+        answers = model.answer(texts, inside, max_new_tokens=_HOP_TOKENS, system=system)
+        for row, answer in zip(others, answers, strict=True):
+            replaced[row] = questions[row].replace(hops[row], answer or hops[row])
+    rows = [row for row, question in replaced.items() if question != questions[row]]
+    prompts = question_ids(model.tokenizer, [replaced[row] for row in rows], system)
+    for row, second in zip(rows, _chosen_by_router(model, prompts, [adapters[i] for i in rows], blocks), strict=True):
+        routed[row] = second if second.blocks else chosen[row]
+    return routed
+
+
 @torch.no_grad()
 def null_margins(model: DocToLoRA, questions: Sequence[str], adapter: Adapter) -> Tensor:
     """By how much each question's best block exceeds the null block, in nats: [questions] float32, on the CPU.
@@ -395,26 +437,30 @@ def route(
     None comes back unchanged; so does an adapter with no more than `blocks` if `least` is minus infinity.
     """
     prompts = _checked_prompts(model, questions, adapters, system)
-    return route_prompts(model, prompts, adapters, blocks, least=least, shortlist=shortlist)
+    return route_prompts(model, questions, prompts, adapters, blocks, least=least, shortlist=shortlist, system=system)
 
 
 def route_prompts(
     model: DocToLoRA,
+    questions: Sequence[str],
     prompts: Sequence[list[int]],
     adapters: Sequence[Adapter | None],
     blocks: int,
     *,
     least: float | None = None,
     shortlist: int | None = SHORTLIST,
+    system: str = "",
 ) -> list[Adapter | None]:
-    """`route` of token ids and checked adapters."""
+    """`route` of questions with their token ids, and checked adapters."""
     check_count(blocks, "blocks")
     if shortlist is not None:
         check_count(shortlist, "shortlist")
         shortlist = max(shortlist, blocks)
     if model.router is not None and least is None and shortlist == blocks:
         places = [place for place, one in enumerate(adapters) if one is not None and one.blocks]
-        chosen = _chosen_by_router(model, [prompts[i] for i in places], [adapters[i] for i in places], blocks)
+        inside = [adapters[i] for i in places]
+        chosen = _chosen_by_router(model, [prompts[i] for i in places], inside, blocks)
+        chosen = _by_first_hop(model, [questions[i] for i in places], inside, chosen, blocks, system)
         routed = list(adapters)
         for place, one in zip(places, chosen, strict=True):
             routed[place] = one

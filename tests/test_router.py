@@ -12,7 +12,7 @@ from d2l_lib.base_model import target_linears
 from d2l_lib.documents import question_ids
 from d2l_lib.reading import null_score
 from d2l_lib.router import Router
-from d2l_lib.routing import route, weigh
+from d2l_lib.routing import _HOP, route, weigh
 from d2l_lib.studies.router_weights import fit_router, keep_router, measure_router_weights
 from d2l_lib.tasks import world
 
@@ -145,6 +145,61 @@ def test_the_bundled_router_finds_what_last_tokens_cannot(model):
         refused.append(not route(model, [nothing.text], [adapter])[0].blocks)
     assert sum(right) >= 0.4 * len(right), "by the keys of the last token it is one of ten"
     assert sum(refused) >= 0.75 * len(refused)
+
+
+def test_what_stands_within_a_question_ends_with_the_last_name():
+    for question, expected in (
+        ("When was the mayor of Halmere born?", "the mayor of Halmere"),
+        ("Who is the mayor of the venue of the Finport Regatta?", "the venue of the Finport Regatta"),
+        ("Which body employed the author of the Chronicle of Benmarket?", "the author of the Chronicle of Benmarket"),
+        ("Who wrote the Ballad of Kelbury?", None),
+        ("Where was Ada Lovel born?", None),
+    ):
+        found = _HOP.search(question)
+        assert (found and found[0]) == expected
+
+
+def chosen_spans(model, questions, adapters):
+    return [[block.span for block in one.blocks] for one in route(model, questions, adapters)]
+
+
+def test_two_hops_go_to_the_block_of_the_second_by_way_of_the_first(model, monkeypatch):
+    rng, asked, adapters = random.Random("hops"), [], []
+    while len(asked) < 24:
+        document = world.draw_document(rng, "validation", 12)
+        if (question := world.ask(rng, document, "two_hop")) is not None:
+            asked.append(question)
+            adapters += model.internalize_each([document.text])
+    texts = [one.text for one in asked]
+
+    def right():
+        return [
+            any(s < one.evidence[1][1] and one.evidence[1][0] < e for s, e in spans)
+            for one, spans in zip(asked, chosen_spans(model, texts, adapters), strict=True)
+        ]
+
+    by_hops = right()
+    assert chosen_spans(model, texts[:1], adapters[:1]) == chosen_spans(model, texts, adapters)[:1]
+    monkeypatch.setattr("d2l_lib.routing._ASK_HOP", ())
+    at_once = right()
+    assert sum(by_hops) >= sum(at_once) + 3 and sum(by_hops) >= 0.8 * len(asked)
+
+
+def test_a_question_that_is_its_own_first_hop_keeps_its_block(model, monkeypatch):
+    rng = random.Random("one hop")
+    document = world.draw_document(rng, "validation", 30)
+    (adapter,) = model.internalize_each([document.text])
+    texts = [question for fact in document.facts for question in world.wordings(fact) if _HOP.search(question)]
+    by_hops = chosen_spans(model, texts, [adapter] * len(texts))
+    monkeypatch.setattr("d2l_lib.routing._ASK_HOP", ())
+    at_once = chosen_spans(model, texts, [adapter] * len(texts))
+    assert len(texts) >= 8 and sum(a == b for a, b in zip(by_hops, at_once, strict=True)) >= 0.9 * len(texts)
+
+
+def test_no_first_hop_is_answered_where_the_router_refuses_it(model, adapter, monkeypatch):
+    monkeypatch.setattr(model, "router", replace(model.router, offset=-1e6, by_words=LAST))
+    monkeypatch.setattr(model, "answer", lambda questions, *_, **__: list(questions) and pytest.fail("asked a block"))
+    assert chosen_spans(model, ["When was the mayor of Zorwick born?"], [adapter]) == [[]]
 
 
 def test_a_router_is_saved_with_the_model_and_a_damaged_one_is_named(model, tmp_path):
