@@ -511,11 +511,16 @@ class Adapter:
         kept = self.__dict__.setdefault("_keys", {})
         if layer not in kept:
             rank = max((block.rank for block in self.blocks), default=0)
+            place = self.layers.index(layer) if layer in self.layers else None
             kept[layer] = {}
             for module, (d_in, _) in self.sizes.items():
-                whole = [_in_layers(block.A[module], self.layers, (layer,))[0] for block in self.blocks]
-                padded = [torch.nn.functional.pad(one, (0, 0, 0, rank - len(one))) for one in whole]
-                kept[layer][module] = torch.stack(padded) if padded else torch.zeros(0, rank, d_in)
+                if place is None or not self.blocks:
+                    kept[layer][module] = torch.zeros(len(self.blocks), rank, d_in)
+                    continue
+                whole = [block.A[module][place] for block in self.blocks]
+                if any(len(one) < rank for one in whole):
+                    whole = [torch.nn.functional.pad(one, (0, 0, 0, rank - len(one))) for one in whole]
+                kept[layer][module] = torch.stack(whole)
         return kept[layer]
 
     def compressed(self, rank: int) -> Adapter:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CANDIDATES = 64  # blocks that are weighed in all layers, those that respond most in the last one
+CANDIDATES = 32  # blocks that are weighed in all layers, those that respond most in the last one
 LEAST_LOG = -12.0  # of the probability of a refusal: below, all answers are as sure
 _TINY = 1e-3  # of responses, which are around 1
 

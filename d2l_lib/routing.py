@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 2048  # of questions, one copy per block
 _HOP = re.compile(r"the [a-z]+ of (?:the )?[A-Z]\w*(?:.{,60}\b[A-Z]\w*)?")  # "the founder of the Lencott Bank"
 _ASK_HOP = ("What is {}?", "Who is {}?")
+_ASK_WORDS = 2  # "Who was" asks for the first hop alone
 _HOP_TOKENS = 16  # of the value that stands for it
 _SHUT = 50.0  # nats: a null block that stops everything
 # Blocks that are tried, unless more of them answer. One leaves the choice to the router, or to the keys. Trials of
@@ -327,10 +328,15 @@ def _by_first_hop(
     that answers is not among those chosen for the whole question, the router chooses again, with the answer in place of
     the words. The question that is answered at last stays as it was asked.
 
-    Y is a name, in capitals; English alone is read so. It costs an answer and two or three passes of short questions.
+    Y is a name, in capitals; English alone is read so. It costs an answer and two or three passes of short questions,
+    which a question that asks for the first hop alone is spared.
     """
     routed = list(chosen)
-    hops = {row: hop[0] for row, question in enumerate(questions) if (hop := _HOP.search(question))}
+    hops = {
+        row: hop[0]
+        for row, question in enumerate(questions)
+        if (hop := _HOP.search(question)) and len(re.findall(r"\w+", question.replace(hop[0], ""))) > _ASK_WORDS
+    }
     replaced: dict[int, str] = {}
     for form in _ASK_HOP:
         asked = {row: form.format(hop) for row, hop in hops.items() if row not in replaced}

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 import d2l_lib as d2l
 from d2l_lib.analysis import weights
 from d2l_lib.analysis.attribution import attribute
-from d2l_lib.analysis.report import report
 from d2l_lib.documents import context_ids, stop_ids
 from d2l_lib.formats import peft
 from d2l_lib.model import DocToLoRA
@@ -147,7 +146,6 @@ def test_what_adds_adapters_up_refuses_rows(model, each, tmp_path):
         lambda: key_scores(model, ["Who?"], [both]),
         lambda: route(model, ["Who?"], [both]),
         lambda: attribute(model, both, "Who?", "Ada", "layer"),
-        lambda: report(model, TEXTS),
     )
     for number, call in enumerate(refused):
         try:

@@ -28,6 +28,7 @@ from d2l_lib.formats.writing import FolderKind, atomic_folder, read_whole
 from d2l_lib.presets import Schedule
 from d2l_lib.studies import watch
 from d2l_lib.training import loop, recipes, selfgen, text_to_lora
+from d2l_lib.training.notes import Step
 
 HEADS = {"n_heads": 16, "n_kv_heads": 4, "head_dim": 128}  # of the published code
 KIND = FolderKind("sample", ("mark", "part/*.bin"), lambda folder: ("mark", "part/*.bin"))
@@ -479,16 +480,15 @@ def test_what_killed_processes_left_goes_and_what_others_use_stays(tmp_path):
 # --- trainings and generated data -------------------------------------------------------------------------------------
 
 
-class Small(torch.nn.Module):
+class Small(Step):
     def __init__(self):
         super().__init__()
         self.line = torch.nn.Linear(2, 2)
 
     def forward(self, x):
-        return {"loss": self.line(x).square().mean()}
-
-    def report(self):
-        return {}
+        loss = self.line(x).square().mean()
+        self.notes.add("total_loss", float(loss.detach()))
+        return {"loss": loss}
 
 
 class Ones(torch.utils.data.Dataset):
