@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 FORMAT = "d2l-adapter"
 _FORMAT_VERSION = 1
 _USUAL_ENDINGS = ("", ".safetensors", ".st", ".sft", ".adapter", ".lora", ".d2l")  # of files that `save` may replace
-# Where a target module sits in a decoder layer, for an adapter without paths of its own.
 _FOLD = 4  # times d_out: of a larger rank the sum itself is applied
+# Where a target module sits in a decoder layer, for an adapter without paths of its own.
 _USUAL_PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
 _USUAL_PARENTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 TOKENS_AT_ONCE = 2048  # of questions, one copy per block
-_HOP = re.compile(r"the [a-z]+ of (?:the )?[A-Z]\w*(?:.{,60}\b[A-Z]\w*)?")  # "the founder of the Lencott Bank"
+_HOP = re.compile(r"the [a-z]+ of (?:the )?[A-Z]\w*(?:[^,.;:?!]{,60}\b[A-Z]\w*)?")  # "the founder of the Lencott Bank"
 _ASK_HOP = ("What is {}?", "Who is {}?")
 _ASK_WORDS = 2  # "Who was" asks for the first hop alone
 _HOP_TOKENS = 16  # of the value that stands for it
@@ -324,7 +324,7 @@ def _by_first_hop(
     """The blocks `chosen` by the router, and others where "the X of Y" in a question is a question of its own.
 
     "When was the mayor of Halmere born?" matches the keys of every birth. So "What is the mayor of Halmere?" is asked
-    first, and where the router chooses no block for it, "Who is ...?" (self-ask, Press et al. 2022). If the one block
+    first, and where no block answers it, "Who is ...?" (self-ask, Press et al. 2022). If the one block
     that answers is not among those chosen for the whole question, the router chooses again, with the answer in place of
     the words. The question that is answered at last stays as it was asked.
 
@@ -343,12 +343,13 @@ def _by_first_hop(
         prompts = question_ids(model.tokenizer, list(asked.values()), system)
         first = _chosen_by_router(model, prompts, [adapters[row] for row in asked], 1)
         found = {row: one for row, one in zip(asked, first, strict=True) if one.blocks}
-        replaced |= {row: questions[row] for row in found}
         others = [row for row, one in found.items() if all(one.blocks[0] is not block for block in chosen[row].blocks)]
+        replaced |= {row: questions[row] for row in found if row not in others}
         texts, inside = [asked[row] for row in others], [found[row] for row in others]
         answers = model.answer(texts, inside, max_new_tokens=_HOP_TOKENS, system=system)
         for row, answer in zip(others, answers, strict=True):
-            replaced[row] = questions[row].replace(hops[row], answer or hops[row])
+            if answer and answer != model.router.refusal:
+                replaced[row] = questions[row].replace(hops[row], answer)
     rows = [row for row, question in replaced.items() if question != questions[row]]
     prompts = question_ids(model.tokenizer, [replaced[row] for row in rows], system)
     for row, second in zip(rows, _chosen_by_router(model, prompts, [adapters[i] for i in rows], blocks), strict=True):
@@ -442,6 +443,7 @@ def route(
 
     None comes back unchanged; so does an adapter with no more than `blocks` if `least` is minus infinity.
     """
+    questions = check_texts(questions, "questions")
     prompts = _checked_prompts(model, questions, adapters, system)
     return route_prompts(model, questions, prompts, adapters, blocks, least=least, shortlist=shortlist, system=system)
 

@@ -311,7 +311,8 @@ class Options:
     n: questions sampled for each sentence.
     flag_below: a sentence is lost if its `kept` is smaller.
     belief: the least probability at which an answer of the base model alone is a belief.
-    ask: writes the questions; called as `ask_about` (None: that one for "tiny", for others `ask_by_openings`).
+    ask: writes the questions; called as `ask_about` (None: that one for "tiny" and for a model without a source,
+        for others `ask_by_openings`).
     """
 
     adapter: Adapter | None = None

@@ -206,9 +206,9 @@ class Prepared:
 def run(n: int, seed: int, chunks: Sequence[int], again: bool) -> Iterator[list[dict]]:
     """The rows so far, after each task that the record lacks, with the columns of `_columns` and what they ran on.
 
-    again: measure every task anew.
+    again: measure every task anew, as it is where the record is of another n or seed.
     """
-    rows = [] if again else earlier_rows("bench")
+    rows = [row for row in earlier_rows("bench") if not again and (row["n"], row["seed"]) == (n, seed)]
     present = {task_of(row) for row in rows}
     for task in tasks(chunks):
         if task in present:

@@ -261,10 +261,16 @@ class InOrderTrainer(Trainer):
                 p.grad = None
         if self._taken < self.current_gradient_accumulation_steps:
             return
-        for p, total in self._sums.items():
-            if self.args.world_size > 1:
-                dist.all_reduce(total)
-            p.grad = (total / self.args.world_size).to(p.dtype)
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        present = torch.tensor([p in self._sums for p in learned], dtype=torch.int32, device=self.args.device)
+        if self.args.world_size > 1:  # a parameter may have had no gradient in one process
+            dist.all_reduce(present, dist.ReduceOp.MAX)
+        for p, is_present in zip(learned, present.tolist(), strict=True):
+            if is_present:
+                total = self._sums[p] if p in self._sums else torch.zeros_like(p, dtype=wide)
+                if self.args.world_size > 1:
+                    dist.all_reduce(total)
+                p.grad = (total / self.args.world_size).to(p.dtype)
         self._sums = {}
 
     def _seed_batch(self) -> None:

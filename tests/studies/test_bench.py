@@ -170,7 +170,7 @@ def test_the_command_measures_each_task_both_ways_and_in_processes_of_their_own(
     monkeypatch.setattr(bench, "tasks", lambda chunks: [bench.Task("internalize", "tiny", chunks=n) for n in chunks])
     monkeypatch.setattr(studies, "record_path", lambda name: tmp_path / f"{name}.jsonl")
     assert main(["study", "bench", "--n", "2", "--chunks", "1", "4"]) == 0
-    one, four = read_jsonl(tmp_path / "bench.jsonl").to_dict("records")
+    one, four = read_jsonl(tmp_path / "bench.jsonl")
     assert (one["what"], one["model"], one["chunks"], four["chunks"], one["n"]) == ("internalize", "tiny", 1, 4, 2)
     assert one["command"] == "d2l study bench --n 2 --chunks 1 4" and one["threads"] and one["seed"] == 0
     assert four["gigaflop"] == pytest.approx(4 * one["gigaflop"], rel=1e-3)
@@ -193,9 +193,11 @@ def test_an_interrupted_record_continues_unless_it_is_made_again(monkeypatch):
     monkeypatch.setattr(bench, "_memory_alone", lambda *_: 5.0)
     monkeypatch.setattr(bench, "earlier_rows", lambda name: [])
     *_, rows = bench.run(3, 0, (1,), again=False)
-    monkeypatch.setattr(bench, "earlier_rows", lambda name: rows[:1])
+    recorded = rows[0] | {"seed": 0}
+    monkeypatch.setattr(bench, "earlier_rows", lambda name: [recorded])
     (later,) = bench.run(3, 0, (1,), again=False)
-    assert later[0] is rows[0] and bench.task_of(later[1]) == two, "only what is missing is measured"
+    assert later[0] is recorded and bench.task_of(later[1]) == two, "only what is missing is measured"
+    assert len(list(bench.run(3, 1, (1,), again=False))) == 2, "another seed"
     assert len(list(bench.run(3, 0, (1,), again=True))) == 2
     table = bench.summary(pd.DataFrame(later))
     assert list(table.index) == ["tiny, internalize, 1 chunks", "tiny, internalize, 2 chunks"]
