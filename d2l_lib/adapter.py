@@ -514,13 +514,11 @@ class Adapter:
             place = self.layers.index(layer) if layer in self.layers else None
             kept[layer] = {}
             for module, (d_in, _) in self.sizes.items():
-                if place is None or not self.blocks:
-                    kept[layer][module] = torch.zeros(len(self.blocks), rank, d_in)
-                    continue
-                whole = [block.A[module][place] for block in self.blocks]
+                A = [block.A[module] for block in self.blocks]
+                whole = [one.new_zeros(rank, d_in) if place is None else one[place] for one in A]
                 if any(len(one) < rank for one in whole):
                     whole = [torch.nn.functional.pad(one, (0, 0, 0, rank - len(one))) for one in whole]
-                kept[layer][module] = torch.stack(whole)
+                kept[layer][module] = torch.stack(whole) if whole else torch.zeros(0, rank, d_in)
         return kept[layer]
 
     def compressed(self, rank: int) -> Adapter:

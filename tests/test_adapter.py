@@ -503,6 +503,15 @@ def test_stacks_hold_the_layers_that_any_adapter_writes(partial):
                 assert torch.allclose(formed, own[list(expected or range(N_LAYERS))], atol=1e-6)
 
 
+def test_keys_of_a_layer_that_is_not_held_are_zeros_of_the_same_sort(partial):
+    half = partial.to(dtype=torch.float16)
+    for layer in range(N_LAYERS):
+        for module, keys in half.keys_of(layer).items():
+            whole = [block.A[module][0] for block in half.blocks]
+            assert keys.dtype == torch.float16 and keys.shape == (len(whole), max(map(len, whole)), SIZES[module][0])
+            assert keys.any() == (layer in half.layers)
+
+
 # --- many documents, and names of all kinds ---------------------------------------------------------------------------
 
 MANY = 10_000

@@ -89,13 +89,9 @@ def run(model: DocToLoRA, n: int, seed: int, questions: str, steps: int) -> list
         ContextDistillation(form, _QUERIES, name=f"context distillation, {_QUERIES} written questions", **common),
     ]
     compared = compare(methods, frame, report=True)
-    rows = [row for name in (one.name for one in methods) for row in scored_rows(_of(compared, name), seed)]
-    table = pd.DataFrame(rows).merge(costs(compared))
+    of_each = [answered for _, answered in compared.groupby("method", sort=False)]
+    table = pd.DataFrame([row for answered in of_each for row in scored_rows(answered, seed)]).merge(costs(compared))
     return table.assign(steps=steps, dataset=frame["dataset"].iloc[0]).to_dict("records")
-
-
-def _of(compared: pd.DataFrame, name: str) -> pd.DataFrame:
-    return compared[compared["method"] == name]
 
 
 def _some_passages(frame: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
