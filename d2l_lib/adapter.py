@@ -485,6 +485,11 @@ class Adapter:
         return folded[module]
 
     @cached_property
+    def ranks(self) -> frozenset[int]:
+        """The ranks of its blocks; counted once."""
+        return frozenset(block.rank for block in self.blocks)
+
+    @cached_property
     def stacked(self) -> Factors:
         """{module: (A [L, K, r, d_in], B [L, K, r, d_out])} of the K blocks without their weights; not the bias.
 

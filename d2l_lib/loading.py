@@ -18,7 +18,7 @@ import torch
 from d2l_lib.adapter import Adapter
 from d2l_lib.base_model import base_model_names, bundled_path, check_place, input_device, load_base_model
 from d2l_lib.encoder import ContextEncoder
-from d2l_lib.formats.checkpoints import WEIGHTS, build_hypernetwork, load_checkpoint, read_published
+from d2l_lib.formats.checkpoints import WEIGHTS, build_hypernetwork, load_checkpoint, read_published, read_router
 from d2l_lib.formats.hub import BASE_MODEL_FILES, checkpoint_in, from_hub
 from d2l_lib.formats.writing import read_whole
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
@@ -120,7 +120,7 @@ def assemble(
         chunk_tokens=meta.get("chunk_tokens"),
         least_relevance=meta.get("least_relevance", -math.inf),
         gate=_gate_of(meta),
-        router=_router_of(meta, hypernetwork),
+        router=_router_of(meta, hypernetwork, folder),
         reading=_reading_of(meta),
         base_source=base_source,
         encoder=encoder,
@@ -165,19 +165,16 @@ def _gate_of(meta: dict) -> Gate | None:
         ) from error
 
 
-def _router_of(meta: dict, hypernetwork: Hypernetwork) -> Router | None:
-    """The router in a checkpoint's meta, if any; ValueError where it is damaged or does not fit the hypernetwork."""
-    named = meta.get("router")
-    if named is None:
+def _router_of(meta: dict, hypernetwork: Hypernetwork, folder: Path | None) -> Router | None:
+    """The router of a checkpoint, if any; ValueError where it is damaged or does not fit the hypernetwork."""
+    if (named := meta.get("router")) is None:
         return None
-    try:
-        sorts = {sort: tuple(float(one) for one in named[sort]) for sort in ("last_token", "words", "by_words")}
-        layers = tuple(int(layer) for layer in named["layers"])
-        router = Router(layers=layers, offset=float(named["offset"]), refusal=str(named["refusal"]), **sorts)
-        if hypernetwork.null() is None or not all(0 <= layer < hypernetwork.config.n_layers for layer in layers):
-            raise ValueError("the hypernetwork lacks its layers or a null block")
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"this checkpoint's router is damaged ({named!r}): {error}") from error
+    if folder is None:
+        raise ValueError("this checkpoint names a router, whose weights lie in its folder: load that")
+    router, config, null = read_router(folder, named), hypernetwork.config, hypernetwork.null()
+    sizes = (config.n_layers, config.rank, *config.d_out.values())
+    if null is None or (router.config.n_layers, router.config.rank, router.config.d_out) != sizes:
+        raise ValueError(f"this checkpoint's router ({named!r}) is of other blocks than its hypernetwork writes")
     return router
 
 

@@ -50,6 +50,7 @@ from d2l_lib.formats.checkpoints import (
     MODEL_FOLDER,
     part_in,
     write_checkpoint,
+    write_router,
 )
 from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, Loras
@@ -92,7 +93,7 @@ class DocToLoRA:
         chunk_batch, batch_tokens: the most chunks, and tokens, of one encoder batch.
         least_relevance: nats that a block must reach to answer when `blocks` is a number and blocks are tried (see
             `routing`); minus infinity unless the checkpoint names it.
-        router: the weights with which keys choose blocks where `blocks` is a number (a Router, or None: see `routing`).
+        router: what chooses blocks where `blocks` is a number (a Router, or None: see `routing`).
         gate: the threshold of `routing.gated` where the base model has an answer of its own (a Gate, or None).
         reading: how `read="sparse"` chooses what each token of an answer reads (a Reading; a RowReading where the
             hypernetwork writes rows, whose adapters are read in no other way).
@@ -752,7 +753,7 @@ class DocToLoRA:
         if self.gate is not None:
             meta["gate"] = asdict(self.gate)
         if self.router is not None:
-            meta["router"] = asdict(self.router)
+            meta["router"] = asdict(self.router.config)
         if self.writes_rows:
             meta["row_reading"] = asdict(self.reading)
         elif self.reading != Reading():
@@ -772,6 +773,8 @@ class DocToLoRA:
                 kept.append(name)
         with atomic_folder(folder, MODEL_FOLDER, kept) as temporary:
             write_checkpoint(temporary, self.hypernetwork, meta)
+            if self.router is not None:
+                write_router(temporary, self.router)
             for name in included:
                 network, tokenizer, _ = models[name]
                 network.save_pretrained(temporary / name)

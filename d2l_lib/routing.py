@@ -9,9 +9,10 @@ answer. With one block at a time, the model itself shows it (`relevance`). A blo
 does not change the first token of the answer. A block that holds something similar changes it with doubts, but among
 many such blocks some change it without: so the keys choose, and the trial tells whether the choice is relevant.
 
-A model with a `Router` (learned weights, see `router`) tries no block: in the same pass its weights compare the blocks'
-keys, in all layers and at all words, with one another and with the null block, and no block answers where the null
-block is nearer. A question about "the X of Y" needs two blocks, one after the other: see `_by_first_hop`.
+A model with a `Router` (a small learned network, see `router`) tries no block: of the same pass it compares how blocks
+respond, in all layers and at all words, and no block answers where none is about the question. A question that is to be
+answered with yes or no it judges, too. A question about "the X of Y" needs two blocks, one after the other: see
+`_by_first_hop`.
 
 Routing adds nothing to an adapter. What it costs does not grow with the number of blocks, but for one product with the
 keys of one layer.
@@ -27,15 +28,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from d2l_lib.adapter import Adapter
-from d2l_lib.base_model import target_linears
+from d2l_lib.adapter import Adapter, Block
+from d2l_lib.base_model import final_norm, target_linears
 from d2l_lib.documents import answer_ids, check_count, check_texts, question_ids
 from d2l_lib.engine import pad_id_of, pad_rows
 from d2l_lib.lora import hooked
 from d2l_lib.reading import Reading, null_score, read_sparsely
-from d2l_lib.router import CANDIDATES
+from d2l_lib.router import CANDIDATES, Responses, Router, with_verdict
 
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
@@ -261,27 +263,26 @@ def _key_norms(adapter: Adapter, inputs: dict[str, Tensor], layer: int) -> Tenso
 
 @dataclass(frozen=True)
 class Weighed:
-    """What a router compares for one question: see `router`.
+    """What a router compares for one question.
 
-    adapter: with the blocks that are compared. responses: s [layers, tokens, blocks]. null: n [layers, tokens].
-    log_refusal: the base model's log-probability, with the bias alone, of the first token of its refusal.
+    adapter: with the blocks that are compared. responses: theirs. x: [d_in], the input of the last layer's linear at
+    the prompt's last token.
     """
 
     adapter: Adapter
-    responses: Tensor
-    null: Tensor
-    log_refusal: float
+    responses: Responses
+    x: Tensor
 
 
 @torch.no_grad()
-def weigh(
-    model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter], layers: Sequence[int], refusal: str
-) -> list[Weighed]:
-    """The responses of the blocks' keys to each question (token ids), in one pass with the bias alone.
+def weigh(model: DocToLoRA, router: Router, prompts: Sequence[list[int]], adapters: Sequence[Adapter]) -> list[Weighed]:
+    """How the blocks respond to each question (token ids), of one pass with the bias alone.
 
-    Of more than `CANDIDATES` blocks only those of the largest `key_scores` are compared.
+    Of more than `CANDIDATES` blocks only those of the largest `key_scores` are compared, and none without weight.
     """
-    nulls, first, weighed = model.hypernetwork.null(), answer_ids(model.tokenizer, refusal)[0], []
+    ((module, (keys, floor)),) = model.hypernetwork.null().items()
+    words = [answer_ids(model.tokenizer, text)[0] for text in (router.config.refusal, *router.config.verdicts)]
+    layers, weighed = range(router.config.n_layers), []
     for start in range(0, len(prompts), model.answer_batch):
         batch = slice(start, start + model.answer_batch)
         log_probs, inputs = _bias_pass(model, prompts[batch], adapters[batch], layers)
@@ -289,28 +290,100 @@ def weigh(
         scores = _scores_of_batch(adapters[batch], inputs) if any(many) else None
         for row, (prompt, adapter) in enumerate(zip(prompts[batch], adapters[batch], strict=True)):
             few = most_relevant(adapter, scores[row], CANDIDATES) if many[row] else adapter
-            responses, null = [], []
-            for layer in layers:
-                own = {module: x[row, -len(prompt) :] for module, x in inputs[layer].items()}
-                responses.append(_key_norms(few, own, layer))
-                of_modules = [
-                    null_score(x.float(), *(one[layer].to(x.device, torch.float32) for one in nulls[module]))
-                    for module, x in own.items()
-                ]
-                null.append(torch.stack(of_modules).square().sum(0).sqrt().cpu())
-            weighed.append(Weighed(few, torch.stack(responses), torch.stack(null), float(log_probs[row, first])))
+            if not all(block.weight for block in few.blocks):
+                few = few._with(blocks=tuple(block for block in few.blocks if block.weight))
+            A, B = few.stacked[module]  # [L, K, r, d]
+            x = torch.stack([inputs[layer][module][row, -len(prompt) :] for layer in layers]).to(A)  # [L, T, d_in]
+            e = router.directions(final_embeddings(model, prompt)).to(B)
+            responses = torch.einsum("lkrd,ltd->ktlr", A, x), torch.einsum("lkrd,td->ktlr", B, e)
+            null = [
+                null_score(one[-1].float(), keys[layer].to(one.device, torch.float32), floor[layer].to(one.device))
+                for layer, one in enumerate(x)
+            ]
+            rows = torch.cat([one.flatten(2).float() for one in responses], -1)
+            if not few.blocks:
+                rows = rows.new_zeros(0, len(prompt), len(router.mean))
+            responses = Responses(rows, torch.stack(null), log_probs[row, words])
+            weighed.append(Weighed(few, responses, x[-1, -1]))
     return weighed
 
 
+def final_embeddings(model: DocToLoRA, ids: Sequence[int] | slice) -> Tensor:
+    """[tokens, hidden] output embeddings times the final norm's weight, on the CPU."""
+    norm = final_norm(model.base_model).weight.detach().float()
+    return (model.base_model.get_output_embeddings().weight.detach()[ids].float() * norm).cpu()
+
+
+@torch.no_grad()
 def _chosen_by_router(
     model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter], blocks: int
 ) -> list[Adapter]:
     """For each question the bias and at most `blocks` blocks that the model's router chooses."""
-    router, chosen = model.router, []
-    for one in weigh(model, prompts, adapters, router.layers, router.refusal):
-        places = sorted(router.choose(one.responses, one.null, one.log_refusal, blocks))
-        chosen.append(one.adapter._with(blocks=tuple(one.adapter.blocks[place] for place in places)))
+    router, chosen, weighed = model.router, [], weigh(model, model.router, prompts, adapters)
+    for start in range(0, len(weighed), model.answer_batch):
+        batch = weighed[start : start + model.answer_batch]
+        scores, verdicts = router([one.responses for one in batch])
+        for one, (none, *_), own, verdict in zip(batch, scores.tolist(), scores[:, 1:], verdicts, strict=True):
+            own = own[: len(one.adapter.blocks)]
+            kept = most_relevant(one.adapter, own, blocks, none)
+            if kept.blocks and router.states(one.responses.log_probs):
+                best = int(own.argmax())
+                kept = _judged(model, kept, one.adapter.blocks[best], one.x, bool(verdict[best] > 0))
+            chosen.append(kept)
     return chosen
+
+
+def _judged(model: DocToLoRA, adapter: Adapter, block: Block, x: Tensor, verdict: bool) -> Adapter:
+    """The adapter, its `block` with a row that says yes or no: see `router.with_verdict`."""
+    words = [answer_ids(model.tokenizer, word)[0] for word in model.router.config.verdicts]
+    yes, no = final_embeddings(model, words)
+    direction = F.normalize(yes - no if verdict else no - yes, dim=-1)
+    held = adapter.layers.index(model.config.n_layers - 1)
+    (module,) = adapter.modules
+    judged = with_verdict(block, module, x, direction, adapter.scale, held)
+    return adapter._with(blocks=tuple(judged if one is block else one for one in adapter.blocks))
+
+
+@dataclass(frozen=True)
+class FirstHop:
+    """A question within a question.
+
+    words: "the X of Y", as they stand there. asked: the question about them. inside: the adapter of the one block that
+    the router chooses for it.
+    """
+
+    words: str
+    asked: str
+    inside: Adapter
+
+
+def first_hops(
+    model: DocToLoRA, questions: Sequence[str], adapters: Sequence[Adapter], *, system: str = ""
+) -> dict[int, FirstHop]:
+    """{row: what "the X of Y" in its question is}, of the rows where there is one and the router finds its block.
+
+    "What is the mayor of Halmere?" is asked, and where no block answers it, "Who is ...?" (self-ask, Press et al. 2022,
+    arXiv 2210.03350). Y is a name, in capitals; English alone is read so. A question that asks for the first hop alone
+    has none.
+
+    adapters: one per question. ValueError for a model without a router.
+    """
+    if model.router is None:
+        raise ValueError("this model has no router, which finds first hops: d2l study router-weights trains one")
+    words = {
+        row: hop[0]
+        for row, question in enumerate(questions)
+        if (hop := _HOP.search(question)) and len(re.findall(r"\w+", question.replace(hop[0], ""))) > _ASK_WORDS
+    }
+    found: dict[int, FirstHop] = {}
+    for form in _ASK_HOP:
+        asked = {row: form.format(hop) for row, hop in words.items() if row not in found}
+        prompts = question_ids(model.tokenizer, list(asked.values()), system)
+        chosen = _chosen_by_router(model, prompts, [adapters[row] for row in asked], 1)
+        for (row, text), one in zip(asked.items(), chosen, strict=True):
+            if one.blocks:
+                found[row] = FirstHop(words[row], text, one)
+    return found
 
 
 def _by_first_hop(
@@ -321,37 +394,30 @@ def _by_first_hop(
     blocks: int,
     system: str,
 ) -> list[Adapter]:
-    """The blocks `chosen` by the router, and others where "the X of Y" in a question is a question of its own.
+    """The blocks `chosen` by the router, and others where a question has a first hop.
 
-    "When was the mayor of Halmere born?" matches the keys of every birth. So "What is the mayor of Halmere?" is asked
-    first, and where no block answers it, "Who is ...?" (self-ask, Press et al. 2022). If the one block
-    that answers is not among those chosen for the whole question, the router chooses again, with the answer in place of
-    the words. The question that is answered at last stays as it was asked.
+    "When was the mayor of Halmere born?" matches the keys of every birth. So who that is, is asked first (see
+    `first_hops`). If the block that says it is not among those chosen for the whole question, the router chooses again,
+    with the answer in place of the words. The question that is answered at last stays as it was asked.
 
-    Y is a name, in capitals; English alone is read so. It costs an answer and two or three passes of short questions,
-    which a question that asks for the first hop alone is spared.
+    It costs an answer and two or three passes of short questions, where there is a first hop.
     """
-    routed = list(chosen)
     hops = {
-        row: hop[0]
-        for row, question in enumerate(questions)
-        if (hop := _HOP.search(question)) and len(re.findall(r"\w+", question.replace(hop[0], ""))) > _ASK_WORDS
+        row: hop
+        for row, hop in first_hops(model, questions, adapters, system=system).items()
+        if all(hop.inside.blocks[0] is not block for block in chosen[row].blocks)
     }
-    replaced: dict[int, str] = {}
-    for form in _ASK_HOP:
-        asked = {row: form.format(hop) for row, hop in hops.items() if row not in replaced}
-        prompts = question_ids(model.tokenizer, list(asked.values()), system)
-        first = _chosen_by_router(model, prompts, [adapters[row] for row in asked], 1)
-        found = {row: one for row, one in zip(asked, first, strict=True) if one.blocks}
-        others = [row for row, one in found.items() if all(one.blocks[0] is not block for block in chosen[row].blocks)]
-        replaced |= {row: questions[row] for row in found if row not in others}
-        texts, inside = [asked[row] for row in others], [found[row] for row in others]
-        answers = model.answer(texts, inside, max_new_tokens=_HOP_TOKENS, system=system)
-        for row, answer in zip(others, answers, strict=True):
-            if answer and answer != model.router.refusal:
-                replaced[row] = questions[row].replace(hops[row], answer)
-    rows = [row for row, question in replaced.items() if question != questions[row]]
-    prompts = question_ids(model.tokenizer, [replaced[row] for row in rows], system)
+    options = {"max_new_tokens": _HOP_TOKENS, "system": system}
+    answers = model.answer([hop.asked for hop in hops.values()], [hop.inside for hop in hops.values()], **options)
+    said = [answer not in ("", model.router.config.refusal) for answer in answers]
+    rows = [row for row, says in zip(hops, said, strict=True) if says]
+    replaced = [
+        questions[row].replace(hop.words, answer)
+        for (row, hop), answer, says in zip(hops.items(), answers, said, strict=True)
+        if says
+    ]
+    prompts = question_ids(model.tokenizer, replaced, system)
+    routed = list(chosen)
     for row, second in zip(rows, _chosen_by_router(model, prompts, [adapters[i] for i in rows], blocks), strict=True):
         routed[row] = second if second.blocks else chosen[row]
     return routed
@@ -439,7 +505,8 @@ def route(
         keys choose (None: every block, with a row of a forward pass for each). Adapters with no more blocks come out
         the same either way.
 
-    Where both are left out, a model with a `Router` tries no block: its router chooses, or none answers.
+    Where both are left out, a model with a `Router` tries no block: its router chooses, or none answers. It reads
+    blocks as the hypernetwork writes them; an adapter with others (compressed, say) goes the way of a model without.
 
     None comes back unchanged; so does an adapter with no more than `blocks` if `least` is minus infinity.
     """
@@ -464,23 +531,22 @@ def route_prompts(
     if shortlist is not None:
         check_count(shortlist, "shortlist")
         shortlist = max(shortlist, blocks)
+    routed, places = list(adapters), range(len(adapters))
     if model.router is not None and least is None and shortlist == blocks:
-        places = [place for place, one in enumerate(adapters) if one is not None and one.blocks]
-        inside = [adapters[i] for i in places]
-        chosen = _chosen_by_router(model, [prompts[i] for i in places], inside, blocks)
-        chosen = _by_first_hop(model, [questions[i] for i in places], inside, chosen, blocks, system)
-        routed = list(adapters)
-        for place, one in zip(places, chosen, strict=True):
+        own = [i for i in places if adapters[i] is not None and adapters[i].ranks == {model.router.config.rank}]
+        inside = [adapters[i] for i in own]
+        chosen = _chosen_by_router(model, [prompts[i] for i in own], inside, blocks)
+        chosen = _by_first_hop(model, [questions[i] for i in own], inside, chosen, blocks, system)
+        for place, one in zip(own, chosen, strict=True):
             routed[place] = one
-        return routed
+        places = sorted({*places} - {*own})
     least = model.least_relevance if least is None else least
     many = [
         place
-        for place, adapter in enumerate(adapters)
-        if adapter is not None and (len(adapter.blocks) > blocks or (least > -math.inf and adapter.blocks))
+        for place in places
+        if (one := adapters[place]) is not None and (len(one.blocks) > blocks or (least > -math.inf and one.blocks))
     ]
     measures = _measures(model, [prompts[i] for i in many], [adapters[i] for i in many], shortlist)
-    routed = list(adapters)
     for place, parts in zip(many, measures, strict=True):
         routed[place] = most_relevant(adapters[place], _together(*parts), blocks, least)
     return routed

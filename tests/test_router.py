@@ -1,5 +1,7 @@
-"""The router: what its weights choose, that one pass is enough, and that it comes with the model."""
+"""The router: what it reads, what it chooses, the verdict, its training, and that it comes with the model."""
 
+import copy
+import json
 import math
 import random
 from dataclasses import replace
@@ -8,16 +10,24 @@ import pytest
 import torch
 
 import d2l_lib as d2l
-from d2l_lib.base_model import target_linears
-from d2l_lib.documents import question_ids
+from d2l_lib.adapter import Block
+from d2l_lib.base_model import final_norm, target_linears
+from d2l_lib.documents import answer_ids, question_ids
+from d2l_lib.formats.checkpoints import ROUTER, SETTINGS
 from d2l_lib.reading import null_score
-from d2l_lib.router import Router
+from d2l_lib.router import Responses, Router, RouterConfig, with_verdict
 from d2l_lib.routing import _HOP, route, weigh
-from d2l_lib.studies.router_weights import fit_router, keep_router, measure_router_weights
+from d2l_lib.studies.router_weights import JUDGED, keep_router, measure_router_weights
 from d2l_lib.tasks import world
-
-WEIGHTS = {"layers": (1, 2), "last_token": (1.0, 2.0), "words": (1.0, 0.5), "refusal": world.UNKNOWN}
-LAST, WORDS = (-100.0, 0.0, 0.0), (100.0, 0.0, 0.0)  # by_words: never, always
+from d2l_lib.training.router import (
+    ELSEWHERE,
+    ENCYCLOPEDIA,
+    RouterPreset,
+    draw_questions,
+    new_router,
+    router_loss,
+    train_router,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,94 +45,144 @@ def adapter(model, document):
     return model.internalize_each([document.text])[0]
 
 
-def responses():
-    """[2 layers, 3 tokens, 4 blocks]: the last token speaks for block 2, the second for block 0."""
+@pytest.fixture(scope="module")
+def small():
+    """A router of 2 layers, rank 3 and width 8 that has learned nothing."""
     torch.manual_seed(0)
-    return torch.rand(2, 3, 4) * 0.1 + torch.tensor([[0.1] * 4, [0.9, 0.1, 0.2, 0.1], [0.1, 0.2, 0.9, 0.3]])
+    return Router(RouterConfig(2, 3, 5, 8, world.UNKNOWN)).requires_grad_(False)
 
 
-def test_the_last_token_chooses_by_its_log_odds_and_no_block_below_the_null_block():
-    s, null = responses(), torch.full((2, 3), 0.5)
-    odds = [sum(w * math.log(s[layer, -1, k] / 0.5) for layer, w in enumerate((1.0, 2.0))) for k in range(4)]
-    order = sorted(range(4), key=lambda k: -odds[k])
-    for offset in (-odds[2] - 0.01, -odds[2] + 0.01, 10.0):
-        router = Router(offset=offset, by_words=LAST, **WEIGHTS)
-        expected = [k for k in order if odds[k] + offset > 0]
-        assert router.choose(s, null, -1.0, 4) == expected
-        assert router.choose(s, null, -1.0, 1) == expected[:1]
-    assert order[0] == 2 and len(expected) == 4
+def drawn(blocks, tokens, seed=0):
+    torch.manual_seed(seed)
+    return Responses(torch.randn(blocks, tokens, 12), torch.rand(2) + 0.5, torch.tensor([-1.0, -20.0, -3.0]))
 
 
-def test_words_choose_the_block_that_stands_out_at_one_of_them():
-    s = responses()
-    router = Router(offset=-1e6, by_words=WORDS, **WEIGHTS)
-    assert router.choose(s, torch.ones(2, 3), -1.0, 1) == [0], "the null block has no say"
-    loud = s.clone()
-    loud[:, 0] += 50.0  # a word to which all blocks respond says nothing
-    assert router.choose(loud, torch.ones(2, 3), -1.0, 1) == [0]
-    s[:, :, 0] = 0.0
-    assert 0 not in router.choose(s, torch.ones(2, 3), -1.0, 4), "a block without weight never answers"
+def refusing(model):
+    """The model's router, no block of which is ever good enough."""
+    router = copy.deepcopy(model.router)
+    router.none.bias.fill_(1e3)
+    return router
 
 
-def test_an_answer_of_its_own_and_a_loud_first_layer_send_a_question_to_its_words():
-    router = Router(offset=0.0, by_words=(-2.0, -0.5, 3.0), **WEIGHTS)
-    for log_refusal, margin, expected in ((0.0, 0.6, False), (-1.0, 0.6, True), (-4.1, 0.0, True), (-3.9, 0.0, False)):
-        assert router.goes_by_words(log_refusal, margin) == expected
-    assert router.goes_by_words(-12.0, -1.3) == router.goes_by_words(-1e9, -1.3)
+def test_a_question_beside_others_has_the_scores_it_has_alone(small):
+    asked = [drawn(4, 5), drawn(1, 9, 1), drawn(6, 3, 2)]
+    scores, verdicts = small(asked)
+    assert scores.shape == (3, 7) and verdicts.shape == (3, 6)
+    for row, one in enumerate(asked):
+        K = len(one.rows)
+        own, of_own = small([one])
+        torch.testing.assert_close(scores[row, : K + 1], own[0])
+        torch.testing.assert_close(verdicts[row, :K], of_own[0])
+        assert (scores[row, K + 1 :] == -1e4).all()
 
 
-def test_weights_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="one weight of each sort"):
-        Router(offset=0.0, by_words=LAST, **WEIGHTS | {"words": (1.0,)})
-    with pytest.raises(ValueError, match="finite"):
-        Router(offset=math.nan, by_words=LAST, **WEIGHTS)
+def test_the_score_is_what_the_text_says(small):
+    one = drawn(3, 4)
+    small.measure([drawn(5, 6, 3)])
+    h = torch.nn.functional.gelu(small.token((one.rows - small.mean) / small.deviation))
+    mean = (small.attention(h).softmax(1) * h).sum(1)
+    known = torch.cat([torch.tensor([-1.0, -12.0, -3.0]), one.null.log()])
+    over_tokens = torch.cat([h[:, -1], h.amax(1), mean, known.expand(3, -1)], -1)
+    z = torch.nn.functional.gelu(small.block(over_tokens))
+    expected = torch.cat([small.none(known), small.score(z)[:, 0]])
+    scores, verdicts = small([one])
+    torch.testing.assert_close(scores[0], expected)
+    torch.testing.assert_close(verdicts[0], small.verdict(z)[:, 0])
+
+
+def test_a_block_has_the_score_that_it_has_among_others_and_an_adapter_without_blocks_has_none(small):
+    one = drawn(5, 4)
+    scores, other = small([one])[0][0], small([replace(one, rows=one.rows[[3, 1]])])[0][0]
+    torch.testing.assert_close(other, scores[[0, 4, 2]])
+    none = small([replace(one, rows=one.rows[:0])])[0]
+    assert none.shape == (1, 2) and none[0, 0].isfinite() and none[0, 1] == -1e4
+
+
+def test_only_what_would_be_answered_with_yes_or_no_is_judged(small):
+    for log_probs, expected in (((-9.0, -0.8, -0.7), True), ((-0.1, -3.0, -3.0), False), ((-9.0, -5.0, -0.1), True)):
+        assert small.states(torch.tensor(log_probs)) == expected
+
+
+def test_sizes_that_make_no_router_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        RouterConfig(2, 0, 5, 8, world.UNKNOWN)
+    with pytest.raises(ValueError, match="two verdicts"):
+        RouterConfig(2, 3, 5, 8, world.UNKNOWN, ("Yes",))
+
+
+def test_a_verdict_is_one_more_row_that_the_question_itself_finds():
+    torch.manual_seed(0)
+    block = Block("d", 0, None, 0.5, {"down_proj": torch.randn(2, 3, 7)}, {"down_proj": torch.randn(2, 3, 5)})
+    x, direction = torch.randn(7), torch.nn.functional.normalize(torch.randn(5), dim=0)
+    judged = with_verdict(block, "down_proj", x, direction, 4.0, 1)
+
+    def added(one, layer):
+        return 4.0 * one.weight * one.B["down_proj"][layer].T @ (one.A["down_proj"][layer] @ x)
+
+    torch.testing.assert_close(added(judged, 1) - added(block, 1), 40.0 * direction, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(added(judged, 0), added(block, 0))
+    assert (judged.rank, judged.document, judged.weight, block.rank) == (4, "d", 0.5, 3)
 
 
 @torch.no_grad()
-def test_one_pass_with_the_bias_gives_all_that_is_weighed(model, adapter, document):
+def test_one_pass_with_the_bias_gives_all_that_is_read(model, adapter, document):
     texts = [world.question_about(random.Random(0), fact).text for fact in document.facts[:3]] + ["Who?"]
     prompts, rows = question_ids(model.tokenizer, texts), []
     handle = model.base_model.get_input_embeddings().register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))
-    weighed = weigh(model, prompts, [adapter] * 4, (1, 3), world.UNKNOWN)
+    weighed = weigh(model, model.router, prompts, [adapter] * 4)
     handle.remove()
     assert rows == [4]
     linears, seen = target_linears(model.base_model, ["down_proj"])["down_proj"], {}
     handles = [
-        linears[layer].register_forward_pre_hook(lambda _, a, layer=layer: seen.update({layer: a[0][0]}))
-        for layer in (1, 3)
+        linear.register_forward_pre_hook(lambda _, a, layer=layer: seen.update({layer: a[0][0]}))
+        for layer, linear in enumerate(linears)
     ]
+    output = model.base_model.get_output_embeddings().weight * final_norm(model.base_model).weight
+    e = torch.nn.functional.normalize(output - output.mean(0), dim=-1)
     for prompt, one in zip(prompts, weighed, strict=True):
         with model.applied(adapter.scaled(0.0)):
             logits = model.base_model(torch.tensor([prompt])).logits[0, -1]
-        assert one.responses.shape == (2, len(prompt), len(adapter.blocks)) and one.adapter is adapter
-        for place, layer in enumerate((1, 3)):
-            expected = torch.stack([(seen[layer] @ b.A["down_proj"][layer].T).norm(dim=-1) for b in adapter.blocks], -1)
-            torch.testing.assert_close(one.responses[place], expected, rtol=1e-3, atol=1e-4)
-            null = null_score(seen[layer], *(part[layer] for part in model.hypernetwork.null()["down_proj"]))
-            torch.testing.assert_close(one.null[place], null, rtol=1e-3, atol=1e-4)
-        first = model.tokenizer(world.UNKNOWN, add_special_tokens=False)["input_ids"][0]
-        assert math.isclose(one.log_refusal, float(logits.log_softmax(-1)[first]), abs_tol=1e-3)
+        assert one.adapter is adapter
+        got = one.responses.rows.unflatten(-1, (2, 4, 8))  # [K, T, keys or words, layers, rows]
+        for place, block in enumerate(adapter.blocks):
+            for layer in range(4):
+                keys = seen[layer] @ block.A["down_proj"][layer].T
+                torch.testing.assert_close(got[place, :, 0, layer], keys, rtol=1e-3, atol=1e-3)
+                words = e[prompt] @ block.B["down_proj"][layer].T
+                torch.testing.assert_close(got[place, :, 1, layer], words, rtol=1e-3, atol=1e-3)
+        for layer in range(4):
+            null = null_score(seen[layer][-1], *(part[layer] for part in model.hypernetwork.null()["down_proj"]))
+            torch.testing.assert_close(one.responses.null[layer], null, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one.x, seen[3][-1], rtol=1e-3, atol=1e-4)
+        first = [answer_ids(model.tokenizer, text)[0] for text in (world.UNKNOWN, "Yes", "No")]
+        torch.testing.assert_close(one.responses.log_probs, logits.log_softmax(-1)[first], rtol=1e-3, atol=1e-3)
     for handle in handles:
         handle.remove()
 
 
-def test_of_many_blocks_those_that_respond_most_are_weighed(model, adapter, document, monkeypatch):
+def test_of_many_blocks_those_that_respond_most_are_compared_and_none_without_weight(
+    model, adapter, document, monkeypatch
+):
     texts = [world.question_about(random.Random(0), fact).text for fact in document.facts[:4]]
     prompts, many = question_ids(model.tokenizer, texts), [adapter] * 4
-    whole = weigh(model, prompts, many, (1, 2, 3), world.UNKNOWN)
+    whole = weigh(model, model.router, prompts, many)
     monkeypatch.setattr("d2l_lib.routing.CANDIDATES", 3)
-    for one, every in zip(weigh(model, prompts, many, (1, 2, 3), world.UNKNOWN), whole, strict=True):
-        kept = sorted(every.responses[-1, -1].topk(3).indices.tolist())
+    for one, every in zip(weigh(model, model.router, prompts, many), whole, strict=True):
+        keys = every.responses.rows[:, -1].unflatten(-1, (2, 4, 8))[:, 0, 3].norm(dim=-1)
+        kept = sorted(keys.topk(3).indices.tolist())
         assert [block.chunk for block in one.adapter.blocks] == kept
-        torch.testing.assert_close(one.responses, every.responses[..., kept])
+        torch.testing.assert_close(one.responses.rows, every.responses.rows[kept])
     assert model.answer(texts, adapter, blocks=1) == [model.answer(text, adapter, blocks=1) for text in texts]
+    first = route(model, texts[:1], many[:1])[0].blocks[0]
+    without = adapter._with(blocks=tuple(b.weighted(float(b.chunk != first.chunk)) for b in adapter.blocks))
+    assert all(block.chunk != first.chunk for block in route(model, texts[:1], [without])[0].blocks)
+    assert route(model, texts[:1], [adapter.scaled(0.0)])[0].blocks == ()
 
 
 def test_left_out_the_router_chooses_and_a_stated_threshold_or_shortlist_tries(model, adapter, document, monkeypatch):
     text = world.question_about(random.Random(0), document.facts[0]).text
     (before,) = route(model, [text], [adapter], least=-math.inf)
-    refuse_all = replace(model.router, offset=-1e6, by_words=LAST)
-    monkeypatch.setattr(model, "router", refuse_all)
+    monkeypatch.setattr(model, "router", refusing(model))
     assert route(model, [text], [adapter])[0].blocks == ()
     assert route(model, [text], [adapter.only(chunk=0)])[0].blocks == (), "of one block too"
     assert route(model, [text, text], [None, adapter.only(chunk=[])])[0] is None
@@ -131,20 +191,46 @@ def test_left_out_the_router_chooses_and_a_stated_threshold_or_shortlist_tries(m
     assert len(route(model, [text], [adapter], shortlist=8)[0].blocks) == 1
 
 
-def test_the_bundled_router_finds_what_last_tokens_cannot(model):
-    """On validation documents: which of two, and no block for questions without an answer."""
-    rng, right, refused = random.Random("bundled"), [], []
-    for _ in range(24):
+def bundled_choices(model, kind, n=40):
+    """Of `n` validation questions of a kind: (question, the one adapter chosen, its answer)."""
+    rng, questions, adapters = random.Random(f"bundled/{kind}"), [], []
+    while len(questions) < n:
         document = world.draw_document(rng, "validation", 12)
-        (adapter,) = model.internalize_each([document.text])
-        if (question := world.ask(rng, document, "which_of")) is not None:
-            spans = [block.span for block in route(model, [question.text], [adapter])[0].blocks]
-            ((start, end),) = question.evidence
-            right.append(any(s < end and start < e for s, e in spans))
-        nothing = world.ask(rng, document, "unanswerable")
-        refused.append(not route(model, [nothing.text], [adapter])[0].blocks)
-    assert sum(right) >= 0.4 * len(right), "by the keys of the last token it is one of ten"
-    assert sum(refused) >= 0.75 * len(refused)
+        if (question := world.ask(rng, document, kind)) is not None:
+            questions.append(question)
+            adapters += model.internalize_each([document.text])
+    texts = [question.text for question in questions]
+    return list(zip(questions, route(model, texts, adapters), model.answer(texts, adapters, blocks=1), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["which_of", "list", "yes_no", "paraphrase"])
+def test_the_bundled_router_finds_the_block_of_the_fact(model, kind):
+    found = [
+        any(s < end and start < e for s, e in (block.span for block in one.blocks) for start, end in question.evidence)
+        for question, one, _ in bundled_choices(model, kind)
+    ]
+    assert sum(found) >= 0.85 * len(found), "by the keys of the last token it is one of ten of which-of questions"
+
+
+def test_the_bundled_router_chooses_none_where_nothing_answers(model):
+    refused = [not one.blocks for _, one, _ in bundled_choices(model, "unanswerable")]
+    assert sum(refused) >= 0.9 * len(refused)
+
+
+def test_the_bundled_model_says_the_verdict(model):
+    right = [answer == question.answer for question, _, answer in bundled_choices(model, "yes_no")]
+    judged = [one.blocks[0].rank == 9 for _, one, _ in bundled_choices(model, "yes_no", 10) if one.blocks]
+    assert sum(right) >= 0.85 * len(right) and all(judged), "without it, half of them"
+    assert {block.rank for _, one, _ in bundled_choices(model, "paraphrase", 10) for block in one.blocks} == {8}
+
+
+def test_blocks_that_the_router_cannot_read_are_chosen_by_keys(model, adapter, document, monkeypatch):
+    text = world.question_about(random.Random(0), document.facts[0]).text
+    monkeypatch.setattr(model, "router", refusing(model))
+    assert route(model, [text], [adapter])[0].blocks == ()
+    other = adapter._with(blocks=tuple(adapter.blocks[:4]) + adapter.compressed(4).blocks)
+    chosen = route(model, [text, text], [other, adapter])
+    assert chosen[0] == route(model, [text], [other], least=model.least_relevance)[0] and chosen[1].blocks == ()
 
 
 def test_what_stands_within_a_question_ends_with_the_last_name():
@@ -197,30 +283,60 @@ def test_a_question_that_is_its_own_first_hop_keeps_its_block(model, monkeypatch
 
 
 def test_no_first_hop_is_answered_where_the_router_refuses_it(model, adapter, monkeypatch):
-    monkeypatch.setattr(model, "router", replace(model.router, offset=-1e6, by_words=LAST))
+    monkeypatch.setattr(model, "router", refusing(model))
     monkeypatch.setattr(model, "answer", lambda questions, *_, **__: list(questions) and pytest.fail("asked a block"))
     assert chosen_spans(model, ["When was the mayor of Zorwick born?"], [adapter]) == [[]]
 
 
 def test_a_router_is_saved_with_the_model_and_a_damaged_one_is_named(model, tmp_path):
     folder = model.save(tmp_path / "model")
-    other = replace(model.router, offset=1.25)
+    other = refusing(model)
     keep_router(str(folder), other)
-    assert d2l.load(folder).router == other
-    import json
-
-    settings = json.loads((folder / "config.json").read_text())
-    settings["meta"]["router"]["words"] = [1.0]
-    (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="router is damaged"):
+    loaded = d2l.load(folder).router
+    assert loaded.config == other.config and not loaded.training
+    for name, value in other.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    settings = json.loads((folder / SETTINGS).read_text())
+    settings["meta"]["router"]["width"] += 1
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="does not fit its settings"):
+        d2l.load(folder)
+    settings["meta"]["router"] |= {"width": other.config.width, "rank": 4}
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    with pytest.raises(ValueError):
+        d2l.load(folder)
+    (folder / ROUTER).unlink()
+    with pytest.raises(ValueError, match="has no router.safetensors"):
         d2l.load(folder)
 
 
-def test_the_study_fits_weights_that_choose_and_counts_right_choices(model):
-    table, router = measure_router_weights(model, 6, 0)
-    assert router.layers == (1, 2, 3) and router.refusal == world.UNKNOWN
-    assert set(table["kind"]) >= {"one_hop", "unanswerable", "encyclopedia", "which_of", "64 documents"}
+def test_a_model_without_a_router_replaces_the_files_of_one_with_it(model, tmp_path, monkeypatch):
+    folder = model.save(tmp_path / "model")
+    assert (folder / ROUTER).is_file()
+    monkeypatch.setattr(model, "router", None)
+    model.save(folder)
+    assert not (folder / ROUTER).exists() and d2l.load(folder).router is None
+
+
+def test_a_short_training_lowers_the_loss_and_the_study_counts_right_choices(model):
+    p = RouterPreset(questions=400, steps=60, warm_up=10, width=16)
+    table, router = measure_router_weights(model, 150, 0, p=p)
+    fresh, asked = new_router(model, 16, 0), list(draw_questions(model, router, 150, 3, "validation"))
+    fresh.measure([one.responses for one in asked])
+    before, after = (float(router_loss(one, asked, 0.3).detach()) for one in (fresh, router))
+    assert after < 0.8 * before
+    assert set(table["kind"]) >= {"one_hop", "unanswerable", ENCYCLOPEDIA, "which_of", JUDGED}
     share = table.set_index(["kind", "idea"])["share"]
-    assert share["one_hop", "router"] >= 0.8 and share["one_hop", "words"] < share["one_hop", "log-odds"]
-    assert share["unanswerable", "log-odds"] == 0, "only the router can choose none"
-    assert fit_router.__doc__ and table["n"].max() == 6
+    assert share["unanswerable", "keys of all layers"] == 0, "only the router can choose none"
+    assert share["unanswerable", "router"] > 0.3
+    again = train_router(model, 0, p)
+    assert all(torch.equal(a, b) for a, b in zip(router.parameters(), again.parameters(), strict=True))
+
+
+def test_drawn_questions_name_the_blocks_that_hold_the_answer(model):
+    router = new_router(model, 16, 0)
+    for one in draw_questions(model, router, 120, 1, "train"):
+        K = len(one.responses.rows)
+        assert all(0 <= place < K for place in one.right) and one.responses.rows.shape[2] == 64
+        assert (one.verdict is not None) == (one.kind == "yes_no")
+        assert bool(one.right) == (one.kind not in ("unanswerable", ENCYCLOPEDIA, ELSEWHERE))

@@ -12,7 +12,7 @@ import json
 import os
 import types
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ from d2l_lib.formats.schemas import (
     check,
 )
 from d2l_lib.formats.tensors import check_tensors, read_tensors
-from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_folder, check_folder, read_whole
+from d2l_lib.formats.writing import PRETRAINED_FILES, FolderKind, atomic_file, atomic_folder, check_folder, read_whole
 from d2l_lib.hypernetwork import Hypernetwork, HypernetworkConfig
 from d2l_lib.pooled_rows import PooledRows
 from d2l_lib.records import read_json
+from d2l_lib.router import Router, RouterConfig
 from d2l_lib.token_rows import TokenRows
 
 __all__ = ["CheckpointError", "convert", "export", "load_checkpoint", "read_published", "save_checkpoint"]
@@ -43,6 +44,7 @@ __all__ = ["CheckpointError", "convert", "export", "load_checkpoint", "read_publ
 FORMAT = "doc-to-lora hypernetwork"
 VERSION = 1
 WEIGHTS = "hypernetwork.safetensors"
+ROUTER = "router.safetensors"  # beside it, where the settings name a router
 SETTINGS = "config.json"
 PUBLISHED = "pytorch_model.bin"
 PARTS = ("base_model", "encoder_model")  # models that may lie in the folder too
@@ -61,12 +63,13 @@ def _written_files(folder: Path) -> list[str]:
     if settings["format"] != FORMAT:
         return []
     parts = [part for part in PARTS if settings["meta"].get(part, "") is None]
-    return [SETTINGS, WEIGHTS, *(f"{part}/{name}" for part in parts for name in PRETRAINED_FILES)]
+    router = [] if settings["meta"].get("router") is None else [ROUTER]
+    return [SETTINGS, WEIGHTS, *router, *(f"{part}/{name}" for part in parts for name in PRETRAINED_FILES)]
 
 
 MODEL_FOLDER = FolderKind(
     "model folder",
-    (SETTINGS, WEIGHTS, *(f"{part}/{name}" for part in PARTS for name in PRETRAINED_FILES)),
+    (SETTINGS, WEIGHTS, ROUTER, *(f"{part}/{name}" for part in PARTS for name in PRETRAINED_FILES)),
     _written_files,
 )
 
@@ -152,6 +155,28 @@ def _read_folder(folder: Path) -> tuple[HypernetworkConfig, dict[str, Tensor], d
     check(CheckpointSettings, settings, path, "copy the folder again", CheckpointError)
     config = config_of_settings(settings["hypernetwork"], path)
     return config, read_safetensors(folder / WEIGHTS), dict(settings.get("meta", {}))
+
+
+def write_router(folder: Path, router: Router) -> dict[str, Any]:
+    """Write a router's weights beside a checkpoint's; returns its settings, which belong into the meta as "router"."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in router.state_dict().items()}
+    with atomic_file(folder / ROUTER) as unfinished:
+        save_file(tensors, unfinished)
+    return asdict(router.config)
+
+
+def read_router(folder: Path, settings: dict[str, Any]) -> Router:
+    """The router of these settings in a checkpoint's folder; CheckpointError where a file is damaged or missing."""
+    path = folder / ROUTER
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {ROUTER}, which its {SETTINGS} names: copy the folder again")
+    state = read_safetensors(path)
+    try:
+        router = Router(RouterConfig(**settings | {"verdicts": tuple(settings["verdicts"])}))
+        router.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit its settings, copy the folder again: {error}") from error
+    return router.eval().requires_grad_(False)
 
 
 def config_of_settings(settings: Any, file: str | Path) -> HypernetworkConfig:

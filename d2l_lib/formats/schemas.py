@@ -302,14 +302,14 @@ class GateSettings(_Closed):
 
 
 class RouterSettings(_Closed):
-    """The weights with which keys choose blocks (see `router.Router`)."""
+    """The sizes of a router and what the base model says (see `router.RouterConfig`); its weights are in a file."""
 
-    layers: Annotated[list[_Some], Field(min_length=1)]
-    last_token: list[float]
-    offset: float
-    words: list[float]
-    by_words: Annotated[list[float], Field(min_length=3, max_length=3)]
+    n_layers: _Count
+    rank: _Count
+    d_out: _Count
+    width: _Count
     refusal: _Name
+    verdicts: Annotated[list[_Name], Field(min_length=2, max_length=2)]
 
 
 class ReadingSettings(_Closed):

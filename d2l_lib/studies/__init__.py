@@ -154,9 +154,12 @@ STUDIES = {
     "router-weights": Study(
         "router_weights:run",
         ("router_weights",),
-        "the router's weights, fitted and judged, and what else was tried",
-        *(300, "documents of each split"),
-        options={"--keep": {"metavar": "MODEL", "help": "write the weights into this model's folder"}},
+        "the router, trained on documents of one split and judged on those of another",
+        *(4000, "questions to judge on"),
+        options={
+            "--training-seed": _TRAINING_SEED,
+            "--keep": {"metavar": "MODEL", "help": "write the weights into this model's folder"},
+        },
     ),
     "no-block": Study(
         "no_block:run",
