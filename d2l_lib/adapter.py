@@ -496,12 +496,15 @@ class Adapter:
         r is the largest rank; zero rows fill up the others. Built once and kept, so do not change the tensors.
         """
         self.check_summed()
-        rank = max((block.rank for block in self.blocks), default=0)
+        rank = max(self.ranks, default=0)
 
         def stack(side: str, module: str, size: int) -> Tensor:
-            whole = [_in_layers(getattr(block, side)[module], self.layers, self._all_layers) for block in self.blocks]
-            padded = [torch.nn.functional.pad(one, (0, 0, 0, rank - one.shape[1])) for one in whole]
-            return torch.stack(padded, dim=1) if padded else torch.zeros(self.n_layers, 0, rank, size)
+            whole = [getattr(block, side)[module] for block in self.blocks]
+            if self.layers != self._all_layers:
+                whole = [_in_layers(one, self.layers, self._all_layers) for one in whole]
+            if len(self.ranks) > 1:
+                whole = [torch.nn.functional.pad(one, (0, 0, 0, rank - one.shape[1])) for one in whole]
+            return torch.stack(whole, dim=1) if whole else torch.zeros(self.n_layers, 0, rank, size)
 
         return {m: (stack("A", m, d_in), stack("B", m, d_out)) for m, (d_in, d_out) in self.sizes.items()}
 

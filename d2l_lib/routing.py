@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 2048  # of questions, one copy per block
 _HOP = re.compile(r"the [a-z]+ of (?:the )?[A-Z]\w*(?:[^,.;:?!]{,60}\b[A-Z]\w*)?")  # "the founder of the Lencott Bank"
-_ASK_HOP = ("What is {}?", "Who is {}?")
-_ASK_WORDS = 2  # "Who was" asks for the first hop alone
+ASK_HOP = ("What is {}?", "Who is {}?")
+_ALONE = re.compile(r"(?:What|Which|Who|Whom|Where|When) (?:is|was|are|were)\W*")  # asks for the first hop itself
 _HOP_TOKENS = 16  # of the value that stands for it
 _SHUT = 50.0  # nats: a null block that stops everything
 # Blocks that are tried, unless more of them answer. One leaves the choice to the router, or to the keys. Trials of
@@ -253,10 +253,10 @@ def _key_norms(adapter: Adapter, inputs: dict[str, Tensor], layer: int) -> Tenso
     """|A_k x| of every block [rows, n_blocks] for x [rows, d_in], over all modules of one layer; 0 without weight."""
     squares = []
     for module, keys in adapter.keys_of(layer).items():  # [K, r, d_in]
-        products = keys.flatten(0, 1) @ inputs[module].to(keys).T  # [K r, rows]
-        squares.append(products.float().square_().unflatten(0, keys.shape[:2]).sum(1))
+        products = inputs[module].to(keys) @ keys.flatten(0, 1).T  # [rows, K r]
+        squares.append(products.float().square_().unflatten(1, keys.shape[:2]).sum(-1))
     silent = [place for place, block in enumerate(adapter.blocks) if block.weight == 0]
-    norms = torch.stack(squares).sum(0).sqrt().T.cpu().contiguous()
+    norms = torch.stack(squares).sum(0).sqrt().cpu()
     norms[:, silent] = 0.0
     return norms
 
@@ -292,17 +292,21 @@ def weigh(model: DocToLoRA, router: Router, prompts: Sequence[list[int]], adapte
             few = most_relevant(adapter, scores[row], CANDIDATES) if many[row] else adapter
             if not all(block.weight for block in few.blocks):
                 few = few._with(blocks=tuple(block for block in few.blocks if block.weight))
-            A, B = few.stacked[module]  # [L, K, r, d]
-            x = torch.stack([inputs[layer][module][row, -len(prompt) :] for layer in layers]).to(A)  # [L, T, d_in]
-            e = router.directions(final_embeddings(model, prompt)).to(B)
-            responses = torch.einsum("lkrd,ltd->ktlr", A, x), torch.einsum("lkrd,td->ktlr", B, e)
+            rows = torch.zeros(0, len(prompt), len(router.mean))
+            x = torch.stack([inputs[layer][module][row, -len(prompt) :] for layer in layers])  # [L, T, d_in]
+            if few.blocks:
+                A, B = few.stacked[module]  # [L, K, r, d]
+                e = router.directions(final_embeddings(model, prompt)).to(B)
+                each = x.to(A) @ A.flatten(1, 2).mT, e @ B.flatten(1, 2).mT  # [L, T, K r]
+                rows = torch.cat(
+                    [one.unflatten(2, A.shape[1:3]).permute(2, 1, 0, 3).flatten(2).float() for one in each], -1
+                )
             null = [
-                null_score(one[-1].float(), keys[layer].to(one.device, torch.float32), floor[layer].to(one.device))
+                null_score(
+                    one[-1].float(), keys[layer].to(one.device, torch.float32), floor[layer].to(one.device)
+                ).cpu()
                 for layer, one in enumerate(x)
             ]
-            rows = torch.cat([one.flatten(2).float() for one in responses], -1)
-            if not few.blocks:
-                rows = rows.new_zeros(0, len(prompt), len(router.mean))
             responses = Responses(rows, torch.stack(null), log_probs[row, words])
             weighed.append(Weighed(few, responses, x[-1, -1]))
     return weighed
@@ -373,10 +377,10 @@ def first_hops(
     words = {
         row: hop[0]
         for row, question in enumerate(questions)
-        if (hop := _HOP.search(question)) and len(re.findall(r"\w+", question.replace(hop[0], ""))) > _ASK_WORDS
+        if (hop := _HOP.search(question)) and not _ALONE.fullmatch(question.replace(hop[0], ""))
     }
     found: dict[int, FirstHop] = {}
-    for form in _ASK_HOP:
+    for form in ASK_HOP:
         asked = {row: form.format(hop) for row, hop in words.items() if row not in found}
         prompts = question_ids(model.tokenizer, list(asked.values()), system)
         chosen = _chosen_by_router(model, prompts, [adapters[row] for row in asked], 1)
@@ -384,6 +388,10 @@ def first_hops(
             if one.blocks:
                 found[row] = FirstHop(words[row], text, one)
     return found
+
+
+def _label(block: Block) -> tuple[str, int]:
+    return block.document, block.chunk
 
 
 def _by_first_hop(
@@ -405,7 +413,7 @@ def _by_first_hop(
     hops = {
         row: hop
         for row, hop in first_hops(model, questions, adapters, system=system).items()
-        if all(hop.inside.blocks[0] is not block for block in chosen[row].blocks)
+        if _label(hop.inside.blocks[0]) not in map(_label, chosen[row].blocks)
     }
     options = {"max_new_tokens": _HOP_TOKENS, "system": system}
     answers = model.answer([hop.asked for hop in hops.values()], [hop.inside for hop in hops.values()], **options)

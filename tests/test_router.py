@@ -16,12 +16,13 @@ from d2l_lib.documents import answer_ids, question_ids
 from d2l_lib.formats.checkpoints import ROUTER, SETTINGS
 from d2l_lib.reading import null_score
 from d2l_lib.router import Responses, Router, RouterConfig, with_verdict
-from d2l_lib.routing import _HOP, route, weigh
+from d2l_lib.routing import _HOP, first_hops, route, weigh
 from d2l_lib.studies.router_weights import JUDGED, keep_router, measure_router_weights
 from d2l_lib.tasks import world
 from d2l_lib.training.router import (
     ELSEWHERE,
     ENCYCLOPEDIA,
+    FIRST_HOP,
     RouterPreset,
     draw_questions,
     new_router,
@@ -245,6 +246,18 @@ def test_what_stands_within_a_question_ends_with_the_last_name():
         assert (found and found[0]) == expected
 
 
+def test_what_asks_for_a_first_hop_alone_has_none(model, adapter, document, monkeypatch):
+    monkeypatch.setattr("d2l_lib.routing._chosen_by_router", lambda model, prompts, adapters, blocks: list(adapters))
+    for question, expected in (
+        ("Who was the mayor of Halmere?", None),
+        ("Where is the seat of the Lencott Bank?", None),
+        ("Who taught the mayor of Halmere?", "What is the mayor of Halmere?"),
+        ("Who founded the employer of Ada Lovel?", "What is the employer of Ada Lovel?"),
+    ):
+        hops = first_hops(model, [question], [adapter])
+        assert (hops[0].asked if hops else None) == expected
+
+
 def chosen_spans(model, questions, adapters):
     return [[block.span for block in one.blocks] for one in route(model, questions, adapters)]
 
@@ -266,7 +279,7 @@ def test_two_hops_go_to_the_block_of_the_second_by_way_of_the_first(model, monke
 
     by_hops = right()
     assert chosen_spans(model, texts[:1], adapters[:1]) == chosen_spans(model, texts, adapters)[:1]
-    monkeypatch.setattr("d2l_lib.routing._ASK_HOP", ())
+    monkeypatch.setattr("d2l_lib.routing.ASK_HOP", ())
     at_once = right()
     assert sum(by_hops) >= sum(at_once) + 3 and sum(by_hops) >= 0.8 * len(asked)
 
@@ -277,7 +290,7 @@ def test_a_question_that_is_its_own_first_hop_keeps_its_block(model, monkeypatch
     (adapter,) = model.internalize_each([document.text])
     texts = [question for fact in document.facts for question in world.wordings(fact) if _HOP.search(question)]
     by_hops = chosen_spans(model, texts, [adapter] * len(texts))
-    monkeypatch.setattr("d2l_lib.routing._ASK_HOP", ())
+    monkeypatch.setattr("d2l_lib.routing.ASK_HOP", ())
     at_once = chosen_spans(model, texts, [adapter] * len(texts))
     assert len(texts) >= 8 and sum(a == b for a, b in zip(by_hops, at_once, strict=True)) >= 0.9 * len(texts)
 
@@ -339,4 +352,4 @@ def test_drawn_questions_name_the_blocks_that_hold_the_answer(model):
         K = len(one.responses.rows)
         assert all(0 <= place < K for place in one.right) and one.responses.rows.shape[2] == 64
         assert (one.verdict is not None) == (one.kind == "yes_no")
-        assert bool(one.right) == (one.kind not in ("unanswerable", ENCYCLOPEDIA, ELSEWHERE))
+        assert one.kind == FIRST_HOP or bool(one.right) == (one.kind not in ("unanswerable", ENCYCLOPEDIA, ELSEWHERE))

@@ -158,7 +158,9 @@ def question_parts(trials: Trials) -> Scores:
     model, adapter = trials.model, trials.adapter
     if model.router is not None:
         for hop in routing.first_hops(model, [trials.question], [adapter], system=trials.options.system).values():
-            contributions[[block is hop.inside.blocks[0] for block in adapter.blocks].index(True), 0] = 1.0
+            (said,) = hop.inside.blocks
+            holds = [(block.document, block.chunk) == (said.document, said.chunk) for block in adapter.blocks]
+            contributions[holds.index(True), 0] = 1.0
     return Scores(contributions, unmeasured)
 
 

@@ -23,13 +23,14 @@ from d2l_lib.adapter import Adapter
 from d2l_lib.documents import question_ids
 from d2l_lib.model import DocToLoRA
 from d2l_lib.router import Responses, Router, RouterConfig
-from d2l_lib.routing import final_embeddings, weigh
+from d2l_lib.routing import ASK_HOP, final_embeddings, weigh
 from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import disjoint_documents
 
-ENCYCLOPEDIA, ELSEWHERE = "encyclopedia", "elsewhere"  # kinds beside those of the world: by heart, another document
+# Kinds beside those of the world: by heart, about another document, and the first of two hops (`routing.first_hops`).
+ENCYCLOPEDIA, ELSEWHERE, FIRST_HOP = "encyclopedia", "elsewhere", "first_hop"
 _SHARES = {"one_hop": 1.0, "number": 0.5, "date": 0.5, "paraphrase": 1.0, "two_hop": 1.0, "yes_no": 2.5}
-_SHARES |= {"which_of": 2.0, "list": 1.0, "unanswerable": 2.5, ENCYCLOPEDIA: 0.7, ELSEWHERE: 0.5}
+_SHARES |= {"which_of": 2.0, "list": 1.0, "unanswerable": 2.5, ENCYCLOPEDIA: 0.7, ELSEWHERE: 0.5, FIRST_HOP: 1.0}
 _TOGETHER = (2, 4, 8, 16, 32, 64)  # documents in one adapter
 _TOGETHER_SHARE = 0.08
 _MOST_FACTS = 40
@@ -113,6 +114,8 @@ def _ask(rng: random.Random, inside: Sequence[world.Document], split: str) -> tu
         document = world.draw_document(rng, split, rng.randint(2, 8))
         of_kind = rng.choice([one for one in world.KINDS if one not in ("list", "two_hop")])
         question = world.ask(rng, document, of_kind)
+    elif kind == FIRST_HOP:
+        question = _first_hop(rng, inside[number])
     else:
         question = world.ask(rng, inside[number], kind)
     if question is None:
@@ -120,6 +123,24 @@ def _ask(rng: random.Random, inside: Sequence[world.Document], split: str) -> tu
     if kind == "two_hop":  # the last has the answer
         question = replace(question, evidence=question.evidence[-1:])
     return kind, question, str(number)
+
+
+def _first_hop(rng: random.Random, document: world.Document) -> world.Question | None:
+    """What a subject's mayor, founder, ... is; for one in four there is no such fact."""
+    roles = {name: one.role for name, one in world.RELATION.items() if one.role}
+    facts = [one for one in document.facts if one.relation in roles]
+    if not facts:
+        return None
+    fact, said = rng.choice(facts), rng.random() < 0.75
+    if not said:
+        stated = {(one.subject, one.relation) for one in document.facts}
+        others = [name for name in roles if world.RELATION[name].subject == world.RELATION[fact.relation].subject]
+        others = [name for name in others if (fact.subject, name) not in stated]
+        if not others:
+            return None
+        fact = world.Fact(fact.subject, rng.choice(others), world.UNKNOWN)
+    text = rng.choice(ASK_HOP).format(roles[fact.relation].format(s=fact.subject))
+    return world.Question(text, fact.value, FIRST_HOP, (fact.span,) if said else ())
 
 
 def right_places(adapter: Adapter, document: str, spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:

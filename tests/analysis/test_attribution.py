@@ -273,6 +273,19 @@ def test_question_parts_are_read_by_themselves(qa):
     assert one["contribution"].between(0, 1).all()
 
 
+def test_the_block_of_a_first_hop_counts_as_much_as_the_answers(qa):
+    model, rng, found = qa[0], random.Random("hops"), []
+    while len(found) < 12:
+        document = world.draw_document(rng, "validation", 12)
+        if (question := world.ask(rng, document, "two_hop")) is not None:
+            (adapter,) = model.internalize_each([document.text])
+            table = attribute(model, adapter, question.text, question.answer, method="question_parts", controls=False)
+            first, _ = trust.evidence_units(table, question.evidence)
+            found.append(table["contribution"][first] == 1.0)
+            assert 1 <= (table["contribution"] == 1.0).sum() <= 2
+    assert sum(found) >= 9
+
+
 def test_a_shuffled_hypernetwork_holds_nothing_of_the_answer(qa):
     model, document, _, question = qa
     other = trust.randomised(model)
