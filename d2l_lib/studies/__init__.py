@@ -241,6 +241,18 @@ STUDIES = {
             },
         },
     ),
+    "long-texts": Study(
+        "long_texts:run",
+        ("long_texts",),
+        "long texts: tokens a second, memory, and the same text again",
+        *(3, "times that the same text is read again", ""),
+        options={
+            "--models": {"nargs": "+", "default": ("tiny/qa", "smollm2"), "help": "bundled names, or folders"},
+            "--texts": {"metavar": "PLACE", "default": "data/qa/novels", "help": "a folder of .txt files"},
+            "--tokens": {"type": "count", "nargs": "*", "default": (4096, 131_072), "help": "lengths (4096 131072)"},
+            "--megabytes": {"type": "count", "nargs": "*", "default": (1,), "help": "lengths (1)"},
+        },
+    ),
     "articles": Study(
         "articles:run",
         ("articles",),
