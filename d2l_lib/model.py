@@ -75,6 +75,7 @@ _CURRENT = _Current()
 Adapters = Adapter | Sequence[Adapter | None] | None
 _Progress = Callable[[int, int], None] | bool | None
 _Read = str | Reading | RowReading | None
+_TOGETHER = 1 << 24  # bytes of blocks that then lie in one tensor
 _LENGTH_STEP = 24  # tokens; chunks of one batch are padded to a multiple of it
 _BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor] | SharedRows]
 
@@ -115,6 +116,7 @@ class DocToLoRA:
         gate: Gate | None = None,
         router: Router | None = None,
         reading: Reading | None = None,
+        block_dtype: torch.dtype | None = None,
         base_source: str | None = None,
         encoder: ContextEncoder | None = None,
         encoder_tokenizer=None,
@@ -142,7 +144,7 @@ class DocToLoRA:
         self.current: Adapter | None = None
         self.iterative = False
         self.cache: AdapterCache | None = None
-        self.block_dtype: torch.dtype | None = None
+        self.block_dtype = block_dtype
         self.least_relevance, self.gate, self.router = least_relevance, gate, router
         self.reading = (RowReading() if self.writes_rows else Reading()) if reading is None else reading
         self._evaluating = 0  # how many threads internalize now
@@ -372,11 +374,16 @@ class DocToLoRA:
         images = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if isinstance(chunk, dict)}
         distinct = list(dict.fromkeys(key for key in keys if key not in images))
         done: dict[int | tuple[int, ...], _BlockFactors] = {}
+        apart: list[_BlockFactors] = []
         with self._in_eval_mode(), _reporter(progress, len(distinct) + len(images)) as report:
             for batch, width in self._batches(distinct):
                 loras = self._encode_batch(batch, width)
                 for index, ids in enumerate(batch):
                     done[ids] = self._on_cpu(loras, index, self.hypernetwork.rows_of(len(ids)))
+                    apart.append(done[ids])
+                if sum(one.nbytes for pair in apart for side in pair for one in side.values()) > _TOGETHER:
+                    _put_together(apart)
+                    apart = []
                 report(len(done))
             for key, inputs in images.items():
                 done[key] = self._on_cpu(self._write_blocks(inputs), 0)
@@ -784,6 +791,8 @@ class DocToLoRA:
             meta["least_relevance"] = self.least_relevance
         if self.gate is not None:
             meta["gate"] = asdict(self.gate)
+        if self.block_dtype is not None:
+            meta["block_dtype"] = str(self.block_dtype).removeprefix("torch.")
         if self.router is not None:
             meta["router"] = asdict(self.router)
         if self.writes_rows:
@@ -815,6 +824,17 @@ class DocToLoRA:
 
 
 # --- small helpers --------------------------------------------------------------------------------------------------
+
+
+def _put_together(pairs: Sequence[_BlockFactors]) -> None:
+    """Make the tensors of some chunks parts of a large one: left where they are, they would tear holes in memory."""
+    for place in (0, 1):
+        sides = [pair[place] for pair in pairs]
+        tensors = [one for side in sides for one in side.values()]
+        if tensors:
+            parts = iter(torch.cat([one.flatten() for one in tensors]).split([one.numel() for one in tensors]))
+            for side in sides:
+                side.update({module: next(parts).view(one.shape) for module, one in side.items()})
 
 
 def _kept(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

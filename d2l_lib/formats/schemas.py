@@ -347,6 +347,7 @@ class _CheckpointMeta(_Open):
     base_model: _ModelName | None = None
     encoder_model: _ModelName | None = None
     least_relevance: float = 0.0
+    block_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     gate: GateSettings | None = None
     router: RouterSettings | None = None
     reading: ReadingSettings | None = None

@@ -253,6 +253,16 @@ STUDIES = {
             "--megabytes": {"type": "count", "nargs": "*", "default": (1,), "help": "lengths (1)"},
         },
     ),
+    "half-precision": Study(
+        "half_precision:run",
+        ("half_precision",),
+        "answers with blocks in half precision, against all digits",
+        *(200, "questions of each sample", "smollm2"),
+        options={
+            "--texts": {"metavar": "PLACE", "default": "data/qa/novels", "help": "a folder of .txt files"},
+            "--length": {"type": "count", "default": 512, "help": "of haystacks, in tokens (512)"},
+        },
+    ),
     "articles": Study(
         "articles:run",
         ("articles",),

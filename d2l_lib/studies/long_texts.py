@@ -23,6 +23,7 @@ from d2l_lib.training.selfgen import read_texts
 MB = 10**6
 _LIMIT_BYTES = 64 * 10**9  # of the cache
 _MIB = 2**20
+_LONGEST_TOKEN = 8  # characters, in the mean
 _FIRST = "Ada lives in Velm. She mends clocks there. Bo lives in Arn."  # sets up memory pools
 
 
@@ -36,9 +37,10 @@ def run(
     tokens, megabytes: lengths, of a model's tokens and of UTF-8.
 
     Columns: model, length (as it was asked for), tokens, bytes, chunks, seconds (of internalizing and writing the
-    file), tokens_per_second, cpu_seconds, resting_mb (the model at rest), growth_mb (of the peak, above that),
-    adapter_mb (its tensors), peak_mb (of the process), beyond_adapter_mb (peak_mb - adapter_mb), file_mb, again_seconds
-    (of internalizing it again, the median), again_growth_mb and device_name. 1 MB is a million bytes.
+    file), cpu_seconds, tokens_per_second, peak_mb (of the process), growth_mb (of that, above the model at rest),
+    adapter_mb (its tensors, in half precision), beyond_adapter_mb (peak_mb - adapter_mb), file_mb, and for the run of
+    median seconds of those that read it again: again_seconds, again_cpu_seconds, again_peak_mb and again_growth_mb. 1
+    MB is a million bytes.
     """
     whole = "\n\n".join(read_texts(texts))
     lengths = [f"{count:,} tokens" for count in tokens] + [f"{count} MB" for count in megabytes]
@@ -53,10 +55,11 @@ def run(
 def _measured(model: str, length: str, whole: str, n: int) -> dict:
     """The row of one text."""
     with tempfile.TemporaryDirectory(prefix="d2l-long-texts-") as folder:
-        row = {"model": model, "length": length} | _alone(_first_run, model, length, whole, folder)
-        later = [_alone(_second_run, model, length, whole, folder) for _ in range(n)]
+        text = _alone(_cut, model, length, whole)
+        row = {"model": model, "length": length} | _alone(_first_run, model, text, folder)
+        later = [_alone(_second_run, model, text, folder) for _ in range(n)]
     again = sorted(later, key=lambda one: one["seconds"])[n // 2]
-    more = {"again_seconds": again["seconds"], "again_growth_mb": again["growth_mb"], "n": n}
+    more = {f"again_{name}": value for name, value in again.items()} | {"n": n}
     return row | more | {"device_name": processor_name()}
 
 
@@ -66,55 +69,59 @@ def _alone(what: Callable[..., dict], *arguments: str) -> dict:
         return process.submit(what, torch.get_num_threads(), *arguments).result()
 
 
-def _prepared(threads: int, name: str, length: str, whole: str, folder: str) -> tuple[DocToLoRA, str]:
-    """The model, which has read something short, with its cache; and the text of this length."""
-    torch.set_num_threads(threads)
-    model = load(name)
-    model.internalize(_FIRST)
-    model.cache = AdapterCache(folder, limit_bytes=_LIMIT_BYTES)
+def _cut(_: int, name: str, length: str, whole: str) -> str:
+    """The beginning of a text, of this length."""
     count, unit = length.replace(",", "").split()
     if unit == "MB":
-        text = whole.encode()[: int(count) * MB].decode(errors="ignore")
-    else:
-        text = whole[: 8 * int(count)]
-        ends = model.encoder_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        text = text[: ends["offset_mapping"][int(count) - 1][1]]
-    return model, text
+        return whole.encode()[: int(count) * MB].decode(errors="ignore")
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    ends = load(name).encoder_tokenizer(whole[: _LONGEST_TOKEN * int(count)], **options)["offset_mapping"]
+    return whole[: ends[int(count) - 1][1]]
 
 
-def _first_run(*arguments) -> dict:
-    """What it costs to internalize a text, and to write the file of the cache."""
-    model, text = _prepared(*arguments)
-    resting, costs = peak_of_process_mib(), {}
+def _prepared(threads: int, name: str, folder: str) -> DocToLoRA:
+    """The model, which has read something short, with half precision and a cache."""
+    torch.set_num_threads(threads)
+    model = load(name)
+    model.block_dtype = torch.float16
+    model.internalize(_FIRST)
+    model.cache = AdapterCache(folder, limit_bytes=_LIMIT_BYTES)
+    return model
+
+
+def _internalize(model: DocToLoRA, text: str) -> dict:
+    """Seconds, of the processor too, and memory."""
+    costs = {}
 
     def internalize() -> None:
         began, cpu = time.perf_counter(), time.process_time()
         model.internalize(text)
         costs["seconds"], costs["cpu_seconds"] = time.perf_counter() - began, time.process_time() - cpu
 
-    growth, size = growth_of_peak_mib(internalize), model.current.nbytes / MB
-    peak = peak_of_process_mib() * _MIB / MB
+    growth, peak = growth_of_peak_mib(internalize), peak_of_process_mib()
+    costs = {name: round(value, 3) for name, value in costs.items()}
+    return costs | {"peak_mb": round(peak * _MIB / MB, 1), "growth_mb": round(growth * _MIB / MB, 1)}
+
+
+def _first_run(threads: int, name: str, text: str, folder: str) -> dict:
+    """What it costs to internalize a text, and to write the file of the cache."""
+    model = _prepared(threads, name, folder)
+    costs = _internalize(model, text)
+    size = model.current.nbytes / MB
     tokens = len(model.encoder_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     (file,) = model.cache.files()
     return {
         "tokens": tokens,
         "bytes": len(text.encode()),
         "chunks": len(model.current.blocks),
-        "seconds": round(costs["seconds"], 3),
         "tokens_per_second": round(tokens / costs["seconds"], 1),
-        "cpu_seconds": round(costs["cpu_seconds"], 3),
-        "resting_mb": round(resting * _MIB / MB, 1),
-        "growth_mb": round(growth * _MIB / MB, 1),
-        "peak_mb": round(peak, 1),
+        **costs,
         "adapter_mb": round(size, 1),
-        "beyond_adapter_mb": round(peak - size, 1),
+        "beyond_adapter_mb": round(costs["peak_mb"] - size, 1),
         "file_mb": round(file.n_bytes / MB, 1),
     }
 
 
-def _second_run(*arguments) -> dict:
+def _second_run(threads: int, name: str, text: str, folder: str) -> dict:
     """What it costs to internalize a text that the cache holds."""
-    model, text = _prepared(*arguments)
-    began = time.perf_counter()
-    growth = growth_of_peak_mib(lambda: model.internalize(text))
-    return {"seconds": round(time.perf_counter() - began, 3), "growth_mb": round(growth * _MIB / MB, 1)}
+    return _internalize(_prepared(threads, name, folder), text)
