@@ -7,9 +7,11 @@ Adapters are values: no operation changes its operand. Adapters share blocks and
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, reduce
 from itertools import islice
@@ -112,6 +114,10 @@ class Block:
     def rank(self) -> int:
         """Rows of A and B in each layer and module."""
         return next(iter(self.A.values())).shape[1]
+
+    def renamed(self, document: str) -> Block:
+        """This block as one of another document; itself where that is its own."""
+        return self if self.document == document else replace(self, document=document)
 
     def weighted(self, weight: float) -> Block:
         """This block with its weight times `weight`; ValueError where the product is not finite."""
@@ -343,10 +349,7 @@ class Adapter:
         else:
             self._check_summable(other)
         names, new_names = self._names.added(other._names)
-        added = (
-            block if new_names[block.document] == block.document else replace(block, document=new_names[block.document])
-            for block in other.blocks
-        )
+        added = (block.renamed(new_names[block.document]) for block in other.blocks)
         return self._with(blocks=(*self.blocks, *added), _names=names)
 
     def __radd__(self, other: object) -> Adapter:
@@ -705,11 +708,12 @@ class Adapter:
         version = header.get("version") if isinstance(header, dict) else None
         if type(version) is int and version not in _FORMAT_VERSIONS:
             raise ValueError(f"{path} has format version {version}, this code reads {some_of(_FORMAT_VERSIONS)}")
-        header = check(AdapterHeader, header, where, advice)
-        try:
-            return cls._from_header(header, tensors)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {ascii(str(error))[1:-1][:500]}: {advice}") from error
+        with _nothing_collected():
+            header = check(AdapterHeader, header, where, advice)
+            try:
+                return cls._from_header(header, tensors)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where}: {ascii(str(error))[1:-1][:500]}: {advice}") from error
 
     @classmethod
     def _from_header(cls, header: AdapterHeader, tensors: dict[str, Tensor]) -> Adapter:
@@ -717,21 +721,23 @@ class Adapter:
         sides = [*header.blocks, *([] if header.bias is None else [header.bias])]
         whole = [name for side in sides for names in (side.A, side.B) for name in names.values()]
         named = {name for one in whole for name in ([one] if isinstance(one, str) else [one.table, one.rows])}
-        stacks = {name: None if name in tensors else _stack_of(name, tensors) for name in named}
-        if missing := sorted(name for name, stack in stacks.items() if name not in tensors and stack is None):
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            stacked = tensor.dim() == 4
+            found |= {f"{name}:{k}": one for k, one in enumerate(tensor.unbind())} if stacked else {name: tensor}
+        if missing := sorted(named - found.keys()):
             raise ValueError(f"the tensors {missing[:3]} are missing")
-        used = {name if stack is None else stack[0] for name, stack in stacks.items()}
-        if others := sorted(tensors.keys() - used):
+        if others := sorted(found.keys() - named):
             raise ValueError(f"the tensors {others[:3]} belong to no block")
-        found = {name: tensors[name] if at is None else tensors[at[0]][at[1]] for name, at in stacks.items()}
         rows_of = {name: _whole(found[name]) for name in {one.rows for one in whole if not isinstance(one, str)}}
 
         def pick(names: dict[str, Any]) -> dict[str, Tensor] | SharedRows:
-            if all(isinstance(name, str) for name in names.values()):
+            shared = [(module, one) for module, one in names.items() if not isinstance(one, str)]
+            if not shared:
                 return {module: found[name] for module, name in names.items()}
             if len(names) > 1:
                 raise ValueError("a block whose rows lie in a table has one module")
-            ((module, one),) = names.items()
+            ((module, one),) = shared
             table, rows = found[one.table], rows_of[one.rows]
             if table.dim() != 2 or int(rows.max()) >= len(table):
                 raise ValueError(f"{one.rows} names rows that {one.table} lacks")
@@ -740,11 +746,9 @@ class Adapter:
         blocks = [
             Block(row.document, row.chunk, row.span, row.weight, pick(row.A), pick(row.B)) for row in header.blocks
         ]
-        for index, (block, row) in enumerate(zip(blocks, header.blocks, strict=True)):
+        for index, row in enumerate(header.blocks):
             if row.A.keys() != header.sizes.keys() or row.B.keys() != header.sizes.keys():
                 raise ValueError(f"blocks.{index} has other modules than sizes")
-            if any(len(shape) != 3 for shapes in block._shapes.values() for shape in shapes):
-                raise ValueError(f"blocks.{index} has tensors that are not [layers, rank, size]")
         bias = None
         if header.bias is not None:
             A, B = pick(header.bias.A), pick(header.bias.B)
@@ -890,11 +894,16 @@ _PLAIN_FIELDS = (
 )
 
 
-def _stack_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """(the stack, the number in it) of a tensor "stack:number"; None where there is none."""
-    stack, _, number = name.rpartition(":")
-    known = stack in tensors and number.isascii() and number.isdigit() and tensors[stack].dim() == 4
-    return (stack, int(number)) if known and int(number) < len(tensors[stack]) else None
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Inside the `with` block Python looks for no garbage: where many small things are made that is half the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _whole(rows: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class AdapterCache:
             notes = safetensors_metadata(path) or {}
             if notes.get(_NOTE) != key:
                 raise ValueError(f"{path} was not written by the cache")
-            if notes.get("crc32") != checksum(path):
+            if notes.get("checksum") != checksum(path):
                 raise ValueError(f"{path} holds other numbers than were written")
             os.utime(path)
         except FileNotFoundError:

@@ -276,7 +276,7 @@ class DocToLoRA:
         new = self._new_blocks_of(missing, limit, progress) if missing else {}
         for name in new.keys() & keys.keys():
             self.cache.write(keys[name], self.adapter_of(new[name], bias=False))
-        read = {name: [replace(block, document=name) for block in adapter.blocks] for name, adapter in kept.items()}
+        read = {name: [block.renamed(name) for block in adapter.blocks] for name, adapter in kept.items()}
         return {name: (new | read)[name] for name in documents}
 
     def cache_facts(self, chunk_tokens: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from d2l_lib.formats.schemas import expected, first_line, shown
 
 _LONGEST_HEADER = 100_000_000  # bytes; the format allows no more
 _FLOATING = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_AT_ONCE = 1 << 20  # bytes
+_SUMMED = 1 << 16  # bytes that one sum of a checksum takes
 
 
 def read_tensors(path: str | Path, error: type[ValueError] = ValueError) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -70,39 +70,45 @@ def write_parts(path: str | Path, parts: Mapping[str, Tensor | list[Tensor]], me
 
     parts: tensors, or lists of tensors of one shape and type, which are stored as one tensor [number, ...].
 
-    The metadata gets "crc32", the `checksum` of all numbers.
+    The metadata gets "checksum", that of the function.
     """
     lists = {name: part if isinstance(part, list) else [part] for name, part in parts.items()}
     names = sorted(lists, key=lambda name: (-lists[name][0].element_size(), name))  # so numbers are aligned
-    header, end, total = {}, 0, 0
+    header, end = {}, 0
     for name in names:
         first, start = lists[name][0], end
         end += sum(one.nbytes for one in lists[name])
         shape = [*([len(lists[name])] if lists[name] is parts[name] else []), *first.shape]
         header[name] = {"dtype": _FLOATING[first.dtype], "shape": shape, "data_offsets": [start, end]}
-    contents = [one for name in names for one in lists[name]]
-    for content in map(_bytes, contents):
-        total = zlib.crc32(content, total)
-    metadata = {**metadata, "crc32": f"{total:08x}"}
-    text = json.dumps({"__metadata__": metadata} | header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for content in map(_bytes, contents):
-            file.write(content)
 
+    def head(total: str) -> bytes:
+        whole = {"__metadata__": {"checksum": total, **metadata}} | header
+        text = json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    with open(path, "w+b") as file:
+        file.write(head("0" * 8))
+        for name in names:
+            for one in lists[name]:
+                file.write(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        file.seek(0)
+        file.write(head(checksum(path)))
 
 
 def checksum(path: str | Path) -> str:
-    """The CRC-32 of all numbers of a safetensors file, which shows damage."""
-    total, content = 0, memoryview(bytearray(_AT_ONCE))
-    with open(path, "rb", buffering=0) as file:
+    """A sum of all numbers of a safetensors file, which shows damage: the CRC-32 of the sums of its parts.
+
+    Far quicker than the CRC-32 of everything. Numbers that change places inside 64 kB go unseen.
+    """
+    total, content = 0, bytearray(16 * _SUMMED)
+    sums = torch.frombuffer(content, dtype=torch.int64).view(-1, _SUMMED // 8)
+    with open(path, "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         while size := file.readinto(content):
-            total = zlib.crc32(content[:size], total)
+            content[size:] = bytes(len(content) - size)
+            total = zlib.crc32(sums.sum(1).numpy().data, total)
     return f"{total:08x}"
 
 
