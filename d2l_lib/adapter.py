@@ -107,8 +107,8 @@ class Block:
     def _shapes(self) -> dict[str, tuple[Sequence[int], Sequence[int]]]:
         """{module: shapes of A and of B}."""
         shared = isinstance(self.B, SharedRows)
-        return {m: (A.shape, self.B.shape if shared and m == self.B.module else self.B[m].shape)
-                for m, A in self.A.items()}  # fmt: skip
+        of_B = {self.B.module: self.B.shape} if shared else {module: B.shape for module, B in self.B.items()}
+        return {module: (A.shape, of_B[module]) for module, A in self.A.items()}
 
     @property
     def rank(self) -> int:
