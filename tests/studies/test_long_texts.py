@@ -19,13 +19,17 @@ def test_each_text_is_internalized_and_read_again(folder, monkeypatch):
     models, seen = {"sum": build_model(), "rows": build_rows_model()}, []
     earlier = [{"model": "rows", "length": "9 tokens"}, {"model": "sum", "length": "300 tokens"}]
     monkeypatch.setattr(long_texts, "earlier_rows", lambda name: earlier)
-    monkeypatch.setattr(long_texts, "load", models.get)
     monkeypatch.setattr(long_texts, "MB", 10_000)
+
+    def load(name):
+        models[name].cache = None  # as of a new process
+        return models[name]
 
     def alone(what, *arguments):
         seen.append(what.__name__)
         return what(torch.get_num_threads(), *arguments)
 
+    monkeypatch.setattr(long_texts, "load", load)
     monkeypatch.setattr(long_texts, "_alone", alone)
     *_, rows = long_texts.run(2, 0, ["sum", "rows"], folder, [300], [1])
     assert rows[0] == earlier[0] and [row["length"] for row in rows[1:]] == ["300 tokens", "1 MB"] * 2
