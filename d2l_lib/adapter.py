@@ -7,15 +7,17 @@ Adapters are values: no operation changes its operand. Adapters share blocks and
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, reduce
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
 FORMAT = "d2l-adapter"
-_FORMAT_VERSION = 1
+_FORMAT_VERSIONS = (1, 2)  # the second: blocks may share a table, and tensors of one shape may lie in one
+_OWN_TENSORS = 1000  # of a file; where there would be more, those of one shape lie in one, which is read at once
 _USUAL_ENDINGS = ("", ".safetensors", ".st", ".sft", ".adapter", ".lora", ".d2l")  # of files that `save` may replace
 _FOLD = 4  # times d_out: of a larger rank the sum itself is applied
 # Where a target module sits in a decoder layer, for an adapter without paths of its own.
@@ -49,6 +52,33 @@ def _may_replace(path: Path) -> bool:
     return path.suffix in _USUAL_ENDINGS or path.stat().st_size == 0
 
 
+class SharedRows(Mapping[str, Tensor]):
+    """{module: B [1, r, d_out]} of a block of token rows, where row j of B is row rows[j] of a table.
+
+    Blocks share the table [n, d_out], so a word that is written a thousand times is held once. rows: [r] int32.
+    B itself is made anew each time that it is asked for.
+    """
+
+    def __init__(self, module: str, table: Tensor, rows: Tensor):
+        self.module, self.table, self.rows = module, table, rows
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of B."""
+        return 1, len(self.rows), self.table.shape[1]
+
+    def __getitem__(self, module: str) -> Tensor:
+        if module != self.module:
+            raise KeyError(module)
+        return self.table[self.rows.to(self.table.device)].unsqueeze(0)
+
+    def __iter__(self) -> Iterator[str]:
+        yield self.module
+
+    def __len__(self) -> int:
+        return 1
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """What one chunk of one document adds: weight * B^T A in every module of the layers that are written.
@@ -62,15 +92,32 @@ class Block:
     span: tuple[int, int] | None
     weight: float
     A: dict[str, Tensor]
-    B: dict[str, Tensor]
+    B: dict[str, Tensor] | SharedRows
 
     def __post_init__(self):
         check_name(self.document)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds in memory."""
+        of_B = [self.B.table, self.B.rows] if isinstance(self.B, SharedRows) else self.B.values()
+        return [*self.A.values(), *of_B]
+
+    @property
+    def _shapes(self) -> dict[str, tuple[Sequence[int], Sequence[int]]]:
+        """{module: shapes of A and of B}."""
+        shared = isinstance(self.B, SharedRows)
+        of_B = {self.B.module: self.B.shape} if shared else {module: B.shape for module, B in self.B.items()}
+        return {module: (A.shape, of_B[module]) for module, A in self.A.items()}
+
+    @property
     def rank(self) -> int:
         """Rows of A and B in each layer and module."""
         return next(iter(self.A.values())).shape[1]
+
+    def renamed(self, document: str) -> Block:
+        """This block as one of another document; itself where that is its own."""
+        return self if self.document == document else replace(self, document=document)
 
     def weighted(self, weight: float) -> Block:
         """This block with its weight times `weight`; ValueError where the product is not finite."""
@@ -202,9 +249,9 @@ class Adapter:
         if list(self.layers) != sorted(set(self.layers) & set(self._all_layers)):
             raise ValueError(f"layers must ascend from 0 to at most {self.n_layers - 1}, not {self.layers}")
         for block in self.blocks:
-            self._check_shapes(block, {m: (block.A[m], block.B[m]) for m in block.A})
+            self._check_shapes(block, block._shapes)
         if self.bias is not None:
-            self._check_shapes("the bias", self.bias)
+            self._check_shapes("the bias", {module: (A.shape, B.shape) for module, (A, B) in self.bias.items()})
 
     def _with(self, **changes: object) -> Adapter:
         """This adapter with these fields changed, unchecked: for results of its own operations."""
@@ -213,17 +260,17 @@ class Adapter:
         new.__dict__.update(values | changes)
         return new
 
-    def _check_shapes(self, part: Block | str, factors: Factors) -> None:
-        """ValueError unless the tensors have this adapter's modules, layers and sizes."""
-        if factors.keys() != self.sizes.keys():
-            raise ValueError(f"{_label(part)} has modules {sorted(factors)}, the adapter has {self.modules}")
+    def _check_shapes(self, part: Block | str, shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> None:
+        """ValueError unless these are shapes of this adapter's modules, layers and sizes."""
+        if shapes.keys() != self.sizes.keys():
+            raise ValueError(f"{_label(part)} has modules {sorted(shapes)}, the adapter has {self.modules}")
         n_held = len(self.layers)
-        for module, (A, B) in factors.items():
+        for module, (A, B) in shapes.items():
             d_in, d_out = self.sizes[module]
-            r = A.shape[1] if A.dim() == 3 else -1
-            if A.shape != (n_held, r, d_in) or B.shape != (n_held, r, d_out):
+            r = A[1] if len(A) == 3 else -1
+            if (tuple(A), tuple(B)) != ((n_held, r, d_in), (n_held, r, d_out)):
                 raise ValueError(
-                    f"{_label(part)}, {module}: A is {tuple(A.shape)} and B {tuple(B.shape)}; expected "
+                    f"{_label(part)}, {module}: A is {tuple(A)} and B {tuple(B)}; expected "
                     f"({n_held}, rank, {d_in}) and ({n_held}, rank, {d_out})"
                 )
 
@@ -263,7 +310,7 @@ class Adapter:
 
     def _tensors(self) -> Iterator[Tensor]:
         for block in self.blocks:
-            yield from (*block.A.values(), *block.B.values())
+            yield from block.tensors
         for pair in (self.bias or {}).values():
             yield from pair
 
@@ -302,10 +349,7 @@ class Adapter:
         else:
             self._check_summable(other)
         names, new_names = self._names.added(other._names)
-        added = (
-            block if new_names[block.document] == block.document else replace(block, document=new_names[block.document])
-            for block in other.blocks
-        )
+        added = (block.renamed(new_names[block.document]) for block in other.blocks)
         return self._with(blocks=(*self.blocks, *added), _names=names)
 
     def __radd__(self, other: object) -> Adapter:
@@ -577,7 +621,10 @@ class Adapter:
         """This adapter with these fields and every tensor changed; blocks that share a tensor still do."""
         changed: dict[int, Tensor] = {}
 
-        def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | SharedRows:
+            if isinstance(tensors, SharedRows):
+                table = of({tensors.module: tensors.table})[tensors.module]
+                return SharedRows(tensors.module, table, tensors.rows)
             for tensor in tensors.values():
                 if id(tensor) not in changed:
                     changed[id(tensor)] = change(tensor)
@@ -600,17 +647,32 @@ class Adapter:
         A file of this name is replaced. FileExistsError where it holds other tensors (a model's weights) or has the
         ending of another kind of file (.pdf, .txt).
         """
-        from safetensors.torch import save_file
+        from d2l_lib.formats.tensors import write_parts
 
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor | list[Tensor]] = {}
         names: dict[int, str] = {}
+        together = sum(1 for _ in self._tensors()) > _OWN_TENSORS
 
-        def keep(prefix: str, factors: Mapping[str, Tensor]) -> dict[str, str]:
-            """{module: the name its tensor is stored under}; a shared tensor is stored once."""
+        def place(name: str, tensor: Tensor) -> str:
+            """Where a tensor is stored: its name, or "name:number" in a stack of those of its shape."""
+            if not together or tensor.dim() != 3:
+                tensors[name] = tensor
+                return name
+            _, _, stack = name.partition(".")
+            stack = f"{stack}.{'x'.join(map(str, tensor.shape))}.{str(tensor.dtype).removeprefix('torch.')}"
+            tensors.setdefault(stack, []).append(tensor)
+            return f"{stack}:{len(tensors[stack]) - 1}"
+
+        def keep(prefix: str, factors: Mapping[str, Tensor]) -> dict[str, Any]:
+            """{module: where its tensor is stored}; a shared tensor is stored once."""
+            if isinstance(factors, SharedRows):
+                if id(factors.rows) not in names:
+                    names[id(factors.rows)] = f"{prefix}.rows"
+                    tensors[f"{prefix}.rows"] = factors.rows.float()  # whole numbers below 2^24
+                return {factors.module: keep(prefix, {"table": factors.table}) | {"rows": names[id(factors.rows)]}}
             for module, tensor in factors.items():
                 if id(tensor) not in names:
-                    names[id(tensor)] = f"{prefix}.{module}"
-                    tensors[f"{prefix}.{module}"] = tensor.detach().cpu().contiguous().clone()
+                    names[id(tensor)] = place(f"{prefix}.{module}", tensor)
             return {module: names[id(tensor)] for module, tensor in factors.items()}
 
         rows = []
@@ -623,15 +685,17 @@ class Adapter:
             bias = {side: keep(f"bias.{side}", factors) for side, factors in pairs.items()}
         plain = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         plain |= {} if self.layers == self._all_layers else {"layers": self.layers}  # files of before lack it
-        header = {"format": FORMAT, "version": _FORMAT_VERSION, "blocks": rows, "bias": bias, **plain}
+        is_new = together or any(isinstance(block.B, SharedRows) for block in self.blocks)
+        version = _FORMAT_VERSIONS[is_new]
+        header = {"format": FORMAT, "version": version, "blocks": rows, "bias": bias, **plain}
         with atomic_file(path, replaces=_may_replace) as temporary:
             text = json.dumps(header, ensure_ascii=False)
-            save_file(tensors, temporary, metadata={**(notes or {}), FORMAT: text})
+            write_parts(temporary, tensors, {**(notes or {}), FORMAT: text})
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Adapter:
-        """The adapter that `save` wrote, on the CPU, bit for bit.
+        """The adapter that `save` wrote, on the CPU, bit for bit. The file is mapped into memory, not copied.
 
         FileNotFoundError for a missing file or a folder. ValueError for a file that is cut off, corrupted or no
         adapter: wrong labels (see `formats.schemas.AdapterHeader`), or tensors that are missing, left over, of other
@@ -650,35 +714,49 @@ class Adapter:
         where, advice = f"{path} has a damaged header", "save it again"
         header = parse_json(metadata[FORMAT], f"{where}: its text", advice)
         version = header.get("version") if isinstance(header, dict) else None
-        if type(version) is int and version != _FORMAT_VERSION:
-            raise ValueError(f"{path} has format version {version}, this code reads {_FORMAT_VERSION}")
-        header = check(AdapterHeader, header, where, advice)
-        try:
-            return cls._from_header(header, tensors)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {ascii(str(error))[1:-1][:500]}: {advice}") from error
+        if type(version) is int and version not in _FORMAT_VERSIONS:
+            raise ValueError(f"{path} has format version {version}, this code reads {some_of(_FORMAT_VERSIONS)}")
+        with _nothing_collected():
+            header = check(AdapterHeader, header, where, advice)
+            try:
+                return cls._from_header(header, tensors)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where}: {ascii(str(error))[1:-1][:500]}: {advice}") from error
 
     @classmethod
     def _from_header(cls, header: AdapterHeader, tensors: dict[str, Tensor]) -> Adapter:
         """The adapter of these labels; ValueError where tensors are missing, left over or of other shapes."""
         sides = [*header.blocks, *([] if header.bias is None else [header.bias])]
-        named = {name for side in sides for names in (side.A, side.B) for name in names.values()}
-        if missing := sorted(named - tensors.keys()):
+        whole = [name for side in sides for names in (side.A, side.B) for name in names.values()]
+        named = {name for one in whole for name in ([one] if isinstance(one, str) else [one.table, one.rows])}
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            stacked = tensor.dim() == 4
+            found |= {f"{name}:{k}": one for k, one in enumerate(tensor.unbind())} if stacked else {name: tensor}
+        if missing := sorted(named - found.keys()):
             raise ValueError(f"the tensors {missing[:3]} are missing")
-        if others := sorted(tensors.keys() - named):
+        if others := sorted(found.keys() - named):
             raise ValueError(f"the tensors {others[:3]} belong to no block")
+        rows_of = {name: _whole(found[name]) for name in {one.rows for one in whole if not isinstance(one, str)}}
 
-        def pick(names: dict[str, str]) -> dict[str, Tensor]:
-            return {module: tensors[name] for module, name in names.items()}
+        def pick(names: dict[str, Any]) -> dict[str, Tensor] | SharedRows:
+            shared = [(module, one) for module, one in names.items() if not isinstance(one, str)]
+            if not shared:
+                return {module: found[name] for module, name in names.items()}
+            if len(names) > 1:
+                raise ValueError("a block whose rows lie in a table has one module")
+            ((module, one),) = shared
+            table, rows = found[one.table], rows_of[one.rows]
+            if table.dim() != 2 or int(rows.max()) >= len(table):
+                raise ValueError(f"{one.rows} names rows that {one.table} lacks")
+            return SharedRows(module, table, rows)
 
         blocks = [
             Block(row.document, row.chunk, row.span, row.weight, pick(row.A), pick(row.B)) for row in header.blocks
         ]
-        for index, (block, row) in enumerate(zip(blocks, header.blocks, strict=True)):
+        for index, row in enumerate(header.blocks):
             if row.A.keys() != header.sizes.keys() or row.B.keys() != header.sizes.keys():
                 raise ValueError(f"blocks.{index} has other modules than sizes")
-            if any(tensor.dim() != 3 for tensor in (*block.A.values(), *block.B.values())):
-                raise ValueError(f"blocks.{index} has tensors that are not [layers, rank, size]")
         bias = None
         if header.bias is not None:
             A, B = pick(header.bias.A), pick(header.bias.B)
@@ -822,6 +900,25 @@ _PLAIN_FIELDS = (
     "paths",
     "bias_inside",
 )
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Inside the `with` block Python looks for no garbage: where many small things are made that is half the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _whole(rows: Tensor) -> Tensor:
+    """Numbers of rows [r] of a file as int32; ValueError where they are none."""
+    if rows.dim() != 1 or bool((rows != rows.floor()).any()) or float(rows.min()) < 0 or float(rows.max()) >= 1 << 24:
+        raise ValueError("numbers of rows are whole numbers from 0 on")
+    return rows.to(torch.int32)
 
 
 def _label(part: Block | str) -> str:

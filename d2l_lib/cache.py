@@ -13,21 +13,18 @@ import json
 import os
 import re
 import warnings
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from d2l_lib.adapter import Adapter
 from d2l_lib.documents import check_count
-from d2l_lib.formats.tensors import safetensors_metadata
+from d2l_lib.formats.tensors import checksum, safetensors_metadata
 
 PLACE = Path(__file__).resolve().parents[1] / ".cache" / "adapters"
 LIMIT_BYTES = 2 * 2**30
-_VERSION = 2  # raise it where the same model writes other blocks, or files hold something else
+_VERSION = 3  # raise it where the same model writes other blocks, or files hold something else
 _NOTE = "d2l-cache"
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 
@@ -70,7 +67,7 @@ class AdapterCache:
         return self.folder / f"{key}.safetensors"
 
     def read(self, key: str) -> Adapter | None:
-        """The adapter that was written under this key, bit for bit, or None.
+        """The adapter that was written under this key, bit for bit, or None. Its file is mapped into memory.
 
         A damaged file counts as absent, with a warning: the next `write` replaces it.
         """
@@ -80,7 +77,7 @@ class AdapterCache:
             notes = safetensors_metadata(path) or {}
             if notes.get(_NOTE) != key:
                 raise ValueError(f"{path} was not written by the cache")
-            if notes.get("crc32") != _checksum(adapter):
+            if notes.get("checksum") != checksum(path):
                 raise ValueError(f"{path} holds other numbers than were written")
             os.utime(path)
         except FileNotFoundError:
@@ -100,7 +97,7 @@ class AdapterCache:
             return
         path = self.path(key)
         try:
-            adapter.save(path, notes={_NOTE: key, "crc32": _checksum(adapter)})
+            adapter.save(path, notes={_NOTE: key})
             self._trim(path)
         except OSError as error:
             warnings.warn(f"the cache of adapters could not keep one: {error}", stacklevel=2)
@@ -145,16 +142,3 @@ def _is_own(path: Path) -> bool:
         return (safetensors_metadata(path) or {}).get(_NOTE) == path.stem
     except OSError:
         return False
-
-
-def _checksum(adapter: Adapter) -> str:
-    """A sum over all numbers of the blocks, which shows damage; a shared tensor counts once."""
-    total, seen = 0, set()
-    for block in adapter.blocks:
-        for side in (block.A, block.B):
-            for module in sorted(side):
-                if id(side[module]) not in seen:
-                    seen.add(id(side[module]))
-                    numbers = side[module].detach().cpu().contiguous().flatten()
-                    total = zlib.crc32(numbers.view(torch.uint8).numpy(), total)
-    return f"{total:08x}"

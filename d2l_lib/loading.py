@@ -122,6 +122,7 @@ def assemble(
         gate=_gate_of(meta),
         router=_router_of(meta, hypernetwork, folder),
         reading=_reading_of(meta),
+        block_dtype=getattr(torch, meta["block_dtype"]) if meta.get("block_dtype") else None,
         base_source=base_source,
         encoder=encoder,
         encoder_tokenizer=encoder_tokenizer,

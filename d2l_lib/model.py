@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2l_lib.adapter import Adapter, Block, same_base, stack_factors
+from d2l_lib.adapter import Adapter, Block, SharedRows, same_base, stack_factors
 from d2l_lib.base_model import (
     Fingerprint,
     decoder_layers,
@@ -76,8 +76,9 @@ _CURRENT = _Current()
 Adapters = Adapter | Sequence[Adapter | None] | None
 _Progress = Callable[[int, int], None] | bool | None
 _Read = str | Reading | RowReading | None
+_TOGETHER = 1 << 24  # bytes of blocks that then lie in one tensor
 _LENGTH_STEP = 24  # tokens; chunks of one batch are padded to a multiple of it
-_BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
+_BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor] | SharedRows]
 
 
 class DocToLoRA:
@@ -98,6 +99,7 @@ class DocToLoRA:
         reading: how `read="sparse"` chooses what each token of an answer reads (a Reading; a RowReading where the
             hypernetwork writes rows, whose adapters are read in no other way).
         iterative: True writes blocks one base layer after another: less memory, the same numbers.
+        block_dtype: the precision of blocks, torch.float16 for half the memory (None: what the hypernetwork writes).
         cache: an AdapterCache keeps the blocks of texts in files, and texts of before are read from there (None: no).
 
     Chunks of similar length are encoded together. All batches of a length have the same shape, filled up where chunks
@@ -115,6 +117,7 @@ class DocToLoRA:
         gate: Gate | None = None,
         router: Router | None = None,
         reading: Reading | None = None,
+        block_dtype: torch.dtype | None = None,
         base_source: str | None = None,
         encoder: ContextEncoder | None = None,
         encoder_tokenizer=None,
@@ -142,6 +145,7 @@ class DocToLoRA:
         self.current: Adapter | None = None
         self.iterative = False
         self.cache: AdapterCache | None = None
+        self.block_dtype = block_dtype
         self.least_relevance, self.gate, self.router = least_relevance, gate, router
         self.reading = (RowReading() if self.writes_rows else Reading()) if reading is None else reading
         self._evaluating = 0  # how many threads internalize now
@@ -254,7 +258,7 @@ class DocToLoRA:
                     f"chunk {index} has {len(ids)} tokens, the context encoder reads {window_of(self.encoder.model)}: "
                     "cut it into shorter chunks"
                 )
-        encoded = self._encode(rows, None)
+        encoded = self._factors_of(["document"] * len(rows), rows, None)
         blocks = [Block("document", index, None, 1.0, A, B) for index, (A, B) in enumerate(encoded)]
         self.current = self.adapter_of(blocks)
         return self.current
@@ -273,7 +277,7 @@ class DocToLoRA:
         new = self._new_blocks_of(missing, limit, progress) if missing else {}
         for name in new.keys() & keys.keys():
             self.cache.write(keys[name], self.adapter_of(new[name], bias=False))
-        read = {name: [replace(block, document=name) for block in adapter.blocks] for name, adapter in kept.items()}
+        read = {name: [block.renamed(name) for block in adapter.blocks] for name, adapter in kept.items()}
         return {name: (new | read)[name] for name in documents}
 
     def cache_facts(self, chunk_tokens: int) -> dict[str, Any]:
@@ -288,6 +292,7 @@ class DocToLoRA:
             "precision": [str(one.dtype) for one in (self.base_model, encoder, own)],
             "device": [one.device.type for one in (self.base_model, encoder, own)],
             "chunk_tokens": int(chunk_tokens),
+            "blocks": str(self.block_dtype),
             "batches": [self.chunk_batch, self.batch_tokens, self.iterative],
         }
 
@@ -306,12 +311,33 @@ class DocToLoRA:
         texts = {name: one for name, one in documents.items() if name not in images}
         chunks = [chunk for name, text in texts.items() for chunk in chunk_document(text, tokenizer, limit, name)]
         ids = context_ids(tokenizer, [chunk.text for chunk in chunks])
-        encoded = self._encode([*ids, *images.values()], progress)
         blocks: dict[str, list[Block]] = {name: [] for name in documents}
         labels = [(chunk.document, chunk.index, chunk.span) for chunk in chunks] + [(name, 0, None) for name in images]
+        encoded = self._factors_of([name for name, *_ in labels], [*ids, *images.values()], progress)
         for label, (A, B) in zip(labels, encoded, strict=True):
             blocks[label[0]].append(Block(*label, 1.0, A, B))
         return blocks
+
+    def _factors_of(
+        self, documents: Sequence[str], chunks: Sequence[list[int] | dict[str, Tensor]], progress: _Progress
+    ) -> list[_BlockFactors]:
+        """(A, B) of every chunk, whose documents are named; the words of a document's rows lie in one table."""
+        encoded = self._encode(chunks, progress)
+        if not self.writes_rows:
+            return encoded
+        own: dict[str, dict[tuple[int, ...], Any]] = {name: {} for name in documents}
+        for name, ids in zip(documents, chunks, strict=True):
+            own[name][tuple(ids)] = None
+        with torch.no_grad():
+            words = {name: dict(zip(its, self._shared_rows(list(its)), strict=True)) for name, its in own.items()}
+        triples = zip(documents, chunks, encoded, strict=True)
+        return [(A, words[name][tuple(ids)]) for name, ids, (A, _) in triples]
+
+    def _shared_rows(self, chunks: Sequence[tuple[int, ...]]) -> list[SharedRows]:
+        """B of the chunks of one document, on the CPU."""
+        rows = self.hypernetwork.shared_rows(chunks)
+        table = _kept(rows[0].table, self.block_dtype)
+        return [SharedRows(one.module, table, one.rows) for one in rows]
 
     def _image_inputs(self, image: Document, name: str) -> dict[str, Tensor]:
         """The context encoder's inputs for an image; ValueError if it reads text only or too few tokens."""
@@ -349,14 +375,19 @@ class DocToLoRA:
         images = {key: chunk for key, chunk in zip(keys, chunks, strict=True) if isinstance(chunk, dict)}
         distinct = list(dict.fromkeys(key for key in keys if key not in images))
         done: dict[int | tuple[int, ...], _BlockFactors] = {}
+        apart: list[_BlockFactors] = []
         with self._in_eval_mode(), _reporter(progress, len(distinct) + len(images)) as report:
             for batch, width in self._batches(distinct):
                 loras = self._encode_batch(batch, width)
-                rows = [self.hypernetwork.rows_of(len(ids)) for ids in batch]
-                done |= {ids: _on_cpu(loras, index, rows[index]) for index, ids in enumerate(batch)}
+                for index, ids in enumerate(batch):
+                    done[ids] = self._on_cpu(loras, index, self.hypernetwork.rows_of(len(ids)))
+                    apart.append(done[ids])
+                if sum(one.nbytes for pair in apart for side in pair for one in side.values()) > _TOGETHER:
+                    _put_together(apart)
+                    apart = []
                 report(len(done))
             for key, inputs in images.items():
-                done[key] = _on_cpu(self._write_blocks(inputs), 0)
+                done[key] = self._on_cpu(self._write_blocks(inputs), 0)
                 report(len(done))
         return [done[key] for key in keys]
 
@@ -422,9 +453,18 @@ class DocToLoRA:
         more = {"input_ids": ids} if self.copies_tokens else {}
         loras = self.hypernetwork(features.to(place), attention_mask=mask, iterative=self.iterative, **more)
         ends = [end for pair in loras.values() for tensor in pair for end in tensor.aminmax()]  # NaN spreads to both
-        if not torch.stack(ends).isfinite().all():
+        ends = torch.stack(ends)
+        if not ends.isfinite().all():
             raise ValueError("the hypernetwork wrote NaN or infinity: its weights, or the base model's, are damaged")
+        if not ends.to(dtype=self.block_dtype).isfinite().all():
+            raise ValueError(f"the hypernetwork wrote numbers too large for model.block_dtype = {self.block_dtype}")
         return loras
+
+    def _on_cpu(self, loras: Loras, index: int, rows: slice = slice(None)) -> _BlockFactors:
+        """(A, B) of one chunk of a batch, these rows, without the B of token rows, which words make."""
+        sides = (0,) if self.writes_rows else (0, 1)
+        kept = [{m: _kept(pair[side][index, :, rows], self.block_dtype) for m, pair in loras.items()} for side in sides]
+        return kept[0], kept[1] if len(kept) > 1 else {}
 
     @torch.no_grad()
     def adapter_of(self, blocks: Sequence[Block], *, bias: bool = True) -> Adapter:
@@ -752,6 +792,8 @@ class DocToLoRA:
             meta["least_relevance"] = self.least_relevance
         if self.gate is not None:
             meta["gate"] = asdict(self.gate)
+        if self.block_dtype is not None:
+            meta["block_dtype"] = str(self.block_dtype).removeprefix("torch.")
         if self.router is not None:
             meta["router"] = asdict(self.router.config)
         if self.writes_rows:
@@ -787,10 +829,20 @@ class DocToLoRA:
 # --- small helpers --------------------------------------------------------------------------------------------------
 
 
-def _on_cpu(loras: Loras, index: int, rows: slice = slice(None)) -> _BlockFactors:
-    """(A, B) of one chunk of a batch, these rows, cloned: a slice would keep the whole batch alive."""
-    A, B = ({m: pair[side][index, :, rows].cpu().clone() for m, pair in loras.items()} for side in (0, 1))
-    return A, B
+def _put_together(pairs: Sequence[_BlockFactors]) -> None:
+    """Make the tensors of some chunks parts of a large one: left where they are, they would tear holes in memory."""
+    for place in (0, 1):
+        sides = [pair[place] for pair in pairs]
+        tensors = [one for side in sides for one in side.values()]
+        if tensors:
+            parts = iter(torch.cat([one.flatten() for one in tensors]).split([one.numel() for one in tensors]))
+            for side in sides:
+                side.update({module: next(parts).view(one.shape) for module, one in side.items()})
+
+
+def _kept(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy on the CPU, in this precision (None: its own): a slice would keep the whole batch alive."""
+    return tensor.detach().to("cpu", dtype, copy=True)
 
 
 def _checked_ids(ids: Tensor, mask: Tensor | None, network: nn.Module) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ the model is the base model, bit for bit, as it is without an adapter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2l_lib.adapter import Adapter, Block
+from d2l_lib.adapter import Adapter, Block, SharedRows
 from d2l_lib.documents import answer_ids, question_ids, stop_ids
 from d2l_lib.following import Followed, rows_of
 from d2l_lib.lora import add_deltas
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _WORDS = len(WORD_ROLES)
 _SHOWN = 3  # rows that a table has for each token
+_AT_ONCE = 1 << 26  # numbers of codes that are put side by side; more are taken block by block
 
 
 @dataclass(frozen=True)
@@ -73,33 +74,65 @@ class ChunkParts:
     words: Tensor
 
 
+class _Codes:
+    """Codes of the rows of some blocks, [T, k, d] each. Many stay where they lie, in a file or in half precision."""
+
+    def __init__(self, parts: list[Tensor]):
+        self.parts = [parts[0].flatten(0, 1)] if len(parts) == 1 else parts
+
+    def products(self, q: Tensor) -> Tensor:
+        """[..., R] of q [..., d]."""
+        return torch.cat([q @ one.to(q).flatten(0, -2).T for one in self.parts], -1)
+
+
+def _tables(sides: Sequence[Mapping[str, Tensor]], module: str) -> tuple[Tensor, Tensor]:
+    """(different rows [n, d_out] of the B of some blocks, which of them each row is [R])."""
+    tables: dict[int, Tensor] = {}
+    starts, places, size = {}, [], 0
+    for B in sides:
+        shared = isinstance(B, SharedRows)
+        table = B.table if shared else B[module][0]
+        if id(table) not in tables:
+            tables[id(table)], starts[id(table)], size = table, size, size + len(table)
+        places.append((B.rows if shared else torch.arange(len(table))) + starts[id(table)])
+    return torch.cat(list(tables.values())), torch.cat(places)
+
+
 class _Rows:
     """The rows of these blocks side by side, those of words and those of context."""
 
     def __init__(self, blocks: Sequence[Block], module: str):
         self.blocks, n = blocks, len(ROLES)
-        codes = torch.cat([block.A[module][0] for block in blocks]).unflatten(0, (-1, n))  # [T, 4, d]
-        self.context = codes[:, _WORDS:].flatten(0, 1)
-        self.words = codes[:, :_WORDS].flatten(0, 1)
-        values = torch.cat([block.B[module][0].unflatten(0, (-1, n))[:, :_WORDS] for block in blocks])
-        self.values = values.flatten(0, 1)
+        codes = [block.A[module][0].unflatten(0, (-1, n)) for block in blocks]  # of each [T, 4, d]
+        if sum(one.numel() for one in codes) <= _AT_ONCE:
+            codes = [torch.cat(codes).float()]
+        self.context = _Codes([one[:, _WORDS:] for one in codes])
+        self.words = _Codes([one[:, :_WORDS] for one in codes])
+        self.values, places = _tables([block.B for block in blocks], module)
+        self.places = places.unflatten(0, (-1, n))[:, :_WORDS].flatten()  # of each row of words, in values
         counts = torch.tensor([block.rank // n for block in blocks])
         weights = torch.tensor([block.weight for block in blocks])
         self.offsets = weights.log().repeat_interleave(counts)  # [T], added to logits
         self.ends = counts.cumsum(0)  # in tokens
         self.chunk = torch.arange(len(blocks)).repeat_interleave(counts)  # of each token
-        self.slots = torch.arange(len(codes)) + REACH * self.chunk  # free places between chunks
+        self.slots = torch.arange(len(self.chunk)) + REACH * self.chunk  # free places between chunks
 
     @cached_property
     def is_weighted(self) -> bool:
         return bool(self.offsets.any())
 
-    def logits(self, q: Tensor, codes: Tensor) -> Tensor:
-        """[..., R] of q [..., d] and codes [R, d], with the weights of blocks."""
-        logits = q @ codes.to(q).T
+    def logits(self, q: Tensor, codes: _Codes) -> Tensor:
+        """[..., R] of q [..., d] and R codes, with the weights of blocks."""
+        logits = codes.products(q)
         if not self.is_weighted:
             return logits
-        return logits + self.offsets.to(q).repeat_interleave(len(codes) // len(self.offsets))
+        return logits + self.offsets.to(q).repeat_interleave(logits.shape[-1] // len(self.offsets))
+
+    def read(self, shares: Tensor) -> Tensor:
+        """[..., d_out] of shares [..., 3 T] of rows of words: the sum of what they write."""
+        places = self.places.to(shares.device)
+        of_value = shares.new_zeros(*shares.shape[:-1], len(self.values)).index_add_(-1, places, shares)
+        return of_value @ self.values.to(shares)
 
     def chooses(self, n: int | None) -> bool:
         """Whether a token that reads n chunks leaves some out."""
@@ -107,8 +140,9 @@ class _Rows:
 
     def words_held(self, words: Tensor, before: Tensor, reader: RowReader) -> Tensor:
         """[n, chunks, 2]: what each of words [n] adds to w_1 and w_2 of the chunks; before: the last word, or -1."""
-        own = self.values[::_WORDS]
-        holds, first = reader.words.standing_in(own, torch.cat([words, before.clamp_min(0)])).chunk(2)
+        different, own = self.places[::_WORDS].unique(return_inverse=True)
+        standing = reader.words.standing_in(self.values[different], torch.cat([words, before.clamp_min(0)]))
+        holds, first = standing[:, own].chunk(2)
         chunk = self.chunk.to(holds.device)
         follows = F.pad(first[:, :-1] & (chunk[1:] == chunk[:-1]), (1, 0)) & (before >= 0)[:, None]
         held = torch.stack([holds, holds & follows], 1).float()  # [n, 2, T]
@@ -272,7 +306,7 @@ class Attended(Followed):
                 self.chunk_parts[context] = parts
             shares = logits.div(self.reading.temperature).softmax(-1) * gates
             self.shares[context] = torch.cat([1 - gates, shares], -1)
-            read = shares @ its.values.to(shares)
+            read = its.read(shares)
             added = read.new_zeros(*x.shape[:2], read.shape[-1]) if not added.dim() else added
             added[mine] = read
         return added

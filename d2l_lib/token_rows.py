@@ -24,12 +24,14 @@ al. 2017, arXiv 1704.04368); here it is an adapter: keys and values of one linea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2l_lib.adapter import SharedRows
 from d2l_lib.base_model import decoder_body, final_norm_name
 from d2l_lib.documents import chat_affixes, question_affixes, stop_ids
 from d2l_lib.hypernetwork import HypernetworkConfig, Loras, zero_padding
@@ -41,6 +43,7 @@ _RIDGE = 0.05  # of the mean variance of an embedding's numbers
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a part of a letter's bytes reads as
 _SAME = 0.99  # cosine of directions that write one token, half precision counted
 _KERNEL = 7  # tokens that a mixing convolution sees
+_AT_ONCE = 256  # words whose directions one matrix product gives
 
 
 class _Mixer(nn.Module):
@@ -155,6 +158,22 @@ class TokenRows(TokenStates):
     def values(self, tokens: Tensor) -> Tensor:
         """B [..., 3, d_out] of what a token's rows of words write [..., 3]."""
         return self.log_gain.exp().unsqueeze(-1) * self.words.directions(tokens)
+
+    def shared_rows(self, chunks: Sequence[Sequence[int]]) -> list[SharedRows]:
+        """B of each chunk of token ids, chat wrapping included: rows of one table of all their words.
+
+        The table holds each word as "first" and as "inside", then the end of a turn, then zeros for rows of context.
+        """
+        text = [torch.tensor(ids[self.words.before : len(ids) - self.words.after]) for ids in chunks]
+        different, places = torch.cat(text).unique(return_inverse=True)
+        padded = F.pad(different, (0, -len(different) % _AT_ONCE))  # so a word is the same in any table
+        values = torch.cat([self.values(self.words.tokens(some)) for some in padded.split(_AT_ONCE)])
+        words = values[: len(different), :2].flatten(0, 1)
+        table = torch.cat([words, values[:1, 2], torch.zeros_like(words[:1])])
+        own = 2 * places[:, None] + torch.tensor([0, 1, 0, 0])
+        own[:, 2], own[:, 3] = len(words), len(words) + 1
+        counts = [len(ROLES) * len(one) for one in text]
+        return [SharedRows(self.module, table, rows) for rows in own.flatten().to(torch.int32).split(counts)]
 
     def described(self) -> str:
         """What it writes, in a few words."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fuzz_files import split_safetensors, with_header
 from safetensors import safe_open
 from tiny_models import build_model, held, logits_of
 
@@ -299,16 +300,43 @@ def test_shared_tensors_are_stored_once(tmp_path):
     assert Adapter.load(tmp_path / "x") == repeated
 
 
+def test_many_blocks_lie_in_few_tensors(tmp_path, monkeypatch):
+    monkeypatch.setattr("d2l_lib.adapter._OWN_TENSORS", 20)
+    adapter = build_adapter(n_chunks=20)
+    repeated = replace(adapter.blocks[3], chunk=70)
+    other = Block("c", 0, None, 0.5, *random_factors(torch.Generator().manual_seed(3), rank=4))
+    adapter = replace(adapter, blocks=(*adapter.blocks, repeated, other))
+    with safe_open(adapter.save(tmp_path / "x"), framework="pt") as file:
+        shapes = sorted(tuple(file.get_tensor(name).shape) for name in file.keys())  # noqa: SIM118
+    assert len(shapes) == 8 and shapes[-1] == (41, N_LAYERS, RANK, 6), "those of 40 blocks and the bias, and of one"
+    loaded = Adapter.load(tmp_path / "x")
+    assert loaded == adapter and loaded.nbytes == adapter.nbytes
+    assert loaded.blocks[3].A["q_proj"] is loaded.blocks[-2].A["q_proj"]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in loaded._tensors()}) <= 8, "nothing was copied"
+    header, data = split_safetensors((tmp_path / "x").read_bytes())
+    text = header["__metadata__"]["d2l-adapter"]
+    assert json.loads(text)["version"] == 2
+    for name in (":41", ":-1", ":", ":0x1", ":9999999999"):
+        labels = json.loads(text)
+        stack = labels["blocks"][3]["A"]["q_proj"].partition(":")[0]
+        labels["blocks"][3]["A"]["q_proj"] = stack + name
+        wrong = header | {"__metadata__": {"d2l-adapter": json.dumps(labels)}}
+        (tmp_path / "y").write_bytes(with_header(json.dumps(wrong), data))
+        with pytest.raises(ValueError, match=r"are missing"):
+            Adapter.load(tmp_path / "y")
+
+
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     adapter = build_adapter()
     path = adapter.save(tmp_path / "x")
 
-    def fail(tensors, name, metadata=None):
+    def fail(name, *_):
         with open(name, "wb") as file:
             file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr("d2l_lib.formats.tensors.write_parts", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", lambda tensors, name, metadata: fail(name))
     with pytest.raises(OSError, match="No space"):
         adapter.scaled(2).save(path)
     with pytest.raises(OSError, match="No space"):

@@ -238,6 +238,15 @@ def test_words_of_a_question_count_where_few_chunks_hold_them():
     assert not word_gains(torch.tensor([[3.0]]), torch.tensor([4.0])).any()  # one chunk
 
 
+def test_many_codes_are_taken_block_by_block(model, adapter, monkeypatch):
+    half = adapter.to(dtype=torch.float16)
+    expected = [logits_of(model, one) for one in (adapter, adapter.scaled(0.3, document="a"), half)]
+    monkeypatch.setattr("d2l_lib.row_reading._AT_ONCE", 0)
+    got = [logits_of(model, one) for one in (adapter, adapter.scaled(0.3, document="a"), half)]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(got[0], got[1])
+
+
 def hand_made(model, word: int):
     """An adapter of two documents whose rows are silent but one, which writes `word`."""
     d, d_out = model.config.latent_size, model.config.d_out["down_proj"]

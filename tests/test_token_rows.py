@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import CHAT_TEMPLATE, build_base_model, build_model, build_rows_model, build_tokenizer, logits_of
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -55,6 +57,65 @@ def test_every_token_of_the_text_has_three_rows_that_write_it_and_one_of_context
             for k, written in enumerate((token, token, stop_ids(model.tokenizer)[0])):
                 torch.testing.assert_close(B[4 * t + k], gains[k] * direction_of(model, written), rtol=1e-3, atol=1e-3)
             assert not B[4 * t + 3].any()
+
+
+def test_words_are_held_once(model):
+    once, often = (model.internalize_each([text])[0].blocks for text in ("Velm lake.", "Velm lake. " * 9))
+    different = set(model.tokenizer("Velm lake.", add_special_tokens=False)["input_ids"])
+    assert len(often[0].B.table) == len(once[0].B.table) == 2 * len(different) + 2
+    assert often[0].rank > 8 * once[0].rank
+    blocks = model.internalize("Ada lives in Velm. " * 30, chunk_tokens=40).blocks
+    assert len(blocks) > 5 and len({id(block.B.table) for block in blocks}) == 1
+    codes = {id(block.A["down_proj"]): block.A["down_proj"].nbytes + block.B.rows.nbytes for block in blocks}
+    assert model.current.nbytes == sum(codes.values()) + blocks[0].B.table.nbytes
+
+
+def dense(adapter):
+    """The adapter as files of before hold it: B of each block as one tensor."""
+    return replace(adapter, blocks=tuple(replace(block, B=dict(block.B)) for block in adapter.blocks))
+
+
+def test_adapters_of_before_are_read_and_add_up_with_new_ones(model, each, tmp_path):
+    a, b = each["a"], each["b"]
+    path = dense(a).save(tmp_path / "before")
+    assert json.loads(safe_open(path, "pt").metadata()["d2l-adapter"])["version"] == 1
+    before = d2l.Adapter.load(path)
+    assert before == a and before.nbytes > 1.4 * a.nbytes
+    torch.testing.assert_close(logits_of(model, before), logits_of(model, a), rtol=1e-5, atol=1e-5)
+    mixed = before + b
+    torch.testing.assert_close(logits_of(model, mixed), logits_of(model, a + b), rtol=1e-5, atol=1e-5)
+    assert d2l.Adapter.load(mixed.save(tmp_path / "mixed")) == mixed
+
+
+def test_files_whose_rows_name_nothing_are_refused(each, tmp_path):
+    path = each["a"].save(tmp_path / "a")
+    tensors, labels = load_file(path), {"d2l-adapter": safe_open(path, "pt").metadata()["d2l-adapter"]}
+    rows = "block0.B.rows"
+    own = tensors[rows]
+    for wrong in (own + 1000, own + 0.5, own - 5, own[:-1], own[None]):
+        save_file(tensors | {rows: wrong.contiguous()}, tmp_path / "b", labels)
+        with pytest.raises(ValueError, match="damaged header.*(rows|expected)"):
+            d2l.Adapter.load(tmp_path / "b")
+    save_file(tensors | {"block0.B.table": tensors["block0.B.table"][0]}, tmp_path / "b", labels)
+    with pytest.raises(ValueError, match="names rows that block0.B.table lacks"):
+        d2l.Adapter.load(tmp_path / "b")
+
+
+def test_blocks_in_half_precision(model, each, tmp_path):
+    model.block_dtype = torch.float16
+    try:
+        half = model.internalize({"a": TEXTS["a"]})
+        assert half == each["a"].to(dtype=torch.float16) and half.nbytes < 0.6 * each["a"].nbytes
+        assert (logits_of(model, half) - logits_of(model, each["a"])).abs().max() < 0.05
+        model.save(tmp_path / "model", include_base=True)
+        assert d2l.load(tmp_path / "model").block_dtype is torch.float16
+        with torch.no_grad():
+            model.hypernetwork.roles.weight *= torch.inf
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            model.internalize("Bo")
+    finally:
+        model.block_dtype = None
+        model.hypernetwork.load_state_dict(build_rows_model().hypernetwork.state_dict())
 
 
 def spaced_tokenizer():

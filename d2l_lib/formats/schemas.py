@@ -193,9 +193,18 @@ class _AdapterSides(_Closed):
     B: dict[_ModuleName, _Name]
 
 
-class _AdapterBlock(_AdapterSides):
+class _SharedRows(_Closed):
+    """Names of a table and of the numbers of its rows."""
+
+    table: _Name
+    rows: _Name
+
+
+class _AdapterBlock(_Closed):
     """One block of an adapter file."""
 
+    A: dict[_ModuleName, _Name]
+    B: dict[_ModuleName, _Name | _SharedRows]
     document: _Name
     chunk: _Whole
     span: _Span | None
@@ -206,7 +215,7 @@ class AdapterHeader(_Closed):
     """The labels in the header of an adapter file."""
 
     format: Literal["d2l-adapter"]
-    version: _FirstVersion
+    version: Literal[1, 2]
     blocks: list[_AdapterBlock]
     bias: _AdapterSides | None
     scale: _Factor
@@ -338,6 +347,7 @@ class _CheckpointMeta(_Open):
     base_model: _ModelName | None = None
     encoder_model: _ModelName | None = None
     least_relevance: float = 0.0
+    block_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     gate: GateSettings | None = None
     router: RouterSettings | None = None
     reading: ReadingSettings | None = None

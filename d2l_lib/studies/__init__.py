@@ -244,6 +244,28 @@ STUDIES = {
             },
         },
     ),
+    "long-texts": Study(
+        "long_texts:run",
+        ("long_texts",),
+        "long texts: tokens a second, memory, and the same text again",
+        *(3, "times that the same text is read again", ""),
+        options={
+            "--models": {"nargs": "+", "default": ("tiny/qa", "smollm2"), "help": "bundled names, or folders"},
+            "--texts": {"metavar": "PLACE", "default": "data/qa/novels", "help": "a folder of .txt files"},
+            "--tokens": {"type": "count", "nargs": "*", "default": (4096, 131_072), "help": "lengths (4096 131072)"},
+            "--megabytes": {"type": "count", "nargs": "*", "default": (1,), "help": "lengths (1)"},
+        },
+    ),
+    "half-precision": Study(
+        "half_precision:run",
+        ("half_precision",),
+        "answers with blocks in half precision, against all digits",
+        *(200, "questions of each sample", "smollm2"),
+        options={
+            "--texts": {"metavar": "PLACE", "default": "data/qa/novels", "help": "a folder of .txt files"},
+            "--length": {"type": "count", "default": 512, "help": "of haystacks, in tokens (512)"},
+        },
+    ),
     "articles": Study(
         "articles:run",
         ("articles",),

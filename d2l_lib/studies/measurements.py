@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 
-from d2l_lib.adapter import Adapter
+from d2l_lib.adapter import Adapter, SharedRows
 from d2l_lib.base_model import default_device
 from d2l_lib.documents import Chunk, check_count, chunk_document, context_ids, question_ids
 from d2l_lib.engine import generate
@@ -147,16 +147,16 @@ def adapter_of_length(model: DocToLoRA, length_tokens: int, seed: int) -> Adapte
     for chunk in chunks:
         block = read.blocks[chunk.index % len(read.blocks)]
         A, B = ({module: tensor.clone() for module, tensor in side.items()} for side in (block.A, block.B))
+        B = block.B if isinstance(block.B, SharedRows) else B
         blocks.append(replace(block, chunk=chunk.index, span=chunk.span, A=A, B=B))
     return replace(read, blocks=tuple(blocks))
 
 
 def bytes_of_rows(model: DocToLoRA, chunks: Sequence[Chunk]) -> int:
-    """Bytes of an adapter of token rows of these different chunks."""
-    hypernetwork, (module,) = model.hypernetwork, model.config.modules
-    own = [hypernetwork.rows_of(len(ids)) for ids in context_ids(model.encoder_tokenizer, [one.text for one in chunks])]
-    width = next(hypernetwork.parameters()).element_size()
-    return width * sum(rows.stop - rows.start for rows in own) * sum(hypernetwork.row_sizes(module))
+    """Bytes of an adapter of token rows of these different chunks of one document."""
+    B = model.hypernetwork.shared_rows(context_ids(model.encoder_tokenizer, [one.text for one in chunks]))
+    width, n_rows = (model.block_dtype or B[0].table.dtype).itemsize, sum(len(one.rows) for one in B)
+    return width * (n_rows * model.config.latent_size + B[0].table.numel()) + n_rows * B[0].rows.element_size()
 
 
 def adapter_bytes(model: DocToLoRA, n_chunks: int) -> int:
