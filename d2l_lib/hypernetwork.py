@@ -27,6 +27,7 @@ _LATER = (
     *("written_layers", "pooled_size", "pooled_blocks"),
 )
 Loras = dict[str, tuple[Tensor, Tensor]]
+_PIECE = 512  # rows of a SwiGLU at once on the CPU
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,10 @@ class _RMSNorm(nn.Module):
 
 
 class _SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) without biases: d_in -> d_hidden -> d_out."""
+    """down(silu(gate(x)) * up(x)) without biases: d_in -> d_hidden -> d_out.
+
+    Without gradients, hidden values are changed in place; on the CPU, of so few rows at once that its cache holds them.
+    """
 
     def __init__(self, d_in: int, d_hidden: int, d_out: int):
         super().__init__()
@@ -187,7 +191,12 @@ class _SwiGLU(nn.Module):
         self.down_proj = nn.Linear(d_hidden, d_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if torch.is_grad_enabled():
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        rows = x.flatten(0, -2)
+        pieces = rows.split(_PIECE if x.device.type == "cpu" else len(rows))
+        parts = [self.down_proj(F.silu(self.gate_proj(one), inplace=True).mul_(self.up_proj(one))) for one in pieces]
+        return torch.cat(parts).view(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):

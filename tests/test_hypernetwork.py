@@ -7,6 +7,7 @@ import torch
 from tiny_models import HIDDEN, N_LAYERS, build_base_model, random_hypernetwork, random_loras
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2l_lib import hypernetwork
 from d2l_lib.hypernetwork import Attention, Hypernetwork, HypernetworkConfig, combine, names_without_decay
 
 SEVERAL = ("v_proj", "down_proj", "q_proj", "gate_proj")  # four different pairs of sizes, not in sorted order
@@ -376,3 +377,15 @@ def test_weight_decay_spares_norms_biases_scalers_and_queries(model):
     names = names_without_decay(hypernetwork)
     assert {"layers.0.mlp.0.weight", "layers.0.mlp.2.bias", "scaler_A.down_proj", "bias_A.down_proj"} <= set(names)
     assert "layers.0.mlp.2.weight" not in names and "head.weight" not in names
+
+
+def test_a_swiglu_in_pieces_without_gradients_is_the_defined_one(monkeypatch):
+    monkeypatch.setattr(hypernetwork, "_PIECE", 7)
+    part, x = hypernetwork._SwiGLU(6, 24, 4), torch.randn(2, 3, 5, 6)
+    before = x.clone()
+    gate, up, down = (one.weight for one in (part.gate_proj, part.up_proj, part.down_proj))
+    expected = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    torch.testing.assert_close(part(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(part(x), expected)
+    assert torch.equal(x, before)
