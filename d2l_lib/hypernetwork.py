@@ -193,7 +193,7 @@ class _SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         pieces = rows.split(_PIECE if x.device.type == "cpu" else len(rows))
         parts = [self.down_proj(F.silu(self.gate_proj(one), inplace=True).mul_(self.up_proj(one))) for one in pieces]
         return torch.cat(parts).view(*x.shape[:-1], -1)
