@@ -47,6 +47,7 @@ ROW_METHODS: dict[str, tuple[str, ...]] = dict.fromkeys(("chunk", "sentence"), (
 _RUN: dict[str, Callable[[Trials], Scores]] = {}
 _RANDOM_UNITS = 4  # left out as a control
 _PART = 12  # words of a question that are read by themselves, at most
+_SECOND = 0.999  # what the block of a first hop counts beside the answer's
 
 
 class Scores(NamedTuple):
@@ -143,9 +144,9 @@ def question_parts(trials: Trials) -> Scores:
 
     Every run of 2 to `_PART` words of the question is asked by itself, in one pass with the bias alone. A block's share
     of a part is that of its squared `routing.key_scores`; it counts with its largest share of a part (0 to 1, not
-    nats). 1 for the first of `leave_one_out`, and for the block that says what "the X of Y" in the question is, where
-    the model's router finds one (`routing.first_hops`). Only the first is proven: the others are what parts would read,
-    no cause.
+    nats). 1 for the first of `leave_one_out`, and next to it the block that says what "the X of Y" in the question is,
+    where the model's router finds one (`routing.first_hops`). Only the first is proven: the others are what parts would
+    read, no cause.
     """
     words, unmeasured = trials.question.split(), torch.full((len(trials),), math.nan)
     ends = [(a, b) for a in range(len(words)) for b in range(a + 2, min(a + _PART, len(words)) + 1)]
@@ -154,13 +155,13 @@ def question_parts(trials: Trials) -> Scores:
     squares = torch.stack(scores).square()
     contributions = torch.full((len(trials), len(trials.target.answer)), math.nan)
     contributions[:, 0] = (squares / squares.sum(1, keepdim=True).clamp(min=1e-12)).amax(0)
-    contributions[leave_one_out(trials).by_token.sum(1).argmax(), 0] = 1.0
     model, adapter = trials.model, trials.adapter
     if model.router is not None:
         for hop in routing.first_hops(model, [trials.question], [adapter], system=trials.options.system).values():
             (said,) = hop.inside.blocks
             holds = [(block.document, block.chunk) == (said.document, said.chunk) for block in adapter.blocks]
-            contributions[holds.index(True), 0] = 1.0
+            contributions[holds.index(True), 0] = _SECOND
+    contributions[leave_one_out(trials).by_token.sum(1).argmax(), 0] = 1.0
     return Scores(contributions, unmeasured)
 
 

@@ -281,8 +281,8 @@ def test_the_block_of_a_first_hop_counts_as_much_as_the_answers(qa):
             (adapter,) = model.internalize_each([document.text])
             table = attribute(model, adapter, question.text, question.answer, method="question_parts", controls=False)
             first, _ = trust.evidence_units(table, question.evidence)
-            found.append(table["contribution"][first] == 1.0)
-            assert 1 <= (table["contribution"] == 1.0).sum() <= 2
+            found.append((table["contribution"][first] > 0.99).any())
+            assert (table["contribution"] == 1.0).sum() == 1
     assert sum(found) >= 9
 
 
