@@ -662,7 +662,8 @@ class DocToLoRA:
         max_new_tokens: the longest answer. It ends earlier at the end of its turn, or of the window.
         system: the text of a system turn before the question.
         blocks: how many blocks answer, the most relevant to each question (None: all). That keeps out the noise of the
-            others (see `routing`). With a router, what "the X of Y" in a question is, is asked first.
+            others (see `routing`). With a router, what "the X of Y" in a question is, is asked
+            first, and a question that states a value is judged: the block gets a row that says yes or no.
         shortlist: of how many blocks the most relevant is chosen, those whose keys respond most in one pass of the
             question. The keys of one layer are kept in one piece with the adapter (10,000 blocks of `tiny/qa`: 164 MB).
             Left out, as many as answer: the model's router chooses, or else the keys of the last layer, which is better

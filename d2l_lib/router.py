@@ -16,7 +16,7 @@ and with the numbers of all rows as v(k, t):
 where n_l is what the null block answers there (see `reading`). The block of the highest score answers if that is above
 `none`. So a block's odds against none do not depend on what else is inside: to add or remove others changes the answer
 only where one of them is chosen. Latent query i writes row i of every block, so a row means the same in all of them:
-the network needs no more than these responses, and some ten thousand weights.
+the network needs no more than these responses, and 35,000 weights for `tiny/qa`.
 
 A block says a value; it compares nothing. A question that the base model would answer with "Yes" or "No" states a value
 of its own, and the verdict tells whether the block says that value: its rows write the question's words, or they do
@@ -37,7 +37,7 @@ from d2l_lib.adapter import Block
 CANDIDATES = 32  # blocks that are compared in all layers, those that respond most in the last one
 _LEAST_LOG = -12.0  # of a probability: below, it makes no difference
 _TINY = 1e-3  # of responses, which are around 1
-_FAR = -1e4  # what is not there
+FAR = -1e4  # what is not there
 _STRENGTH = 40.0  # length of what a verdict adds to the residual stream, where lengths are some hundreds
 
 
@@ -101,11 +101,11 @@ class Router(nn.Module):
         rows, here, said = _padded(asked)
         h = F.gelu(self.token((rows - self.mean) / self.deviation))
         absent = ~said[:, None, :, None]
-        weights = self.attention(h).masked_fill(absent, _FAR).softmax(2)
-        over_tokens = [h[:, :, -1], h.masked_fill(absent, _FAR).amax(2), (weights * h).sum(2)]
+        weights = self.attention(h).masked_fill(absent, FAR).softmax(2)
+        over_tokens = [h[:, :, -1], h.masked_fill(absent, FAR).amax(2), (weights * h).sum(2)]
         g = torch.stack([torch.cat([one.log_probs.clamp_min(_LEAST_LOG), one.null.log()]) for one in asked]).float()
         z = F.gelu(self.block(torch.cat([*over_tokens, g.unsqueeze(1).expand(*h.shape[:2], -1)], -1)))
-        return torch.cat([self.none(g), self.score(z)[..., 0].masked_fill(~here, _FAR)], 1), self.verdict(z)[..., 0]
+        return torch.cat([self.none(g), self.score(z)[..., 0].masked_fill(~here, FAR)], 1), self.verdict(z)[..., 0]
 
     def directions(self, embeddings: Tensor) -> Tensor:
         """e [..., d_out] of output embeddings times the final norm's weight [..., d_out]."""

@@ -5,7 +5,7 @@
 
 where p is the softmax of a question's scores, and the sigmoid of a verdict. Blocks, base model and null block stay as
 they are: what blocks respond to each question is computed once, and only the router's weights learn. The documents have
-1 to 40 facts each, or there are up to 32 of them in one adapter; some questions are about a document that is not
+1 to 40 facts each, or there are up to 64 of them in one adapter; some questions are about a document that is not
 inside, so that none of the blocks is right.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from d2l_lib.adapter import Adapter
 from d2l_lib.documents import question_ids
 from d2l_lib.model import DocToLoRA
-from d2l_lib.router import Responses, Router, RouterConfig
+from d2l_lib.router import FAR, Responses, Router, RouterConfig
 from d2l_lib.routing import ASK_HOP, final_embeddings, weigh
 from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import disjoint_documents
@@ -35,7 +35,6 @@ _TOGETHER = (2, 4, 8, 16, 32, 64)  # documents in one adapter
 _TOGETHER_SHARE = 0.08
 _MOST_FACTS = 40
 _QUESTIONS = 12  # of an adapter, and one more for each further document in it
-_FAR = -1e4
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def router_loss(router: Router, asked: Sequence[Asked], verdict_weight: float) -
     right = torch.zeros_like(scores, dtype=torch.bool)
     for row, one in enumerate(asked):
         right[row, [place + 1 for place in one.right] or [0]] = True
-    log_shares = scores.log_softmax(1).masked_fill(~right, _FAR).logsumexp(1)
+    log_shares = scores.log_softmax(1).masked_fill(~right, FAR).logsumexp(1)
     judged = [(row, one.right[0]) for row, one in enumerate(asked) if one.verdict is not None and one.right]
     if not judged:
         return -log_shares.mean()
