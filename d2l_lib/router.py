@@ -25,6 +25,7 @@ not. It goes into the answer as one more row of the chosen block (see `with_verd
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -110,6 +111,13 @@ class Router(nn.Module):
     def directions(self, embeddings: Tensor) -> Tensor:
         """e [..., d_out] of output embeddings times the final norm's weight [..., d_out]."""
         return F.normalize(embeddings.float() - self.centre, dim=-1)
+
+    def always_open(self) -> Router:
+        """A copy that never chooses none."""
+        router = copy.deepcopy(self)
+        router.none.weight.data.zero_()
+        router.none.bias.data.fill_(FAR)
+        return router
 
     def measure(self, asked: Sequence[Responses]) -> None:
         """Take over mean and deviation of the rows' responses in these questions."""

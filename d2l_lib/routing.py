@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -42,7 +42,8 @@ from d2l_lib.router import CANDIDATES, Responses, Router, with_verdict
 if TYPE_CHECKING:
     from d2l_lib.model import DocToLoRA
 
-TOKENS_AT_ONCE = 2048  # of questions, one copy per block
+TOKENS_AT_ONCE = 2048  # of questions, or of one with a copy per block
+_BLOCKS_AT_ONCE = 256  # whose keys answer while they are in the processor's cache
 _HOP = re.compile(r"the [a-z]+ of (?:the )?[A-Z]\w*(?:[^,.;:?!]{,60}\b[A-Z]\w*)?")  # "the founder of the Lencott Bank"
 ASK_HOP = ("What is {}?", "Who is {}?")
 _ALONE = re.compile(r"(?:What|Which|Who|Whom|Where|When) (?:is|was|are|were)\W*")  # asks for the first hop itself
@@ -139,8 +140,7 @@ def _measures(
 ) -> list[tuple[Tensor, Tensor]]:
     """`leads_and_divergences` of token ids and checked adapters."""
     none, tried = [], []  # log-probabilities with the bias alone; places of the blocks to try
-    for start in range(0, len(prompts), model.answer_batch):
-        batch = slice(start, start + model.answer_batch)
+    for batch in _batches(prompts):
         log_probs, inputs = _bias_pass(model, prompts[batch], adapters[batch])
         none += log_probs
         scores = None
@@ -184,6 +184,18 @@ def _last_token(model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequen
 Inputs = dict[int, dict[str, Tensor]]  # {layer: {module: x [rows, tokens, d_in]}}, prompts padded on the left
 
 
+def _batches(prompts: Sequence[list[int]]) -> Iterator[slice]:
+    """The prompts in their order, as many at once as `TOKENS_AT_ONCE` holds: they share one product with the keys."""
+    start = longest = 0
+    for place, prompt in enumerate(prompts):
+        longest = max(longest, len(prompt))
+        if place > start and longest * (place + 1 - start) > TOKENS_AT_ONCE:
+            yield slice(start, place)
+            start, longest = place, len(prompt)
+    if prompts:
+        yield slice(start, len(prompts))
+
+
 def _bias_pass(
     model: DocToLoRA, prompts: Sequence[list[int]], adapters: Sequence[Adapter], layers: Sequence[int] = ()
 ) -> tuple[Tensor, Inputs]:
@@ -224,8 +236,7 @@ def key_scores(
     """
     prompts = _checked_prompts(model, questions, adapters, system)
     scores: list[Tensor] = []
-    for start in range(0, len(prompts), model.answer_batch):
-        batch = slice(start, start + model.answer_batch)
+    for batch in _batches(prompts):
         scores += _scores_of_batch(adapters[batch], _bias_pass(model, prompts[batch], adapters[batch])[1])
     return scores
 
@@ -253,8 +264,11 @@ def _key_norms(adapter: Adapter, inputs: dict[str, Tensor], layer: int) -> Tenso
     """|A_k x| of every block [rows, n_blocks] for x [rows, d_in], over all modules of one layer; 0 without weight."""
     squares = []
     for module, keys in adapter.keys_of(layer).items():  # [K, r, d_in]
-        products = inputs[module].to(keys) @ keys.flatten(0, 1).T  # [rows, K r]
-        squares.append(products.float().square_().unflatten(1, keys.shape[:2]).sum(-1))
+        x, of_module = inputs[module].to(keys), []
+        for some in keys.split(_BLOCKS_AT_ONCE):
+            products = x @ some.flatten(0, 1).T  # [rows, some r]
+            of_module.append(products.float().square_().unflatten(1, some.shape[:2]).sum(-1))
+        squares.append(torch.cat(of_module, 1))
     silent = [place for place, block in enumerate(adapter.blocks) if block.weight == 0]
     norms = torch.stack(squares).sum(0).sqrt().cpu()
     norms[:, silent] = 0.0
@@ -283,8 +297,7 @@ def weigh(model: DocToLoRA, router: Router, prompts: Sequence[list[int]], adapte
     ((module, (keys, floor)),) = model.hypernetwork.null().items()
     words = [answer_ids(model.tokenizer, text)[0] for text in (router.config.refusal, *router.config.verdicts)]
     layers, weighed = range(router.config.n_layers), []
-    for start in range(0, len(prompts), model.answer_batch):
-        batch = slice(start, start + model.answer_batch)
+    for batch in _batches(prompts):
         log_probs, inputs = _bias_pass(model, prompts[batch], adapters[batch], layers)
         many = [len(adapter.blocks) > CANDIDATES for adapter in adapters[batch]]
         scores = _scores_of_batch(adapters[batch], inputs) if any(many) else None

@@ -24,6 +24,7 @@ from d2l_lib.training.router import (
     ENCYCLOPEDIA,
     FIRST_HOP,
     RouterPreset,
+    calibrate,
     draw_questions,
     new_router,
     router_loss,
@@ -332,7 +333,7 @@ def test_a_model_without_a_router_replaces_the_files_of_one_with_it(model, tmp_p
 
 
 def test_a_short_training_lowers_the_loss_and_the_study_counts_right_choices(model):
-    p = RouterPreset(questions=400, steps=60, warm_up=10, width=16)
+    p = RouterPreset(questions=400, steps=60, warm_up=10, width=16, calibration=100, error=0.02)
     table, router = measure_router_weights(model, 150, 0, p=p)
     fresh, asked = new_router(model, 16, 0), list(draw_questions(model, router, 150, 3, "validation"))
     fresh.measure([one.responses for one in asked])
@@ -343,6 +344,7 @@ def test_a_short_training_lowers_the_loss_and_the_study_counts_right_choices(mod
     assert share["unanswerable", "keys of all layers"] == 0, "only the router can choose none"
     assert share["unanswerable", "router"] > 0.3
     again = train_router(model, 0, p)
+    calibrate(model, again, p.calibration, 0, "validation", p.error)
     assert all(torch.equal(a, b) for a, b in zip(router.parameters(), again.parameters(), strict=True))
 
 
@@ -353,3 +355,31 @@ def test_drawn_questions_name_the_blocks_that_hold_the_answer(model):
         assert all(0 <= place < K for place in one.right) and one.responses.rows.shape[2] == 64
         assert (one.verdict is not None) == (one.kind == "yes_no")
         assert one.kind == FIRST_HOP or bool(one.right) == (one.kind not in ("unanswerable", ENCYCLOPEDIA, ELSEWHERE))
+
+
+def test_none_is_calibrated_to_its_share_of_answerable_questions(model, monkeypatch):
+    router = copy.deepcopy(model.router)
+    bias = router.none.bias.clone()
+    router.none.bias.add_(50.0)  # everything is refused
+    calibrate(model, router, 200, 0, "validation", 0.25)
+    assert router.none.bias < bias + 40
+
+    rng, refused = random.Random("fresh"), []
+    monkeypatch.setattr(model, "router", router)
+    for _ in range(20):
+        document = world.draw_document(rng, "validation", 20)
+        questions = [world.question_about(rng, fact).text for fact in rng.sample(document.facts, 10)]
+        adapter = model.internalize(document.text)
+        refused += [not one.blocks for one in route(model, questions, [adapter] * len(questions))]
+    assert 0.15 < sum(refused) / len(refused) < 0.35
+
+
+def test_an_open_router_never_chooses_none(model, monkeypatch):
+    adapter = model.internalize("The river Orrin flows through Halmere.")
+    asked = "What is the capital of Norway?"
+    weights = {name: value.clone() for name, value in model.router.state_dict().items()}
+    monkeypatch.setattr(model, "router", model.router.always_open())
+    (one,) = route(model, [asked], [adapter])
+    assert len(one.blocks) == 1
+    monkeypatch.undo()
+    assert all(torch.equal(value, weights[name]) for name, value in model.router.state_dict().items())

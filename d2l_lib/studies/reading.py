@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,15 @@ from d2l_lib.tasks import qa, world
 from d2l_lib.tasks.questions import disjoint_documents, marked, one_hop_question
 from d2l_lib.tasks.scores import summarise
 
-METHODS = ("bias alone", "published sum", "sparse", "sparse, always open", "router", "in context")
+METHODS = (
+    "bias alone",
+    "published sum",
+    "sparse",
+    "sparse, always open",
+    "router",
+    "router, always open",
+    "in context",
+)
 _SIZES = (8, 20, 40)  # facts in a document
 _TOGETHER = (16, 64)  # documents in an adapter
 _KINDS = ("two_hop", "paraphrase", "unanswerable", "which_of", "yes_no", "list")
@@ -109,18 +118,21 @@ def _answered(model: DocToLoRA, groups: list[_Group], only: Sequence[str]) -> pd
     ]
     biases = {id(one): replace(one, blocks=()) for one in adapters}
     always_open = replace(model.reading, thresholds=(), gate_weights=(), null_threshold=_OPEN)
-    ways = {  # prompts, adapters, how they are read
-        "bias alone": (texts, [biases[id(one)] for one in adapters], {"read": "sum"}),
-        "published sum": (texts, adapters, {"read": "sum"}),
-        "sparse": (texts, adapters, {"read": model.reading}),
-        "sparse, always open": (texts, adapters, {"read": always_open}),
-        "router": (texts, adapters, {"blocks": 1}),
-        "in context": (prompts, None, {}),
+    unlocked = copy.copy(model)
+    unlocked.router = model.router and model.router.always_open()
+    ways = {  # model, prompts, adapters, how they are read
+        "bias alone": (model, texts, [biases[id(one)] for one in adapters], {"read": "sum"}),
+        "published sum": (model, texts, adapters, {"read": "sum"}),
+        "sparse": (model, texts, adapters, {"read": model.reading}),
+        "sparse, always open": (model, texts, adapters, {"read": always_open}),
+        "router": (model, texts, adapters, {"blocks": 1}),
+        "router, always open": (unlocked, texts, adapters, {"blocks": 1}),
+        "in context": (model, prompts, None, {}),
     }
     for method in only:
-        asked, inside, how = ways[method]
+        one, asked, inside, how = ways[method]
         began = time.process_time()
-        predictions = model.answer(asked, inside, **how)
+        predictions = one.answer(asked, inside, **how)
         seconds = (time.process_time() - began) / len(texts)
         rows += [row | {"method": method, "seconds": seconds} for row in marked(questions, predictions)]
     return pd.DataFrame(rows).assign(condition=conditions * len(only))
@@ -138,7 +150,8 @@ def measure_reading(
     "in context" is the base model with the document in its prompt, or alone for the encyclopedia. The sum of 16 or more
     documents has no such row.
 
-    "router" is the one block that the model's router chooses, or none (`answer(blocks=1)`).
+    "router" is the one block that the model's router chooses, or none (`answer(blocks=1)`). Beside it, "router, always
+    open" never chooses none: between them lies what is lost where a question that has an answer gets no block.
 
     only: methods, of METHODS. The null block matters to "sparse" alone.
     """

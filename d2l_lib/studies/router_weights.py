@@ -16,7 +16,7 @@ from d2l_lib.records import read_json, write_json
 from d2l_lib.router import Router
 from d2l_lib.studies import earlier_rows
 from d2l_lib.tasks.scores import wilson
-from d2l_lib.training.router import DEFAULT, Asked, RouterPreset, draw_questions, train_router
+from d2l_lib.training.router import DEFAULT, Asked, RouterPreset, calibrate, draw_questions, train_router
 
 JUDGED = "yes_no, judged"
 _AT_ONCE = 64  # questions of a pass
@@ -50,13 +50,14 @@ def measure_router_weights(
     splits: tuple[str, str] = ("train", "validation"),
     p: RouterPreset = DEFAULT,
 ) -> tuple[pd.DataFrame, Router]:
-    """(right choices by kind of question and idea, the router): trained on one split, counted on `n` questions of
-    the other.
+    """(right choices by kind of question and idea, the router): trained on one split, calibrated on the other, and
+    counted on `n` other questions of that.
 
     Columns: kind, idea, n, share, low, high. A choice is right that holds the answer; where no block does, only the
     router can be right, by choosing none. JUDGED: the verdict on a yes/no question with the block that is chosen.
     """
     router = train_router(model, training_seed, p, splits[0])
+    calibrate(model, router, p.calibration, training_seed, splits[1], p.error)
     marks = pd.DataFrame(_marks(router, list(draw_questions(model, router, n, seed, splits[1]))))
     rows = []
     for (kind, idea), right in marks.groupby(["kind", "idea"], sort=False)["right"]:

@@ -7,6 +7,9 @@ where p is the softmax of a question's scores, and the sigmoid of a verdict. Blo
 they are: what blocks respond to each question is computed once, and only the router's weights learn. The documents have
 1 to 40 facts each, or there are up to 64 of them in one adapter; some questions are about a document that is not
 inside, so that none of the blocks is right.
+
+At last none is calibrated (split conformal, see `routing.conformal_threshold`): on documents of another split, its
+score is moved so that at most `error` of the one-hop questions that a block answers get none.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from d2l_lib.adapter import Adapter
 from d2l_lib.documents import question_ids
 from d2l_lib.model import DocToLoRA
 from d2l_lib.router import FAR, Responses, Router, RouterConfig
-from d2l_lib.routing import ASK_HOP, final_embeddings, weigh
+from d2l_lib.routing import ASK_HOP, conformal_threshold, final_embeddings, weigh
 from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import disjoint_documents
 
@@ -34,6 +37,8 @@ _SHARES |= {"which_of": 2.0, "list": 1.0, "unanswerable": 2.5, ENCYCLOPEDIA: 0.7
 _TOGETHER = (2, 4, 8, 16, 32, 64)  # documents in one adapter
 _TOGETHER_SHARE = 0.08
 _MOST_FACTS = 40
+_FACTS = (8, 20, 40)  # of the documents that calibrate
+_OF_EACH = 5  # questions on such a document
 _QUESTIONS = 12  # of an adapter, and one more for each further document in it
 
 
@@ -50,6 +55,8 @@ class RouterPreset:
     weight_decay: float = 0.05
     verdict_weight: float = 0.3
     width: int = 96
+    calibration: int = 2000  # questions for it
+    error: float = 0.005  # of further such questions, which get no block
 
 
 DEFAULT = RouterPreset()
@@ -200,3 +207,21 @@ def train_router(model: DocToLoRA, seed: int, p: RouterPreset = DEFAULT, split: 
         if (step + 1) % 500 == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
     return router.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def calibrate(model: DocToLoRA, router: Router, n: int, seed: int, split: str, error: float) -> None:
+    """Move the router's score of none so that at most `error` of one-hop questions that a block answers get none.
+
+    n: questions, on documents of 8, 20 and 40 facts in turn. ValueError for fewer than 1 / error - 1.
+    """
+    rng, margins = random.Random(f"router calibration/{split}/{seed}"), []
+    while len(margins) < n:
+        for facts in _FACTS:
+            document = world.draw_document(rng, split, facts)
+            (adapter,) = model.internalize_each([document.text])
+            texts = [world.question_about(rng, fact).text for fact in rng.sample(document.facts, _OF_EACH)]
+            weighed = weigh(model, router, question_ids(model.tokenizer, texts), [adapter] * _OF_EACH)
+            scores, _ = router([one.responses for one in weighed])
+            margins += (scores[:, 0] - scores[:, 1:].amax(1)).tolist()
+    router.none.bias -= conformal_threshold(margins[:n], error)
