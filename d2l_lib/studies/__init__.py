@@ -139,7 +139,15 @@ STUDIES = {
         options={
             "--training-seed": _TRAINING_SEED,
             "--only": {
-                "choices": ("bias alone", "published sum", "sparse", "sparse, always open", "router", "in context"),
+                "choices": (
+                    "bias alone",
+                    "published sum",
+                    "sparse",
+                    "sparse, always open",
+                    "router",
+                    "router, always open",
+                    "in context",
+                ),
                 "nargs": "+",
                 "help": "methods; the seed of the null block's training matters to sparse alone",
             },
@@ -160,6 +168,12 @@ STUDIES = {
             "--training-seed": _TRAINING_SEED,
             "--keep": {"metavar": "MODEL", "help": "write the weights into this model's folder"},
         },
+    ),
+    "lists": Study(
+        "lists:run",
+        ("lists",),
+        "list questions answered by several blocks, together and each alone",
+        *(200, "questions"),
     ),
     "no-block": Study(
         "no_block:run",
