@@ -154,6 +154,8 @@ def apply_lora(
             # a weight that waits elsewhere comes to x: `_delta` then moves the factors with each call
             place = A.device if linear.weight.is_meta else linear.weight.device
             factors = {"A": A[:, layer].to(place), "B": B[:, layer].to(place)}
+            if _is_identity(factors["B"]):
+                factors["B"] = None
             deltas.append((linear, partial(_delta, **factors, rows=rows)))
     with add_deltas(model, deltas, scale, **notes):
         yield
@@ -227,12 +229,24 @@ def _add_delta(linear, inputs, output, *, delta, scale, block):
     """Forward hook of one linear; acts if its block is the innermost of the calling thread."""
     if innermost(block.model) is not block:
         return None
-    return (output + scale * delta(inputs[0].to(output.device))).to(output.dtype)
+    return torch.add(output, delta(inputs[0].to(output.device)), alpha=scale).to(output.dtype)
 
 
-def _delta(x: Tensor, *, A: Tensor, B: Tensor, rows: Tensor | None) -> Tensor:
-    """B^T (A x) for x [batch, tokens, d_in], with each token's own context: A [contexts, R, d_in], B [.., d_out]."""
-    x, A, B = x.to(A.dtype), A.to(x.device), B.to(x.device)
+def _is_identity(B: Tensor) -> bool:
+    """Whether B [1, d_out, d_out] of one context is the identity, so that A is a whole update."""
+    rank, d_out = B.shape[1:]
+    return len(B) == 1 and rank == d_out and not B.requires_grad and torch.equal(B[0], torch.eye(d_out).to(B))
+
+
+def _delta(x: Tensor, *, A: Tensor, B: Tensor | None, rows: Tensor | None) -> Tensor:
+    """B^T (A x) for x [batch, tokens, d_in], with each token's own context: A [contexts, R, d_in], B [.., d_out].
+
+    B: None for the identity.
+    """
+    x, A = x.to(A.dtype), A.to(x.device)
+    if B is None:
+        return x @ A[0].T
+    B = B.to(x.device)
     if len(A) == 1:
         return x @ A[0].T @ B[0]
     if rows is None and len(x) == len(A):

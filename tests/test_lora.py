@@ -230,3 +230,20 @@ def test_misfits_say_what_is_wrong(model, config):
     with pytest.raises(ValueError, match="does not fit adapters for 2 rows"), apply_lora(model, loras, SCALE):
         logits(model, ids)
     assert all(not m._forward_hooks for m in model.modules())
+
+
+def test_an_identity_for_B_is_left_out_and_another_square_B_is_not(model, config):
+    ids, d_out = random_ids(2, 7), config.d_out["q_proj"]
+    (A, _), layers = random_loras(config, 1, d_out)["q_proj"], config.n_layers
+    turned = torch.eye(d_out).flip(0).expand(1, layers, -1, -1)
+    given = {"q_proj": (A, torch.eye(d_out).expand(1, layers, -1, -1))}
+    with apply_lora(model, given, SCALE):
+        plain = logits(model, ids)
+        (hook,) = target_linears(model, ["q_proj"])["q_proj"][0]._forward_hooks.values()
+        assert hook.keywords["delta"].keywords["B"] is None
+    with apply_lora(model, {"q_proj": (A.flip(2), turned)}, SCALE):
+        same = logits(model, ids)
+    with apply_lora(model, {"q_proj": (A, turned)}, SCALE):
+        other = logits(model, ids)
+    torch.testing.assert_close(plain, same)
+    assert (plain - other).abs().max() > 0.01

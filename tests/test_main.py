@@ -43,7 +43,7 @@ WRONG = {
               ["speed-smollm2", "--n", "0"],
               ["speed-gemma", "--limit", "nan"], ["recompression", "--length", "0"], ["routing", "--seed", "-1"],
               ["reading", "--n", "0"], ["elastic", "--n", "0"], ["router", "--n", "0"], ["no-block", "--n", "0"],
-              ["router-weights", "--n", "0"], ["lists", "--n", "0"],
+              ["router-weights", "--n", "0"], ["lists", "--n", "0"], ["answering", "--n", "0"],
               ["retrieval", "--n", "0"], ["two-hops", "--n", "0"],
               ["methods", "--only"], ["passages", "--n", "0"], ["passages", "--only"], ["interference", "--n", "0"],
               ["passages", "--seen"], ["distilled-passages", "--steps", "0"],

@@ -169,6 +169,12 @@ STUDIES = {
             "--keep": {"metavar": "MODEL", "help": "write the weights into this model's folder"},
         },
     ),
+    "answering": Study(
+        "answering:run",
+        ("answering",),
+        "a token with many blocks against the base model's, and a routed answer against a plain one",
+        *(9, "turns"),
+    ),
     "lists": Study(
         "lists:run",
         ("lists",),
