@@ -129,7 +129,7 @@ def _run_on_questions(a: argparse.Namespace, p: Preset) -> None:
     """Train token rows or the reading LoRA: the bundled ones, or with other settings, for another base, in RUNS."""
     from d2l_lib.tasks.qa import load_named
     from d2l_lib.training import reading_lora, recipes
-    from d2l_lib.training.loop import processes
+    from d2l_lib.training.processes import processes
 
     tables = {name.partition("=")[0]: load_named(name, split="train", **_drawn(name, p)) for name in a.questions}
     seed, own = a.seed or 0, a.base is not None or a.steps is not None or bool(a.set)

@@ -9,7 +9,6 @@ one kind of machine where each process has one thread.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from d2l_lib.hypernetwork import names_without_decay
 from d2l_lib.presets import Schedule
 from d2l_lib.records import append_jsonl, read_appended, read_json, write_jsonl
 from d2l_lib.training.notes import Step
+from d2l_lib.training.processes import processes
 
 _LOG = "log.jsonl"
 _STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole
@@ -393,26 +393,10 @@ def _training_arguments(schedule: Schedule, run: Run) -> TrainingArguments:
     return arguments
 
 
-def processes() -> int:
-    """How many there are: torchrun's, or one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def _named_batch(items: list) -> dict:
     """What `forward` takes, from a data set whose items are whole batches."""
     (batch,) = items
     return batch if isinstance(batch, dict) else {"batch": batch}
-
-
-def own_device() -> str | None:
-    """The GPU of this process under torchrun; else None, and the loader chooses."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
-
-
-def is_first_process() -> bool:
-    """Whether this process writes results: the only one, or torchrun's first."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def read_log(path: Path) -> list[dict]:

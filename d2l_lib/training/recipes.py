@@ -56,7 +56,8 @@ from d2l_lib.row_reader import reader_sizes
 from d2l_lib.token_rows import ROLES, TokenRows
 from d2l_lib.training import pretraining
 from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
-from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, processes, read_log
+from d2l_lib.training.loop import Run, checkpoints, fit, read_log
+from d2l_lib.training.processes import is_first_process, own_device, processes
 from d2l_lib.training.published import PassageBatches, PublishedStep, few_of
 from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
 from d2l_lib.training.row_features import (

@@ -29,7 +29,8 @@ from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import DistillationPreset, Preset
 from d2l_lib.records import read_json, read_rows, write_jsonl
 from d2l_lib.training.contexts import DistillationBatches, WorldDocuments
-from d2l_lib.training.loop import Run, is_first_process
+from d2l_lib.training.loop import Run
+from d2l_lib.training.processes import is_first_process
 from d2l_lib.training.recipes import Base, fit_hypernetwork, hypernetwork_config
 
 
