@@ -4,10 +4,11 @@ A study is an entry in STUDIES and a function `run(model, n, seed, ...)`. It ret
 dicts), or several by the names of their files. A long study yields them instead, and continues from its own files when
 it is started again. This module holds the recorder; it lists the studies without torch.
 
-    torchrun --nproc_per_node 2 -m d2l_lib study reading --n 200
+    torchrun --nproc_per_node 2 -m -- d2l_lib study reading --n 200
 
 A study with `shares` gives its pieces to the processes that torchrun started (`training.processes.shared`); the first
-one writes the record, which is that of one process but for times. Other studies refuse to start there.
+one writes the record, which is that of one process but for times. Other studies refuse to start there. ("--" keeps torchrun from
+reading --n as one of its own options.)
 """
 
 from __future__ import annotations
@@ -416,9 +417,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = parser.add_subparsers(dest="study", required=True, metavar="NAME")
     names.add_parser("list", help="all studies and their files")
     for name, study in STUDIES.items():
-        several = "torchrun --nproc_per_node N -m d2l_lib study ... shares its work" if study.shares else "one process"
+        several = f"several processes share its work: torchrun --nproc_per_node 2 -m -- d2l_lib study {name} ..."
         one = names.add_parser(
-            name, help=study.about, description=f"{study.about}: {', '.join(study.files)}.", epilog=f"{several}."
+            name,
+            help=study.about,
+            description=f"{study.about}: {', '.join(study.files)}.",
+            epilog=several if study.shares else "it runs in one process.",
         )
         if study.model:
             one.add_argument("--model", default=study.model, help=f"bundled name, or a folder ({study.model})")

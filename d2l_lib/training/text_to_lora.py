@@ -127,7 +127,7 @@ def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
 def remake_text_to_lora(p: Preset, runs: Path, data: Path, seed: int) -> None:
     """Train the baseline into `runs`; its log also goes to `data`."""
     run = Run(runs / p.name / f"text_to_lora_seed{seed}", seed)
-    network = train_text_to_lora(p.qa.world, Base(*load_base_model(p.name), p.name), run)
+    network = train_text_to_lora(p.qa.world, Base.load(p.name, p.qa.world), run)
     if is_first_process():
         save_text_to_lora(run.folder / "final", network)
         log = [{"seed": seed, **line} for line in read_rows(run.folder / "log.jsonl")]
