@@ -7,8 +7,8 @@ it is started again. This module holds the recorder; it lists the studies withou
     torchrun --nproc_per_node 2 -m -- d2l_lib study reading --n 200
 
 A study with `shares` gives its pieces to the processes that torchrun started (`training.processes.shared`); the first
-one writes the record, which is that of one process but for times. Other studies refuse to start there. ("--" keeps torchrun from
-reading --n as one of its own options.)
+one writes the record, which is that of one process but for times. Other studies refuse to start there. Without "--"
+torchrun reads --n as an option of its own.
 """
 
 from __future__ import annotations
