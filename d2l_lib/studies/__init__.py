@@ -391,6 +391,12 @@ STUDIES = {
             "--again": {"action": "store_true", "help": "measure again what is recorded"},
         },
     ),
+    "scaling": Study(
+        "scaling:run",
+        ("scaling",),
+        "the published training on 8 to 256 GPUs, on paper",
+        *(256, "GPUs, the most", ""),
+    ),
     "speed-gemma": Study(
         "speed:run_gemma",
         ("speed_gemma",),

@@ -265,12 +265,14 @@ class InOrderTrainer(Trainer):
         present = torch.tensor([p in self._sums for p in learned], dtype=torch.int32, device=self.args.device)
         if self.args.world_size > 1:  # a parameter may have had no gradient in one process
             dist.all_reduce(present, dist.ReduceOp.MAX)
-        for p, is_present in zip(learned, present.tolist(), strict=True):
-            if is_present:
-                total = self._sums[p] if p in self._sums else torch.zeros_like(p, dtype=wide)
-                if self.args.world_size > 1:
-                    dist.all_reduce(total)
-                p.grad = (total / self.args.world_size).to(p.dtype)
+        learned = [p for p, is_present in zip(learned, present.tolist(), strict=True) if is_present]
+        totals = [self._sums[p] if p in self._sums else torch.zeros_like(p, dtype=wide) for p in learned]
+        if self.args.world_size > 1:  # all in one call: each takes time, the more the more processes there are
+            flat = torch.cat([total.flatten() for total in totals])
+            dist.all_reduce(flat)
+            totals = flat.split([p.numel() for p in learned])
+        for p, total in zip(learned, totals, strict=True):
+            p.grad = (total.view_as(p) / self.args.world_size).to(p.dtype)
         self._sums = {}
 
     def _seed_batch(self) -> None:
