@@ -4,7 +4,7 @@
 
 With n GPUs, of which each takes its share of a step's batches,
 
-    step       = batches of a GPU * operations of a batch / (PEAK * SHARE / over_floor)  +  all-reduce
+    step       = batches of a GPU * operations of a batch / (_PEAK * SHARE / over_floor)  +  all-reduce
     all-reduce = calls * latency of a ring  +  2 (n - 1) / n * bytes of the gradients / bandwidth
 
 Operations are counted from Gemma-2-2B's sizes (`products`). One number is measured: over_floor, how much longer our
@@ -26,10 +26,10 @@ from d2l_lib.presets import preset
 from d2l_lib.records import read_rows
 from d2l_lib.studies import bench, gemma_sizes, products, record_path
 
-PEAK = 989.4e12  # operations a second
-SHARE, SHARES = 0.4, (0.2, 0.6)  # of PEAK: assumed, and the ends of a range
-NODE = 8  # GPUs
-NVLINK = 450e9  # bytes a second
+_PEAK = 989.4e12  # operations a second
+SHARE, SHARES = 0.4, (0.2, 0.6)  # of _PEAK: assumed, and the ends of a range
+_NODE = 8  # GPUs
+_NVLINK = 450e9  # bytes a second
 NETWORKS = {"InfiniBand 8 x 400 Gb/s": 400e9, "Ethernet 100 Gb/s": 12.5e9}  # bytes a second of a node
 CALL, NVLINK_HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 14e-6  # seconds
 QUESTION_TOKENS, ANSWER_TOKENS = 128, 64
@@ -37,11 +37,11 @@ _CHUNK_TOKENS = {"self_generated": 512, "chunked": 256}
 _NCCL = "NCCL's own estimate (src/graph/tuning.cc: ring, Simple)"
 ASSUMED = pd.DataFrame(
     [
-        ("H100 SXM, dense bfloat16", f"{PEAK / 1e12} Tflop/s", "NVIDIA's data sheet"),
+        ("H100 SXM, dense bfloat16", f"{_PEAK / 1e12} Tflop/s", "NVIDIA's data sheet"),
         ("share of it that a tuned training reaches", f"{SHARE}", "Llama 3 on H100: 0.38 to 0.43 (arXiv 2407.21783)"),
         ("range of that share", f"{SHARES[0]} to {SHARES[1]}", "a guess"),
-        ("GPUs of a node", f"{NODE}", "DGX H100's data sheet"),
-        ("NVLink, each way", f"{NVLINK / 1e9:.0f} GB/s", "NVIDIA's data sheet: 900 both ways"),
+        ("GPUs of a node", f"{_NODE}", "DGX H100's data sheet"),
+        ("NVLink, each way", f"{_NVLINK / 1e9:.0f} GB/s", "NVIDIA's data sheet: 900 both ways"),
         *((f"between nodes: {name}", f"{rate / 1e9} GB/s a node", "nominal") for name, rate in NETWORKS.items()),
         ("latency of a call", f"{1e6 * CALL:.1f} us", _NCCL),
         ("latency of a hop, NVLink and network", f"{1e6 * NVLINK_HOP:.1f} and {1e6 * NETWORK_HOP:.0f} us", _NCCL),
@@ -92,11 +92,11 @@ def published() -> tuple[list[Stage], list[Gradients]]:
 
 
 def all_reduce_seconds(gpus: int, gradients: Gradients, between_nodes: float) -> float:
-    """Seconds of a ring over `gpus` GPUs, in nodes of NODE; between_nodes: bytes a second of a node."""
-    nodes = math.ceil(gpus / NODE)
+    """Seconds of a ring over `gpus` GPUs, in nodes of _NODE; between_nodes: bytes a second of a node."""
+    nodes = math.ceil(gpus / _NODE)
     hops, across = 2 * (gpus - 1), 2 * nodes if nodes > 1 else 0
     latency = CALL + (hops - across) * NVLINK_HOP + across * NETWORK_HOP
-    bandwidth = NVLINK if nodes == 1 else min(NVLINK, between_nodes)
+    bandwidth = _NVLINK if nodes == 1 else min(_NVLINK, between_nodes)
     return gradients.calls * latency + 2 * (gpus - 1) / gpus * gradients.n_bytes / bandwidth
 
 
@@ -140,24 +140,24 @@ def _whole(rows: Sequence[dict]) -> dict:
 def run(n: int, seed: int) -> list[dict]:
     """A row for each stage and both, number of GPUs (8, 16, .. up to n), network, way to sum gradients, and share.
 
-    share: of PEAK; over_floor: measured. ValueError for fewer than 8 GPUs.
+    share: of _PEAK; over_floor: measured. ValueError for fewer than 8 GPUs.
     """
-    if n < NODE:
-        raise ValueError(f"n is the most GPUs, at least {NODE}, not {n}")
+    if n < _NODE:
+        raise ValueError(f"n is the most GPUs, at least {_NODE}, not {n}")
     stages, ways = published()
-    over_floor = measured_over_floor(bench.read_record())
+    over_floor = _measured_over_floor(bench.read_record())
     rows = []
     for share in (SHARE, *SHARES):
-        for gpus in (NODE * 2**k for k in range(int(math.log2(n / NODE)) + 1)):
+        for gpus in (_NODE * 2**k for k in range(int(math.log2(n / _NODE)) + 1)):
             for network, between_nodes in NETWORKS.items():
                 for way in ways:
                     facts = {"network": network, "way": way.way, "share": share, "over_floor": over_floor}
-                    own = [stage_row(one, gpus, way, between_nodes, PEAK * share / over_floor) for one in stages]
+                    own = [stage_row(one, gpus, way, between_nodes, _PEAK * share / over_floor) for one in stages]
                     rows += [row | facts for row in (*own, _whole(own))]
     return [{name: float(f"{v:.6g}") if type(v) is float else v for name, v in row.items()} for row in rows]
 
 
-def measured_over_floor(benched: pd.DataFrame) -> float:
+def _measured_over_floor(benched: pd.DataFrame) -> float:
     """How much longer than its bare products a training step takes, of the recipe with few latents, as the main one."""
     chosen = (benched["what"] == "training step") & (benched["model"] == "few latents")
     return float(benched.loc[chosen, "over_floor"].iloc[0])
