@@ -1,5 +1,5 @@
 # make lab                  a newcomer's first command: installs, then opens JupyterLab at notebook 00
-# make notebooks | test | bench | train PRESET=tiny | screenshots | lint | setup | clean
+# make notebooks | test | bench | train PRESET=tiny STAGE=all | screenshots | lint | setup | clean
 #
 # Needs Python 3.11 or newer. Writes inside this folder only (.venv and .cache), except for pip's own cache.
 
@@ -8,6 +8,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 UV := $(shell command -v uv 2>/dev/null)
 PRESET ?= tiny
+STAGE ?= all
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # Processes that share the tests: one per core, at most 4; make test WORKERS=0 runs them in pytest's own process.
@@ -83,9 +84,13 @@ bench: setup
 	@$(OFFLINE) $(RUN) -m d2l_lib study bench $(BENCH_ARGS)
 
 # From nothing: the base model (an hour with `d2l train --fast`, about two without), the needle hypernetwork (14 minutes).
+# Their steps are one batch, for one process; OMP_NUM_THREADS=2 gives it two threads. STAGE=qa and STAGE=text-to-lora have
+# two batches in a step: two processes share them, and the result is that of one.
+SHARED := tiny/qa tiny/text-to-lora
 train: setup
 	@mkdir -p "$(CACHE)/tmp"
-	@$(RUN) -m d2l_lib train --preset $(PRESET)
+	@$(RUN) $(if $(filter $(SHARED),$(PRESET)/$(STAGE)),-m torch.distributed.run --standalone --nproc_per_node 2) \
+		-m d2l_lib train --preset $(PRESET) --stage $(STAGE)
 
 # The README's pictures of the chat and the trace viewer; needs Chromium.
 screenshots: setup

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from d2l_lib.base_model import load_tokenizer
 from d2l_lib.formats.checkpoints import save_checkpoint
 from d2l_lib.presets import NeedlePreset, WarmUpPreset, preset
-from d2l_lib.training import contexts, loop, recipes
+from d2l_lib.training import contexts, loop, processes, recipes
 
 STEPS = 16
 SMALL = replace(
@@ -51,7 +51,7 @@ def train(run: Path, seconds_per_batch: float, p: NeedlePreset = SMALL, save_ste
     recipes.NeedleBatches = SlowBatches
     base = recipes.Base(*small_base(), "small")
     hypernetwork = recipes.train_needle(p, base, loop.Run(run, save_steps=save_steps, report_steps=2))
-    if loop.is_first_process():
+    if processes.is_first_process():
         save_checkpoint(run / "final", hypernetwork, {})
 
 

@@ -3,12 +3,18 @@
 A study is an entry in STUDIES and a function `run(model, n, seed, ...)`. It returns a table (a DataFrame, or rows as
 dicts), or several by the names of their files. A long study yields them instead, and continues from its own files when
 it is started again. This module holds the recorder; it lists the studies without torch.
+
+    torchrun --nproc_per_node 2 -m -- d2l_lib study reading --n 200
+
+A study with `shares` gives its pieces to the processes that torchrun started (`training.processes.shared`); the first
+one writes the record, which is that of one process but for times. Other studies refuse to start there. Without "--"
+torchrun reads --n as an option of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +22,7 @@ from typing import Any
 
 from d2l_lib.presets import QA_VARIANTS
 from d2l_lib.records import project_root, read_rows, write_jsonl
+from d2l_lib.training.processes import is_first_process, own_device, processes, together
 from d2l_lib.training.settings import WRITERS
 
 
@@ -29,6 +36,7 @@ class Study:
     model: the model to load ("": the study loads what it needs).
     load: the function that loads it.
     options: its own, as argparse takes them.
+    shares: whether several processes share its work.
     """
 
     place: str
@@ -39,6 +47,7 @@ class Study:
     model: str = "tiny/qa"
     load: str = "loading:load"
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shares: bool = False
 
 
 _OF_SPEED = {
@@ -60,6 +69,7 @@ STUDIES = {
         ("base_model",),
         "what the base model reads, and knows of the encyclopedia",
         *(500, "samples per task", "tiny", "base_model:load_base_model"),
+        shares=True,
     ),
     "needles": Study(
         "needle_scores:run",
@@ -76,12 +86,14 @@ STUDIES = {
                 "help": "how adapters are read; sparse alone keeps what is recorded of the sum",
             },
         },
+        shares=True,
     ),
     "kinds": Study(
         "kinds:run",
         ("qa_kinds", "qa_lengths"),
         "answers by kind of question, number of facts and length",
         *(1000, "one-hop questions"),
+        shares=True,
     ),
     "methods": Study(
         "methods:run",
@@ -99,6 +111,7 @@ STUDIES = {
         ("qa_probes",),
         "interference, conflict, many documents, removal, two hops",
         *(500, "questions per probe and condition"),
+        shares=True,
     ),
     "ablations": Study(
         "ablations:run",
@@ -124,6 +137,7 @@ STUDIES = {
         "whether traces hold both sentences of questions that need two",
         *(200, "questions that need their first hop"),
         options={"--split": {"choices": ("validation", "test"), "default": "test", "help": "of the documents (test)"}},
+        shares=True,
     ),
     "routing": Study(
         "routing_shares:run",
@@ -152,6 +166,7 @@ STUDIES = {
                 "help": "methods; the seed of the null block's training matters to sparse alone",
             },
         },
+        shares=True,
     ),
     "router": Study(
         "router:run",
@@ -207,6 +222,7 @@ STUDIES = {
                 "help": "what the hypernetwork learned from: questions about passages of it, too",
             },
         },
+        shares=True,
     ),
     "distilled-passages": Study(
         "distilled_passages:run",
@@ -224,6 +240,7 @@ STUDIES = {
         "paragraphs of four and eight English facts in one block",
         *(400, "questions for each number of facts", "smollm2"),
         options={"--only": _ONLY},
+        shares=True,
     ),
     "written-questions": Study(
         "written_questions:run",
@@ -263,6 +280,7 @@ STUDIES = {
                 "help": "those that the base model also reads in its prompt (256, 512, 1024)",
             },
         },
+        shares=True,
     ),
     "long-texts": Study(
         "long_texts:run",
@@ -285,6 +303,7 @@ STUDIES = {
             "--texts": {"metavar": "PLACE", "default": "data/qa/novels", "help": "a folder of .txt files"},
             "--length": {"type": "count", "default": 512, "help": "of haystacks, in tokens (512)"},
         },
+        shares=True,
     ),
     "articles": Study(
         "articles:run",
@@ -292,6 +311,7 @@ STUDIES = {
         "questions about one passage, with the whole article in one adapter",
         *(300, "questions", "smollm2"),
         options={"--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "data set, and its file"}},
+        shares=True,
     ),
     "chunks": Study(
         "chunks:run",
@@ -327,6 +347,7 @@ STUDIES = {
         "general questions with an unrelated text inside",
         *(200, "questions", "smollm2"),
         options={"--questions": {"metavar": "DATASET[=FILE]", "default": "squad", "help": "passages (squad)"}},
+        shares=True,
     ),
     "gate": Study(
         "gate:run",
@@ -390,6 +411,12 @@ STUDIES = {
             "--again": {"action": "store_true", "help": "measure again what is recorded"},
         },
     ),
+    "scaling": Study(
+        "scaling:run",
+        ("scaling",),
+        "the published training on 8 to 256 GPUs, on paper",
+        *(256, "GPUs, the most", ""),
+    ),
     "speed-gemma": Study(
         "speed:run_gemma",
         ("speed_gemma",),
@@ -416,7 +443,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = parser.add_subparsers(dest="study", required=True, metavar="NAME")
     names.add_parser("list", help="all studies and their files")
     for name, study in STUDIES.items():
-        one = names.add_parser(name, help=study.about, description=f"{study.about}: {', '.join(study.files)}.")
+        several = f"several processes share its work: torchrun --nproc_per_node 2 -m -- d2l_lib study {name} ..."
+        one = names.add_parser(
+            name,
+            help=study.about,
+            description=f"{study.about}: {', '.join(study.files)}.",
+            epilog=several if study.shares else "it runs in one process.",
+        )
         if study.model:
             one.add_argument("--model", default=study.model, help=f"bundled name, or a folder ({study.model})")
         one.add_argument("--n", type="count", default=study.n, help=f"{study.of} ({study.n})")
@@ -432,17 +465,27 @@ def run(a: argparse.Namespace) -> None:
             print(f"{name:<14} {study.about} ({', '.join(study.files)})")
         return
     study = STUDIES[a.study]
+    if processes() > 1 and not study.shares:
+        able = ", ".join(name for name, one in STUDIES.items() if one.shares)
+        a.error(f"the study {a.study} runs in one process: start it without torchrun; those that share work are {able}")
     own = [option[2:].replace("-", "_") for option in study.options]
     options = {name: getattr(a, name) for name in ("n", "seed", *own)}
     function = _function(f"studies.{study.place}")
-    if study.model:
-        options["model"] = _function(study.load)(a.model)
+    with together():
+        if study.model:
+            device = own_device()
+            options["model"] = _function(study.load)(a.model, **({} if device is None else {"device": device}))
+        _run_and_record(study, function, options, a)
+
+
+def _run_and_record(study: Study, function: Callable, options: dict[str, Any], a: argparse.Namespace) -> None:
+    """Run a study in every process, and record its tables in the first."""
     result = function(**options)
     facts = {"seed": a.seed, "n": a.n, "command": a.command, "threads": _threads()}
     several = isinstance(result, Iterator)
     for tables in result if several else [result]:
         by_file = tables if isinstance(tables, dict) else {study.files[0].format(**vars(a)): tables}
-        for name, table in by_file.items():
+        for name, table in by_file.items() if is_first_process() else ():
             rows = record(name, table, facts)
             if not several:
                 _show(rows)

@@ -12,6 +12,7 @@ from d2l_lib.engine import greedy_texts
 from d2l_lib.tasks import needles, world
 from d2l_lib.tasks.questions import world_samples
 from d2l_lib.tasks.scores import in_fives, summarise
+from d2l_lib.training.processes import shared
 
 _KINDS = {
     "one_hop": world.ONE_HOP_KINDS,
@@ -23,16 +24,22 @@ _KINDS = {
 def greedy_answers(
     model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 24, batch_tokens: int = 16384
 ) -> list[str]:
-    """The base model's greedy answers to user turns `prompts`, batched by length, also beyond its window."""
+    """The base model's greedy answers to user turns `prompts`, batched by length, also beyond its window.
+
+    Several processes share the batches.
+    """
     ids = question_ids(tokenizer, check_texts(prompts, "prompts"))
+    batches: list[list[int]] = []
+    for i in sorted(range(len(ids)), key=lambda i: len(ids[i]))[::-1]:  # the first of a batch is its longest
+        if not batches or (len(batches[-1]) + 1) * len(ids[batches[-1][0]]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+
+    def work(batch: list[int]) -> list[str]:
+        return greedy_texts(model, tokenizer, [ids[i] for i in batch], [max_new_tokens] * len(batch))
+
     answers = [""] * len(ids)
-    waiting = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    while waiting:
-        batch = [waiting.pop()]
-        longest = len(ids[batch[0]])
-        while waiting and (len(batch) + 1) * longest <= batch_tokens:
-            batch.append(waiting.pop())
-        texts = greedy_texts(model, tokenizer, [ids[i] for i in batch], [max_new_tokens] * len(batch))
+    for batch, texts in zip(batches, shared(batches, work), strict=True):
         for i, text in zip(batch, texts, strict=True):
             answers[i] = text
     return answers

@@ -11,6 +11,7 @@ from d2l_lib.model import DocToLoRA
 from d2l_lib.studies import earlier_rows
 from d2l_lib.tasks import facts, prose, scores, world
 from d2l_lib.tasks.questions import world_samples
+from d2l_lib.training.processes import shared
 from d2l_lib.training.selfgen import read_texts
 
 _FACTS = 8  # of a paragraph
@@ -29,17 +30,20 @@ def run(model: DocToLoRA, n: int, seed: int, texts: str, length: int) -> Iterato
     rows = [row for row in earlier_rows("half_precision") if row["base_model"] != name]
     samples = _of_rows(model, n, seed, texts, length) if model.writes_rows else _of_sums(n, seed)
     for sample, documents, questions, answers in samples:
-        equal, right = 0, {"float32": 0, "float16": 0}
-        for start in range(0, n, _AT_ONCE):
+
+        def work(start: int, sample=sample, documents=documents, questions=questions) -> list[list[str]]:
             part = slice(start, start + _AT_ONCE)
             whole = [one.to(dtype=torch.float32) for one in model.internalize_each(list(documents[part]))]
             half = [one.to(dtype=torch.float16) for one in whole]
-            replies = [_replies(model, questions[part], one, sample) for one in (whole, half)]
-            equal += sum(a == b for a, b in zip(*replies, strict=True))
-            for precision, its in zip(right, replies, strict=True):
-                marks = (scores.exact_match(r, a, "squad") for r, a in zip(its, answers[part], strict=True))
-                right[precision] += int(sum(marks))
-            print(f"{sample}: {equal} of {min(n, start + _AT_ONCE)} equal", flush=True)
+            return [_replies(model, questions[part], one, sample) for one in (whole, half)]
+
+        parts = zip(*shared(range(0, n, _AT_ONCE), work), strict=True)
+        replies = [[reply for part in own for reply in part] for own in parts]  # of whole numbers, and of half ones
+        equal, right = sum(a == b for a, b in zip(*replies, strict=True)), {}
+        for precision, its in zip(("float32", "float16"), replies, strict=True):
+            marks = (scores.exact_match(r, a, "squad") for r, a in zip(its, answers, strict=True))
+            right[precision] = int(sum(marks))
+        print(f"{sample}: {equal} of {n} equal", flush=True)
         low, high = scores.wilson(equal, n)
         row = {"base_model": name, "sample": sample, "n": n, "equal": equal / n, "low": low, "high": high}
         rows.append(row | {f"exact_match_{precision}": count / n for precision, count in right.items()})

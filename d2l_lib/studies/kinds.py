@@ -7,6 +7,9 @@ import pandas as pd
 from d2l_lib.model import DocToLoRA
 from d2l_lib.tasks import qa, scores, world
 from d2l_lib.tasks.questions import world_samples
+from d2l_lib.training.processes import shared
+
+_AT_ONCE = 128  # questions, for memory
 
 
 def _samples(n: int, seed: int) -> pd.DataFrame:
@@ -30,9 +33,9 @@ def _samples(n: int, seed: int) -> pd.DataFrame:
 def _question_kinds(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
     """Rows of `qa.load_qa` with method, prediction, one_hop, facts ("6-10") and correct; nothing is timed."""
     samples = qa.add_lengths(_samples(n, seed), model.tokenizer)
-    tables = []
-    for start in range(0, len(samples), 128):  # in parts, for memory
-        some = samples.iloc[start : start + 128]
+
+    def work(start: int) -> pd.DataFrame:
+        some, tables = samples.iloc[start : start + _AT_ONCE], []
         questions, documents = list(some["question"]), list(some["document"])
         prompts = [
             prompt
@@ -51,7 +54,9 @@ def _question_kinds(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
         }.items():
             tables.append(some.assign(method=method, prediction=answers))
         print(f"{start + len(some)} of {len(samples)} questions", flush=True)
-    compared = pd.concat(tables, ignore_index=True)
+        return pd.concat(tables)
+
+    compared = pd.concat(shared(range(0, len(samples), _AT_ONCE), work), ignore_index=True)
     return compared.assign(correct=compared["prediction"] == compared["answer"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import pandas as pd
 
@@ -14,6 +15,7 @@ from d2l_lib.studies import earlier_rows
 from d2l_lib.studies.base_scores import greedy_answers
 from d2l_lib.tasks import needles
 from d2l_lib.tasks.scores import summarise
+from d2l_lib.training.processes import shared
 
 _NEEDLE_LENGTHS = tuple(2**k for k in range(6, 18))
 _IN_CONTEXT_LENGTHS = tuple(2**k for k in range(6, 14))
@@ -36,18 +38,25 @@ def needle_samples(
 
     Columns: method, length_tokens, depth (0 to 1), answer, prediction, correct, chunks, rank, read, seed.
     """
-    rows, read = [], check_texts(read, "ways to read")
-    for length in lengths:
-        haystacks = list(needles.evaluation_set(model.tokenizer, length, n, seed, split))
-        for start in range(0, n, _BATCH):
-            some = haystacks[start : start + _BATCH]
-            adapters = [one for h in some for one in model.internalize_each([h.text])]
-            for how in read:
-                predictions = model.answer([h.question for h in some], adapters, max_new_tokens=10, read=how)
-                for haystack, adapter, prediction in zip(some, adapters, predictions, strict=True):
-                    row = _needle_row(_METHODS[how], length, haystack, prediction, seed)
-                    rows.append(row | {"chunks": len(adapter.blocks), "rank": adapter.rank, "read": how})
-    return pd.DataFrame(rows)
+    read = check_texts(read, "ways to read")
+
+    @lru_cache(maxsize=1)
+    def haystacks(length: int) -> list[needles.Haystack]:
+        return list(needles.evaluation_set(model.tokenizer, length, n, seed, split))
+
+    def work(piece: tuple[int, int]) -> list[dict]:
+        length, start = piece
+        some, rows = haystacks(length)[start : start + _BATCH], []
+        adapters = [one for h in some for one in model.internalize_each([h.text])]
+        for how in read:
+            predictions = model.answer([h.question for h in some], adapters, max_new_tokens=10, read=how)
+            for haystack, adapter, prediction in zip(some, adapters, predictions, strict=True):
+                row = _needle_row(_METHODS[how], length, haystack, prediction, seed)
+                rows.append(row | {"chunks": len(adapter.blocks), "rank": adapter.rank, "read": how})
+        return rows
+
+    pieces = [(length, start) for length in lengths for start in range(0, n, _BATCH)]
+    return pd.DataFrame([row for rows in shared(pieces, work) for row in rows])
 
 
 def needle_in_context_samples(model, lengths: Sequence[int], n: int, seed: int) -> pd.DataFrame:

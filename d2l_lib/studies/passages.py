@@ -27,6 +27,7 @@ from d2l_lib.presets import PRESETS
 from d2l_lib.studies import earlier_rows
 from d2l_lib.studies.retrieval import PassageIndex, Retrieval
 from d2l_lib.tasks import qa, scores
+from d2l_lib.training.processes import shared
 from d2l_lib.training.row_features import Limits, questions_on_learned
 
 READING = "passage in the prompt, reading LoRA"
@@ -186,11 +187,13 @@ def _internalized(model: DocToLoRA, documents: Sequence[str]) -> tuple[dict[str,
 def ask(
     model: DocToLoRA, prompts: Sequence[str], adapters: Sequence[Adapter | None], new_tokens: int = _NEW_TOKENS
 ) -> tuple[list[str], float]:
-    """(answers, seconds of the processor for each); few at a time, for memory."""
-    replies, start = [], time.process_time()
-    for part in _batches(adapters):
-        replies += model.answer(prompts[part], adapters[part], max_new_tokens=new_tokens)
-    return replies, round((time.process_time() - start) / max(1, len(prompts)), 4)
+    """(answers, seconds of the processor for each); few at a time, for memory. Several processes share the parts."""
+
+    def work(part: slice) -> tuple[list[str], float]:
+        start = time.process_time()
+        return model.answer(prompts[part], adapters[part], max_new_tokens=new_tokens), time.process_time() - start
+
+    return joined(shared(list(_batches(adapters)), work))
 
 
 def _batches(adapters: Sequence[Adapter | None]) -> Iterator[slice]:
@@ -216,13 +219,22 @@ def published_folder(model: DocToLoRA) -> Path:
 def ask_reading(
     model: DocToLoRA, prompts: Sequence[str], lora: Adapter, new_tokens: int = _NEW_TOKENS
 ) -> tuple[list[str], float]:
-    """(answers, seconds of the processor for each) of the base model with this LoRA in its weights' place."""
-    replies, start = [], time.process_time()
+    """Likewise of the base model with this LoRA in its weights' place."""
+
+    def work(first: int) -> tuple[list[str], float]:
+        start = time.process_time()
+        part = question_ids(model.tokenizer, list(prompts[first : first + model.answer_batch]))
+        texts = greedy_texts(model.base_model, model.tokenizer, part, [new_tokens] * len(part))
+        return texts, time.process_time() - start
+
     with apply_lora(model.base_model, *stack_factors([lora])):
-        for first in range(0, len(prompts), model.answer_batch):
-            part = question_ids(model.tokenizer, list(prompts[first : first + model.answer_batch]))
-            replies += greedy_texts(model.base_model, model.tokenizer, part, [new_tokens] * len(part))
-    return replies, round((time.process_time() - start) / max(1, len(prompts)), 4)
+        return joined(shared(range(0, len(prompts), model.answer_batch), work))
+
+
+def joined(parts: Sequence[tuple[list[str], float]]) -> tuple[list[str], float]:
+    """(all answers, seconds of the processor for each) of (answers, seconds) of each part."""
+    answers = [answer for own, _ in parts for answer in own]
+    return answers, round(sum(seconds for _, seconds in parts) / max(1, len(answers)), 4)
 
 
 # --- prompts, with what they cost -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 
@@ -16,6 +17,7 @@ from d2l_lib.model import DocToLoRA
 from d2l_lib.tasks import world
 from d2l_lib.tasks.questions import disjoint_documents, marked, one_hop_question
 from d2l_lib.tasks.scores import summarise
+from d2l_lib.training.processes import shared
 
 _INSTRUCTION = "You are a useful assistant."
 _FACTS = 5  # of a document, by default
@@ -202,8 +204,7 @@ def question_internalized(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
 
 def run(model: DocToLoRA, n: int, seed: int) -> pd.DataFrame:
     """The record: every probe, summarised by condition."""
-    tables = [interference(model, n, seed), conflict(model, n, seed)]
-    tables += [composition(model, _DOCUMENT_COUNTS, n, seed), removal(model, n, seed)]
-    tables += [two_hop(model, n, seed), question_internalized(model, n, seed)]
-    rows = pd.concat(tables, ignore_index=True)
+    pieces = [interference, conflict, *(partial(composition, counts=(count,)) for count in _DOCUMENT_COUNTS), removal]
+    pieces += [two_hop, question_internalized]
+    rows = pd.concat(shared(pieces, lambda probe: probe(model, n=n, seed=seed)), ignore_index=True)
     return summarise(rows.assign(about=rows["about"].fillna("")), ["probe", "condition", "about"])

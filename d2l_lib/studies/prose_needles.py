@@ -11,8 +11,9 @@ from d2l_lib.adapter import Adapter, Block
 from d2l_lib.loading import reading_lora, reading_lora_folder
 from d2l_lib.model import DocToLoRA
 from d2l_lib.studies import earlier_rows
-from d2l_lib.studies.passages import ask, ask_reading
+from d2l_lib.studies.passages import ask, ask_reading, joined
 from d2l_lib.tasks import prose, qa, scores
+from d2l_lib.training.processes import shared
 from d2l_lib.training.selfgen import read_texts
 
 _NEW_TOKENS = 12
@@ -59,19 +60,27 @@ def run(
 
 def _ask_inside(model: DocToLoRA, some: Sequence[prose.ProseHaystack]) -> tuple[list[str], float]:
     """(answers with each haystack inside, seconds of the processor for each); one stretch at a time, for memory."""
-    replies, seconds = [""] * len(some), 0.0
-    for stretch in sorted({one.stretch for one in some}):
-        places = [place for place, one in enumerate(some) if one.stretch == stretch]
+    of_stretch: dict[int, list[int]] = {}
+    for place, one in sorted(enumerate(some), key=lambda pair: pair[1].stretch):
+        of_stretch.setdefault(one.stretch, []).append(place)
+
+    def work(places: list[int]) -> tuple[list[str], float]:
         own = [some[place] for place in places]
         of_piece = _blocks_of(model, [piece for one in own for piece in one.pieces])
         adapters = [
             model.adapter_of([replace(of_piece[piece], chunk=k) for k, piece in enumerate(one.pieces)]) for one in own
         ]
         answers, each = ask(model, [one.needle.question for one in own], adapters, _NEW_TOKENS)
+        print(f"{len(own)} haystacks of {own[0].length_tokens} tokens", flush=True)
+        return answers, each * len(own)
+
+    replies, seconds = [""] * len(some), 0.0
+    for places, (answers, own_seconds) in zip(
+        of_stretch.values(), shared(list(of_stretch.values()), work), strict=True
+    ):
+        seconds += own_seconds
         for place, answer in zip(places, answers, strict=True):
             replies[place] = answer
-        seconds += each * len(own)
-        print(f"{len(own)} haystacks of {own[0].length_tokens} tokens", flush=True)
     return replies, round(seconds / len(some), 4)
 
 
@@ -79,17 +88,18 @@ def _ask_in_prompt(
     model: DocToLoRA, prompts: Sequence[str], length: int, lora: Adapter | None
 ) -> tuple[list[str], float]:
     """(answers of the base model, with this LoRA if there is one, seconds of the processor for each)."""
-    replies, seconds, size = [], 0.0, max(1, _AT_ONCE // length)
-    for start in range(0, len(prompts), size):
+    size = max(1, _AT_ONCE // length)
+
+    def work(start: int) -> tuple[list[str], float]:
         part = prompts[start : start + size]
         answers, each = (
             ask(model, part, [None] * len(part), _PROMPT_TOKENS)
             if lora is None
             else ask_reading(model, part, lora, _PROMPT_TOKENS)
         )
-        replies += answers
-        seconds += each * len(part)
-    return replies, round(seconds / len(prompts), 4)
+        return answers, each * len(part)
+
+    return joined(shared(range(0, len(prompts), size), work))
 
 
 def _blocks_of(model: DocToLoRA, pieces: Sequence[str]) -> dict[str, Block]:

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import pandas as pd
 
@@ -16,6 +17,7 @@ from d2l_lib.studies import earlier_rows
 from d2l_lib.tasks import qa, world
 from d2l_lib.tasks.questions import disjoint_documents, marked, one_hop_question
 from d2l_lib.tasks.scores import summarise
+from d2l_lib.training.processes import shared
 
 METHODS = (
     "bias alone",
@@ -32,6 +34,7 @@ _KINDS = ("two_hop", "paraphrase", "unanswerable", "which_of", "yes_no", "list")
 _ENCYCLOPEDIA = "encyclopedia beside 20 facts"
 _OPEN = -50.0  # nats: a null block that stops nothing
 _AT_ONCE = 25  # questions per adapter of several documents
+_GROUPS = 16  # answered together
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,21 @@ def draw_conditions(n: int, seed: int, split: str) -> Iterator[Asked]:
         yield Asked(_ENCYCLOPEDIA, [document], questions, [0] * len(questions))
 
 
-def _groups(model: DocToLoRA, n: int, seed: int, split: str) -> Iterator[_Group]:
-    """All conditions, `n` questions of each, with adapters."""
-    made: dict[str, Adapter] = {}
+def _pieces(n: int, seed: int, split: str) -> list[list[Asked]]:
+    """All conditions in pieces to work on: _GROUPS of one condition, or one with many documents."""
+    pieces: list[list[Asked]] = []
     for asked in draw_conditions(n, seed, split):
+        last = pieces[-1] if pieces else None
+        is_whole = last is None or len(last) == _GROUPS or len(asked.documents) > 1
+        if is_whole or last[0].condition != asked.condition:
+            pieces.append([])
+        pieces[-1].append(asked)
+    return pieces
+
+
+def _groups(model: DocToLoRA, piece: list[Asked], made: dict[str, Adapter]) -> Iterator[_Group]:
+    """The questions of a piece, with adapters. made: those of documents that several kinds ask about."""
+    for asked in piece:
         texts = [one.text for one in asked.documents]
         if asked.condition not in _KINDS:  # these are about the same documents
             made.clear()
@@ -155,14 +169,16 @@ def measure_reading(
 
     only: methods, of METHODS. The null block matters to "sparse" alone.
     """
-    tables, waiting = [], []
-    for group in _groups(model, n, seed, split):
-        if waiting and (group.condition != waiting[-1].condition or len(waiting) >= 16):
-            tables.append(_answered(model, waiting, only))
-            waiting = []
-        waiting.append(group)
-    tables.append(_answered(model, waiting, only))
-    samples = pd.concat(tables, ignore_index=True)
+    made: dict[str, Adapter] = {}
+
+    def work(piece: list[Asked]) -> pd.DataFrame:
+        tables = []
+        for _, same in groupby(_groups(model, piece, made), lambda group: group.condition):
+            some = list(same)
+            tables += [_answered(model, some[i : i + _GROUPS], only) for i in range(0, len(some), _GROUPS)]
+        return pd.concat(tables)
+
+    samples = pd.concat(shared(_pieces(n, seed, split), work), ignore_index=True)
     together = samples["condition"].isin([f"{count} documents" for count in _TOGETHER])
     samples = samples[~(together & (samples["method"] == "in context"))]
     by = ["condition", "method"]

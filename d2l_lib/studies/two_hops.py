@@ -22,6 +22,7 @@ from d2l_lib.analysis.trust import evidence_units, without_sentence, worst_rank
 from d2l_lib.model import DocToLoRA
 from d2l_lib.tasks import world
 from d2l_lib.tasks.scores import wilson
+from d2l_lib.training.processes import shared
 
 _FACTS = 12  # in a document
 _BATCH = 16  # questions
@@ -77,9 +78,10 @@ def samples(model: DocToLoRA, n: int, seed: int, split: str = "test") -> pd.Data
     """
     cases, drawn = needing(model, n, seed, split)
     n_needing, cases = len(cases), cases[:n]
-    rows, began = [], time.perf_counter()
-    for start in range(0, n, _BATCH):
-        some = cases[start : start + _BATCH]
+    began = time.perf_counter()
+
+    def work(start: int) -> list[dict]:
+        some, rows = cases[start : start + _BATCH], []
         questions = [question.text for _, question in some]
         adapters = model.internalize_each([document.text for document, _ in some])
         answers = {
@@ -92,7 +94,9 @@ def samples(model: DocToLoRA, n: int, seed: int, split: str = "test") -> pd.Data
             facts = {"question": start + place} | right
             rows += [facts | row for row in _ranked(model, adapter, question, seed)]
         print(f"{start + len(some)} of {n} traced, {time.perf_counter() - began:.0f} s", flush=True)
-    table = pd.DataFrame(rows)
+        return rows
+
+    table = pd.DataFrame([row for rows in shared(range(0, n, _BATCH), work) for row in rows])
     table.attrs["needing"] = (n_needing, drawn)
     return table
 

@@ -9,6 +9,9 @@
     d2l train --stage qa --preset paper-gemma --shards FOLDER ...       # the published recipe on shards
     torchrun --nproc_per_node 8 -m d2l_lib train ...                    # processes share a step's batches
 
+Stages with two batches or more in a step can be shared: qa, text-to-lora, reading-lora, and with
+`--set batches_per_step=2` needle, rows and published, whose step is then twice as large. base and reading cannot.
+
 Killed runs continue (see `loop`). A preset of a published base model takes --base (a folder or another hub name), and
 --steps and --set for runs of another size. Its hypernetwork ends in a folder that `d2l.load` reads.
 """
@@ -16,11 +19,13 @@ Killed runs continue (see `loop`). A preset of a published base model takes --ba
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2l_lib.presets import NEEDLE_VARIANTS, PRESETS, Preset, changed, preset, shortened
+from d2l_lib.presets import NEEDLE_VARIANTS, PRESETS, Preset, Schedule, changed, preset, shortened
+from d2l_lib.training.processes import processes
 
 if TYPE_CHECKING:
     from d2l_lib.training.loop import Run
@@ -31,6 +36,12 @@ _ON_QUESTIONS = ("rows", "reading-lora", "published")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    parser.epilog = (
+        "On both cores of a CPU, or on several GPUs: torchrun --nproc_per_node 2 -m d2l_lib train ... (with "
+        "OMP_NUM_THREADS=1). The processes share the batches of a step, and the result is that of one. The stages qa, "
+        "text-to-lora and reading-lora have two batches in a step; needle, rows and published have them with --set "
+        "batches_per_step=2; base and reading are trained by one process."
+    )
     parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
     parser.add_argument("--stage", choices=STAGES, default="all", help="all: base, then needle")
     parser.add_argument("--seed", type="seed", help="of the hypernetwork; the preset's own seed makes the bundled one")
@@ -76,6 +87,7 @@ def run(a: argparse.Namespace) -> None:
     p = preset(a.preset)
     own = _is_own(a, p)
     _check(a, own, p)
+    _check_processes(a.stage, _schedule(a, p, own))
     if a.stage == "reading":
         settings, source = shortened(changed(p.reading, a.set), a.steps), a.start or f"{p.name}/qa"
         own = own or a.start is not None
@@ -125,11 +137,36 @@ def _check(a: argparse.Namespace, own: bool, p: Preset) -> None:
         a.error(f"--shards and --cache are for --stage qa, not for {a.stage}")
 
 
+def _schedule(a: argparse.Namespace, p: Preset, own: bool) -> Schedule:
+    """The settings of the first training of this stage."""
+    if a.stage == "text-to-lora":
+        return p.qa.world
+    if a.stage == "base" or (a.stage == "all" and not own):
+        return p.base
+    of_stage = {"all": p.needle, "qa": p.qa.first, "reading-lora": p.reading_lora}
+    return changed(of_stage[a.stage] if a.stage in of_stage else getattr(p, a.stage), a.set)
+
+
+def _check_processes(stage: str, settings: Schedule) -> None:
+    """ValueError where the processes cannot share a step; one process on a CPU is told of its other cores."""
+    import torch
+
+    if stage != "reading":  # which refuses several by itself
+        settings.accumulation(processes())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes() > 1 or torch.accelerator.is_available():
+        return
+    several = max(n for n in range(1, cores + 1) if settings.batches_per_step % n == 0)
+    if several > 1:
+        print(f"for {several} of {cores} cores: torchrun --nproc_per_node {several} -m d2l_lib train ...", flush=True)
+    elif torch.get_num_threads() < cores:
+        print(f"a step is one batch, for one process; OMP_NUM_THREADS={cores} gives it all cores", flush=True)
+
+
 def _run_on_questions(a: argparse.Namespace, p: Preset) -> None:
     """Train token rows or the reading LoRA: the bundled ones, or with other settings, for another base, in RUNS."""
     from d2l_lib.tasks.qa import load_named
     from d2l_lib.training import reading_lora, recipes
-    from d2l_lib.training.loop import processes
 
     tables = {name.partition("=")[0]: load_named(name, split="train", **_drawn(name, p)) for name in a.questions}
     seed, own = a.seed or 0, a.base is not None or a.steps is not None or bool(a.set)
@@ -137,7 +174,6 @@ def _run_on_questions(a: argparse.Namespace, p: Preset) -> None:
     run = _run_options(a, a.runs / p.name / f"{stage}_{'own_' if own else ''}seed{seed}", seed)
     features = a.runs / p.name / "features"
     settings = shortened(changed(getattr(p, stage), a.set), a.steps)
-    settings.accumulation(processes())  # before features are computed
     if a.stage == "reading-lora":
         if own:
             final = reading_lora.train_reading_lora(settings, p.rows, _base_source(a, p), tables, run)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import fields
 from pathlib import Path
 
+from d2l_lib.training.processes import process_index, processes
 from d2l_lib.training.settings import Settings
 
 
@@ -17,12 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", default="world", help="world, a folder of .txt and .md files, or a .jsonl file")
     parser.add_argument("--writer", help="model that writes the questions on texts (default: the base model)")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument(
-        "--worker", type="count or none", default=int(os.environ.get("RANK", 0)), help="of this process, from 0"
-    )
-    parser.add_argument(
-        "--workers", type="count", default=int(os.environ.get("WORLD_SIZE", 1)), help="how many there are"
-    )
+    parser.add_argument("--worker", type="count or none", default=process_index(), help="of this process, from 0")
+    parser.add_argument("--workers", type="count", default=processes(), help="how many there are")
     for setting in fields(Settings):
         flag, kind = "--" + setting.name.replace("_", "-"), type(setting.default)
         kind = "seed" if setting.name == "seed" else kind

@@ -9,7 +9,6 @@ one kind of machine where each process has one thread.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from d2l_lib.hypernetwork import names_without_decay
 from d2l_lib.presets import Schedule
 from d2l_lib.records import append_jsonl, read_appended, read_json, write_jsonl
 from d2l_lib.training.notes import Step
+from d2l_lib.training.processes import processes
 
 _LOG = "log.jsonl"
 _STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole
@@ -265,12 +265,14 @@ class InOrderTrainer(Trainer):
         present = torch.tensor([p in self._sums for p in learned], dtype=torch.int32, device=self.args.device)
         if self.args.world_size > 1:  # a parameter may have had no gradient in one process
             dist.all_reduce(present, dist.ReduceOp.MAX)
-        for p, is_present in zip(learned, present.tolist(), strict=True):
-            if is_present:
-                total = self._sums[p] if p in self._sums else torch.zeros_like(p, dtype=wide)
-                if self.args.world_size > 1:
-                    dist.all_reduce(total)
-                p.grad = (total / self.args.world_size).to(p.dtype)
+        learned = [p for p, is_present in zip(learned, present.tolist(), strict=True) if is_present]
+        totals = [self._sums[p] if p in self._sums else torch.zeros_like(p, dtype=wide) for p in learned]
+        if self.args.world_size > 1:  # all in one call: each takes time, the more the more processes there are
+            flat = torch.cat([total.flatten() for total in totals])
+            dist.all_reduce(flat)
+            totals = flat.split([p.numel() for p in learned])
+        for p, total in zip(learned, totals, strict=True):
+            p.grad = (total.view_as(p) / self.args.world_size).to(p.dtype)
         self._sums = {}
 
     def _seed_batch(self) -> None:
@@ -393,26 +395,10 @@ def _training_arguments(schedule: Schedule, run: Run) -> TrainingArguments:
     return arguments
 
 
-def processes() -> int:
-    """How many there are: torchrun's, or one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def _named_batch(items: list) -> dict:
     """What `forward` takes, from a data set whose items are whole batches."""
     (batch,) = items
     return batch if isinstance(batch, dict) else {"batch": batch}
-
-
-def own_device() -> str | None:
-    """The GPU of this process under torchrun; else None, and the loader chooses."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
-
-
-def is_first_process() -> bool:
-    """Whether this process writes results: the only one, or torchrun's first."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def read_log(path: Path) -> list[dict]:

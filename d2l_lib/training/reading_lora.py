@@ -41,8 +41,9 @@ from d2l_lib.presets import Preset, ReadingLoraPreset, RowsPreset
 from d2l_lib.records import write_jsonl
 from d2l_lib.tasks import qa
 from d2l_lib.training.batches import IGNORED
-from d2l_lib.training.loop import Run, fit, is_first_process, own_device, read_log
+from d2l_lib.training.loop import Run, fit, read_log
 from d2l_lib.training.notes import Notes, Step
+from d2l_lib.training.processes import is_first_process, own_device
 from d2l_lib.training.row_features import Limits, batches_of_like_size, never_learned, passages_of
 from d2l_lib.training.step import logits_of
 

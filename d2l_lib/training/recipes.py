@@ -56,7 +56,8 @@ from d2l_lib.row_reader import reader_sizes
 from d2l_lib.token_rows import ROLES, TokenRows
 from d2l_lib.training import pretraining
 from d2l_lib.training.contexts import DistillationBatches, NeedleBatches, WorldDocuments
-from d2l_lib.training.loop import Run, checkpoints, fit, is_first_process, own_device, processes, read_log
+from d2l_lib.training.loop import Run, checkpoints, fit, read_log
+from d2l_lib.training.processes import is_first_process, own_device, processes
 from d2l_lib.training.published import PassageBatches, PublishedStep, few_of
 from d2l_lib.training.reading import ReadingBatches, ReadingStep, with_null_block
 from d2l_lib.training.row_features import (
@@ -93,6 +94,7 @@ _UNRELATED = Path("data") / "unrelated_prompts.jsonl"
 _UNSEEN = 5  # every fifth of these prompts is never learned
 
 HYPERNETWORK = "hypernetwork.json"
+_LEAVING_OUT = {"ddp_find_unused_parameters": True}  # of several processes: some batches use not all parameters
 
 
 # ----------------------------------------------------------------------------------------------------- the base model
@@ -368,7 +370,7 @@ def train_rows(
     step.start(train, batches)
     if is_first_process():
         _write_down(hypernetwork, run.folder, p.longest_passage)
-    fit(step, batches, p, run)
+    fit(step, batches, p, replace(run, arguments=_LEAVING_OUT | dict(run.arguments)))
     if held_out:
         test, n = RowsBatches(held_out, hypernetwork.words, p, run.seed), len(held_out)
         parts = [range(start, min(start + p.passages, n)) for start in range(0, n, p.passages)]
@@ -489,6 +491,7 @@ def train_published(
     parts = [range(start, min(start + p.passages, len(held_out))) for start in range(0, len(held_out), p.passages)]
     step.tests = [test.collate(part) for part in parts if len(part) > 1]
     batches = PassageBatches(train, step, p, p.pointer.steps, run.seed)
+    run = replace(run, arguments=_LEAVING_OUT | dict(run.arguments))
     fit(step, batches, p.pointer, run.stage("pointer"))
     step.adds, batches.steps = True, p.steps
     fit(step, batches, p, run.stage("sum", seed=run.seed + 1))
@@ -593,7 +596,7 @@ def remake_needle(p: Preset, runs: Path, data: Path, seed: int, variant: str) ->
 def remake_qa(p: Preset, runs: Path, data: Path, seed: int) -> None:
     """Train a question-answering hypernetwork on the bundled base model; logs and the bundled weights go to `data`."""
     run = Run(runs / p.name / f"qa_seed{seed}", seed, save_steps=125, report_steps=25)
-    hypernetwork = train_qa(p.qa, Base(*load_base_model(p.name), p.name), run)
+    hypernetwork = train_qa(p.qa, Base.load(p.name, p.qa.first), run)
     if not is_first_process():
         return
     meta = {"preset": p.name, "seed": seed, "chunk_tokens": p.qa.world.chunk_tokens, "base_model": p.name}

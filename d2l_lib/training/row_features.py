@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from d2l_lib.formats.writing import atomic_file
 from d2l_lib.lora import hooked, without_lora
 from d2l_lib.row_reader import check_parts, part_of_layers
 from d2l_lib.tasks.qa import group_by_document
+from d2l_lib.training.processes import process_index, processes
 
 PER_FILE = 24  # passages of a file
 _POOL = 64  # passages, from which batches of like size are made
@@ -165,7 +167,7 @@ def write_features(
     encoder: ContextEncoder,
     facts: dict[str, object],
 ) -> None:
-    """Fill `folder` with the features of these passages; files that are there already are kept.
+    """Fill `folder` with the features of these passages; files that are there already are kept. Processes share them.
 
     encoder: of type hidden_states; state 0, the embeddings, is left out of the files.
     facts: of `facts_of`, what the numbers depend on.
@@ -180,10 +182,14 @@ def write_features(
         if file.exists():
             _check_facts(file, facts)
             continue
+        if number % processes() != process_index():
+            continue
         tensors = _features(base_model, tokenizer, passages[start : start + PER_FILE], encoder, int(facts["below"]))
         with atomic_file(file) as unfinished:
             save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})
         print(f"features {number + 1} of {len(parts)}", flush=True)
+    while not all((folder / f"features-{number:05}.safetensors").exists() for number in range(len(parts))):
+        time.sleep(0.5)  # for those of other processes
 
 
 def _check_facts(file: Path, facts: dict[str, object]) -> None:

@@ -53,7 +53,7 @@ from d2l_lib.engine import TOP_K, Prompts, Reply, TransformersEngine
 from d2l_lib.formats.shards import COUNTS, MANIFEST, SCHEMA, shard_path, shard_problem, shard_record, write_shard
 from d2l_lib.records import read_json, read_jsonl, write_json
 from d2l_lib.tasks import short_questions, world
-from d2l_lib.training.loop import own_device
+from d2l_lib.training.processes import own_device
 from d2l_lib.training.settings import PROMPTS, Settings
 
 FORMAT, VERSION = "doc-to-lora self-generated data", 1

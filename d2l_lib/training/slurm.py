@@ -15,7 +15,7 @@ import shlex
 from collections.abc import Sequence
 
 from d2l_lib.documents import check_texts
-from d2l_lib.presets import PRESETS, SHARD_STAGES, preset
+from d2l_lib.presets import PRESETS, SHARD_STAGES, changed, preset
 
 STAGES = ("needle", "qa")
 
@@ -37,7 +37,8 @@ def sbatch_script(
 
     gpus and cpus: per node, and per GPU.
 
-    ValueError if the processes cannot share the preset's batches evenly, or if shards are missing.
+    ValueError if the processes cannot share the batches of a step evenly, as the preset and `--set` in `extra` say, if
+    a setting is unknown, or if shards are missing.
     """
     shards, extra = check_texts(shards, "shards"), check_texts(extra, "extra options")
     p = preset(name)
@@ -48,7 +49,7 @@ def sbatch_script(
             f"{nodes} nodes with {gpus} GPUs, {cpus} cores each, {hours} hours: at least one of everything"
         )
     for settings in [p.needle] if stage == "needle" else p.qa.stages.values():
-        settings.accumulation(nodes * gpus)
+        changed(settings, _changes(extra)).accumulation(nodes * gpus)
     if stage == "qa" and not shards and all(one in SHARD_STAGES for one in p.qa.stages):
         raise ValueError("this preset learns from self-generated data: give its folders as shards")
     command = ["-m", "d2l_lib", "train", "--stage", stage, "--preset", name, "--runs", runs]
@@ -86,6 +87,13 @@ def sbatch_script(
         "wait $!",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _changes(extra: Sequence[str]) -> list[str]:
+    """What these options of `d2l train` set."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--set", nargs="+", default=[])
+    return parser.parse_known_args(extra)[0].set
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

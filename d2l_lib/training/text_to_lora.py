@@ -29,7 +29,8 @@ from d2l_lib.model import DocToLoRA
 from d2l_lib.presets import DistillationPreset, Preset
 from d2l_lib.records import read_json, read_rows, write_jsonl
 from d2l_lib.training.contexts import DistillationBatches, WorldDocuments
-from d2l_lib.training.loop import Run, is_first_process
+from d2l_lib.training.loop import Run
+from d2l_lib.training.processes import is_first_process
 from d2l_lib.training.recipes import Base, fit_hypernetwork, hypernetwork_config
 
 
@@ -126,7 +127,7 @@ def load_text_to_lora(folder: str | Path, base_name: str = "") -> DocToLoRA:
 def remake_text_to_lora(p: Preset, runs: Path, data: Path, seed: int) -> None:
     """Train the baseline into `runs`; its log also goes to `data`."""
     run = Run(runs / p.name / f"text_to_lora_seed{seed}", seed)
-    network = train_text_to_lora(p.qa.world, Base(*load_base_model(p.name), p.name), run)
+    network = train_text_to_lora(p.qa.world, Base.load(p.name, p.qa.world), run)
     if is_first_process():
         save_text_to_lora(run.folder / "final", network)
         log = [{"seed": seed, **line} for line in read_rows(run.folder / "log.jsonl")]

@@ -1267,6 +1267,37 @@ def plot_documents_per_second_by_batch(
 
 
 @_styled
+def plot_training_by_gpus(costs: pd.DataFrame, *, title: str = "A training by number of GPUs, on paper") -> Figure:
+    """Seconds of a step, GPU-days and efficiency against the number of GPUs, a line per network and way.
+
+    costs: network, way, gpus, step_seconds, gpu_days, gpu_days_low, gpu_days_high, efficiency, same_recipe.
+
+    The band is the range of the first line's GPU-days. Beyond the dashed line a step has more batches than the recipe.
+    """
+    values = {"step_seconds": "a step (seconds)", "gpu_days": "the whole training (GPU-days)"}
+    _need(costs, "network", "way", "gpus", *values, "gpu_days_low", "gpu_days_high", "efficiency", "same_recipe")
+    figure, panels = _panels(title, 3, size=(11.5, 4.2))
+    for i, ((network, way), rows) in enumerate(costs.groupby(["network", "way"], sort=False)):
+        rows = rows.sort_values("gpus")
+        for axes, value in zip(panels, (*values, "efficiency"), strict=True):
+            axes.plot(rows["gpus"], rows[value], **_look(i), label=_plain(f"{network}\n{way}"))
+        if i == 0:
+            _band(panels[1], rows["gpus"], rows["gpu_days_low"], rows["gpu_days_high"], COLORS[0])
+    same = costs.loc[costs["same_recipe"], "gpus"]
+    for axes in panels:
+        _token_axis(axes, costs["gpus"].unique(), "GPUs (number of them)")
+        if not costs["same_recipe"].all() and len(same):
+            axes.axvline(same.max(), **_DASHED)
+    for axes, label in zip(panels, values.values(), strict=False):
+        _log_axis(axes)
+        axes.set_ylabel(label)
+    _share_axis(panels[2], "time in which GPUs compute (%)")
+    _legend_of_all(figure, panels)
+    _caption(figure, "calculated, not run; band: range of the first line; dashed: beyond it a step has more batches")
+    return figure
+
+
+@_styled
 def plot_adapter_file_by_length(files: pd.DataFrame, *, title: str = "An adapter on disk") -> Figure:
     """Size of an adapter's file (left) and seconds to save and to load it (right) against document length.
 

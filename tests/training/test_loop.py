@@ -13,12 +13,13 @@ import torch
 import train_small
 from safetensors.torch import load_file
 
+from d2l_lib.__main__ import main
 from d2l_lib.encoder import ContextEncoder
 from d2l_lib.hypernetwork import Hypernetwork, combine
 from d2l_lib.lora import apply_lora
 from d2l_lib.records import read_jsonl
 from d2l_lib.tasks import needles
-from d2l_lib.training import step
+from d2l_lib.training import command, recipes, step, text_to_lora
 from d2l_lib.training.batches import group_by_length
 from d2l_lib.training.contexts import NeedleBatches, _random_chunks
 from d2l_lib.training.loop import InOrderTrainer, Run, checkpoints, is_whole, read_log
@@ -214,6 +215,44 @@ def test_a_run_killed_and_resumed_with_one_two_and_four_processes_has_the_curve_
     start = Hypernetwork(hypernetwork_config(train_small.ELASTIC, base.model, "x")).state_dict()
     assert all(torch.allclose(expected[name], resumed[name], atol=1e-6) for name in expected)
     assert any((expected[name] - start[name]).abs().max() > 1e-2 for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "each"),
+    [
+        ([], 1),
+        (["--stage", "needle", "--seed", "1"], 1),
+        (["--stage", "needle", "--set", "batches_per_step=6"], 6),
+        (["--stage", "qa"], 2),
+        (["--stage", "text-to-lora"], 2),
+        (["--stage", "qa", "--preset", "paper-gemma"], 64),
+        (["--preset", "paper-qwen"], 16),
+        (["--stage", "rows", "--preset", "smollm2", "--questions", "facts"], 1),
+        (["--stage", "published", "--preset", "smollm2", "--questions", "facts", "--set", "batches_per_step=4"], 4),
+        (["--stage", "reading-lora", "--preset", "smollm2", "--questions", "facts"], 2),
+    ],
+)
+def test_a_training_says_at_once_how_many_processes_share_it(words, each, monkeypatch, capsys):
+    """Before anything is loaded: a line for one process, and an error for a number that does not fit."""
+    for name in ("_run_on_questions", "_run_own"):
+        monkeypatch.setattr(command, name, lambda *_: None)
+    for name in ("remake_base", "remake_needle", "remake_qa"):
+        monkeypatch.setattr(recipes, name, lambda *_: None)
+    monkeypatch.setattr(text_to_lora, "remake_text_to_lora", lambda *_: None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    main(["train", *words])
+    several = {1: 0, 2: 2, 4: 4, 6: 3, 16: 4, 64: 4}[each]
+    said = capsys.readouterr().out
+    assert (f"--nproc_per_node {several} " in said) if several else "OMP_NUM_THREADS=4" in said
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(SystemExit, match=f"5 processes cannot share out {each} batches evenly"):
+        main(["train", *words])
+    if each > 1:
+        monkeypatch.setenv("WORLD_SIZE", str(each))
+        main(["train", *words])
+        assert not capsys.readouterr().out, "nothing to say where they fit"
 
 
 def test_processes_that_cannot_share_a_step_are_refused(base, tmp_path, monkeypatch):

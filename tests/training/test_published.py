@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from d2l_lib.hypernetwork import HypernetworkConfig
 from d2l_lib.model import DocToLoRA
 from d2l_lib.pooled_rows import PooledRows
 from d2l_lib.presets import PublishedPreset, RowsPreset, Schedule, shortened
+from d2l_lib.tasks.qa import load_qa
 from d2l_lib.token_rows import TokenRows
 from d2l_lib.training import published, recipes
 from d2l_lib.training.loop import Run, read_log
@@ -244,6 +246,26 @@ def test_a_killed_training_ends_as_a_whole_one(trained, rows_folder, tmp_path, m
     monkeypatch.setattr(recipes, "fit", real)
     again = recipes.train_published(p, rows, source, tables, half, features)
     assert (again / "hypernetwork.safetensors").read_bytes() == (final / "hypernetwork.safetensors").read_bytes()
+
+
+def train_from_file(source, file, rows, run: Run) -> None:
+    pointer = replace(SMALL.pointer, batches_per_step=2, steps=8)
+    p = replace(SMALL, rows=str(rows), batches_per_step=2, steps=8, pointer=pointer)
+    recipes.train_published(p, ROWS, str(source), {"squad": load_qa("squad", file)}, run, run.folder / "features")
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(base, rows_folder, tmp_path):  # noqa: F811
+    source, _, _, _, file = base
+    ends = []
+    for n_processes in (1, 2):
+        run = Run(tmp_path / str(n_processes), seed=1, report_steps=2)
+        started = processes.start_together(n_processes, train_from_file, source, file, rows_folder, run)
+        for process in started:
+            process.join(120)
+        assert [process.exitcode for process in started] == [0] * n_processes
+        ends.append(d2l.load(run.folder / "final").hypernetwork.state_dict())
+    assert all(torch.allclose(value, ends[1][name], atol=1e-4) for name, value in ends[0].items())
 
 
 def test_a_shorter_run_shortens_both_stages():

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pandas as pd
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -434,6 +435,26 @@ def test_a_stopped_run_resumes_to_the_weights_of_an_uninterrupted_one(base, tmp_
     assert len(frame) and trained.chunk_tokens == SMALL.longest_passage and trained.writes_rows
     with pytest.raises(ValueError, match=r"16 passages of towns .* needs 103"):
         recipes.train_rows(replace(SMALL, validation=100), str(source), {"towns": frame}, whole, features)
+
+
+def train_from_file(source, file, run: Run, features) -> None:
+    tables = {"towns": load_qa("squad", file, split="train")}
+    recipes.train_rows(replace(SMALL, batches_per_step=2, steps=8), str(source), tables, run, features)
+
+
+@pytest.mark.slow
+def test_two_processes_share_features_and_steps(base, tmp_path):
+    source, _, _, _, file = base
+    ends = []
+    for n_processes in (1, 2):
+        run = Run(tmp_path / str(n_processes), seed=1, report_steps=2)
+        started = processes.start_together(n_processes, train_from_file, source, file, run, run.folder / "features")
+        for process in started:
+            process.join(120)
+        assert [process.exitcode for process in started] == [0] * n_processes
+        ends.append(d2l.load(run.folder / "final").hypernetwork.state_dict())
+        assert len(list((run.folder / "features" / "towns").iterdir())) == -(-len(NAMES) // row_features.PER_FILE)
+    assert all(torch.allclose(value, ends[1][name], atol=1e-4) for name, value in ends[0].items())
 
 
 def test_the_command_ends_in_a_model_that_loads(base, tmp_path, capsys):

@@ -53,6 +53,15 @@ def test_it_starts_one_torchrun_per_node_on_the_first_node(tmp_path):
     ]  # fmt: skip
 
 
+def test_settings_of_the_training_count(capsys):
+    main(["slurm", "--preset", "tiny", "--gpus", "4", "--", "--keep", "0", "--set", "batches_per_step=4", "l1=0.0"])
+    assert torchrun_command(capsys.readouterr().out)[-5:] == "--keep 0 --set batches_per_step=4 l1=0.0".split()
+    with pytest.raises(SystemExit, match="4 processes cannot share out 2 batches evenly"):
+        main(["slurm", "--preset", "tiny", "--gpus", "4"])
+    with pytest.raises(SystemExit, match="8 processes cannot share out 4 batches evenly"):
+        main(["slurm", "--stage", "needle", "--", "--set", "batches_per_step=4"])
+
+
 def test_what_cannot_work_is_refused(capsys):
     with pytest.raises(ValueError, match="6 processes cannot share out 16 batches evenly"):
         slurm.sbatch_script("paper-gemma", "needle", nodes=2, gpus=3)
@@ -62,6 +71,8 @@ def test_what_cannot_work_is_refused(capsys):
         slurm.sbatch_script("paper-gemma", "needle", nodes=0)
     with pytest.raises(SystemExit, match="d2l slurm: 48 processes"):
         main(["slurm", "--nodes", "6", "--shards", "x"])
+    with pytest.raises(SystemExit, match="no_such=1.*name=value"):
+        main(["slurm", "--stage", "needle", "--", "--set", "no_such=1"])
     main(["slurm", "--preset", "paper-qwen", "--shards", "a", "b", "--partition", "gpu", "--", "--recompute"])
     printed = capsys.readouterr().out
     assert "#SBATCH --partition=gpu\n" in printed and "--shards a b --recompute &" in printed

@@ -144,7 +144,14 @@ def tables(needles) -> dict:
          "file_mib": [1.0, 1.0, 4.0, 4.0], "seconds": [0.2, 0.1, 0.8, 0.4]}
     )  # fmt: skip
     files = files.assign(seconds_low=files["seconds"], seconds_high=files["seconds"])
+    scaling = pd.DataFrame(
+        {"network": ["fast"] * 3 + ["slow"] * 3, "way": "ours", "gpus": [8, 16, 128] * 2,
+         "step_seconds": [1.0, 0.5, 0.4, 1.0, 0.8, 0.9], "gpu_days": [8.0, 8.5, 20.0, 8.0, 12.0, 40.0],
+         "gpu_days_low": [4.0, 5.0, 16.0] * 2, "gpu_days_high": [16.0, 17.0, 30.0] * 2,
+         "efficiency": [0.99, 0.9, 0.5, 0.99, 0.6, 0.2], "same_recipe": [True, True, False] * 2}
+    )  # fmt: skip
     return {
+        plots.plot_training_by_gpus: scaling,
         plots.plot_cost_by_length: speed,
         plots.plot_parts_by_length: seconds_of,
         plots.plot_documents_per_second_by_batch: rates,
@@ -282,6 +289,7 @@ def test_every_axis_is_labelled_with_its_unit(tables):
         "documents",
         "seconds",
         "MiB",
+        "GPU",
         "nats",
         "Frobenius",
         "position",
@@ -610,6 +618,20 @@ def test_rates_are_documents_for_each_second(tables):
     assert list(line.get_ydata()) == [2.0, 4.0] and set(one.get_ydata()) == {2.0}
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((1 / 0.6, 5.0))
+
+
+def test_a_training_has_a_line_for_each_network_and_a_mark_where_the_recipe_ends(tables):
+    table = tables[plots.plot_training_by_gpus]
+    panels = plots.plot_training_by_gpus(table).axes
+    for axes, column in zip(panels, ("step_seconds", "gpu_days", "efficiency"), strict=True):
+        fast, slow, end = axes.get_lines()
+        assert list(fast.get_xdata()) == [8, 16, 128] and fast.get_label() == "fast\nours"
+        assert [*fast.get_ydata(), *slow.get_ydata()] == list(table[column])
+        assert set(end.get_xdata()) == {16}
+    (band,) = panels[1].collections
+    assert (band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()) == (4.0, 30.0)
+    all_same = plots.plot_training_by_gpus(table.assign(same_recipe=True)).axes[0]
+    assert len(all_same.get_lines()) == 2
 
 
 def test_files_have_a_size_and_two_times(tables):
