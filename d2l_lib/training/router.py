@@ -46,8 +46,8 @@ _QUESTIONS = 12  # of an adapter, and one more for each further document in it
 class RouterPreset:
     """The dials: questions to draw, steps of how many of them, and the rest."""
 
-    questions: int = 45000
-    steps: int = 4000
+    questions: int = 100000
+    steps: int = 7000
     batch: int = 48
     rate: float = 3e-3
     warm_up: int = 100
@@ -56,7 +56,7 @@ class RouterPreset:
     verdict_weight: float = 0.3
     width: int = 96
     calibration: int = 2000  # questions for it
-    error: float = 0.005  # of further such questions, which get no block
+    error: float = 0.0075  # of further such questions, which get no block
 
 
 DEFAULT = RouterPreset()
