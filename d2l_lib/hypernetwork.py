@@ -17,6 +17,7 @@ from numbers import Integral, Real
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only", "hidden_states")
 _WRITERS = ("perceiver", "token_rows", "pooled_rows")
@@ -182,6 +183,7 @@ class _SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) without biases: d_in -> d_hidden -> d_out.
 
     Without gradients, hidden values are changed in place; on the CPU, of so few rows at once that its cache holds them.
+    With gradients, gate(x) and up(x) are kept, and what follows from them is computed again.
     """
 
     def __init__(self, d_in: int, d_hidden: int, d_out: int):
@@ -191,12 +193,36 @@ class _SwiGLU(nn.Module):
         self.down_proj = nn.Linear(d_hidden, d_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         rows = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled():
+            if torch.is_autocast_enabled(x.device.type):  # the precision of each product is autocast's to choose
+                return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            y = _KeptSwiGLU.apply(rows, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            return y.view(*x.shape[:-1], -1)
         pieces = rows.split(_PIECE if x.device.type == "cpu" else len(rows))
         parts = [self.down_proj(F.silu(self.gate_proj(one), inplace=True).mul_(self.up_proj(one))) for one in pieces]
-        return torch.cat(parts).view(*x.shape[:-1], -1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+
+
+class _KeptSwiGLU(torch.autograd.Function):
+    """D (silu(G x) * U x) of rows x [n, d_in]; only x, G x and U x are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, G: Tensor, U: Tensor, D: Tensor) -> Tensor:
+        gate, up = F.linear(x, G), F.linear(x, U)
+        ctx.save_for_backward(x, gate, up, G, U, D)
+        return F.linear(F.silu(gate).mul_(up), D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, up, G, U, D = ctx.saved_tensors
+        act, grad_hidden = F.silu(gate), grad @ D
+        grad_D = grad.T @ (act * up)
+        grad_up = act.mul_(grad_hidden)
+        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+        grad_x = torch.addmm(grad_gate @ G, grad_up, U) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_gate.T @ x, grad_up.T @ x, grad_D
 
 
 class Attention(nn.Module):

@@ -390,3 +390,15 @@ def test_a_swiglu_in_pieces_without_gradients_is_the_defined_one(monkeypatch):
         torch.testing.assert_close(part(x), expected)
         torch.testing.assert_close(part(x[0, 0, 0]), expected[0, 0, 0])  # one row alone
     assert torch.equal(x, before)
+
+
+def test_a_swiglu_that_keeps_two_hidden_values_has_the_defined_gradients():
+    part, x = hypernetwork._SwiGLU(6, 24, 4).double(), torch.randn(2, 5, 6, dtype=torch.double, requires_grad=True)
+    given = [x, part.gate_proj.weight, part.up_proj.weight, part.down_proj.weight]
+    y, expected = part(x), (torch.nn.functional.silu(x @ given[1].T) * (x @ given[2].T)) @ given[3].T
+    weights, kept = torch.randn_like(y), []
+    for one, other in zip(*(torch.autograd.grad(o, given, weights) for o in (y, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        part(x)
+    assert sum(one.shape[-1] == 24 and one.shape[0] == 10 for one in kept) == 2
