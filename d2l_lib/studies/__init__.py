@@ -370,6 +370,13 @@ STUDIES = {
             "--again": {"action": "store_true", "help": "measure again what is recorded"},
         },
     ),
+    "generation": Study(
+        "generation:run",
+        ("generation",),
+        "answers per CPU second of self-generation, by how they are found",
+        *(5, "turns", ""),
+        options={"--documents": {"type": "count", "default": 60, "help": "of the world, in each turn (60)"}},
+    ),
     "speed-gemma": Study(
         "speed:run_gemma",
         ("speed_gemma",),
