@@ -14,7 +14,7 @@ layer is computed where its output is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,6 @@ _PACK, _HELD = 1000, 4000  # tokens of heads that are read at once, and kept: mo
 _ROUNDS = 6  # guesses at one answer; what is then left is answered token by token
 _COPIED = 6  # tokens of a guess that is copied from the prompt
 Ids = Sequence[Sequence[int]]  # token ids of several texts
-Head = list[tuple[Tensor, Tensor]]  # the keys and values of a text in each layer, [heads, tokens, size]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [tokens, heads, size]
 
 
@@ -49,9 +48,12 @@ class Answer:
     indices: list[np.ndarray]
 
 
-def _length(head: Head) -> int:
-    """Tokens of a head."""
-    return head[0][0].shape[1]
+@dataclass
+class Head:
+    """The beginning of prompts. states: its keys and values [heads, tokens, size] in each layer, once it is read."""
+
+    ids: Sequence[int]
+    states: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Guessing:
@@ -90,8 +92,7 @@ class Guessing:
                     pack.append(waiting.pop())
                     size += pack[-1][0]
                 n_asked += sum(len(places) for _, places in pack)
-                heads = self._packed.heads([self._prompts[places[0]][:n] for n, places in pack])
-                left += self._round([(head, places) for head, (_, places) in zip(heads, pack, strict=True)])
+                left += self._round([(Head(self._prompts[places[0]][:n]), places) for n, places in pack])
                 if 2 * sum(len(places) for _, places in left) > n_asked:
                     return
             for _ in range(_ROUNDS - 1):
@@ -101,7 +102,7 @@ class Guessing:
         """Check a guess at each of these answers; the heads and places of those that are not whole yet."""
         begun, guesses = self._begun, self._guesses
         tails = [
-            [[*self._prompts[i][_length(head) :], *(begun[i].ids if i in begun else ()), *guesses[i]] for i in places]
+            [[*self._prompts[i][len(head.ids) :], *(begun[i].ids if i in begun else ()), *guesses[i]] for i in places]
             for head, places in asked
         ]
         order = [i for _, places in asked for i in places]
@@ -143,47 +144,52 @@ class _Packed:
         self._embed, self._rotary, self._layers = body.embed_tokens, body.rotary_emb, decoder_layers(model)
         self._norm, self._output = final_norm(model), model.get_output_embeddings()
 
-    def heads(self, rows: Ids) -> list[Head]:
-        """Keys and values of texts that tails will follow."""
-        spans, heads = _spans([len(row) for row in rows]), [[] for _ in rows]
-
-        def attend(q, k, v):
-            parts = []
-            for head, (a, b) in zip(heads, spans, strict=True):
-                head.append((k[a:b].transpose(0, 1), v[a:b].transpose(0, 1)))
-                parts.append(((a, b), *head[-1], None))
-            return _attention(q, parts)
-
-        self._run(rows, [0] * len(rows), attend, torch.tensor([], dtype=torch.long))
-        return heads
-
     def logits(self, heads: Sequence[Head], tails: Sequence[Ids], wanted: Sequence[int]) -> Tensor:
         """[wanted tokens, vocabulary]: what follows the last `wanted` tokens of each tail.
 
+        heads: those without states are read as well, and have them then.
         tails: those of each head. wanted: a number for each tail.
         """
-        sizes = [[len(tail) for tail in of_head] for of_head in tails]
-        ends = [end for _, end in _spans([size for of_head in sizes for size in of_head])]
-        keep = torch.tensor([place for end, n in zip(ends, wanted, strict=True) for place in range(end - n, end)])
-        spans, lengths = _spans([sum(of_head) for of_head in sizes]), [_length(head) for head in heads]
-        masks = [_tail_mask(n, of_head).to(heads[0][0][0]) for n, of_head in zip(lengths, sizes, strict=True)]
-        kept = torch.searchsorted(keep, torch.tensor(spans)).tolist()  # the spans within `keep`
-        kept_masks = [mask[keep[a:b] - start] for (a, b), (start, _), mask in zip(kept, spans, masks, strict=True)]
-        layers = iter(zip(*heads, strict=True))
+        rows, starts, spans, keep = [], [], [], []  # spans: (start of the head, of its tails, end) among all tokens
+        end, number = 0, iter(wanted)
+        for head, of_head in zip(heads, tails, strict=True):
+            start = end
+            if not head.states:
+                rows.append(head.ids)
+                starts.append(0)
+                end += len(head.ids)
+            middle = end
+            for tail in of_head:
+                rows.append(tail)
+                starts.append(len(head.ids))
+                end += len(tail)
+                keep += range(end - next(number), end)
+            spans.append((start, middle, end))
+        keep = torch.tensor(keep)
+        masks = [
+            _tail_mask(len(head.ids), [len(tail) for tail in of_head]).to(self._embed.weight.dtype)
+            for head, of_head in zip(heads, tails, strict=True)
+        ]
+        kept = torch.searchsorted(keep, torch.tensor([span[1:] for span in spans])).tolist()  # the tails within `keep`
+        layer = iter(range(len(self._layers)))
 
         def attend(q, k, v):
-            queries, seen = (spans, masks) if len(q) == len(k) else (kept, kept_masks)
-            parts = []
-            for of_head, (a, b), span, mask in zip(next(layers), spans, queries, seen, strict=True):
-                pair = (torch.cat([h, x[a:b].transpose(0, 1)], 1) for h, x in zip(of_head, (k, v), strict=True))
-                parts.append((span, *pair, mask))
+            at, parts, k, v = next(layer), [], k.transpose(0, 1), v.transpose(0, 1)
+            is_last = at == len(self._layers) - 1
+            for head, (start, middle, end), (a, b), mask in zip(heads, spans, kept, masks, strict=True):
+                if len(head.states) == at:
+                    head.states.append((k[:, start:middle], v[:, start:middle]))
+                    states = k[:, start:end], v[:, start:end]
+                    if not is_last:
+                        parts.append(((start, middle), *head.states[-1], None))
+                else:
+                    states = (torch.cat([h, x[:, middle:end]], 1) for h, x in zip(head.states[at], (k, v), strict=True))
+                parts.append(((a, b), *states, mask[keep[a:b] - middle]) if is_last else ((middle, end), *states, mask))
             return _attention(q, parts)
 
-        rows = [tail for of_head in tails for tail in of_head]
-        starts = [n for n, of_head in zip(lengths, tails, strict=True) for _ in of_head]
         return self._output(self._norm(self._run(rows, starts, attend, keep)))
 
-    def _run(self, rows, starts: Sequence[int], attend: Attention, keep: Tensor) -> Tensor:
+    def _run(self, rows: Ids, starts: Sequence[int], attend: Attention, keep: Tensor) -> Tensor:
         """The last layer's output [kept, width] at the packed tokens `keep` of the rows, which begin at `starts`."""
         x = self._embed(torch.tensor([token for row in rows for token in row]))
         places = torch.cat([torch.arange(start, start + len(row)) for start, row in zip(starts, rows, strict=True)])
@@ -199,10 +205,8 @@ def _layer(
 ) -> Tensor:
     """One layer over packed tokens x [tokens, width]; with `keep` its output at these tokens only."""
     attention, cos, sin = layer.self_attn, *rotary
-
     q_norm, k_norm = (getattr(attention, name, lambda states: states) for name in ("q_norm", "k_norm"))
-    by_head = (-1, attention.head_dim)
-    y = layer.input_layernorm(x)
+    y, by_head = layer.input_layernorm(x), (-1, attention.head_dim)
     k = _turned(k_norm(attention.k_proj(y).unflatten(1, by_head)), cos, sin)  # [tokens, heads, size]
     v = attention.v_proj(y).unflatten(1, by_head)
     if keep is not None:
