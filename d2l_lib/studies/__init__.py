@@ -375,7 +375,10 @@ STUDIES = {
         ("generation",),
         "answers per CPU second of self-generation, by how they are found",
         *(5, "turns", ""),
-        options={"--documents": {"type": "count", "default": 60, "help": "of the world, in each turn (60)"}},
+        options={
+            "--documents": {"type": "count", "default": 60, "help": "of the world, in each turn (60)"},
+            "--before": {"type": Path, "metavar": "FOLDER", "help": "a checkout of an older commit, to compare with"},
+        },
     ),
     "speed-gemma": Study(
         "speed:run_gemma",

@@ -1,11 +1,17 @@
 """What self-generated answers cost: by guesses, token by token, with the document read again, and by two processes.
 
+    d2l study generation
+    git worktree add ../before 014ccb6~1 && d2l study generation --before ../before    # beside an older state
+
 Each way makes the same shards in turn, in processes of its own, each on one thread. Seconds are of the processor, of
 all processes of a way together, without their start: other programs disturb them less than wall seconds.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -47,23 +53,44 @@ WAYS = (("guesses checked", 1), ("guesses checked", 2), ("token by token", 1), (
 _BASE = WAYS[2]  # what the others are compared with
 
 
-def run(n: int, seed: int, documents: int) -> list[dict]:
+_BEFORE = """
+import json, sys, time
+from dataclasses import replace
+import torch
+from d2l_lib.training import selfgen
+torch.set_num_threads(1)
+settings = selfgen.Settings(**json.loads(sys.argv[1]))
+engine = selfgen.load_engine("transformers", sys.argv[3], settings.batch_tokens)
+next(selfgen.world.encyclopedia_questions(selfgen.random.Random(0), 1))
+selfgen.make_shard(replace(settings, documents=2), 0, engine)
+begin, cpu = time.time(), time.process_time()
+selfgen.generate(settings, sys.argv[2], engine)
+print(json.dumps({"cpu": time.process_time() - cpu, "begin": begin, "end": time.time()}))
+"""  # what `_make` does, by the package of another folder
+
+
+def run(n: int, seed: int, documents: int, before: Path | None) -> list[dict]:
     """A row for each of WAYS: answers per CPU second of n turns (median, quartiles), after one that is not measured.
 
     documents: in each turn; every turn has its own, from `seed` on.
+    before: a checkout of an older commit, which makes the same shards in the same turns.
 
-    ratio: to `token by token` on the same documents. per_wall_second: answers by the time from the first process's
+    ratio: to `token by token` on the same documents. over_before: likewise, to the older commit. per_wall_second: answers by the time from the first process's
     begin to the last one's end. different_ids, different_values: answers and log-probabilities that are not those of
     `token by token`; most_steps: by how many float16 steps at most.
     """
-    seen: dict[tuple[str, int], list[dict]] = {way: [] for way in WAYS}
+    ways = WAYS if before is None else (*WAYS, (f"commit {_commit(before)}", 1))
+    seen: dict[tuple[str, int], list[dict]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, mp_context=own_processes()) as pool:
         for turn in range(n + 1):
             settings = Settings(documents=documents, seed=seed + turn, shard_size=-(-documents // 4))
-            for name, workers in WAYS:
+            for name, workers in ways:
                 place = Path(folder) / f"{turn}_{name}_{workers}"
-                parts = [pool.submit(_make, name, settings, place, i, workers) for i in range(workers)]
-                made = [one.result() for one in parts]
+                if name in _ENGINES:
+                    parts = [pool.submit(_make, name, settings, place, i, workers) for i in range(workers)]
+                    made = [one.result() for one in parts]
+                else:
+                    made = [_make_before(before, settings, place)]
                 cpu, wall = sum(one["cpu"] for one in made), max(m["end"] for m in made) - min(m["begin"] for m in made)
                 seen[name, workers].append({"cpu": cpu, "wall": wall, "place": place})
                 print(f"turn {turn}: {name}, {workers}: {cpu:.2f} CPU seconds", flush=True)
@@ -75,6 +102,8 @@ def run(n: int, seed: int, documents: int) -> list[dict]:
         row = {"model": _MODEL, "way": way[0], "processes": way[1], "documents": documents, "n": n}
         row |= {"answers": int(counts.sum()), "device_name": processor_name(), "torch": torch.__version__}
         row |= _quartiles("per_cpu_second", rates[way]) | _quartiles("ratio", rates[way] / rates[_BASE])
+        if before is not None:
+            row |= _quartiles("over_before", rates[way] / rates[ways[-1]])
         row |= _quartiles("per_wall_second", counts / [one["wall"] for one in several[1:]])
         rows.append(row | {"compared_with": _BASE[0]} | _difference(tables[way], tables[_BASE]))
     return rows
@@ -92,6 +121,19 @@ def _make(name: str, settings: Settings, folder: Path, worker: int, workers: int
     begin, cpu = time.time(), time.process_time()
     selfgen.generate(settings, folder, engine, worker=worker, workers=workers)
     return {"cpu": time.process_time() - cpu, "begin": begin, "end": time.time()}
+
+
+def _make_before(checkout: Path, settings: Settings, folder: Path) -> dict[str, float]:
+    """The same by the package in `checkout`, in a Python of its own."""
+    changed = {name: getattr(settings, name) for name in ("documents", "seed", "shard_size")}
+    words = [sys.executable, "-c", _BEFORE, json.dumps(changed), str(folder.resolve()), _MODEL]
+    said = subprocess.run(words, cwd=checkout, capture_output=True, text=True, check=True).stdout
+    return json.loads(said.splitlines()[-1])
+
+
+def _commit(checkout: Path) -> str:
+    words = ["git", "-C", str(checkout), "rev-parse", "--short=7", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
 _Answers = tuple[list[list[int]], np.ndarray]  # the ids of all answers, and their log-probabilities [tokens, k]

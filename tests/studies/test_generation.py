@@ -1,5 +1,7 @@
 """What self-generation costs: every way makes the same answers, and its rows say what was compared."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from d2l_lib.__main__ import main
 from d2l_lib.records import read_jsonl
 from d2l_lib.studies import generation
 from d2l_lib.studies.generation import WAYS
+from d2l_lib.training.settings import Settings
 
 
 def test_the_command_compares_all_ways_on_the_same_answers(monkeypatch, tmp_path):
@@ -23,6 +26,16 @@ def test_the_command_compares_all_ways_on_the_same_answers(monkeypatch, tmp_path
     one, two, base, _ = rows
     assert base["ratio"] == 1 and base["different_values"] == base["most_steps"] == 0
     assert one["different_values"] == two["different_values"] < one["values"] / 4, "two processes make the same values"
+
+
+def test_an_older_checkout_makes_its_shards_in_a_python_of_its_own(tmp_path):
+    settings = Settings(documents=2, seed=4, shard_size=1)
+    made = generation._make_before(Path(__file__).resolve().parents[2], settings, tmp_path / "before")
+    generation._make("guesses checked", settings, tmp_path / "now", 0, 1)
+    assert 0 < made["cpu"] and made["begin"] < made["end"]
+    before, now = (generation._answers(tmp_path / name) for name in ("before", "now"))
+    assert before[0] == now[0] and len(now[0]) > 8
+    assert generation._difference([now], [before])["different_values"] == 0
 
 
 def test_differences_are_counted_in_steps_of_float16():
