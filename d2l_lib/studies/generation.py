@@ -75,9 +75,10 @@ def run(n: int, seed: int, documents: int, before: Path | None) -> list[dict]:
     documents: in each turn; every turn has its own, from `seed` on.
     before: a checkout of an older commit, which makes the same shards in the same turns.
 
-    ratio: to `token by token` on the same documents. over_before: likewise, to the older commit. per_wall_second: answers by the time from the first process's
-    begin to the last one's end. different_ids, different_values: answers and log-probabilities that are not those of
-    `token by token`; most_steps: by how many float16 steps at most.
+    ratio: to `token by token` on the same documents. over_before: likewise, to the older commit.
+    per_wall_second: answers by the time from the first process's begin to the last one's end.
+    different_ids, different_values: answers and log-probabilities that are not those of `token by token`.
+    most_steps: by how many float16 steps at most.
     """
     ways = WAYS if before is None else (*WAYS, (f"commit {_commit(before)}", 1))
     seen: dict[tuple[str, int], list[dict]] = {way: [] for way in ways}

@@ -32,7 +32,7 @@ def test_an_older_checkout_makes_its_shards_in_a_python_of_its_own(tmp_path):
     settings = Settings(documents=2, seed=4, shard_size=1)
     made = generation._make_before(Path(__file__).resolve().parents[2], settings, tmp_path / "before")
     generation._make("guesses checked", settings, tmp_path / "now", 0, 1)
-    assert 0 < made["cpu"] and made["begin"] < made["end"]
+    assert made["cpu"] > 0 and made["begin"] < made["end"]
     before, now = (generation._answers(tmp_path / name) for name in ("before", "now"))
     assert before[0] == now[0] and len(now[0]) > 8
     assert generation._difference([now], [before])["different_values"] == 0
