@@ -2,11 +2,11 @@
 
 prompts (token ids) -> pad_rows -> generate (transformers' own, greedy) -> texts: greedy_texts
                                 -> TransformersEngine.reply -> token ids with their largest log-probabilities
-        ... with guesses at the answers: packed.Guessing, and `reply` for what no guess has found
 
-In `reply` a document is read once for its questions, new tokens find room in the cache, and finished rows leave their
-batch. On a CPU no bit of any answer changes by that: in products of four rows or more, no row depends on how many there
-are. Another padding does change bits, so rows of other batches do not come in.
+In `reply` a document is read once for its questions. Guesses at the answers, where they are at hand, are checked by
+`packed` in one pass. What they do not find is answered token by token: new tokens find room in the cache, and finished
+rows leave their batch. On a CPU no bit of any answer changes by their leaving: in products of four rows or more, no row
+depends on how many there are. Another padding does change bits, so rows of other batches do not come in.
 """
 
 from __future__ import annotations
