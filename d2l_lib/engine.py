@@ -3,9 +3,10 @@
 prompts (token ids) -> pad_rows -> generate (transformers' own, greedy) -> texts: greedy_texts
                                 -> TransformersEngine.reply -> token ids with their largest log-probabilities
 
-In `reply` a document is read once for its questions, new tokens find room in the cache, and finished rows leave their
-batch. On a CPU no bit of any answer changes by that: in products of four rows or more, no row depends on how many there
-are. Another padding does change bits, so rows of other batches do not come in.
+In `reply` a document is read once for its questions. Guesses at the answers, where they are at hand, are checked by
+`packed` in one pass. What they do not find is answered token by token: new tokens find room in the cache, and finished
+rows leave their batch. On a CPU no bit of any answer changes by their leaving: in products of four rows or more, no row
+depends on how many there are. Another padding does change bits, so rows of other batches do not come in.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from d2l_lib.base_model import input_device, window_of
 from d2l_lib.documents import stop_ids, tokenizer_fingerprint
 from d2l_lib.lora import without_lora
+from d2l_lib.packed import Guessing, can_pack
 
 TOP_K = 16  # log-probabilities kept of each token
 _NEIGHBOURS = 4  # the last groups that a prompt is compared with
@@ -277,17 +279,25 @@ class TransformersEngine:
             "tokenizer_sha256": tokenizer_fingerprint(self.tokenizer),
         }
 
-    def reply(self, prompts: Prompts, max_new_tokens: int, temperature: float, seed: int) -> list[Reply | None]:
+    def reply(
+        self, prompts: Prompts, max_new_tokens: int, temperature: float, seed: int, guesses: Prompts | None = None
+    ) -> list[Reply | None]:
         """A reply to each prompt (token ids), or None for a prompt that fills the model's window.
 
         max_new_tokens: the longest reply; it never exceeds the window.
         temperature: 0 is greedy, others sample with `seed`.
+        guesses: token ids of what each reply may be, without a stop token. Right ones make greedy replies on a CPU
+            cheaper. No guess changes a reply's tokens, and log-probabilities change by rounding only.
 
         FloatingPointError if the model's values are not numbers.
         """
         replies: list[Reply | None] = [None] * len(prompts)
         generator = torch.Generator().manual_seed(seed)
         groups = self._groups(prompts, max_new_tokens)
+        if guesses is not None and temperature == 0 and can_pack(self.model):
+            for i, reply in self._guessed(prompts, groups, guesses, max_new_tokens).items():
+                replies[i] = reply
+            groups = self._groups(prompts, max_new_tokens, replies)
         # Shared and lone prompts go apart: together, both would be padded to the longest of both parts.
         waiting = sorted(groups, key=lambda group: (group[0] > 0, max(len(prompts[i]) for i in group[1])))
         while waiting:
@@ -303,18 +313,37 @@ class TransformersEngine:
                 replies[i] = reply
         return replies
 
+    def _guessed(self, prompts: Prompts, groups, guesses: Prompts, max_new_tokens: int) -> dict[int, Reply]:
+        """{place: greedy reply} of those that a guess has found."""
+        limits = [min(max_new_tokens, self.window - len(prompt)) for prompt in prompts]
+        guessing = Guessing(self.model, prompts, guesses, limits=limits, stops=self.stops, k=TOP_K)
+        with without_lora(self.model):
+            guessing.run(groups, self.batch_tokens)
+        replies = {}
+        for i, answer in guessing.found.items():
+            values, indices = np.concatenate(answer.values), np.concatenate(answer.indices)
+            self._check_numbers(values)
+            replies[i] = Reply.rounded(answer.ids, answer.ids[-1] in self.stops, values, indices)
+        return replies
+
+    def _check_numbers(self, values: np.ndarray) -> None:
+        if np.isnan(values).any():
+            raise FloatingPointError(f"{self.name} gives log-probabilities that are not numbers: use another dtype")
+
     def _positions(self, prompts: Prompts, batch: Sequence[tuple[int, list[int]]], max_new_tokens: int) -> int:
         """Cache positions, padding included, of a batch of groups (see `_groups`)."""
         head = max(n for n, _ in batch)
         rest = max(len(prompts[i]) - n for n, places in batch for i in places)
         return sum(len(places) for _, places in batch) * (head + rest + max_new_tokens)
 
-    def _groups(self, prompts: Prompts, max_new_tokens: int) -> list[tuple[int, list[int]]]:
+    def _groups(
+        self, prompts: Prompts, max_new_tokens: int, replies: Sequence[Reply | None] = ()
+    ) -> list[tuple[int, list[int]]]:
         """(n, places) of nearby prompts that begin with the same n tokens: a document is read once for its questions.
 
         The shared tokens are at least half of each prompt. n is 0 for a lone prompt, and always in models with sliding
         windows, which would count the padding between the two parts. No group takes more than `batch_tokens`. Prompts
-        that fill the model's window are left out.
+        that fill the model's window are left out, and those that have one of `replies`.
         """
         config = self.model.config.get_text_config()
         types = getattr(config, "layer_types", None) or ["sliding_attention"] * bool(
@@ -323,7 +352,7 @@ class TransformersEngine:
         slides = any(kind != "full_attention" for kind in types)
         groups: list[tuple[int, list[int]]] = []
         for i, ids in enumerate(prompts):
-            if len(ids) >= self.window:
+            if len(ids) >= self.window or (replies and replies[i] is not None):
                 continue
             for g in reversed(range(max(0, len(groups) - _NEIGHBOURS), len(groups))):
                 n, places = groups[g]
@@ -403,8 +432,7 @@ class TransformersEngine:
             rows, *written = (one.cpu().numpy() for one in columns)
             for whole, part in zip((tokens, values, indices), written, strict=True):
                 whole[rows, step] = part
-        if np.isnan(values).any():
-            raise FloatingPointError(f"{self.name} gives log-probabilities that are not numbers: use another dtype")
+        self._check_numbers(values)
         replies = []
         for row, most in enumerate(limits):
             ids = tokens[row, :most].tolist()

@@ -417,6 +417,16 @@ STUDIES = {
         "the published training on 8 to 256 GPUs, on paper",
         *(256, "GPUs, the most", ""),
     ),
+    "generation": Study(
+        "generation:run",
+        ("generation",),
+        "answers per CPU second of self-generation, by how they are found",
+        *(5, "turns", ""),
+        options={
+            "--documents": {"type": "count", "default": 60, "help": "of the world, in each turn (60)"},
+            "--before": {"type": Path, "metavar": "FOLDER", "help": "a checkout of an older commit, to compare with"},
+        },
+    ),
     "speed-gemma": Study(
         "speed:run_gemma",
         ("speed_gemma",),

@@ -56,7 +56,7 @@ class RouterPreset:
     verdict_weight: float = 0.3
     width: int = 96
     calibration: int = 2000  # questions for it
-    error: float = 0.0075  # of further such questions, which get no block
+    error: float = 0.005  # of further such questions, which get no block
 
 
 DEFAULT = RouterPreset()

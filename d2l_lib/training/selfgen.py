@@ -111,8 +111,10 @@ class VllmEngine:
             "tokenizer_sha256": tokenizer_fingerprint(self.tokenizer),
         }
 
-    def reply(self, prompts: Prompts, max_new_tokens: int, temperature: float, seed: int) -> list[Reply | None]:
-        """As `TransformersEngine.reply`."""
+    def reply(
+        self, prompts: Prompts, max_new_tokens: int, temperature: float, seed: int, guesses: Prompts | None = None
+    ) -> list[Reply | None]:
+        """As `TransformersEngine.reply`; guesses are not used."""
         fitting = [i for i, ids in enumerate(prompts) if len(ids) < self.window]
         common = {"temperature": temperature, "logprobs": TOP_K, "stop_token_ids": self.stops}
         limits = [min(max_new_tokens, self.window - len(prompts[i])) for i in fitting]
@@ -392,18 +394,25 @@ def make_shard(
     documents = [(text, [_maybe_closed(rng, settings, question) for question in asked]) for text, asked in documents]
     tokenizer, template = teacher.tokenizer, PROMPTS[settings.prompt]
     is_filtered = texts is not None and settings.writer_style == "openings"
+    questions = [question for _, asked in documents for question in asked]
     prompts = [
         template.format(document=text, question=question.text) if question.with_document else question.text
         for text, asked in documents
         for question in asked
     ]
-    prompts = question_ids(tokenizer, prompts)
-    replies = iter(teacher.reply(prompts, settings.max_new_tokens, settings.temperature, rng.getrandbits(63)))
+    prompts, contexts = question_ids(tokenizer, prompts), context_ids(tokenizer, [text for text, _ in documents])
+    arguments = [prompts, settings.max_new_tokens, settings.temperature, rng.getrandbits(63)]
+    if texts is None and questions:  # most of the world's own answers are the teacher's
+        references = [question.reference for question in questions]
+        arguments.append(tokenizer(references, add_special_tokens=False)["input_ids"])
+    replies = iter(teacher.reply(*arguments))
+    alone = iter(question_ids(tokenizer, [question.text for question in questions]))
     rows = []
-    for text, asked in documents:
+    for (text, asked), ids_of_text in zip(documents, contexts, strict=True):
         row: dict[str, Any] = {name: [] for name in SCHEMA.names}
-        row |= {"document": text, "ctx_ids": context_ids(tokenizer, text)}
-        for question, ids in zip(asked, question_ids(tokenizer, [q.text for q in asked]), strict=True):
+        row |= {"document": text, "ctx_ids": ids_of_text}
+        for question in asked:
+            ids = next(alone)
             reply = next(replies)
             counts["questions"] += 1
             if reply is None or not reply.finished:

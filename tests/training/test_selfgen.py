@@ -147,7 +147,14 @@ def test_sampling_follows_its_seed_and_stores_the_untempered_distribution(engine
     np.testing.assert_allclose(first[0].values, logits.log_softmax(-1).topk(16).values, rtol=1e-3, atol=1e-3)
 
 
-class Plain(TransformersEngine):
+class Stepwise(TransformersEngine):
+    """Answers token by token, whatever was guessed."""
+
+    def reply(self, prompts, max_new_tokens, temperature, seed, guesses=None):
+        return super().reply(prompts, max_new_tokens, temperature, seed)
+
+
+class Plain(Stepwise):
     """The plainest loop: nobody leaves a batch, and transformers' own cache grows."""
 
     @torch.inference_mode()
@@ -182,7 +189,8 @@ class Plain(TransformersEngine):
 def test_shards_are_those_of_a_plain_loop_byte_by_byte(temperature, tmp_path):
     """With the bundled model: its products are as large as those that are claimed to keep every bit."""
     settings = Settings(documents=5, shard_size=5, temperature=temperature, max_new_tokens=24)
-    engine = selfgen.load_engine("transformers", "tiny", 16384)
+    loaded = selfgen.load_engine("transformers", "tiny", 16384)
+    engine = Stepwise("tiny", loaded.model, loaded.tokenizer)
     sizes: list[int] = []
     step = engine._step
     engine._step = lambda ids, mask, cache: sizes.append(len(ids)) or step(ids, mask, cache)
