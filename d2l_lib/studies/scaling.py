@@ -34,7 +34,7 @@ NETWORKS = {"InfiniBand 8 x 400 Gb/s": 400e9, "Ethernet 100 Gb/s": 12.5e9}  # by
 CALL, NVLINK_HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 14e-6  # seconds
 QUESTION_TOKENS, ANSWER_TOKENS = 128, 64
 _CHUNK_TOKENS = {"self_generated": 512, "chunked": 256}
-_NCCL = "NCCL's own estimate (src/graph/tuning.cc: ring, Simple)"
+_NCCL = "NCCL's estimate (src/graph/tuning.cc)"
 ASSUMED = pd.DataFrame(
     [
         ("H100 SXM, dense bfloat16", f"{_PEAK / 1e12} Tflop/s", "NVIDIA's data sheet"),
