@@ -150,12 +150,11 @@ def apply_lora(
     deltas = []
     for module, (A, B) in loras.items():
         own = linears[module] if layers is None else [linears[module][layer] for layer in layers]
+        is_whole = _is_identity(B)
         for layer, linear in enumerate(own):
             # a weight that waits elsewhere comes to x: `_delta` then moves the factors with each call
             place = A.device if linear.weight.is_meta else linear.weight.device
-            factors = {"A": A[:, layer].to(place), "B": B[:, layer].to(place)}
-            if _is_identity(factors["B"]):
-                factors["B"] = None
+            factors = {"A": A[:, layer].to(place), "B": None if is_whole else B[:, layer].to(place)}
             deltas.append((linear, partial(_delta, **factors, rows=rows)))
     with add_deltas(model, deltas, scale, **notes):
         yield
@@ -233,9 +232,11 @@ def _add_delta(linear, inputs, output, *, delta, scale, block):
 
 
 def _is_identity(B: Tensor) -> bool:
-    """Whether B [1, d_out, d_out] of one context is the identity, so that A is a whole update."""
-    rank, d_out = B.shape[1:]
-    return len(B) == 1 and rank == d_out and not B.requires_grad and torch.equal(B[0], torch.eye(d_out).to(B))
+    """Whether B [1, L, d_out, d_out] of one context is one identity, expanded over the layers: A is a whole update."""
+    contexts, _, rank, d_out = B.shape
+    if contexts > 1 or rank != d_out or B.stride(1) != 0 or B.requires_grad:
+        return False
+    return torch.equal(B[0, 0], torch.eye(d_out).to(B))
 
 
 def _delta(x: Tensor, *, A: Tensor, B: Tensor | None, rows: Tensor | None) -> Tensor:

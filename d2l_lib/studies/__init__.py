@@ -62,6 +62,15 @@ _SIZES = {
     "--vocabulary": {"type": "count", "help": "256000 on a GPU, 4096 on a CPU"},
     "--dtype": {"choices": ("float32", "bfloat16", "float16")},
 }
+READING_METHODS = (
+    "bias alone",
+    "published sum",
+    "sparse",
+    "sparse, always open",
+    "router",
+    "router, always open",
+    "in context",
+)
 _ONLY = {"nargs": "+", "metavar": "WORD", "help": "methods with such a name; recorded rows of others stay"}
 STUDIES = {
     "base-model": Study(
@@ -153,15 +162,7 @@ STUDIES = {
         options={
             "--training-seed": _TRAINING_SEED,
             "--only": {
-                "choices": (
-                    "bias alone",
-                    "published sum",
-                    "sparse",
-                    "sparse, always open",
-                    "router",
-                    "router, always open",
-                    "in context",
-                ),
+                "choices": READING_METHODS,
                 "nargs": "+",
                 "help": "methods; the seed of the null block's training matters to sparse alone",
             },

@@ -62,11 +62,10 @@ def measure_answering(
     rows, place = [], {"device_name": processor_name(), "torch": torch.__version__, "split": split}
     for size in sizes:
         adapter, pool = block_pool(model, size, seed, split)
-        bias, all_texts = replace(adapter, blocks=()), [question.text for question, _ in pool]
-        if len(pool) > max(questions):
-            all_texts = [question.text for question, _ in drawn_questions(pool, max(questions), size, seed)]
+        bias = replace(adapter, blocks=())
+        drawn = drawn_questions(pool, max(questions), size, seed)
         for count in questions:
-            texts = [all_texts[i % len(all_texts)] for i in range(count)]
+            texts = [drawn[i % len(drawn)][0].text for i in range(count)]
             ways = {
                 f"{name}, {tokens}": _written(model, texts, inside, tokens)
                 for name, inside in (("ours", adapter), ("base", None))

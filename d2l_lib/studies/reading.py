@@ -13,21 +13,13 @@ import pandas as pd
 
 from d2l_lib.adapter import Adapter
 from d2l_lib.model import DocToLoRA
+from d2l_lib.studies import READING_METHODS as METHODS
 from d2l_lib.studies import earlier_rows
 from d2l_lib.tasks import qa, world
 from d2l_lib.tasks.questions import disjoint_documents, marked, one_hop_question
 from d2l_lib.tasks.scores import summarise
 from d2l_lib.training.processes import shared
 
-METHODS = (
-    "bias alone",
-    "published sum",
-    "sparse",
-    "sparse, always open",
-    "router",
-    "router, always open",
-    "in context",
-)
 _SIZES = (8, 20, 40)  # facts in a document
 _TOGETHER = (16, 64)  # documents in an adapter
 _KINDS = ("two_hop", "paraphrase", "unanswerable", "which_of", "yes_no", "list")
