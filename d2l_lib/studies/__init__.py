@@ -449,6 +449,14 @@ def earlier_rows(name: str) -> list[dict[str, Any]]:
     return read_rows(path) if path.is_file() else []
 
 
+def recorded_rows(name: str, command: str) -> list[dict[str, Any]]:
+    """All rows of a record; FileNotFoundError says that `command` makes them."""
+    path = record_path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: {command} records it")
+    return read_rows(path)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command `study`: a name, and the options of that study."""
     names = parser.add_subparsers(dest="study", required=True, metavar="NAME")

@@ -34,8 +34,7 @@ from torch import Tensor
 from d2l_lib.documents import context_ids
 from d2l_lib.engine import generate
 from d2l_lib.loading import load
-from d2l_lib.records import read_rows
-from d2l_lib.studies import absorption, earlier_rows, products, record_path
+from d2l_lib.studies import absorption, earlier_rows, products, recorded_rows
 from d2l_lib.studies.measurements import distinct_text, own_processes, processor_name
 from d2l_lib.studies.plain import Plain
 from d2l_lib.studies.products import Product
@@ -321,10 +320,7 @@ def _growth(task: Task, seed: int, way: str, threads: int) -> float:
 # ---------------------------------------------------------------------------------------------------------- the tables
 def read_record() -> pd.DataFrame:
     """All recorded rows; FileNotFoundError says which command makes them."""
-    path = record_path("bench")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: make bench records it")
-    return pd.DataFrame(read_rows(path))
+    return pd.DataFrame(recorded_rows("bench", "make bench"))
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:

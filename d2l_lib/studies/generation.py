@@ -25,8 +25,7 @@ import torch
 
 from d2l_lib.engine import TransformersEngine
 from d2l_lib.formats.shards import read_shards
-from d2l_lib.records import read_rows
-from d2l_lib.studies import record_path
+from d2l_lib.studies import recorded_rows
 from d2l_lib.studies.measurements import own_processes, processor_name
 from d2l_lib.training import selfgen
 from d2l_lib.training.settings import Settings
@@ -171,7 +170,4 @@ def _quartiles(name: str, values: np.ndarray) -> dict[str, float]:
 
 def read_record() -> pd.DataFrame:
     """All recorded rows; FileNotFoundError says which command makes them."""
-    path = record_path("generation")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: d2l study generation records it")
-    return pd.DataFrame(read_rows(path))
+    return pd.DataFrame(recorded_rows("generation", "d2l study generation"))

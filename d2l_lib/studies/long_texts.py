@@ -16,8 +16,7 @@ import torch
 from d2l_lib.cache import AdapterCache
 from d2l_lib.loading import load
 from d2l_lib.model import DocToLoRA
-from d2l_lib.records import read_rows
-from d2l_lib.studies import earlier_rows, record_path
+from d2l_lib.studies import earlier_rows, recorded_rows
 from d2l_lib.studies.measurements import own_processes, processor_name
 from d2l_lib.studies.watches import growth_of_peak_mib, peak_of_process_mib
 from d2l_lib.training.selfgen import read_texts
@@ -56,10 +55,7 @@ def run(
 
 def read_record() -> pd.DataFrame:
     """All recorded rows; FileNotFoundError says which command makes them."""
-    path = record_path("long_texts")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: d2l study long-texts records it")
-    return pd.DataFrame(read_rows(path))
+    return pd.DataFrame(recorded_rows("long_texts", "d2l study long-texts"))
 
 
 def _measured(model: str, length: str, whole: str, n: int) -> dict:

@@ -23,8 +23,7 @@ import pandas as pd
 import torch
 
 from d2l_lib.presets import preset
-from d2l_lib.records import read_rows
-from d2l_lib.studies import bench, gemma_sizes, products, record_path
+from d2l_lib.studies import bench, gemma_sizes, products, recorded_rows
 
 _PEAK = 989.4e12  # operations a second
 SHARE, SHARES = 0.4, (0.2, 0.6)  # of _PEAK: assumed, and the ends of a range
@@ -166,10 +165,7 @@ def _measured_over_floor(benched: pd.DataFrame) -> float:
 # --- the tables -----------------------------------------------------------------------------------------------------
 def read_record() -> pd.DataFrame:
     """All recorded rows; FileNotFoundError says which command makes them."""
-    path = record_path("scaling")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: d2l study scaling records it")
-    return pd.DataFrame(read_rows(path))
+    return pd.DataFrame(recorded_rows("scaling", "d2l study scaling"))
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:

@@ -17,8 +17,7 @@ import pandas as pd
 
 from d2l_lib.base_model import default_device
 from d2l_lib.documents import check_texts
-from d2l_lib.records import read_rows
-from d2l_lib.studies import earlier_rows, record_path
+from d2l_lib.studies import earlier_rows, recorded_rows
 from d2l_lib.studies.gemma_sizes import GEMMA_2_2B, RECIPES
 from d2l_lib.studies.measurements import MODES, Measurement, measure_alone
 from d2l_lib.studies.watches import PARTS
@@ -145,10 +144,7 @@ def measurement_of(row: dict) -> Measurement:
 
 def read_records(name: str) -> pd.DataFrame:
     """All recorded rows of "tiny", "smollm2" or "gemma"; FileNotFoundError says which command makes them."""
-    path = record_path(f"speed_{name}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: d2l study speed-{name} records it")
-    return pd.DataFrame(read_rows(path))
+    return pd.DataFrame(recorded_rows(f"speed_{name}", f"d2l study speed-{name}"))
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
