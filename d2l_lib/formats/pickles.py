@@ -469,8 +469,11 @@ def _place(storage: Any, offset: Any, size: Any, stride: Any) -> _Place:
 class _Pickler(pickle._Pickler):
     """Writes stand-ins under their published names, which Python's C pickler would import.
 
-    Equal texts are written once, whether they are one object or not: equal contents give equal bytes.
+    Equal contents give equal bytes: equal texts are written once, whether they are one object or not, and a set is
+    written in alphabetical order, for its own depends on how it was filled.
     """
+
+    dispatch = pickle._Pickler.dispatch.copy()
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         super().save(sys.intern(obj) if type(obj) is str else obj, save_persistent_id)
@@ -482,6 +485,11 @@ class _Pickler(pickle._Pickler):
             self.memoize(obj)
         else:
             super().save_global(obj, name)
+
+    def save_set(self, obj: set[str]) -> None:
+        self.save_reduce(set, (sorted(obj),), obj=obj)
+
+    dispatch[set] = save_set
 
 
 def _is_ours(path: Path) -> bool:

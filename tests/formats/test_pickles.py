@@ -9,6 +9,7 @@ import tarfile
 import time
 import zipfile
 from collections import OrderedDict
+from itertools import combinations
 
 import pytest
 import torch
@@ -326,6 +327,18 @@ def test_what_was_written_is_read_again_bit_for_bit(content, tmp_path):
         changed = OrderedDict((k, v.to(dtype) if isinstance(v, torch.Tensor) else v) for k, v in first.items())
         again = pickles.read(pickles.write(tmp_path / "again.bin", changed))
         assert all(torch.equal(v, again[k]) for k, v in changed.items() if isinstance(v, torch.Tensor))
+
+
+def test_a_set_that_was_filled_in_another_order_is_written_alike(content, tmp_path):
+    filled = (({one, other}, {other, one}) for one, other in combinations([f"proj_{i}" for i in range(200)], 2))
+    here, there = next((a, b) for a, b in filled if list(a) != list(b))  # by chance of their hashes
+    first, written = pickles.read(io.BytesIO(content)), []
+    for modules in (here, there):
+        first["hypernet_config"].lora_config.target_modules = modules
+        written.append(pickles.write(tmp_path / "modules.bin", first).read_bytes())
+    assert here == there and written[0] == written[1]
+    again = pickles.read(tmp_path / "modules.bin")
+    assert again["hypernet_config"].lora_config.target_modules == here
 
 
 def test_mutated_files(content):
