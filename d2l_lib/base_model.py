@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -357,10 +357,11 @@ def module_sizes(model: nn.Module, modules: list[str]) -> tuple[dict[str, int], 
 
 def module_paths(model: nn.Module, modules: list[str]) -> dict[str, str]:
     """{module: "model.layers.{layer}.mlp.down_proj"}: where the target linears sit, for export."""
-    names = {id(module): name for name, module in model.named_modules()}
-    layer = names[id(decoder_layers(model)[0])]  # ends in ".0"
+    first = decoder_layers(model)[0]
+    layer = next(name for name, module in model.named_modules() if module is first)  # ends in ".0"
+    names = {module: name for name, module in first.named_modules()}
     return {
-        module: layer.removesuffix("0") + "{layer}" + names[id(of_layers[0])].removeprefix(layer)
+        module: f"{layer.removesuffix('0')}{{layer}}.{names[of_layers[0]]}"
         for module, of_layers in target_linears(model, modules).items()
     }
 
@@ -377,6 +378,7 @@ class Fingerprint:
     """
 
     def __init__(self):
+        self._views = _Views()
         # of weights on the disk: {(id of a part, name): (the part, so that no other gets its id, values)}
         self._waiting: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
 
@@ -390,19 +392,19 @@ class Fingerprint:
             inner |= {one: (part, name) for name, one in _lasting_tensors(part) if one not in outer}
         if model.config.get_text_config().tie_word_embeddings:  # placeholders do not show shared weights
             inner = {one: place for one, place in inner.items() if not one.is_meta or place != (head, "weight")}
-        key = self._hash_of(outer)
-        if not all(one.dtype.is_floating_point and one.dtype.itemsize > 1 for one in inner):
-            return key
-        return f"{key}-{self._hash_of(inner)}"
+        views = iter(self._views.of([one for one in (*outer, *inner) if not one.is_meta]))
+        keys = [
+            _hash(
+                [(one.shape, self._away(*at) if one.is_meta else next(views)) for one, at in part.items()],
+                torch.bfloat16,
+            )
+            for part in (outer, inner)
+        ]
+        whole = all(one.dtype.is_floating_point and one.dtype.itemsize > 1 for one in inner)
+        return "-".join(keys) if whole else keys[0]
 
-    def _hash_of(self, places: Mapping[Tensor, tuple[nn.Module, str]]) -> str:
-        """A hash of some values of each weight; places: {weight: (part, name in it)}."""
-        return _hash([(one.shape, self._values(one, *place)) for one, place in places.items()], torch.bfloat16)
-
-    def _values(self, tensor: Tensor, part: nn.Module, name: str) -> Tensor:
-        """Some values of the weight `name` of `part`; those of the first call where a device_map keeps it away."""
-        if not tensor.is_meta:
-            return _spread_values(tensor)
+    def _away(self, part: nn.Module, name: str) -> Tensor:
+        """Some values of the weight `name` of `part`, which a device_map keeps away: those of the first call."""
         key = (id(part), name)  # not the tensor's id: each reading makes a new placeholder
         if key not in self._waiting:
             with present(part):
@@ -410,9 +412,40 @@ class Fingerprint:
         return self._waiting[key][1]
 
 
-def parameters_key(parameters: Iterable[Tensor]) -> str:
-    """A hash of some values of each parameter, in order."""
-    return _hash([(one.shape, _spread_values(one)) for one in parameters], torch.float32)
+class ParametersKey:
+    """Keys of a module's parameters: a hash of some values of each, in order, read anew at each call."""
+
+    def __init__(self):
+        self._views = _Views()
+
+    def key(self, module: nn.Module, *, without: str) -> str:
+        """The key now; without: parameters whose name begins so are left out."""
+        kept = (one for name, one in module._modules.items() if not name.startswith(without))
+        owners = [_own_parameters(module, without), *(part._parameters.values() for part in _leaves(*kept))]
+        parameters = [*dict.fromkeys(one for of_part in owners for one in of_part if one is not None)]
+        return _hash([*zip((one.shape for one in parameters), self._views.of(parameters), strict=True)], torch.float32)
+
+
+def _own_parameters(module: nn.Module, without: str) -> list[Tensor | None]:
+    return [one for name, one in module._parameters.items() if not name.startswith(without)]
+
+
+class _Views:
+    """Some values of tensors, as views: what is changed in place shows in those that were made before."""
+
+    def __init__(self):
+        self._made: dict[int, tuple[Tensor, tuple, Tensor]] = {}  # {id: (the tensor, where its values lie, view)}
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Up to 64 values of each tensor; views of the call before serve again where a tensor lies where it did."""
+        made = {}
+        for one in tensors:
+            kept, lies = self._made.get(id(one)), (one.data_ptr(), one.numel(), one.dtype, one.is_contiguous())
+            if kept is None or kept[1] != lies or not one.is_contiguous():  # the values of those are copies
+                kept = one, lies, _spread_values(one)
+            made[id(one)] = kept
+        self._made = made  # tensors of before are not kept alive
+        return [made[id(one)][2] for one in tensors]
 
 
 def _spread_values(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Which base model an adapter belongs to: its fingerprint sees every layer, however a weight was changed."""
 
 import copy
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,23 @@ def test_order_of_memory_does_not_count(model):
     weight = decoder_layers(model.base_model)[0].mlp.up_proj.weight
     weight.data = weight.data.T.contiguous().T
     assert not weight.is_contiguous() and model.base_key == key
+
+
+def test_a_shorter_weight_at_the_same_address_is_another_one(model):
+    key = model.base_key
+    norm = decoder_layers(model.base_model)[1].input_layernorm
+    norm.weight.data = norm.weight.data[:-1]
+    assert model.base_key != key
+
+
+def test_weights_that_were_replaced_are_not_kept_alive(model):
+    key, linear = model.base_key, decoder_layers(model.base_model)[1].mlp.up_proj
+    assert model.hypernetwork_key
+    before = [weakref.ref(linear.weight), weakref.ref(next(model.hypernetwork.parameters()))]
+    linear.weight = torch.nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+    model.hypernetwork = copy.deepcopy(model.hypernetwork)
+    assert model.base_key == key and model.hypernetwork_key
+    assert [one() for one in before] == [None, None]
 
 
 def test_weights_that_are_one_count_once():
