@@ -64,7 +64,7 @@ def test_wrong_options_end_a_command_at_once_with_one_line(name, words, monkeypa
         command.main([name, *words])
     assert stopped.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"d2l {name}") and message.count("\n") == 1 and len(message) < 600
+    assert message.startswith(f"d2l {name}") and message.count("\n") == 1 and len(message) < 700
     assert re.search("error|expected|invalid|unknown|required|needs|unrecognized|no notebook", message)
     assert list(tmp_path.iterdir()) == []
 

@@ -412,6 +412,15 @@ STUDIES = {
             "--again": {"action": "store_true", "help": "measure again what is recorded"},
         },
     ),
+    "history": Study(
+        "history:run",
+        ("history",),
+        "internalizing and a training step, by an older commit and today",
+        *(7, "turns", ""),
+        options={
+            "--before": {"type": Path, "required": True, "metavar": "FOLDER", "help": "a checkout of the older commit"},
+        },
+    ),
     "scaling": Study(
         "scaling:run",
         ("scaling",),

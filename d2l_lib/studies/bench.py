@@ -10,7 +10,7 @@ Each task is done by ours, plainly, and as bare matrix products, in turn, n time
 
 with the products of the task's own shapes that make nine tenths of its operations. No way to attend, add or move
 anything can be quicker. Times are CPU seconds: other programs on the machine do not count. Random models stand in for
-the costs by size (see `absorption`), as time does not depend on the numbers.
+the costs by size (see `random_models`), as time does not depend on the numbers.
 
 Memory is the growth of the peak of a process of its own, one for ours and one for the plain way: it starts at what the
 process holds with its model and a first small document, and a peak never falls, so no difference is below zero.
@@ -34,7 +34,7 @@ from torch import Tensor
 from d2l_lib.documents import context_ids
 from d2l_lib.engine import generate
 from d2l_lib.loading import load
-from d2l_lib.studies import absorption, earlier_rows, products, recorded_rows
+from d2l_lib.studies import earlier_rows, products, random_models, recorded_rows
 from d2l_lib.studies.measurements import distinct_text, own_processes, processor_name
 from d2l_lib.studies.plain import Plain
 from d2l_lib.studies.products import Product
@@ -54,7 +54,7 @@ class Task:
 
     "write" is the hypernetwork alone, on the features of one chunk.
 
-    model: one of `absorption.CONFIGURATIONS`, or a bundled model.
+    model: one of `random_models.CONFIGURATIONS`, or a bundled model.
     documents, chunks: how many are read.
     blocks, questions: of the adapter that answers; answered together.
     layers, rank: of a random model.
@@ -82,9 +82,9 @@ class Task:
 
 def tasks(chunks: Sequence[int] = (1, 8)) -> list[Task]:
     """All tasks, with documents of so many chunks."""
-    random = list(absorption.CONFIGURATIONS)
+    random = list(random_models.CONFIGURATIONS)
     plan = [Task("internalize", model, chunks=count) for count in chunks for model in random]
-    plan += [Task("training step", model, chunks=absorption.CONTEXTS) for model in (*random, "tiny")]
+    plan += [Task("training step", model, chunks=random_models.CONTEXTS) for model in (*random, "tiny")]
     plan += [Task("write", model, **size) for size in ({}, {"layers": 4}, {"rank": 32}) for model in random]
     plan += [Task("answer", "many latents", blocks=blocks, questions=1) for blocks in (1, 8, 64)]
     plan += [Task("answer", "many latents", blocks=8, questions=questions) for questions in (4, 16)]
@@ -98,8 +98,8 @@ AIMS = {
     Task("internalize", "many latents", chunks=8): 1.4,
     Task("internalize", "few latents", chunks=1): 2.4,
     Task("internalize", "few latents", chunks=8): 3.4,
-    Task("training step", "many latents", chunks=absorption.CONTEXTS): 1.7,
-    Task("training step", "few latents", chunks=absorption.CONTEXTS): 3.0,
+    Task("training step", "many latents", chunks=random_models.CONTEXTS): 1.7,
+    Task("training step", "few latents", chunks=random_models.CONTEXTS): 3.0,
 }
 FLOOR_AIM = 1.35
 
@@ -119,8 +119,8 @@ class Prepared:
 
     def __init__(self, task: Task, seed: int):
         self.task, self._seed, self._generator = task, seed, torch.Generator().manual_seed(seed)
-        if task.model in absorption.CONFIGURATIONS:
-            self.model = absorption.random_model(task.model, seed, layers=task.layers, rank=task.rank)
+        if task.model in random_models.CONFIGURATIONS:
+            self.model = random_models.random_model(task.model, seed, layers=task.layers, rank=task.rank)
         else:
             self.model = load(task.model, device="cpu")
         self.plain = None if self.model.writes_rows else Plain(self.model)
@@ -161,14 +161,19 @@ class Prepared:
 
     def _training_step(self) -> Ways:
         model, tokens = self.model, _TOKENS[self.task.model]
-        batch = absorption.random_batch(model.base_model.config.vocab_size, tokens, self._generator)
-        hypernetwork, step = model.hypernetwork.requires_grad_(True), absorption.internalization(model)
+        batch = random_models.random_batch(model.base_model.config.vocab_size, tokens, self._generator)
+        hypernetwork, step = model.hypernetwork.requires_grad_(True), random_models.internalization(model)
 
         def run(loss: Callable[[], Tensor]) -> None:
             hypernetwork.zero_grad()
             loss().backward()
 
-        sizes = absorption.CONTEXTS, absorption.QUESTIONS, absorption.QUESTION_TOKENS, absorption.ANSWER_TOKENS
+        sizes = (
+            random_models.CONTEXTS,
+            random_models.QUESTIONS,
+            random_models.QUESTION_TOKENS,
+            random_models.ANSWER_TOKENS,
+        )
         ours = partial(run, lambda: step(batch)["loss"])
         return Ways(ours, partial(run, partial(self.plain.loss, batch)), products.training(model, tokens, *sizes))
 
@@ -188,7 +193,7 @@ class Prepared:
         adapter = replace(one, blocks=tuple(replace(one.blocks[0], chunk=i) for i in range(task.blocks)))
         block, copies = one.blocks[0], (task.blocks, 1, 1, 1)
         written = {m: tuple(side[m].repeat(copies) for side in (block.A, block.B)) for m in model.config.modules}
-        ids = self._ids(task.questions, absorption.QUESTION_TOKENS)
+        ids = self._ids(task.questions, random_models.QUESTION_TOKENS)
 
         def ours() -> Tensor:
             with model.applied(adapter) as network:
@@ -337,7 +342,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The table of `views.plots.plot_cost_by_length`: random models that internalize, by tokens read."""
-    chosen = rows[(rows["what"] == "internalize") & rows["model"].isin(list(absorption.CONFIGURATIONS))]
+    chosen = rows[(rows["what"] == "internalize") & rows["model"].isin(list(random_models.CONFIGURATIONS))]
     methods = {"seconds": "ours", "plain_seconds": "plain", "floor_seconds": "floor: matrix products"}
     tables = []
     for column, method in methods.items():

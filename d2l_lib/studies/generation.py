@@ -26,6 +26,7 @@ import torch
 from d2l_lib.engine import TransformersEngine
 from d2l_lib.formats.shards import read_shards
 from d2l_lib.studies import recorded_rows
+from d2l_lib.studies.history import commit_of
 from d2l_lib.studies.measurements import own_processes, processor_name
 from d2l_lib.training import selfgen
 from d2l_lib.training.settings import Settings
@@ -79,7 +80,7 @@ def run(n: int, seed: int, documents: int, before: Path | None) -> list[dict]:
     different_ids, different_values: answers and log-probabilities that are not those of `token by token`.
     most_steps: by how many float16 steps at most.
     """
-    ways = WAYS if before is None else (*WAYS, (f"commit {_commit(before)}", 1))
+    ways = WAYS if before is None else (*WAYS, (f"commit {commit_of(before)}", 1))
     seen: dict[tuple[str, int], list[dict]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, mp_context=own_processes()) as pool:
         for turn in range(n + 1):
@@ -129,11 +130,6 @@ def _make_before(checkout: Path, settings: Settings, folder: Path) -> dict[str, 
     words = [sys.executable, "-c", _BEFORE, json.dumps(changed), str(folder.resolve()), _MODEL]
     said = subprocess.run(words, cwd=checkout, capture_output=True, text=True, check=True).stdout
     return json.loads(said.splitlines()[-1])
-
-
-def _commit(checkout: Path) -> str:
-    words = ["git", "-C", str(checkout), "rev-parse", "--short=7", "HEAD"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
 _Answers = tuple[list[list[int]], np.ndarray]  # the ids of all answers, and their log-probabilities [tokens, k]

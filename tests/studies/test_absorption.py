@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from d2l_lib.hypernetwork import Attention
-from d2l_lib.studies import absorption
+from d2l_lib.studies import absorption, random_models
 
 
 @pytest.fixture
 def small(monkeypatch):
     sizes = {"vocab_size": 2000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    monkeypatch.setattr(absorption, "BASE", absorption.BASE | sizes)
+    monkeypatch.setattr(random_models, "BASE", random_models.BASE | sizes)
     documents = {"many latents": (40, (1, 2)), "few latents": (300, (3,))}
     monkeypatch.setattr(absorption, "_DOCUMENTS", documents)
 
@@ -49,9 +49,9 @@ def test_both_ways_of_every_task_are_measured_in_turn(small, monkeypatch):
 
 
 def test_a_training_step_has_gradients_and_leaves_the_base_model_alone(small):
-    model = absorption.random_model("few latents")
+    model = random_models.random_model("few latents")
     torch.nn.init.ones_(model.hypernetwork.bias_B["down_proj"])  # else A of the bias gets no gradient
-    step = absorption._training_step(model, 30, torch.Generator().manual_seed(0))
+    step = random_models.training_step(model, 30, torch.Generator().manual_seed(0))
     step()
     first = [parameter.grad.clone() for parameter in model.hypernetwork.parameters()]
     step()

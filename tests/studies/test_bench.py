@@ -13,26 +13,26 @@ from d2l_lib import studies
 from d2l_lib.__main__ import main
 from d2l_lib.hypernetwork import combine
 from d2l_lib.records import read_jsonl
-from d2l_lib.studies import absorption, bench, products, watches
+from d2l_lib.studies import bench, products, random_models, watches
 from d2l_lib.studies.plain import Plain
 from d2l_lib.studies.products import Product
 
-each_configuration = pytest.mark.parametrize("name", absorption.CONFIGURATIONS)
+each_configuration = pytest.mark.parametrize("name", random_models.CONFIGURATIONS)
 MORE = {"n_self_attention_per_block": 1, "shared_weights": True, "per_layer_processing": False, "n_pre_head_layers": 2}
 
 
 @pytest.fixture
 def small(monkeypatch):
     sizes = {"vocab_size": 2000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
-    monkeypatch.setattr(absorption, "BASE", absorption.BASE | sizes)
+    monkeypatch.setattr(random_models, "BASE", random_models.BASE | sizes)
 
 
 def random_model(name, **settings):
     """A random model of which every parameter counts."""
     with pytest.MonkeyPatch.context() as patch:
-        configurations = absorption.CONFIGURATIONS
+        configurations = random_models.CONFIGURATIONS
         patch.setitem(configurations, name, configurations[name] | settings)
-        model = absorption.random_model(name)
+        model = random_models.random_model(name)
     with torch.no_grad():
         for parameter in model.hypernetwork.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -60,8 +60,8 @@ def test_plain_blocks_are_ours(small, name, settings):
 def test_plain_loss_and_gradients_are_ours(small, name):
     model = random_model(name)
     model.hypernetwork.requires_grad_(True)
-    batch = absorption.random_batch(2000, 40, torch.Generator().manual_seed(0))
-    losses = absorption.internalization(model)(batch)["loss"], Plain(model).loss(batch)
+    batch = random_models.random_batch(2000, 40, torch.Generator().manual_seed(0))
+    losses = random_models.internalization(model)(batch)["loss"], Plain(model).loss(batch)
     near(*losses, 1e-5)
     parameters = list(model.hypernetwork.parameters())
     for ours, plain in zip(*(torch.autograd.grad(loss, parameters) for loss in losses), strict=True):
@@ -83,9 +83,11 @@ def test_answers_of_both_ways_are_the_same(small):
     prepared.model.hypernetwork.bias_B["down_proj"].data.normal_()
     ways, model = prepared.ways(), prepared.model
     answers = ways.ours()
-    assert torch.equal(answers, ways.plain()) and answers.shape[1] == absorption.QUESTION_TOKENS + bench.NEW_TOKENS
-    questions = answers[:, : absorption.QUESTION_TOKENS]
-    assert not torch.equal(answers[:, absorption.QUESTION_TOKENS], model.base_model(questions).logits[:, -1].argmax(-1))
+    assert torch.equal(answers, ways.plain()) and answers.shape[1] == random_models.QUESTION_TOKENS + bench.NEW_TOKENS
+    questions = answers[:, : random_models.QUESTION_TOKENS]
+    assert not torch.equal(
+        answers[:, random_models.QUESTION_TOKENS], model.base_model(questions).logits[:, -1].argmax(-1)
+    )
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -109,10 +111,10 @@ def test_needed_operations_are_those_that_torch_counts(small, name):
     assert counted(lambda: model.internalize_ids(ids)) == pytest.approx(needed + hidden, rel=1e-6)
     assert products.operations(products.internalizing(model, tokens, 5)) == pytest.approx(5 * needed)
     model.hypernetwork.requires_grad_(True)
-    step, batch = absorption.internalization(model), absorption.random_batch(2000, tokens, torch.Generator())
-    sizes = absorption.CONTEXTS, absorption.QUESTIONS, absorption.QUESTION_TOKENS, absorption.ANSWER_TOKENS
+    step, batch = random_models.internalization(model), random_models.random_batch(2000, tokens, torch.Generator())
+    sizes = random_models.STEP
     needed = products.operations(products.training(model, tokens, *sizes))
-    hidden = 4 * hidden + unseen(model, absorption.QUESTION_TOKENS, 1 + 3 * 3, 16)
+    hidden = 4 * hidden + unseen(model, random_models.QUESTION_TOKENS, 1 + 3 * 3, 16)
     assert counted(lambda: step(batch)["loss"].backward()) == pytest.approx(needed + hidden, rel=0.01)
 
 
@@ -120,7 +122,7 @@ def test_needed_operations_are_those_that_torch_counts(small, name):
 def test_needed_operations_of_an_answer(small):
     prepared = bench.Prepared(bench.Task("answer", "many latents", blocks=3, questions=2), 0)
     ways = prepared.ways()
-    hidden = unseen(prepared.model, absorption.QUESTION_TOKENS, prepared.task.layers, 2)
+    hidden = unseen(prepared.model, random_models.QUESTION_TOKENS, prepared.task.layers, 2)
     assert counted(ways.ours) == pytest.approx(products.operations(ways.needs) + hidden, rel=1e-6)
 
 
