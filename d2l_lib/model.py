@@ -336,6 +336,7 @@ class DocToLoRA:
     def _shared_rows(self, chunks: Sequence[tuple[int, ...]]) -> list[SharedRows]:
         """B of the chunks of one document, on the CPU."""
         rows = self.hypernetwork.shared_rows(chunks)
+        self._check_written([rows[0].table])
         table = _kept(rows[0].table, self.block_dtype)
         return [SharedRows(one.module, table, one.rows) for one in rows]
 
@@ -440,7 +441,7 @@ class DocToLoRA:
         return self._write_blocks({"input_ids": ids, "attention_mask": mask})
 
     def _write_blocks(self, inputs: Mapping[str, Tensor]) -> Loras:
-        """{module: (A [n, L, r, d_in], B [n, L, r, d_out])} of the encoder's inputs.
+        """{module: (A [n, L, r, d_in], B [n, L, r, d_out])} of the encoder's inputs. B of token rows has no rows.
 
         inputs: input_ids and attention_mask [n, T]; images have more.
         """
@@ -450,15 +451,19 @@ class DocToLoRA:
         features = self.encoder.encode(ids, **inputs)
         place = next(self.hypernetwork.parameters()).device
         mask = inputs["attention_mask"].to(place)
-        more = {"input_ids": ids} if self.copies_tokens else {}
+        more = {"input_ids": ids} if self.copies_tokens and not self.writes_rows else {}
         loras = self.hypernetwork(features.to(place), attention_mask=mask, iterative=self.iterative, **more)
-        ends = [end for pair in loras.values() for tensor in pair for end in tensor.aminmax()]  # NaN spreads to both
-        ends = torch.stack(ends)
+        self._check_written([tensor for pair in loras.values() for tensor in pair])
+        return loras
+
+    def _check_written(self, tensors: Sequence[Tensor]) -> None:
+        """ValueError for numbers that are none, or too large for the blocks' precision."""
+        written = [tensor for tensor in tensors if tensor.numel()]
+        ends = torch.stack([end for tensor in written for end in tensor.aminmax()])  # NaN spreads to both
         if not ends.isfinite().all():
             raise ValueError("the hypernetwork wrote NaN or infinity: its weights, or the base model's, are damaged")
         if not ends.to(dtype=self.block_dtype).isfinite().all():
             raise ValueError(f"the hypernetwork wrote numbers too large for model.block_dtype = {self.block_dtype}")
-        return loras
 
     def _on_cpu(self, loras: Loras, index: int, rows: slice = slice(None)) -> _BlockFactors:
         """(A, B) of one chunk of a batch, these rows, without the B of token rows, which words make."""

@@ -141,19 +141,24 @@ class TokenRows(TokenStates):
         codes = self.roles(self.states(features, mask)).unflatten(-1, (len(ROLES), -1))
         return F.rms_norm(codes, (self.config.latent_size,))
 
-    def forward(self, features: Tensor, attention_mask: Tensor, input_ids: Tensor, iterative: bool = False) -> Loras:
+    def forward(
+        self, features: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None, iterative: bool = False
+    ) -> Loras:
         """{module: (A [n, 1, 4 T, d], B [n, 1, 4 T, d_out])} of chunks of T tokens, chat wrapping included.
 
-        features: [n, T, F]. attention_mask: [n, T], 0 at padding on the right. input_ids: [n, T].
+        features: [n, T, F]. attention_mask: [n, T], 0 at padding on the right.
+        input_ids: [n, T] (None: B has no rows; `shared_rows` makes those of a whole document).
         iterative: there is one layer, so it changes nothing.
 
         `rows_of` tells which rows are a chunk's own. RuntimeError before `prepare`; ValueError without text.
         """
         features, _ = zero_padding(features, attention_mask)
-        own = self.text(attention_mask)
-        A = self.codes(features.to(self.project.weight.dtype), own)
-        B = F.pad(self.values(self.words.tokens(input_ids)), (0, 0, 0, 1))  # rows of context write no word
-        return {self.module: (A.flatten(1, 2).unsqueeze(1), B.flatten(1, 2).unsqueeze(1))}
+        A = self.codes(features.to(self.project.weight.dtype), self.text(attention_mask))
+        if input_ids is None:
+            B = A.new_zeros(len(A), 0, self.config.d_out[self.module])
+        else:
+            B = F.pad(self.values(self.words.tokens(input_ids)), (0, 0, 0, 1)).flatten(1, 2)  # context writes no word
+        return {self.module: (A.flatten(1, 2).unsqueeze(1), B.unsqueeze(1))}
 
     def values(self, tokens: Tensor) -> Tensor:
         """B [..., 3, d_out] of what a token's rows of words write [..., 3]."""
@@ -167,9 +172,10 @@ class TokenRows(TokenStates):
         text = [torch.tensor(ids[self.words.before : len(ids) - self.words.after]) for ids in chunks]
         different, places = torch.cat(text).unique(return_inverse=True)
         padded = F.pad(different, (0, -len(different) % _AT_ONCE))  # so a word is the same in any table
-        values = torch.cat([self.values(self.words.tokens(some)) for some in padded.split(_AT_ONCE)])
-        words = values[: len(different), :2].flatten(0, 1)
-        table = torch.cat([words, values[:1, 2], torch.zeros_like(words[:1])])
+        directions = torch.cat([self.words.directions(some) for some in padded.split(_AT_ONCE)])[: len(different)]
+        first, inside, end = self.log_gain.exp()
+        words = torch.stack([first * directions, inside * directions], 1).flatten(0, 1)
+        table = torch.cat([words, end * self.words.directions(different.new_tensor([self.words.end])), words[:1] * 0])
         own = 2 * places[:, None] + torch.tensor([0, 1, 0, 0])
         own[:, 2], own[:, 3] = len(words), len(words) + 1
         counts = [len(ROLES) * len(one) for one in text]

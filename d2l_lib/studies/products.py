@@ -43,10 +43,33 @@ def _repeated(products: Iterable[Product], times: float) -> Products:
 def internalizing(model: DocToLoRA, tokens: int, chunks: int = 1) -> Products:
     """Reading chunks of `tokens` tokens, one after another, and writing their blocks.
 
-    Of a model that writes token rows, reading alone: a lower bound.
+    Of a model that writes token rows, words are counted as if all tokens of the chunks' texts were different.
     """
     one = _linears(model, tokens, model.encoder.n_layers_run) + _attention(model, tokens, model.encoder.n_layers_run)
-    return _repeated(one if model.writes_rows else one + writing(model.config, tokens), chunks)
+    if not model.writes_rows:
+        return _repeated(one + writing(model.config, tokens), chunks)
+    words = model.hypernetwork.words
+    different = chunks * (tokens - words.before - words.after) + 1  # and the end of a turn
+    (d_out,) = model.config.d_out.values()
+    return _repeated(one + _rows(model.config, tokens), chunks) + [Product(different, d_out, d_out)]
+
+
+def _rows(config: HypernetworkConfig, tokens: int) -> Products:
+    """Codes of a chunk's tokens, from states that are mixed in each block.
+
+    Convolutions over a few neighbours are left out.
+    """
+    d, h, wide = config.latent_size, config.latent_size // config.n_heads, 3 * config.latent_size
+    scores = [Product(tokens, h, tokens, config.n_heads), Product(tokens, tokens, h, config.n_heads)]
+    mixer = [
+        Product(tokens, d, wide),
+        *scores,
+        Product(tokens, d, d),
+        Product(tokens, d, wide),
+        Product(tokens, wide, d),
+    ]
+    around = [Product(tokens, config.feature_size, d), Product(tokens, d, config.rank * d)]
+    return around + _repeated(mixer, config.n_blocks)
 
 
 def writing(config: HypernetworkConfig, tokens: int, chunks: int = 1) -> Products:

@@ -107,19 +107,19 @@ def peak_of_process_mib() -> float:
 
 
 def reset_peak_of_process() -> None:
-    """Restart `peak_of_process_mib` at the memory held now, where the system can."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def growth_of_peak_mib(do: Callable[[], object]) -> float:
-    """By how many MiB `do` raises the peak of this process above what it holds now; never below 0.
+    """Restart `peak_of_process_mib` at the memory held now, where the system can.
 
     Memory that Python and torch keep for later goes back to the system first, where it can: it would hide a need.
     """
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc's own function
         ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def growth_of_peak_mib(do: Callable[[], object]) -> float:
+    """By how many MiB `do` raises the peak of this process above what it holds now; never below 0."""
     reset_peak_of_process()
     before = peak_of_process_mib()
     do()

@@ -211,7 +211,8 @@ class InOrderTrainer(Trainer):
         ]
         a = self.args
         rest += [{"params": [p], "weight_decay": 0.0, "lr": factor * a.learning_rate} for p, factor in apart]
-        adam = torch.optim.AdamW(rest, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
+        betas = a.adam_beta1, a.adam_beta2
+        adam = torch.optim.AdamW(rest, lr=a.learning_rate, betas=betas, eps=a.adam_epsilon, fused=True)
         options = {"lr": self.muon_rate, "weight_decay": a.weight_decay}
         if not matrices:  # an optimizer needs something to learn
             self.optimizer = adam

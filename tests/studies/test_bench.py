@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny_models import build_rows_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +17,7 @@ from d2l_lib.records import read_jsonl
 from d2l_lib.studies import bench, products, random_models, watches
 from d2l_lib.studies.plain import Plain
 from d2l_lib.studies.products import Product
+from d2l_lib.token_rows import _AT_ONCE, _KERNEL
 
 each_configuration = pytest.mark.parametrize("name", random_models.CONFIGURATIONS)
 MORE = {"n_self_attention_per_block": 1, "shared_weights": True, "per_layer_processing": False, "n_pre_head_layers": 2}
@@ -116,6 +118,24 @@ def test_needed_operations_are_those_that_torch_counts(small, name):
     needed = products.operations(products.training(model, tokens, *sizes))
     hidden = 4 * hidden + unseen(model, random_models.QUESTION_TOKENS, 1 + 3 * 3, 16)
     assert counted(lambda: step(batch)["loss"].backward()) == pytest.approx(needed + hidden, rel=0.01)
+
+
+@torch.no_grad()
+def test_needed_operations_of_token_rows(monkeypatch):
+    model, tokens = build_rows_model(), 40
+    words, d_out = model.hypernetwork.words, model.config.d_out["down_proj"]
+    ids = torch.arange(100, 100 + tokens)[None]
+    needed = products.operations(products.internalizing(model, tokens))
+    seen = unseen(model, tokens, model.encoder.n_layers_run)
+    convolved = 2 * model.config.n_blocks * tokens * model.config.latent_size * _KERNEL
+    filled = 2 * (_AT_ONCE - (tokens - words.before - words.after)) * d_out**2  # a table's words come in batches
+    monkeypatch.setattr(model, "batch_tokens", tokens)  # a batch of its own, without padding
+    torch.backends.mha.set_fastpath_enabled(False)  # torch does not count what goes that way
+    try:
+        done = counted(lambda: model.internalize_ids(ids))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert done == pytest.approx(needed + seen + convolved + filled, rel=1e-6)
 
 
 @torch.no_grad()
