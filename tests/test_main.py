@@ -49,7 +49,7 @@ WRONG = {
               ["passages", "--seen"], ["distilled-passages", "--steps", "0"],
               ["articles", "--n", "0"], ["chunks", "--n", "0"], ["rise", "--n", "0"], ["tracing", "--n", "0"],
               ["absorption", "--n", "0"], ["bench", "--n", "0"], ["bench", "--chunks"], ["bench", "--chunks", "0"],
-              ["scaling", "--n", "0"], ["history"], ["history", "--before"],
+              ["scaling", "--n", "0"], ["history"], ["history", "--before"], ["quicker", "--n", "0"],
               ["generation", "--n", "0"], ["generation", "--documents", "0"],
               ["facts", "--n", "0"], ["long-texts", "--tokens", "0"], ["half-precision", "--length", "0"],
               ["prose-needles", "--texts", "x", "--n", "0"],

@@ -421,6 +421,12 @@ STUDIES = {
             "--before": {"type": Path, "required": True, "metavar": "FOLDER", "help": "a checkout of the older commit"},
         },
     ),
+    "quicker": Study(
+        "quicker:run",
+        ("quicker",),
+        "ideas for quicker internalizing, in turn with what is done",
+        *(7, "turns", ""),
+    ),
     "scaling": Study(
         "scaling:run",
         ("scaling",),

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -140,10 +140,13 @@ class Prepared:
     def _ids(self, *shape: int) -> Tensor:
         return torch.randint(self.model.base_model.config.vocab_size, shape, generator=self._generator)
 
+    def ids(self) -> Tensor:
+        """Chunks to internalize [chunks, tokens]."""
+        return self._ids(self.task.chunks, _TOKENS[self.task.model])
+
     def _internalize(self) -> Ways:
-        model, plain, tokens = self.model, self.plain, _TOKENS[self.task.model]
-        ids = self._ids(self.task.chunks, tokens)
-        needs = products.internalizing(model, tokens, self.task.chunks)
+        model, plain, ids = self.model, self.plain, self.ids()
+        needs = products.internalizing(model, ids.shape[1], self.task.chunks)
         return Ways(partial(model.internalize_ids, ids), plain and partial(plain.internalize, ids), needs)
 
     def _documents(self) -> Ways:
@@ -232,9 +235,13 @@ def task_of(row: dict) -> Task:
 
 
 def _in_turn(ways: Ways, n: int) -> dict[str, np.ndarray]:
-    """CPU seconds of n turns, after one that is not measured: ours, plain, and floor."""
-    todo = {"ours": ways.ours} | ({} if ways.plain is None else {"plain": ways.plain})
-    shapes, needed = _largest(ways.needs), products.operations(ways.needs)
+    """CPU seconds of n turns: ours, plain, and floor."""
+    return in_turn({"ours": ways.ours} | ({} if ways.plain is None else {"plain": ways.plain}), ways.needs, n)
+
+
+def in_turn(todo: Mapping[str, Callable[[], object]], needs: Sequence[Product], n: int) -> dict[str, np.ndarray]:
+    """CPU seconds of n turns of everything in `todo`, after one that is not measured; and "floor", of bare products."""
+    shapes, needed = _largest(needs), products.operations(needs)
     seconds: dict[str, list[float]] = {way: [] for way in (*todo, "floor")}
     for _ in range(n + 1):
         for way, do in todo.items():
@@ -282,14 +289,15 @@ def _columns(needs: Sequence[Product], seconds: dict[str, np.ndarray], memory: d
     """
     ours, floor, plain = seconds["ours"], seconds["floor"], seconds.get("plain")
     needed = products.operations(needs) / 1e9
-    row = {"n": len(ours)} | _quartiles("seconds", ours) | _quartiles("plain_seconds", plain)
-    row |= _quartiles("floor_seconds", floor) | _quartiles("over_floor", ours / floor)
-    row |= _quartiles("ratio", None if plain is None else plain / ours)
+    row = {"n": len(ours)} | quartiles("seconds", ours) | quartiles("plain_seconds", plain)
+    row |= quartiles("floor_seconds", floor) | quartiles("over_floor", ours / floor)
+    row |= quartiles("ratio", None if plain is None else plain / ours)
     row |= {"gigaflop": _rounded(needed), "rate": _rounded(np.median(needed / floor))}
     return row | {"memory_mib": memory["ours"], "plain_memory_mib": memory["plain"]}
 
 
-def _quartiles(name: str, values: np.ndarray | None) -> dict[str, float | None]:
+def quartiles(name: str, values: np.ndarray | None) -> dict[str, float | None]:
+    """{name: median, name_low, name_high: quartiles}, to four digits; None for what was not measured."""
     low, middle, high = (None,) * 3 if values is None else map(_rounded, np.quantile(values, (0.25, 0.5, 0.75)))
     return {name: middle, f"{name}_low": low, f"{name}_high": high}
 

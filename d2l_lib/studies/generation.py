@@ -25,7 +25,7 @@ import torch
 
 from d2l_lib.engine import TransformersEngine
 from d2l_lib.formats.shards import read_shards
-from d2l_lib.studies import recorded_rows
+from d2l_lib.studies import earlier_rows, recorded_rows
 from d2l_lib.studies.history import commit_of
 from d2l_lib.studies.measurements import own_processes, processor_name
 from d2l_lib.training import selfgen
@@ -72,7 +72,7 @@ print(json.dumps({"cpu": time.process_time() - cpu, "begin": begin, "end": time.
 def run(n: int, seed: int, documents: int, before: Path | None) -> list[dict]:
     """A row for each of WAYS: answers per CPU second of n turns (median, quartiles), after one that is not measured.
 
-    documents: in each turn, in four shards; every turn has its own, from `seed` on.
+    documents: in each turn, in four shards; every turn has its own, from `seed` on. Recorded rows of other numbers stay.
     before: a checkout of an older commit, which makes the same shards in the same turns.
 
     ratio: to `token by token` on the same documents. over_before: likewise, to the older commit.
@@ -98,7 +98,7 @@ def run(n: int, seed: int, documents: int, before: Path | None) -> list[dict]:
         tables = {way: [_answers(one["place"]) for one in several[1:]] for way, several in seen.items()}
     counts = np.array([len(ids) for ids, _ in tables[_BASE]])
     rates = {way: counts / [one["cpu"] for one in several[1:]] for way, several in seen.items()}
-    rows = []
+    rows = [row for row in earlier_rows("generation") if row["documents"] != documents]
     for way, several in seen.items():
         row = {"model": _MODEL, "way": way[0], "processes": way[1], "documents": documents, "n": n}
         row |= {"answers": int(counts.sum()), "device_name": processor_name(), "torch": torch.__version__}
