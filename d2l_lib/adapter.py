@@ -36,7 +36,6 @@ FORMAT = "d2l-adapter"
 _FORMAT_VERSIONS = (1, 2)  # the second: blocks may share a table, and tensors of one shape may lie in one
 _OWN_TENSORS = 1000  # of a file; where there would be more, those of one shape lie in one, which is read at once
 _USUAL_ENDINGS = ("", ".safetensors", ".st", ".sft", ".adapter", ".lora", ".d2l")  # of files that `save` may replace
-_FOLD = 4  # times d_out: of a larger rank the sum itself is applied
 # Where a target module sits in a decoder layer, for an adapter without paths of its own.
 _USUAL_PARENTS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
 _USUAL_PARENTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
@@ -514,11 +513,11 @@ class Adapter:
     def _applied_factors(self, module: str) -> tuple[Tensor, Tensor]:
         """(A [L, R, d_in], B [L, R, d_out]) with the same sum as `_factors`, of the layers that are held alone.
 
-        An adapter of a rank far above d_out costs more to apply than its sum does. It is added up then, once: the
-        update itself as A, of rank d_out, and the identity as B. Tensors that learn stay as they are.
+        An adapter of rank d_out or more is no smaller than its sum. It is added up, once: the update itself as A, of
+        rank d_out, and the identity as B. Tensors that learn stay as they are.
         """
         d_in, d_out = self.sizes[module]
-        if self.rank < _FOLD * d_out or any(tensor.requires_grad for tensor in self._tensors()):
+        if self.rank < d_out or any(tensor.requires_grad for tensor in self._tensors()):
             return self._factors(module)
         folded = self.__dict__.setdefault("_folded", {})
         if module not in folded:
@@ -1037,10 +1036,10 @@ def stack_factors(adapters: Sequence[Adapter | None]) -> tuple[Factors, float, t
     """Several adapters side by side, for `lora.apply_lora`: (loras, scale, the L layers that any of them writes).
 
     loras: {module: (A [contexts, L, R, d_in], B [contexts, L, R, d_out])}. Layers are None where they are all.
-    R is the largest rank, and at most 4 d_out where nothing learns (see `Adapter._applied_factors`); zero rows fill up
-    the others. None (the plain base model) is zero rows only, and so are a
-    module and a layer that an adapter does not write. The precision is the highest among them. Where scales differ, A
-    contains them and the common scale is 1. ValueError where all are None.
+    R is the largest rank, and at most d_out where nothing learns (see `Adapter._applied_factors`); zero rows fill up
+    the others. None (the plain base model) is zero rows only, and so are a module and a layer that an adapter does not
+    write. The precision is the highest among them. Where scales differ, A contains them and the common scale is 1.
+    ValueError where all are None.
     """
     present = [adapter for adapter in adapters if adapter is not None]
     if not present:

@@ -72,7 +72,7 @@ print(json.dumps({"cpu": time.process_time() - cpu, "begin": begin, "end": time.
 def run(n: int, seed: int, documents: int, before: Path | None) -> list[dict]:
     """A row for each of WAYS: answers per CPU second of n turns (median, quartiles), after one that is not measured.
 
-    documents: in each turn, in four shards; every turn has its own, from `seed` on. Recorded rows of other numbers stay.
+    documents: in each turn, in four shards; every turn has its own, from `seed` on. Rows of other numbers stay.
     before: a checkout of an older commit, which makes the same shards in the same turns.
 
     ratio: to `token by token` on the same documents. over_before: likewise, to the older commit.
