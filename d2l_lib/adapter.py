@@ -521,11 +521,17 @@ class Adapter:
             return self._factors(module)
         folded = self.__dict__.setdefault("_folded", {})
         if module not in folded:
-            A, B = self._factors(module)
-            wide = torch.promote_types(A.dtype, torch.float32)
-            update = (B.to(wide).mT @ A.to(wide)).to(A.dtype)
-            folded[module] = update, torch.eye(d_out, dtype=B.dtype, device=B.device).expand(len(update), -1, -1)
+            with torch.inference_mode(False), torch.no_grad():  # it is kept, for passes with gradients too
+                A, B = self._factors(module)
+                wide = torch.promote_types(A.dtype, torch.float32)
+                update = (B.to(wide).mT @ A.to(wide)).to(A.dtype)
+                identity = torch.eye(d_out, dtype=B.dtype, device=B.device)
+            folded[module] = update, identity.expand(len(update), -1, -1)
         return folded[module]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the fields, without what was formed from them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def ranks(self) -> frozenset[int]:

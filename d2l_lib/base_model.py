@@ -378,10 +378,10 @@ class Fingerprint:
     """
 
     def __init__(self):
-        self._views = _Views()
         # of weights on the disk: {(id of a part, name): (the part, so that no other gets its id, values)}
         self._waiting: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
 
+    @torch.no_grad()
     def key(self, model: nn.Module) -> str:
         """The key of this model now."""
         ends = _leaves(model.get_input_embeddings(), final_norm(model))
@@ -392,16 +392,17 @@ class Fingerprint:
             inner |= {one: (part, name) for name, one in _lasting_tensors(part) if one not in outer}
         if model.config.get_text_config().tie_word_embeddings:  # placeholders do not show shared weights
             inner = {one: place for one, place in inner.items() if not one.is_meta or place != (head, "weight")}
-        views = iter(self._views.of([one for one in (*outer, *inner) if not one.is_meta]))
-        keys = [
-            _hash(
-                [(one.shape, self._away(*at) if one.is_meta else next(views)) for one, at in part.items()],
-                torch.bfloat16,
-            )
-            for part in (outer, inner)
+        key = self._hash_of(outer)
+        if not all(one.dtype.is_floating_point and one.dtype.itemsize > 1 for one in inner):
+            return key
+        return f"{key}-{self._hash_of(inner)}"
+
+    def _hash_of(self, places: Mapping[Tensor, tuple[nn.Module, str]]) -> str:
+        """A hash of some values of each weight; places: {weight: (part, name in it)}."""
+        sampled = [
+            (one.shape, self._away(*place) if one.is_meta else _spread_values(one)) for one, place in places.items()
         ]
-        whole = all(one.dtype.is_floating_point and one.dtype.itemsize > 1 for one in inner)
-        return "-".join(keys) if whole else keys[0]
+        return _hash(sampled, torch.bfloat16)
 
     def _away(self, part: nn.Module, name: str) -> Tensor:
         """Some values of the weight `name` of `part`, which a device_map keeps away: those of the first call."""
@@ -412,45 +413,22 @@ class Fingerprint:
         return self._waiting[key][1]
 
 
-class ParametersKey:
-    """Keys of a module's parameters: a hash of some values of each, in order, read anew at each call."""
+@torch.no_grad()
+def parameters_key(module: nn.Module, *, without: str) -> str:
+    """A hash of some values of each of a module's parameters, in order.
 
-    def __init__(self):
-        self._views = _Views()
-
-    def key(self, module: nn.Module, *, without: str) -> str:
-        """The key now; without: parameters whose name begins so are left out."""
-        kept = (one for name, one in module._modules.items() if not name.startswith(without))
-        owners = [_own_parameters(module, without), *(part._parameters.values() for part in _leaves(*kept))]
-        parameters = [*dict.fromkeys(one for of_part in owners for one in of_part if one is not None)]
-        return _hash([*zip((one.shape for one in parameters), self._views.of(parameters), strict=True)], torch.float32)
-
-
-def _own_parameters(module: nn.Module, without: str) -> list[Tensor | None]:
-    return [one for name, one in module._parameters.items() if not name.startswith(without)]
-
-
-class _Views:
-    """Some values of tensors, as views: what is changed in place shows in those that were made before."""
-
-    def __init__(self):
-        self._made: dict[int, tuple[Tensor, tuple, Tensor]] = {}  # {id: (the tensor, where its values lie, view)}
-
-    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Up to 64 values of each tensor; views of the call before serve again where a tensor lies where it did."""
-        made = {}
-        for one in tensors:
-            kept, lies = self._made.get(id(one)), (one.data_ptr(), one.numel(), one.dtype, one.is_contiguous())
-            if kept is None or kept[1] != lies or not one.is_contiguous():  # the values of those are copies
-                kept = one, lies, _spread_values(one)
-            made[id(one)] = kept
-        self._made = made  # tensors of before are not kept alive
-        return [made[id(one)][2] for one in tensors]
+    without: parameters whose name begins so are left out.
+    """
+    parts = (one for name, one in module._modules.items() if not name.startswith(without))
+    own = [one for name, one in module._parameters.items() if not name.startswith(without)]
+    below = [one for part in _leaves(*parts) for one in part._parameters.values()]
+    parameters = dict.fromkeys(one for one in (*own, *below) if one is not None)  # shared ones count once
+    return _hash([(one.shape, _spread_values(one)) for one in parameters], torch.float32)
 
 
 def _spread_values(tensor: Tensor) -> Tensor:
     """Up to 64 values spread over a tensor, a view where it is contiguous."""
-    tensor, n = tensor.detach(), tensor.numel()
+    n = tensor.numel()
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     step = max(1, n // 64)

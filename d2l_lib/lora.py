@@ -1,9 +1,7 @@
 """Apply generated low-rank blocks to a frozen model: y = W x + s * B^T (A x).
 
 The adapter acts through forward hooks inside a `with` block. No weight is touched, and the hooks are gone on exit, so
-the model after the block equals the model before it, bit for bit. A sum that is whole already (see
-`adapter.Adapter._applied_factors`) is added to a copy of W instead, which the linear multiplies by in that block: then
-a token costs what it costs the base model.
+the model after the block equals the model before it, bit for bit.
 
 Threads: a forward pass sees the innermost block that its own thread (or asyncio task) has opened. Blocks of other
 threads do not reach it.
@@ -18,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2l_lib.base_model import decoder_body, target_linears
@@ -150,19 +147,16 @@ def apply_lora(
     linears = target_linears(model, sorted(loras))
     for module, (A, B) in loras.items():
         _check_fit(module, A, B, linears[module], layers, rows)
-    deltas, replaced = [], []
+    deltas = []
     for module, (A, B) in loras.items():
         own = linears[module] if layers is None else [linears[module][layer] for layer in layers]
         is_whole = _is_identity(B)
         for layer, linear in enumerate(own):
-            if is_whole and _may_replace_weight(linear, A):
-                replaced.append((linear, torch.add(linear.weight, A[0, layer].to(linear.weight), alpha=scale)))
-                continue
             # a weight that waits elsewhere comes to x: `_delta` then moves the factors with each call
             place = A.device if linear.weight.is_meta else linear.weight.device
             factors = {"A": A[:, layer].to(place), "B": None if is_whole else B[:, layer].to(place)}
             deltas.append((linear, partial(_delta, **factors, rows=rows)))
-    with add_deltas(model, deltas, scale, replaced=replaced, **notes):
+    with add_deltas(model, deltas, scale, **notes):
         yield
 
 
@@ -173,13 +167,11 @@ def add_deltas(
     scale: float,
     *,
     before: Callable[[dict[str, Any]], None] | None = None,
-    replaced: Sequence[tuple[nn.Linear, Tensor]] = (),
     **notes: Any,
 ) -> Iterator[None]:
     """Inside the `with` block each of these linears of `model` returns y + scale * delta(x), in this thread.
 
     before: called before each forward pass with the decoder's keyword arguments.
-    replaced: linears that multiply by another weight instead of their own.
     notes: see OpenBlock.
     Blocks nest: the innermost one counts. The model on exit is the model on entry.
     """
@@ -190,9 +182,6 @@ def add_deltas(
         # Torch numbers hooks by one counter, so registering needs a lock. A forward pass of another thread reads a
         # module's hooks in one step of the interpreter, so it needs none.
         with _lock:
-            for linear, weight in replaced:
-                stack.callback(_put_back, linear, block)
-                vars(linear).setdefault("forward", _Replaced(linear)).weights[block] = weight
             for linear, delta in deltas:
                 hook = partial(_add_delta, delta=delta, scale=scale, block=block)
                 handles.append(linear.register_forward_hook(hook))
@@ -202,36 +191,6 @@ def add_deltas(
         stack.enter_context(_uncompiled())
         stack.enter_context(_opened_block(block))
         yield
-
-
-class _Replaced:
-    """The forward method of a linear while any block replaces its weight."""
-
-    def __init__(self, linear: nn.Linear):
-        self.linear, self.weights = linear, dict[OpenBlock, Tensor]()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        weight = self.linear.weight
-        for block, other in tuple(self.weights.items()):  # other threads add and remove theirs
-            if innermost(block.model) is block:
-                weight = other
-        return F.linear(x, weight, self.linear.bias)
-
-
-def _may_replace_weight(linear: nn.Linear, update: Tensor) -> bool:
-    """Whether a copy of the linear's weight can hold the update [.., d_out, d_in] and nothing asks for gradients."""
-    weight = linear.weight
-    is_plain = type(linear) is nn.Linear and isinstance(vars(linear).get("forward"), (_Replaced, type(None)))
-    fits = weight.dtype == update.dtype and weight.dtype.itemsize >= 4 and not weight.is_meta
-    return is_plain and fits and not weight.requires_grad and not update.requires_grad
-
-
-def _put_back(linear: nn.Linear, block: OpenBlock) -> None:
-    """The block replaces this linear's weight no more."""
-    with _lock:
-        replaced = vars(linear).get("forward")
-        if replaced is not None and replaced.weights.pop(block, None) is not None and not replaced.weights:
-            del linear.forward
 
 
 def _remove(handles: Sequence) -> None:
@@ -274,8 +233,9 @@ def _add_delta(linear, inputs, output, *, delta, scale, block):
 
 def _is_identity(B: Tensor) -> bool:
     """Whether B [1, L, d_out, d_out] of one context is one identity, expanded over the layers: A is a whole update."""
-    contexts, _, rank, d_out = B.shape
-    if contexts > 1 or rank != d_out or B.stride(1) != 0 or B.requires_grad:
+    contexts, layers, rank, d_out = B.shape
+    is_expanded = layers == 1 or B.stride(1) == 0
+    if contexts > 1 or rank != d_out or not is_expanded or B.requires_grad:
         return False
     return torch.equal(B[0, 0], torch.eye(d_out).to(B))
 

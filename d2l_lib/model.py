@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from d2l_lib.adapter import Adapter, Block, SharedRows, same_base, stack_factors
 from d2l_lib.base_model import (
     Fingerprint,
-    ParametersKey,
     decoder_layers,
     input_device,
     module_paths,
     module_sizes,
+    parameters_key,
     reads_images,
     window_of,
 )
@@ -150,7 +150,7 @@ class DocToLoRA:
         self.reading = (RowReading() if self.writes_rows else Reading()) if reading is None else reading
         self._evaluating = 0  # how many threads internalize now
         self._lock = threading.Lock()
-        self._fingerprint, self._hypernetwork_fingerprint = Fingerprint(), ParametersKey()
+        self._fingerprint = Fingerprint()
         self._tokenizer_key: tuple[tuple, str] = ((), "")  # (what it was taken of, the fingerprint)
         self.window = window_of(base_model)
         on_cpu = self.device.type == "cpu"
@@ -457,7 +457,7 @@ class DocToLoRA:
         return loras
 
     def _check_written(self, tensors: Sequence[Tensor]) -> None:
-        """ValueError for numbers that are none, or too large for the blocks' precision."""
+        """ValueError for NaN, infinity, and numbers too large for the blocks' precision."""
         written = [tensor for tensor in tensors if tensor.numel()]
         ends = torch.stack([end for tensor in written for end in tensor.aminmax()])  # NaN spreads to both
         if not ends.isfinite().all():
@@ -503,7 +503,7 @@ class DocToLoRA:
 
         The null block of sparse reading writes none: a model that gets one still takes the adapters of before.
         """
-        return self._hypernetwork_fingerprint.key(self.hypernetwork, without="null_")
+        return parameters_key(self.hypernetwork, without="null_")
 
     # --- adapters on ------------------------------------------------------------------------------------------------
 

@@ -173,9 +173,10 @@ class TokenRows(TokenStates):
         different, places = torch.cat(text).unique(return_inverse=True)
         padded = F.pad(different, (0, -len(different) % _AT_ONCE))  # so a word is the same in any table
         directions = torch.cat([self.words.directions(some) for some in padded.split(_AT_ONCE)])[: len(different)]
-        first, inside, end = self.log_gain.exp()
-        words = torch.stack([first * directions, inside * directions], 1).flatten(0, 1)
-        table = torch.cat([words, end * self.words.directions(different.new_tensor([self.words.end])), words[:1] * 0])
+        gains = self.log_gain.exp()[:, None]
+        words = (gains[:2] * directions[:, None]).flatten(0, 1)
+        end = gains[2] * self.words.directions(different.new_tensor([self.words.end]))
+        table = torch.cat([words, end, torch.zeros_like(end)])
         own = 2 * places[:, None] + torch.tensor([0, 1, 0, 0])
         own[:, 2], own[:, 3] = len(words), len(words) + 1
         counts = [len(ROLES) * len(one) for one in text]

@@ -1,6 +1,7 @@
 """An adapter is a sum of labelled blocks, and a value."""
 
 import json
+import pickle
 import sys
 from dataclasses import replace
 
@@ -430,6 +431,22 @@ def test_an_adapter_of_a_large_rank_is_added_up_once(dtype):
     assert (formed - own).abs().max() < (formed - expected).abs().max() / 10, "a part has a sum of its own"
     learned, *_ = stack_factors([learning(many)])
     assert learned["q_proj"][0].shape[2] == many.rank, "what learns stays as it is"
+
+
+def test_a_sum_that_inference_formed_serves_a_pass_with_gradients():
+    many = build_adapter(("b",), n_chunks=20)
+    with torch.inference_mode():
+        stack_factors([many])
+    (A, B), x = stack_factors([many])[0]["q_proj"], torch.ones(SIZES["q_proj"][0], requires_grad=True)
+    (A[0, 0] @ x @ B[0, 0]).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_pickle_holds_the_fields_alone():
+    many = build_adapter(("b",), n_chunks=20)
+    before = pickle.dumps(many)
+    stack_factors([many])
+    assert many.stacked and pickle.dumps(many) == before and pickle.loads(before) == many
 
 
 def test_stack_of_different_scales():

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from d2l_lib.studies import random_models, recorded_rows
+from d2l_lib.studies.bench import quartiles
 from d2l_lib.studies.measurements import processor_name
 
 _TASKS = [
@@ -52,12 +53,8 @@ def run(n: int, seed: int, before: Path) -> Iterator[list[dict]]:
 
 def _columns(turns: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
     """The measured columns of turns {state: (seconds, number)}."""
-    seconds = {name: np.array([turn[name][0] for turn in turns]) for name in ("before", "now")}
-    row = {}
-    measured = {"before_seconds": seconds["before"], "seconds": seconds["now"]}
-    for name, values in (measured | {"ratio": seconds["before"] / seconds["now"]}).items():
-        low, middle, high = (float(f"{value:.4g}") for value in np.quantile(values, (0.25, 0.5, 0.75)))
-        row |= {name: middle, f"{name}_low": low, f"{name}_high": high}
+    before, now = (np.array([turn[name][0] for turn in turns]) for name in ("before", "now"))
+    row = quartiles("before_seconds", before) | quartiles("seconds", now) | quartiles("ratio", before / now)
     before, now = (turns[0][name][1] for name in ("before", "now"))
     return row | {"difference": float(f"{abs(before - now) / abs(before):.2g}")}
 
@@ -69,16 +66,20 @@ def _served(checkout: Path) -> Iterator[subprocess.Popen]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", program], cwd=checkout, **pipes) as process:
         yield process
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it ended before
+            process.stdin.close()
 
 
 def _ask(process: subprocess.Popen, what: str, model: str, chunks: int, seed: int) -> tuple[float, float]:
     """(CPU seconds, number) of one task. RuntimeError where the older state cannot do it."""
-    print(json.dumps([what, model, chunks, seed]), file=process.stdin, flush=True)
-    said = process.stdout.readline()
-    if not said:
-        raise RuntimeError("the process of one state ended; what it said stands above: is the commit too old?")
-    seconds, number = json.loads(said)
+    with suppress(BrokenPipeError):  # it ended before
+        print(json.dumps([what, model, chunks, seed]), file=process.stdin, flush=True)
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(
+            "the process of one state ended; what it said stands above: is it a checkout, and not too old?"
+        )
+    seconds, number = json.loads(line)
     return seconds, number
 
 

@@ -144,7 +144,9 @@ def answering(model: DocToLoRA, rank: int, questions: int, length: int, new_toke
     products = _attention(model, length, layers, questions)
     for tokens, times in ((questions * length, 1), (questions, steps)):
         A, B = _updates(model, tokens, rank, layers) if rank else ([], [])
-        products += _repeated(_linears(model, tokens, layers) + A + B, times)
+        sizes = ((model.config.d_in[module], model.config.d_out[module]) for module in model.config.modules)
+        update = min(A + B, [Product(tokens, *both, layers) for both in sizes], key=operations)
+        products += _repeated(_linears(model, tokens, layers) + update, times)
     size, seen = _heads(model)[0] // c.num_attention_heads, length + new_tokens // 2
     later = [Product(1, size, seen), Product(1, seen, size)]
     products += _repeated(later, c.num_attention_heads * layers * questions * steps)

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from unittest.mock import patch
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,12 @@ _MODELS = ("many latents", "few latents", "tiny")
 
 @dataclass(frozen=True)
 class Idea:
-    """together: chunks that are read at once. compiled: encoder and hypernetwork, by torch.compile. onednn: products of
-    float32 by oneDNN, which torch has and uses for other precisions, instead of MKL."""
+    """A way to read and write chunks.
+
+    together: chunks that are read at once.
+    compiled: encoder and hypernetwork, by torch.compile.
+    onednn: products of float32 by oneDNN, which torch has and uses for other precisions, instead of MKL.
+    """
 
     together: int = 1
     compiled: bool = False
@@ -78,11 +81,11 @@ def _way(model: DocToLoRA, ids: Tensor, idea: Idea) -> Callable[[], list[Tensor]
     encode, write = model.encoder.encode, model.hypernetwork
     if idea.compiled:
         encode, write = torch.compile(encode), torch.compile(write)
-    products = patch.object(F, "linear", _by_onednn) if idea.onednn else nullcontext()
+    other_products = patch.object(F, "linear", _by_onednn) if idea.onednn else nullcontext()
 
     @torch.no_grad()
     def run() -> list[Tensor]:
-        with products:
+        with other_products:
             parts = [write(encode(some), attention_mask=torch.ones_like(some)) for some in ids.split(idea.together)]
         return [torch.cat([part[m][side] for part in parts]) for m in model.config.modules for side in (0, 1)]
 
@@ -95,7 +98,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _difference(ours: list[Tensor], expected: list[Tensor]) -> float:
     both = zip(ours, expected, strict=True)
-    return float(np.format_float_scientific(max(float((a - b).abs().max() / b.abs().max()) for a, b in both), 1))
+    return float(f"{max(float((a - b).abs().max() / b.abs().max()) for a, b in both):.2g}")
 
 
 def read_record() -> pd.DataFrame:

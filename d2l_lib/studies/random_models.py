@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ CONFIGURATIONS = {
     "few latents": {"encoder_type": "per_layer_activations", "n_latent_queries": 8},
 }
 TOKENS = 512  # of a chunk
-STEP = CONTEXTS, QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS = 4, 4, 32, 8  # a training step, one chunk to a context
+CONTEXTS, QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS = 4, 4, 32, 8  # of a training step, one chunk to a context
+STEP = CONTEXTS, QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS
 
 
 def random_model(configuration: str, seed: int = 0, *, layers: int | None = None, rank: int = 8) -> DocToLoRA:
@@ -103,8 +105,13 @@ def internalizing(model: DocToLoRA, chunks: int, generator: torch.Generator) -> 
 def serve() -> None:
     """For each line [what, model, chunks, seed] of standard input, CPU seconds and the task's number; JSON both.
 
-    what: "internalize", or "training step". A task that comes first is done twice, and told of once.
+    what: "internalize", or "training step". The first run of a task is not measured.
+
+    SystemExit where a module of the package is not that of the working directory.
     """
+    own = (Path(module.__file__).resolve() for name, module in [*sys.modules.items()] if name.startswith("d2l_lib."))
+    if elsewhere := next((file for file in own if not file.is_relative_to(Path.cwd().resolve())), None):
+        sys.exit(f"{elsewhere} is not of the package in {Path.cwd()}: give a checkout of this project")
     torch.set_num_threads(1)
     ready: dict[str, Callable[[], Tensor]] = {}
     for line in sys.stdin:

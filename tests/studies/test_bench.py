@@ -142,6 +142,7 @@ def test_needed_operations_of_token_rows(monkeypatch):
 def test_needed_operations_of_an_answer(small):
     prepared = bench.Prepared(bench.Task("answer", "many latents", blocks=3, questions=2), 0)
     ways = prepared.ways()
+    ways.ours()  # so many rows are added up, once
     hidden = unseen(prepared.model, random_models.QUESTION_TOKENS, prepared.task.layers, 2)
     assert counted(ways.ours) == pytest.approx(products.operations(ways.needs) + hidden, rel=1e-6)
 
