@@ -155,7 +155,10 @@ def apply_lora(
             # a weight that waits elsewhere comes to x: `_delta` then moves the factors with each call
             place = A.device if linear.weight.is_meta else linear.weight.device
             factors = {"A": A[:, layer].to(place), "B": None if is_whole else B[:, layer].to(place)}
-            deltas.append((linear, partial(_delta, **factors, rows=rows)))
+            if is_whole and A.dtype == linear.weight.dtype and not linear.weight.is_meta:
+                deltas.append((linear, factors["A"][0]))
+            else:
+                deltas.append((linear, partial(_delta, **factors, rows=rows)))
     with add_deltas(model, deltas, scale, **notes):
         yield
 
@@ -163,7 +166,7 @@ def apply_lora(
 @contextmanager
 def add_deltas(
     model: nn.Module,
-    deltas: Sequence[tuple[nn.Linear, Callable[[Tensor], Tensor]]],
+    deltas: Sequence[tuple[nn.Linear, Callable[[Tensor], Tensor] | Tensor]],
     scale: float,
     *,
     before: Callable[[dict[str, Any]], None] | None = None,
@@ -171,6 +174,7 @@ def add_deltas(
 ) -> Iterator[None]:
     """Inside the `with` block each of these linears of `model` returns y + scale * delta(x), in this thread.
 
+    deltas: (linear, delta); of a matrix D [d_out, d_in], delta(x) is D x.
     before: called before each forward pass with the decoder's keyword arguments.
     notes: see OpenBlock.
     Blocks nest: the innermost one counts. The model on exit is the model on entry.
@@ -183,7 +187,8 @@ def add_deltas(
         # module's hooks in one step of the interpreter, so it needs none.
         with _lock:
             for linear, delta in deltas:
-                hook = partial(_add_delta, delta=delta, scale=scale, block=block)
+                add = _add_product if isinstance(delta, Tensor) else _add_delta
+                hook = partial(add, delta=delta, scale=scale, block=block)
                 handles.append(linear.register_forward_hook(hook))
             if before is not None:
                 begin = partial(_begin, before=before, block=block)
@@ -229,6 +234,14 @@ def _add_delta(linear, inputs, output, *, delta, scale, block):
     if innermost(block.model) is not block:
         return None
     return torch.add(output, delta(inputs[0].to(output.device)), alpha=scale).to(output.dtype)
+
+
+def _add_product(linear, inputs, output, *, delta, scale, block):
+    """The same with a matrix delta [d_out, d_in] of the model's precision, in one operation."""
+    if innermost(block.model) is not block:
+        return None
+    x, y = inputs[0].flatten(0, -2), output.flatten(0, -2)
+    return torch.addmm(y, x.to(y.device), delta.T.to(y.device), alpha=scale).view_as(output)
 
 
 def _is_identity(B: Tensor) -> bool:

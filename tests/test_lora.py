@@ -235,19 +235,22 @@ def test_misfits_say_what_is_wrong(model, config):
 def test_an_identity_for_B_is_left_out_and_another_square_B_is_not(model, config):
     ids, d_out = random_ids(2, 7), config.d_out["q_proj"]
     (A, _), layers = random_loras(config, 1, d_out)["q_proj"], config.n_layers
+    eye, linears = torch.eye(d_out).expand(1, layers, -1, -1), target_linears(model, ["q_proj"])["q_proj"]
     turned = torch.eye(d_out).flip(0).expand(1, layers, -1, -1)
-    given = {"q_proj": (A, torch.eye(d_out).expand(1, layers, -1, -1))}
-    with apply_lora(model, given, SCALE):
-        plain = logits(model, ids)
-        (hook,) = target_linears(model, ["q_proj"])["q_proj"][0]._forward_hooks.values()
-        assert hook.keywords["delta"].keywords["B"] is None
-    with apply_lora(model, {"q_proj": (A.flip(2), turned)}, SCALE):
-        same = logits(model, ids)
-    with apply_lora(model, {"q_proj": (A, turned)}, SCALE):
-        other = logits(model, ids)
+
+    def adapted(A, B, layers=None):
+        """The logits, and the delta of the linear of layer 2."""
+        with apply_lora(model, {"q_proj": (A, B)}, SCALE, layers=layers):
+            (hook,) = linears[2]._forward_hooks.values()
+            return logits(model, ids), hook.keywords["delta"]
+
+    plain, delta = adapted(A, eye)
+    assert torch.equal(delta, A[0, 2])
+    same, delta = adapted(A.flip(2), turned)
+    assert delta.keywords["B"] is not None
     torch.testing.assert_close(plain, same)
-    assert (plain - other).abs().max() > 0.01
-    (A, eye), adapted = given["q_proj"], target_linears(model, ["q_proj"])["q_proj"][2]
-    with apply_lora(model, {"q_proj": (A[:, :1], eye[:, :1])}, SCALE, layers=[2]):
-        (hook,) = adapted._forward_hooks.values()
-        assert hook.keywords["delta"].keywords["B"] is None, "of one layer, too"
+    assert (plain - adapted(A, turned)[0]).abs().max() > 0.01
+    assert isinstance(adapted(A[:, :1], eye[:, :1], layers=[2])[1], torch.Tensor), "of one layer, too"
+    wide, delta = adapted(A.double(), eye[0, :1].double().expand_as(eye))
+    assert delta.keywords["B"] is None, "of another precision it is a product, and then a sum"
+    torch.testing.assert_close(plain, wide)
