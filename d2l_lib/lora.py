@@ -240,7 +240,7 @@ def _add_product(linear, inputs, output, *, delta, scale, block):
     """The same with a matrix delta [d_out, d_in] of the model's precision, in one operation."""
     if innermost(block.model) is not block:
         return None
-    x, y = inputs[0].flatten(0, -2), output.flatten(0, -2)
+    x, y = (one.reshape(-1, one.shape[-1]) for one in (inputs[0], output))
     return torch.addmm(y, x.to(y.device), delta.T.to(y.device), alpha=scale).view_as(output)
 
 
