@@ -78,6 +78,8 @@ _Progress = Callable[[int, int], None] | bool | None
 _Read = str | Reading | RowReading | None
 _TOGETHER = 1 << 24  # bytes of blocks that then lie in one tensor
 _LENGTH_STEP = 24  # tokens; chunks of one batch are padded to a multiple of it
+_LONG_ROWS = (4, 2, 1)  # long chunks that are read at once
+_LONG_NUMBERS = 250_000  # of their features, at most
 _BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor] | SharedRows]
 
 
@@ -102,8 +104,8 @@ class DocToLoRA:
         block_dtype: the precision of blocks, torch.float16 for half the memory (None: what the hypernetwork writes).
         cache: an AdapterCache keeps the blocks of texts in files, and texts of before are read from there (None: no).
 
-    Chunks of similar length are encoded together. All batches of a length have the same shape, filled up where chunks
-    are missing: on the CPU a block is bit-equal whatever chunks are beside it.
+    Chunks of similar length are encoded together. Batches of padded chunks have one shape for each length, filled up
+    where chunks are missing: on the CPU a block is bit-equal whatever chunks are beside it.
     """
 
     def __init__(
@@ -152,6 +154,7 @@ class DocToLoRA:
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
         self._tokenizer_key: tuple[tuple, str] = ((), "")  # (what it was taken of, the fingerprint)
+        self._together: dict[int, bool] = {}  # see `_may_stand_together`
         self.window = window_of(base_model)
         on_cpu = self.device.type == "cpu"
         self.chunk_batch, self.batch_tokens = (12, 288) if on_cpu else (8, 8192)
@@ -412,18 +415,44 @@ class DocToLoRA:
     def _batches(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
         """(different chunks, their padded length), one batch after another.
 
-        A batch of one is not padded. Others are padded to the next multiple of _LENGTH_STEP above their length. Every
-        row then has padding, because results with and without a mask differ in the last bits.
+        Short chunks are padded to the next multiple of _LENGTH_STEP above their length. Every row then has padding,
+        because results with and without a mask differ in the last bits. Long chunks, which fill a batch alone, are not
+        padded; on the CPU, a few of one length stand together where they are small.
         """
-        by_width: dict[int, list[tuple[int, ...]]] = {}
+        short: dict[int, list[tuple[int, ...]]] = {}
+        long: dict[int, list[tuple[int, ...]]] = {}
         for ids in chunks:
             width = (len(ids) // _LENGTH_STEP + 1) * _LENGTH_STEP
-            alone = self._rows(width) == 1 or width > window_of(self.encoder.model)
-            by_width.setdefault(len(ids) if alone else width, []).append(ids)
-        for width, alike in by_width.items():
-            rows = 1 if len(alike[0]) == width else self._rows(width)
-            for start in range(0, len(alike), rows):
-                yield alike[start : start + rows], width
+            if self._rows(width) == 1 or width > window_of(self.encoder.model):
+                long.setdefault(len(ids), []).append(ids)
+            else:
+                short.setdefault(width, []).append(ids)
+        for width, alike in short.items():
+            for start in range(0, len(alike), self._rows(width)):
+                yield alike[start : start + self._rows(width)], width
+        for length, alike in long.items():
+            while alike:
+                n = next(n for n in _LONG_ROWS if n <= len(alike) and self._may_stand_together(n, alike[0]))
+                yield alike[:n], length
+                alike = alike[n:]
+
+    def _may_stand_together(self, n: int, ids: Sequence[int]) -> bool:
+        """Whether n long chunks like this one are read at once: small ones, to which that makes no difference.
+
+        In products of many rows, the bits of a row mostly do not depend on how many there are, but this is the
+        processor's choice. So it is tried once for each n, with copies of a chunk.
+        """
+        if n == 1:
+            return True
+        if self.device.type != "cpu" or self.iterative or self.copies_tokens or n > self.chunk_batch:
+            return False
+        if n * len(ids) * self.encoder.n_states * self.encoder.feature_size > _LONG_NUMBERS:
+            return False
+        if n not in self._together:
+            several, alone = (self._encode_batch([ids] * rows, len(ids)) for rows in (n, 1))
+            pairs = (pair for m in alone for pair in zip(several[m], alone[m], strict=True))
+            self._together[n] = all(torch.equal(one[-1], alone[0]) for one, alone in pairs)
+        return self._together[n]
 
     def _rows(self, width: int) -> int:
         """How many chunks of `width` tokens make a batch: a function of the length alone."""
@@ -435,7 +464,7 @@ class DocToLoRA:
         Copies of the last chunk fill up the batch.
         """
         rows = [*batch]
-        if len(batch[0]) < width:
+        if len(batch[0]) < width:  # long chunks have no padding
             rows += [batch[-1]] * (self._rows(width) - len(batch))
         ids, mask = pad_rows(rows, pad_id_of(self.encoder_tokenizer), width=width)
         return self._write_blocks({"input_ids": ids, "attention_mask": mask})

@@ -13,6 +13,7 @@ from tiny_models import build_base_model, build_model, build_tokenizer, logits_o
 import d2l_lib as d2l
 from d2l_lib import documents
 from d2l_lib.encoder import ContextEncoder
+from d2l_lib.engine import pad_rows
 from d2l_lib.model import DocToLoRA
 
 FIRST = "Ada keeps 3 cats. The oldest is Tom. Tom is 19."
@@ -85,6 +86,38 @@ def test_a_block_does_not_depend_on_its_neighbours_in_a_batch():
             (block,) = adapter.blocks
             for side in ("A", "B"):
                 assert torch.equal(getattr(block, side)["down_proj"], getattr(alone[text], side)["down_proj"])
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_long_chunks_of_one_length_stand_together_where_that_changes_no_bit(monkeypatch, alike):
+    """200 tokens: long. 144 and 130: padded to 168, so long, and to 144, so short; no batch may hold both."""
+    model, sizes = build_model(("down_proj",)), []
+    rows = [torch.randint(model.base_model.config.vocab_size, (n,)).tolist() for n in (200, 144, 130, *[200] * 6)]
+    alone = [model.internalize_ids(torch.tensor([row])).blocks[0] for row in rows]
+    assert not model._together, "a chunk alone needs no trial"
+    encode, equal = model.encoder.encode, torch.equal
+
+    def spy(ids, **options):
+        sizes.append(tuple(ids.shape))
+        return encode(ids, **options)
+
+    monkeypatch.setattr(model.encoder, "encode", spy)
+    if not alike:  # as on a processor whose products depend on the number of rows
+        monkeypatch.setattr(torch, "equal", lambda *_: False)
+    together = model.internalize_ids(*pad_rows(rows, 0)).blocks
+    monkeypatch.setattr(torch, "equal", equal)
+    tried = [(4, 200), (1, 200), (2, 200), (1, 200)]
+    assert alike or not any(model._together.values())
+    batches, left = [], 7
+    while left:
+        batches.append((next(n for n in (4, 2, 1) if n <= left and model._together.get(n, True)), 200))
+        left -= batches[-1][0]
+    assert sorted(sizes) == sorted([*tried, *batches, (1, 144), (2, 144)])
+    for one, other in zip(together, alone, strict=True):
+        assert all(equal(getattr(one, side)["down_proj"], getattr(other, side)["down_proj"]) for side in "AB")
+    sizes.clear()
+    model.internalize_ids(*pad_rows(rows, 0))
+    assert sorted(sizes) == sorted([*batches, (1, 144), (2, 144)]), "it is tried once"
 
 
 @pytest.mark.parametrize("encoder_type", ["early_exit", "per_layer_activations", "embed_only"])
