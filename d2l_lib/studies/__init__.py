@@ -424,7 +424,7 @@ STUDIES = {
     "quicker": Study(
         "quicker:run",
         ("quicker",),
-        "ideas for quicker internalizing, in turn with what is done",
+        "ideas for quicker internalizing, in turn with reading chunk by chunk",
         *(7, "turns", ""),
     ),
     "scaling": Study(

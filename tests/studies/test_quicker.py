@@ -15,7 +15,7 @@ def test_every_idea_gives_the_same_blocks_and_a_row(monkeypatch, tmp_path):
     monkeypatch.setattr(studies, "record_path", lambda name: tmp_path / f"{name}.jsonl")
     monkeypatch.setattr(bench, "_TIMED_OPERATIONS", 1)
     monkeypatch.setattr(quicker, "_MODELS", ("few latents",))
-    ideas = ("as it is", "products by oneDNN", "compiled, eight together")
+    ideas = ("chunk by chunk", "products by oneDNN", "compiled, eight together")
     monkeypatch.setattr(quicker, "IDEAS", {name: quicker.IDEAS[name] for name in ideas})
     compiled = []
 
@@ -30,7 +30,7 @@ def test_every_idea_gives_the_same_blocks_and_a_row(monkeypatch, tmp_path):
     for row in rows:
         assert row["command"] == "d2l study quicker --n 1" and (row["n"], row["seed"], row["chunks"]) == (1, 0, 8)
         assert row["difference"] < 1e-4 and row["seconds"] > 0 and row["over_floor"] > 0
-        assert row["idea"] != "as it is" or (row["ratio"], row["difference"]) == (1, 0)
+        assert row["idea"] != "chunk by chunk" or (row["ratio"], row["difference"]) == (1, 0)
 
 
 def test_ideas_read_what_they_say(monkeypatch):
@@ -39,7 +39,7 @@ def test_ideas_read_what_they_say(monkeypatch):
     monkeypatch.setattr(quicker, "_by_onednn", lambda *inputs: seen.append("oneDNN") or linear(*inputs))
     handle = prepared.model.hypernetwork.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     ids = prepared.ids()[:, :30]
-    for idea in ("as it is", "four chunks together", "products by oneDNN"):
+    for idea in ("chunk by chunk", "four chunks together", "products by oneDNN"):
         seen.clear()
         quicker._way(prepared.model, ids, quicker.IDEAS[idea])()
         sizes = [one for one in seen if one != "oneDNN"]
