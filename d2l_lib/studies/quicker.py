@@ -55,9 +55,9 @@ IDEAS = {
 def run(n: int, seed: int) -> Iterator[list[dict]]:
     """A row per model and idea, after each model: CPU seconds of n turns, after one that is not measured.
 
-    Columns: model, idea, chunks, tokens, seconds, ratio ("chunk by chunk" by the idea, of the same turn) and over_floor (by
-    the bare products of the same turn), each with quartiles _low and _high; difference: the most by which a number of a
-    block differs from "chunk by chunk", as a share of the largest.
+    Columns: model, idea, chunks, tokens, seconds, ratio (chunk by chunk by the idea, of the same turn) and over_floor
+    (by the bare products of the same turn), each with quartiles _low and _high; difference: the most by which a number
+    of a block differs from that of chunk by chunk, as a share of the largest.
     """
     rows: list[dict] = []
     for name in _MODELS:
