@@ -171,14 +171,10 @@ class Prepared:
             hypernetwork.zero_grad()
             loss().backward()
 
-        sizes = (
-            random_models.CONTEXTS,
-            random_models.QUESTIONS,
-            random_models.QUESTION_TOKENS,
-            random_models.ANSWER_TOKENS,
-        )
         ours = partial(run, lambda: step(batch)["loss"])
-        return Ways(ours, partial(run, partial(self.plain.loss, batch)), products.training(model, tokens, *sizes))
+        return Ways(
+            ours, partial(run, partial(self.plain.loss, batch)), products.training(model, tokens, *random_models.STEP)
+        )
 
     @torch.no_grad()
     def _write(self) -> Ways:

@@ -118,8 +118,10 @@ def serve() -> None:
         what, name, chunks, seed = json.loads(line)
         if line not in ready:
             model, generator = random_model(name, seed), torch.Generator().manual_seed(seed)
-            made = training_step(model, TOKENS, generator) if what == "training step" else None
-            ready[line] = made or internalizing(model, chunks, generator)
+            if what == "training step":
+                ready[line] = training_step(model, TOKENS, generator)
+            else:
+                ready[line] = internalizing(model, chunks, generator)
             ready[line]()
         began = time.process_time()
         number = ready[line]()
