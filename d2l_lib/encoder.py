@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from d2l_lib import layers, onednn
 from d2l_lib.base_model import (
     decoder_body,
     decoder_layers,
     default_modules,
+    final_norm,
     final_norm_name,
     load_processor,
     module_sizes,
@@ -109,6 +111,8 @@ class ContextEncoder:
 
         images: the processor's other outputs for a chat with images (pixel_values, ...).
         """
+        if not images and self._is_written_out(attention_mask):
+            return self._written_out(input_ids)
         states: list[Tensor] = []
         body = self._shortened_body(states)
         whole = self._around(body) if images else body
@@ -119,12 +123,36 @@ class ContextEncoder:
                 use_cache=False,
                 **images,
             ).last_hidden_state
+        return self._features([*(state.to(last.device) for state in states), last])
+
+    def _features(self, states: Sequence[Tensor]) -> Tensor:
+        """Features of the states that a pass leaves: those before each layer, if they are asked for, and the last."""
         if self.encoder_type == "hidden_states":
-            states = [*(state.to(last.device) for state in states), last]
             return torch.cat([states[layer] for layer in self.encoder_layers], dim=-1)
-        if self.encoder_type != "per_layer_activations":
-            return last
-        return torch.stack([*(state.to(last.device) for state in states), last], dim=1)
+        return torch.stack(states, dim=1) if self.encoder_type == "per_layer_activations" else states[-1]
+
+    def _is_written_out(self, attention_mask: Tensor | None) -> bool:
+        """Whether this package's own layers read chunks without padding: where their products are oneDNN's."""
+        packs, run = onednn.in_use(), decoder_layers(self.model)[: self.n_layers_run]
+        if packs is None or not run or not layers.are_known(self.model):
+            return False
+        body = decoder_body(self.model)
+        modules = [body, body.embed_tokens, body.rotary_emb, final_norm(self.model)]
+        is_whole = attention_mask is None or bool(attention_mask.all())
+        unchanged = layers.are_unchanged([*modules, *(module for layer in run for module in layer.modules())])
+        return is_whole and unchanged and packs.fit(layers.weights_of(run))
+
+    def _written_out(self, input_ids: Tensor) -> Tensor:
+        """`encode` by this package's own layers."""
+        (n, length), body, states = input_ids.shape, decoder_body(self.model), []
+        x = body.embed_tokens(input_ids).flatten(0, 1)
+        rotary = layers.rotary_of(body, x, torch.arange(length).repeat(n))
+        attend = layers.causally(n, length)
+        for layer in decoder_layers(self.model)[: self.n_layers_run]:
+            states.append(x)
+            x = layers.written_out(layer, x, rotary, attend)
+        states.append(x if self.encoder_type == "hidden_states" else body.norm(x))
+        return self._features([state.view(n, length, -1) for state in states])
 
     def _shortened_body(self, states: list[Tensor] | None = None) -> nn.Module:
         """The body with its first layers only; modules and weights are the model's own.

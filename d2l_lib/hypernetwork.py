@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from d2l_lib.onednn import in_use, packed, product, product_of_rows
+
 _ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only", "hidden_states")
 _WRITERS = ("perceiver", "token_rows", "pooled_rows")
 _TUPLES = ("encoder_layers", "row_layers", "reader_layers", "written_layers")
@@ -29,6 +31,7 @@ _LATER = (
 )
 Loras = dict[str, tuple[Tensor, Tensor]]
 _PIECE = 512  # rows of a SwiGLU at once on the CPU
+_MANY_ROWS = 256  # queries that share a key-value head: from so many on, heads go one by one
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,8 @@ class _SwiGLU(nn.Module):
             y = _KeptSwiGLU.apply(rows, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
             return y.view(*x.shape[:-1], -1)
         pieces = rows.split(_PIECE if x.device.type == "cpu" else len(rows))
-        parts = [self.down_proj(F.silu(self.gate_proj(one), inplace=True).mul_(self.up_proj(one))) for one in pieces]
+        gate, up, down = (packed(one.weight) for one in (self.gate_proj, self.up_proj, self.down_proj))
+        parts = [product(product(one, up, times=F.silu(product(one, gate), inplace=True)), down) for one in pieces]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
 
 
@@ -260,14 +264,48 @@ class Attention(nn.Module):
         self, latents: Tensor, context: Tensor, mask: Tensor | None = None, gain: Tensor | None = None
     ) -> Tensor:
         n, k = len(context), latents.shape[1]
-        queries = self.q_proj(latents).view(-1, k, self.n_kv_heads, self.group, self.head_dim)
+        is_absorbed = self.is_absorbed(k, context.shape[1])
+        if mask is None and not is_absorbed and k * self.group >= _MANY_ROWS and in_use() is not None:
+            return self._by_head(latents, context, gain)
+        queries = product(latents, packed(self.q_proj.weight)).view(-1, k, self.n_kv_heads, self.group, self.head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(-1, self.n_kv_heads, self.group * k, self.head_dim)
         visible = None if mask is None else mask[:, None, None, :]
-        read = self._read_absorbed if self.is_absorbed(k, context.shape[1]) else self._read_plain
-        maps = (one.weight if gain is None else one.weight * gain for one in (self.k_proj, self.v_proj))
-        mixed = read(queries, context, visible, *maps)  # [n, H, g k, h]
+        read = self._read_absorbed if is_absorbed else self._read_plain
+        mixed = read(queries, context, visible, *self._maps(gain, is_packed=not is_absorbed))  # [n, H, g k, h]
         mixed = mixed.reshape(n, self.n_kv_heads, self.group, k, self.head_dim).permute(0, 3, 1, 2, 4)
-        return self.o_proj(mixed.reshape(n, k, -1))
+        return product(mixed.reshape(n, k, -1), packed(self.o_proj.weight))
+
+    def _maps(self, gain: Tensor | None, is_packed: bool) -> list[Tensor]:
+        """K and V [H h, d] for a context that `gain` multiplies; packed, where that is wanted and packs are in use."""
+        weights, packs = [self.k_proj.weight, self.v_proj.weight], in_use() if is_packed else None
+        if gain is None:
+            return [packed(one) for one in weights] if is_packed else weights
+        if packs is None:
+            return [one * gain for one in weights]
+        return packs.of((id(self), "keys and values"), [*weights, gain], lambda: [one * gain for one in weights])
+
+    def _by_head(self, latents: Tensor, context: Tensor, gain: Tensor | None) -> Tensor:
+        """The plain way by packed weights, one key-value head after another: nothing is copied between products."""
+        k, h, weights = latents.shape[1], self.head_dim, [one.weight for one in self.children()]
+        weights += [] if gain is None else [gain]
+        maps = in_use().of((id(self), "heads"), weights, lambda: self._maps_by_head(gain))
+        done = []
+        for place, tokens in enumerate(context):
+            queries, read = latents[place % len(latents)], None
+            for Q, K, V, out in zip(*(maps[start::4] for start in range(4)), strict=True):
+                scores = product_of_rows(product(queries, Q).view(-1, h), product(tokens, K))  # [k g, T]
+                values = product(tokens, V).T
+                mixed = product_of_rows(torch.softmax(scores, -1, out=scores), values).view(k, -1)
+                read = product(mixed, out, plus=read)
+            done.append(read)
+        return torch.stack(done)
+
+    def _maps_by_head(self, gain: Tensor | None) -> list[Tensor]:
+        """Q [g h, d] with the scores' scale, K and V [h, d], and output [d, g h] of each key-value head in turn."""
+        heads, h = self.n_kv_heads, self.head_dim
+        K, V = self._maps(gain, is_packed=False)
+        maps = [(self.q_proj.weight * h**-0.5).chunk(heads), K.chunk(heads), V.chunk(heads)]
+        return [one for head in zip(*maps, self.o_proj.weight.chunk(heads, 1), strict=True) for one in head]
 
     def is_absorbed(self, k: int, n_tokens: int) -> bool:
         """Whether k latents read a context of `n_tokens` the absorbed way."""
@@ -281,7 +319,7 @@ class Attention(nn.Module):
         """Values [n, H, g k, h] that queries [n or 1, H, g k, h] read; K, V: [H h, d]."""
         n = len(context)
         keys, values = (
-            F.linear(context, one).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2) for one in (K, V)
+            product(context, one).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2) for one in (K, V)
         )
         return F.scaled_dot_product_attention(queries.expand(n, -1, -1, -1), keys, values, attn_mask=visible)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
@@ -55,6 +55,7 @@ from d2l_lib.formats.checkpoints import (
 from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, Loras
 from d2l_lib.lora import apply_lora, noted_adapter, without_lora
+from d2l_lib.onednn import Packs
 from d2l_lib.reading import Reading, read_sparsely
 from d2l_lib.router import Router
 from d2l_lib.routing import SHORTLIST, Gate, route_prompts
@@ -78,8 +79,8 @@ _Progress = Callable[[int, int], None] | bool | None
 _Read = str | Reading | RowReading | None
 _TOGETHER = 1 << 24  # bytes of blocks that then lie in one tensor
 _LENGTH_STEP = 24  # tokens; chunks of one batch are padded to a multiple of it
-_LONG_ROWS = (4, 2, 1)  # long chunks that are read at once
-_LONG_NUMBERS = 250_000  # of their features, at most
+_LONG_ROWS = (8, 4, 2, 1)  # long chunks that are read at once
+_LONG_NUMBERS = 600_000  # of their features, at most
 _BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor] | SharedRows]
 
 
@@ -155,6 +156,7 @@ class DocToLoRA:
         self._fingerprint = Fingerprint()
         self._tokenizer_key: tuple[tuple, str] = ((), "")  # (what it was taken of, the fingerprint)
         self._together: dict[int, bool] = {}  # see `_may_stand_together`
+        self._packs = Packs()
         self.window = window_of(base_model)
         on_cpu = self.device.type == "cpu"
         self.chunk_batch, self.batch_tokens = (12, 288) if on_cpu else (8, 8192)
@@ -380,7 +382,8 @@ class DocToLoRA:
         distinct = list(dict.fromkeys(key for key in keys if key not in images))
         done: dict[int | tuple[int, ...], _BlockFactors] = {}
         apart: list[_BlockFactors] = []
-        with self._in_eval_mode(), _reporter(progress, len(distinct) + len(images)) as report:
+        products = self._packs.used() if self.device.type == "cpu" else nullcontext()
+        with self._in_eval_mode(), products, _reporter(progress, len(distinct) + len(images)) as report:
             for batch, width in self._batches(distinct):
                 loras = self._encode_batch(batch, width)
                 for index, ids in enumerate(batch):

@@ -13,7 +13,8 @@ layer is computed where its output is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,21 +23,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from d2l_lib import layers, onednn
 from d2l_lib.base_model import decoder_body, decoder_layers, final_norm
 
-_FAMILIES = ("llama", "qwen3")  # whose layers `_layer` writes out
 _PACK, _HELD = 1000, 4000  # tokens of heads that are read at once, and kept: more leave a processor's own memory
 _ROUNDS = 6  # guesses at one answer; what is then left is answered token by token
 _COPIED = 6  # tokens of a guess that is copied from the prompt
 Ids = Sequence[Sequence[int]]  # token ids of several texts
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [tokens, heads, size]
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether this module knows the model's layers, and the model computes on a CPU."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    return model.device.type == "cpu" and model.config.model_type in _FAMILIES and {*kinds} == {"full_attention"}
+    """Whether the model's layers are known (see `layers`), and nobody changed them."""
+    return layers.are_known(model) and layers.are_unchanged(
+        module for layer in decoder_layers(model) for module in layer.modules()
+    )
 
 
 @dataclass
@@ -83,6 +83,10 @@ class Guessing:
         groups: (n, places) of prompts that begin with the same n tokens; 0 for a lone prompt.
         most: tokens of heads that are kept at once, unless one head has more.
         """
+        with self._packed.products():
+            self._run(groups, most)
+
+    def _run(self, groups: Sequence[tuple[int, Sequence[int]]], most: int) -> None:
         waiting = [(n or len(self._prompts[places[0]]) - 1, places) for n, places in reversed(groups)]
         while waiting:
             size, left, n_asked = 0, [], 0
@@ -137,12 +141,17 @@ def _next_guess(prompt: Sequence[int], last: int, rest: list[int]) -> list[int]:
 
 
 class _Packed:
-    """A model of _FAMILIES over packed tokens."""
+    """A model whose layers are known over packed tokens."""
 
     def __init__(self, model: nn.Module):
-        body = decoder_body(model)
-        self._embed, self._rotary, self._layers = body.embed_tokens, body.rotary_emb, decoder_layers(model)
+        self._body, self._layers = decoder_body(model), decoder_layers(model)
         self._norm, self._output = final_norm(model), model.get_output_embeddings()
+        self._packs = onednn.Packs()
+
+    def products(self) -> AbstractContextManager:
+        """Inside the `with` block its products are oneDNN's, where there is room for all its weights."""
+        weights = layers.weights_of([*self._layers, self._output])
+        return self._packs.used() if self._packs.fit(weights) else nullcontext()
 
     def logits(self, heads: Sequence[Head], tails: Sequence[Ids], wanted: Sequence[int]) -> Tensor:
         """[wanted tokens, vocabulary]: what follows the last `wanted` tokens of each tail.
@@ -151,7 +160,7 @@ class _Packed:
         tails: those of each head. wanted: a number for each tail.
         """
         rows, starts, spans, keep = [], [], [], []  # spans: (start of the head, of its tails, end) among all tokens
-        end, number = 0, iter(wanted)
+        end, number, dtype = 0, iter(wanted), self._body.embed_tokens.weight.dtype
         for head, of_head in zip(heads, tails, strict=True):
             start = end
             if not head.states:
@@ -167,59 +176,44 @@ class _Packed:
             spans.append((start, middle, end))
         keep = torch.tensor(keep)
         masks = [
-            _tail_mask(len(head.ids), [len(tail) for tail in of_head]).to(self._embed.weight.dtype)
+            _tail_mask(len(head.ids), [len(tail) for tail in of_head]).to(dtype)
             for head, of_head in zip(heads, tails, strict=True)
         ]
+        stretches = [layers.stretches(middle - start) if start < middle else () for start, middle, _ in spans]
         kept = torch.searchsorted(keep, torch.tensor([span[1:] for span in spans])).tolist()  # the tails within `keep`
-        layer = iter(range(len(self._layers)))
+        numbers = iter(range(len(self._layers)))
 
         def attend(q, k, v):
-            at, parts, k, v = next(layer), [], k.transpose(0, 1), v.transpose(0, 1)
+            at, parts, k, v = next(numbers), [], k.transpose(0, 1), v.transpose(0, 1)
             is_last = at == len(self._layers) - 1
-            for head, (start, middle, end), (a, b), mask in zip(heads, spans, kept, masks, strict=True):
+            each = zip(heads, spans, stretches, kept, masks, strict=True)
+            for head, (start, middle, end), of_head, (a, b), mask in each:
                 if len(head.states) == at:
                     head.states.append((k[:, start:middle], v[:, start:middle]))
                     states = k[:, start:end], v[:, start:end]
-                    if not is_last:
-                        parts.append(((start, middle), *head.states[-1], None))
+                    for first, last, own in of_head if not is_last else ():
+                        seen = (one[:, start : start + last] for one in (k, v))
+                        parts.append(((start + first, start + last), *seen, own))
                 else:
                     states = (torch.cat([h, x[:, middle:end]], 1) for h, x in zip(head.states[at], (k, v), strict=True))
                 parts.append(((a, b), *states, mask[keep[a:b] - middle]) if is_last else ((middle, end), *states, mask))
             return _attention(q, parts)
 
-        return self._output(self._norm(self._run(rows, starts, attend, keep)))
+        return onednn.linear(self._output, self._norm(self._run(rows, starts, attend, keep)))
 
-    def _run(self, rows: Ids, starts: Sequence[int], attend: Attention, keep: Tensor) -> Tensor:
-        """The last layer's output [kept, width] at the packed tokens `keep` of the rows, which begin at `starts`."""
-        x = self._embed(torch.tensor([token for row in rows for token in row]))
+    def _run(self, rows: Ids, starts: Sequence[int], attend: layers.Attention, keep: Tensor) -> Tensor:
+        """The last layer's output [kept, width] at the packed tokens `keep` of the rows, which begin at `starts`.
+
+        Equal tokens enter the first layer as equal rows, so its products are taken of different ones only.
+        """
+        different, own = torch.tensor([token for row in rows for token in row]).unique(return_inverse=True)
+        x = self._body.embed_tokens(different)
         places = torch.cat([torch.arange(start, start + len(row)) for start, row in zip(starts, rows, strict=True)])
-        cos, sin = (one[0, :, None] for one in self._rotary(x, places[None]))
-        sin[..., : sin.shape[-1] // 2] *= -1
+        rotary = layers.rotary_of(self._body, x, places)
         for number, layer in enumerate(self._layers, 1):
-            x = _layer(layer, x, (cos, sin), attend, keep if number == len(self._layers) else None)
+            kept = keep if number == len(self._layers) else None
+            x = layers.written_out(layer, x, rotary, attend, rows=own if number == 1 else None, keep=kept)
         return x
-
-
-def _layer(
-    layer: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention, keep: Tensor | None
-) -> Tensor:
-    """One layer over packed tokens x [tokens, width]; with `keep` its output at these tokens only."""
-    attention, cos, sin = layer.self_attn, *rotary
-    q_norm, k_norm = (getattr(attention, name, lambda states: states) for name in ("q_norm", "k_norm"))
-    y, by_head = layer.input_layernorm(x), (-1, attention.head_dim)
-    k = _turned(k_norm(attention.k_proj(y).unflatten(1, by_head)), cos, sin)  # [tokens, heads, size]
-    v = attention.v_proj(y).unflatten(1, by_head)
-    if keep is not None:
-        x, y, cos, sin = (one[keep] for one in (x, y, cos, sin))
-    q = _turned(q_norm(attention.q_proj(y).unflatten(1, by_head)), cos, sin)
-    x = x + attention.o_proj(attend(q, k, v).flatten(1))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [tokens, heads, size], cos and sin [tokens, 1, size], the first half of sin negated."""
-    first, second = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat([second, first], -1), sin)
 
 
 def _attention(q: Tensor, parts: Sequence[tuple[tuple[int, int], Tensor, Tensor, Any]]) -> Tensor:

@@ -129,7 +129,7 @@ def test_chunk_batches_give_the_same_blocks(encoder_type):
     batched = model.internalize([FIRST, SECOND], chunk_tokens=20)
     for module in single.modules:
         for one, many in zip(single.factors(module), batched.factors(module), strict=True):
-            assert torch.allclose(one, many, atol=1e-6)
+            assert torch.allclose(one, many, atol=5e-6)
 
 
 def test_internalize_each(model):

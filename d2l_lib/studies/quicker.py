@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 d2l study quicker    # data/full_runs/quicker.jsonl; compiling needs a C++ compiler
 
 Eight chunks of one length are read and their blocks written, without what `internalize` does around that. All ways take
-turns; seconds are of the processor. The numbers agree to rounding, so an idea's worth is its time. One of them is used:
-a few small chunks of one length together (see `DocToLoRA`).
+turns; seconds are of the processor. The numbers agree to rounding, so an idea's worth is its time. Two of them are
+used: packed weights, and a few small chunks of one length together (see `DocToLoRA`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2l_lib.model import DocToLoRA
+from d2l_lib.onednn import Packs
 from d2l_lib.studies import bench, products, recorded_rows
 from d2l_lib.studies.measurements import processor_name
 
@@ -34,11 +35,13 @@ class Idea:
     together: chunks that are read at once.
     compiled: encoder and hypernetwork, by torch.compile.
     onednn: products of float32 by oneDNN, which torch has and uses for other precisions, instead of MKL.
+    packed: the same with weights in oneDNN's order, and what else becomes possible with them (see `onednn`).
     """
 
     together: int = 1
     compiled: bool = False
     onednn: bool = False
+    packed: bool = False
 
 
 IDEAS = {
@@ -47,6 +50,9 @@ IDEAS = {
     "four chunks together": Idea(together=4),
     "eight chunks together": Idea(together=8),
     "products by oneDNN": Idea(onednn=True),
+    "packed weights": Idea(packed=True),
+    "packed, four together": Idea(together=4, packed=True),
+    "packed, eight together": Idea(together=8, packed=True),
     "compiled": Idea(compiled=True),
     "compiled, eight together": Idea(together=8, compiled=True),
 }
@@ -82,11 +88,12 @@ def _way(model: DocToLoRA, ids: Tensor, idea: Idea) -> Callable[[], list[Tensor]
     encode, write = model.encoder.encode, model.hypernetwork
     if idea.compiled:
         encode, write = torch.compile(encode), torch.compile(write)
-    other_products = patch.object(F, "linear", _by_onednn) if idea.onednn else nullcontext()
+    packs = Packs()
 
     @torch.no_grad()
     def run() -> list[Tensor]:
-        with other_products:
+        other_products = patch.object(F, "linear", _by_onednn) if idea.onednn else nullcontext()
+        with other_products, packs.used() if idea.packed else nullcontext():
             parts = [write(encode(some), attention_mask=torch.ones_like(some)) for some in ids.split(idea.together)]
         return [torch.cat([part[m][side] for part in parts]) for m in model.config.modules for side in (0, 1)]
 

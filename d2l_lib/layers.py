@@ -1,0 +1,141 @@
+"""Layers of a base model written out, where numbers alone are asked for: on a CPU, without gradients.
+
+transformers' own layers come to the same numbers. These spare what stands around the products: tokens of all texts lie
+side by side, [tokens, width], weights may lie in oneDNN's order (see `onednn`), and nothing is kept. Models of other
+families, and those whose modules somebody changed, go transformers' way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from d2l_lib import onednn
+
+_FAMILIES = ("llama", "qwen3")
+_PIECE = 512  # tokens of an MLP at once: their hidden values stay in a processor's own memory
+_STRETCH = 96  # queries of a text that are compared at once with the keys before their end
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [tokens, heads, size]
+
+
+def are_known(model: nn.Module) -> bool:
+    """Whether this module knows the model's layers, and the model computes on a CPU."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    return model.device.type == "cpu" and model.config.model_type in _FAMILIES and {*kinds} == {"full_attention"}
+
+
+def are_unchanged(modules: Iterable[nn.Module]) -> bool:
+    """Whether none of them has a `forward` of its own, or a hook that is not of this package."""
+    return not any("forward" in vars(one) or any(map(_is_foreign, _hooks(one))) for one in modules)
+
+
+def _hooks(module: nn.Module) -> list[Callable]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def _is_foreign(hook: Callable) -> bool:
+    function = getattr(hook, "func", hook)  # of a partial
+    return not getattr(function, "__module__", "").startswith("d2l_lib.")
+
+
+def weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The weights of all linears in these modules."""
+    return [part.weight for one in modules for part in one.modules() if isinstance(part, nn.Linear)]
+
+
+def rotary_of(body: nn.Module, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [tokens, 1, size] of tokens at these places, the first half of the sines negated.
+
+    x: any states of the model, for their precision.
+    """
+    cos, sin = (one[0, :, None] for one in body.rotary_emb(x, places[None]))
+    sin[..., : sin.shape[-1] // 2] *= -1
+    return cos, sin
+
+
+def written_out(
+    layer: nn.Module,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    attend: Attention,
+    *,
+    rows: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """A layer's output [tokens, width] for x of that shape.
+
+    rotary: see `rotary_of`.
+    attend: mixes the values for each query.
+    rows: x holds different rows only, and token i's is x[rows[i]] (None: every token has its own).
+    keep: the output at these tokens only.
+    """
+    attention, cos, sin = layer.self_attn, *rotary
+    y = layer.input_layernorm(x)
+    k, v = _by_head(attention, "k", y), _by_head(attention, "v", y)
+    if rows is not None:
+        k, v = k[rows], v[rows]
+    k = _turned(k, cos, sin)
+    if keep is not None:
+        own = keep if rows is None else rows[keep]
+        x, y, cos, sin, rows = x[own], y[own], cos[keep], sin[keep], None
+    q = _by_head(attention, "q", y)
+    if rows is not None:
+        x, q = x[rows], q[rows]
+    mixed = attend(_turned(q, cos, sin), k, v)
+    x = onednn.linear(attention.o_proj, mixed.flatten(1), plus=x)
+    return _add_mlp(x, layer.mlp, layer.post_attention_layernorm(x))
+
+
+def _by_head(attention: nn.Module, name: str, y: Tensor) -> Tensor:
+    """Queries, keys or values [tokens, heads, size], normed where the model does it."""
+    states = onednn.linear(getattr(attention, f"{name}_proj"), y).unflatten(1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{name}_norm", None)
+    return states if norm is None else norm(states)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x [tokens, heads, size], cos and sin [tokens, 1, size], the first half of sin negated."""
+    first, second = x.chunk(2, -1)
+    return torch.addcmul(x * cos, torch.cat([second, first], -1), sin)
+
+
+def _add_mlp(x: Tensor, mlp: nn.Module, y: Tensor) -> Tensor:
+    """x + mlp(y), [tokens, width]."""
+    parts = []
+    for before, rows in zip(x.split(_PIECE), y.split(_PIECE), strict=True):
+        hidden = onednn.linear(mlp.up_proj, rows, times=mlp.act_fn(onednn.linear(mlp.gate_proj, rows)))
+        parts.append(onednn.linear(mlp.down_proj, hidden, plus=before))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def stretches(length: int) -> list[tuple[int, int, Tensor | None]]:
+    """(first query, end, mask [queries, end] to add to scores; None: causal) of parts of a text that is read causally.
+
+    Each part's queries meet the keys before its end, so most scores that would be hidden are not computed.
+    """
+    ends = [*range(_STRETCH, length - _STRETCH // 2, _STRETCH), length]
+    later = [(a, b, torch.full((b - a, b), -torch.inf).triu_(a + 1)) for a, b in pairwise(ends)]
+    return [(0, ends[0], None), *later]
+
+
+def causally(n: int, length: int) -> Attention:
+    """Attention of n texts of one length that lie one after another: each token sees those before it and itself."""
+    parts = stretches(length)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        is_grouped = k.shape[1] != q.shape[1]
+        q, k, v = (one.view(n, length, *one.shape[1:]).transpose(1, 2) for one in (q, k, v))
+        mixed = [
+            scaled_dot_product_attention(
+                q[:, :, a:b], k[:, :, :b], v[:, :, :b], attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped
+            ).transpose(1, 2)
+            for a, b, mask in parts
+        ]
+        return torch.cat(mixed, 1).flatten(0, 1)
+
+    return attend

@@ -1,0 +1,132 @@
+"""Layers written out: the numbers of transformers' own, for every encoder type, and only where nobody changed them."""
+
+import pytest
+import torch
+from tiny_models import build_base_model, build_model, build_tokenizer
+
+from d2l_lib import layers, onednn
+from d2l_lib.encoder import ContextEncoder
+from d2l_lib.onednn import Packs
+
+pytestmark = pytest.mark.skipif(not onednn.is_available(), reason="this torch has no oneDNN")
+TYPES = {
+    "early_exit": {"encoder_layer": 2},
+    "per_layer_activations": {},
+    "hidden_states": {"encoder_layers": (0, 2, 4)},
+    "embed_only": {},
+}
+TEXTS = ["Ada Row is the mayor of Velm. " * 12, "It was a long winter in Tarn, and nobody saw the sun. " * 5]
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[int]:
+    """The tokens of each layer that was written out."""
+    seen, plain = [], layers.written_out
+
+    def written_out(layer, x, *arguments, **options):
+        seen.append(len(x))
+        return plain(layer, x, *arguments, **options)
+
+    monkeypatch.setattr(layers, "written_out", written_out)
+    return seen
+
+
+def build_encoder(family: str = "llama", encoder_type: str = "early_exit", **options) -> ContextEncoder:
+    return ContextEncoder(build_base_model(build_tokenizer(), family=family), encoder_type, **options)
+
+
+def both(encoder: ContextEncoder, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Features by transformers, and with packs in use."""
+    with torch.no_grad():
+        plain = encoder.encode(ids, mask)
+        with Packs().used():
+            return plain, encoder.encode(ids, mask)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "gemma2"])
+@pytest.mark.parametrize("encoder_type", TYPES)
+def test_features_are_those_of_transformers(family, encoder_type, written):
+    encoder = build_encoder(family, encoder_type, **TYPES[encoder_type])
+    for n, length in ((1, 240), (2, 150), (3, 1)):
+        plain, ours = both(encoder, torch.randint(5, 60, (n, length)))
+        assert plain.shape == ours.shape
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=5e-6 * max(1.0, float(plain.abs().max())))
+    ran = family in ("llama", "qwen3") and encoder_type != "embed_only"
+    assert bool(written) == ran
+
+
+def test_padded_chunks_and_gradients_go_the_other_way(written):
+    encoder, ids = build_encoder(), torch.randint(5, 60, (2, 40))
+    mask = torch.ones_like(ids)
+    both(encoder, ids, mask)
+    assert written
+    written.clear()
+    mask[0, :3] = 0
+    assert torch.equal(*both(encoder, ids, mask)) and not written
+
+
+def test_changed_modules_go_the_other_way(written):
+    encoder, ids, seen = build_encoder(), torch.randint(5, 60, (1, 40)), []
+    first = encoder.model.model.layers[0]
+    for module in (first, first.mlp, first.self_attn.q_proj, encoder.model.model.embed_tokens):
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = register(lambda *_: seen.append(1))
+            assert torch.equal(*both(encoder, ids)) and len(seen) == 2 and not written
+            handle.remove()
+            seen.clear()
+    first.mlp.forward = lambda x: 0 * x
+    plain, ours = both(encoder, ids)
+    assert torch.equal(plain, ours) and not written
+    del first.mlp.forward
+    last = encoder.model.model.layers[-1]
+    last.register_forward_hook(lambda *_: seen.append(1))
+    assert not torch.equal(plain, both(encoder, ids)[1]) and written and not seen, "a layer that is not run is free"
+
+
+def test_large_models_keep_their_memory(written, monkeypatch):
+    monkeypatch.setattr(onednn, "_MOST", 1000)
+    assert torch.equal(*both(build_encoder(), torch.randint(5, 60, (1, 40)))) and not written
+
+
+def test_an_applied_adapter_does_not_reach_the_encoder(written):
+    model = build_model()
+    texts = [text[: model.chunk_tokens] for text in TEXTS]
+    model.batch_tokens = 1  # long chunks: no padding
+    alone = model.internalize(texts)
+    assert written
+    with model.applied(alone):
+        inside = model.internalize(texts)
+    for one, other in zip(alone.blocks, inside.blocks, strict=True):
+        assert all(torch.equal(one.A[m], other.A[m]) and torch.equal(one.B[m], other.B[m]) for m in one.A)
+
+
+@pytest.mark.parametrize("encoder_type", ["early_exit", "per_layer_activations"])
+def test_blocks_follow_every_change_of_the_weights(encoder_type):
+    model = build_model(encoder_type=encoder_type)
+    model.batch_tokens = 1
+    text = TEXTS[0][: model.chunk_tokens]
+
+    def A_of(factor: float, change) -> torch.Tensor:
+        before = [one.detach().clone() for one in change()]
+        for one in change():
+            one.data.mul_(factor)  # torch does not count it
+        found = model.internalize(text).blocks[0].A["down_proj"]
+        for one, old in zip(change(), before, strict=True):
+            one.data.copy_(old)
+        return found
+
+    perceiver = model.hypernetwork.aggregator.perceiver
+    for change in (perceiver.parameters, model.base_model.model.layers[0].parameters):
+        plain = A_of(1.0, lambda change=change: [*change()])
+        changed = A_of(1.3, lambda change=change: [*change()])
+        assert not torch.allclose(plain, changed, rtol=1e-3)
+        assert torch.equal(A_of(1.0, lambda change=change: [*change()]), plain)
+
+
+@pytest.mark.parametrize("length", [1, 47, 96, 143, 144, 145, 300])
+def test_stretches_hide_what_comes_later_and_nothing_else(length):
+    allowed = torch.zeros(length, length, dtype=torch.bool)
+    for a, b, mask in layers.stretches(length):
+        seen = torch.ones(b - a, b).tril(a) if mask is None else (mask == 0).float()
+        allowed[a:b, :b] = seen.bool()
+    assert torch.equal(allowed, torch.ones(length, length).tril().bool())

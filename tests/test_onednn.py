@@ -1,0 +1,160 @@
+"""Packed weights: torch's products to rounding, made once, never those of weights that have changed."""
+
+import copy
+import pickle
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from d2l_lib import onednn
+from d2l_lib.onednn import Packs, in_use, linear, packed, product, product_of_rows
+
+pytestmark = pytest.mark.skipif(not onednn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def packs():
+    return Packs()
+
+
+@pytest.fixture
+def weight():
+    return nn.Parameter(torch.randn(24, 16))
+
+
+def by_pack(packs: Packs, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with packs.used():
+        pack = packed(weight)
+        assert pack.is_mkldnn
+        return product(x, pack)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_products_are_those_of_torch(packs, weight, is_packed):
+    x, bias, other = torch.randn(3, 5, 16), torch.randn(24), torch.randn(3, 5, 24)
+    expected = F.linear(x, weight)
+    with packs.used() if is_packed else nullcontext():
+        assert packed(weight).is_mkldnn == is_packed
+        same = torch.testing.assert_close
+        same(product(x, packed(weight)), expected)
+        same(product(x, packed(weight), bias), expected + bias)
+        same(product(x, packed(weight), bias, times=other), (expected + bias) * other)
+        same(product(x, packed(weight), plus=other), expected + other)
+    torch.testing.assert_close(product_of_rows(x[0], x[1]), x[0] @ x[1].T)
+    torch.testing.assert_close(product_of_rows(x[0], torch.randn(16, 4).T).shape, torch.Size([5, 4]))
+
+
+def test_linears_and_other_modules(packs):
+    x, other = torch.randn(5, 16), torch.randn(5, 24)
+    plain, wrapped = nn.Linear(16, 24), nn.Sequential(nn.Linear(16, 24), nn.Tanh())
+    for module in (plain, wrapped):
+        for use in (packs.used, nullcontext):
+            with use():
+                torch.testing.assert_close(linear(module, x), module(x))
+                torch.testing.assert_close(linear(module, x, times=other), module(x) * other)
+                torch.testing.assert_close(linear(module, x, plus=other), module(x) + other)
+    with packs.used():
+        assert packs.of(id(plain.weight), [plain.weight], list)[0].is_mkldnn, "it has its pack already"
+        assert not packs.fit([wrapped[0].weight.double()])
+
+
+def test_a_pack_is_made_once(packs, weight):
+    with packs.used():
+        first = packed(weight)
+        assert packed(weight) is first
+    with packs.used():
+        assert packed(weight) is first
+        made = packs.of("double", [weight], lambda: [2 * weight, weight])
+        assert packs.of("double", [weight], lambda: pytest.fail("made again")) is made
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "memory", "replaced"])
+def test_changed_weights_are_packed_anew(packs, weight, change):
+    x = torch.randn(4, 16)
+    by_pack(packs, x, weight)
+    if change == "in place":
+        weight.mul_(2)
+    elif change == "data":
+        weight.data.mul_(2)  # torch does not count it
+    elif change == "memory":
+        weight.data = 2 * weight.data
+    else:
+        weight = nn.Parameter(2 * weight)
+    torch.testing.assert_close(by_pack(packs, x, weight), F.linear(x, weight))
+
+
+def test_a_change_inside_the_block_counts(packs, weight):
+    x = torch.randn(4, 16)
+    with packs.used():
+        product(x, packed(weight))
+        weight.add_(1)
+        torch.testing.assert_close(product(x, packed(weight)), F.linear(x, weight))
+
+
+def test_packs_belong_to_their_block_and_thread(packs, weight):
+    seen = []
+    with packs.used():
+        assert in_use() is packs
+        thread = threading.Thread(target=lambda: seen.append(in_use()))
+        thread.start()
+        thread.join()
+        with torch.enable_grad():
+            assert in_use() is None and packed(weight) is weight
+        with torch.autocast("cpu", torch.bfloat16):
+            assert in_use() is None
+        with Packs().used():
+            assert in_use() is not packs
+        assert in_use() is packs
+    assert seen == [None] and in_use() is None
+    with pytest.raises(ZeroDivisionError), packs.used():
+        raise ZeroDivisionError
+    assert in_use() is None
+
+
+def test_other_weights_stay_what_they_are(packs):
+    class Other(torch.Tensor):
+        pass
+
+    with torch.inference_mode():
+        inferred = torch.randn(4, 4)
+    strange = [torch.randn(4, 4).double(), torch.randn(4, 4).bfloat16(), torch.randn(4, 4).as_subclass(Other), inferred]
+    with packs.used():
+        for weight in (*strange, torch.randn(4, 4, device="meta")):
+            assert packed(weight) is weight and not packs.fit([weight])
+        x = torch.randn(2, 4)
+        torch.testing.assert_close(product(x, packed(inferred)), F.linear(x, inferred))
+
+
+def test_no_more_memory_than_the_limit(packs, weight, monkeypatch):
+    other = torch.randn(24, 16)
+    monkeypatch.setattr(onednn, "_MOST", 4 * weight.numel())
+    assert packs.fit([weight]) and not packs.fit([weight, other])
+    with packs.used():
+        first = packed(weight)
+        assert first.is_mkldnn and packed(other) is other
+        assert packs.fit([weight]) and not packs.fit([other])
+        weight.mul_(2)
+        assert packed(weight).is_mkldnn, "its place is its own"
+
+
+def test_copies_and_pickles_begin_empty(packs, weight):
+    by_pack(packs, torch.randn(4, 16), weight)
+    for twin in (copy.deepcopy(packs), pickle.loads(pickle.dumps(packs))):
+        assert not twin._kept
+        by_pack(twin, torch.randn(4, 16), weight)
+
+
+def test_a_torch_without_onednn_multiplies_itself(packs, weight, monkeypatch):
+    monkeypatch.setattr(onednn, "is_available", lambda: False)
+    with packs.used():
+        assert in_use() is None and packed(weight) is weight
