@@ -89,7 +89,7 @@ class Packs:
 
 
 def in_use() -> Packs | None:
-    """The packs of the innermost `with` block of this thread; None where gradients or autocast need torch's products."""
+    """The packs of this thread's innermost `with` block; None with gradients or autocast: torch multiplies then."""
     packs = _in_use.get()
     if packs is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
