@@ -15,7 +15,6 @@ from d2l_lib.base_model import (
     decoder_body,
     decoder_layers,
     default_modules,
-    final_norm,
     final_norm_name,
     load_processor,
     module_sizes,
@@ -111,8 +110,9 @@ class ContextEncoder:
 
         images: the processor's other outputs for a chat with images (pixel_values, ...).
         """
-        if not images and self._is_written_out(attention_mask):
-            return self._written_out(input_ids)
+        if not images and self._can_be_written_out(attention_mask):
+            with without_lora(self.model):
+                return self._written_out(input_ids)
         states: list[Tensor] = []
         body = self._shortened_body(states)
         whole = self._around(body) if images else body
@@ -131,16 +131,12 @@ class ContextEncoder:
             return torch.cat([states[layer] for layer in self.encoder_layers], dim=-1)
         return torch.stack(states, dim=1) if self.encoder_type == "per_layer_activations" else states[-1]
 
-    def _is_written_out(self, attention_mask: Tensor | None) -> bool:
-        """Whether this package's own layers read chunks without padding: where their products are oneDNN's."""
-        packs, run = onednn.in_use(), decoder_layers(self.model)[: self.n_layers_run]
-        if packs is None or not run or not layers.are_known(self.model):
+    def _can_be_written_out(self, attention_mask: Tensor | None) -> bool:
+        """Whether this package's own layers read these chunks: where products are oneDNN's, and nothing is padding."""
+        run = decoder_layers(self.model)[: self.n_layers_run]
+        if onednn.in_use() is None or not run or not (attention_mask is None or bool(attention_mask.all())):
             return False
-        body = decoder_body(self.model)
-        modules = [body, body.embed_tokens, body.rotary_emb, final_norm(self.model)]
-        is_whole = attention_mask is None or bool(attention_mask.all())
-        unchanged = layers.are_unchanged([*modules, *(module for layer in run for module in layer.modules())])
-        return is_whole and unchanged and packs.fit(layers.weights_of(run))
+        return layers.can_be_written_out(self.model, run) and onednn.are_packable(layers.weights_of(run))
 
     def _written_out(self, input_ids: Tensor) -> Tensor:
         """`encode` by this package's own layers."""
@@ -149,7 +145,8 @@ class ContextEncoder:
         rotary = layers.rotary_of(body, x, torch.arange(length).repeat(n))
         attend = layers.causally(n, length)
         for layer in decoder_layers(self.model)[: self.n_layers_run]:
-            states.append(x)
+            if self.encoder_type != "early_exit":
+                states.append(x)
             x = layers.written_out(layer, x, rotary, attend)
         states.append(x if self.encoder_type == "hidden_states" else body.norm(x))
         return self._features([state.view(n, length, -1) for state in states])
@@ -159,11 +156,11 @@ class ContextEncoder:
 
         With "per_layer_activations" and "hidden_states" a forward pass leaves the input of each layer in `states`.
         """
-        layers = list(decoder_body(self.model).layers)[: self.n_layers_run]
+        run = list(decoder_body(self.model).layers)[: self.n_layers_run]
         if self.encoder_type in ("per_layer_activations", "hidden_states") and states is not None:
-            layers = [_watched(layer, states) for layer in layers]
+            run = [_watched(layer, states) for layer in run]
         body = _with_own_parts(decoder_body(self.model))
-        body._modules["layers"] = nn.ModuleList(layers)
+        body._modules["layers"] = nn.ModuleList(run)
         if self.encoder_type in ("embed_only", "hidden_states"):
             body._modules[final_norm_name(self.model)] = nn.Identity()
         return body

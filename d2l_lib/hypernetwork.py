@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2l_lib.onednn import in_use, packed, product, product_of_rows
+from d2l_lib import onednn
+from d2l_lib.onednn import in_use, is_plain, linear, product, product_of_rows
 
 _ENCODER_TYPES = ("early_exit", "per_layer_activations", "embed_only", "hidden_states")
 _WRITERS = ("perceiver", "token_rows", "pooled_rows")
@@ -202,9 +203,10 @@ class _SwiGLU(nn.Module):
                 return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
             y = _KeptSwiGLU.apply(rows, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
             return y.view(*x.shape[:-1], -1)
-        pieces = rows.split(_PIECE if x.device.type == "cpu" else len(rows))
-        gate, up, down = (packed(one.weight) for one in (self.gate_proj, self.up_proj, self.down_proj))
-        parts = [product(product(one, up, times=F.silu(product(one, gate), inplace=True)), down) for one in pieces]
+        parts = []
+        for piece in rows.split(onednn.piece_of(len(rows), _PIECE) if x.device.type == "cpu" else len(rows)):
+            hidden = linear(self.up_proj, piece, times=F.silu(linear(self.gate_proj, piece), inplace=True))
+            parts.append(linear(self.down_proj, hidden))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
 
 
@@ -265,47 +267,53 @@ class Attention(nn.Module):
     ) -> Tensor:
         n, k = len(context), latents.shape[1]
         is_absorbed = self.is_absorbed(k, context.shape[1])
-        if mask is None and not is_absorbed and k * self.group >= _MANY_ROWS and in_use() is not None:
-            return self._by_head(latents, context, gain)
-        queries = product(latents, packed(self.q_proj.weight)).view(-1, k, self.n_kv_heads, self.group, self.head_dim)
+        if mask is None and not is_absorbed and k * self.group >= _MANY_ROWS:
+            maps = self._packed_by_head(gain)
+            if maps is not None:
+                pairs = zip(latents.expand(n, -1, -1), context, strict=True)
+                return torch.stack([self._read_by_head(*pair, maps) for pair in pairs])
+        queries = linear(self.q_proj, latents).view(-1, k, self.n_kv_heads, self.group, self.head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(-1, self.n_kv_heads, self.group * k, self.head_dim)
         visible = None if mask is None else mask[:, None, None, :]
         read = self._read_absorbed if is_absorbed else self._read_plain
-        mixed = read(queries, context, visible, *self._maps(gain, is_packed=not is_absorbed))  # [n, H, g k, h]
+        maps = None if is_absorbed else self._packed_maps(gain)
+        mixed = read(queries, context, visible, *(self._maps(gain) if maps is None else maps))  # [n, H, g k, h]
         mixed = mixed.reshape(n, self.n_kv_heads, self.group, k, self.head_dim).permute(0, 3, 1, 2, 4)
-        return product(mixed.reshape(n, k, -1), packed(self.o_proj.weight))
+        return linear(self.o_proj, mixed.reshape(n, k, -1))
 
-    def _maps(self, gain: Tensor | None, is_packed: bool) -> list[Tensor]:
-        """K and V [H h, d] for a context that `gain` multiplies; packed, where that is wanted and packs are in use."""
-        weights, packs = [self.k_proj.weight, self.v_proj.weight], in_use() if is_packed else None
-        if gain is None:
-            return [packed(one) for one in weights] if is_packed else weights
-        if packs is None:
-            return [one * gain for one in weights]
-        return packs.of((id(self), "keys and values"), [*weights, gain], lambda: [one * gain for one in weights])
+    def _maps(self, gain: Tensor | None) -> list[Tensor]:
+        """K and V [H h, d] for a context that `gain` multiplies."""
+        return [one.weight if gain is None else one.weight * gain for one in (self.k_proj, self.v_proj)]
 
-    def _by_head(self, latents: Tensor, context: Tensor, gain: Tensor | None) -> Tensor:
-        """The plain way by packed weights, one key-value head after another: nothing is copied between products."""
-        k, h, weights = latents.shape[1], self.head_dim, [one.weight for one in self.children()]
-        weights += [] if gain is None else [gain]
-        maps = in_use().of((id(self), "heads"), weights, lambda: self._maps_by_head(gain))
-        done = []
-        for place, tokens in enumerate(context):
-            queries, read = latents[place % len(latents)], None
-            for Q, K, V, out in zip(*(maps[start::4] for start in range(4)), strict=True):
-                scores = product_of_rows(product(queries, Q).view(-1, h), product(tokens, K))  # [k g, T]
-                values = product(tokens, V).T
-                mixed = product_of_rows(torch.softmax(scores, -1, out=scores), values).view(k, -1)
-                read = product(mixed, out, plus=read)
-            done.append(read)
-        return torch.stack(done)
+    def _packed_maps(self, gain: Tensor | None) -> list[Tensor] | None:
+        """The same, packed; None where torch multiplies."""
+        sources = [self.k_proj.weight, self.v_proj.weight, *([] if gain is None else [gain])]
+        return None if in_use() is None else in_use().of((id(self), "K, V"), sources, lambda: self._maps(gain))
 
-    def _maps_by_head(self, gain: Tensor | None) -> list[Tensor]:
-        """Q [g h, d] with the scores' scale, K and V [h, d], and output [d, g h] of each key-value head in turn."""
-        heads, h = self.n_kv_heads, self.head_dim
-        K, V = self._maps(gain, is_packed=False)
-        maps = [(self.q_proj.weight * h**-0.5).chunk(heads), K.chunk(heads), V.chunk(heads)]
-        return [one for head in zip(*maps, self.o_proj.weight.chunk(heads, 1), strict=True) for one in head]
+    def _packed_by_head(self, gain: Tensor | None) -> list[Tensor] | None:
+        """Four maps of each key-value head in turn, packed: Q [g h, d] with the scores' scale, K and V [h, d], and the
+        output's [d, g h]; None where torch multiplies, or a linear is not plain."""
+        linears = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        if in_use() is None or not all(map(is_plain, linears)):
+            return None
+
+        def make() -> list[Tensor]:
+            rows = (self.q_proj.weight * self.head_dim**-0.5, *self._maps(gain))
+            maps = [one.chunk(self.n_kv_heads) for one in rows] + [self.o_proj.weight.chunk(self.n_kv_heads, 1)]
+            return [one for head in zip(*maps, strict=True) for one in head]
+
+        sources = [*(one.weight for one in linears), *([] if gain is None else [gain])]
+        return in_use().of((id(self), "by head"), sources, make)
+
+    def _read_by_head(self, latents: Tensor, tokens: Tensor, maps: list[Tensor]) -> Tensor:
+        """The plain way for latents [k, d] and one context [T, d], a head after the other: no product is copied."""
+        read = None
+        for Q, K, V, output in zip(*[iter(maps)] * 4, strict=True):
+            scores = product_of_rows(product(latents, Q).view(-1, self.head_dim), product(tokens, K))  # [k g, T]
+            values = product(tokens, V).T
+            mixed = product_of_rows(torch.softmax(scores, -1, out=scores), values).view(len(latents), -1)
+            read = product(mixed, output, plus=read)
+        return read
 
     def is_absorbed(self, k: int, n_tokens: int) -> bool:
         """Whether k latents read a context of `n_tokens` the absorbed way."""

@@ -2,45 +2,51 @@
 
 transformers' own layers come to the same numbers. These spare what stands around the products: tokens of all texts lie
 side by side, [tokens, width], weights may lie in oneDNN's order (see `onednn`), and nothing is kept. Models of other
-families, and those whose modules somebody changed, go transformers' way.
+families go transformers' way, and so do those in which a module was replaced, wrapped, hooked or set otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import modules
 from torch.nn.functional import scaled_dot_product_attention
 
 from d2l_lib import onednn
+from d2l_lib.base_model import decoder_body, final_norm
 
 _FAMILIES = ("llama", "qwen3")
-_PIECE = 512  # tokens of an MLP at once: their hidden values stay in a processor's own memory
+_THEIRS = ("transformers.models.", "transformers.activations", "torch.nn.modules.")
+_PIECE = 512  # tokens of an MLP at once, at most: their hidden values stay in a processor's own memory
 _STRETCH = 96  # queries of a text that are compared at once with the keys before their end
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [tokens, heads, size]
 
 
-def are_known(model: nn.Module) -> bool:
-    """Whether this module knows the model's layers, and the model computes on a CPU."""
-    config = model.config.get_text_config()
+def can_be_written_out(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
+    """Whether this module knows these layers of the model as they are, and the model computes on a CPU."""
+    config, body = model.config.get_text_config(), decoder_body(model)
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    return model.device.type == "cpu" and model.config.model_type in _FAMILIES and {*kinds} == {"full_attention"}
+    return (
+        model.device.type == "cpu"
+        and config.model_type in _FAMILIES
+        and {*kinds} == {"full_attention"}
+        and config._attn_implementation in ("sdpa", "eager")
+        and getattr(config, "is_causal", True) is not False
+        and not (modules.module._global_forward_hooks or modules.module._global_forward_pre_hooks)
+        and all(map(_is_known, (body, body.embed_tokens, body.rotary_emb, final_norm(model))))
+        and all(_is_known(module) for layer in layers for module in layer.modules())
+        and all(layer.self_attn.scaling == layer.self_attn.head_dim**-0.5 for layer in layers)
+    )
 
 
-def are_unchanged(modules: Iterable[nn.Module]) -> bool:
-    """Whether none of them has a `forward` of its own, or a hook that is not of this package."""
-    return not any("forward" in vars(one) or any(map(_is_foreign, _hooks(one))) for one in modules)
-
-
-def _hooks(module: nn.Module) -> list[Callable]:
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-
-
-def _is_foreign(hook: Callable) -> bool:
-    function = getattr(hook, "func", hook)  # of a partial
-    return not getattr(function, "__module__", "").startswith("d2l_lib.")
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module is of transformers or torch, with the forward pass and the hooks that it has there."""
+    kind = type(module)
+    is_theirs = kind.__module__.startswith(_THEIRS) and kind.forward.__module__.startswith(_THEIRS)
+    return is_theirs and "forward" not in vars(module) and not onednn.hooks_of(module)
 
 
 def weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -106,8 +112,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _add_mlp(x: Tensor, mlp: nn.Module, y: Tensor) -> Tensor:
     """x + mlp(y), [tokens, width]."""
-    parts = []
-    for before, rows in zip(x.split(_PIECE), y.split(_PIECE), strict=True):
+    parts, size = [], onednn.piece_of(len(x), _PIECE)
+    for before, rows in zip(x.split(size), y.split(size), strict=True):
         hidden = onednn.linear(mlp.up_proj, rows, times=mlp.act_fn(onednn.linear(mlp.gate_proj, rows)))
         parts.append(onednn.linear(mlp.down_proj, hidden, plus=before))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -119,7 +125,10 @@ def stretches(length: int) -> list[tuple[int, int, Tensor | None]]:
     Each part's queries meet the keys before its end, so most scores that would be hidden are not computed.
     """
     ends = [*range(_STRETCH, length - _STRETCH // 2, _STRETCH), length]
-    later = [(a, b, torch.full((b - a, b), -torch.inf).triu_(a + 1)) for a, b in pairwise(ends)]
+    most, start = max(b - a for a, b in pairwise([0, *ends])), ends[-2] if len(ends) > 1 else 0
+    mask = torch.zeros(most, start + most)  # of the last part; the others' are cut out of it
+    mask[:, start:] = torch.full((most, most), -torch.inf).triu_(1)
+    later = [(a, b, mask[: b - a, start - a : start - a + b]) for a, b in pairwise(ends)]
     return [(0, ends[0], None), *later]
 
 

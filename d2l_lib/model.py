@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
@@ -54,8 +54,9 @@ from d2l_lib.formats.checkpoints import (
 )
 from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, Loras
+from d2l_lib.layers import weights_of
 from d2l_lib.lora import apply_lora, noted_adapter, without_lora
-from d2l_lib.onednn import Packs
+from d2l_lib.onednn import Packs, are_small
 from d2l_lib.reading import Reading, read_sparsely
 from d2l_lib.router import Router
 from d2l_lib.routing import SHORTLIST, Gate, route_prompts
@@ -106,7 +107,8 @@ class DocToLoRA:
         cache: an AdapterCache keeps the blocks of texts in files, and texts of before are read from there (None: no).
 
     Chunks of similar length are encoded together. Batches of padded chunks have one shape for each length, filled up
-    where chunks are missing: on the CPU a block is bit-equal whatever chunks are beside it.
+    where chunks are missing: on the CPU a block is bit-equal whatever chunks are beside it. There, in float32, weights
+    of small models are held a second time, as oneDNN reads them (see `onednn`).
     """
 
     def __init__(
@@ -231,8 +233,9 @@ class DocToLoRA:
         computation, for documents that are no text or hold none, and for images if the encoder reads text only.
         """
         blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
-        self.current = self.adapter_of([block for of_document in blocks.values() for block in of_document])
-        return self.current
+        adapter = self.adapter_of([block for of_document in blocks.values() for block in of_document])
+        self.current = adapter  # which another thread may replace
+        return adapter
 
     def internalize_each(
         self,
@@ -265,8 +268,8 @@ class DocToLoRA:
                 )
         encoded = self._factors_of(["document"] * len(rows), rows, None)
         blocks = [Block("document", index, None, 1.0, A, B) for index, (A, B) in enumerate(encoded)]
-        self.current = self.adapter_of(blocks)
-        return self.current
+        adapter = self.current = self.adapter_of(blocks)
+        return adapter
 
     def _blocks_of(
         self, documents: dict[str, Document], chunk_tokens: int | None, progress: _Progress
@@ -382,8 +385,7 @@ class DocToLoRA:
         distinct = list(dict.fromkeys(key for key in keys if key not in images))
         done: dict[int | tuple[int, ...], _BlockFactors] = {}
         apart: list[_BlockFactors] = []
-        products = self._packs.used() if self.device.type == "cpu" else nullcontext()
-        with self._in_eval_mode(), products, _reporter(progress, len(distinct) + len(images)) as report:
+        with self._in_eval_mode(), self._products(), _reporter(progress, len(distinct) + len(images)) as report:
             for batch, width in self._batches(distinct):
                 loras = self._encode_batch(batch, width)
                 for index, ids in enumerate(batch):
@@ -397,6 +399,11 @@ class DocToLoRA:
                 done[key] = self._on_cpu(self._write_blocks(inputs), 0)
                 report(len(done))
         return [done[key] for key in keys]
+
+    def _products(self) -> AbstractContextManager:
+        """Inside the `with` block products are oneDNN's, if there is room for packs of all that reads and writes."""
+        read = weights_of(decoder_layers(self.encoder.model)[: self.encoder.n_layers_run])
+        return self._packs.used() if are_small([*read, *self.hypernetwork.parameters()]) else nullcontext()
 
     @contextmanager
     def _in_eval_mode(self) -> Iterator[None]:

@@ -1,43 +1,59 @@
 """Products with weights that lie in oneDNN's own order: on a CPU they are about a tenth quicker than torch's others.
 
 torch multiplies float32 with MKL. It has oneDNN as well, for other precisions and for compiled code, whose kernels are
-quicker where a weight lies as they read it. To put it there costs as much as a product with some rows, so it is done
+quicker where a weight lies as they read it. To put it there takes as long as a product with some rows, so it is done
 once, and kept as long as the weight stays what it is:
 
     packs = Packs()
     with packs.used():                              # in this thread; elsewhere products are torch's own
-        y = product(x, packed(weight))              # y = x W^T
+        y = linear(module, x)                       # module(x), by the pack of its weight
 
-Results agree with torch's to rounding, and the bits of a row do not depend on how many rows there are.
+Results agree with torch's to rounding, and the bits of a row do not depend on how many others there are, if any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_MOST = 128 << 20  # bytes of the packs of one model: larger models keep torch's products, and their memory
+_MOST = 256 << 20  # bytes of weights; a pack is a second copy, which larger models do not get
 _ROWS = 512  # for which the order is chosen
-_SAMPLED = 64  # values of each weight
 _in_use: ContextVar[Packs | None] = ContextVar("d2l_packs", default=None)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Packs of `weights`, and what shows that these are still the same: memory and counts of changes, and a sum."""
+
+    weights: Sequence[weakref.ref[Tensor]]
+    state: tuple
+    totals: list[int]
+    packs: list[Tensor]
+
+    def alive(self) -> list[Tensor] | None:
+        """The weights, or None if one of them is no more."""
+        weights = [one() for one in self.weights]
+        return None if any(one is None for one in weights) else weights
 
 
 class Packs:
     """Weights in oneDNN's order, made when they are first asked for.
 
-    A pack is made anew where its weight has another place in memory or was changed in place. What torch cannot see of
-    changes (`weight.data`), a sample of all values shows when the packs are used again.
+    A pack is made anew where its weight has another place in memory, or was changed in place as torch counts it. Torch
+    does not count all changes (those of `weight.data`, of fused optimizers): a sum over all values shows these, when
+    `used` begins.
     """
 
     def __init__(self):
-        # {owner: (what shows changes, the weights, a sample of their values, the packs)}
-        self._kept: dict[Any, tuple[tuple, Sequence[Tensor], Tensor, list[Tensor]]] = {}
+        self._kept: dict[Any, _Kept] = {}
 
     def __reduce__(self):
         return Packs, ()  # copies and pickles begin empty
@@ -48,58 +64,77 @@ class Packs:
         if not is_available():
             yield
             return
-        kept = [*self._kept.values()]
-        if kept and not torch.equal(torch.cat([one[2] for one in kept]), _sample_of(self._weights())):
-            self._kept = {}
+        self._kept = _unchanged(self._kept)
         before = _in_use.set(self)
         try:
             yield
         finally:
             _in_use.reset(before)
 
-    def fit(self, weights: Sequence[Tensor]) -> bool:
-        """Whether all these weights may be packed, beside those that are."""
-        kept = {id(one) for one in self._weights()}
-        missing = [one for one in weights if id(one) not in kept]
-        return all(map(_may_be_packed, missing)) and self._has_room(missing)
-
-    def of(self, owner: Any, weights: Sequence[Tensor], make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Packs of the matrices [d_out, d_in] that `make` makes of `weights`; the matrices as they are without room.
+    def of(self, owner: Any, weights: Sequence[Tensor], make: Callable[[], list[Tensor]]) -> list[Tensor] | None:
+        """Packs of the matrices [d_out, d_in] that `make` makes of `weights`; None where these are not packable.
 
         owner: names the packs; the same one always asks for the same.
         """
-        state = tuple((one.data_ptr(), one._version, one.shape) for one in weights if not one.is_inference())
-        known = self._kept.get(owner)
-        if known is not None and known[0] == state:
-            return known[3]
-        made = make()
-        if not all(map(_may_be_packed, weights)) or (known is None and not self._has_room(made)):
-            return made
+        if not are_packable(weights):
+            return None
+        state, known = _state_of(weights), self._kept.get(owner)
+        if known is not None and known.state == state and known.alive() is not None:
+            return known.packs
         with torch.no_grad():
-            packs = [torch.ops.mkldnn._reorder_linear_weight(one.detach().contiguous(), _ROWS) for one in made]
-        self._kept[owner] = state, tuple(weights), _sample_of(weights), packs
+            packs = [torch.ops.mkldnn._reorder_linear_weight(one.detach().contiguous(), _ROWS) for one in make()]
+            self._kept[owner] = _Kept([weakref.ref(one) for one in weights], state, _totals_of(weights), packs)
         return packs
 
-    def _has_room(self, more: Sequence[Tensor]) -> bool:
-        kept = sum(one.numel() for *_, packs in [*self._kept.values()] for one in packs)
-        return 4 * (kept + sum(one.numel() for one in more)) <= _MOST
 
-    def _weights(self) -> list[Tensor]:
-        return [weight for kept in [*self._kept.values()] for weight in kept[1]]
+def _unchanged(kept: dict[Any, _Kept]) -> dict[Any, _Kept]:
+    """Those whose weights are still there, with the same sums."""
+    present = {owner: weights for owner, one in [*kept.items()] if (weights := one.alive()) is not None}
+    totals = iter(_totals_of([weight for weights in present.values() for weight in weights]))
+    now = {owner: [next(totals) for _ in weights] for owner, weights in present.items()}
+    return {owner: kept[owner] for owner, of_owner in now.items() if kept[owner].totals == of_owner}
+
+
+def _state_of(weights: Sequence[Tensor]) -> tuple:
+    return tuple((id(one), one.data_ptr(), one._version) for one in weights)
+
+
+@torch.no_grad()
+def _totals_of(weights: Sequence[Tensor]) -> list[int]:
+    """The bits of each weight, summed up as whole numbers."""
+    flat = [one.detach().reshape(-1) for one in weights]
+    kinds = {0: torch.int64, 1: torch.int32}  # an odd number of values is read one by one
+    return torch.stack([one.view(kinds[len(one) % 2]).sum() for one in flat]).tolist() if flat else []
+
+
+def are_packable(weights: Iterable[Tensor]) -> bool:
+    """Whether all are ordinary tensors of float32 on the CPU, with a count of their changes in place."""
+    return all(
+        type(one) in (Tensor, nn.Parameter)
+        and (one.device.type, one.dtype, one.layout) == ("cpu", torch.float32, torch.strided)
+        and not one.is_inference()
+        for one in weights
+    )
+
+
+def are_small(weights: Iterable[Tensor]) -> bool:
+    """Whether there is room for a second copy of all these."""
+    return sum(one.nbytes for one in weights) <= _MOST
 
 
 def in_use() -> Packs | None:
-    """The packs of this thread's innermost `with` block; None with gradients or autocast: torch multiplies then."""
+    """The packs of this thread's innermost `with` block; None with gradients, autocast or torch.compile."""
     packs = _in_use.get()
-    if packs is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if packs is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
     return packs
 
 
 def packed(weight: Tensor) -> Tensor:
-    """A weight [d_out, d_in] for `product`: its pack where packs are in use, otherwise itself."""
+    """A weight [d_out, d_in] for `product`: its pack where packs are in use and it is packable, otherwise itself."""
     packs = in_use()
-    return weight if packs is None else packs.of(id(weight), [weight], lambda: [weight])[0]
+    found = None if packs is None else packs.of(id(weight), [weight], lambda: [weight])
+    return weight if found is None else found[0]
 
 
 def product(
@@ -110,26 +145,47 @@ def product(
     weight: [d_out, d_in], or its pack.
     times, plus: [.., d_out]; one of them at most.
     """
-    other, how = (times, "mul") if plus is None else (plus, "add")
     if not weight.is_mkldnn:
-        y = F.linear(x, weight, bias)
-        return y if other is None else y.mul_(times) if plus is None else y.add_(plus)
-    if other is None:
+        return _then(F.linear(x, weight, bias), times, plus)
+    if times is None and plus is None:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    other, how = (times, "mul") if plus is None else (plus, "add")
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, how)
 
 
+def _then(y: Tensor, times: Tensor | None, plus: Tensor | None) -> Tensor:
+    """y, a new tensor, multiplied or added to; in its own memory where no gradient needs what it was."""
+    if torch.is_grad_enabled():
+        return y * times if times is not None else y if plus is None else y + plus
+    return y.mul_(times) if times is not None else y if plus is None else y.add_(plus)
+
+
 def product_of_rows(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T of [n, d] and [m, d], neither of them a weight, by oneDNN: [n, m]."""
+    """x y^T of [n, d] and [m, d] in float32, neither of them a weight, by oneDNN: [n, m]."""
     return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
 
 
-def linear(module: nn.Linear, x: Tensor, *, times: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """`product` with a linear's weight and bias; of other modules (quantised, wrapped) what they give."""
-    if type(module) is nn.Linear and in_use() is not None:
+def linear(module: nn.Module, x: Tensor, *, times: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """module(x), then multiplied by `times` or added to `plus`; a plain linear by its pack where packs are in use."""
+    if in_use() is not None and is_plain(module):
         return product(x, packed(module.weight), module.bias, times=times, plus=plus)
-    y = module(x)
-    return y if times is plus else y * times if plus is None else y + plus
+    return _then(module(x), times, plus)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is a linear map and nothing else: no class of its own, no hook."""
+    return type(module) is nn.Linear and "forward" not in vars(module) and not hooks_of(module)
+
+
+def hooks_of(module: nn.Module) -> list[Callable]:
+    """What acts before and after a module's forward pass, without what this package adds itself."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [one for one in hooks if not getattr(getattr(one, "func", one), "__module__", "").startswith("d2l_lib.")]
+
+
+def piece_of(rows: int, most: int) -> int:
+    """The size of nearly equal pieces of at most `most` rows: a last one of a single row would have other bits."""
+    return -(-rows // max(1, -(-rows // most)))
 
 
 def is_available() -> bool:
@@ -137,15 +193,3 @@ def is_available() -> bool:
     return torch.backends.mkldnn.is_available() and all(
         hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
     )
-
-
-def _may_be_packed(weight: Tensor) -> bool:
-    """Whether it is an ordinary matrix or vector of float32 on the CPU, whose changes in place torch counts."""
-    is_plain = type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided
-    return is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.is_inference()
-
-
-@torch.no_grad()
-def _sample_of(weights: Sequence[Tensor]) -> Tensor:
-    """Up to _SAMPLED values spread over each weight, one after another."""
-    return torch.cat([one.reshape(-1)[:: max(1, one.numel() // _SAMPLED)] for one in weights])

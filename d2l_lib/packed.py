@@ -33,10 +33,8 @@ Ids = Sequence[Sequence[int]]  # token ids of several texts
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether the model's layers are known (see `layers`), and nobody changed them."""
-    return layers.are_known(model) and layers.are_unchanged(
-        module for layer in decoder_layers(model) for module in layer.modules()
-    )
+    """Whether the model's layers are known (see `layers`)."""
+    return layers.can_be_written_out(model, decoder_layers(model))
 
 
 @dataclass
@@ -146,12 +144,11 @@ class _Packed:
     def __init__(self, model: nn.Module):
         self._body, self._layers = decoder_body(model), decoder_layers(model)
         self._norm, self._output = final_norm(model), model.get_output_embeddings()
-        self._packs = onednn.Packs()
 
     def products(self) -> AbstractContextManager:
-        """Inside the `with` block its products are oneDNN's, where there is room for all its weights."""
+        """Inside the `with` block its products are oneDNN's; weights are packed anew each time, for many answers."""
         weights = layers.weights_of([*self._layers, self._output])
-        return self._packs.used() if self._packs.fit(weights) else nullcontext()
+        return onednn.Packs().used() if onednn.are_small(weights) else nullcontext()
 
     def logits(self, heads: Sequence[Head], tails: Sequence[Ids], wanted: Sequence[int]) -> Tensor:
         """[wanted tokens, vocabulary]: what follows the last `wanted` tokens of each tail.

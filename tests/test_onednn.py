@@ -65,7 +65,8 @@ def test_linears_and_other_modules(packs):
                 torch.testing.assert_close(linear(module, x, plus=other), module(x) + other)
     with packs.used():
         assert packs.of(id(plain.weight), [plain.weight], list)[0].is_mkldnn, "it has its pack already"
-        assert not packs.fit([wrapped[0].weight.double()])
+        plain.register_forward_hook(lambda _, __, y: 2 * y)
+        torch.testing.assert_close(linear(plain, x, plus=other), plain(x) + other)
 
 
 def test_a_pack_is_made_once(packs, weight):
@@ -78,7 +79,7 @@ def test_a_pack_is_made_once(packs, weight):
         assert packs.of("double", [weight], lambda: pytest.fail("made again")) is made
 
 
-@pytest.mark.parametrize("change", ["in place", "data", "memory", "replaced"])
+@pytest.mark.parametrize("change", ["in place", "data", "one column", "one value", "numpy", "memory", "replaced"])
 def test_changed_weights_are_packed_anew(packs, weight, change):
     x = torch.randn(4, 16)
     by_pack(packs, x, weight)
@@ -86,11 +87,37 @@ def test_changed_weights_are_packed_anew(packs, weight, change):
         weight.mul_(2)
     elif change == "data":
         weight.data.mul_(2)  # torch does not count it
+    elif change == "one column":
+        weight.data[:, 5] = 0
+    elif change == "one value":
+        weight.data[3, 5] += 1
+    elif change == "numpy":
+        weight.numpy()[:] = 1
     elif change == "memory":
         weight.data = 2 * weight.data
     else:
         weight = nn.Parameter(2 * weight)
     torch.testing.assert_close(by_pack(packs, x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_a_fused_step_is_seen(packs, weight, optimizer):
+    x = torch.randn(4, 16)
+    steps = optimizer([weight], lr=0.1, fused=True)
+    by_pack(packs, x, weight)
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[3, 5] = 1
+    steps.step()
+    torch.testing.assert_close(by_pack(packs, x, weight), F.linear(x, weight))
+
+
+def test_packs_of_weights_that_are_gone_go(packs, weight):
+    with packs.used():
+        for _ in range(3):
+            packed(nn.Parameter(torch.randn(8, 8)))
+        packed(weight)
+    with packs.used():
+        assert len(packs._kept) == 1
 
 
 def test_a_change_inside_the_block_counts(packs, weight):
@@ -130,21 +157,27 @@ def test_other_weights_stay_what_they_are(packs):
     strange = [torch.randn(4, 4).double(), torch.randn(4, 4).bfloat16(), torch.randn(4, 4).as_subclass(Other), inferred]
     with packs.used():
         for weight in (*strange, torch.randn(4, 4, device="meta")):
-            assert packed(weight) is weight and not packs.fit([weight])
+            assert packed(weight) is weight
         x = torch.randn(2, 4)
         torch.testing.assert_close(product(x, packed(inferred)), F.linear(x, inferred))
 
 
-def test_no_more_memory_than_the_limit(packs, weight, monkeypatch):
-    other = torch.randn(24, 16)
-    monkeypatch.setattr(onednn, "_MOST", 4 * weight.numel())
-    assert packs.fit([weight]) and not packs.fit([weight, other])
+def test_compiled_code_has_torchs_products(packs, weight):
+    x = torch.randn(4, 16)
+
+    @torch.compile(backend="eager")
+    def compiled(x):
+        return product(x, packed(weight))
+
     with packs.used():
-        first = packed(weight)
-        assert first.is_mkldnn and packed(other) is other
-        assert packs.fit([weight]) and not packs.fit([other])
-        weight.mul_(2)
-        assert packed(weight).is_mkldnn, "its place is its own"
+        torch.testing.assert_close(compiled(x), F.linear(x, weight))
+        assert not packs._kept
+
+
+def test_pieces_are_nearly_alike():
+    for rows in (1, 2, 511, 512, 513, 1025, 5000):
+        sizes = [len(one) for one in torch.empty(rows).split(onednn.piece_of(rows, 512))]
+        assert max(sizes) <= 512 and (min(sizes) > 1 or rows == 1) and len(sizes) == -(-rows // 512)
 
 
 def test_copies_and_pickles_begin_empty(packs, weight):

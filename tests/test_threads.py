@@ -11,6 +11,7 @@ from tiny_models import build_base_model, build_model, random_hypernetwork, rand
 from d2l_lib.encoder import ContextEncoder, linear_inputs
 from d2l_lib.engine import generate
 from d2l_lib.lora import apply_lora, is_applied
+from d2l_lib.model import DocToLoRA
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -71,6 +72,16 @@ def test_threads_at_once_get_their_own_answers():
     counts = stress_threads.run(threads=3, answers=4)
     assert counts["answers"] == 12 and counts["internalized"] > 0
     assert (counts["wrong"], counts["errors"], counts["hooks"]) == (0, 0, 0)
+
+
+def test_internalizing_gives_its_own_adapter_whatever_is_current():
+    class Shared(DocToLoRA):
+        current = property(lambda self: "another thread's", lambda self, adapter: None)
+
+    model = build_model()
+    model.__class__ = Shared
+    assert model.internalize("Ada keeps 3 cats.").documents == ["document"]
+    assert len(model.internalize_ids(IDS).blocks) == 1
 
 
 def test_a_thread_that_was_there_before_sees_nothing_of_a_block(model, adapters):
