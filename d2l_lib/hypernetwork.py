@@ -31,7 +31,6 @@ _LATER = (
     *("written_layers", "pooled_size", "pooled_blocks"),
 )
 Loras = dict[str, tuple[Tensor, Tensor]]
-_PIECE = 512  # rows of a SwiGLU at once on the CPU
 _MANY_ROWS = 256  # queries that share a key-value head: from so many on, heads go one by one
 
 
@@ -203,8 +202,8 @@ class _SwiGLU(nn.Module):
                 return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
             y = _KeptSwiGLU.apply(rows, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
             return y.view(*x.shape[:-1], -1)
-        parts = []
-        for piece in rows.split(onednn.piece_of(len(rows), _PIECE) if x.device.type == "cpu" else len(rows)):
+        parts, on_cpu = [], x.device.type == "cpu"
+        for piece in rows.split(onednn.piece_of(len(rows), self.gate_proj.out_features) if on_cpu else len(rows)):
             hidden = linear(self.up_proj, piece, times=F.silu(linear(self.gate_proj, piece), inplace=True))
             parts.append(linear(self.down_proj, hidden))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
@@ -245,7 +244,8 @@ class Attention(nn.Module):
         absorbed  2 H g k d (T + h)
 
     The absorbed way runs where its count is at most three quarters of the plain one's: few latents, many tokens
-    (seconds of both: `d2l study absorption`).
+    (seconds of both: `d2l study absorption`). Where weights are packed (see `onednn`), many latents go the plain way one
+    head after another.
 
     absorbs: True or False chooses the way (None: by the counts).
     gain [d]: of a norm, multiplies the context; as K (gain x) = (K gain) x, no token is touched.
@@ -306,7 +306,7 @@ class Attention(nn.Module):
         return in_use().of((id(self), "by head"), sources, make)
 
     def _read_by_head(self, latents: Tensor, tokens: Tensor, maps: list[Tensor]) -> Tensor:
-        """The plain way for latents [k, d] and one context [T, d], a head after the other: no product is copied."""
+        """The plain way for latents [k, d] and one context [T, d], one head after another: no product is copied."""
         read = None
         for Q, K, V, output in zip(*[iter(maps)] * 4, strict=True):
             scores = product_of_rows(product(latents, Q).view(-1, self.head_dim), product(tokens, K))  # [k g, T]

@@ -13,14 +13,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import modules
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from d2l_lib import onednn
 from d2l_lib.base_model import decoder_body, final_norm
 
 _FAMILIES = ("llama", "qwen3")
 _THEIRS = ("transformers.models.", "transformers.activations", "torch.nn.modules.")
-_PIECE = 512  # tokens of an MLP at once, at most: their hidden values stay in a processor's own memory
 _STRETCH = 96  # queries of a text that are compared at once with the keys before their end
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [tokens, heads, size]
 
@@ -112,9 +111,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _add_mlp(x: Tensor, mlp: nn.Module, y: Tensor) -> Tensor:
     """x + mlp(y), [tokens, width]."""
-    parts, size = [], onednn.piece_of(len(x), _PIECE)
+    parts, size = [], onednn.piece_of(len(x), mlp.gate_proj.out_features)
     for before, rows in zip(x.split(size), y.split(size), strict=True):
-        hidden = onednn.linear(mlp.up_proj, rows, times=mlp.act_fn(onednn.linear(mlp.gate_proj, rows)))
+        gate = onednn.linear(mlp.gate_proj, rows)
+        gate = silu(gate, inplace=True) if mlp.config.hidden_act == "silu" else mlp.act_fn(gate)
+        hidden = onednn.linear(mlp.up_proj, rows, times=gate)
         parts.append(onednn.linear(mlp.down_proj, hidden, plus=before))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

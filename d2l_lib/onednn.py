@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 _MOST = 256 << 20  # bytes of weights; a pack is a second copy, which larger models do not get
 _ROWS = 512  # for which the order is chosen
+_PIECE, _HIDDEN = 512, 400_000  # rows and numbers of an MLP's hidden values at once, at most
 _in_use: ContextVar[Packs | None] = ContextVar("d2l_packs", default=None)
 
 
@@ -183,9 +184,13 @@ def hooks_of(module: nn.Module) -> list[Callable]:
     return [one for one in hooks if not getattr(getattr(one, "func", one), "__module__", "").startswith("d2l_lib.")]
 
 
-def piece_of(rows: int, most: int) -> int:
-    """The size of nearly equal pieces of at most `most` rows: a last one of a single row would have other bits."""
-    return -(-rows // max(1, -(-rows // most)))
+def piece_of(rows: int, width: int) -> int:
+    """The size of nearly equal pieces of rows, whose hidden values [piece, width] stay in a processor's own memory.
+
+    No last piece has a single row, whose product would have other bits.
+    """
+    most = max(2, min(_PIECE, _HIDDEN // width))
+    return max(1, -(-rows // max(1, -(-rows // most))))
 
 
 def is_available() -> bool:

@@ -7,7 +7,7 @@ import torch
 from tiny_models import HIDDEN, N_LAYERS, build_base_model, random_hypernetwork, random_loras
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2l_lib import hypernetwork
+from d2l_lib import hypernetwork, onednn
 from d2l_lib.hypernetwork import Attention, Hypernetwork, HypernetworkConfig, combine, names_without_decay
 
 SEVERAL = ("v_proj", "down_proj", "q_proj", "gate_proj")  # four different pairs of sizes, not in sorted order
@@ -380,7 +380,7 @@ def test_weight_decay_spares_norms_biases_scalers_and_queries(model):
 
 
 def test_a_swiglu_in_pieces_without_gradients_is_the_defined_one(monkeypatch):
-    monkeypatch.setattr(hypernetwork, "_PIECE", 7)
+    monkeypatch.setattr(onednn, "_PIECE", 7)
     part, x = hypernetwork._SwiGLU(6, 24, 4), torch.randn(2, 3, 5, 6)
     before = x.clone()
     gate, up, down = (one.weight for one in (part.gate_proj, part.up_proj, part.down_proj))

@@ -174,10 +174,12 @@ def test_compiled_code_has_torchs_products(packs, weight):
         assert not packs._kept
 
 
-def test_pieces_are_nearly_alike():
-    for rows in (1, 2, 511, 512, 513, 1025, 5000):
-        sizes = [len(one) for one in torch.empty(rows).split(onednn.piece_of(rows, 512))]
-        assert max(sizes) <= 512 and (min(sizes) > 1 or rows == 1) and len(sizes) == -(-rows // 512)
+@pytest.mark.parametrize("width", [8, 1000, 10**9])
+def test_pieces_are_nearly_alike_and_small(width):
+    most = max(2, min(512, 400_000 // width))
+    for rows in (1, 2, 4, 511, 512, 513, 1025, 5000):
+        sizes = [len(one) for one in torch.empty(rows).split(onednn.piece_of(rows, width))]
+        assert max(sizes) <= most and (min(sizes) > 1 or rows == 1 or most == 2) and len(sizes) == -(-rows // most)
 
 
 def test_copies_and_pickles_begin_empty(packs, weight):
