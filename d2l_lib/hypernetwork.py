@@ -244,8 +244,8 @@ class Attention(nn.Module):
         absorbed  2 H g k d (T + h)
 
     The absorbed way runs where its count is at most three quarters of the plain one's: few latents, many tokens
-    (seconds of both: `d2l study absorption`). Where weights are packed (see `onednn`), many latents go the plain way one
-    head after another.
+    (seconds of both: `d2l study absorption`). Where weights are packed (see `onednn`), many latents go the plain way
+    one head after another.
 
     absorbs: True or False chooses the way (None: by the counts).
     gain [d]: of a norm, multiplies the context; as K (gain x) = (K gain) x, no token is touched.
@@ -270,8 +270,7 @@ class Attention(nn.Module):
         if mask is None and not is_absorbed and k * self.group >= _MANY_ROWS:
             maps = self._packed_by_head(gain)
             if maps is not None:
-                pairs = zip(latents.expand(n, -1, -1), context, strict=True)
-                return torch.stack([self._read_by_head(*pair, maps) for pair in pairs])
+                return self._read_by_head(latents, context, maps)
         queries = linear(self.q_proj, latents).view(-1, k, self.n_kv_heads, self.group, self.head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(-1, self.n_kv_heads, self.group * k, self.head_dim)
         visible = None if mask is None else mask[:, None, None, :]
@@ -305,15 +304,17 @@ class Attention(nn.Module):
         sources = [*(one.weight for one in linears), *([] if gain is None else [gain])]
         return in_use().of((id(self), "by head"), sources, make)
 
-    def _read_by_head(self, latents: Tensor, tokens: Tensor, maps: list[Tensor]) -> Tensor:
-        """The plain way for latents [k, d] and one context [T, d], one head after another: no product is copied."""
-        read = None
+    def _read_by_head(self, latents: Tensor, context: Tensor, maps: list[Tensor]) -> Tensor:
+        """`forward` the plain way, one head after another and one context after another: no product is copied."""
+        n, k, read = len(context), latents.shape[1], [None] * len(context)
         for Q, K, V, output in zip(*[iter(maps)] * 4, strict=True):
-            scores = product_of_rows(product(latents, Q).view(-1, self.head_dim), product(tokens, K))  # [k g, T]
-            values = product(tokens, V).T
-            mixed = product_of_rows(torch.softmax(scores, -1, out=scores), values).view(len(latents), -1)
-            read = product(mixed, output, plus=read)
-        return read
+            queries = product(latents, Q).view(len(latents), -1, self.head_dim).expand(n, -1, -1)
+            keys, values = product(context, K), product(context, V).transpose(1, 2)
+            for place in range(n):
+                scores = product_of_rows(queries[place], keys[place])  # [k g, T]
+                mixed = product_of_rows(torch.softmax(scores, -1, out=scores), values[place])
+                read[place] = product(mixed.view(k, -1), output, plus=read[place])
+        return torch.stack(read)
 
     def is_absorbed(self, k: int, n_tokens: int) -> bool:
         """Whether k latents read a context of `n_tokens` the absorbed way."""
