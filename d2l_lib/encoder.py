@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from d2l_lib import layers, onednn
 from d2l_lib.base_model import (
@@ -24,6 +25,8 @@ from d2l_lib.base_model import (
 from d2l_lib.documents import TemplateRefuses, from_template
 from d2l_lib.hypernetwork import HypernetworkConfig
 from d2l_lib.lora import hooked, without_lora
+
+_LENGTH_STEP = 8  # tokens: written-out layers read multiples of it
 
 
 class ContextEncoder:
@@ -139,9 +142,10 @@ class ContextEncoder:
         return layers.can_be_written_out(self.model, run) and onednn.are_packable(layers.weights_of(run))
 
     def _written_out(self, input_ids: Tensor) -> Tensor:
-        """`encode` by this package's own layers."""
-        (n, length), body, states = input_ids.shape, decoder_body(self.model), []
-        x = body.embed_tokens(input_ids).flatten(0, 1)
+        """`encode` by this package's own layers, with some tokens after the end, which nothing before them sees."""
+        (n, n_tokens), body, states = input_ids.shape, decoder_body(self.model), []
+        length = onednn.round_up(n_tokens, _LENGTH_STEP)
+        x = body.embed_tokens(pad(input_ids, (0, length - n_tokens))).flatten(0, 1)
         rotary = layers.rotary_of(body, x, torch.arange(length).repeat(n))
         attend = layers.causally(n, length)
         for layer in decoder_layers(self.model)[: self.n_layers_run]:
@@ -149,7 +153,7 @@ class ContextEncoder:
                 states.append(x)
             x = layers.written_out(layer, x, rotary, attend)
         states.append(x if self.encoder_type == "hidden_states" else body.norm(x))
-        return self._features([state.view(n, length, -1) for state in states])
+        return self._features([state.view(n, length, -1)[:, :n_tokens] for state in states])
 
     def _shortened_body(self, states: list[Tensor] | None = None) -> nn.Module:
         """The body with its first layers only; modules and weights are the model's own.

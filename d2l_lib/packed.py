@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from d2l_lib import layers, onednn
 from d2l_lib.base_model import decoder_body, decoder_layers, final_norm
 
 _PACK, _HELD = 1000, 4000  # tokens of heads that are read at once, and kept: more leave a processor's own memory
 _ROUNDS = 6  # guesses at one answer; what is then left is answered token by token
+_TOKEN_STEP, _KEPT_STEP = 64, 16  # a pack has multiples of these, of tokens and of those whose output is asked for
 _COPIED = 6  # tokens of a guess that is copied from the prompt
 Ids = Sequence[Sequence[int]]  # token ids of several texts
 
@@ -171,6 +172,10 @@ class _Packed:
                 end += len(tail)
                 keep += range(end - next(number), end)
             spans.append((start, middle, end))
+        n_wanted = len(keep)
+        keep += keep[-1:] * (onednn.round_up(n_wanted, _KEPT_STEP) - n_wanted)
+        rows.append([0] * (onednn.round_up(end, _TOKEN_STEP) - end))  # nobody sees these
+        starts.append(0)
         keep = torch.tensor(keep)
         masks = [
             _tail_mask(len(head.ids), [len(tail) for tail in of_head]).to(dtype)
@@ -196,7 +201,7 @@ class _Packed:
                 parts.append(((a, b), *states, mask[keep[a:b] - middle]) if is_last else ((middle, end), *states, mask))
             return _attention(q, parts)
 
-        return onednn.linear(self._output, self._norm(self._run(rows, starts, attend, keep)))
+        return onednn.linear(self._output, self._norm(self._run(rows, starts, attend, keep)))[:n_wanted]
 
     def _run(self, rows: Ids, starts: Sequence[int], attend: layers.Attention, keep: Tensor) -> Tensor:
         """The last layer's output [kept, width] at the packed tokens `keep` of the rows, which begin at `starts`.
@@ -204,6 +209,7 @@ class _Packed:
         Equal tokens enter the first layer as equal rows, so its products are taken of different ones only.
         """
         different, own = torch.tensor([token for row in rows for token in row]).unique(return_inverse=True)
+        different = pad(different, (0, onednn.round_up(len(different), _TOKEN_STEP) - len(different)))
         x = self._body.embed_tokens(different)
         places = torch.cat([torch.arange(start, start + len(row)) for start, row in zip(starts, rows, strict=True)])
         rotary = layers.rotary_of(self._body, x, places)
@@ -215,7 +221,7 @@ class _Packed:
 
 def _attention(q: Tensor, parts: Sequence[tuple[tuple[int, int], Tensor, Tensor, Any]]) -> Tensor:
     """[tokens, heads, size] for q of that shape; parts: (first and last query, keys, values, mask or None: causal)."""
-    result = torch.empty_like(q)
+    result = torch.zeros_like(q)
     for (a, b), k, v, mask in parts if len(q) else ():
         one = q[a:b].transpose(0, 1)
         done = scaled_dot_product_attention(
