@@ -31,6 +31,7 @@ _LATER = (
     *("written_layers", "pooled_size", "pooled_blocks"),
 )
 Loras = dict[str, tuple[Tensor, Tensor]]
+_LENGTH_STEP = 8  # tokens; with packed weights contexts are padded to a multiple of it
 _MANY_ROWS = 256  # queries that share a key-value head: from so many on, heads go one by one
 
 
@@ -267,10 +268,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         n, k = len(context), latents.shape[1]
         is_absorbed = self.is_absorbed(k, context.shape[1])
-        if mask is None and not is_absorbed and k * self.group >= _MANY_ROWS:
+        if not is_absorbed and k * self.group >= _MANY_ROWS:
             maps = self._packed_by_head(gain)
             if maps is not None:
-                return self._read_by_head(latents, context, maps)
+                return self._read_by_head(latents, context, mask, maps)
         queries = linear(self.q_proj, latents).view(-1, k, self.n_kv_heads, self.group, self.head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(-1, self.n_kv_heads, self.group * k, self.head_dim)
         visible = None if mask is None else mask[:, None, None, :]
@@ -304,7 +305,7 @@ class Attention(nn.Module):
         sources = [*(one.weight for one in linears), *([] if gain is None else [gain])]
         return in_use().of((id(self), "by head"), sources, make)
 
-    def _read_by_head(self, latents: Tensor, context: Tensor, maps: list[Tensor]) -> Tensor:
+    def _read_by_head(self, latents: Tensor, context: Tensor, mask: Tensor | None, maps: list[Tensor]) -> Tensor:
         """`forward` the plain way, one head after another and one context after another: no product is copied."""
         n, k, read = len(context), latents.shape[1], [None] * len(context)
         for Q, K, V, output in zip(*[iter(maps)] * 4, strict=True):
@@ -312,6 +313,8 @@ class Attention(nn.Module):
             keys, values = product(context, K), product(context, V).transpose(1, 2)
             for place in range(n):
                 scores = product_of_rows(queries[place], keys[place])  # [k g, T]
+                if mask is not None:
+                    scores.masked_fill_(~mask[place], -torch.inf)
                 mixed = product_of_rows(torch.softmax(scores, -1, out=scores), values[place])
                 read[place] = product(mixed.view(k, -1), output, plus=read[place])
         return torch.stack(read)
@@ -600,6 +603,8 @@ class Hypernetwork(BlockWriter):
         own precision, as published. ValueError for shapes that do not fit the config.
         """
         self._check(features)
+        if in_use() is not None:
+            features, attention_mask = _in_steps(features, attention_mask)
         features, mask = zero_padding(features, attention_mask)
         parameter_dtype = self.head.weight.dtype
         half = features.dtype in (torch.bfloat16, torch.float16)
@@ -672,6 +677,12 @@ class Hypernetwork(BlockWriter):
             )
         if config.layer_to_layer and features.shape[1] != config.n_layers:
             raise ValueError(f"features of {features.shape[1]} layers, this hypernetwork writes {config.n_layers}")
+
+
+def _in_steps(features: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [n, ..., T, F] and their mask with more padding, up to a number of tokens that oneDNN meets often."""
+    more = onednn.round_up(features.shape[-2], _LENGTH_STEP) - features.shape[-2]
+    return F.pad(features, (0, 0, 0, more)), F.pad(attention_mask, (0, more))
 
 
 def zero_padding(features: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
