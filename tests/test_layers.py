@@ -190,6 +190,25 @@ def test_many_latents_are_read_by_head_and_hooks_of_the_hypernetwork_are_heard()
     assert len(seen) == len(parts)
 
 
+@pytest.mark.parametrize("queries", [6, 200])
+@pytest.mark.parametrize("encoder_type", ["early_exit", "per_layer_activations"])
+@torch.no_grad()
+def test_packed_weights_write_the_same_blocks(encoder_type, queries):
+    model = build_model(encoder_type=encoder_type, n_latent_queries=queries)
+    ids, packs = torch.randint(5, 60, (3, 203)), Packs()
+    mask = torch.ones_like(ids)
+    features = model.encoder.encode(ids, mask)
+    padded = mask.clone()
+    padded[0, 150:] = padded[1, :7] = 0
+    for one in (mask, padded):
+        plain = model.hypernetwork(features, attention_mask=one)
+        with packs.used():
+            ours = model.hypernetwork(features, attention_mask=one)
+        for a, b in zip(ours["down_proj"], plain["down_proj"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)
+    assert any("by head" in owner for owner in packs._kept if isinstance(owner, tuple)) == (queries == 200)
+
+
 @pytest.mark.parametrize("encoder_type", ["early_exit", "per_layer_activations"])
 def test_blocks_follow_every_change_of_the_weights(encoder_type):
     model = build_model(encoder_type=encoder_type)
