@@ -30,6 +30,7 @@ def test_both_ways_of_every_task_are_measured_in_turn(small, monkeypatch):
         return wrapped
 
     monkeypatch.setattr(Attention, "_read_plain", slow("plain", 2.0, Attention._read_plain))
+    monkeypatch.setattr(Attention, "_read_by_head", slow("plain", 2.0, Attention._read_by_head))
     monkeypatch.setattr(Attention, "_read_absorbed", slow("absorbed", 1.0, Attention._read_absorbed))
     monkeypatch.setattr(absorption, "time", SimpleNamespace(process_time=lambda: clock.now))
     *_, rows = absorption.run(n=2, seed=0)
