@@ -26,8 +26,6 @@ from d2l_lib.documents import TemplateRefuses, from_template
 from d2l_lib.hypernetwork import HypernetworkConfig
 from d2l_lib.lora import hooked, without_lora
 
-_LENGTH_STEP = 8  # tokens: written-out layers read multiples of it
-
 
 class ContextEncoder:
     """The features of chunks from the base model (or another model), without a second copy of its weights.
@@ -144,7 +142,7 @@ class ContextEncoder:
     def _written_out(self, input_ids: Tensor) -> Tensor:
         """`encode` by this package's own layers, with some tokens after the end, which nothing before them sees."""
         (n, n_tokens), body, states = input_ids.shape, decoder_body(self.model), []
-        length = onednn.round_up(n_tokens, _LENGTH_STEP)
+        length = onednn.round_up(n_tokens, onednn.LENGTH_STEP)
         x = body.embed_tokens(pad(input_ids, (0, length - n_tokens))).flatten(0, 1)
         rotary = layers.rotary_of(body, x, torch.arange(length).repeat(n))
         attend = layers.causally(n, length)

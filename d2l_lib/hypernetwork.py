@@ -31,7 +31,6 @@ _LATER = (
     *("written_layers", "pooled_size", "pooled_blocks"),
 )
 Loras = dict[str, tuple[Tensor, Tensor]]
-_LENGTH_STEP = 8  # tokens; with packed weights contexts are padded to a multiple of it
 _MANY_ROWS = 256  # queries that share a key-value head: from so many on, heads go one by one
 
 
@@ -681,7 +680,7 @@ class Hypernetwork(BlockWriter):
 
 def _in_steps(features: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Features [n, ..., T, F] and their mask with more padding, up to a number of tokens that oneDNN meets often."""
-    more = onednn.round_up(features.shape[-2], _LENGTH_STEP) - features.shape[-2]
+    more = onednn.round_up(features.shape[-2], onednn.LENGTH_STEP) - features.shape[-2]
     return F.pad(features, (0, 0, 0, more)), F.pad(attention_mask, (0, more))
 
 

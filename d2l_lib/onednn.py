@@ -8,8 +8,8 @@ once, and kept as long as the weight stays what it is:
     with packs.used():                              # in this thread; elsewhere products are torch's own
         y = linear(module, x)                       # module(x), by the pack of its weight
 
-A product of a new number of rows costs half a millisecond more, once, for oneDNN writes code for it. So whoever can
-choose takes multiples of a number (`round_up`).
+oneDNN writes code for each new number of rows, which takes time and memory. So whoever can choose takes multiples of a
+number (`round_up`; LENGTH_STEP for the tokens of a text).
 
 Results agree with torch's to rounding, and the bits of a row do not depend on how many others there are, if any.
 """
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _MOST = 256 << 20  # bytes of weights; a pack is a second copy, which larger models do not get
+LENGTH_STEP = 8
 _ROWS = 512  # for which the order is chosen
 _PIECE, _HIDDEN = 512, 400_000  # rows and numbers of an MLP's hidden values at once, at most
 _in_use: ContextVar[Packs | None] = ContextVar("d2l_packs", default=None)

@@ -345,8 +345,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """The table to show: a line per task, in the order of the record."""
     done = [task_of(row) for row in rows.to_dict("records")]
     names = {"seconds": "CPU s", "plain_seconds": "plain", "ratio": "ratio", "over_floor": "over floor"}
-    names |= {"over_packed": "over packed"}
-    names |= {"gigaflop": "Gflop", "rate": "Gflop/s", "memory_mib": "MiB", "plain_memory_mib": "plain MiB"}
+    names |= {"over_packed": "over packed", "gigaflop": "Gflop", "rate": "Gflop/s", "memory_mib": "MiB"}
+    names |= {"plain_memory_mib": "plain MiB"}
     table = rows[list(names)].rename(columns=names)
     quartiles = [f"{low:.2f} to {high:.2f}" for low, high in zip(rows["ratio_low"], rows["ratio_high"], strict=True)]
     table.insert(3, "quartiles", [text if "nan" not in text else "" for text in quartiles])
