@@ -198,9 +198,11 @@ class _SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled():
-            if torch.is_autocast_enabled(x.device.type):  # the precision of each product is autocast's to choose
+            linears = (self.gate_proj, self.up_proj, self.down_proj)
+            # the precision of each product is autocast's to choose, and a hook sees what its linear does
+            if torch.is_autocast_enabled(x.device.type) or not all(map(is_plain, linears)):
                 return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-            y = _KeptSwiGLU.apply(rows, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            y = _KeptSwiGLU.apply(rows, *(one.weight for one in linears))
             return y.view(*x.shape[:-1], -1)
         parts, on_cpu = [], x.device.type == "cpu"
         for piece in rows.split(onednn.piece_of(len(rows), self.gate_proj.out_features) if on_cpu else len(rows)):
@@ -266,7 +268,7 @@ class Attention(nn.Module):
         self, latents: Tensor, context: Tensor, mask: Tensor | None = None, gain: Tensor | None = None
     ) -> Tensor:
         n, k = len(context), latents.shape[1]
-        is_absorbed = self.is_absorbed(k, context.shape[1])
+        is_absorbed = self.is_absorbed(k, context.shape[1]) and self._has_plain_maps()
         if not is_absorbed and k * self.group >= _MANY_ROWS:
             maps = self._packed_by_head(gain)
             if maps is not None:
@@ -275,10 +277,13 @@ class Attention(nn.Module):
         queries = queries.permute(0, 2, 3, 1, 4).reshape(-1, self.n_kv_heads, self.group * k, self.head_dim)
         visible = None if mask is None else mask[:, None, None, :]
         read = self._read_absorbed if is_absorbed else self._read_plain
-        maps = None if is_absorbed else self._packed_maps(gain)
-        mixed = read(queries, context, visible, *(self._maps(gain) if maps is None else maps))  # [n, H, g k, h]
+        mixed = read(queries, context, visible, gain)  # [n, H, g k, h]
         mixed = mixed.reshape(n, self.n_kv_heads, self.group, k, self.head_dim).permute(0, 3, 1, 2, 4)
         return linear(self.o_proj, mixed.reshape(n, k, -1))
+
+    def _has_plain_maps(self) -> bool:
+        """Whether keys and values are those of the weights alone: no hook, no other class."""
+        return is_plain(self.k_proj) and is_plain(self.v_proj)
 
     def _maps(self, gain: Tensor | None) -> list[Tensor]:
         """K and V [H h, d] for a context that `gain` multiplies."""
@@ -326,17 +331,22 @@ class Attention(nn.Module):
         plain, absorbed = h * n_tokens * (d + rows), rows * d * (n_tokens + h)  # 2 H times as many
         return 4 * absorbed <= 3 * plain
 
-    def _read_plain(self, queries: Tensor, context: Tensor, visible: Tensor | None, K: Tensor, V: Tensor) -> Tensor:
-        """Values [n, H, g k, h] that queries [n or 1, H, g k, h] read; K, V: [H h, d]."""
+    def _read_plain(self, queries: Tensor, context: Tensor, visible: Tensor | None, gain: Tensor | None) -> Tensor:
+        """Values [n, H, g k, h] that queries [n or 1, H, g k, h] read."""
         n = len(context)
-        keys, values = (
-            product(context, one).view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2) for one in (K, V)
-        )
+        if self._has_plain_maps():
+            maps = self._packed_maps(gain)
+            both = [product(context, one) for one in (self._maps(gain) if maps is None else maps)]
+        else:
+            tokens = context if gain is None else context * gain
+            both = [self.k_proj(tokens), self.v_proj(tokens)]
+        keys, values = (one.view(n, -1, self.n_kv_heads, self.head_dim).transpose(1, 2) for one in both)
         return F.scaled_dot_product_attention(queries.expand(n, -1, -1, -1), keys, values, attn_mask=visible)
 
-    def _read_absorbed(self, queries: Tensor, context: Tensor, visible: Tensor | None, K: Tensor, V: Tensor) -> Tensor:
+    def _read_absorbed(self, queries: Tensor, context: Tensor, visible: Tensor | None, gain: Tensor | None) -> Tensor:
         """The same values without keys and values of the tokens: all heads are rows of one head of size d."""
         n, by_head = len(context), (self.n_kv_heads, self.head_dim, -1)
+        K, V = self._maps(gain)
         queries = torch.einsum("nhqk,hkd->nhqd", queries, K.view(by_head))
         queries = queries.flatten(1, 2).unsqueeze(1).expand(n, -1, -1, -1)  # [n, 1, H g k, d]
         tokens, scale = context.unsqueeze(1), self.head_dim**-0.5

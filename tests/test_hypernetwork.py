@@ -1,6 +1,7 @@
 """The hypernetwork: sizes, layouts, weight sharing, and the algebra of combining blocks."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2l_lib import hypernetwork, onednn
 from d2l_lib.hypernetwork import Attention, Hypernetwork, HypernetworkConfig, combine, names_without_decay
+from d2l_lib.onednn import Packs
 
 SEVERAL = ("v_proj", "down_proj", "q_proj", "gate_proj")  # four different pairs of sizes, not in sorted order
 VARIANTS = {
@@ -402,3 +404,27 @@ def test_a_swiglu_that_keeps_two_hidden_values_has_the_defined_gradients():
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
         part(x)
     assert sum(one.shape[-1] == 24 and one.shape[0] == 10 for one in kept) == 2
+
+
+@each_variant
+@pytest.mark.parametrize("way", ["gradients", "no gradients", "packs"])
+@pytest.mark.parametrize("absorbs", [False, True])
+def test_a_hook_on_any_linear_is_heeded(model, options, way, absorbs, monkeypatch):
+    monkeypatch.setattr(hypernetwork, "_MANY_ROWS", 1)
+    monkeypatch.setattr(Attention, "absorbs", absorbs)
+    network = random_hypernetwork(model, **options)
+    features, mask = padded(features_for(network, [8, 8]))
+
+    def blocks() -> list[torch.Tensor]:
+        with torch.set_grad_enabled(way == "gradients"), Packs().used() if way == "packs" else nullcontext():
+            return [factor.detach() for pair in network(features, mask).values() for factor in pair]
+
+    before = blocks()
+    linears = [part for part in network.modules() if type(part) is torch.nn.Linear]
+    assert linears
+    for linear in linears:
+        handle = linear.register_forward_hook(lambda module, inputs, y: y + torch.linspace(-1, 1, y.shape[-1]))
+        assert any(not torch.allclose(one, other) for one, other in zip(blocks(), before, strict=True))
+        handle.remove()
+    for one, other in zip(blocks(), before, strict=True):
+        torch.testing.assert_close(one, other)
