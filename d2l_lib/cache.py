@@ -24,7 +24,7 @@ from d2l_lib.formats.tensors import checksum, safetensors_metadata
 
 PLACE = Path(__file__).resolve().parents[1] / ".cache" / "adapters"
 LIMIT_BYTES = 2 * 2**30
-_VERSION = 5  # raise it where the same model writes other blocks, or files hold something else
+_VERSION = 6  # raise it where the same model writes other blocks, or files hold something else
 _NOTE = "d2l-cache"
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 

@@ -133,9 +133,14 @@ class ContextEncoder:
         return torch.stack(states, dim=1) if self.encoder_type == "per_layer_activations" else states[-1]
 
     def _can_be_written_out(self, attention_mask: Tensor | None) -> bool:
-        """Whether this package's own layers read these chunks: where products are oneDNN's, and nothing is padding."""
+        """Whether this package's own layers read these chunks: where products are oneDNN's, and padding comes last.
+
+        No token sees those after it, so padding on the right changes nothing before it.
+        """
         run = decoder_layers(self.model)[: self.n_layers_run]
-        if onednn.in_use() is None or not run or not (attention_mask is None or bool(attention_mask.all())):
+        if onednn.in_use() is None or not run:
+            return False
+        if attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
             return False
         return layers.can_be_written_out(self.model, run) and onednn.are_packable(layers.weights_of(run))
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from d2l_lib.adapter import Adapter, Block, SharedRows, same_base, stack_factors
 from d2l_lib.base_model import (
     Fingerprint,
+    decoder_body,
     decoder_layers,
     input_device,
     module_paths,
@@ -56,7 +57,7 @@ from d2l_lib.formats.writing import atomic_folder
 from d2l_lib.hypernetwork import Hypernetwork, Loras
 from d2l_lib.layers import weights_of
 from d2l_lib.lora import apply_lora, noted_adapter, without_lora
-from d2l_lib.onednn import Packs, are_small
+from d2l_lib.onednn import Packs, are_small, in_use
 from d2l_lib.reading import Reading, read_sparsely
 from d2l_lib.router import Router
 from d2l_lib.routing import SHORTLIST, Gate, route_prompts
@@ -80,6 +81,9 @@ _Progress = Callable[[int, int], None] | bool | None
 _Read = str | Reading | RowReading | None
 _TOGETHER = 1 << 24  # bytes of blocks that then lie in one tensor
 _LENGTH_STEP = 24  # tokens; chunks of one batch are padded to a multiple of it
+_SMALL = 256  # hidden size of an encoder of which many short chunks are read at once
+_FILLED = 12, 288  # chunks and tokens of a batch on a CPU that copies fill up, at most
+_FREE_ROWS = (48, 24, 12, 8, 4, 2, 1)  # short chunks that are read at once where that changes no bit
 _LONG_ROWS = (8, 4, 2, 1)  # long chunks that are read at once
 _LONG_NUMBERS = 600_000  # of their features, at most
 _BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor] | SharedRows]
@@ -157,13 +161,22 @@ class DocToLoRA:
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
         self._tokenizer_key: tuple[tuple, str] = ((), "")  # (what it was taken of, the fingerprint)
-        self._together: dict[int, bool] = {}  # see `_may_stand_together`
+        # whether so many chunks have the bits of chunks alone: of long ones, or (of short ones, their padded length)
+        self._together: dict[int | tuple[int, int], bool] = {}
+        self._free: dict[int, bool] = {}  # by padded length, see `_is_free`
         self._packs = Packs()
         self.window = window_of(base_model)
         on_cpu = self.device.type == "cpu"
-        self.chunk_batch, self.batch_tokens = (12, 288) if on_cpu else (8, 8192)
+        self.chunk_batch, self.batch_tokens = self._batch_limits()
         self.answer_batch = 16 if on_cpu else 32
         self.chunk_tokens = min(_LONGEST_CHUNK, self._longest_chunk()) if chunk_tokens is None else chunk_tokens
+
+    def _batch_limits(self) -> tuple[int, int]:
+        """Chunks and tokens of a batch: on a CPU more for a small encoder, whose states then stay in its own memory."""
+        if self.device.type != "cpu":
+            return 8, 8192
+        is_small = decoder_body(self.encoder.model).config.hidden_size <= _SMALL
+        return (48, 1152) if is_small else (12, 288)
 
     @property
     def device(self) -> torch.device:
@@ -438,13 +451,35 @@ class DocToLoRA:
             else:
                 short.setdefault(width, []).append(ids)
         for width, alike in short.items():
-            for start in range(0, len(alike), self._rows(width)):
-                yield alike[start : start + self._rows(width)], width
+            start = 0
+            while start < len(alike):
+                n = self._short_rows(alike[start:], width)
+                yield alike[start : start + n], width
+                start += n
         for length, alike in long.items():
             while alike:
                 n = next(n for n in _LONG_ROWS if n <= len(alike) and self._may_stand_together(n, alike[0]))
                 yield alike[:n], length
                 alike = alike[n:]
+
+    def _short_rows(self, alike: Sequence[tuple[int, ...]], width: int) -> int:
+        """How many of these short chunks the next batch takes."""
+        if not self._is_free(alike[0], width):
+            return self._rows(width)
+        most = min(len(alike), self.chunk_batch, self.batch_tokens // width)
+        return next(n for n in _FREE_ROWS if n == 1 or (n <= most and self._together.get((n, width), True)))
+
+    def _is_free(self, ids: Sequence[int], width: int) -> bool:
+        """Whether a batch of chunks of this width may have any number of rows: its bits do not depend on it.
+
+        Products by oneDNN promise that, others do not. So it is tried once for each width, with copies of a chunk.
+        """
+        if self.device.type != "cpu" or self.iterative or self.copies_tokens or in_use() is None:
+            return False
+        if width not in self._free:
+            full, alone = (self._encode_rows([ids] * n, width) for n in (self._rows(width), 1))
+            self._free[width] = _all_equal(full, alone)
+        return self._free[width]
 
     def _may_stand_together(self, n: int, ids: Sequence[int]) -> bool:
         """Whether n long chunks like this one are read at once: small ones, to which that makes no difference.
@@ -465,17 +500,40 @@ class DocToLoRA:
         return self._together[n]
 
     def _rows(self, width: int) -> int:
-        """How many chunks of `width` tokens make a batch: a function of the length alone."""
-        return max(1, min(self.chunk_batch, self.batch_tokens // width))
+        """How many chunks of `width` tokens make a batch that is filled up: a function of the length alone."""
+        most, tokens = self.chunk_batch, self.batch_tokens
+        if self.device.type == "cpu":
+            most, tokens = min(most, _FILLED[0]), min(tokens, _FILLED[1])
+        return max(1, min(most, tokens // width))
 
     def _encode_batch(self, batch: Sequence[Sequence[int]], width: int) -> Loras:
         """{module: (A [rows, L, r, d_in], B [rows, L, r, d_out])} of chunks of token ids, padded to `width`.
 
-        Copies of the last chunk fill up the batch.
+        A batch of short chunks is filled up with copies of the last one, where its bits depend on how many there are.
         """
-        rows = [*batch]
-        if len(batch[0]) < width:  # long chunks have no padding
-            rows += [batch[-1]] * (self._rows(width) - len(batch))
+        if len(batch[0]) == width:  # long chunks have no padding
+            return self._encode_rows(batch, width)
+        if not self._is_free(batch[0], width):
+            return self._encode_rows([*batch, *[batch[-1]] * (self._rows(width) - len(batch))], width)
+        loras = self._encode_rows(batch, width)
+        if self._are_as_alone(loras, batch, width):
+            return loras
+        alone = [self._encode_rows([ids], width) for ids in batch]
+        return {m: tuple(torch.cat(sides) for sides in zip(*(one[m] for one in alone), strict=True)) for m in loras}
+
+    def _are_as_alone(self, loras: Loras, batch: Sequence[Sequence[int]], width: int) -> bool:
+        """Whether so many short chunks have the bits of chunks alone: the first batch of so many is compared."""
+        n = len(batch)
+        if n > 1 and (n, width) not in self._together:
+            ends = [(i, self._encode_rows([batch[i]], width)) for i in (0, n - 1)]
+            self._together[n, width] = all(
+                _all_equal({m: tuple(side[i, None] for side in pair) for m, pair in loras.items()}, alone)
+                for i, alone in ends
+            )
+        return n == 1 or self._together[n, width]
+
+    def _encode_rows(self, rows: Sequence[Sequence[int]], width: int) -> Loras:
+        """The blocks of these chunks, as many as there are."""
         ids, mask = pad_rows(rows, pad_id_of(self.encoder_tokenizer), width=width)
         return self._write_blocks({"input_ids": ids, "attention_mask": mask})
 
@@ -871,6 +929,12 @@ class DocToLoRA:
 
 
 # --- small helpers --------------------------------------------------------------------------------------------------
+
+
+def _all_equal(loras: Loras, alone: Loras) -> bool:
+    """Whether the factors of each chunk are, bit for bit, those of the one chunk of `alone`."""
+    pairs = [(side, one) for m in alone for side, one in zip(loras[m], alone[m], strict=True)]
+    return all(torch.equal(side, one.expand_as(side)) for side, one in pairs)
 
 
 def _put_together(pairs: Sequence[_BlockFactors]) -> None:

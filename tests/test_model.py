@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tiny_models import build_base_model, build_model, build_tokenizer, logits_of, random_hypernetwork
 
 import d2l_lib as d2l
-from d2l_lib import documents
+from d2l_lib import documents, onednn
+from d2l_lib import model as model_module
 from d2l_lib.encoder import ContextEncoder
 from d2l_lib.engine import pad_rows
 from d2l_lib.model import DocToLoRA
@@ -118,6 +119,89 @@ def test_long_chunks_of_one_length_stand_together_where_that_changes_no_bit(monk
     sizes.clear()
     model.internalize_ids(*pad_rows(rows, 0))
     assert sorted(sizes) == sorted([*batches, (1, 144), (2, 144)]), "it is tried once"
+
+
+SHORT = [f"Number {i * 7919 % 1000}." for i in range(61)]  # a chunk each, all of one padded length
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """(a model, the shapes of what its encoder reads)"""
+    model, sizes = build_model(("down_proj",)), []
+    encode = model.encoder.encode
+
+    def watched(ids, **options):
+        sizes.append(tuple(ids.shape))
+        return encode(ids, **options)
+
+    monkeypatch.setattr(model.encoder, "encode", watched)
+    return model, sizes
+
+
+def rows_read(model, sizes: list, texts: list[str]) -> tuple[list, list[int]]:
+    """The blocks of these texts, and how many rows each pass of the encoder had."""
+    sizes.clear()
+    blocks = [adapter.blocks[0] for adapter in model.internalize_each(texts)]
+    assert len({width for _, width in sizes}) == 1
+    return blocks, [rows for rows, _ in sizes]
+
+
+def assert_same_blocks(blocks, others):
+    for one, other in zip(blocks, others, strict=True):
+        for side in "AB":
+            torch.testing.assert_close(getattr(one, side)["down_proj"], getattr(other, side)["down_proj"])
+
+
+@pytest.mark.skipif(not onednn.is_available(), reason="this torch has no oneDNN")
+def test_short_chunks_stand_together_where_that_changes_no_bit(encoded, monkeypatch):
+    model, sizes = encoded
+    monkeypatch.setattr(model_module, "_all_equal", lambda *_: True)  # a matter of the processor
+    full = model._rows(width_of(model, SHORT[0]))
+    assert rows_read(model, sizes, SHORT[:1])[1] == [full, 1, 1], "what is tried, then the chunk alone"
+    alone = [rows_read(model, sizes, [text])[0][0] for text in SHORT]
+    assert rows_read(model, sizes, SHORT[:1])[1] == [1], "it is tried once"
+    together, rows = rows_read(model, sizes, SHORT)
+    most = min(model.chunk_batch, model.batch_tokens // sizes[0][1])
+    assert most >= rows[0] > full and rows[1:3] == [1, 1], "ends compared with chunks alone"
+    assert sum(rows_read(model, sizes, SHORT)[1]) == len(SHORT), "compared once"
+    assert_same_blocks(together, alone)
+
+
+def test_short_chunks_fill_a_batch_where_bits_depend_on_its_rows(encoded, monkeypatch):
+    model, sizes = encoded
+    monkeypatch.setattr(model_module, "_all_equal", lambda *_: False)
+    full = model._rows(width_of(model, SHORT[0]))
+    rows_read(model, sizes, SHORT[:1])
+    assert rows_read(model, sizes, SHORT)[1] == [full] * -(-len(SHORT) // full)
+    assert rows_read(model, sizes, SHORT[:1])[1] == [full]
+
+
+@pytest.mark.skipif(not onednn.is_available(), reason="this torch has no oneDNN")
+def test_a_number_of_rows_that_changes_bits_is_read_alone_and_not_taken_again(encoded, monkeypatch):
+    model, sizes = encoded
+    monkeypatch.setattr(model_module, "_all_equal", lambda *_: True)
+    alone = [rows_read(model, sizes, [text])[0][0] for text in SHORT]
+    monkeypatch.setattr(model_module, "_all_equal", lambda *_: False)  # of all that was not tried yet
+    blocks, rows = rows_read(model, sizes, SHORT)
+    assert rows[1 : 3 + rows[0]] == [1] * (2 + rows[0]), "two ends are compared, then each is read alone"
+    for one, other in zip(blocks[: rows[0]], alone, strict=False):
+        assert all(torch.equal(getattr(one, side)["down_proj"], getattr(other, side)["down_proj"]) for side in "AB")
+    assert rows[0] not in rows_read(model, sizes, SHORT)[1]
+    assert_same_blocks(blocks, alone)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_all_bits_of_all_chunks_are_compared(same):
+    alone = {"down_proj": (torch.ones(1, 2, 3), torch.zeros(1, 2, 3))}
+    several = {"down_proj": tuple(side.repeat(4, 1, 1) for side in alone["down_proj"])}
+    if not same:
+        several["down_proj"][1][3, 1, 2] = 1e-30
+    assert model_module._all_equal(several, alone) == same
+
+
+def width_of(model, text: str) -> int:
+    """The padded length of a text's one chunk."""
+    return (len(documents.context_ids(model.tokenizer, text)) // 24 + 1) * 24
 
 
 @pytest.mark.parametrize("encoder_type", ["early_exit", "per_layer_activations", "embed_only"])

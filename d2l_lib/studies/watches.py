@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from d2l_lib.base_model import decoder_body
 from d2l_lib.model import DocToLoRA
 
 PARTS = ("text", "encoder", "Perceiver", "head", "moving")  # of internalizing, in order
@@ -56,13 +56,17 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
     head: the layers after the Perceiver and the two factors; of token rows, which have no Perceiver, all of it.
     moving: checking the blocks, copying them to the CPU, and the next batch's padding.
     """
-    hypernetwork = model.hypernetwork
+    hypernetwork, encoder, encode = model.hypernetwork, model.encoder, model.encoder.encode
 
     def outside() -> None:
         watch.lap("moving" if "encoder" in watch.parts else "text")
 
+    def watched(*inputs, **options) -> Tensor:
+        outside()
+        return encode(*inputs, **options)
+
+    encoder.encode = watched  # not a hook of the body, which an encoder that is written out does not call
     handles = [
-        decoder_body(model.encoder.model).register_forward_pre_hook(lambda *_: outside()),
         hypernetwork.register_forward_pre_hook(lambda *_: watch.lap("encoder")),
         hypernetwork.register_forward_hook(lambda *_: watch.lap("head")),
     ]
@@ -75,6 +79,7 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
     try:
         yield
     finally:
+        del encoder.encode
         for handle in handles:
             handle.remove()
         outside()
