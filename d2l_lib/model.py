@@ -453,7 +453,7 @@ class DocToLoRA:
         for width, alike in short.items():
             start = 0
             while start < len(alike):
-                n = self._short_rows(alike[start:], width)
+                n = self._short_rows(alike[0], len(alike) - start, width)
                 yield alike[start : start + n], width
                 start += n
         for length, alike in long.items():
@@ -462,11 +462,11 @@ class DocToLoRA:
                 yield alike[:n], length
                 alike = alike[n:]
 
-    def _short_rows(self, alike: Sequence[tuple[int, ...]], width: int) -> int:
-        """How many of these short chunks the next batch takes."""
-        if not self._is_free(alike[0], width):
+    def _short_rows(self, ids: Sequence[int], left: int, width: int) -> int:
+        """How many of the short chunks that are left, all like this one, the next batch takes."""
+        if not self._is_free(ids, width):
             return self._rows(width)
-        most = min(len(alike), self.chunk_batch, self.batch_tokens // width)
+        most = min(left, self.chunk_batch, self.batch_tokens // width)
         return next(n for n in _FREE_ROWS if n == 1 or (n <= most and self._together.get((n, width), True)))
 
     def _is_free(self, ids: Sequence[int], width: int) -> bool:
