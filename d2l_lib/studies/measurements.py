@@ -48,6 +48,7 @@ MODES = {
 _WITHOUT_DOCUMENT = ("documents", "start")
 NEW_TOKENS = 16  # of every answer, so that answers compare
 DOCUMENT_FACTS = 20  # of each document in "documents"
+_FLOOR_TOKENS = 288  # of one pass on a CPU, whose own memory then holds its states
 # Imported once, before the fork: imports take longer than measurements.
 _PRELOAD = [
     "d2l_lib.model",
@@ -201,7 +202,8 @@ def _floor(model: DocToLoRA, m: Measurement) -> _Prepared:
     text, width = distinct_text(model.encoder_tokenizer, m.length_tokens, m.seed), model.chunk_tokens
     ids = model.encoder_tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt")["input_ids"][0]
     batches = []
-    for piece in ids.split(max(1, min(model.chunk_batch, model.batch_tokens // width)) * width):
+    tokens = min(model.batch_tokens, _FLOOR_TOKENS) if model.device.type == "cpu" else model.batch_tokens
+    for piece in ids.split(max(1, min(model.chunk_batch, tokens // width)) * width):
         whole = len(piece) // width * width
         batches += [rows for rows in (piece[:whole].view(-1, width), piece[None, whole:]) if rows.numel()]
 
