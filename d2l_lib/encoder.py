@@ -140,8 +140,10 @@ class ContextEncoder:
         run = decoder_layers(self.model)[: self.n_layers_run]
         if onednn.in_use() is None or not run:
             return False
-        if attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
-            return False
+        if attention_mask is not None:
+            mask = attention_mask.bool()
+            if mask.dim() != 2 or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+                return False
         return layers.can_be_written_out(self.model, run) and onednn.are_packable(layers.weights_of(run))
 
     def _written_out(self, input_ids: Tensor) -> Tensor:

@@ -206,7 +206,8 @@ class _SwiGLU(nn.Module):
             return y.view(*x.shape[:-1], -1)
         parts, on_cpu = [], x.device.type == "cpu"
         for piece in rows.split(onednn.piece_of(len(rows), self.gate_proj.out_features) if on_cpu else len(rows)):
-            hidden = linear(self.up_proj, piece, times=F.silu(linear(self.gate_proj, piece), inplace=True))
+            gate = linear(self.gate_proj, piece)
+            hidden = linear(self.up_proj, piece, times=F.silu(gate, inplace=is_plain(self.gate_proj)))
             parts.append(linear(self.down_proj, hidden))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
 

@@ -83,7 +83,7 @@ _TOGETHER = 1 << 24  # bytes of blocks that then lie in one tensor
 _LENGTH_STEP = 24  # tokens; chunks of one batch are padded to a multiple of it
 _SMALL = 256  # hidden size of an encoder of which many short chunks are read at once
 _FILLED = 12, 288  # chunks and tokens of a batch on a CPU that copies fill up, at most
-_FREE_ROWS = (48, 24, 12, 8, 4, 2, 1)  # short chunks that are read at once where that changes no bit
+_FREE_ROWS = {48: 37, 12: 5, 4: 2, 1: 1}  # rows of a batch where these change no bit: from how many short chunks on
 _LONG_ROWS = (8, 4, 2, 1)  # long chunks that are read at once
 _LONG_NUMBERS = 600_000  # of their features, at most
 _BlockFactors = tuple[dict[str, Tensor], dict[str, Tensor] | SharedRows]
@@ -99,7 +99,8 @@ class DocToLoRA:
         current: the Adapter of calls without `adapter=`, or None.
         window: the most tokens that the base model reads.
         chunk_tokens: default length of a chunk, in the encoder's tokens, without its chat wrapping.
-        chunk_batch, batch_tokens: the most chunks, and tokens, of one encoder batch.
+        chunk_batch, batch_tokens: the most chunks, and tokens, of one encoder batch; a longer chunk is one alone. On
+            the CPU, batches that must be filled up stay smaller.
         least_relevance: nats that a block must reach to answer when `blocks` is a number and blocks are tried (see
             `routing`); minus infinity unless the checkpoint names it.
         router: what chooses blocks where `blocks` is a number (a Router, or None: see `routing`).
@@ -110,9 +111,9 @@ class DocToLoRA:
         block_dtype: the precision of blocks, torch.float16 for half the memory (None: what the hypernetwork writes).
         cache: an AdapterCache keeps the blocks of texts in files, and texts of before are read from there (None: no).
 
-    Chunks of similar length are encoded together. Batches of padded chunks have one shape for each length, filled up
-    where chunks are missing: on the CPU a block is bit-equal whatever chunks are beside it. There, in float32, weights
-    of small models are held a second time, as oneDNN reads them (see `onednn`).
+    Chunks of similar length are encoded together. On the CPU a block is bit-equal whatever chunks are beside it: where
+    bits depend on the number of rows, batches of padded chunks have one shape for each length, filled up where chunks
+    are missing. There, in float32, weights of small models are held a second time, as oneDNN reads them (see `onednn`).
     """
 
     def __init__(
@@ -161,9 +162,9 @@ class DocToLoRA:
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
         self._tokenizer_key: tuple[tuple, str] = ((), "")  # (what it was taken of, the fingerprint)
-        # whether so many chunks have the bits of chunks alone: of long ones, or (of short ones, their padded length)
-        self._together: dict[int | tuple[int, int], bool] = {}
-        self._free: dict[int, bool] = {}  # by padded length, see `_is_free`
+        # whether so many chunks have the bits of chunks alone: of long ones, or by `_kind`
+        self._together: dict[int | tuple, bool] = {}
+        self._free: dict[tuple, bool | None] = {}  # see `_is_free`
         self._packs = Packs()
         self.window = window_of(base_model)
         on_cpu = self.device.type == "cpu"
@@ -176,7 +177,7 @@ class DocToLoRA:
         if self.device.type != "cpu":
             return 8, 8192
         is_small = decoder_body(self.encoder.model).config.hidden_size <= _SMALL
-        return (48, 1152) if is_small else (12, 288)
+        return (48, 2304) if is_small else (12, 288)
 
     @property
     def device(self) -> torch.device:
@@ -399,8 +400,8 @@ class DocToLoRA:
         done: dict[int | tuple[int, ...], _BlockFactors] = {}
         apart: list[_BlockFactors] = []
         with self._in_eval_mode(), self._products(), _reporter(progress, len(distinct) + len(images)) as report:
-            for batch, width in self._batches(distinct):
-                loras = self._encode_batch(batch, width)
+            for batch, width, n in self._batches(distinct):
+                loras = self._encode_batch(batch, width, n)
                 for index, ids in enumerate(batch):
                     done[ids] = self._on_cpu(loras, index, self.hypernetwork.rows_of(len(ids)))
                     apart.append(done[ids])
@@ -435,8 +436,8 @@ class DocToLoRA:
                 if not self._evaluating and self._was_training:
                     self.hypernetwork.train()
 
-    def _batches(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
-        """(different chunks, their padded length), one batch after another.
+    def _batches(self, chunks: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int, int]]:
+        """(different chunks, their padded length, rows for them), one batch after another.
 
         Short chunks are padded to the next multiple of _LENGTH_STEP above their length. Every row then has padding,
         because results with and without a mask differ in the last bits. Long chunks, which fill a batch alone, are not
@@ -454,32 +455,43 @@ class DocToLoRA:
             start = 0
             while start < len(alike):
                 n = self._short_rows(alike[0], len(alike) - start, width)
-                yield alike[start : start + n], width
+                yield alike[start : start + n], width, n
                 start += n
         for length, alike in long.items():
             while alike:
                 n = next(n for n in _LONG_ROWS if n <= len(alike) and self._may_stand_together(n, alike[0]))
-                yield alike[:n], length
+                yield alike[:n], length, n
                 alike = alike[n:]
 
     def _short_rows(self, ids: Sequence[int], left: int, width: int) -> int:
-        """How many of the short chunks that are left, all like this one, the next batch takes."""
-        if not self._is_free(ids, width):
+        """How many rows the next batch has, of which `left` short chunks like this one, or fewer, are read."""
+        if not self._is_free(width, ids):
             return self._rows(width)
-        most = min(left, self.chunk_batch, self.batch_tokens // width)
-        return next(n for n in _FREE_ROWS if n == 1 or (n <= most and self._together.get((n, width), True)))
+        most = min(self.chunk_batch, self.batch_tokens // width)
+        fits = {
+            n: least for n, least in _FREE_ROWS.items() if n <= most and self._together.get(self._kind(width, n), True)
+        }
+        return next((n for n, least in fits.items() if left >= least), 1)
 
-    def _is_free(self, ids: Sequence[int], width: int) -> bool:
+    def _kind(self, width: int, n: int | None = None) -> tuple:
+        """What the bits of a batch of short chunks can depend on, beside the chunks."""
+        return width, n, self.encoder.model.dtype, next(self.hypernetwork.parameters()).dtype, torch.get_num_threads()
+
+    def _is_free(self, width: int, ids: Sequence[int] | None = None) -> bool:
         """Whether a batch of chunks of this width may have any number of rows: its bits do not depend on it.
 
-        Products by oneDNN promise that, others do not. So it is tried once for each width, with copies of a chunk.
+        Products by oneDNN promise that, others do not. So it is tried with copies of a chunk `ids` (None: not now), but
+        not before a width comes a second time: a single short text does not pay for that.
         """
         if self.device.type != "cpu" or self.iterative or self.copies_tokens or in_use() is None:
             return False
-        if width not in self._free:
+        kind = self._kind(width)
+        if ids is not None and kind not in self._free:
+            self._free[kind] = None
+        elif ids is not None and self._free[kind] is None:
             full, alone = (self._encode_rows([ids] * n, width) for n in (self._rows(width), 1))
-            self._free[width] = _all_equal(full, alone)
-        return self._free[width]
+            self._free[kind] = _all_equal(full, alone)
+        return bool(self._free.get(kind))
 
     def _may_stand_together(self, n: int, ids: Sequence[int]) -> bool:
         """Whether n long chunks like this one are read at once: small ones, to which that makes no difference.
@@ -491,10 +503,11 @@ class DocToLoRA:
             return True
         if self.device.type != "cpu" or self.iterative or self.copies_tokens or n > self.chunk_batch:
             return False
-        if n * len(ids) * self.encoder.n_states * self.encoder.feature_size > _LONG_NUMBERS:
+        features = n * len(ids) * self.encoder.n_states * self.encoder.feature_size
+        if features > _LONG_NUMBERS or n * len(ids) > self.batch_tokens:
             return False
         if n not in self._together:
-            several, alone = (self._encode_batch([ids] * rows, len(ids)) for rows in (n, 1))
+            several, alone = (self._encode_rows([ids] * rows, len(ids)) for rows in (n, 1))
             pairs = (pair for m in alone for pair in zip(several[m], alone[m], strict=True))
             self._together[n] = all(torch.equal(one[-1], alone[0]) for one, alone in pairs)
         return self._together[n]
@@ -506,31 +519,30 @@ class DocToLoRA:
             most, tokens = min(most, _FILLED[0]), min(tokens, _FILLED[1])
         return max(1, min(most, tokens // width))
 
-    def _encode_batch(self, batch: Sequence[Sequence[int]], width: int) -> Loras:
+    def _encode_batch(self, batch: Sequence[Sequence[int]], width: int, n: int) -> Loras:
         """{module: (A [rows, L, r, d_in], B [rows, L, r, d_out])} of chunks of token ids, padded to `width`.
 
-        A batch of short chunks is filled up with copies of the last one, where its bits depend on how many there are.
+        A batch of short chunks is filled up to n rows with copies of the last one.
         """
         if len(batch[0]) == width:  # long chunks have no padding
             return self._encode_rows(batch, width)
-        if not self._is_free(batch[0], width):
-            return self._encode_rows([*batch, *[batch[-1]] * (self._rows(width) - len(batch))], width)
-        loras = self._encode_rows(batch, width)
-        if self._are_as_alone(loras, batch, width):
+        rows = [*batch, *[batch[-1]] * (n - len(batch))]
+        loras = self._encode_rows(rows, width)
+        if not self._is_free(width) or self._are_as_alone(loras, rows, width):
             return loras
         alone = [self._encode_rows([ids], width) for ids in batch]
         return {m: tuple(torch.cat(sides) for sides in zip(*(one[m] for one in alone), strict=True)) for m in loras}
 
-    def _are_as_alone(self, loras: Loras, batch: Sequence[Sequence[int]], width: int) -> bool:
+    def _are_as_alone(self, loras: Loras, rows: Sequence[Sequence[int]], width: int) -> bool:
         """Whether so many short chunks have the bits of chunks alone: the first batch of so many is compared."""
-        n = len(batch)
-        if n > 1 and (n, width) not in self._together:
-            ends = [(i, self._encode_rows([batch[i]], width)) for i in (0, n - 1)]
-            self._together[n, width] = all(
+        n, kind = len(rows), self._kind(width, len(rows))
+        if n > 1 and kind not in self._together:
+            ends = [(i, self._encode_rows([rows[i]], width)) for i in (0, n - 1)]
+            self._together[kind] = all(
                 _all_equal({m: tuple(side[i, None] for side in pair) for m, pair in loras.items()}, alone)
                 for i, alone in ends
             )
-        return n == 1 or self._together[n, width]
+        return n == 1 or self._together[kind]
 
     def _encode_rows(self, rows: Sequence[Sequence[int]], width: int) -> Loras:
         """The blocks of these chunks, as many as there are."""

@@ -174,7 +174,10 @@ def linear(module: nn.Module, x: Tensor, *, times: Tensor | None = None, plus: T
     """module(x), then multiplied by `times` or added to `plus`; a plain linear by its pack where packs are in use."""
     if in_use() is not None and is_plain(module):
         return product(x, packed(module.weight), module.bias, times=times, plus=plus)
-    return _then(module(x), times, plus)
+    y = module(x)
+    if not is_plain(module):  # a hook may hold what it gave
+        return y * times if times is not None else y if plus is None else y + plus
+    return _then(y, times, plus)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -183,8 +186,9 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> list[Callable]:
-    """What acts before and after a module's forward pass, without what this package adds itself."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    """What acts before and after a module's passes, without what this package adds itself."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    hooks = [hook for kind in kinds for hook in kind.values()]
     return [one for one in hooks if not getattr(getattr(one, "func", one), "__module__", "").startswith("d2l_lib.")]
 
 

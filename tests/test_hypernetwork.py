@@ -428,3 +428,22 @@ def test_a_hook_on_any_linear_is_heeded(model, options, way, absorbs, monkeypatc
         handle.remove()
     for one, other in zip(blocks(), before, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_what_a_hook_holds_stays_as_it_was():
+    part, x, held = hypernetwork._SwiGLU(6, 24, 4), torch.randn(5, 6), []
+    for linear in (part.gate_proj, part.up_proj):
+        linear.register_forward_hook(lambda module, inputs, y: held.append((y, y.clone())))
+    with torch.no_grad():
+        part(x)
+    assert len(held) == 2 and all(torch.equal(one, other) for one, other in held)
+
+
+def test_backward_hooks_are_heeded():
+    part, attention_of, seen = hypernetwork._SwiGLU(6, 24, 4), attention(), []
+    linears = [one for whole in (part, attention_of) for one in whole.modules() if type(one) is torch.nn.Linear]
+    for linear in linears:
+        linear.register_full_backward_hook(lambda module, *_: seen.append(module))
+    part(torch.randn(5, 6, requires_grad=True)).sum().backward()
+    attention_of(torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 7, 24)).sum().backward()
+    assert {*seen} == {*linears}

@@ -57,6 +57,7 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
     moving: checking the blocks, copying them to the CPU, and the next batch's padding.
     """
     hypernetwork, encoder, encode = model.hypernetwork, model.encoder, model.encoder.encode
+    own = vars(encoder).get("encode")
 
     def outside() -> None:
         watch.lap("moving" if "encoder" in watch.parts else "text")
@@ -79,9 +80,11 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
     try:
         yield
     finally:
-        del encoder.encode
         for handle in handles:
             handle.remove()
+        vars(encoder).pop("encode", None)
+        if own is not None:
+            encoder.encode = own
         outside()
 
 

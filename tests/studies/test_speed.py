@@ -85,7 +85,8 @@ def test_watching_leaves_no_hook_behind_even_after_an_error(model):
 
     body = model.encoder.model.model
     before = hooks()
-    with pytest.raises(ValueError, match="no text"), watches.watching(model, watches.Stopwatch(model.device)):
+    watch = watches.Stopwatch(model.device)
+    with pytest.raises(ValueError, match="no text"), watches.watching(model, watch), watches.watching(model, watch):
         model.internalize_each([" "])
     assert hooks() == before and "encode" not in vars(model.encoder)
 
