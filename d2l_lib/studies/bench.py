@@ -73,13 +73,17 @@ class Task:
 
     def __str__(self) -> str:
         sizes = {
-            "internalize": f"{self.chunks} chunks",
+            "internalize": _counted(self.chunks, "chunk"),
             "documents": f"{self.documents}",
-            "training step": f"{self.chunks} chunks",
+            "training step": _counted(self.chunks, "chunk"),
             "write": f"{self.layers} layers, rank {self.rank}",
-            "answer": f"{self.blocks} blocks, {self.questions} questions",
+            "answer": f"{_counted(self.blocks, 'block')}, {_counted(self.questions, 'question')}",
         }
         return f"{self.model}, {self.what}, {sizes[self.what]}"
+
+
+def _counted(n: int, name: str) -> str:
+    return f"{n} {name}" if n == 1 else f"{n} {name}s"
 
 
 def tasks(chunks: Sequence[int] = (1, 8)) -> list[Task]:
