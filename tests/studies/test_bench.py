@@ -213,7 +213,7 @@ def test_the_command_measures_each_task_both_ways_and_in_processes_of_their_own(
         )
         assert row["seconds"] > 0 and row["floor_seconds"] > 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[-2:]] == ["tiny, internalize, 1 chunks", "tiny, internalize, 4 chunks"]
+    assert [line.split(":")[0] for line in lines[-2:]] == ["tiny, internalize, 1 chunk", "tiny, internalize, 4 chunks"]
     assert all("times the floor" in line and " against " in line for line in lines[-2:])
 
 
@@ -235,7 +235,7 @@ def test_an_interrupted_record_continues_unless_it_is_made_again(monkeypatch):
     assert len(list(bench.run(3, 1, (1,), again=False))) == 2, "another seed"
     assert len(list(bench.run(3, 0, (1,), again=True))) == 2
     table = bench.summary(pd.DataFrame(later))
-    assert list(table.index) == ["tiny, internalize, 1 chunks", "tiny, internalize, 2 chunks"]
+    assert list(table.index) == ["tiny, internalize, 1 chunk", "tiny, internalize, 2 chunks"]
     assert list(table["ratio"]) == [2, 2] and list(table["quartiles"]) == ["2.00 to 2.00"] * 2
     costs = bench.cost_table(pd.DataFrame(later).assign(model="few latents", seed=0))
     assert set(costs["method"]) == {"ours", "plain", "floor: matrix products"}
