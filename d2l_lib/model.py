@@ -508,8 +508,7 @@ class DocToLoRA:
             return False
         if n not in self._together:
             several, alone = (self._encode_rows([ids] * rows, len(ids)) for rows in (n, 1))
-            pairs = (pair for m in alone for pair in zip(several[m], alone[m], strict=True))
-            self._together[n] = all(torch.equal(one[-1], alone[0]) for one, alone in pairs)
+            self._together[n] = _all_equal(several, alone)
         return self._together[n]
 
     def _rows(self, width: int) -> int:

@@ -158,9 +158,9 @@ def product(
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, how)
 
 
-def _then(y: Tensor, times: Tensor | None, plus: Tensor | None) -> Tensor:
-    """y, a new tensor, multiplied or added to; in its own memory where no gradient needs what it was."""
-    if torch.is_grad_enabled():
+def _then(y: Tensor, times: Tensor | None, plus: Tensor | None, is_new: bool = True) -> Tensor:
+    """y multiplied or added to; in its own memory where it is new and no gradient needs what it was."""
+    if not is_new or torch.is_grad_enabled():
         return y * times if times is not None else y if plus is None else y + plus
     return y.mul_(times) if times is not None else y if plus is None else y.add_(plus)
 
@@ -174,10 +174,7 @@ def linear(module: nn.Module, x: Tensor, *, times: Tensor | None = None, plus: T
     """module(x), then multiplied by `times` or added to `plus`; a plain linear by its pack where packs are in use."""
     if in_use() is not None and is_plain(module):
         return product(x, packed(module.weight), module.bias, times=times, plus=plus)
-    y = module(x)
-    if not is_plain(module):  # a hook may hold what it gave
-        return y * times if times is not None else y if plus is None else y + plus
-    return _then(y, times, plus)
+    return _then(module(x), times, plus, is_new=is_plain(module))  # a hook may hold what it gave
 
 
 def is_plain(module: nn.Module) -> bool:

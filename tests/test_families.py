@@ -316,6 +316,7 @@ def test_device_map_of_one_device(saved):
 def test_weights_on_the_disk(saved, family, away, tmp_path):
     """Layers (or everything) that wait on the disk are read when they are needed; the adapter goes along."""
     reference = d2l.load(saved[family], device="cpu")
+    reference.encoder._can_be_written_out = lambda mask: False  # layers that wait on the disk are transformers' own
     adapter = reference.internalize(TEXT, chunk_tokens=20)
     inside = {name.split(".")[1] for name, _ in reference.base_model.named_modules() if name.count(".") == 1}
     device_map = {f"model.{name}": "cpu" for name in inside - {"layers"}} | {"lm_head": "cpu"}
@@ -325,7 +326,7 @@ def test_weights_on_the_disk(saved, family, away, tmp_path):
     model = d2l.load(saved[family], device_map=device_map)
     assert any(weight.is_meta for weight in model.base_model.parameters())
     assert model.base_key == reference.base_key
-    assert_close(model.internalize(TEXT, chunk_tokens=20), adapter)
+    assert model.internalize(TEXT, chunk_tokens=20) == adapter
     assert torch.equal(logits_of(model, adapter), logits_of(reference, adapter))
     assert not torch.equal(logits_of(model, adapter), logits_of(model, None))
     assert model.answer(QUESTIONS, adapter, max_new_tokens=5) == reference.answer(QUESTIONS, adapter, max_new_tokens=5)
@@ -333,13 +334,6 @@ def test_weights_on_the_disk(saved, family, away, tmp_path):
         ids = torch.tensor([documents.context_ids(model.tokenizer, TEXT)])
         ours = ContextEncoder(model.base_model, kind, depth).encode(ids)
         assert torch.equal(ours, ContextEncoder(reference.base_model, kind, depth).encode(ids))
-
-
-def assert_close(adapter, other):
-    """The same to rounding: layers that wait on the disk are transformers' own, others may be written out."""
-    for module in other.modules:
-        for one, two in zip(adapter.factors(module), other.factors(module), strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_factors_go_to_where_each_linear_computes():

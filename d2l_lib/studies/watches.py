@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -57,7 +58,6 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
     moving: checking the blocks, copying them to the CPU, and the next batch's padding.
     """
     hypernetwork, encoder, encode = model.hypernetwork, model.encoder, model.encoder.encode
-    own = vars(encoder).get("encode")
 
     def outside() -> None:
         watch.lap("moving" if "encoder" in watch.parts else "text")
@@ -66,7 +66,6 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
         outside()
         return encode(*inputs, **options)
 
-    encoder.encode = watched  # not a hook of the body, which an encoder that is written out does not call
     handles = [
         hypernetwork.register_forward_pre_hook(lambda *_: watch.lap("encoder")),
         hypernetwork.register_forward_hook(lambda *_: watch.lap("head")),
@@ -78,13 +77,12 @@ def watching(model: DocToLoRA, watch: Stopwatch) -> Iterator[None]:
             hypernetwork.aggregator.register_forward_hook(lambda *_: watch.lap("Perceiver")),
         ]
     try:
-        yield
+        # not a hook of the body, which an encoder that is written out does not call
+        with patch.object(encoder, "encode", watched):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        vars(encoder).pop("encode", None)
-        if own is not None:
-            encoder.encode = own
         outside()
 
 
