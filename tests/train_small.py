@@ -23,6 +23,7 @@ SMALL = replace(
 ELASTIC = replace(
     SMALL, batches_per_step=4, steps=48, warmup_steps=8, context_tokens=160, neftune=5.0, readout=None, polish_steps=0
 )
+BRIEF = replace(ELASTIC, batches_per_step=2, steps=4, warmup_steps=1)
 
 
 class SlowBatches(contexts.NeedleBatches):

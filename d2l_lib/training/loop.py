@@ -30,7 +30,7 @@ from d2l_lib.hypernetwork import names_without_decay
 from d2l_lib.presets import Schedule
 from d2l_lib.records import append_jsonl, read_appended, read_json, write_jsonl
 from d2l_lib.training.notes import Step
-from d2l_lib.training.processes import processes
+from d2l_lib.training.processes import end_group_at_exit, processes
 
 _LOG = "log.jsonl"
 _STATE = "trainer_state.json"  # written last: a checkpoint without it is not whole
@@ -340,6 +340,7 @@ def fit(model: Step, batches: Dataset, schedule: Schedule, run: Run) -> None:
     checkpoints are kept. RuntimeError if one process sees several GPUs. FileExistsError if the folder holds checkpoints
     or a log of another program. OSError names a checkpoint that cannot be written.
     """
+    end_group_at_exit()
     arguments, each = _training_arguments(schedule, run), schedule.batches_per_step
     run.folder.mkdir(parents=True, exist_ok=True)
     _check_run(run.folder)

@@ -6,6 +6,8 @@ Nothing here imports torch at once. Training shares the batches of a step (`loop
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -49,6 +51,7 @@ def together() -> Iterator[None]:
         return
     import torch.distributed as dist
 
+    _let_groups_end()
     dist.init_process_group("gloo", timeout=_LONGEST)
     try:
         with open(os.devnull, "w") as nowhere:
@@ -58,7 +61,32 @@ def together() -> Iterator[None]:
                 with redirect_stdout(nowhere):
                     yield
     finally:
+        _end_group()
+
+
+def end_group_at_exit() -> None:
+    """Let the group of processes that is started after this call, as a Trainer does, end before Python does.
+
+    Else a thread that exchanged a tensor may let go of it while Python ends. That aborts the process, and torchrun
+    takes a training that is done for one that failed.
+    """
+    _let_groups_end()
+    atexit.unregister(_end_group)
+    atexit.register(_end_group)
+
+
+def _let_groups_end() -> None:
+    """Import what would keep a group, and so its threads, until Python ends: it names today's group as a default."""
+    import torch.distributed.nn.functional  # noqa: F401
+
+
+def _end_group() -> None:
+    """End the group of processes, if there is one, and its threads."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # the threads end with the last reference, and a trainer refers to itself
 
 
 def shared(pieces: Sequence[_Piece], work: Callable[[_Piece], _Result]) -> list[_Result]:

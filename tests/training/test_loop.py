@@ -85,6 +85,7 @@ def test_tensorboard_shows_what_the_log_says_also_after_a_resumed_start(base, tm
     p = replace(train_small.SMALL, readout=None, polish_steps=0)
     for stop_at in (6, None):
         train_needle(p, base, Run(tmp_path, stop_at=stop_at, report_steps=2, save_steps=4))
+        time.sleep(1)  # files are read by name: its second comes first, and then a count in which 10 is before 9
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     log = read_log(tmp_path / "log.jsonl")
