@@ -112,6 +112,18 @@ def open_lab(folder: Path) -> Iterator[Lab]:
                 browser.close()
 
 
+def resize(page: "Page", width: int, height: int = 1000) -> None:
+    """Give the window another size, and wait until JupyterLab, which places its parts itself, has done so."""
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_function(
+        """() => {
+            const right = document.querySelector('#jp-main-dock-panel').getBoundingClientRect().right;
+            return innerWidth - 100 < right && right <= innerWidth;  // a bar of buttons is beside it
+        }"""
+    )
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def sticking_out(page: "Page", output: str) -> list[str]:
     """The classes of all elements within the last `output` (a CSS selector) that end to the right of it."""
     return page.evaluate(

@@ -33,7 +33,7 @@ def take(folder: Path) -> None:
         browser.open_lab(Path(scratch)) as lab,
         lab.opened("pictures", list(CELLS)) as page,
     ):
-        page.set_viewport_size({"width": 1300, "height": 1600})
+        browser.resize(page, 1300, 1600)
         for name, view in zip(PICTURES, (".d2l-answers", ".d2l-trace-answer"), strict=True):
             page.locator(view).first.wait_for()
             cell = page.locator(".jp-CodeCell", has=page.locator(view)).first

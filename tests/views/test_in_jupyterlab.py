@@ -186,9 +186,9 @@ def test_menus_of_the_chat_in_a_browser(page):
     cell.get_by_role("button", name=HOSTILE).click()
     expect(answers.locator(".d2l-question").first).to_have_text(HOSTILE)
     assert page.evaluate("() => window.owned") is None
-    page.set_viewport_size({"width": 760, "height": 1000})
+    browser.resize(page, 760)
     assert browser.sticking_out(page, f"{place('menus')} .jp-OutputArea-output") == []
-    page.set_viewport_size({"width": 1300, "height": 1000})
+    browser.resize(page, 1300)
     assert browser.errors_shown(page) == []
 
 
@@ -245,11 +245,11 @@ def test_chat_at_a_persons_pace_in_a_browser(page):
 
     add.click()
     expect(stop).to_be_visible()
-    page.set_viewport_size({"width": 760, "height": 1000})
+    browser.resize(page, 760)
     assert browser.sticking_out(page, f"{place('slow chat')} .jp-OutputArea-output") == []
     stop.click()
     expect(text).to_have_value(long)
-    page.set_viewport_size({"width": 1300, "height": 1000})
+    browser.resize(page, 1300)
     go.click()
     text.fill("   ")
     add.click()
@@ -343,11 +343,11 @@ def test_attribution_viewer_in_a_browser(page):
     shoot(cell, "attribution_viewer_rank.png")
     cell.locator(".widget-dropdown select").first.select_option("sentence")
     expect(cell.locator(".d2l-trace")).to_have_attribute("data-level", "sentence")
-    page.set_viewport_size({"width": 800, "height": 1000})
+    browser.resize(page, 800)
     is_wide = "element => element.scrollWidth > element.clientWidth"
     assert cell.locator(".d2l-scroll").last.evaluate(is_wide), "the table is scrolled ..."
     assert not cell.locator(".jp-OutputArea-output").last.evaluate(is_wide), "... and not the page"
-    page.set_viewport_size({"width": 1300, "height": 1000})
+    browser.resize(page, 1300)
 
     expect(toy.locator(".d2l-sentences")).to_contain_text(HOSTILE)
     expect(toy.locator(".d2l-sentences")).to_contain_text("costs $5 and $6.")
