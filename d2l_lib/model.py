@@ -246,8 +246,8 @@ class DocToLoRA:
         Chunks of the same text are encoded once and share their tensors. TypeError or ValueError, before any
         computation, for documents that are no text or hold none, and for images if the encoder reads text only.
         """
-        blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
-        adapter = self.adapter_of([block for of_document in blocks.values() for block in of_document])
+        empty, blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
+        adapter = replace(empty, blocks=tuple(block for of_document in blocks.values() for block in of_document))
         self.current = adapter  # which another thread may replace
         return adapter
 
@@ -259,8 +259,7 @@ class DocToLoRA:
         progress: _Progress = None,
     ) -> list[Adapter]:
         """One adapter per document, for `answer(questions, adapters)`; `model.current` stays what it was."""
-        blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
-        empty = self.adapter_of([])  # all adapters share its bias and fingerprints
+        empty, blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
         return [replace(empty, blocks=tuple(of_document)) for of_document in blocks.values()]
 
     def internalize_ids(self, ctx_ids: Tensor, attention_mask: Tensor | None = None) -> Adapter:
@@ -287,28 +286,35 @@ class DocToLoRA:
 
     def _blocks_of(
         self, documents: dict[str, Document], chunk_tokens: int | None, progress: _Progress
-    ) -> dict[str, list[Block]]:
-        """The blocks of each named document, all chunks in one stream."""
-        limit = self._chunk_limit(chunk_tokens)
+    ) -> tuple[Adapter, dict[str, list[Block]]]:
+        """An adapter without blocks, whose bias and fingerprints all share, and the blocks of each named document.
+
+        All chunks are one stream.
+        """
+        limit, empty = self._chunk_limit(chunk_tokens), self.adapter_of([])
         if self.cache is None:
-            return self._new_blocks_of(documents, limit, progress)
-        facts = self.cache_facts(limit)
+            return empty, self._new_blocks_of(documents, limit, progress)
+        facts = self.cache_facts(limit, (empty.base_key, empty.hypernetwork_key))
         keys = {name: document_key(one, facts) for name, one in documents.items() if not is_image(one)}
         kept = {name: adapter for name, key in keys.items() if (adapter := self.cache.read(key)) is not None}
         missing = {name: one for name, one in documents.items() if name not in kept}
         new = self._new_blocks_of(missing, limit, progress) if missing else {}
         for name in new.keys() & keys.keys():
-            self.cache.write(keys[name], self.adapter_of(new[name], bias=False))
+            self.cache.write(keys[name], replace(empty, blocks=tuple(new[name]), bias=None))
         read = {name: [block.renamed(name) for block in adapter.blocks] for name, adapter in kept.items()}
-        return {name: (new | read)[name] for name in documents}
+        return empty, {name: (new | read)[name] for name in documents}
 
-    def cache_facts(self, chunk_tokens: int) -> dict[str, Any]:
-        """What a document's blocks depend on beside its text: models, their precision and device, cutting, batches."""
+    def cache_facts(self, chunk_tokens: int, keys: tuple[str, str] | None = None) -> dict[str, Any]:
+        """What a document's blocks depend on beside its text: models, their precision and device, cutting, batches.
+
+        keys: this model's base_key and hypernetwork_key (None: computed here).
+        """
         encoder, own = self.encoder.model, next(self.hypernetwork.parameters())
+        base_key, hypernetwork_key = (self.base_key, self.hypernetwork_key) if keys is None else keys
         return {
-            "base_model": self.base_key,
+            "base_model": base_key,
             "encoder": None if encoder is self.base_model else Fingerprint().key(encoder),
-            "hypernetwork": self.hypernetwork_key,
+            "hypernetwork": hypernetwork_key,
             "config": self.config.to_dict(),
             "tokenizer": self._encoder_tokenizer_key(),
             "precision": [str(one.dtype) for one in (self.base_model, encoder, own)],

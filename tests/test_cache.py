@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build_model, build_pooled_model, build_rows_model
 
 from d2l_lib import __main__ as command
+from d2l_lib import model as own_model
+from d2l_lib.base_model import Fingerprint
 from d2l_lib.cache import AdapterCache, document_key
 
 TEXT = "The mill was built by Anna. It stands in Lindvik. Anna sold it to Bo. Bo painted it red."
@@ -130,6 +132,27 @@ def test_two_processes_may_write_and_read_the_same_files(tmp_path):
     cache = AdapterCache(tmp_path)
     assert len(cache.files()) == 12 and len(list(tmp_path.iterdir())) == 12, "no leftovers"
     assert processes.run(_fill, tmp_path, texts[:12]) == _fill(tmp_path / "fresh", texts[:12])
+
+
+def test_a_call_takes_the_models_fingerprints_once(model, monkeypatch):
+    """They read values of every weight, so a call must not take them for every document."""
+    taken = []
+    for owner, name in ((Fingerprint, "key"), (own_model, "parameters_key")):
+        monkeypatch.setattr(owner, name, counting(getattr(owner, name), name, taken))
+    for _ in range(2):  # a miss and a hit
+        model.internalize([TEXT, OTHER, TEXT + OTHER])
+        assert sorted(taken) == ["key", "parameters_key"]
+        taken.clear()
+
+
+def counting(function, name: str, calls: list[str]):
+    """The function, which adds its name to `calls`."""
+
+    def counted(*arguments, **options):
+        calls.append(name)
+        return function(*arguments, **options)
+
+    return counted
 
 
 def test_the_least_recently_used_leave_first(model):
