@@ -221,7 +221,9 @@ def _read_and_internalize(a: argparse.Namespace, steps: _Steps):
 
 
 def _ask(a: argparse.Namespace) -> None:
-    if Path(a.question).is_file():
+    from d2l_lib.documents import is_name_of_file
+
+    if is_name_of_file(a.question):
         a.error(f"the question comes last, behind the files; {a.question[:40]!r} is a file")
     if not a.question.strip():
         a.error("the question is blank")

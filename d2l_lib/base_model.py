@@ -1,6 +1,7 @@
 """The frozen language model: loading, its layers and linears, and the fingerprint of its weights."""
 
 import hashlib
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +23,15 @@ from transformers import (
 from d2l_lib.documents import check_texts
 from d2l_lib.formats.packaged import PACKAGED, packaged_folder
 from d2l_lib.formats.schemas import MOST_LAYERS
+from d2l_lib.onednn import hooks_of
 
 # transformers has no correct fused attention with soft-capped scores for these.
 EAGER_ATTENTION = ("gemma2",)
 # Names, by family, of the norm after the last layer and of the last linear in a layer's MLP (Phi: fc2).
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 _MLP_OUTPUTS = ("down_proj", "fc2", "dense_4h_to_h")
+_PLAIN = (bool, int, float, str, type(None))  # settings of a module that its passes can depend on ...
+_NO_SETTING = {"training", "gradient_checkpointing"}  # ... and those that its passes for blocks do not
 _DATA = Path(__file__).resolve().parent.parent / "data"
 
 
@@ -373,8 +377,8 @@ class Fingerprint:
     """Keys of a base model: a hash of some embeddings and the final norm, "-", a hash of some values of all layers.
 
     A key is the same in float32 and bfloat16; rounding to float16 can change it. `adapter.same_base` compares keys: a
-    quantised model and older files have the first half only. Each call reads the values anew, so every change of the
-    weights shows; weights that a device_map keeps away are read once.
+    quantised model and older files have the first half only. Each call reads the values anew, so a change of all of a
+    weight shows, and one of few values or columns may not. Weights that a device_map keeps away are read once.
     """
 
     def __init__(self):
@@ -426,12 +430,36 @@ def parameters_key(module: nn.Module, *, without: str) -> str:
     return _hash([(one.shape, _spread_values(one)) for one in parameters], torch.float32)
 
 
-def _spread_values(tensor: Tensor) -> Tensor:
-    """Up to 64 values spread over a tensor, a view where it is contiguous."""
+@torch.no_grad()
+def passes_key(*modules: nn.Module) -> str | None:
+    """A hash of what the passes of these modules depend on: classes, plain settings, some values of every tensor.
+
+    The values lie in different rows and columns. None where a hook or a forward pass of others acts: what that does
+    shows in no hash.
+    """
+    settings, tensors = [], {}
+    for part in dict.fromkeys(part for module in modules for part in module.modules()):
+        own = vars(part)
+        if ("forward" in own and "_hf_hook" not in own) or hooks_of(part):  # accelerate's moves weights only
+            return None
+        plain = {name: own[name] for name in sorted(own) if isinstance(own[name], _PLAIN) and name not in _NO_SETTING}
+        settings.append(f"{type(part).__module__}.{type(part).__qualname__} {plain}")
+        tensors |= {one: None for one in (*part._parameters.values(), *part._buffers.values()) if one is not None}
+    sampled = [(one.shape, _spread_values(one, anywhere=True)) for one in tensors if not one.is_meta]
+    return hashlib.sha256("\n".join([*settings, _hash(sampled, torch.float32)]).encode()).hexdigest()[:16]
+
+
+def _spread_values(tensor: Tensor, anywhere: bool = False) -> Tensor:
+    """Up to 64 values spread over a tensor, a view where it is contiguous.
+
+    anywhere: in different columns too. The others can all lie in one, and stay there, as files hold hashes of them.
+    """
     n = tensor.numel()
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     step = max(1, n // 64)
+    while anywhere and math.gcd(step, max(1, tensor.shape[-1] if tensor.dim() else 1)) > 1:
+        step -= 1
     return tensor.as_strided((min(64, -(-n // step)),), (step,))
 
 

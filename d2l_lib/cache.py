@@ -3,7 +3,7 @@
     model.cache = AdapterCache()        # from now on `internalize` and `internalize_each` read and fill it
 
 Each document has a file of its own, named by a hash of its text and of all that made its blocks (see
-`DocToLoRA.cache_facts`). Several processes may share a folder.
+`DocToLoRA.cache_facts`). While hooks act on the models, nothing is kept or read. Several processes may share a folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from d2l_lib.formats.tensors import checksum, safetensors_metadata
 
 PLACE = Path(__file__).resolve().parents[1] / ".cache" / "adapters"
 LIMIT_BYTES = 2 * 2**30
-_VERSION = 6  # raise it where the same model writes other blocks, or files hold something else
+_VERSION = 7  # raise it where the same model writes other blocks, or files hold something else
 _NOTE = "d2l-cache"
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 

@@ -195,11 +195,11 @@ def _name_each(documents: object) -> dict[str, object]:
     if isinstance(documents, str):
         named = {"document": documents}
     elif isinstance(documents, PurePath):
-        named = {documents.name: documents}
+        named = {_name_of(documents): documents}
     elif isinstance(documents, Mapping):
         named = dict(documents)
     elif isinstance(documents, Sequence) and not isinstance(documents, (bytes, bytearray, memoryview)):
-        names = [one.name if isinstance(one, PurePath) else f"document {i}" for i, one in enumerate(documents, 1)]
+        names = [_name_of(one) if isinstance(one, PurePath) else f"document {i}" for i, one in enumerate(documents, 1)]
         named = dict(zip(_all_different(names), documents, strict=True))
     else:
         raise TypeError(
@@ -208,6 +208,11 @@ def _name_each(documents: object) -> dict[str, object]:
     if not named:
         raise ValueError("no documents given: pass a text, a Path, a list of these or {name: text}")
     return named
+
+
+def _name_of(path: PurePath) -> str:
+    """A file's name; of a folder without one ("." or "/"), its path."""
+    return path.name or str(path)
 
 
 def _all_different(names: Sequence[str]) -> list[str]:
@@ -230,17 +235,21 @@ def _all_different(names: Sequence[str]) -> list[str]:
 def _check_no_file(text: str) -> None:
     """ValueError for a text that is the name of a file: a name is hardly ever the text to read."""
     name = text.strip()
-    if not name or len(name) > _LONGEST_PATH or not name.isprintable():
-        return
-    try:
-        there = Path(name).is_file()
-    except (OSError, ValueError):
-        return
-    if there:
+    if is_name_of_file(name):
         raise ValueError(
             f"{name!r} is the name of a file: pass Path({name!r}) to read the file, or {{'a name': {name!r}}} to read "
             f"these {len(name)} letters as they stand"
         )
+
+
+def is_name_of_file(text: str) -> bool:
+    """Whether there is a file of this name; any text may be asked about."""
+    if not text or len(text) > _LONGEST_PATH or not text.isprintable():
+        return False
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 # --- wrapping -----------------------------------------------------------------------------------------------------

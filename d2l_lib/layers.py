@@ -12,14 +12,18 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import modules
 from torch.nn.functional import scaled_dot_product_attention, silu
+from transformers.activations import ACT2FN, SiLUActivation
 
 from d2l_lib import onednn
 from d2l_lib.base_model import decoder_body, final_norm
 
 _FAMILIES = ("llama", "qwen3")
 _THEIRS = ("transformers.models.", "transformers.activations", "torch.nn.modules.")
+_PARTS = {
+    "self_attn": "Attention", "mlp": "MLP", "input_layernorm": "RMSNorm", "post_attention_layernorm": "RMSNorm"
+}  # fmt: skip
+_SILU = (SiLUActivation, nn.SiLU)
 _STRETCH = 96  # queries of a text that are compared at once with the keys before their end
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [tokens, heads, size]
 
@@ -34,10 +38,27 @@ def can_be_written_out(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
         and {*kinds} == {"full_attention"}
         and config._attn_implementation in ("sdpa", "eager")
         and getattr(config, "is_causal", True) is not False
-        and not (modules.module._global_forward_hooks or modules.module._global_forward_pre_hooks)
         and all(map(_is_known, (body, body.embed_tokens, body.rotary_emb, final_norm(model))))
         and all(_is_known(module) for layer in layers for module in layer.modules())
-        and all(layer.self_attn.scaling == layer.self_attn.head_dim**-0.5 for layer in layers)
+        and all(_has_its_parts(layer, type(ACT2FN[config.hidden_act])) for layer in layers)
+    )
+
+
+def _has_its_parts(layer: nn.Module, activation: type[nn.Module]) -> bool:
+    """Whether a layer has the parts with which transformers made it, and attends as its family does."""
+    family, is_layer, _ = type(layer).__name__.partition("DecoderLayer")
+    parts = {name: getattr(layer, name, None) for name in _PARTS}
+    if not is_layer or any(type(part).__name__ != family + _PARTS[name] for name, part in parts.items()):
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [getattr(attention, f"{name}_proj") for name in "qkvo"] + [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    norms = [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
+    return (
+        all(isinstance(one, nn.Linear) for one in linears)
+        and all(type(one).__name__ == f"{family}RMSNorm" for one in norms)
+        and type(mlp.act_fn) is activation
+        and getattr(attention, "is_causal", True)
+        and attention.scaling == attention.head_dim**-0.5
     )
 
 
@@ -114,7 +135,7 @@ def _add_mlp(x: Tensor, mlp: nn.Module, y: Tensor) -> Tensor:
     parts, size = [], onednn.piece_of(len(x), mlp.gate_proj.out_features)
     for before, rows in zip(x.split(size), y.split(size), strict=True):
         gate = onednn.linear(mlp.gate_proj, rows)
-        gate = silu(gate, inplace=True) if mlp.config.hidden_act == "silu" else mlp.act_fn(gate)
+        gate = silu(gate, inplace=True) if isinstance(mlp.act_fn, _SILU) else mlp.act_fn(gate)
         hidden = onednn.linear(mlp.up_proj, rows, times=gate)
         parts.append(onednn.linear(mlp.down_proj, hidden, plus=before))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

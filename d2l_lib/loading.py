@@ -229,8 +229,10 @@ def _lasting(chosen: str) -> str:
 
 def find_checkpoint(source: str | Path) -> Path:
     """The checkpoint file or folder of `source` (see `load`); FileNotFoundError says what may be named."""
-    if not isinstance(source, (str, Path)) or not str(source).strip():
+    if not isinstance(source, (str, Path)):
         raise TypeError(f"source must be a name or path, not {source!r}")
+    if not str(source).strip():
+        raise ValueError(f"the source of a model must be a name or path, not {source!r}")
     bundle, _, name = str(source).partition("/")
     bundled = bundled_path(bundle)
     if bundled.is_dir() and bundle not in ("", ".", ".."):

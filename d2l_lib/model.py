@@ -29,6 +29,7 @@ from d2l_lib.base_model import (
     module_paths,
     module_sizes,
     parameters_key,
+    passes_key,
     reads_images,
     window_of,
 )
@@ -113,7 +114,8 @@ class DocToLoRA:
 
     Chunks of similar length are encoded together. On the CPU a block is bit-equal whatever chunks are beside it: where
     bits depend on the number of rows, batches of padded chunks have one shape for each length, filled up where chunks
-    are missing. There, in float32, weights of small models are held a second time, as oneDNN reads them (see `onednn`).
+    are missing. (In float64 a block may differ in the last bit.) There, in float32, weights of small models are held a
+    second time, as oneDNN reads them (see `onednn`).
     """
 
     def __init__(
@@ -171,6 +173,13 @@ class DocToLoRA:
         self.chunk_batch, self.batch_tokens = self._batch_limits()
         self.answer_batch = 16 if on_cpu else 32
         self.chunk_tokens = min(_LONGEST_CHUNK, self._longest_chunk()) if chunk_tokens is None else chunk_tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy begins with: all but what belongs to threads of this one."""
+        return {name: one for name, one in vars(self).items() if name not in ("_lock", "_evaluating", "_fingerprint")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_lock": threading.Lock(), "_evaluating": 0, "_fingerprint": Fingerprint()}
 
     def _batch_limits(self) -> tuple[int, int]:
         """Chunks and tokens of a batch: on a CPU more for a small encoder, whose states then stay in its own memory."""
@@ -295,6 +304,8 @@ class DocToLoRA:
         if self.cache is None:
             return empty, self._new_blocks_of(documents, limit, progress)
         facts = self.cache_facts(limit, (empty.base_key, empty.hypernetwork_key))
+        if facts["passes"] is None:
+            return empty, self._new_blocks_of(documents, limit, progress)
         keys = {name: document_key(one, facts) for name, one in documents.items() if not is_image(one)}
         kept = {name: adapter for name, key in keys.items() if (adapter := self.cache.read(key)) is not None}
         missing = {name: one for name, one in documents.items() if name not in kept}
@@ -308,8 +319,11 @@ class DocToLoRA:
         """What a document's blocks depend on beside its text: models, their precision and device, cutting, batches.
 
         keys: this model's base_key and hypernetwork_key (None: computed here).
+
+        "passes" is None where hooks act on the models: then blocks are neither kept nor read.
         """
-        encoder, own = self.encoder.model, next(self.hypernetwork.parameters())
+        encoder, own, reads = self.encoder.model, next(self.hypernetwork.parameters()), self.encoder
+        device = self.device.type
         base_key, hypernetwork_key = (self.base_key, self.hypernetwork_key) if keys is None else keys
         return {
             "base_model": base_key,
@@ -317,6 +331,9 @@ class DocToLoRA:
             "hypernetwork": hypernetwork_key,
             "config": self.config.to_dict(),
             "tokenizer": self._encoder_tokenizer_key(),
+            "passes": passes_key(encoder, self.hypernetwork),
+            "reads": [reads.encoder_type, reads.n_layers_run, list(reads.encoder_layers)],
+            "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
             "precision": [str(one.dtype) for one in (self.base_model, encoder, own)],
             "device": [one.device.type for one in (self.base_model, encoder, own)],
             "chunk_tokens": int(chunk_tokens),
@@ -325,9 +342,10 @@ class DocToLoRA:
         }
 
     def _encoder_tokenizer_key(self) -> str:
-        """The fingerprint of the encoder's tokenizer; it is taken anew (0.4 s) where its size or template changed."""
-        tokenizer = self.encoder_tokenizer
-        state = (tokenizer, len(tokenizer), tokenizer.chat_template)
+        """The fingerprint of the encoder's tokenizer; it is taken anew (0.4 s) where its size or settings changed."""
+        tokenizer, backend = self.encoder_tokenizer, getattr(self.encoder_tokenizer, "backend_tokenizer", None)
+        rules = [repr(getattr(backend, name, None)) for name in ("normalizer", "pre_tokenizer", "post_processor")]
+        state = (tokenizer, len(tokenizer), tokenizer.chat_template, str(tokenizer.special_tokens_map), *rules)
         if self._tokenizer_key[0] != state:
             self._tokenizer_key = state, tokenizer_fingerprint(tokenizer)
         return self._tokenizer_key[1]
@@ -867,8 +885,8 @@ class DocToLoRA:
         compiled code would miss the adapter. With `streamer=` it may run in a thread of its own: name the adapter in
         the call, as that thread does not see the caller's `applied`.
 
-        ValueError for padding on the right, where new tokens go, and for sparse reading without a cache or with a
-        prompt in parts.
+        ValueError for padding on the right, where new tokens go, for another number of adapters than rows, and for
+        sparse reading without a cache or with a prompt in parts.
         """
         check_count(max_new_tokens, "max_new_tokens")
         input_ids, attention_mask = _checked_ids(input_ids, attention_mask, self.base_model)
@@ -878,10 +896,12 @@ class DocToLoRA:
         length = int(attention_mask.sum(1).max())
         self._check_window(length, f"input_ids holds {length} tokens")
         ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
-        reading = self._reading(read, adapter)
+        chosen, reading = self._chosen(adapter), self._reading(read, adapter)
+        if isinstance(chosen, (list, tuple)) and len(chosen) != len(ids):
+            raise ValueError(f"{len(ids)} row(s) but {len(chosen)} adapters: give one adapter for all, or one per row")
         if reading is not None:
             _check_followed(options)
-        with self._with_applied(self._chosen(adapter), shared=False, reading=reading):
+        with self._with_applied(chosen, shared=False, reading=reading):
             return generate(self.base_model, self.tokenizer, ids, mask, max_new_tokens=max_new_tokens, **options)
 
     def _check_window(self, length: int, what: str) -> None:

@@ -26,21 +26,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _all
 
 _MOST = 256 << 20  # bytes of weights; a pack is a second copy, which larger models do not get
 LENGTH_STEP = 8
 _ROWS = 512  # for which the order is chosen
+_SEGMENT = 1021  # numbers whose sum shows whether a weight has changed, at most
 _PIECE, _HIDDEN = 512, 400_000  # rows and numbers of an MLP's hidden values at once, at most
 _in_use: ContextVar[Packs | None] = ContextVar("d2l_packs", default=None)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Packs of `weights`, and what shows that these are still the same: memory and counts of changes, and a sum."""
+    """Packs of `weights`, and what shows that these are still the same: memory and counts of changes, and sums."""
 
     weights: Sequence[weakref.ref[Tensor]]
     state: tuple
-    totals: list[int]
+    totals: list[list[int]]
     packs: list[Tensor]
 
     def alive(self) -> list[Tensor] | None:
@@ -53,7 +55,7 @@ class Packs:
     """Weights in oneDNN's order, made when they are first asked for.
 
     A pack is made anew where its weight has another place in memory, or was changed in place as torch counts it. Torch
-    does not count all changes (those of `weight.data`, of fused optimizers): a sum over all values shows these, when
+    does not count all changes (those of `weight.data`, of fused optimizers): sums over all values show these, when
     `used` begins.
     """
 
@@ -93,8 +95,9 @@ class Packs:
 
 
 def _unchanged(kept: dict[Any, _Kept]) -> dict[Any, _Kept]:
-    """Those whose weights are still there, with the same sums."""
-    present = {owner: weights for owner, one in [*kept.items()] if (weights := one.alive()) is not None}
+    """Those whose weights are still there, of the same kind and with the same sums."""
+    alive = {owner: weights for owner, one in [*kept.items()] if (weights := one.alive()) is not None}
+    present = {owner: weights for owner, weights in alive.items() if are_packable(weights)}
     totals = iter(_totals_of([weight for weights in present.values() for weight in weights]))
     now = {owner: [next(totals) for _ in weights] for owner, weights in present.items()}
     return {owner: kept[owner] for owner, of_owner in now.items() if kept[owner].totals == of_owner}
@@ -105,11 +108,18 @@ def _state_of(weights: Sequence[Tensor]) -> tuple:
 
 
 @torch.no_grad()
-def _totals_of(weights: Sequence[Tensor]) -> list[int]:
-    """The bits of each weight, summed up as whole numbers."""
-    flat = [one.detach().reshape(-1) for one in weights]
+def _totals_of(weights: Sequence[Tensor]) -> list[list[int]]:
+    """The bits of each weight as whole numbers, summed up in segments: values that were moved show as well."""
     kinds = {0: torch.int64, 1: torch.int32}  # an odd number of values is read one by one
-    return torch.stack([one.view(kinds[len(one) % 2]).sum() for one in flat]).tolist() if flat else []
+    parts = []
+    for one in weights:
+        flat = one.detach().reshape(-1)
+        flat = flat.view(kinds[len(flat) % 2])
+        size = min(_SEGMENT, len(flat) // 64 | 1)  # odd, so that segments cut the rows of a weight in different places
+        whole = len(flat) // size * size
+        parts.append(torch.cat([flat[:whole].view(-1, size).sum(1), flat[whole:].sum(0, keepdim=True)]))
+    totals = torch.cat(parts).split([len(part) for part in parts]) if parts else ()
+    return [total.tolist() for total in totals]
 
 
 def are_packable(weights: Iterable[Tensor]) -> bool:
@@ -183,8 +193,10 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> list[Callable]:
-    """What acts before and after a module's passes, without what this package adds itself."""
+    """What acts before and after a module's passes, those of all modules too, without what this package adds itself."""
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    kinds += (_all._global_forward_pre_hooks, _all._global_forward_hooks)
+    kinds += (_all._global_backward_pre_hooks, _all._global_backward_hooks)
     hooks = [hook for kind in kinds for hook in kind.values()]
     return [one for one in hooks if not getattr(getattr(one, "func", one), "__module__", "").startswith("d2l_lib.")]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model, build_pooled_model, build_rows_model
+from tokenizers.normalizers import Lowercase
 
 from d2l_lib import __main__ as command
 from d2l_lib import model as own_model
@@ -143,6 +144,77 @@ def test_a_call_takes_the_models_fingerprints_once(model, monkeypatch):
         model.internalize([TEXT, OTHER, TEXT + OTHER])
         assert sorted(taken) == ["key", "parameters_key"]
         taken.clear()
+
+
+def _zero_columns(model):
+    for layer in model.base_model.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.data[:, 1:] = 0
+
+
+def _other_places(model):
+    model.base_model.model.rotary_emb.inv_freq *= 0.5
+
+
+CHANGES = {
+    "columns": _zero_columns,
+    "rotary positions": _other_places,
+    "norms": lambda model: setattr(model.base_model.model.layers[0].input_layernorm, "variance_epsilon", 1.0),
+    "layers": lambda model: setattr(model.encoder, "n_layers_run", model.encoder.n_layers_run + 1),
+    "class": lambda model: setattr(model.base_model.model.layers[0].mlp, "act_fn", torch.nn.Tanh()),
+    "hook": lambda model: model.base_model.model.layers[0].mlp.register_forward_hook(lambda *given: 2 * given[-1]),
+    "forward": lambda model: setattr(model.base_model.model.layers[0].mlp, "forward", lambda x: 0 * x),
+    "letters": lambda model: setattr(model.tokenizer.backend_tokenizer, "normalizer", Lowercase()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_blocks_of_before_a_change_are_read(model, monkeypatch, change):
+    before = model.internalize(TEXT).blocks[0].A["down_proj"].clone()
+    counts = count_encoded(model, monkeypatch)
+    CHANGES[change](model)
+    kept = model.internalize(TEXT).blocks[0].A["down_proj"]
+    model.cache = None
+    assert torch.equal(kept, model.internalize(TEXT).blocks[0].A["down_proj"]) and len(counts) == 2
+    assert not torch.allclose(kept, before, atol=1e-6)
+
+
+def test_autocast_has_blocks_of_its_own(model):
+    def read() -> torch.Tensor:
+        return model.internalize(TEXT).blocks[0].A["down_proj"].float()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = read()
+    exact = read()
+    assert not torch.equal(rounded, exact) and len(model.cache.files()) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(read(), rounded)
+
+
+def test_while_hooks_act_nothing_is_kept_and_hooks_are_heard(model):
+    seen = []
+    handle = model.base_model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(2):
+        seen.clear()
+        model.internalize(TEXT)
+        assert seen and model.cache.files() == []
+    handle.remove()
+    model.internalize(TEXT)
+    assert len(model.cache.files()) == 1
+
+
+def test_another_process_has_the_same_key(model):
+    """Also after passes of all kinds: nothing that a pass leaves behind is part of a key."""
+    before = model.cache_facts(16)
+    adapter = model.internalize(TEXT)
+    model.answer("Who built the mill?", adapter)
+    with model.applied(adapter):
+        assert model.cache_facts(16) == before
+    assert processes.run(_facts) == before
+
+
+def _facts() -> dict:
+    return build_model().cache_facts(16)
 
 
 def counting(function, name: str, calls: list[str]):

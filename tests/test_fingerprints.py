@@ -9,7 +9,7 @@ import torch
 from tiny_models import build_base_model, build_model, build_tokenizer, random_hypernetwork
 
 from d2l_lib.adapter import same_base
-from d2l_lib.base_model import decoder_layers
+from d2l_lib.base_model import decoder_layers, passes_key
 from d2l_lib.formats import peft
 from d2l_lib.model import DocToLoRA
 
@@ -199,3 +199,20 @@ def test_a_changed_hypernetwork_is_another_one(model, adapter):
     assert model.hypernetwork_key == key
     in_place(weight)
     assert isinstance(model.answer(QUESTION, adapter.as_lora(), max_new_tokens=2), str)
+
+
+def test_a_key_of_passes_shows_columns_and_settings():
+    part = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.LayerNorm(128))
+    keys = [passes_key(part)]
+    assert passes_key(part) == keys[0] and passes_key(part.train()) == keys[0]
+    part[0].weight.data[:, 1:] = 0
+    keys.append(passes_key(part))
+    part[1].eps = 1e-3
+    keys.append(passes_key(part))
+    part.register_buffer("places", torch.arange(4), persistent=False)
+    keys.append(passes_key(part))
+    part[0] = torch.nn.Sequential(part[0])
+    keys.append(passes_key(part))
+    assert len(set(keys)) == 5 and None not in keys
+    part[0].register_forward_hook(lambda *_: None)
+    assert passes_key(part) is None

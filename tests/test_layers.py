@@ -130,6 +130,12 @@ CHANGES = {
     "mlp": lambda model, layer, patch: patch.setitem(layer._modules, "mlp", Doubled(layer.mlp)),
     "linear": lambda model, layer, patch: patch.setitem(layer.mlp._modules, "up_proj", Doubled(layer.mlp.up_proj)),
     "scaling": lambda model, layer, patch: patch.setattr(layer.self_attn, "scaling", 1.0),
+    "activation": lambda model, layer, patch: patch.setitem(layer.mlp._modules, "act_fn", nn.ReLU()),
+    "parts left out": lambda model, layer, patch: patch.setitem(layer._modules, "mlp", nn.Identity()),
+    "norm": lambda model, layer, patch: patch.setitem(layer._modules, "input_layernorm", nn.Identity()),
+    "two maps": lambda model, layer, patch: patch.setitem(
+        layer.mlp._modules, "gate_proj", nn.Sequential(layer.mlp.gate_proj, nn.ReLU())
+    ),
 }
 
 

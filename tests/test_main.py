@@ -213,3 +213,22 @@ def test_bad_documents_are_told_before_anything_is_loaded(words, status, line, t
         command.main([*words, "--quiet"])
     said = capsys.readouterr().err
     assert stopped.value.code == status and line in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["convert", "notes.txt", "out"], "d2l convert: notes.txt is damaged or not a PyTorch checkpoint"),
+        (["ask", "notes.txt", "Who?", "--model", "notes.txt"], "d2l ask: notes.txt is damaged or not a PyTorch"),
+        (["ask", "notes.txt", "Who?", "--model", ""], "d2l ask: the source of a model must be a name or path, not ''"),
+        (["ask", "notes.txt", "?" * 300, "--model", "none"], "d2l ask: nothing at 'none'"),
+        (["internalize", "", "-o", "a.safetensors"], "d2l internalize: . is a folder"),
+    ],
+)
+def test_what_is_no_model_ends_a_command_with_one_line(words, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("Ada keeps 3 cats.")
+    with pytest.raises(SystemExit):
+        command.main([*words, *(["--quiet"] if words[0] != "convert" else [])])
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(line)

@@ -1,6 +1,8 @@
 """Documents in, answers out; the adapter acts where it is asked to and nowhere else."""
 
+import copy
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -486,6 +488,23 @@ def test_generate_passes_options_on(model):
     plain = model.generate(input_ids=ids, max_new_tokens=6, num_beams=3, adapter=None)
     assert two[0].tolist() == beams[0].tolist()[:width] or two[0].tolist()[: beams.shape[1]] == beams[0].tolist()
     assert two[1].tolist()[: ids.shape[1] + 3] == plain[1].tolist()[: ids.shape[1] + 3]
+
+
+def test_generate_takes_one_adapter_a_row(model):
+    adapter = model.internalize(FIRST)
+    for rows, adapters in ((2, [adapter]), (4, [adapter, None]), (1, [])):
+        with pytest.raises(ValueError, match=f"{rows} row.s. but {len(adapters)} adapters: give one"):
+            model.generate(input_ids=torch.full((rows, 3), 5), max_new_tokens=2, adapter=adapters)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_a_model_of_its_own(model, copied):
+    adapter = model.internalize(FIRST)
+    other = copied(model)
+    with torch.no_grad():
+        next(model.hypernetwork.parameters()).add_(1)
+    assert other.internalize(FIRST) == adapter != model.internalize(FIRST)
+    assert other.answer("Who?", adapter) == other.answer("Who?", other.current)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from d2l_lib import onednn
 from d2l_lib.onednn import Packs, in_use, linear, packed, product, product_of_rows
@@ -98,6 +99,37 @@ def test_changed_weights_are_packed_anew(packs, weight, change):
     else:
         weight = nn.Parameter(2 * weight)
     torch.testing.assert_close(by_pack(packs, x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (130, 64), (33, 7), (1000, 96)])
+@pytest.mark.parametrize("side", [0, 1])
+def test_moved_values_are_packed_anew(packs, shape, side):
+    """Rows or columns in another order: a sum over all values would be the same."""
+    weight, x = nn.Parameter(torch.randn(shape)), torch.randn(4, shape[1])
+    orders = {"flipped": torch.arange(shape[side]).flip(0), "drawn": torch.randperm(shape[side])}
+    for order in orders.values():
+        by_pack(packs, x, weight)
+        weight.data.copy_(weight.data.index_select(side, order))
+        torch.testing.assert_close(by_pack(packs, x, weight), F.linear(x, weight), msg=str(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_in_another_precision_lose_their_packs(packs, dtype):
+    module = nn.Linear(15, 3, bias=False)
+    by_pack(packs, torch.randn(4, 15), module.weight)
+    module.to(dtype)
+    with packs.used():
+        assert packed(module.weight) is module.weight and not packs._kept
+
+
+def test_hooks_of_all_modules_are_heard(packs):
+    module, seen = nn.Linear(16, 8), []
+    with packs.used(), torch.no_grad():
+        for register in (register_module_forward_hook, register_module_forward_pre_hook):
+            handle = register(lambda *_: seen.append(1))
+            linear(module, torch.randn(4, 16))
+            handle.remove()
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])

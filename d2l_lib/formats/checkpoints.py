@@ -258,7 +258,9 @@ def read_published(path: str | Path) -> tuple[HypernetworkConfig, dict[str, Tens
     try:
         return parse_published(pickles.read(path))
     except CheckpointError as error:
-        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def parse_published(content: dict[str, Any]) -> tuple[HypernetworkConfig, dict[str, Tensor], str]:

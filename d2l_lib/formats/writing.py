@@ -102,7 +102,9 @@ def write_failure(error: BaseException) -> OSError | None:
     safetensors and torch raise errors of their own; the reason is in their text or context.
     """
     seen: BaseException | None = error
-    while seen is not None:
+    met: set[int] = set()
+    while seen is not None and id(seen) not in met:  # errors may name each other as their reason
+        met.add(id(seen))
         if isinstance(seen, OSError) and seen.errno is not None:
             return seen if seen.errno in _FULL else None
         is_writer = isinstance(seen, OSError) or type(seen).__name__ in ("SafetensorError", "RuntimeError")

@@ -710,3 +710,11 @@ def what_is_printed_by(function, *arguments) -> str:
 def test_killed_and_concurrent_writers():
     printed = processes.run(what_is_printed_by, kill_writers.main, 3, 16, "save,export,convert,shards", timeout=600)
     assert printed.count("3 kills") == 6 and printed.count("no mixture") == 5
+
+
+def test_errors_that_name_each_other_are_followed_once():
+    first, second = ValueError("first"), RuntimeError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert writing.write_failure(first) is None
+    second.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+    assert writing.write_failure(first).errno == errno.ENOSPC
