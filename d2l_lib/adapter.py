@@ -521,13 +521,20 @@ class Adapter:
             return self._factors(module)
         folded = self.__dict__.setdefault("_folded", {})
         if module not in folded:
-            with torch.inference_mode(False), torch.no_grad():  # it is kept, for passes with gradients too
+            with self._for_every_pass(), torch.no_grad():
                 A, B = self._factors(module)
                 wide = torch.promote_types(A.dtype, torch.float32)
                 update = (B.to(wide).mT @ A.to(wide)).to(A.dtype)
                 identity = torch.eye(d_out, dtype=B.dtype, device=B.device)
             folded[module] = update, identity.expand(len(update), -1, -1)
         return folded[module]
+
+    @contextmanager
+    def _for_every_pass(self) -> Iterator[None]:
+        """Inside the `with` block tensors are made that can be kept: for passes with gradients, in full precision."""
+        device = next((one.device.type for one in self._tensors()), "cpu")
+        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+            yield
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the fields, without what was formed from them."""
@@ -555,7 +562,8 @@ class Adapter:
                 whole = [torch.nn.functional.pad(one, (0, 0, 0, rank - one.shape[1])) for one in whole]
             return torch.stack(whole, dim=1) if whole else torch.zeros(self.n_layers, 0, rank, size)
 
-        return {m: (stack("A", m, d_in), stack("B", m, d_out)) for m, (d_in, d_out) in self.sizes.items()}
+        with self._for_every_pass():
+            return {m: (stack("A", m, d_in), stack("B", m, d_out)) for m, (d_in, d_out) in self.sizes.items()}
 
     def keys_of(self, layer: int) -> dict[str, Tensor]:
         """{module: A of one layer [K, r, d_in]} of the K blocks without their weights, as in `stacked`.
@@ -567,16 +575,19 @@ class Adapter:
         self.check_summed()
         kept = self.__dict__.setdefault("_keys", {})
         if layer not in kept:
-            rank = max((block.rank for block in self.blocks), default=0)
-            place = self.layers.index(layer) if layer in self.layers else None
-            kept[layer] = {}
-            for module, (d_in, _) in self.sizes.items():
-                A = [block.A[module] for block in self.blocks]
-                whole = [one.new_zeros(rank, d_in) if place is None else one[place] for one in A]
-                if any(len(one) < rank for one in whole):
-                    whole = [torch.nn.functional.pad(one, (0, 0, 0, rank - len(one))) for one in whole]
-                kept[layer][module] = torch.stack(whole) if whole else torch.zeros(0, rank, d_in)
+            with self._for_every_pass():
+                kept[layer] = {module: self._keys_of(layer, module) for module in self.sizes}
         return kept[layer]
+
+    def _keys_of(self, layer: int, module: str) -> Tensor:
+        """[K, r, d_in]: A of one layer and module of the K blocks."""
+        rank, d_in = max((block.rank for block in self.blocks), default=0), self.sizes[module][0]
+        place = self.layers.index(layer) if layer in self.layers else None
+        A = [block.A[module] for block in self.blocks]
+        whole = [one.new_zeros(rank, d_in) if place is None else one[place] for one in A]
+        if any(len(one) < rank for one in whole):
+            whole = [torch.nn.functional.pad(one, (0, 0, 0, rank - len(one))) for one in whole]
+        return torch.stack(whole) if whole else torch.zeros(0, rank, d_in)
 
     def compressed(self, rank: int) -> Adapter:
         """The best approximation of the summed update (bias included) of at most this rank, as one block.

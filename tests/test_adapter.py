@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -431,6 +432,21 @@ def test_an_adapter_of_a_large_rank_is_added_up_once(dtype):
     assert (formed - own).abs().max() < (formed - expected).abs().max() / 10, "a part has a sum of its own"
     learned, *_ = stack_factors([learning(many)])
     assert learned["q_proj"][0].shape[2] == many.rank, "what learns stays as it is"
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)])
+@pytest.mark.parametrize("part", ["applied", "stacked", "keys"])
+def test_what_is_kept_does_not_depend_on_the_first_pass(first, part):
+    def made(adapter: Adapter) -> torch.Tensor:
+        if part == "applied":
+            return stack_factors([adapter])[0]["q_proj"][0]
+        return adapter.stacked["q_proj"][0] if part == "stacked" else adapter.keys_of(1)["q_proj"]
+
+    adapter = build_adapter(("b",), n_chunks=20)
+    with first():
+        made(adapter)
+    kept, other = made(adapter), made(build_adapter(("b",), n_chunks=20))
+    assert torch.equal(kept, other) and kept.dtype == other.dtype and not kept.is_inference()
 
 
 def test_a_sum_that_inference_formed_serves_a_pass_with_gradients():
