@@ -82,8 +82,12 @@ class SharedRows(Mapping[str, Tensor]):
 class Block:
     """What one chunk of one document adds: weight * B^T A in every module of the layers that are written.
 
-    A[module] is [layers, r, d_in], B[module] is [layers, r, d_out]; which layers is said by its adapter.
+    document, chunk: the document's name, and the chunk's number in it, from 0.
     span: the chunk's (start, end) in characters of its document; None for a chunk of token ids alone.
+    weight: 1 as the hypernetwork wrote it.
+    A, B: {module: [layers, r, d_in]} and {module: [layers, r, d_out]}; which layers is said by its adapter.
+
+    TypeError for a name that is no text or cannot be printed.
     """
 
     document: str
@@ -206,11 +210,18 @@ class Adapter:
     Print it to see its contents. `a + b` composes; `only` and `without` select documents and chunks; `scaled` and
     `scaled_bias` change weights linearly; `factors` gives the summed matrices; `compressed` lowers their rank.
 
+    blocks: of all documents, in order. Tensors are shared, not copied.
+    bias: {module: (A [layers, r, d_in], B [layers, r, d_out])} of the bias block (None: there is none).
+    scale: s, for all blocks and the bias.
+    bias_weight: multiplies the bias.
+    bias_inside: whether a bias was summed into a block, and cannot be taken out.
     n_layers, sizes: of the base model, sizes as {module: (d_in, d_out)}. By default from the blocks or the bias.
     layers: the base layers that blocks and bias hold, in ascending order (0 = first; empty: all). Others stay as they
         are.
     base_model, base_key, hypernetwork_key: what made the adapter.
     paths: where each module sits in the base model ("model.layers.{layer}.mlp.down_proj").
+
+    TypeError for what is no Block. ValueError for shapes that do not fit one another and numbers that are not finite.
     """
 
     blocks: tuple[Block, ...]
@@ -235,7 +246,7 @@ class Adapter:
             _finite(value, what)
         for block in self.blocks:
             if type(block.weight) is not float or not math.isfinite(block.weight):
-                _finite(block.weight, f"the weight of {block!r}")
+                _finite(block.weight, f"the weight of chunk {block.chunk} of {block.document!r}")
         first = None if not self.blocks else {m: (self.blocks[0].A[m], self.blocks[0].B[m]) for m in self.blocks[0].A}
         first = self.bias if first is None else first
         if not self.sizes:
@@ -356,7 +367,10 @@ class Adapter:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def as_lora(self) -> Adapter:
-        """The same update as a plain LoRA, its bias a block "bias": it adds to any adapter for the same base model."""
+        """The same update as a plain LoRA, its bias a block "bias": it adds to any adapter for the same base model.
+
+        ValueError for token rows, which have no sum.
+        """
         self.check_summed()
         if self._is_foreign:
             return self
@@ -413,7 +427,7 @@ class Adapter:
         """The adapter with only the blocks of these documents and chunks; the bias stays.
 
         document, chunk: one or several. With both, a block must match both.
-        ValueError for a name or number that the adapter lacks.
+        TypeError for a name that is no text and a number that is not whole. ValueError for one that the adapter lacks.
         """
         chosen = self._chosen(document, chunk)
         return self._with(blocks=tuple(b for b, inside in zip(self.blocks, chosen, strict=True) if inside))
@@ -455,7 +469,10 @@ class Adapter:
         return "it holds " + ", ".join([*counts, *([f"... and {rest:,} more"] if rest else [])])
 
     def scaled(self, weight: float, document: str | Iterable[str] | None = None) -> Adapter:
-        """The adapter with the update of its blocks (or those of `document`) times `weight`; the bias stays."""
+        """The adapter with the update of its blocks (or those of `document`) times `weight`; the bias stays.
+
+        ValueError for a weight that is no finite number; for documents as in `only`.
+        """
         weight = _finite(weight, "weight")
         chosen = [True] * len(self.blocks) if document is None else self._chosen(document, None)
         return self._with(
@@ -465,7 +482,10 @@ class Adapter:
         )
 
     def scaled_bias(self, weight: float) -> Adapter:
-        """The adapter with its bias weight times `weight` (linear); 0 switches the bias off."""
+        """The adapter with its bias weight times `weight` (linear); 0 switches the bias off.
+
+        ValueError for a weight that is no finite number, and without a bias block.
+        """
         weight = _finite(weight, "weight")
         if self.bias is None:
             reason = "it was folded into the compressed block" if self.bias_inside else "its hypernetwork has none"
@@ -493,6 +513,7 @@ class Adapter:
         """(A [n_layers, R, d_in], B [n_layers, R, d_out]) of the whole sum, R = rank; the update of W is scale * B^T A.
 
         Rows follow the order of the blocks, the bias last. A contains the weights. The tensors are new: free to change.
+        ValueError for a module that the adapter lacks, and for token rows, which have no sum.
         """
         A, B = self._factors(module)
         return _in_layers(A, self.layers, self._all_layers), _in_layers(B, self.layers, self._all_layers)
@@ -594,6 +615,7 @@ class Adapter:
 
         Per layer and module: B^T A = U S V^T, truncated (see `singular_vectors`); A' = sqrt(S) V^T, B' = sqrt(S) U^T.
         The result no longer tells documents apart.
+        ValueError for a rank that is no positive whole number, an empty adapter, and token rows.
         """
         check_count(rank, "rank")
         if self.rank == 0:
@@ -845,7 +867,7 @@ class Adapter:
         )
 
     def path_of(self, module: str) -> str:
-        """Where the module sits in the base model, with {layer} for the layer's number."""
+        """Where the module sits in the base model, with {layer} for the layer's number; ValueError if nobody knows."""
         if module in self.paths:
             return self.paths[module]
         if module not in _USUAL_PARENTS:

@@ -247,13 +247,17 @@ class DocToLoRA:
         """The adapter of these documents, one block per chunk; it becomes `model.current`.
 
         documents: a text (named "document"), a list ("document 1", "document 2", ...) or {name: text}, of any length.
-            A PIL image (alone named "image") is one chunk without a span, for vision-language context encoders.
+            A Path is read as its file's text, and named by the file. A PIL image (alone named "image") is one chunk
+            without a span, for vision-language context encoders.
         chunk_tokens: longest chunk in tokens, without its chat wrapping (None: `model.chunk_tokens`).
         progress: True shows a bar; a function is called as progress(done, total), in different chunks.
 
         A few chunks are read at a time and finished blocks go to the CPU: working memory does not grow with length.
-        Chunks of the same text are encoded once and share their tensors. TypeError or ValueError, before any
-        computation, for documents that are no text or hold none, and for images if the encoder reads text only.
+        Chunks of the same text are encoded once and share their tensors.
+
+        TypeError or ValueError, before any computation, for documents that are no text or hold none, for a text that is
+        the name of a file, for images if the encoder reads text only, and for a `chunk_tokens` that the window does not
+        hold. FileNotFoundError for a Path without a file.
         """
         empty, blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
         adapter = replace(empty, blocks=tuple(block for of_document in blocks.values() for block in of_document))
@@ -267,16 +271,22 @@ class DocToLoRA:
         chunk_tokens: int | None = None,
         progress: _Progress = None,
     ) -> list[Adapter]:
-        """One adapter per document, for `answer(questions, adapters)`; `model.current` stays what it was."""
+        """One adapter per document, for `answer(questions, adapters)`; `model.current` stays what it was.
+
+        documents, chunk_tokens, progress: as of `internalize`, with its errors.
+        """
         empty, blocks = self._blocks_of(name_texts_and_images(documents), chunk_tokens, progress)
         return [replace(empty, blocks=tuple(of_document)) for of_document in blocks.values()]
 
     def internalize_ids(self, ctx_ids: Tensor, attention_mask: Tensor | None = None) -> Adapter:
         """The adapter of ready chunks of token ids [n_chunks, length], chat wrapping included; it becomes current.
 
+        ctx_ids: whole numbers below the vocabulary's size.
         attention_mask: [n_chunks, length], 0 at padding, on any side (None: no padding).
 
         Blocks have no span.
+
+        ValueError for other shapes or ids, a chunk without a token, and one longer than the window.
         """
         ctx_ids, attention_mask = _checked_ids(ctx_ids, attention_mask, self.encoder.model)
         rows = [ids[mask].tolist() for ids, mask in zip(ctx_ids, attention_mask.bool(), strict=True)]
@@ -811,8 +821,11 @@ class DocToLoRA:
 
         Questions are wrapped in the chat template and batched; answers equal those of one-by-one calls. The base
         model's own generation settings (sampling, penalties, ...) do not count. Several threads may answer at once,
-        also while another internalizes: name the adapter there, as all threads share `model.current`. ValueError for a
-        blank question and for one that overflows the window.
+        also while another internalizes: name the adapter there, as all threads share `model.current`.
+
+        TypeError for a question that is no text and for what is no adapter. ValueError for a blank question and one
+        that overflows the window, an adapter of another model, another number of adapters than questions, `stream` with
+        several questions, an unknown `read`, and `blocks` where the adapter holds token rows.
         """
         single = isinstance(question, str)
         if not single and (isinstance(question, (bytes, Mapping, set)) or not isinstance(question, Iterable)):

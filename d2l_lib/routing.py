@@ -14,8 +14,8 @@ respond, in all layers and at all words, and no block answers where none is abou
 answered with yes or no it judges, too. A question about "the X of Y" needs two blocks, one after the other: see
 `_by_first_hop`.
 
-Routing adds nothing to an adapter. What it costs does not grow with the number of blocks, but for one product with the
-keys of one layer.
+Routing changes no adapter: it returns a new one, whose block has one row more where a question is judged. What it
+costs does not grow with the number of blocks, but for one product with the keys of one layer.
 """
 
 from __future__ import annotations
