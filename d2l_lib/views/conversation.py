@@ -353,7 +353,8 @@ class Conversation:
         shares = table[table["row"] >= 0].groupby("document")["share"].sum().sort_values(ascending=False)
         if shares.sum() < table["share"].sum() / 2:
             return (
-                "With the adapter nothing was read: too little of the question is inside, so the model answered itself."
+                "With the adapter nothing was read: no place inside was close enough to the question, so the model "
+                "answered itself."
             )
         shares = (shares / shares.sum()).round(2)
         parts = [f"{markup.isolated(name)} ({share:.0%})" for name, share in shares[shares >= _READ].items()]
@@ -513,6 +514,8 @@ class Chat(Viewer):
         listen(self._model, self._on_model)
         for control in (self._adapter_strength, self._bias_strength, self._read, self._system, self._asked):
             listen(control, self._refresh)
+        for box in (self._name, self._text):  # what was refused is being changed
+            listen(box, lambda _: self.work.tell("", key="add"))
 
     # --- questions ------------------------------------------------------------------------------------------------
 
@@ -579,7 +582,8 @@ class Chat(Viewer):
 
     def _on_clear(self, _: Any) -> None:
         with self.work.lock:
-            self.work.leave_out(lambda key: isinstance(key, tuple) and key[0] == "answer")
+            self.work.leave_out(_is_of_answer)
+            self.work.forget(lambda key: key == "add" or _is_of_answer(key))
             self.turns.clear()
             self._requested = None
             self._answers.value, self._writing.value = render_answers(self.turns), ""
@@ -732,7 +736,8 @@ class Chat(Viewer):
     def _fill(self, title: str, text: str, editing: str | None) -> None:
         """Put a text into the box, to be added, or to replace that of document `editing`."""
         self._editing = editing
-        self._name.value, self._text.value, self._name.disabled = editing or title, text, editing is not None
+        with quietly():
+            self._name.value, self._text.value, self._name.disabled = editing or title, text, editing is not None
         self._add.description = "Replace document" if editing else "Add document"
         self._cancel.layout.display = None if editing else "none"
 
@@ -787,6 +792,7 @@ class Chat(Viewer):
                         self._end_edit()
                     else:  # a changed text stays, as a document to add
                         self._fill(document, self._text.value, None)
+                self.work.tell("", key="add")
                 self.conversation.remove(document)
                 self._listed.take_out(line)
                 self._refresh()
@@ -795,6 +801,10 @@ class Chat(Viewer):
         edit.on_click(lambda _: self._begin_edit(document))
         remove.on_click(drop)
         return line
+
+
+def _is_of_answer(key: Any) -> bool:
+    return isinstance(key, tuple) and key[0] == "answer"
 
 
 def chat(

@@ -308,6 +308,12 @@ class Work:
                 self._messages[key] = (text, is_error)
             self._draw()
 
+    def forget(self, is_meant: Callable[[Hashable], bool]) -> None:
+        """Take the messages out of the status whose key is meant."""
+        with self.lock:
+            self._messages = {key: message for key, message in self._messages.items() if not is_meant(key)}
+            self._draw()
+
     def soon(self, action: Callable[[], None]) -> None:
         """Call `action`; after an event on the page a moment later, once the text typed before has arrived."""
         if self._in_thread():

@@ -46,6 +46,7 @@ _Evidence = Iterable[tuple[int, int]] | Mapping[str, Iterable[tuple[int, int]]]
 SUPPORTS, OPPOSES = (67, 147, 195), (224, 120, 86)  # colours of the largest contribution of either sign
 LEAST_LIMIT = 0.1  # nats: where all contributions are smaller, colours stay pale
 _SHOWN_UNITS = 8
+_LEAST_SHOWN = 0.005  # of a contribution, which would read 0.00
 _COLUMNS_AT_ONCE = 8  # of numbers, beside the unit; the others are scrolled to
 _LONGEST_TOKEN = 24  # characters
 _WHOLE = ("whole answer", -1)
@@ -508,23 +509,30 @@ def _scrolled(rows: str) -> str:
 def render_units(
     table: pd.DataFrame, texts: Mapping[str, str], token: int | None = None, each_token: bool = True
 ) -> str:
-    """The units that contribute most to the answer, or to one of its tokens.
+    """The units that contribute most to the answer, or to one of its tokens; a line alone where none does.
 
     each_token: adds what each of them contributes to each token.
+
+    Of many units, those that would read 0.00 are left out.
     """
     values, order = contributions(table, token), _strongest(table, token)
+    counted = [row for row in order if not abs(values[row]) < _LEAST_SHOWN]
+    order = (counted if len(order) > _SHOWN_UNITS else order)[:_SHOWN_UNITS]
+    what = "answer" if token is None else f"token {token + 1}"
+    if not counted:
+        return f"<h4>None of {len(values)} contributes to it: the model would say it without what is inside.</h4>"
     limit = color_limit(values)
     head, cells = _token_cells(table) if each_token else ("", [""] * len(table))
     rows = ""
-    for place, row in enumerate(order[:_SHOWN_UNITS], 1):
+    for place, row in enumerate(order, 1):
         rows += (
             f'<tr><td class="d2l-left d2l-text">{place}. {_unit_name(table, texts, row)}</td>'
             f"{_cell(values[row], limit, css='d2l-shade')}"
             f"<td>{_signed(float(table['margin_contribution'].iloc[row]))}</td>{cells[row]}</tr>"
         )
-    what = "answer" if token is None else f"token {token + 1}"
     first = f'<th class="d2l-left">{table.attrs["level"]}</th><th>{what}</th><th>margin (logits)</th>'
-    note = f"The {min(_SHOWN_UNITS, len(order))} of {len(order)} that support it most"
+    against = "; those below 0 speak against it" if any(values[row] < 0 for row in order) else ""
+    note = f"The {len(order)} highest of {len(values)} contributions{against}"
     more = "" if has_tokens(table) else "; this method does not tell tokens apart"
     if head:
         n_tokens = len(table.attrs["tokens"])

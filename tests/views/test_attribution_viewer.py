@@ -271,6 +271,19 @@ def test_units_are_listed_by_contribution_with_their_tokens():
     assert contributions(blind) == [-1.0, 0.0, 1.0]
 
 
+def test_units_that_contribute_nothing_are_left_out_of_many():
+    table = pd.concat([toy_trace().table("sentence", "leave_one_out")] * 4, ignore_index=True)
+    table.attrs = toy_trace().table("sentence", "leave_one_out").attrs | {"token_contributions": None}
+    for values, heading in (
+        ([0.0] * 12, "None of 12 contributes to it"),
+        ([2.0, *[0.001] * 10, -1.0], "The 2 highest of 12 contributions; those below 0 speak against it"),
+        ([1.0] * 12, "The 8 highest of 12 contributions"),
+    ):
+        table["contribution"] = values
+        text = Tags(render_units(table, toy_trace().texts, each_token=False)).text
+        assert heading in text and ("speak against" in text) == (min(values) < 0)
+
+
 def test_controls_are_shown_with_units_and_what_was_not_given():
     text = Tags(render_controls(toy_trace().table("sentence", "leave_one_out"))).text
     assert "zero adapter−7.50" in text and "78.0 %" in text and "log-probability (nats)" in text

@@ -109,6 +109,21 @@ def test_the_end_of_an_answer_does_not_hide_that_a_text_was_not_added():
     assert status(chat) == "ready"
 
 
+def test_what_was_refused_is_forgotten_once_a_person_has_gone_on():
+    """By other words in the box, by removing a document, or by clearing the answers."""
+    for go_on in (
+        lambda chat: setattr(controls(chat)["Document"], "value", "C."),
+        lambda chat: setattr(controls(chat)["Name"], "value", "c"),
+        lambda chat: controls(chat.children[1].widgets[0])["Remove"].click(),
+        lambda chat: controls(chat)["Clear"].click(),
+    ):
+        chat = viewers.chat(ToyModel(), {"a": "A.", "b": "B."}, "What?")
+        add(chat, "B.", "a")
+        assert "remove it first" in status(chat)
+        go_on(chat)
+        assert "remove it first" not in status(chat)
+
+
 def test_a_text_that_cannot_be_added_is_kept_beside_the_one_typed_meanwhile():
     model = SlowModel()
     chat, control = begin(model)
