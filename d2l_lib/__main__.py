@@ -112,6 +112,8 @@ def parse(words: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int | No
     else:
         add_arguments, run = _HERE[name]
     add_arguments(parser)
+    if "" in rest:
+        parser.error("an argument is empty (''): give a name, or leave its option out")
     a = parser.parse_args(rest) if module else parser.parse_intermixed_args(rest)
     a.command, a.error = shlex.join(["d2l", *words]), parser.error
     return run, a
@@ -217,7 +219,19 @@ def _read_and_internalize(a: argparse.Namespace, steps: _Steps):
         model.cache = None if a.no_cache else AdapterCache()
     with steps("internalize", f"internalizing {sum(map(len, texts.values())):,} characters"):
         adapter = model.internalize(texts, chunk_tokens=a.chunk_tokens, progress=not a.quiet)
+    if not a.quiet:
+        _warn(model, texts, "" if a.model.startswith("smollm2") else "; --model smollm2 knows plain English")
     return model, adapter
+
+
+def _warn(model, texts: dict[str, str], advice: str) -> None:
+    """Say on stderr which texts are strange to the model, with the reason."""
+    from d2l_lib.analysis.familiarity import familiarity
+
+    for name, text in texts.items():
+        familiar = familiarity(model.base_model, model.tokenizer, text)
+        if familiar is not None and familiar.is_strange:
+            print(f"{name}: {familiar.warning()}{advice}", file=sys.stderr, flush=True)
 
 
 def _ask(a: argparse.Namespace) -> None:

@@ -220,9 +220,12 @@ def test_bad_documents_are_told_before_anything_is_loaded(words, status, line, t
     [
         (["convert", "notes.txt", "out"], "d2l convert: notes.txt is damaged or not a PyTorch checkpoint"),
         (["ask", "notes.txt", "Who?", "--model", "notes.txt"], "d2l ask: notes.txt is damaged or not a PyTorch"),
-        (["ask", "notes.txt", "Who?", "--model", ""], "d2l ask: the source of a model must be a name or path, not ''"),
+        (
+            ["ask", "notes.txt", "Who?", "--model", " "],
+            "d2l ask: the source of a model must be a name or path, not ' '",
+        ),
         (["ask", "notes.txt", "?" * 300, "--model", "none"], "d2l ask: nothing at 'none'"),
-        (["internalize", "", "-o", "a.safetensors"], "d2l internalize: . is a folder"),
+        (["internalize", ".", "-o", "a.safetensors"], "d2l internalize: . is a folder"),
     ],
 )
 def test_what_is_no_model_ends_a_command_with_one_line(words, line, tmp_path, monkeypatch, capsys):
@@ -232,3 +235,27 @@ def test_what_is_no_model_ends_a_command_with_one_line(words, line, tmp_path, mo
         command.main([*words, *(["--quiet"] if words[0] != "convert" else [])])
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "words", [["ask", "", "Who?"], ["generate", "--out", ""], ["train", "--base", ""], ["watch", ""]]
+)
+def test_an_empty_argument_is_not_the_working_folder(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command.main(words)
+    assert stopped.value.code == 2 and "an argument is empty ('')" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_the_model_does_not_know_gets_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("D2L_ADAPTER_CACHE", str(tmp_path / "cache"))
+    Path("notes.txt").write_text(
+        "I had coffee with Ana at the Lisbon station on Friday, and we spoke of her journey. " * 3
+    )
+    command.main(["ask", "notes.txt", "Where did I have coffee?"])
+    told = capsys.readouterr().err
+    assert "notes.txt: Outside what this model knows" in told and "--model smollm2" in told
+    command.main(["ask", "notes.txt", "Where did I have coffee?", "--quiet"])
+    assert "Outside" not in capsys.readouterr().err

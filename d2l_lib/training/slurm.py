@@ -51,7 +51,7 @@ def sbatch_script(
     for settings in [p.needle] if stage == "needle" else p.qa.stages.values():
         changed(settings, _changes(extra)).accumulation(nodes * gpus)
     if stage == "qa" and not shards and all(one in SHARD_STAGES for one in p.qa.stages):
-        raise ValueError("this preset learns from self-generated data: give its folders as shards")
+        raise ValueError("this preset learns from self-generated data: give its folders (--shards DIR ...)")
     command = ["-m", "d2l_lib", "train", "--stage", stage, "--preset", name, "--runs", runs]
     command += ["--shards", *shards] if shards and stage == "qa" else []
     lines = [
