@@ -65,7 +65,7 @@ def test_settings_of_the_training_count(capsys):
 def test_what_cannot_work_is_refused(capsys):
     with pytest.raises(ValueError, match="6 processes cannot share out 16 batches evenly"):
         slurm.sbatch_script("paper-gemma", "needle", nodes=2, gpus=3)
-    with pytest.raises(ValueError, match="give its folders .--shards DIR):
+    with pytest.raises(ValueError, match="give its folders .--shards DIR"):
         slurm.sbatch_script("paper-gemma", "qa")
     with pytest.raises(ValueError, match="at least one of everything"):
         slurm.sbatch_script("paper-gemma", "needle", nodes=0)
