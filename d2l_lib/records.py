@@ -167,11 +167,14 @@ def write_results(page: str, facts: dict[str, Any], *claims: dict[str, Any]) -> 
 
 
 def environment_line(preset: str, model=None) -> str:
-    """Preset, model, device, precision and versions in one line; model: a DocToLoRA, any torch module, or None."""
+    """Preset and model in one line, device, precision and versions in a second.
+
+    model: a DocToLoRA, any torch module, or None.
+    """
     import torch
     import transformers
 
-    parts = [f"preset {preset}"]
+    parts, place = [f"preset {preset}"], []
     if model is not None:
         network = model.base_model if hasattr(model, "hypernetwork") else model  # transformers has a .base_model too
         first = next(network.parameters())
@@ -180,8 +183,8 @@ def environment_line(preset: str, model=None) -> str:
         if hasattr(model, "hypernetwork"):
             count = sum(parameter.numel() for parameter in model.hypernetwork.parameters())
             parts.append(f"hypernetwork {count / 1e6:.1f} M parameters")
-        parts.append(f"{first.device}, {str(first.dtype).removeprefix('torch.')}")
-    parts.append(f"{torch.get_num_threads()} thread(s)")
-    parts.append(f"python {platform.python_version()}")
-    parts.append(f"torch {torch.__version__}, transformers {transformers.__version__}")
-    return " · ".join(parts)
+        place.append(f"{first.device}, {str(first.dtype).removeprefix('torch.')}")
+    place.append(f"{torch.get_num_threads()} thread(s)")
+    place.append(f"python {platform.python_version()}")
+    place.append(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    return "\n".join(" · ".join(of_line) for of_line in (parts, place))

@@ -136,16 +136,22 @@ def _look(i: int) -> dict[str, str]:
     return {"color": COLORS[i % len(COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
 
 
+def _width(i: int, n: int) -> float:
+    """The width of the i-th of n lines: earlier ones are wider, so that lines on one another all show."""
+    return 1.5 + 3.0 * (n - 1 - i) / max(1, n - 1)
+
+
 def _band(axes: Axes, x: Iterable, low: Iterable, high: Iterable, color: str) -> None:
     axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
 
 
-def _line_with_band(axes: Axes, x: Iterable, rows: pd.DataFrame, i: int, method: str) -> None:
-    """Pooled rows (see `scores.pool`) as the i-th line, with their interval; that of a single point is a thin line."""
+def _line_with_band(axes: Axes, x: Iterable, rows: pd.DataFrame, i: int, method: str, n: int = 1) -> None:
+    """Pooled rows (see `scores.pool`) as the i-th of n lines, with their interval; a single point's is a thin line."""
     _band(axes, x, rows["low"], rows["high"], COLORS[i % len(COLORS)])
     if len(rows) == 1:
         axes.vlines(x, rows["low"], rows["high"], COLORS[i % len(COLORS)], linewidth=0.9)
-    axes.plot(x, rows["exact_match"], **_look(i), label=_plain(method))
+    look = _look(i) | ({} if n == 1 else {"linewidth": _width(i, n), "markersize": 4.0 + _width(i, n)})
+    axes.plot(x, rows["exact_match"], **look, label=_plain(method))
 
 
 def _interval(rows: pd.DataFrame, value: str) -> np.ndarray:
@@ -280,7 +286,7 @@ def plot_needle_accuracy_by_length(
     figure, axes = _figure(title)
     for i, (method, rows) in enumerate(results.groupby("method", sort=False)):
         rows = pool(rows, ["length_tokens"])
-        _line_with_band(axes, rows["length_tokens"], rows, i, method)
+        _line_with_band(axes, rows["length_tokens"], rows, i, method, results["method"].nunique())
     axes.axhline(chance, **_DOTTED, label=f"chance ({chance:g})")
     _token_axis(axes, results["length_tokens"].unique())
     _mark_length(axes, training_length, "longest in training")
@@ -526,10 +532,11 @@ def plot_exact_match_by_facts(
     _need(results, "method", "facts", "n", "exact_match", "seed")
     figure, axes = _figure(title)
     groups = sorted(results["facts"].unique(), key=lambda group: int(str(group).split("-")[0]))
+    n = results["method"].nunique()
     for i, (method, rows) in enumerate(results.groupby("method", sort=False)):
         rows = pool(rows, ["facts"]).set_index("facts")
         rows = rows.loc[[group for group in groups if group in rows.index]]
-        _line_with_band(axes, [groups.index(group) for group in rows.index], rows, i, method)
+        _line_with_band(axes, [groups.index(group) for group in rows.index], rows, i, method, n)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlabel("facts in the document")
     _share_axis(axes, "exact match (% of questions)")
@@ -551,7 +558,7 @@ def plot_exact_match_by_documents(
     figure, axes = _figure(title)
     for i, (method, rows) in enumerate(results.groupby("method", sort=False)):
         rows = pool(rows, ["documents"])
-        _line_with_band(axes, rows["documents"], rows, i, method)
+        _line_with_band(axes, rows["documents"], rows, i, method, results["method"].nunique())
     _token_axis(axes, results["documents"].unique(), "documents in the adapter")
     _share_axis(axes, "exact match (% of questions)")
     _legend_below(axes)
@@ -567,16 +574,21 @@ def plot_score_by_seconds(
 
     results: method, score, low, high (0 to 1), seconds_prepare (mean per document), documents, n, seed.
 
-    Methods without preparation stand at the left edge, at a millisecond.
+    Methods without preparation stand at the left edge, at a millisecond. Each has its number in the legend beside it;
+    earlier ones lie above later ones.
     """
     _need(results, "method", "score", "low", "high", "seconds_prepare", "documents", "n", "seed")
     figure, axes = _figure(title, _TALL)
     for i in range(len(results)):
         row = results.iloc[[i]]
         look = {"color": COLORS[i % len(COLORS)], "marker": _MARKERS[i // len(COLORS) % len(_MARKERS)]}
-        look |= {"linestyle": "none", "markersize": 8, "capsize": 3, "label": _plain(row["method"].item())}
-        axes.errorbar(row["seconds_prepare"].clip(lower=1e-3), row["score"], yerr=_interval(row, "score"), **look)
-    axes.set(xscale="log", xlabel="seconds to prepare one document (logarithmic)")
+        look |= {"linestyle": "none", "markersize": 8, "capsize": 3, "zorder": 3 + (len(results) - i) / len(results)}
+        seconds = row["seconds_prepare"].clip(lower=1e-3)
+        label = f"{i + 1}  {_plain(row['method'].item())}"
+        axes.errorbar(seconds, row["score"], yerr=_interval(row, "score"), **look, label=label)
+        place = (seconds.item(), row["score"].item())
+        axes.annotate(str(i + 1), place, (7, 5), textcoords="offset points", fontsize=7.5, zorder=5)
+    axes.set(xscale="log")
     _share_axis(axes, "score (% of the best possible)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     n, documents = (
@@ -584,7 +596,8 @@ def plot_score_by_seconds(
         for column in ("n", "documents")
     )
     n = f"n = {n} questions on {documents} documents"
-    figure.suptitle(f"{n}, seed {_seeds(results)}; bars: 95% interval", fontsize=8, color=REFERENCE, x=0.99, ha="right")
+    what = "seconds to prepare one document (logarithmic)"
+    axes.set_xlabel(f"{what}\n{n}, seed {_seeds(results)}; bars: 95% interval")
     return figure
 
 
@@ -768,7 +781,8 @@ def plot_probability_by_share(
                 for _, rows in of_curve[of_curve["method"] == method].sort_values("share").groupby("question")
             ]
             color, line = (REFERENCE, "--") if method == "random" else (COLORS[i % len(COLORS)], _LINES[i % 3])
-            axes.plot(shares, np.mean(each, axis=0), color=color, linestyle=line, label=_plain(method))
+            look = {"color": color, "linestyle": line, "linewidth": _width(i, curves["method"].nunique())}
+            axes.plot(shares, np.mean(each, axis=0), **look, label=_plain(method))
         axes.set_title(curve)
         _shares_across(axes, f"chunks {label} (% of all)", -0.03, 1.1)  # room for the last label: the layout settles
         _share_axis(axes, "probability of the answer (%)")
@@ -832,7 +846,7 @@ def plot_flags_by_threshold(
 
     curve: condition, signal, found, precision, false_alarms (0 to 1), n, failing, seed; one row per threshold.
 
-    A cross marks the aim, 90% found at 10% false alarms. The dashed line flags at random.
+    A cross marks the aim, 90% found at 10% false alarms. Grey lines flag at random.
     """
     _need(curve, "condition", "signal", "found", "precision", "false_alarms", "n", "failing", "seed")
     groups = list(curve.groupby(["condition", "signal"], sort=False))
@@ -844,9 +858,10 @@ def plot_flags_by_threshold(
         left.plot(rows["found"], rows["precision"], color=color, linestyle=line, label=label)
         rows = rows.sort_values(["false_alarms", "found"])
         right.plot(rows["false_alarms"], rows["found"], color=color, linestyle=line)
-    for condition, rows in curve.groupby("condition", sort=False):
+    for i, (condition, rows) in enumerate(curve.groupby("condition", sort=False)):
         share = rows["failing"].iloc[0] / rows["n"].iloc[0]
-        left.axhline(share, color=REFERENCE, linestyle="--", linewidth=1, label=f"{condition}: at random")
+        look = {"color": REFERENCE, "linestyle": ("--", ":", "-.")[i % 3], "linewidth": 1.2}
+        left.axhline(share, **look, label=f"{condition}: at random")
     right.plot([0, 1], [0, 1], color=REFERENCE, linestyle="--", linewidth=1)
     right.plot(0.1, 0.9, marker="x", markersize=9, markeredgewidth=2, color="black", linestyle="none")
     for axes, x, y in (
@@ -922,7 +937,7 @@ def plot_override_by_strength(
             axes.plot(rows["weight"], rows[name], **_look(i), label=label)
         for i, (layers, part) in enumerate(of_gate[of_gate["layers"] != "all layers"].groupby("layers")):
             part = pd.concat([part, rows[rows["weight"] == 1]]).sort_values("weight")
-            look = {"color": COLORS[0], "linewidth": 0.9, "linestyle": ("--", "-.", ":", (0, (1, 3)))[i % 4]}
+            look = {"color": COLORS[(3 + i) % len(COLORS)], "linewidth": 1.2, "linestyle": ("--", "-.", ":")[i % 3]}
             axes.plot(part["weight"], part["override"], **look, label=f"override, {layers} alone turned")
         axes.set_title("with the gate, routed" if gate else "all blocks, no gate", fontsize=10)
         axes.set_xlabel("strength (times the blocks as written)")

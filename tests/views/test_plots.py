@@ -236,11 +236,10 @@ def test_facts_stand_in_order_of_number_and_no_cost_stands_at_the_left_edge(tabl
     table = tables[plots.plot_score_by_seconds]
     few = table.assign(n=[40, *table["n"][1:]], documents=[5, *table["documents"][1:]])
     n, documents = table["n"].max(), table["documents"].max()
-    assert (
-        f"n = {n} questions on {documents} documents, seed" in plots.plot_score_by_seconds(table)._suptitle.get_text()
-    )
-    caption = plots.plot_score_by_seconds(few)._suptitle.get_text()
-    assert f"n = 40 to {n} questions on 5 to {documents} documents, seed" in caption
+    for rows, counts in ((table, f"{n} questions on {documents}"), (few, f"40 to {n} questions on 5 to {documents}")):
+        axes = plots.plot_score_by_seconds(rows).axes[0]
+        assert f"n = {counts} documents, seed" in axes.get_xlabel()
+        assert [text.get_text() for text in axes.texts] == [str(i) for i in range(1, len(rows) + 1)]
     bars = plots.plot_exact_match_by_condition(
         pd.DataFrame({"condition": ["b", "a"], "n": 10, "exact_match": [0.5, 1.0], "seed": 0}), title="x"
     ).axes[0]
