@@ -60,7 +60,7 @@ def load(
 
     source: one of
         - a bundled name: "tiny", or "tiny/<name>" for another hypernetwork of it; "smollm2", a real language model,
-          whose base model is prepared once (40 seconds, 0.5 GB in .cache),
+          whose base model is prepared once (about 20 seconds, 0.5 GB in .cache),
         - a folder that `model.save` wrote,
         - a published checkpoint: `*.bin`, or a folder with one (of several steps the latest, with a warning),
         - a hub id: "owner/name", or "owner/name/folder/in/it"; the published ones are SakanaAI/doc-to-lora/gemma_demo,

@@ -306,6 +306,15 @@ def test_runs_again_with_quick_parameters(name, copied_project):
     assert ran == sum(bool(source(cell).strip()) for cell in code_cells(page))
 
 
+@pytest.mark.notebooks
+@pytest.mark.slow
+def test_questions_are_answered_by_a_real_model_and_data_set_too(copied_project):
+    """Page 04 says so: token rows have one way to be read, and no block is tried or routed."""
+    page = load(copied_project / "notebooks" / "04_question_answering.ipynb")
+    other = {"PRESET": "smollm2", "DATASET": "facts", "N": 2, "N_FACTS": 2}
+    assert processes.run(run_cells, notebooks.inject_parameters(page, other), copied_project / "notebooks") > 0
+
+
 def test_the_command_takes_numbers_and_names(monkeypatch, capsys):
     names = ["3", "00", "06_trace_a_fact", "notebooks/03_needle_in_a_haystack.ipynb"]
     chosen = [page.name[:2] for page in notebooks.choose_notebooks(PAGES, names)]

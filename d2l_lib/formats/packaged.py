@@ -53,7 +53,7 @@ PACKAGED = {
 
 
 def packaged_folder(name: str) -> Path:
-    """The folder of a packaged base model in transformers' format; the first call makes it (about 40 seconds).
+    """The folder of a packaged base model in transformers' format; the first call makes it (about 20 seconds).
 
     FileNotFoundError with the command that installs the package, where it is missing. ValueError for a file that is
     not the one that was published.
@@ -63,7 +63,7 @@ def packaged_folder(name: str) -> Path:
         return folder
     file = _installed_file(name)
     # Without the folder's whole path: notebooks keep what is printed.
-    print(f"{name}: preparing the base model once (about 40 seconds, 0.5 GB in .cache)", file=sys.stderr, flush=True)
+    print(f"{name}: preparing the base model once (about 20 seconds, 0.5 GB in .cache)", file=sys.stderr, flush=True)
     with suppress(FileExistsError):  # another process was quicker
         convert(file, folder)
     return folder

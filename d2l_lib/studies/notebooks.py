@@ -45,9 +45,11 @@ the generated world: a base model of 2.3 M parameters, and a hypernetwork of 2.2
 about documents. Aims are this project's own; ✓ met, ✗ missed.
 
 - *In context*: the base model answers with the document in its prompt.
-- *All blocks*: the whole adapter answers. *Routed*: only the block that most surely changes the model's next word.
-- *Read sparsely in one pass*: at each token of the answer the block that matches adds its part. *Three trainings*: mean
-  and range over three null blocks, trained from three seeds; the other blocks are the same.
+- *All blocks*: the whole adapter answers. *Routed*: only the block that the router chooses, or none (page 08: the most
+  relevant of all, by trial).
+- *Read sparsely in one pass*: at each token of the answer the block that matches adds its part.
+- *Three trainings*: mean and range over three trainings, from three seeds, of the router (routed) or of the null block
+  (read sparsely); the other blocks are the same.
 - *Share of one*: exact match with many documents in one adapter, divided by that with one document in it.
 - *Encyclopedia*: facts that the base model learned by heart. *Gate*: the rule that keeps a document out of an answer.
 - n: questions, haystacks or documents. Seeds and commands stand in `data/results` and `data/full_runs`.

@@ -31,7 +31,7 @@ LISTED = 100  # documents in the list of what is inside
 _LONG_TEXT = 20_000  # characters; a longer text shows a bar while the page is being built
 WITH_ADAPTER = "adapter, document not in the prompt"
 SPARSELY = "adapter read sparsely, document not in the prompt"
-ROUTED = "adapter, its most relevant block alone"
+ROUTED = "adapter, one block of it alone"
 WITHOUT = "base model alone"
 IN_PROMPT = "base model, document in its prompt"
 _SUGGESTED = 8  # questions in the line of suggestions
@@ -143,7 +143,7 @@ class Conversation:
     read: "sum" or "sparse", as of `model.answer`. At first it is how the model was trained: sparse for a model with a
     null block, whose sum of many blocks drowns and disturbs unrelated questions (`d2l study reading`); else the
     published sum. An `answer` without `read` knows the sum alone. A model that writes rows is read in its own way: it
-    has neither the sum, nor a most relevant block, nor strengths (the shares of its rows add up to one).
+    has neither the sum, nor one block that is chosen, nor strengths (the shares of its rows add up to one).
 
     Every question stands alone: earlier ones are not in the prompt. Every document is internalized once, when it is
     added; weights and strengths only scale blocks. Threads may share a conversation.
@@ -305,9 +305,9 @@ class Conversation:
     ) -> Answers:
         """(source, answer) of the model with the adapter, without it, and with the documents in its prompt.
 
-        The adapter is read as `read` says, and the source says so. An adapter of several blocks adds the answer of the
-        most relevant block alone (see `routing`). An error, as for documents longer than the window, stands in place of
-        its answer.
+        The adapter is read as `read` says, and the source says so. An adapter of several blocks adds the answer of one
+        block alone (`blocks=1` of `model.answer`). An error, as for documents longer than the window, stands in place
+        of its answer.
 
         report: called as report(done, total) after each answer.
         stream: called with the (source, answer) pairs so far, the last one unfinished, whenever a token has come. A

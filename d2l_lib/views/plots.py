@@ -432,24 +432,24 @@ def plot_internalization_cost_by_length(
 ) -> Figure:
     """Seconds (left) and peak memory (right) against document length, both axes logarithmic.
 
-    costs: length_tokens, seconds, peak_memory_mib; optional method (one line each).
+    costs: length_tokens, seconds (the median of n runs) with quartiles seconds_low and seconds_high, peak_memory_mib,
+        n, seed; optional method (one line each).
 
-    Rows of the same length are repeats, drawn as their median and a bar from the fastest to the slowest. The dashed
-    line is linear, through the longest measurement of the first method.
+    Bars are the quartiles. The dashed line is linear, through the longest measurement of the first method.
     """
-    _need(costs, "length_tokens", "seconds", "peak_memory_mib")
+    _need(costs, "length_tokens", "seconds", "seconds_low", "seconds_high", "peak_memory_mib", "n", "seed")
     table = costs if "method" in costs else costs.assign(method="internalize")
     figure, panels = _panels(title)
     units = {"seconds": "time (seconds)", "peak_memory_mib": "peak memory (MiB)"}
     for axes, (column, label) in zip(panels, units.items(), strict=True):
         for i, (method, rows) in enumerate(table.groupby("method", sort=False)):
-            of_length = rows.groupby("length_tokens")[column]
-            middle = of_length.median()
-            spread = [middle - of_length.min(), of_length.max() - middle]
-            axes.errorbar(middle.index, middle, yerr=spread, **_look(i), capsize=2, label=_plain(method))
+            rows = rows.sort_values("length_tokens")
+            spread = rows.rename(columns={"seconds_low": "low", "seconds_high": "high"})
+            bars = _interval(spread, column) if column == "seconds" else None
+            axes.errorbar(rows["length_tokens"], rows[column], yerr=bars, **_look(i), capsize=2, label=_plain(method))
             if i == 0:
-                lengths = np.asarray(middle.index, dtype=float)
-                linear = middle.iloc[-1] * lengths / lengths[-1]
+                lengths = rows["length_tokens"].to_numpy(dtype=float)
+                linear = rows[column].iloc[-1] * lengths / lengths[-1]
                 axes.plot(lengths, linear, **_DASHED, label="linear in length", zorder=1)
         axes.set_yscale("log")
         least, most = table[column].min(), table[column].max()
@@ -457,8 +457,7 @@ def plot_internalization_cost_by_length(
         _token_axis(axes, table["length_tokens"].unique(), "document length (tokens)")
         axes.set_ylabel(label)
     panels[0].legend()
-    repeats = int(table.groupby(["method", "length_tokens"]).size().min())
-    _caption(figure, f"n >= {repeats} runs per length: median, bar from least to most")
+    _caption(figure, f"{_runs(table)} per length, seed {_seeds(table)}; median, bar: quartiles")
     return figure
 
 

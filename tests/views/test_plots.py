@@ -50,8 +50,9 @@ def tables(needles) -> dict:
         )
         for seed in (0, 1, 2)
     )
-    costs = pd.DataFrame(
-        {"length_tokens": LENGTHS * 2, "seconds": [0.1, 0.3, 1.0, 4.0] * 2, "peak_memory_mib": [500.0] * 8}
+    costs = pd.DataFrame({"length_tokens": LENGTHS, "seconds": [0.1, 0.3, 1.0, 4.0], "peak_memory_mib": 500.0})
+    costs = costs.assign(
+        seconds_low=0.9 * costs["seconds"], seconds_high=1.2 * costs["seconds"], n=[5, 5, 3, 3], seed=0
     )
     blocks = pd.DataFrame(
         {"chunk": range(6), "norm": [0.5, 0.4, 7.0, 0.5, 0.6, 0.4], "holds_needle": [i == 2 for i in range(6)]}
@@ -398,6 +399,9 @@ def test_cost_reference_is_linear_through_the_longest_document(tables):
     assert linear.get_ydata()[-1] == pytest.approx(4.0)
     assert linear.get_ydata() / linear.get_xdata() == pytest.approx(np.full(4, 4.0 / 4096))
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    (bars,) = axes.containers[0].lines[2]
+    assert bars.get_segments()[-1][:, 1] == pytest.approx([3.6, 4.8])
+    assert axes.figure.get_supxlabel().startswith("n = 3 to 5 runs per length, seed 0")
 
 
 def test_needle_block_is_set_apart(tables):
