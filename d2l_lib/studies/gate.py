@@ -63,8 +63,8 @@ def many_documents_samples(
 ) -> pd.DataFrame:
     """As `gate_samples`, for the first two SORTS, with `count` documents of five facts in one adapter.
 
-    The documents share no names. One more column: single_document (whether all blocks of the question's own document
-    alone answer right).
+    The documents share no names. One more column: single_document (whether the question's own document alone answers
+    right in the same condition: all its blocks, or the most relevant of them).
     """
     rng = random.Random(f"gate, many documents/{split}/{seed}")
     samples: list[_Sample] = []
@@ -76,10 +76,8 @@ def many_documents_samples(
         own = [one_hop_question(rng, together[place]) for place in places]
         samples += _of_sorts(sum(each), own, [*world.encyclopedia_questions(rng, per_adapter)])
         alone += [each[place] for place in places] * 2
-    rows = _gate_rows(model, samples)
-    predictions = model.answer([question.text for _, question, _ in samples], alone)
-    single = [text == question.answer for text, (_, question, _) in zip(predictions, samples, strict=True)]
-    return rows.assign(single_document=single * rows["condition"].nunique())
+    single = [(sort, question, own) for (sort, question, _), own in zip(samples, alone, strict=True)]
+    return _gate_rows(model, samples).assign(single_document=_gate_rows(model, single)["correct"])
 
 
 def _of_sorts(adapter: Adapter, *groups: Sequence[world.Question]) -> list[_Sample]:
@@ -202,7 +200,8 @@ def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[p
 
     Curves: `gate_curve` by split, documents and rule. The first rule is one threshold for all questions; the second has
     a stricter one for questions that the base model can answer. `chosen` marks validation's threshold. single_document
-    is exact match with each question's own document alone, all blocks. Ideas: see `_ideas`.
+    is exact match with each question's own document alone, in the same condition and without a gate. Ideas: see
+    `_ideas`.
 
     Where the base model knows an answer, a stricter threshold costs no answerable question (but contradictions). It is
     the lowest that loses at most 0.5% of the encyclopedia on validation.
@@ -226,12 +225,13 @@ def measure_gate(model: DocToLoRA, n: int, seed: int, many: int = 64) -> tuple[p
 
     curves = []
     for (split, documents), rows in samples.items():
-        own = rows[(rows["about"] == SORTS[0]) & (rows["condition"] == "all blocks")]
-        single = float(own["single_document" if "single_document" in own else "correct"].mean())
+        own = rows[rows["about"] == SORTS[0]].groupby("condition")
+        single = own["single_document" if "single_document" in rows else "correct"].mean()
         for rule, curve in zip(RULES, (plain[split, documents], apart[split, documents]), strict=True):
             best = curve["condition"].map(chosen) if rule == RULES[0] else known[documents]
-            facts = {"rule": rule, "split": split, "documents": documents, "single_document": single}
-            curves.append(curve.assign(**facts, chosen=curve["least"] == best))
+            facts = {"rule": rule, "split": split, "documents": documents}
+            alone = curve["condition"].map(single)
+            curves.append(curve.assign(**facts, single_document=alone, chosen=curve["least"] == best))
     return pd.concat(curves, ignore_index=True), ideas, gate
 
 

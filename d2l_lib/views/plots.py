@@ -371,6 +371,30 @@ def plot_training_curves(
 
 
 @_styled
+def plot_loss_by_step(losses: pd.DataFrame, *, title: str = "Loss by training step") -> Figure:
+    """Loss against training step, a line for each column of losses.
+
+    losses: step (optimizer steps), seed, and per line a column of nats per token, named as in the legend; NaN where not
+        evaluated.
+    """
+    _need(losses, "step", "seed")
+    names = [column for column in losses if column not in ("step", "seed")]
+    _need(losses, *(names or ["a column of losses"]))
+    if losses["seed"].nunique() > 1:
+        raise ValueError(f"the table holds several runs, give one of the seeds {_seeds(losses)}")
+    figure, axes = _figure(title)
+    for i, name in enumerate(names):
+        seen = losses[["step", name]].dropna()
+        axes.plot(seen["step"], seen[name], **_look(i), markersize=3, label=name)
+    axes.set_ylim(0)
+    axes.set_xlabel("training step (optimizer steps)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(loc="best")
+    _caption(figure, f"n = 1 training run, seed {_seeds(losses)}")
+    return figure
+
+
+@_styled
 def plot_curriculum_by_step(
     history: pd.DataFrame,
     *,

@@ -228,6 +228,8 @@ def test_samples_ask_both_sorts_and_the_dial_turns_every_layer(model):
     assert set(rows["about"]) == set(gate_study.SORTS)
     several = gate_study.many_documents_samples(model, 2, 0, "test", count=3, per_adapter=2)
     assert several["single_document"].dtype == bool
+    one = gate_study.many_documents_samples(model, 2, 0, "test", count=1, per_adapter=2)
+    assert (one["single_document"] == one["correct"]).all(), "of one document, alone is the same in each condition"
     dial = dial_samples(model, 2, 0, "test", weights=(0.0, 1.0), n_facts=2)
     assert set(dial["layers"]) == {"all layers", *(f"layer {layer}" for layer in range(4))}
     curve = dial_curve(dial).set_index(["layers", "weight", "gate"])

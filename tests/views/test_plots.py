@@ -64,6 +64,7 @@ def tables(needles) -> dict:
         {"task": ["needle", "one-hop"], "n": [500, 800], "exact_match": [0.99, 0.05], "seed": 0, "aim": [0.99, np.nan]}
     )
     curriculum = pd.DataFrame({"seed": 0, "step": steps, "right_haystack": steps / 1000, "right_recital": np.nan})
+    losses = pd.DataFrame({"seed": 0, "step": steps, "own passage": 5.0 / (1 + steps), "another passage": 6.0})
     lengths = pd.DataFrame({"facts": [2, 2, 4, 4], "length_tokens": [30, 34, 61, 70]})
     facts = pd.DataFrame(
         {"method": ["in context", "Doc-to-LoRA"] * 2, "facts": ["1-5", "1-5", "11-15", "11-15"], "n": 100,
@@ -185,6 +186,7 @@ def tables(needles) -> dict:
         plots.plot_block_norm_by_chunk: blocks,
         plots.plot_base_model_scores: scores,
         plots.plot_curriculum_by_step: curriculum,
+        plots.plot_loss_by_step: losses,
         plots.plot_document_length_by_facts: lengths,
         plots.plot_exact_match_by_condition: scores.rename(columns={"task": "condition"}),
     }
@@ -463,6 +465,18 @@ def test_one_curriculum_at_a_time(tables):
     history = tables[plots.plot_curriculum_by_step]
     with pytest.raises(ValueError, match="several runs, give one of the seeds 0, 1"):
         plots.plot_curriculum_by_step(pd.concat([history, history.assign(seed=1)]))
+
+
+def test_losses_are_a_line_each_of_one_run(tables):
+    losses = tables[plots.plot_loss_by_step]
+    losses.loc[0, "own passage"] = np.nan
+    figure = plots.plot_loss_by_step(losses)
+    lines = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
+    assert list(lines) == ["own passage", "another passage"] and lines["own passage"][0] == 100
+    assert figure.axes[0].get_ylim()[0] == 0, "differences are not cut"
+    assert "n = 1 training run, seed 0" in [text.get_text() for text in figure.texts]
+    with pytest.raises(ValueError, match="several runs"):
+        plots.plot_loss_by_step(pd.concat([losses, losses.assign(seed=1)]))
 
 
 def test_sentences_are_bars_in_order_and_the_unasked_have_none(tables):
