@@ -310,9 +310,11 @@ class DocToLoRA:
 
         All chunks are one stream.
         """
-        limit, empty = self._chunk_limit(chunk_tokens), self.adapter_of([])
+        limit = self._chunk_limit(chunk_tokens)
         if self.cache is None:
-            return empty, self._new_blocks_of(documents, limit, progress)
+            blocks = self._new_blocks_of(documents, limit, progress)
+            return self.adapter_of([]), blocks
+        empty = self.adapter_of([])
         facts = self.cache_facts(limit, (empty.base_key, empty.hypernetwork_key))
         if facts["passes"] is None:
             return empty, self._new_blocks_of(documents, limit, progress)

@@ -33,6 +33,7 @@ LENGTH_STEP = 8
 _ROWS = 512  # for which the order is chosen
 _SEGMENT = 1021  # numbers whose sum shows whether a weight has changed, at most
 _PIECE, _HIDDEN = 512, 400_000  # rows and numbers of an MLP's hidden values at once, at most
+_HARMLESS = ("d2l_lib.", "torch.utils.module_tracker", "torch.utils.flop_counter")  # whose hooks change nothing
 _in_use: ContextVar[Packs | None] = ContextVar("d2l_packs", default=None)
 
 
@@ -193,12 +194,12 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> list[Callable]:
-    """What acts before and after a module's passes, those of all modules too, without what this package adds itself."""
+    """What acts before and after a module's passes, or all modules', without what only watches."""
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     kinds += (_all._global_forward_pre_hooks, _all._global_forward_hooks)
     kinds += (_all._global_backward_pre_hooks, _all._global_backward_hooks)
     hooks = [hook for kind in kinds for hook in kind.values()]
-    return [one for one in hooks if not getattr(getattr(one, "func", one), "__module__", "").startswith("d2l_lib.")]
+    return [one for one in hooks if not getattr(getattr(one, "func", one), "__module__", "").startswith(_HARMLESS)]
 
 
 def piece_of(rows: int, width: int) -> int:
