@@ -1,6 +1,6 @@
 """Take the README's pictures of the chat and of the trace viewer: `make screenshots`.
 
-Both are run in JupyterLab in Chromium, on the bundled model, and end up in figures/.
+Both are run in JupyterLab in Chromium, on bundled models, and end up in figures/.
 """
 
 import sys
@@ -12,13 +12,17 @@ from PIL import Image
 
 from d2l_lib.records import project_root
 
-HEIGHT = 703  # pixels: the pictures stand beside each other
+HEIGHT = 806  # pixels: the pictures stand beside each other
 PICTURES = ("screenshot_chat.png", "screenshot_trace.png")
 CELLS = (
-    "import random\nimport d2l_lib as d2l\nfrom d2l_lib import viewers\nfrom d2l_lib.tasks import world\n"
+    "import random\nimport d2l_lib as d2l\nfrom d2l_lib import records, viewers\nfrom d2l_lib.tasks import world\n"
+    "demo = records.project_root() / 'data' / 'demo'\n"
+    "name, asked = next(iter(records.read_json(demo / 'questions.json').items()))\n"
     "model = d2l.load('tiny/qa')\nrng = random.Random(1)\ndocument = world.draw_document(rng, 'test', 8)\n"
     "question = world.question_about(random.Random(0), document.facts[0])",
-    "viewers.chat(model, {'a small world': document.text}, question.text)",
+    "viewers.chat(models={'SmolLM2-135M, real text': 'smollm2', 'small, generated world': model}, "
+    "documents={name.removesuffix('.md').replace('_', ' '): (demo / name).read_text()}, question=asked[0][0], "
+    "examples=viewers.bundled_examples())",
     "adapter = model.internalize({'a small world': document.text})\n"
     "wrong = model.internalize(world.draw_document(rng, 'test', 8).text)\n"
     "viewers.view_attribution(model, adapter, {'a small world': document.text}, question.text, question.answer, "
