@@ -954,7 +954,7 @@ class DocToLoRA:
             meta["row_reading"] = asdict(self.reading)
         elif self.reading != Reading():
             meta["reading"] = asdict(self.reading)
-        included, kept = [], []
+        included, kept, files = [], [], []
         for name, (_, _, source) in models.items():
             include = source is None if include_base is None else include_base
             if not include and source is None:
@@ -966,17 +966,20 @@ class DocToLoRA:
             included += [name] if include else []
             if not include and (stays := part_in(folder, name, source)) is not None:
                 meta[name] = stays["meta"]
+                files += stays["files"]
                 kept.append(name)
         with atomic_folder(folder, MODEL_FOLDER, kept) as temporary:
-            write_checkpoint(temporary, self.hypernetwork, meta)
-            if self.router is not None:
-                write_router(temporary, self.router)
             for name in included:
                 network, tokenizer, _ = models[name]
                 network.save_pretrained(temporary / name)
                 tokenizer.save_pretrained(temporary / name)
                 if network is self.encoder.model and reads_images(network):
                     self.encoder.processor.save_pretrained(temporary / name)
+                written = (path for path in (temporary / name).rglob("*") if path.is_file())
+                files += sorted(path.relative_to(temporary).as_posix() for path in written)
+            write_checkpoint(temporary, self.hypernetwork, meta | ({"files": files} if files else {}))
+            if self.router is not None:
+                write_router(temporary, self.router)
         return Path(folder)
 
 

@@ -13,6 +13,7 @@ import os
 import types
 from collections import OrderedDict
 from dataclasses import asdict, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,19 @@ _WRITERS = {"perceiver": Hypernetwork, "token_rows": TokenRows, "pooled_rows": P
 def _written_files(folder: Path) -> list[str]:
     """The files that a folder of this format was written with; [] for other folders.
 
-    A base model or context encoder belongs to them if the settings name none; else somebody put it there.
+    A base model or context encoder belongs to them if the settings name none; else somebody put it there. The settings
+    list its files; in folders of before, those with usual names count.
     """
     settings = read_json(folder / SETTINGS)
     if settings["format"] != FORMAT:
         return []
-    parts = [part for part in PARTS if settings["meta"].get(part, "") is None]
-    router = [] if settings["meta"].get("router") is None else [ROUTER]
-    return [SETTINGS, WEIGHTS, *router, *(f"{part}/{name}" for part in parts for name in PRETRAINED_FILES)]
+    meta = settings["meta"]
+    router = [] if meta.get("router") is None else [ROUTER]
+    files = []
+    for part in [part for part in PARTS if meta.get(part, "") is None]:
+        listed = [escape(name) for name in meta.get("files") or () if name.startswith(f"{part}/")]
+        files += listed or [f"{part}/{name}" for name in PRETRAINED_FILES]
+    return [SETTINGS, WEIGHTS, *router, *files]
 
 
 MODEL_FOLDER = FolderKind(
@@ -75,7 +81,9 @@ MODEL_FOLDER = FolderKind(
 
 
 def part_in(folder: str | Path, name: str, source: str | None) -> dict[str, Any] | None:
-    """{"meta": the new settings' entry for `name`} where the model `source` is the folder's own `name`/, else None.
+    """{"meta": the new settings' entry for `name`, "files": its files} where `source` is the folder's own `name`/.
+
+    None for any other source.
 
     folder: of `save_checkpoint`; name: one of PARTS.
     The entry stays as it was, so a model that somebody put there is never taken for a file of this project.
@@ -84,9 +92,10 @@ def part_in(folder: str | Path, name: str, source: str | None) -> dict[str, Any]
     if source is None or not place.is_dir() or os.path.realpath(source) != os.path.realpath(place):
         return None
     try:
-        return {"meta": read_json(Path(folder) / SETTINGS)["meta"][name]}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {"meta": source}
+        meta = read_json(Path(folder) / SETTINGS)["meta"]
+        return {"meta": meta[name], "files": [file for file in meta.get("files", ()) if file.startswith(f"{name}/")]}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {"meta": source, "files": []}
 
 
 def save_checkpoint(

@@ -352,6 +352,7 @@ class _CheckpointMeta(_Open):
     router: RouterSettings | None = None
     reading: ReadingSettings | None = None
     row_reading: RowReadingSettings | None = None
+    files: list[str] = []
 
 
 class CheckpointSettings(_Closed):

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import re
 import signal
@@ -251,6 +252,28 @@ def test_the_longest_names_can_be_written(tmp_path):
 
 
 # --- inputs of the same call ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_files_with_usual_names_that_somebody_put_beside_a_saved_model_stay(model, loaded, tmp_path):
+    """The settings list what was written; without the list, as in folders of before, usual names count as written."""
+    folder = model.save(tmp_path / "model", include_base=True)
+    model = d2l.load(folder) if loaded else model
+    listed = records.read_json(folder / "config.json")["meta"]["files"]
+    assert listed == sorted(f"base_model/{path.name}" for path in (folder / "base_model").iterdir())
+    for _ in range(2):
+        model.save(folder)  # over what it wrote itself
+        assert records.read_json(folder / "config.json")["meta"]["files"] == listed
+    mine = folder / "base_model" / "vocab.json"
+    mine.write_text("mine")
+    with pytest.raises(FileExistsError, match="holds files that do not belong.*vocab.json"):
+        model.save(folder, include_base=True)
+    assert mine.read_text() == "mine"
+    settings = records.read_json(folder / "config.json")
+    del settings["meta"]["files"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    build_model().save(folder, include_base=True)
+    assert not mine.exists()
 
 
 def test_a_model_saved_where_it_came_from_keeps_its_base_model(model, tmp_path):
