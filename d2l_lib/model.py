@@ -334,20 +334,19 @@ class DocToLoRA:
 
         "passes" is None where hooks act on the models: then blocks are neither kept nor read.
         """
-        encoder, own, reads = self.encoder.model, next(self.hypernetwork.parameters()), self.encoder
-        device = self.device.type
+        encoder, own, device = self.encoder, next(self.hypernetwork.parameters()), self.device.type
         base_key, hypernetwork_key = (self.base_key, self.hypernetwork_key) if keys is None else keys
         return {
             "base_model": base_key,
-            "encoder": None if encoder is self.base_model else Fingerprint().key(encoder),
+            "encoder": None if encoder.model is self.base_model else Fingerprint().key(encoder.model),
             "hypernetwork": hypernetwork_key,
             "config": self.config.to_dict(),
             "tokenizer": self._encoder_tokenizer_key(),
-            "passes": passes_key(encoder, self.hypernetwork),
-            "reads": [reads.encoder_type, reads.n_layers_run, list(reads.encoder_layers)],
+            "passes": passes_key(encoder.model, self.hypernetwork),
+            "reads": [encoder.encoder_type, encoder.n_layers_run, list(encoder.encoder_layers)],
             "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
-            "precision": [str(one.dtype) for one in (self.base_model, encoder, own)],
-            "device": [one.device.type for one in (self.base_model, encoder, own)],
+            "precision": [str(one.dtype) for one in (self.base_model, encoder.model, own)],
+            "device": [one.device.type for one in (self.base_model, encoder.model, own)],
             "chunk_tokens": int(chunk_tokens),
             "blocks": str(self.block_dtype),
             "batches": [self.chunk_batch, self.batch_tokens, self.iterative],
@@ -977,7 +976,9 @@ class DocToLoRA:
                     self.encoder.processor.save_pretrained(temporary / name)
                 written = (path for path in (temporary / name).rglob("*") if path.is_file())
                 files += sorted(path.relative_to(temporary).as_posix() for path in written)
-            write_checkpoint(temporary, self.hypernetwork, meta | ({"files": files} if files else {}))
+            if files:
+                meta["files"] = files
+            write_checkpoint(temporary, self.hypernetwork, meta)
             if self.router is not None:
                 write_router(temporary, self.router)
         return Path(folder)
